@@ -1,0 +1,20 @@
+"""GaLore in JAX: memory-efficient full-parameter training as an optax transformation."""
+
+from galore_jax.apply import apply_gradients
+from galore_jax.describe import describe
+from galore_jax.optimizers import adamw, decay_weights
+from galore_jax.subspace import Basis, Coordinates
+from galore_jax.transform import GaLoreState, chain, galore, init
+
+__all__ = [
+    "Basis",
+    "Coordinates",
+    "GaLoreState",
+    "adamw",
+    "apply_gradients",
+    "chain",
+    "decay_weights",
+    "describe",
+    "galore",
+    "init",
+]

@@ -1,0 +1,23 @@
+"""Files that appear complete or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a temporary sibling to write to; it takes the name `path` only if the block succeeds.
+
+    After an exception the sibling is removed. A process killed in the middle leaves one behind
+    whose name ends in `UNFINISHED`.
+    """
+    sibling = Path(f"{os.fspath(path)}{UNFINISHED}")
+    try:
+        yield sibling
+        os.replace(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)
