@@ -1,0 +1,338 @@
+"""C4 as TFDS keeps it: prepared shard by shard from allenai/c4 `*.json.gz` files, and opened.
+
+The prepared folder is `DATA_DIR/c4/en/3.1.0` with one array_record shard per input file; TFDS's own
+metadata is written last, so a folder without it is a preparation that has not finished.
+"""
+
+import bisect
+import contextlib
+import errno
+import gzip
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+import tensorflow_datasets.text.c4  # registers the builder behind the name "c4/en"
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+from tqdm import tqdm
+
+from galore_jax.errors import InputError
+from galore_jax.files import UNFINISHED, written_whole
+
+# Their classes are made at import, where no type checker sees them.
+_example_pb2: Any = tf_example_pb2
+_feature_pb2: Any = tf_feature_pb2
+
+_NAME = "c4/en"
+_VERSION = "3.1.0"
+_SPLITS = ("train", "validation")
+_METADATA = "dataset_info.json"  # TFDS's; written last, it marks a finished folder
+_INPUTS = "inputs.json"  # which input file each shard comes from
+_LINES_PER_REPORT = 200
+
+
+def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
+    """Turns the json.gz files of allenai/c4 into a TFDS `c4/en` dataset of array_record shards.
+
+    Shards that an earlier, interrupted call finished are kept as they are. Running it on a finished
+    folder changes nothing.
+
+    Args:
+        folder: holds `c4-train.*.json.gz` and `c4-validation.*.json.gz`, directly or in `en/`.
+        data_dir: TFDS data folder; the dataset goes to `data_dir/c4/en/3.1.0`.
+        workers: processes that convert shards at the same time.
+
+    Raises:
+        InputError: no such files, a broken one (named, with its line), or an output folder that
+            belongs to other input.
+        OSError: the disk is full.
+    """
+    inputs = {split: _input_files(folder, split) for split in _SPLITS}
+    target = Path(data_dir, _NAME, _VERSION)
+    sources = {
+        target / f"c4-{split}.array_record-{index:05d}-of-{len(files):05d}": file
+        for split, files in inputs.items()
+        for index, file in enumerate(files)
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"{data_dir} cannot become a data folder: {error.strerror}.") from error
+    for leftover in target.glob(f"*{UNFINISHED}"):
+        leftover.unlink()
+    _claim(target, {shard.name: file.name for shard, file in sources.items()})
+    unmade = {shard: file for shard, file in sources.items() if not shard.exists()}
+    if unmade:
+        (target / _METADATA).unlink(missing_ok=True)
+        _convert(unmade, workers)
+    if not (target / _METADATA).exists():
+        _write_metadata(target, data_dir)
+
+
+def open_c4(data_dir: str, split: str) -> "C4Documents":
+    """Opens a split of the dataset that `prepare_c4` wrote to `data_dir`.
+
+    Raises:
+        InputError: `data_dir` holds no finished `c4/en`, or one of its shards is missing.
+    """
+    folder = Path(data_dir, _NAME, _VERSION)
+    if not (folder / _METADATA).exists():
+        if (folder / _INPUTS).exists():
+            raise InputError(
+                f"{data_dir} is only half prepared: run scripts/prepare_c4.py again to finish it."
+            )
+        raise InputError(
+            f"{data_dir} is not a folder made by scripts/prepare_c4.py (it holds no "
+            f'{_NAME}/{_VERSION}): give one, or "python" for the text of the standard library.'
+        )
+    try:
+        source = tfds.data_source(_NAME, data_dir=data_dir, split=split, download=False)
+    except Exception as error:  # whatever TFDS's parsers raise about its metadata
+        raise InputError(
+            f"{folder} cannot be read as an array_record dataset with a {split} split: "
+            "make it again with scripts/prepare_c4.py."
+        ) from error
+    return C4Documents(source, split)
+
+
+class C4Documents(Sequence[str]):
+    """The texts of one split, by index."""
+
+    def __init__(self, source: Any, split: str):
+        """Wraps a TFDS data source, after checking that all of its shards are there."""
+        self._source = source
+        info = source.dataset_info.splits[split]
+        self._shards = [os.fspath(path) for path in info.filepaths]
+        self._ends = list(itertools.accumulate(info.shard_lengths))
+        for shard in self._shards:
+            if not os.path.exists(shard):
+                raise InputError(f"{shard} is missing: run scripts/prepare_c4.py again.")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: Any) -> str:
+        """Text of document `index`.
+
+        Raises:
+            InputError: the shard that holds it is corrupt.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        try:
+            return self._source[index]["text"].decode()
+        except (RuntimeError, ValueError) as error:
+            shard = bisect.bisect_right(self._ends, index)
+            record = index - (self._ends[shard - 1] if shard else 0)
+            raise InputError(
+                f"{self._shards[shard]} is corrupt at record {record}: "
+                "delete it and run scripts/prepare_c4.py again."
+            ) from error
+
+
+def _input_files(folder: str, split: str) -> list[Path]:
+    for place in (Path(folder), Path(folder, "en")):
+        files = sorted(place.glob(f"c4-{split}.*.json.gz"))
+        if files:
+            return files
+    raise InputError(
+        f"{folder} holds no c4-{split}.*.json.gz: give the folder of allenai/c4's `en` files, "
+        "train and validation."
+    )
+
+
+def _claim(target: Path, inputs: Mapping[str, str]) -> None:
+    """Notes in `target` which input makes which shard, or refuses a folder of other input."""
+    note = target / _INPUTS
+    if note.exists():
+        if json.loads(note.read_text()) != inputs:
+            raise InputError(
+                f"{target} was made from other input files than these: "
+                "choose another --out, or delete it."
+            )
+    elif any(target.iterdir()):
+        raise InputError(
+            f"{target} holds files that are not from prepare_c4: choose another --out."
+        )
+    else:
+        with written_whole(note) as unfinished:
+            unfinished.write_text(json.dumps(inputs, indent=1))
+
+
+def _convert(sources: Mapping[Path, Path], workers: int) -> None:
+    """Writes the shards (keys) from their input files (values), several at a time."""
+    processes = multiprocessing.get_context("spawn")
+    bytes_read, stop = processes.Value("q", 0), processes.Event()
+    pool = ProcessPoolExecutor(
+        min(workers, len(sources)), processes, _start_worker, (bytes_read, stop)
+    )
+    total = sum(file.stat().st_size for file in sources.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="C4, compressed") as bar:
+        try:
+            pending = {pool.submit(_write_shard, file, shard) for shard, file in sources.items()}
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+                bar.update(bytes_read.value - bar.n)
+                for shard in done:
+                    shard.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a worker process was killed, perhaps for lack of memory: run the same command "
+                "again, with fewer --workers."
+            ) from error
+        except KeyboardInterrupt:
+            stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_bytes_read: Any = None  # in worker processes, the counter shared by all
+_stop: Any = None  # in worker processes, the event that ends them early
+
+
+def _start_worker(bytes_read: Any, stop: Any) -> None:
+    global _bytes_read, _stop
+    _bytes_read, _stop = bytes_read, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them through the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave workers that write beside its successor."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _report(more_bytes: int) -> None:
+    if _stop.is_set():
+        raise KeyboardInterrupt
+    with _bytes_read.get_lock():
+        _bytes_read.value += more_bytes
+
+
+def _write_shard(file: Path, shard: Path) -> None:
+    """Converts one json.gz file into one array_record shard."""
+    with written_whole(shard) as unfinished:
+        try:
+            writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
+            try:
+                for example in read_examples(file, _report):
+                    writer.write(_serialized(example))
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    writer.close()
+                raise
+            writer.close()
+        except RuntimeError as error:  # all that array_record says about a failed write
+            if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(shard)) from error
+            raise InputError(f"{shard} cannot be written: {error}.") from error
+
+
+def read_examples(file: Path, report: Callable[[int], None]) -> Iterator[dict[str, bytes]]:
+    """Yields the documents of an allenai/c4 json.gz file as examples of the TFDS features.
+
+    Args:
+        file: a line of JSON for each document.
+        report: is told, now and then, how many more compressed bytes have been read.
+
+    Raises:
+        InputError: the file is empty, cut short, corrupt or has a line that is no C4 document.
+    """
+    number = reported = 0
+    with open(file, "rb") as compressed, gzip.open(compressed) as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield _example(line)
+                except ValueError as error:
+                    raise InputError(
+                        f"{file}, line {number}: {error}; download the file again."
+                    ) from error
+                if number % _LINES_PER_REPORT == 0:
+                    report(compressed.tell() - reported)
+                    reported = compressed.tell()
+        except EOFError as error:
+            raise InputError(
+                f"{file} is cut short in line {number + 1}: download it again."
+            ) from error
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(
+                f"{file} is not intact gzip at line {number + 1}: download it again."
+            ) from error
+        report(compressed.tell() - reported)
+    if number == 0:
+        raise InputError(f"{file} is empty, it has no line 1: download it again.")
+
+
+def _example(line: bytes) -> dict[str, bytes]:
+    """The TFDS example of a line; raises ValueError for a line that is not a C4 document."""
+    try:
+        document = json.loads(line)
+    except ValueError as error:
+        raise ValueError("not JSON") from error
+    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        raise ValueError('no document with a "text"')
+    # allenai/c4 dropped content-length and content-type, which TFDS lists.
+    fields = ("text", "timestamp", "url", "content-length", "content-type")
+    return {field: str(document.get(field) or "").encode() for field in fields}
+
+
+def _serialized(example: Mapping[str, bytes]) -> bytes:
+    """The tf.train.Example that TFDS would make, but with its fields always in the same order."""
+    features = {
+        name: _feature_pb2.Feature(bytes_list=_feature_pb2.BytesList(value=[value]))
+        for name, value in example.items()
+    }
+    message = _example_pb2.Example(features=_feature_pb2.Features(feature=features))
+    return message.SerializeToString(deterministic=True)
+
+
+def _write_metadata(target: Path, data_dir: str) -> None:
+    """Writes what TFDS needs to read the shards; last comes the mark of a finished folder."""
+    info = tfds.builder(_NAME, data_dir=data_dir, file_format="array_record").info
+    splits = []
+    for split in _SPLITS:
+        shards = sorted(target.glob(f"c4-{split}.array_record-*"))
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[_num_records(shard) for shard in shards],
+                num_bytes=sum(shard.stat().st_size for shard in shards),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    data_dir=tfds.core.Path(target),
+                    dataset_name="c4",
+                    split=split,
+                    filetype_suffix="array_record",
+                ),
+            )
+        )
+    info.set_splits(tfds.core.SplitDict(splits))
+    with tempfile.TemporaryDirectory() as scratch:
+        info.write_to_directory(scratch)
+        for name in sorted(os.listdir(scratch), key=lambda name: name == _METADATA):
+            with written_whole(target / name) as unfinished:
+                unfinished.write_bytes(Path(scratch, name).read_bytes())
+
+
+def _num_records(shard: Path) -> int:
+    reader = ArrayRecordReader(os.fspath(shard))
+    try:
+        return reader.num_records()
+    finally:
+        reader.close()

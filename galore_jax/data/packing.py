@@ -1,0 +1,154 @@
+"""Packed rows: documents one after another, cut into rows without padding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+Rows = dict[str, np.ndarray]
+
+
+def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
+    """Lays `pieces` end to end and cuts them into rows; only the last row may need padding.
+
+    Args:
+        pieces: token ids of documents, or of parts of them, each of shape (n,), n > 0.
+        length: tokens a row.
+        pad_id: id after the end of the last piece.
+
+    Returns:
+        "tokens", "segments" and "positions", int32 of shape (rows, length). Segments count the
+        pieces of a row from 1, 0 is padding; positions count from 0 in each piece of a row.
+
+    >>> rows = pack([np.array([7, 8, 9]), np.array([5, 6])], length=4, pad_id=0)
+    >>> rows["tokens"].tolist(), rows["segments"].tolist(), rows["positions"].tolist()
+    ([[7, 8, 9, 5], [6, 0, 0, 0]], [[1, 1, 1, 2], [1, 0, 0, 0]], [[0, 1, 2, 0], [0, 0, 0, 0]])
+    """
+    ends = np.cumsum([len(piece) for piece in pieces])
+    count = -(-ends[-1] // length)
+    tokens = np.full(count * length, pad_id, np.int32)
+    tokens[: ends[-1]] = np.concatenate(pieces)
+    used = np.arange(count * length).reshape(count, length) < ends[-1]
+    begins = np.zeros(count * length, bool)
+    begins[ends[:-1]] = True
+    begins = begins.reshape(count, length)
+    begins[:, 0] = True
+    columns = np.arange(length)
+    positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    return {
+        "tokens": tokens.reshape(count, length),
+        "segments": np.where(used, np.cumsum(begins, axis=1), 0).astype(np.int32),
+        "positions": np.where(used, positions, 0).astype(np.int32),
+    }
+
+
+class PackedRows(grain.IterDataset[Rows]):
+    """Rows of shape (length,) packed from a stream of documents, window by window.
+
+    A document that does not fit into the rest of a row goes on in the next row, as a segment of its
+    own. The rows of a window leave it in random order, so that one long document does not fill a
+    batch. Its state is a few numbers, whatever the window: a restored iterator reads the current
+    window again.
+    """
+
+    def __init__(
+        self,
+        documents: grain.IterDataset[np.ndarray],
+        length: int,
+        pad_id: int,
+        window: int,
+        seed: int | None,
+    ):
+        """Packs `documents`.
+
+        Args:
+            documents: arrays of token ids, int32 of shape (n,), n > 0.
+            length: tokens a row.
+            pad_id: fills the very last row where `documents` end.
+            window: rows packed at a time.
+            seed: of the order of rows inside a window; None keeps them in place.
+        """
+        super().__init__(documents)
+        self._settings = (length, pad_id, window, seed)
+
+    def __iter__(self) -> "_PackedRowsIterator":
+        """Starts from the first document."""
+        return _PackedRowsIterator(iter(self._parent), *self._settings)
+
+    def __str__(self) -> str:
+        return "PackedRows"
+
+
+class _PackedRowsIterator(grain.DatasetIterator[Rows]):
+    def __init__(
+        self,
+        documents: grain.DatasetIterator,
+        length: int,
+        pad_id: int,
+        window: int,
+        seed: int | None,
+    ):
+        super().__init__(documents)
+        self._documents = documents
+        self._length = length
+        self._pad_id = pad_id
+        self._window = window
+        self._seed = seed
+        self._start = {"documents": documents.get_state(), "offset": 0, "window": 0}
+        self._row = 0
+        self._rows: Rows | None = None  # None: the window that begins at _start is not read yet
+        self._end: dict[str, Any] = {}  # where the next window begins
+
+    def __next__(self) -> Rows:
+        if self._rows is None:
+            self._rows, self._end = self._read_window(self._start)
+        if self._row == len(self._rows["tokens"]):
+            start = self._end
+            self._rows, self._end = self._read_window(start)
+            self._start, self._row = start, 0
+        row = {name: values[self._row] for name, values in self._rows.items()}
+        self._row += 1
+        return row
+
+    def _read_window(self, start: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
+        """Packs documents, which stand at `start`, and returns where the next window begins."""
+        pieces = []
+        room = self._window * self._length
+        offset = start["offset"]
+        while room:
+            before = self._documents.get_state()
+            document = next(self._documents, None)
+            if document is None:
+                break
+            piece = document[offset : offset + room]
+            room -= len(piece)
+            pieces.append(piece)
+            offset += len(piece)
+            if offset == len(document):
+                offset = 0
+            else:  # only where room is used up: the next window reads this document again
+                self._documents.set_state(before)
+        if not pieces:
+            raise StopIteration
+        end = {
+            "documents": self._documents.get_state(),
+            "offset": offset,
+            "window": start["window"] + 1,
+        }
+        rows = pack(pieces, self._length, self._pad_id)
+        if self._seed is not None:
+            # RandomState draws the same numbers in every version of numpy.
+            random = np.random.RandomState([self._seed, start["window"]])
+            order = random.permutation(len(rows["tokens"]))
+            rows = {name: values[order] for name, values in rows.items()}
+        return rows, end
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self._start, "row": self._row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._start = {name: state[name] for name in ("documents", "offset", "window")}
+        self._documents.set_state(self._start["documents"])
+        self._row = state["row"]
+        self._rows = None

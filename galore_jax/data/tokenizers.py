@@ -1,0 +1,198 @@
+"""Text to token ids and back: bytes, SentencePiece, Hugging Face `tokenizers`."""
+
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+import tokenizers
+
+from galore_jax.errors import InputError
+
+_EOS_NAMES = (
+    "</s>",
+    "<eos>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|eot_id|>",
+    "[EOS]",
+    "[SEP]",
+)
+_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
+
+
+class Tokenizer(Protocol):
+    """A vocabulary with ids from 0 up to, not including, `vocab_size`."""
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without an end-of-sequence id."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; special ids leave no trace in it."""
+        ...
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Opens the tokenizer at `path`.
+
+    Args:
+        path: "bytes" for the built-in byte vocabulary, a SentencePiece `*.model`, or a
+            `tokenizer.json` of Hugging Face's `tokenizers` library.
+
+    Raises:
+        InputError: no such file, a file of another kind, or a vocabulary without an eos.
+    """
+    if path == "bytes":
+        return ByteTokenizer()
+    if not Path(path).is_file():
+        raise InputError(
+            f"there is no tokenizer at {path}: give a SentencePiece .model, a tokenizer.json or "
+            'the word "bytes" (scripts/train_tokenizer.py makes a .model).'
+        )
+    if path.endswith(".model"):
+        return SentencePieceTokenizer(path)
+    if path.endswith(".json"):
+        return HuggingFaceTokenizer(path)
+    raise InputError(
+        f"{path} is not a tokenizer galore_jax can read: its name should end in .model "
+        "(SentencePiece) or .json (tokenizer.json of Hugging Face)."
+    )
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: pad 0, eos 1, byte b is id b + 2.
+
+    >>> ByteTokenizer().encode("Hi")
+    [74, 107]
+    """
+
+    vocab_size = 258
+    pad_id = 0
+    eos_id = 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the UTF-8 bytes of `text`."""
+        return [byte + 2 for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 come out as U+FFFD."""
+        return bytes(id - 2 for id in ids if id >= 2).decode(errors="replace")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model file; one without a pad piece pads with eos."""
+
+    def __init__(self, path: str):
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=path)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"{path} is not a SentencePiece model.") from error
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eos_id: int = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise InputError(f"{path} has no end-of-sequence piece, which training needs.")
+        pad_id = self._processor.pad_id()
+        self.pad_id: int = self.eos_id if pad_id < 0 else pad_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the pieces of `text`."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`."""
+        return self._processor.decode(ids)
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`; eos and pad are found by their usual names, pad falls back to eos."""
+
+    def __init__(self, path: str):
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"{path} is not a tokenizer.json of the tokenizers library."
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise InputError(f"{path} has an empty vocabulary.")
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
+        if eos is None:
+            raise InputError(
+                f"{path} has no end-of-sequence token under a usual name ({', '.join(_EOS_NAMES)})."
+            )
+        self.eos_id: int = eos
+        self.pad_id: int = next(
+            (vocabulary[name] for name in _PAD_NAMES if name in vocabulary), eos
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without the special tokens the file's post-processor would add."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, without special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Fits a SentencePiece unigram vocabulary: pad 0, eos 1, unk 2, as T5's.
+
+    Unlike T5's it gives every text back exactly: no normalisation, spaces as they are, and bytes
+    for what the pieces lack, so nothing is unknown. Equal input gives equal bytes.
+
+    Args:
+        texts: documents; they are split into lines, so pieces never span a line's end.
+        vocab_size: pieces, of which 259 are the special ones and the bytes.
+
+    Returns:
+        The content of a `.model` file.
+
+    Raises:
+        InputError: the texts cannot fill that vocabulary, or it cannot hold the bytes and letters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=2**20,
+            num_threads=16,  # part of the result: the EM sums are added up thread by thread
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(
+            f"no vocabulary of {vocab_size} pieces can be made from this text: "
+            f"{_possible_size(str(error))}."
+        ) from error
+    return model.getvalue()
+
+
+def _possible_size(message: str) -> str:
+    """SentencePiece's complaint, in terms of the vocabulary's size where it is about that."""
+    if too_large := re.search(r"<= (\d+)", message):
+        return f"it has enough for {too_large[1]}"
+    if too_small := re.search(r"\d+ vs (\d+)", message):
+        return f"its letters and the bytes take {too_small[1]}"
+    return message.strip(" .")

@@ -1,0 +1,43 @@
+"""Turns the json.gz files of allenai/c4 into a TFDS `c4/en` dataset that training reads.
+
+    python scripts/prepare_c4.py INPUT_FOLDER --out data
+
+INPUT_FOLDER holds c4-train.*.json.gz and c4-validation.*.json.gz (all or some of them), directly or
+in `en/`. A run that was interrupted goes on with the same command; finished shards are kept.
+"""
+
+import argparse
+import os
+
+from galore_jax.data.c4 import open_c4, prepare_c4
+from galore_jax.errors import InputError, exit_with_one_sentence
+
+
+def main() -> None:
+    """Prepares C4 as the arguments say."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", metavar="INPUT_FOLDER", help="folder of allenai/c4 json.gz files")
+    parser.add_argument("--out", default="data", help="folder to make (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="shards converted at the same time (default: the number of cores)",
+    )
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        raise InputError(f"--workers is {arguments.workers}: at least 1 is needed.")
+    try:
+        prepare_c4(arguments.folder, arguments.out, arguments.workers)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on from here.") from None
+    counts = (
+        f"{len(open_c4(arguments.out, split)):,} {split}" for split in ("train", "validation")
+    )
+    print(f"{arguments.out} holds {' and '.join(counts)} documents of C4.")
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

@@ -1,0 +1,63 @@
+"""Trains a SentencePiece vocabulary on the training split, for those who have none.
+
+    python scripts/train_tokenizer.py --source data --vocab-size 4096 --out data/spiece.model
+
+The same command on the same text gives the same file.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from galore_jax.data.batches import DataConfig, documents
+from galore_jax.data.tokenizers import train_sentencepiece
+from galore_jax.errors import InputError, exit_with_one_sentence
+from galore_jax.files import written_whole
+
+
+def main() -> None:
+    """Trains a vocabulary as the arguments say."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source",
+        default="python",
+        help='folder made by prepare_c4.py, or "python" for the standard library (the default)',
+    )
+    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
+    parser.add_argument("--out", default="data/spiece.model", help="file (default: %(default)s)")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=200_000,
+        help="documents to learn from, spread evenly over the split (default: 200000)",
+    )
+    arguments = parser.parse_args()
+    out = Path(arguments.out)
+    if out.suffix != ".model":
+        raise InputError(f"--out is {out}: its name should end in .model.")
+    if arguments.limit < 1:
+        raise InputError(f"--limit is {arguments.limit}: at least 1 document is needed.")
+    texts = documents(DataConfig(source=arguments.source), "train")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"--out is {out}: {error.strerror}.") from error
+    model = train_sentencepiece(_spread(texts, arguments.limit), arguments.vocab_size)
+    with written_whole(out) as unfinished:
+        unfinished.write_bytes(model)
+    print(f"{out} holds {arguments.vocab_size:,} pieces.")
+
+
+def _spread(texts: Sequence[str], limit: int) -> Iterator[str]:
+    count = min(limit, len(texts))
+    for index in tqdm(range(count), unit=" documents", desc="reading"):
+        yield texts[index * len(texts) // count]
+    print("fitting the pieces (about a minute for 10 MB of text) …", flush=True)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

@@ -1,0 +1,227 @@
+"""Rows, batches, shuffling, sharding and resumption."""
+
+import itertools
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from galore_jax.data import batches
+from galore_jax.data.batches import DataConfig, train_batches, validation_batches
+from galore_jax.data.packing import pack
+from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.errors import InputError
+
+LENGTH = 16
+TOKENIZER = load_tokenizer("bytes")
+BOTH_ROWS = pytest.mark.parametrize("rows", ["packed", "documents"])
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Fifty training documents of 1 to 60 bytes and 23 for validation, in small windows."""
+    draw = random.Random(0)
+    splits = {
+        split: [f"{index:02d}" + "x" * draw.randrange(59) for index in range(count)]
+        for split, count in (("train", 50), ("validation", 23))
+    }
+    monkeypatch.setattr(batches, "documents", lambda config, split: splits[split])
+    monkeypatch.setattr(batches, "_WINDOW_TOKENS", 20 * LENGTH)
+    return splits
+
+
+def config(rows="packed", **changes):
+    return DataConfig(**{"rows": rows, "sequence_length": LENGTH, "batch_size": 4} | changes)
+
+
+def assert_equal(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def segments_of(rows):
+    """The token lists of the segments of a batch, row by row."""
+    return [
+        tokens[segments == segment].tolist()
+        for tokens, segments in zip(rows["tokens"], rows["segments"], strict=True)
+        for segment in range(1, segments.max() + 1)
+    ]
+
+
+@BOTH_ROWS
+def test_batches_have_the_agreed_names_types_and_shapes(texts, rows):
+    batch = next(train_batches(config(rows), TOKENIZER))
+    assert set(batch) == {"tokens", "segments", "positions"}
+    assert all(
+        values.shape == (4, LENGTH) and values.dtype == np.int32 for values in batch.values()
+    )
+
+
+def test_a_packed_row_counts_segments_from_1_and_positions_from_0():
+    rows = pack([np.array([5, 6, 1]), np.array([7, 1]), np.array([8, 9, 9, 1])], 4, pad_id=0)
+    assert rows["tokens"].tolist() == [[5, 6, 1, 7], [1, 8, 9, 9], [1, 0, 0, 0]]
+    assert rows["segments"].tolist() == [[1, 1, 1, 2], [1, 2, 2, 2], [1, 0, 0, 0]]
+    assert rows["positions"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2], [0, 0, 0, 0]]
+
+
+def test_packed_training_rows_hold_no_padding_and_every_token_of_an_epoch(texts):
+    stream = [[*TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts["train"]]
+    epoch = sum(map(len, stream))
+    drawn = take(train_batches(config(batch_size=20), TOKENIZER), 3 * epoch // (20 * LENGTH))
+    tokens = np.concatenate([batch["tokens"].ravel() for batch in drawn])
+    assert all((batch["segments"] > 0).all() for batch in drawn)
+    counts = np.bincount(tokens, minlength=TOKENIZER.vocab_size)
+    once = np.bincount(np.concatenate(stream), minlength=TOKENIZER.vocab_size)
+    missing = 3 * once - counts  # of three epochs the last part of a batch is not drawn
+    assert missing.min() >= 0
+    assert missing.sum() == 3 * epoch - len(tokens)
+
+
+def test_the_rows_of_one_long_document_do_not_fill_a_batch(monkeypatch):
+    long = [letter * 1000 for letter in "abcdefgh"]
+    monkeypatch.setattr(batches, "_WINDOW_TOKENS", 2**15)
+    monkeypatch.setattr(batches, "documents", lambda config, split: long)
+    batch = next(train_batches(config(batch_size=32), TOKENIZER))
+    assert len(np.unique(batch["tokens"][:, 1])) >= 6
+
+
+def test_a_document_row_is_truncated_with_its_eos_or_padded(texts):
+    texts["train"][:] = ["a" * 40, "b" * (LENGTH - 1), "c" * LENGTH, "dd"]
+    batch = next(train_batches(config("documents"), TOKENIZER))
+    order = np.argsort(batch["tokens"][:, 0])
+    tokens, segments, positions = (
+        batch[name][order] for name in ("tokens", "segments", "positions")
+    )
+    for row, letter in enumerate("abc"):
+        assert tokens[row].tolist() == TOKENIZER.encode(letter) * (LENGTH - 1) + [TOKENIZER.eos_id]
+        assert segments[row].tolist() == [1] * LENGTH
+        assert positions[row].tolist() == list(range(LENGTH))
+    assert tokens[3].tolist() == [*TOKENIZER.encode("dd"), 1] + [0] * (LENGTH - 3)
+    assert segments[3].tolist() == [1] * 3 + [0] * (LENGTH - 3)
+    assert positions[3].tolist() == [0, 1, 2] + [0] * (LENGTH - 3)
+
+
+def test_every_epoch_has_all_documents_in_an_order_of_its_own(texts):
+    iterator = train_batches(config("documents", batch_size=50), TOKENIZER)
+    epochs = [[tuple(row[:2]) for row in batch["tokens"].tolist()] for batch in take(iterator, 3)]
+    assert all(len(set(epoch)) == 50 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+@BOTH_ROWS
+def test_the_order_follows_the_seed(texts, rows):
+    first, same, other = (
+        take(train_batches(config(rows, seed=seed), TOKENIZER), 10) for seed in (1, 1, 2)
+    )
+    assert_equal(first, same)
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(first, other, strict=True))
+
+
+@BOTH_ROWS
+def test_an_iterator_resumes_exactly_at_any_batch(texts, rows):
+    iterator = train_batches(config(rows), TOKENIZER)
+    drawn, states = [], [json.dumps(iterator.get_state())]
+    for _ in range(60):  # epochs end after 12.5 or 25 batches, windows after 5
+        drawn.append(next(iterator))
+        states.append(json.dumps(iterator.get_state()))
+    for position in (*range(0, 6), 10, 11, 12, 13, 24, 25, 26, 48, 53):
+        state = states[position]
+        resumed = train_batches(config(rows), TOKENIZER)
+        resumed.set_state(json.loads(state))
+        assert json.dumps(resumed.get_state()) == state
+        assert_equal(take(resumed, 6), drawn[position : position + 6])
+        resumed.close()
+
+
+@BOTH_ROWS
+def test_an_iterator_can_go_back_in_place(texts, rows):
+    iterator = train_batches(config(rows), TOKENIZER)
+    take(iterator, 3)
+    state = iterator.get_state()
+    drawn = take(iterator, 7)
+    iterator.set_state(state)
+    assert_equal(take(iterator, 7), drawn)
+
+
+def test_processes_share_the_training_documents_without_overlap(texts):
+    seen = []
+    for process in range(3):
+        iterator = train_batches(
+            config("documents", batch_size=3), TOKENIZER, process_index=process, process_count=3
+        )
+        own = len(range(process, 50, 3))
+        rows = [batch["tokens"][0] for batch in take(iterator, own)]
+        seen += [TOKENIZER.decode(row[:2].tolist()) for row in rows]
+    assert sorted(seen) == [f"{index:02d}" for index in range(50)]
+
+
+@BOTH_ROWS
+def test_validation_covers_the_split_once_in_order_as_often_as_it_is_read(texts, rows):
+    whole = validation_batches(config(rows), TOKENIZER)
+    drawn = list(whole)
+    expected = [[*TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts["validation"]]
+    if rows == "documents":
+        expected = [
+            ids if len(ids) <= LENGTH else [*ids[: LENGTH - 1], TOKENIZER.eos_id]
+            for ids in expected
+        ]
+        num_rows = len(expected)
+    else:
+        num_rows = math.ceil(sum(map(len, expected)) / LENGTH)
+    tokens = [token for batch in drawn for piece in segments_of(batch) for token in piece]
+    assert tokens == list(itertools.chain(*expected))
+    assert len(drawn) == math.ceil(num_rows / 4)
+    assert all(values.shape == (4, LENGTH) for batch in drawn for values in batch.values())
+    assert not drawn[-1]["segments"][num_rows % 4 or 4 :].any()
+    assert_equal(drawn, list(whole))
+
+
+@BOTH_ROWS
+def test_validation_batches_of_processes_make_up_the_global_batch(texts, rows):
+    whole = list(validation_batches(config(rows), TOKENIZER))
+    halves = [list(validation_batches(config(rows), TOKENIZER, index, 2)) for index in (0, 1)]
+    joined = [
+        {name: np.concatenate([first[name], second[name]]) for name in first}
+        for first, second in zip(*halves, strict=True)
+    ]
+    assert_equal(joined, whole)
+
+
+def test_the_default_corpus_is_the_standard_library():
+    batch = next(train_batches(DataConfig(batch_size=8), TOKENIZER))
+    text = TOKENIZER.decode(batch["tokens"].ravel().tolist())
+    assert text.isprintable() or "\n" in text
+    assert (batch["segments"] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": "both"}, "data.rows"),
+        ({"sequence_length": 1}, "data.sequence_length"),
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"seed": -1}, "data.seed"),
+    ],
+)
+def test_a_value_out_of_range_is_named(changes, message):
+    with pytest.raises(InputError, match=message):
+        config(**changes)
+
+
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(texts):
+    with pytest.raises(InputError, match=r"batch_size is 4: .* multiple of the 3 processes"):
+        train_batches(config(), TOKENIZER, 0, 3)
+
+
+def test_fewer_documents_than_processes_are_refused(texts):
+    del texts["train"][3:]
+    with pytest.raises(InputError, match="3 training documents, too few for 4 processes"):
+        train_batches(config(), TOKENIZER, 0, 4)

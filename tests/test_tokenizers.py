@@ -1,0 +1,141 @@
+"""Tokenizers: bytes, SentencePiece, tokenizer.json, and the trained vocabulary."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+from galore_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+from galore_jax.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [
+    f"The {a} {b} runs\n    over {c}, and\tback.\n"
+    for a in ("quick", "brown", "lazy", "small")
+    for b in ("fox", "dog", "horse", "mouse")
+    for c in ("hills", "fields", "rivers")
+]
+AWKWARD = "  two  spaces\n\n\ttab, naïve 日本語 🎉 \n"
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "spiece.model"
+    path.write_bytes(train_sentencepiece(TEXTS, 290))
+    return path
+
+
+@pytest.fixture
+def json_file(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=8)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_bytes_are_shifted_by_the_two_special_ids():
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (258, 0, 1)
+    assert tokenizer.encode("é") == [0xC3 + 2, 0xA9 + 2]
+    assert tokenizer.decode([0, *tokenizer.encode(AWKWARD), 1]) == AWKWARD
+    assert tokenizer.decode([0xC3 + 2]) == "\ufffd"
+
+
+def test_a_trained_sentencepiece_vocabulary_loses_nothing(model_file):
+    tokenizer = load_tokenizer(str(model_file))
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (290, 0, 1)
+    ids = tokenizer.encode(AWKWARD)
+    assert 2 not in ids  # unk
+    assert tokenizer.decode(ids) == AWKWARD
+    assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0])
+
+
+def test_training_a_vocabulary_twice_gives_the_same_bytes(model_file):
+    assert train_sentencepiece(TEXTS, 290) == model_file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "reason"), [(5000, "it has enough for "), (200, "its letters and the bytes")]
+)
+def test_an_impossible_vocabulary_size_is_explained(vocab_size, reason):
+    with pytest.raises(InputError, match=f"no vocabulary of {vocab_size} pieces .*{reason}"):
+        train_sentencepiece(TEXTS, vocab_size)
+
+
+def test_a_tokenizer_json_is_read_without_its_template_truncation_and_padding(json_file):
+    tokenizer = load_tokenizer(str(json_file))
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (300, 0, 1)
+    ids = tokenizer.encode(AWKWARD)
+    assert not {0, 1, 2} & set(ids)
+    assert tokenizer.decode([*ids, 1, 0]) == AWKWARD
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no tokenizer at .*gone\.model"):
+        load_tokenizer(str(tmp_path / "gone.model"))
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json", "vocabulary.txt"])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("{}")
+    with pytest.raises(InputError, match=f"{name} is not a"):
+        load_tokenizer(str(path))
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
+    with pytest.raises(InputError, match="no end-of-sequence token"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.skipif("GALORE_JAX_TEST_DATA" not in os.environ, reason="needs real data")
+def test_the_t5_vocabulary_has_its_special_ids():
+    path = Path(os.environ["GALORE_JAX_TEST_DATA"], "tokenizers", "t5-spiece.model")
+    tokenizer = load_tokenizer(str(path))
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (32000, 0, 1)
+    assert tokenizer.decode(tokenizer.encode("Hello there.")) == "Hello there."
+
+
+def run_script(*arguments):
+    return subprocess.run(
+        [sys.executable, "scripts/train_tokenizer.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_the_script_trains_on_some_documents_of_the_standard_library(tmp_path):
+    out = tmp_path / "new" / "spiece.model"
+    result = run_script("--limit", 8, "--vocab-size", 400, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert load_tokenizer(str(out)).vocab_size == 400
+    assert os.listdir(out.parent) == ["spiece.model"]
+
+
+def test_the_script_refuses_a_folder_that_is_not_c4_in_one_sentence(tmp_path):
+    result = run_script("--source", tmp_path, "--out", tmp_path / "spiece.model")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path} is not a folder made by")
+    assert len(result.stderr.splitlines()) == 1
