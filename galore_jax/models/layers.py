@@ -1,0 +1,209 @@
+"""The layers of a decoder-only transformer: rotary attention, gated MLP, pre-norm block.
+
+Every layer works on activations of shape (batch, length, hidden) in the dtype of its parameters.
+Norm statistics, the rotation and the softmax are computed in float32 whatever that dtype is.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary embedding, float32 (batch or 1, length, 1, head/2)."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of all positions so far, each (batch, max length, kv heads, head)."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def rotation_at(positions: jax.Array, head_size: int, theta: float) -> Rotation:
+    """The rotation of RoFormer (arXiv 2104.09864, section 3.2.2) at `positions`, (batch, length).
+
+    Pair i of a head turns by `position / theta ** (2 i / head_size)` radians.
+    """
+    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Turns heads `x` (batch, length, heads, head); pair i is the components i and i + head/2.
+
+    This is the half-split convention of the LLaMA checkpoints in Hugging Face format.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotation
+    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attention_mask(segments: jax.Array) -> jax.Array:
+    """Causal attention inside equal `segments` (batch, length): bool (batch, 1, query, key)."""
+    length = segments.shape[1]
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return same & jnp.tri(length, dtype=bool)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; kv heads are shared by groups of query heads.
+
+    Kernels are plain (in, out) matrices: q (hidden, heads x head), k and v (hidden, kv heads x
+    head), o (heads x head, hidden).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    initializer_range: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: Rotation,
+        mask: jax.Array,
+        cache: KeyValueCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """Attends from `x` to itself, or to `cache` once `x` is written there.
+
+        Args:
+          x: activations (batch, length, hidden).
+          rotation: of the positions of `x`.
+          mask: bool (batch or 1, 1, length, keys), true where a query sees a key.
+          cache: keys and values of earlier positions; `x` is written at `start` and following.
+          start: a position, int32 scalar.
+
+        Returns:
+          The activations and the cache with `x` in it (None without a cache).
+        """
+        batch, length, hidden = x.shape
+        head_size = hidden // self.num_heads
+
+        def heads(name: str, count: int) -> jax.Array:
+            projected = linear(count * head_size, self.initializer_range, self.dtype, name)(x)
+            return projected.reshape(batch, length, count, head_size)
+
+        queries = rotate(heads("q_proj", self.num_heads), rotation)
+        keys = rotate(heads("k_proj", self.num_kv_heads), rotation)
+        values = heads("v_proj", self.num_kv_heads)
+        if cache is not None:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, start, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, start, axis=1)
+            cache = KeyValueCache(keys, values)
+        mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+        output = linear(hidden, self.initializer_range, self.dtype, "o_proj")
+        return output(mixed.reshape(batch, length, hidden)), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+
+    intermediate_size: int
+    initializer_range: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, length, hidden) to the same shape."""
+        settings = (self.initializer_range, self.dtype)
+        gate = linear(self.intermediate_size, *settings, "gate_proj")(x)
+        up = linear(self.intermediate_size, *settings, "up_proj")(x)
+        return linear(x.shape[-1], *settings, "down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One pre-norm layer of LLaMA: `x += attention(norm(x)); x += mlp(norm(x))`."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    norm_epsilon: float
+    initializer_range: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: Rotation,
+        mask: jax.Array,
+        cache: KeyValueCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """Same arguments and results as `Attention`."""
+        attention = Attention(
+            self.num_heads, self.num_kv_heads, self.initializer_range, self.dtype, name="attention"
+        )
+        mlp = MLP(self.intermediate_size, self.initializer_range, self.dtype, name="mlp")
+        attended, cache = attention(self._norm("input_norm")(x), rotation, mask, cache, start)
+        x = x + attended
+        return x + mlp(self._norm("post_attention_norm")(x)), cache
+
+    def _norm(self, name: str) -> nn.RMSNorm:
+        return nn.RMSNorm(self.norm_epsilon, dtype=self.dtype, param_dtype=self.dtype, name=name)
+
+
+def linear(
+    features: int, initializer_range: float, dtype: Any, name: str | None = None, result: Any = None
+) -> nn.Dense:
+    """A dense layer without bias, initialised from N(0, initializer_range²).
+
+    Its output has the dtype `result`, by default `dtype`.
+    """
+
+    def dot_general(x, kernel, dimension_numbers, precision):
+        del dimension_numbers, precision  # always the last axis of x with the first of the kernel
+        return matmul(x, kernel, dtype if result is None else result)
+
+    return nn.Dense(
+        features,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=dtype,
+        kernel_init=nn.initializers.normal(initializer_range),
+        dot_general=dot_general,
+        name=name,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    """`x @ kernel`, (..., in) by (in, out), summed in float32 and returned in `dtype`.
+
+    The derivative is written out for two reasons. The one that JAX derives forms the kernel's
+    gradient as (out, in) and transposes it, which takes twice the time on CPUs; and it would keep a
+    float32 cotangent of a bfloat16 kernel in float32 matmuls. Forward-mode derivatives are not
+    offered.
+    """
+    return _dot(x, kernel, (x.ndim - 1,), (0,)).astype(dtype)
+
+
+def _matmul_forward(x, kernel, dtype):
+    return matmul(x, kernel, dtype), (x, kernel)
+
+
+def _matmul_backward(dtype, saved, upstream):
+    x, kernel = saved
+    upstream = upstream.astype(kernel.dtype)
+    tokens = tuple(range(x.ndim - 1))
+    x_gradient = _dot(upstream, kernel, (x.ndim - 1,), (1,)).astype(x.dtype)
+    return x_gradient, _dot(x, upstream, tokens, tokens).astype(kernel.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot(a, b, axes_of_a, axes_of_b):
+    axes = ((axes_of_a, axes_of_b), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)

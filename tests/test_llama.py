@@ -1,0 +1,311 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from galore_jax.errors import InputError
+from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.models.loss import next_token_loss
+
+TINY = LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=40,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    max_length=32,
+    initializer_range=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initial(TINY)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def initial(config: LlamaConfig):
+    """Initial parameters, with norm scales that are not all 1."""
+    params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def scaled(path, leaf):
+        if path[-1].key != "scale":
+            return leaf
+        return (leaf * jnp.linspace(0.5, 1.5, leaf.size).reshape(leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits_of(params, tokens, segments=None, positions=None, config=TINY):
+    return Llama(config).apply({"params": params}, tokens, segments, positions)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def loss_and_gradient(params, tokens, segments, config=TINY):
+    """The mean loss and its gradient."""
+
+    def mean_loss(params):
+        logits = logits_of(params, tokens, segments, config=config)
+        total, count = next_token_loss(logits, tokens, segments)
+        return total / count
+
+    return jax.value_and_grad(mean_loss)(params)
+
+
+def random_tokens(*shape: int, seed: int = 1):
+    return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
+
+
+def numpy_llama(config: LlamaConfig, params, tokens: np.ndarray) -> np.ndarray:
+    """Logits (length, vocab) of one document (length,), token by token, in float64."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def norm(x, scale):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_epsilon) * scale
+
+    def turned(head, position):
+        half = config.head_size // 2
+        angle = position * config.rope_theta ** (-np.arange(half) / half)
+        pairs = (head[:half] + 1j * head[half:]) * np.exp(1j * angle)
+        return np.concatenate((pairs.real, pairs.imag))
+
+    group = config.num_heads // config.kv_heads
+    x = params["embed_tokens"]["embedding"][tokens]
+    for layer in range(config.num_layers):
+        block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
+        kernels = {name: leaf["kernel"] for name, leaf in block["attention"].items()}
+        h = norm(x, block["input_norm"]["scale"])
+        q, k, v = (
+            (h @ kernels[name]).reshape(len(tokens), -1, config.head_size)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        mixed = np.zeros_like(q)
+        for t in range(len(tokens)):
+            for head in range(config.num_heads):
+                query = turned(q[t, head], t)
+                scores = np.array([query @ turned(k[s, head // group], s) for s in range(t + 1)])
+                weights = np.exp(scores / np.sqrt(config.head_size))
+                mixed[t, head] = weights @ v[: t + 1, head // group] / weights.sum()
+        x = x + mixed.reshape(len(tokens), -1) @ kernels["o_proj"]
+        kernels = {name: leaf["kernel"] for name, leaf in block["mlp"].items()}
+        h = norm(x, block["post_attention_norm"]["scale"])
+        gate = h @ kernels["gate_proj"]
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ kernels["up_proj"])) @ kernels["down_proj"]
+    return norm(x, params["norm"]["scale"]) @ params["lm_head"]["kernel"]
+
+
+def test_logits_equal_those_of_a_plain_numpy_forward_pass(params):
+    tokens = random_tokens(2, 12)
+    logits = logits_of(params, tokens)
+    assert logits.dtype == jnp.float32
+    for row in range(2):
+        expected = numpy_llama(TINY, params, np.asarray(tokens[row]))
+        np.testing.assert_allclose(logits[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_packed_row_gives_the_logits_of_its_documents_alone(params):
+    lengths, length = (5, 9, 3), 21
+    documents = [random_tokens(1, size, seed=size) for size in lengths]
+    padding = length - sum(lengths)
+    tokens = jnp.pad(jnp.concatenate(documents, axis=1), ((0, 0), (0, padding)))
+    segments = np.repeat((1, 2, 3, 0), (*lengths, padding))[None]
+    positions = np.concatenate([np.arange(size) for size in (*lengths, padding)])[None]
+    packed = logits_of(params, tokens, segments, positions)
+    assert np.isfinite(packed).all()
+    start = 0
+    for document, size in zip(documents, lengths, strict=True):
+        # What follows a document cannot reach it; equal shapes compile once.
+        alone = logits_of(params, jnp.pad(document, ((0, 0), (0, length - size))))[:, :size]
+        np.testing.assert_allclose(packed[:, start : start + size], alone, atol=1e-5, rtol=1e-5)
+        start += size
+
+
+def test_padding_changes_neither_the_loss_nor_its_gradient(params):
+    tokens, segments = random_tokens(2, 6), jnp.ones((2, 6), jnp.int32)
+    padding = ((0, 0), (0, 6))
+    loss, gradient = loss_and_gradient(params, tokens, segments)
+    padded, padded_gradient = loss_and_gradient(
+        params, jnp.pad(tokens, padding), jnp.pad(segments, padding)
+    )
+    np.testing.assert_allclose(loss, padded, rtol=1e-6)
+    assert_trees_close(gradient, padded_gradient, 1e-5)
+
+
+def test_a_later_token_does_not_change_earlier_logits(params):
+    tokens = random_tokens(1, 21)
+    changed = tokens.at[0, 6].add(1)
+    before, after = logits_of(params, tokens), logits_of(params, changed)
+    np.testing.assert_array_equal(before[:, :6], after[:, :6])
+    assert (jnp.abs(before[:, 6:] - after[:, 6:]).max(axis=-1) > 1e-3).all()
+
+
+def test_rematerialisation_gives_the_same_gradients_in_half_the_memory():
+    deep = dataclasses.replace(TINY, num_layers=12, initializer_range=0.1)
+    params = initial(deep)
+    tokens, segments = random_tokens(8, 32), jnp.ones((8, 32), jnp.int32)
+
+    def compiled(config):
+        return loss_and_gradient.lower(params, tokens, segments, config=config).compile()
+
+    keeping, recomputing = compiled(deep), compiled(dataclasses.replace(deep, remat=True))
+    (_, kept), (_, recomputed) = (f(params, tokens, segments) for f in (keeping, recomputing))
+    assert_trees_close(kept, recomputed, 1e-5)
+    small, large = (f.memory_analysis().temp_size_in_bytes for f in (recomputing, keeping))
+    assert small < 0.5 * large
+
+
+def test_gradients_are_those_of_finite_differences(params):
+    tokens, segments = random_tokens(2, 6), jnp.ones((2, 6), jnp.int32)
+    _, gradient = loss_and_gradient(params, tokens, segments)
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    step = 3e-3
+    for at, (leaf, key) in enumerate(zip(leaves, keys, strict=True)):
+        direction = jax.random.normal(key, leaf.shape) / leaf.size**0.5
+
+        def loss_moved_by(length, at=at, leaf=leaf, direction=direction):
+            moved = structure.unflatten(
+                [*leaves[:at], leaf + length * direction, *leaves[at + 1 :]]
+            )
+            return loss_and_gradient(moved, tokens, segments)[0]
+
+        measured = (loss_moved_by(step) - loss_moved_by(-step)) / (2 * step)
+        predicted = jnp.vdot(jax.tree.leaves(gradient)[at], direction)
+        # The loss is near 5 and rounded to 5e-7: a central difference is off by about 5e-7 / step.
+        np.testing.assert_allclose(measured, predicted, atol=5e-4, rtol=5e-3)
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_kernels(params):
+    group = TINY.num_heads // TINY.kv_heads
+    full = dataclasses.replace(TINY, num_kv_heads=None)
+
+    def repeated(path, leaf):
+        if path[-2].key not in ("k_proj", "v_proj"):
+            return leaf
+        heads = leaf.reshape(TINY.num_layers, TINY.hidden_size, TINY.kv_heads, TINY.head_size)
+        return jnp.repeat(heads, group, axis=2).reshape(TINY.num_layers, TINY.hidden_size, -1)
+
+    tokens = random_tokens(2, 12)
+    expected = logits_of(jax.tree_util.tree_map_with_path(repeated, params), tokens, config=full)
+    np.testing.assert_allclose(logits_of(params, tokens), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_keeps_parameters_and_gradients_in_bfloat16_and_stays_near_float32():
+    config = dataclasses.replace(TINY, dtype="bfloat16", initializer_range=0.05)
+    params = initial(config)
+    tokens, segments = random_tokens(2, 12), jnp.ones((2, 12), jnp.int32)
+    assert jax.eval_shape(lambda: logits_of(params, tokens, config=config)).dtype == jnp.float32
+    loss, gradient = loss_and_gradient(params, tokens, segments, config=config)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, gradient))} == {jnp.dtype("bfloat16")}
+    exact, exact_gradient = loss_and_gradient(
+        jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params),
+        tokens,
+        segments,
+    )
+    np.testing.assert_allclose(loss, exact, rtol=2**-8)
+    for rounded, precise in zip(*map(jax.tree.leaves, (gradient, exact_gradient)), strict=True):
+        error = np.linalg.norm(np.asarray(rounded, np.float32) - np.asarray(precise))
+        assert error < 0.05 * np.linalg.norm(precise)
+
+
+def test_the_embedding_gradient_sums_many_occurrences_in_float32():
+    config = dataclasses.replace(TINY, dtype="bfloat16", initializer_range=0.05)
+    params, model = initial(config), Llama(config)
+    tokens = jnp.full((1, 1000), 7, jnp.int32)
+
+    def total(params):
+        return jnp.sum(model.bind({"params": params}).embed_tokens(tokens).astype(jnp.bfloat16))
+
+    gradient = jax.jit(jax.grad(total))(params)["embed_tokens"]["embedding"]
+    # A running sum of ones in bfloat16 would stop at 256.
+    np.testing.assert_array_equal(gradient[7].astype(jnp.float32), 1000.0)
+
+
+def test_parameters_have_the_agreed_names_and_stacked_shapes(params):
+    found = {
+        "/".join(key.key for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    assert found == {
+        "embed_tokens/embedding": (61, 32),
+        "layers/input_norm/scale": (3, 32),
+        "layers/attention/q_proj/kernel": (3, 32, 32),
+        "layers/attention/k_proj/kernel": (3, 32, 16),
+        "layers/attention/v_proj/kernel": (3, 32, 16),
+        "layers/attention/o_proj/kernel": (3, 32, 32),
+        "layers/post_attention_norm/scale": (3, 32),
+        "layers/mlp/gate_proj/kernel": (3, 32, 40),
+        "layers/mlp/up_proj/kernel": (3, 32, 40),
+        "layers/mlp/down_proj/kernel": (3, 40, 32),
+        "norm/scale": (32,),
+        "lm_head/kernel": (32, 61),
+    }
+
+
+def test_initial_kernels_differ_between_layers_and_have_the_configured_deviation():
+    wide = dataclasses.replace(TINY, vocab_size=500, hidden_size=128, initializer_range=0.02)
+    params = initial(wide)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
+    assert not np.allclose(kernel[0], kernel[1])
+    for leaf in (kernel, params["embed_tokens"]["embedding"], params["lm_head"]["kernel"]):
+        # At least 15,360 normal numbers: their deviation is within 3 / √(2 · 15,360) = 1.8%.
+        np.testing.assert_allclose(np.std(leaf), 0.02, rtol=0.018)
+
+
+def test_loss_counts_targets_inside_a_segment_only():
+    logits = jax.random.normal(jax.random.key(0), (2, 6, 5))
+    tokens = jnp.asarray([[1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 1]])
+    segments = jnp.asarray([[1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1]])
+    total, count = next_token_loss(logits, tokens, segments)
+    wanted = [(0, 0, 2), (0, 2, 4), *((1, t, int(tokens[1, t + 1])) for t in range(5))]
+    expected = -sum(jax.nn.log_softmax(logits)[at] for at in wanted)
+    assert count == len(wanted)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    gradient = jax.grad(lambda x: next_token_loss(x, tokens, segments)[0])(logits)
+    probabilities = jax.nn.softmax(logits)
+    for row in range(2):
+        for t in range(6):
+            target = next((v for r, s, v in wanted if (r, s) == (row, t)), None)
+            slope = 0 if target is None else probabilities[row, t] - jax.nn.one_hot(target, 5)
+            np.testing.assert_allclose(gradient[row, t], slope, atol=1e-6)
+
+
+def test_huge_logits_give_a_finite_loss_and_gradient():
+    logits = jnp.asarray([[[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]]])
+    tokens, segments = jnp.asarray([[0, 1]]), jnp.ones((1, 2), jnp.int32)
+    total, gradient = jax.value_and_grad(lambda x: next_token_loss(x, tokens, segments)[0])(logits)
+    assert total == 2e4
+    assert jnp.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_heads": 5}, "model.num_heads 5"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads 3"),
+        ({"num_heads": 32, "num_kv_heads": None}, "heads of 1"),
+        ({"dtype": "float16"}, "float16"),
+        ({"hidden_size": 0}, "model.hidden_size is 0"),
+        ({"num_layers": -1}, "model.num_layers is -1"),
+        ({"num_kv_heads": 0}, "model.num_kv_heads is 0"),
+        ({"norm_epsilon": float("nan")}, "model.norm_epsilon is nan"),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(change: dict, named: str):
+    with pytest.raises(InputError, match=named):
+        dataclasses.replace(TINY, **change)
+
+
+def test_a_row_longer_than_the_model_is_refused(params):
+    with pytest.raises(InputError, match=r"33 tokens .* model.max_length 32"):
+        logits_of(params, random_tokens(1, 33))
+
+
+def assert_trees_close(found, expected, tolerance: float):
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)
