@@ -64,7 +64,7 @@ def adamw(
 class DecayWeightsState(NamedTuple):
     """State of `decay_weights`: count, int32 scalar, updates so far."""
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
 
 
 def decay_weights(
@@ -92,7 +92,7 @@ def decay_weights(
         del params
         return DecayWeightsState(jnp.zeros([], jnp.int32))
 
-    def update_fn(updates: PyTree, state: DecayWeightsState, params: PyTree = None):
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         if params is None:
             raise ValueError(
                 "decay_weights needs the parameters: call update(grads, state, params)."

@@ -43,7 +43,7 @@ class GaLoreState(NamedTuple):
       ages: the same tree with int32 `(*batch,)`: updates since each matrix's basis was made.
     """
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     scale: jax.Array
     bases: PyTree
     ages: PyTree
@@ -143,7 +143,7 @@ def galore(
         ages = map_bases(never, bases, otherwise=bases)
         return GaLoreState(jnp.zeros([], jnp.int32), jnp.asarray(scale, jnp.float32), bases, ages)
 
-    def update_fn(updates: PyTree, state: GaLoreState, params: PyTree = None, **extra_args):
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         del params, extra_args
 
         def refreshed(basis: Basis, ages: jax.Array, gradient: Any) -> tuple[Basis, jax.Array]:
@@ -212,7 +212,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 params = project(params, galore_states(link_state))
         return updates, ChainState(tuple(states))
 
-    def update_fn(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         coordinates, state = update_coordinates(updates, state, params, **extra_args)
         return _lift(
             coordinates, galore_states(state.links), updates if params is None else params

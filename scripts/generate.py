@@ -6,15 +6,8 @@ The run's latest checkpoint is read. The text ends early where the model ends it
 """
 
 import argparse
-import itertools
 
-import jax
-import jax.numpy as jnp
-
-from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import exit_with_one_sentence
-from galore_jax.models.generation import generate
-from galore_jax.training.checkpoint import load_for_inference
 
 
 def main() -> None:
@@ -36,25 +29,18 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    config, params, _ = load_for_inference(arguments.folder)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    # In packed rows an eos stands before each document.
-    prompt = tokenizer.encode(arguments.prompt) or [tokenizer.eos_id]
-    tokens = generate(
-        config.model,
-        params,
-        jnp.asarray([prompt], jnp.int32),
-        arguments.tokens,
-        jax.random.key(arguments.seed),
-        arguments.temperature,
-        arguments.top_k,
+    from galore_jax.training.writing import write_text
+
+    print(
+        write_text(
+            arguments.folder,
+            arguments.prompt,
+            arguments.tokens,
+            arguments.temperature,
+            arguments.top_k,
+            arguments.seed,
+        )
     )
-    document = itertools.takewhile(lambda token: token != tokenizer.eos_id, tokens[0].tolist())
-    # A model's vocabulary may be larger than its tokenizer's: such ids have no text.
-    written = [token for token in document if token < tokenizer.vocab_size]
-    if arguments.prompt:
-        written = prompt + written
-    print(tokenizer.decode(written))
 
 
 if __name__ == "__main__":

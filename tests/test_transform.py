@@ -270,6 +270,15 @@ def test_the_second_step_does_not_recompile_and_donated_buffers_are_reused():
     assert step._cache_size() == 1
 
 
+def test_no_lifted_update_of_a_whole_stacked_leaf_exists():
+    params = {"kernel": jnp.zeros((16, 128, 256))}
+    tx = galore_jax.adamw(1e-2, rank=4)
+    step = jax.jit(lambda p, s, g: apply_gradients(tx, g, s, p), donate_argnums=(0, 1))
+    memory = step.lower(params, tx.init(params), params).compile().memory_analysis()
+    # A few matrices of the sixteen, and coordinates of 1/32 of the size.
+    assert memory.temp_size_in_bytes < params["kernel"].nbytes / 4
+
+
 def test_works_around_inject_hyperparams_masks_partitions_and_multi_steps():
     params, target = random_params(PLAIN), random_params(PLAIN, seed=1)
     inner = chain(galore(rank=4), optax.adam(0.1))
