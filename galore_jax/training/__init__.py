@@ -1,0 +1,1 @@
+"""Configuration, training step, loop, evaluation, checkpoints and metrics."""

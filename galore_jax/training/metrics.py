@@ -1,0 +1,166 @@
+"""What a run tells: metrics.jsonl, TensorBoard, the summary at the end."""
+
+import dataclasses
+import importlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from galore_jax.errors import InputError
+from galore_jax.files import written_whole
+from galore_jax.training.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+      name: of the run's folder.
+      steps: updates.
+      parameters: of the model.
+      validation_loss: mean per target over the held-out split, in nats.
+      validation_perplexity: exp of it.
+      reference_perplexity: as the reference's evaluator counts (`Evaluation.reference_loss`).
+      bigram_loss: of a bigram model of the same tokens on the same targets, or None.
+      optimizer_bytes: the optimizer's state.
+      seconds: of training, over all parts of a resumed run, without compilation and evaluation.
+      compile_seconds: of the training step, in this process.
+      tokens_per_second: training targets over `seconds`.
+    """
+
+    name: str
+    steps: int
+    parameters: int
+    validation_loss: float
+    validation_perplexity: float
+    reference_perplexity: float
+    bigram_loss: float | None
+    optimizer_bytes: int
+    seconds: float
+    compile_seconds: float
+    tokens_per_second: float
+
+    def table(self) -> str:
+        """The summary in words and aligned columns."""
+        bigram = self.bigram_loss
+        rows = {
+            "run": self.name,
+            "steps": f"{self.steps:,}",
+            "parameters": f"{self.parameters:,}",
+            "validation loss": f"{self.validation_loss:.4f}",
+            "bigram's loss": None if bigram is None else f"{bigram:.4f}, same tokens, same targets",
+            "perplexity": f"{self.validation_perplexity:,.2f}",
+            "reference's perplexity": f"{self.reference_perplexity:,.2f}, with its N + 1 batches",
+            "optimizer state": format_bytes(self.optimizer_bytes),
+            "training time": f"{self.seconds:,.1f} s, and {self.compile_seconds:.1f} s to compile",
+            "tokens per second": f"{self.tokens_per_second:,.0f}",
+        }
+        shown = {name: value for name, value in rows.items() if value is not None}
+        width = max(map(len, shown))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+
+
+class Metrics:
+    """metrics.jsonl and, on request, TensorBoard events.
+
+    Opening a run at `step` drops the lines of later steps, which a killed run may have left: the
+    step's own number is below `step`, an evaluation's at most `step` (it counts updates made).
+
+    Args:
+      run: the run's folder.
+      step: updates made so far.
+      tensorboard: whether to write events too.
+
+    Raises:
+      InputError: tensorboardX is wanted and missing.
+    """
+
+    def __init__(self, run: RunFolder, step: int, tensorboard: bool):
+        self._path = run.metrics
+        self._events = _events(run.tensorboard, step) if tensorboard else None
+        self.lines = [line for line in read_metrics(self._path) if _is_before(line, step)]
+        if self._path.exists():
+            with written_whole(self._path) as path:
+                path.write_text(_json_lines(self.lines), encoding="utf-8")
+
+    def write(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Appends lines, each with its "step"; a number that is not finite becomes null."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_json_lines(lines))
+        self.lines.extend(lines)
+        if self._events is not None:
+            for line in lines:
+                for name, value in line.items():
+                    if name != "step":
+                        self._events.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Ends the events file."""
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl, null as NaN; none where there is no file."""
+    if not path.exists():
+        return []
+    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [
+        {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+        for line in complete
+    ]
+
+
+def write_summary(run: RunFolder, summary: Summary) -> None:
+    """Writes summary.json, the mark of a finished run."""
+    text = json.dumps(_finite(dataclasses.asdict(summary)), indent=2)
+    with written_whole(run.summary) as path:
+        path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_summary(run: RunFolder) -> Summary:
+    """The inverse of `write_summary`."""
+    values: dict[str, Any] = json.loads(run.summary.read_text(encoding="utf-8"))
+    for name, value in values.items():
+        if value is None and name != "bigram_loss":
+            values[name] = math.nan
+    return Summary(**values)
+
+
+def format_bytes(number: float) -> str:
+    """As "12.3 MB", in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def _is_before(line: Mapping[str, Any], step: int) -> bool:
+    return line["step"] <= step if "validation_loss" in line else line["step"] < step
+
+
+def _json_lines(lines: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"{json.dumps(_finite(line))}\n" for line in lines)
+
+
+def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in line.items()
+    }
+
+
+def _events(folder: Path, step: int) -> Any:
+    try:
+        tensorboardx = importlib.import_module("tensorboardX")
+    except ModuleNotFoundError:
+        raise InputError(
+            "training.tensorboard needs tensorboardX: "
+            'pip install "galore-jax[tensorboard]", or leave it off.'
+        ) from None
+    return tensorboardx.SummaryWriter(str(folder), purge_step=step or None)

@@ -1,0 +1,47 @@
+"""Trains with GaLore and with AdamW and compares them: a table and a picture.
+
+python scripts/compare.py --config configs/demo.toml
+python scripts/compare.py --config configs/llama_5m.toml --seeds 0,1,2 --rates 0.0025,0.005,0.01
+"""
+
+import argparse
+import sys
+
+from galore_jax.errors import InputError, exit_with_one_sentence
+
+
+def main() -> None:
+    """Reads the arguments, trains and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
+    parser.add_argument("--seeds", default="0", help="a run each, as 0,1,2 (default: %(default)s)")
+    parser.add_argument(
+        "--rates", default="", help="as 0.005,0.01: each optimizer chooses one by short runs"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+
+    from galore_jax.training.compare import compare, table
+    from galore_jax.training.config import load_config
+    from galore_jax.training.loop import Interrupted
+
+    config = load_config(arguments.config, arguments.overrides)
+    seeds, rates = _numbers(arguments.seeds, int), _numbers(arguments.rates, float)
+    try:
+        rows = compare(config, seeds, rates)
+    except Interrupted:
+        sys.exit("stopped, all saved: run the same command again to go on.")
+    print(table(rows), end="")
+
+
+def _numbers(text: str, kind: type) -> list:
+    try:
+        return [kind(number) for number in text.split(",") if number]
+    except ValueError:
+        raise InputError(f"{text!r} is no list of numbers: write them as 1,2,3.") from None
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

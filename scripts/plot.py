@@ -1,0 +1,24 @@
+"""Draws the curves of one or several runs into one picture.
+
+python scripts/plot.py runs/galore runs/adamw --out curves.png
+"""
+
+import argparse
+
+from galore_jax.errors import exit_with_one_sentence
+
+
+def main() -> None:
+    """Reads the arguments and draws."""
+    parser = argparse.ArgumentParser(description="Draws the curves of runs into one picture.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", default="curves.png", help="the PNG to write")
+    arguments = parser.parse_args()
+
+    from galore_jax.training.curves import plot_curves
+
+    plot_curves(arguments.runs, arguments.out)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

@@ -1,0 +1,38 @@
+"""Trains a LLaMA as a configuration says.
+
+python scripts/train.py --config configs/demo.toml
+python scripts/train.py --config configs/llama_60m.toml data.source=data training.steps=1000
+python scripts/train.py --config runs/demo/config.toml --resume
+"""
+
+import argparse
+import sys
+
+from galore_jax.errors import exit_with_one_sentence
+
+
+def main() -> None:
+    """Reads the arguments and trains."""
+    parser = argparse.ArgumentParser(description="Trains a LLaMA as a configuration says.")
+    parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+
+    # A wrong argument is told before JAX takes its second to load.
+    from galore_jax.training.config import load_config
+    from galore_jax.training.loop import Interrupted, train
+
+    config = load_config(arguments.config, arguments.overrides)
+    try:
+        train(config, arguments.resume)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("stopped at once: --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

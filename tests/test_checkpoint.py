@@ -1,0 +1,181 @@
+import dataclasses
+import errno
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from galore_jax.data.batches import DataConfig, train_batches
+from galore_jax.data.tokenizers import ByteTokenizer
+from galore_jax.errors import InputError
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.checkpoint import Checkpoints, load_for_inference
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.step import init_state
+
+CONFIG = Config(
+    LlamaConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=2,
+        max_length=16,
+        dtype="bfloat16",
+    ),
+    DataConfig(sequence_length=16, batch_size=4),
+    OptimizerConfig(rank=8, warmup_steps=0, clip_norm=1.0),
+    TrainingConfig(steps=10),
+)
+
+
+def assert_same(one, other):
+    """Equal nodes, dtypes and bits."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def copied(tree):
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+
+
+@pytest.fixture(scope="module")
+def initial():
+    return copied(jax.jit(lambda: init_state(CONFIG))())
+
+
+@pytest.fixture
+def state(initial):
+    return jax.device_put(initial)
+
+
+@pytest.fixture
+def batches():
+    return train_batches(CONFIG.data, ByteTokenizer())
+
+
+@pytest.fixture
+def saved(tmp_path, state, batches):
+    """A run's folder with one checkpoint, after no update."""
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(state, batches, CONFIG)
+    return tmp_path
+
+
+def test_state_and_data_come_back_bit_for_bit(tmp_path, state, batches):
+    next(batches)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest() is None
+        checkpoints.save(state, batches, CONFIG)
+        checkpoints.wait()
+    following = next(batches)
+    again = train_batches(CONFIG.data, ByteTokenizer())
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        restored = checkpoints.restore(CONFIG, again)
+    assert_same(restored, state)
+    assert_same(next(again), following)
+
+
+def test_a_save_holds_the_state_of_its_own_step_while_training_goes_on(tmp_path, state, batches):
+    later = jax.jit(
+        lambda state: jax.tree.map(lambda leaf: (leaf + 1).astype(leaf.dtype), state),
+        donate_argnums=0,
+    )
+    expected = copied(state)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state, batches, CONFIG)
+        for _ in range(20):
+            state = later(state)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert_same(checkpoints.restore(CONFIG, batches), expected)
+
+
+def test_only_the_latest_are_kept(tmp_path, state, batches):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state._replace(step=np.int32(step)), batches, CONFIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_what_a_killed_save_left_behind_is_neither_read_nor_kept(saved, batches):
+    unfinished = saved / "checkpoints" / "5.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    (unfinished / "half").write_text("half")
+    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest() == 0
+        assert not unfinished.exists()
+
+
+def test_inference_gets_the_parameters_and_the_configuration(saved, state):
+    config, params, step = load_for_inference(saved)
+    assert config == CONFIG
+    assert step == 0
+    assert_same(params, state.params)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(saved, batches):
+    other = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, intermediate_size=64)
+    )
+    with (
+        Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
+        pytest.raises(InputError, match=r"another model: model\.intermediate_size is 48"),
+    ):
+        checkpoints.restore(other, batches)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(saved, batches):
+    for part in (saved / "checkpoints" / "0" / "params").rglob("*"):
+        if part.is_file():
+            part.unlink()
+    with (
+        Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
+        pytest.raises(InputError, match=r"the checkpoint .*checkpoints/0 cannot be read"),
+    ):
+        checkpoints.restore(CONFIG, batches)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_for_inference(saved)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no checkpoints/"):
+        load_for_inference(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(InputError, match="holds no complete checkpoint"):
+        load_for_inference(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 16 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_intact(small_disk, state, batches):
+    def fail_to_save(checkpoints):
+        checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
+        checkpoints.wait()
+
+    with Checkpoints(small_disk / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(state, batches, CONFIG)
+        checkpoints.wait()
+        with (small_disk / "ballast").open("wb", buffering=0) as ballast:
+            free = subprocess.check_output(["df", "--output=avail", "-B1", str(small_disk)])
+            ballast.write(bytes(int(free.split()[-1]) - 100_000))
+        with pytest.raises(OSError, match="No space left") as full:
+            fail_to_save(checkpoints)
+        assert full.value.errno == errno.ENOSPC
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["0"]
+    with Checkpoints(small_disk / "checkpoints", keep=1) as checkpoints:
+        assert_same(checkpoints.restore(CONFIG, batches), state)

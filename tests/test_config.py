@@ -1,0 +1,130 @@
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from galore_jax.errors import InputError
+from galore_jax.training.config import (
+    Config,
+    OptimizerConfig,
+    TrainingConfig,
+    differences,
+    from_dict,
+    load_config,
+    to_dict,
+    to_toml,
+)
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.toml"
+    path.write_text("[model]\nnum_layers = 3\n[optimizer]\nlearning_rate = 1\n")
+    return path
+
+
+def test_a_file_sets_what_it_names_and_leaves_the_rest(small):
+    config = load_config(small)
+    assert config.model.num_layers == 3
+    assert config.optimizer.learning_rate == 1.0
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.optimizer.rank == OptimizerConfig().rank
+
+
+def test_the_run_is_named_after_the_file_unless_it_names_a_folder(small):
+    assert load_config(small).training.folder == "runs/small"
+    assert load_config(small, ["training.folder=elsewhere"]).training.folder == "elsewhere"
+
+
+def test_overrides_are_toml_values_and_bare_words_are_text(small):
+    config = load_config(
+        small,
+        [
+            "optimizer.name=adamw",
+            'data.tokenizer="bytes"',
+            "training.tensorboard=true",
+            "optimizer.learning_rate=3e-4",
+            "model.num_kv_heads=4",
+        ],
+    )
+    assert config.optimizer.name == "adamw"
+    assert config.data.tokenizer == "bytes"
+    assert config.training.tensorboard is True
+    assert config.optimizer.learning_rate == 3e-4
+    assert config.model.num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "optimizer.learning_rat=1",
+            "optimizer.learning_rat is unknown; did you mean learning_rate?",
+        ),
+        ("model.zzz=1", "model.zzz is unknown; there are vocab_size, hidden_size"),
+        ("optimiser.rank=1", "there is no section [optimiser]; did you mean optimizer?"),
+        ("rank=1", "'rank=1' is no override: write section.key=value"),
+        ("model.num_layers", "'model.num_layers' is no override"),
+        (
+            "optimizer.name=adam",
+            "optimizer.name = 'adam' is unknown; did you mean adamw?",
+        ),
+        (
+            "optimizer.refresh=qr",
+            "optimizer.refresh = 'qr' is unknown; there are subspace_iteration, ",
+        ),
+        ("training.steps=1e4", "training.steps must be a whole number, not 10000.0."),
+        ("training.steps=true", "training.steps must be a whole number, not True."),
+        ("training.steps=0", "training.steps must be at least 1, not 0."),
+        ("optimizer.b2=1", "optimizer.b2 must be at least 0 and below 1, not 1.0."),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate must be finite, not nan."),
+        ("optimizer.name=3", "optimizer.name must be text, not 3."),
+        ("training.bigram=1", "training.bigram must be true or false, not 1."),
+        ("data.sequence_length=4096", "data.sequence_length is 4096, but model.max_length is only"),
+        ("training.accumulation=3", "training.accumulation is 3, which does not divide"),
+        ("training.steps=10", "optimizer.warmup_steps is 1000, but training.steps is only 10"),
+    ],
+)
+def test_a_bad_override_is_refused_in_a_sentence_that_names_what_is_valid(
+    small, override, sentence
+):
+    with pytest.raises(InputError) as refused:
+        load_config(small, [override])
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_file_is_refused_with_the_nearest_names(small):
+    with pytest.raises(
+        InputError, match=r"there is no file .*smal\.toml; did you mean small\.toml\?"
+    ):
+        load_config(small.with_name("smal.toml"))
+
+
+@pytest.mark.parametrize("text", ["[model\n", "model = 3\n", "steps = 3\n"])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+    path = tmp_path / "broken.toml"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        load_config(path, ["model.num_layers=2"])
+
+
+def test_the_written_toml_reads_back_as_the_same_configuration():
+    config = dataclasses.replace(
+        Config(), training=TrainingConfig(folder='a "quoted" \\ tab\t é', tensorboard=True)
+    )
+    assert from_dict(tomllib.loads(to_toml(config))) == config
+    assert from_dict(to_dict(config)) == config
+
+
+def test_differences_name_the_keys_and_both_values():
+    other = dataclasses.replace(Config(), optimizer=OptimizerConfig(rank=7))
+    assert differences(to_dict(Config()), to_dict(other)) == {"optimizer.rank": (128, 7)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_of_the_repository_is_valid(path):
+    assert load_config(path).training.folder == f"runs/{path.stem}"

@@ -1,0 +1,137 @@
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from galore_jax.data.batches import DataConfig
+from galore_jax.errors import InputError
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.evaluate import bigram_loss, make_evaluate, perplexity
+from galore_jax.training.step import batch_loss, init_state
+
+CONFIG = Config(
+    LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=16,
+        num_layers=1,
+        num_heads=2,
+        max_length=8,
+    ),
+    DataConfig(sequence_length=8, batch_size=4),
+    OptimizerConfig(warmup_steps=0),
+    TrainingConfig(steps=1),
+)
+
+
+def make_batches(number, seed=0):
+    """Batches of which the later ones hold ever fewer targets."""
+    random = np.random.default_rng(seed)
+    batches = []
+    for i in range(number):
+        segments = np.ones((4, 8), np.int32)
+        segments[:, max(2, 8 - 2 * i) :] = 0
+        batches.append(
+            {
+                "tokens": random.integers(0, 31, (4, 8)).astype(np.int32),
+                "segments": segments,
+                "positions": np.tile(np.arange(8, dtype=np.int32), (4, 1)),
+            }
+        )
+    return batches
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda: init_state(CONFIG).params)()
+
+
+@pytest.fixture(scope="module")
+def sums(params):
+    loss = jax.jit(functools.partial(batch_loss, CONFIG.model, params))
+    results = [loss(batch) for batch in make_batches(3)]
+    return np.array(results, np.float64)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_loss_is_weighted_by_tokens(params, sums, accumulation):
+    training = dataclasses.replace(CONFIG.training, accumulation=accumulation)
+    config = dataclasses.replace(CONFIG, training=training)
+    found = make_evaluate(config)(params, make_batches(3))
+    losses, targets = sums.sum(0)
+    assert found.targets == targets == 4 * (7 + 5 + 3)
+    np.testing.assert_allclose(found.loss, losses / targets, rtol=1e-6)
+    np.testing.assert_allclose(found.perplexity, np.exp(losses / targets), rtol=1e-5)
+
+
+def test_the_reference_loss_divides_batch_means_by_one_batch_too_many(params, sums):
+    found = make_evaluate(CONFIG)(params, make_batches(3))
+    means = sums[:, 0] / sums[:, 1]
+    np.testing.assert_allclose(found.reference_loss, means.sum() / 4, rtol=1e-6)
+    np.testing.assert_allclose(found.reference_perplexity, np.exp(means.sum() / 4), rtol=1e-5)
+
+
+def test_evaluation_tokens_stop_after_the_batch_that_completes_them(params):
+    training = dataclasses.replace(CONFIG.training, evaluation_tokens=29)
+    config = dataclasses.replace(CONFIG, training=training)
+    assert make_evaluate(config)(params, make_batches(3)).targets == 4 * (7 + 5)
+
+
+def test_a_split_without_targets_is_refused(params):
+    batch = make_batches(1)[0]
+    batch["segments"][:] = 0
+    with pytest.raises(InputError, match="nothing to evaluate on"):
+        make_evaluate(CONFIG)(params, [batch])
+
+
+def test_the_bigram_is_witten_and_bells():
+    """Against the formula, written out with dictionaries."""
+    training, validation = make_batches(3), make_batches(2, seed=1)
+
+    def pairs(batches):
+        for batch in batches:
+            for row, segments in zip(batch["tokens"], batch["segments"], strict=True):
+                for t in range(7):
+                    if segments[t] == segments[t + 1] != 0:
+                        yield int(row[t]), int(row[t + 1])
+
+    counts, seconds = {}, {}
+    for a, b in pairs(training):
+        counts.setdefault(a, {}).setdefault(b, 0)
+        counts[a][b] += 1
+        seconds[b] = seconds.get(b, 0) + 1
+    total = sum(seconds.values())
+
+    def unigram(b):
+        return (seconds.get(b, 0) + len(seconds) / 31) / (total + len(seconds))
+
+    def bigram(a, b):
+        after = counts.get(a, {})
+        if not after:
+            return unigram(b)
+        return (after.get(b, 0) + len(after) * unigram(b)) / (sum(after.values()) + len(after))
+
+    for a in range(31):
+        np.testing.assert_allclose(sum(bigram(a, b) for b in range(31)), 1, rtol=1e-12)
+    expected = np.mean([-np.log(bigram(a, b)) for a, b in pairs(validation)])
+    np.testing.assert_allclose(bigram_loss(training, validation, 31), expected, rtol=1e-9)
+
+
+def test_the_bigram_learns_a_chain_that_a_unigram_cannot():
+    tokens = np.tile(np.arange(8, dtype=np.int32), (4, 1))
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": tokens}
+    assert bigram_loss([batch] * 50, [batch], 8) < 0.05 < np.log(7)
+
+
+def test_a_bigram_of_a_large_vocabulary_is_refused():
+    with pytest.raises(InputError, match=r"training\.bigram counts pairs of at most 8192"):
+        bigram_loss([], [], 32000)
+
+
+def test_a_perplexity_that_overflows_is_infinite():
+    assert perplexity(1e4) == np.inf
+    assert np.isnan(perplexity(float("nan")))
+    assert perplexity(0.0) == 1

@@ -1,0 +1,124 @@
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from galore_jax.errors import InputError
+from galore_jax.training.curves import plot_curves
+from galore_jax.training.folder import RunFolder
+from galore_jax.training.metrics import (
+    Metrics,
+    Summary,
+    format_bytes,
+    read_metrics,
+    read_summary,
+    write_summary,
+)
+
+SUMMARY = Summary(
+    name="run",
+    steps=1000,
+    parameters=1_234_567,
+    validation_loss=2.0,
+    validation_perplexity=math.exp(2.0),
+    reference_perplexity=math.exp(1.9),
+    bigram_loss=None,
+    optimizer_bytes=12_345_678,
+    seconds=61.5,
+    compile_seconds=4.0,
+    tokens_per_second=8000.0,
+)
+
+
+def a_run(folder, steps=30):
+    """A folder with metrics as a training leaves them."""
+    run = RunFolder(folder)
+    run.path.mkdir(parents=True)
+    metrics = Metrics(run, 0, tensorboard=False)
+    for step in range(steps):
+        metrics.write([{"step": step, "loss": 5 - step / steps, "learning_rate": 0.01}])
+    metrics.write([{"step": steps, "validation_loss": 4.1}])
+    return run
+
+
+def test_opening_at_a_step_drops_what_a_killed_run_left_after_it(tmp_path):
+    run = a_run(tmp_path / "run")
+    with run.metrics.open("a") as file:
+        file.write('{"step": 31, "lo')
+    metrics = Metrics(run, 30, tensorboard=False)
+    assert [line["step"] for line in metrics.lines] == list(range(31))
+    metrics = Metrics(run, 10, tensorboard=False)
+    assert [line["step"] for line in metrics.lines] == list(range(10))
+    assert read_metrics(run.metrics) == metrics.lines
+    assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_after_the_restored_step_is_kept(tmp_path):
+    run = RunFolder(tmp_path)
+    lines = [{"step": 9, "loss": 1.0}, {"step": 10, "validation_loss": 1.0}]
+    Metrics(run, 0, tensorboard=False).write([*lines, {"step": 10, "loss": 0.9}])
+    assert Metrics(run, 10, tensorboard=False).lines == lines
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
+    run = RunFolder(tmp_path)
+    Metrics(run, 0, tensorboard=False).write([{"step": 0, "loss": math.nan}])
+    assert json.loads(run.metrics.read_text()) == {"step": 0, "loss": None}
+    assert math.isnan(read_metrics(run.metrics)[0]["loss"])
+
+
+def test_tensorboard_gets_every_scalar(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=True)
+    metrics.write([{"step": 0, "loss": 5.0}, {"step": 1, "loss": 4.0}])
+    metrics.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert events.read_bytes().count(b"loss") >= 2
+
+
+def test_tensorboard_without_its_package_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(InputError, match=r'pip install "galore-jax\[tensorboard\]"'):
+        Metrics(RunFolder(tmp_path), 0, tensorboard=True)
+
+
+def test_the_summary_reads_back_and_its_table_is_aligned(tmp_path):
+    run = RunFolder(tmp_path)
+    write_summary(run, SUMMARY)
+    assert read_summary(run) == SUMMARY
+    rows = SUMMARY.table().splitlines()
+    assert any(row.split() == ["optimizer", "state", "12.3", "MB"] for row in rows)
+    assert not any("bigram" in row for row in rows)
+    column = rows[0].index("run", 3)
+    assert all(row[column - 1] == " " and row[column] != " " for row in rows)
+
+
+def test_bytes_are_told_in_powers_of_ten():
+    sizes = [999, 1_500, 2_600_000, 24_310_000_000]
+    assert [format_bytes(size) for size in sizes] == ["999 B", "1.5 kB", "2.6 MB", "24.31 GB"]
+
+
+def test_several_runs_are_drawn_into_one_picture(tmp_path):
+    image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
+    folders = [a_run(tmp_path / "a" / "run").path, a_run(tmp_path / "b" / "run", steps=1).path]
+    plot_curves(folders, tmp_path / "both.png")
+    pixels = image.imread(tmp_path / "both.png")
+    assert pixels.shape[:2] == (806, 1170)
+    # Each run's colour is there, in lines of some length: blue, then vermilion.
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        near = np.abs(pixels[..., :3] - np.array(colour) / 255).max(-1) < 0.02
+        assert near.sum() > 50
+
+
+def test_a_folder_without_a_run_is_not_drawn(tmp_path):
+    with pytest.raises(InputError, match="there is no run to plot in"):
+        plot_curves([tmp_path], tmp_path / "none.png")
+
+
+def test_without_matplotlib_a_line_names_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plot_curves([a_run(tmp_path / "run").path], tmp_path / "curves.png")
+    assert 'pip install "galore-jax[plots]"' in capsys.readouterr().out
+    assert not (tmp_path / "curves.png").exists()

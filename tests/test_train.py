@@ -1,0 +1,270 @@
+"""Whole runs through scripts/train.py: killed, interrupted, refused, and going on bit for bit."""
+
+import json
+import os
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "scripts" / "train.py"
+STEPS = 60
+CONFIG = f"""
+[model]
+vocab_size = 258
+hidden_size = 24
+intermediate_size = 32
+num_layers = 2
+num_heads = 2
+max_length = 32
+dtype = "bfloat16"
+
+[data]
+sequence_length = 32
+batch_size = 4
+
+[optimizer]
+rank = 8
+update_proj_gap = 7
+warmup_steps = 5
+
+[training]
+steps = {STEPS}
+evaluate_every = 20
+evaluation_tokens = 400
+checkpoint_every = 10
+log_every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The configuration file, and a cache so that all processes compile once."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "tiny.toml").write_text(CONFIG)
+    return folder
+
+
+def command(place, name, *arguments):
+    folder = f"training.folder={place / name}"
+    return [sys.executable, str(TRAIN), "--config", str(place / "tiny.toml"), folder, *arguments]
+
+
+def environment(place):
+    return os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+
+
+def finish(place, arguments):
+    return subprocess.run(
+        arguments, env=environment(place), capture_output=True, text=True, timeout=120
+    )
+
+
+def lines(folder):
+    """Of metrics.jsonl, without the clock's."""
+    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "tokens_per_second")
+    return [{name: line[name] for name in line if name not in clock} for line in read]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    finished = finish(place, command(place, "uninterrupted", "training.bigram=true"))
+    assert finished.returncode == 0, finished.stderr
+    return finished, place / "uninterrupted"
+
+
+def test_a_run_leaves_its_configuration_metrics_summary_and_picture(uninterrupted):
+    finished, folder = uninterrupted
+    read = lines(folder)
+    assert [line["step"] for line in read if "loss" in line] == list(range(STEPS))
+    assert [line["step"] for line in read if "validation_loss" in line] == [20, 40, 60]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["validation_loss"] == read[-1]["validation_loss"] < 5.5
+    assert 1 < summary["bigram_loss"] < 5
+    assert summary["seconds"] > 0
+    assert summary["optimizer_bytes"] > 0
+    assert f"{summary['validation_loss']:.4f}" in finished.stdout
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["50", "60"]
+    assert (folder / "config.toml").exists()
+    for shown in ("tokens/s", "lr ", "loss ", "memory", "100%"):
+        assert shown in finished.stderr
+
+
+def kill_between(process, checkpoints):
+    """After step 25 is logged: checkpoints 10 and 20 lie there."""
+    metrics = checkpoints.parent / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 27:
+        time.sleep(0.002)
+    process.kill()
+
+
+def kill_during(process, checkpoints):
+    """While a later checkpoint is being written: stopped there first, so that it stays."""
+    unfinished = []
+    while process.poll() is None:
+        if any(path.name.startswith("20") for path in checkpoints.glob("*0*")):
+            unfinished = list(checkpoints.glob("[3-6]0.orbax-checkpoint-tmp"))
+        if unfinished:
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(0.05)
+            if unfinished[0].exists():
+                process.kill()
+                process.wait()
+                assert unfinished[0].exists()
+                return
+            process.send_signal(signal.SIGCONT)
+            unfinished = []
+    pytest.fail("no checkpoint was caught being written")
+
+
+def kill_right_after(process, checkpoints):
+    """As soon as a checkpoint has its name."""
+    while not (checkpoints / "20").exists():
+        time.sleep(0.0005)
+    process.kill()
+
+
+def kill_before_the_first(process, checkpoints):
+    """After a few steps are logged."""
+    metrics = checkpoints.parent / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        time.sleep(0.001)
+    process.kill()
+
+
+@pytest.mark.parametrize(
+    "kill", [kill_between, kill_during, kill_right_after, kill_before_the_first]
+)
+def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(place, uninterrupted, kill):
+    _, expected = uninterrupted
+    name = kill.__name__
+    process = subprocess.Popen(
+        command(place, name),
+        env=environment(place),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    kill(process, place / name / "checkpoints")
+    assert process.wait() == -signal.SIGKILL
+    assert not (place / name / "summary.json").exists()
+    resumed = finish(place, command(place, name, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("step 0 of" in resumed.stderr) == (kill is kill_before_the_first)
+    assert lines(place / name) == lines(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_prints_the_command_to_go_on(place, uninterrupted, number):
+    _, expected = uninterrupted
+    name = f"interrupted by {number.name}"
+    process = subprocess.Popen(
+        command(place, name),
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = place / name / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count("\n") < 13:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert "all saved. Go on with" in told
+    done = len([line for line in lines(place / name) if "loss" in line])
+    assert (place / name / "checkpoints" / str(done)).exists()
+    finished = finish(place, shlex.split(told.strip().splitlines()[-1]))
+    assert finished.returncode == 0, finished.stderr
+    assert f"resumed at step {done}" in finished.stderr
+    assert lines(place / name) == lines(expected)
+
+
+def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, uninterrupted):
+    _, expected = uninterrupted
+    disk = place / "disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in (expected / "checkpoints" / "50").rglob("*"))
+    tmpfs = ["mount", "-t", "tmpfs", "-o", f"size={2 * size}", "tmpfs", str(disk)]
+    try:
+        subprocess.run(tmpfs, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root")
+    try:
+        full = finish(place, command(place, "disk/run"))
+        assert full.returncode == 2
+        assert "Traceback" not in full.stderr
+        told = full.stderr.strip().splitlines()[-1]
+        assert told.startswith("error: the disk is full while writing")
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        finished = finish(place, command(place, "disk/run", "--resume"))
+        assert finished.returncode == 0, finished.stderr
+        assert lines(disk / "run") == lines(expected)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture
+def told(place, capfd, monkeypatch):
+    """Runs the script in this process and returns the one line that it prints."""
+
+    def run(*arguments, name="refused"):
+        monkeypatch.setattr(sys, "argv", command(place, name, *arguments)[1:])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(TRAIN), run_name="__main__")
+        assert stopped.value.code == 2
+        printed = capfd.readouterr().err.strip()
+        assert printed.startswith("error: ")
+        assert "\n" not in printed
+        return printed
+
+    return run
+
+
+def test_bad_input_is_told_in_one_sentence(told, place):
+    assert "optimizer.rnak is unknown; did you mean rank?" in told("optimizer.rnak=3")
+    assert "there is no tokenizer at nowhere.model" in told("data.tokenizer=nowhere.model")
+    assert "has 258 tokens, more than model.vocab_size, 100" in told("model.vocab_size=100")
+    assert "nothing to resume" in told("--resume")
+    assert not (place / "refused").exists()
+
+
+def test_a_folder_that_is_a_file_is_told(told, place):
+    (place / "a file").write_text("")
+    assert "cannot be made" in told(name="a file/run")
+
+
+def test_a_second_start_into_a_run_is_refused(told, uninterrupted):
+    assert "already holds a run: go on with it by --resume" in told(name="uninterrupted")
+
+
+def test_a_finished_run_is_not_resumed(told, uninterrupted):
+    assert "is finished, there is nothing to resume" in told("--resume", name="uninterrupted")
+
+
+def test_only_what_changes_no_result_may_change_on_resume(told, place, uninterrupted):
+    """Refusals come before the summary is looked at, so a finished run serves after losing it."""
+    _, folder = uninterrupted
+    (folder / "summary.json").rename(folder / "aside.json")
+    try:
+        refused = told("--resume", "model.hidden_size=32", name="uninterrupted")
+        assert "another model: model.hidden_size is 24 there and 32 here" in refused
+        refused = told("--resume", "optimizer.learning_rate=0.1", name="uninterrupted")
+        assert "other optimizer settings: optimizer.learning_rate is 0.01" in refused
+        resumed = finish(place, command(place, "uninterrupted", "--resume", "training.log_every=5"))
+        assert resumed.returncode == 0, resumed.stderr
+        assert "log_every = 5" in (folder / "config.toml").read_text()
+    finally:
+        (folder / "aside.json").replace(folder / "summary.json")
