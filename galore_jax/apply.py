@@ -9,8 +9,9 @@ import optax
 from jax import lax
 
 from galore_jax.quantization import stochastic_round
+from galore_jax.state import galore_states, map_bases
 from galore_jax.subspace import Basis, is_coordinates
-from galore_jax.transform import Chain, GaLoreState, galore_states, is_low_rank, map_bases, project
+from galore_jax.transform import Chain, update_low_rank
 
 PyTree = Any
 
@@ -22,11 +23,13 @@ def apply_gradients(
     params: PyTree,
     *,
     key: jax.Array | None = None,
+    **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
     """One step: `tx.update` and `optax.apply_updates` in one, for any transformation.
 
-    Coordinates are lifted and added one matrix at a time; under `jax.jit` with the parameters
-    donated, in place: no lifted update of a whole stacked leaf exists.
+    Call it under `jax.jit` with the parameters and the state donated. Coordinates are then lifted
+    and added in place, one matrix at a time: no lifted update of a whole stacked leaf exists. (A
+    wrapper around a `chain`, such as `optax.inject_hyperparams`, hands out lifted updates.)
 
     Args:
       tx: any transformation.
@@ -35,15 +38,19 @@ def apply_gradients(
       params: the parameters.
       key: where given, bfloat16 parameters are rounded stochastically. Rounding to nearest swallows
         updates below 1/512 of a weight; a stochastic one keeps them on average.
+      **extra_args: for the transformations, as those of `tx.update`.
 
     Returns:
       The new parameters and the new state.
+
+    Raises:
+      ValueError: a part of a stock transformation cannot work on coordinates.
     """
     if isinstance(tx, Chain):
-        updates, state = tx.update_coordinates(grads, state, params)
+        updates, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.links)
     else:
-        updates, state = _update_stock(tx, grads, state, params)
+        updates, state = update_low_rank(tx, grads, state, params, **extra_args)
         states = galore_states(state)
     leaves, tree = jax.tree.flatten(params)
     keys = tree.unflatten(
@@ -53,6 +60,7 @@ def apply_gradients(
     def add(update: Any, param: jax.Array, key: Any) -> Any:
         if is_coordinates(update):
             return update
+        param = jnp.asarray(param)
         return _rounded(_at_least_float32(param) + update, param.dtype, key)
 
     def lift_and_add(
@@ -68,32 +76,6 @@ def apply_gradients(
         at_leaf = partial(lift_and_add, galore_state.scale)
         new = map_bases(at_leaf, galore_state.bases, new, params, keys, otherwise=new)
     return new, state
-
-
-def _update_stock(
-    tx: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree
-) -> tuple[PyTree, PyTree]:
-    """`tx.update` of a stock chain, with the parameters' coordinates in the bases of this update.
-
-    A stock chain hands the same `params` to all its parts, so they must be projected before it
-    runs, into bases that it refreshes while it runs. Hence a first call that is asked for nothing
-    but the bases (under jit the rest of it is never compiled), and a second that finds them fresh.
-    """
-    states = galore_states(state)
-    if not states or not all(map(is_low_rank, states)):
-        return tx.update(grads, state, params)
-    _, probe = tx.update(grads, state, project(params, states))
-    refreshed = galore_states(probe)
-    fresh = [s._replace(ages=jax.tree.map(jnp.zeros_like, s.ages)) for s in refreshed]
-    ready = _with_galore_states(state, fresh)
-    updates, new = tx.update(grads, ready, project(params, fresh))
-    return updates, _with_galore_states(new, refreshed)
-
-
-def _with_galore_states(state: PyTree, states: list[GaLoreState]) -> PyTree:
-    is_leaf = lambda node: isinstance(node, GaLoreState)  # noqa: E731
-    new = iter(states)
-    return jax.tree.map(lambda node: next(new) if is_leaf(node) else node, state, is_leaf=is_leaf)
 
 
 @jax.jit
@@ -115,6 +97,8 @@ def _lift_and_add(basis: Basis, scale: jax.Array, update: Any, param: jax.Array,
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -7,8 +7,9 @@ import jax
 import optax
 
 from galore_jax.matrices import path_name
+from galore_jax.state import GaLoreState
 from galore_jax.subspace import Basis, is_basis
-from galore_jax.transform import GaLoreState, init
+from galore_jax.transform import init
 
 PyTree = Any
 

@@ -16,6 +16,8 @@ UNPROJECTED_LEAVES = frozenset({"bias", "scale"})
 UNPROJECTED_WORDS = frozenset({"embed", "embedding", "head", "norm"})  # lm_head: lm and head
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_NNX_ARRAYS = tuple(map(jax.tree_util.GetAttrKey, ("value", "raw_value")))
+_MULTI_HEAD = re.compile(r"multi_?head", re.IGNORECASE)  # an attention, not a head
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def matrix_views(params: PyTree, rank: int) -> PyTree:
             return None
         if names and names[-1] in UNPROJECTED_LEAVES:
             return None
-        if any(word.lower() in UNPROJECTED_WORDS for name in names for word in _WORD.findall(name)):
+        words = _WORD.findall(_MULTI_HEAD.sub("", " ".join(names)))
+        if any(word.lower() in UNPROJECTED_WORDS for word in words):
             return None
         axes = _head_axes(names, shapes) or ((len(shape) - 2,), (len(shape) - 1,))
         found = MatrixView(shape, *axes)
@@ -109,12 +112,10 @@ def path_name(path: tuple[Hashable, ...]) -> str:
 
 
 def _names(path: tuple[Hashable, ...]) -> tuple[str, ...]:
-    names = [
-        str(next(getattr(key, field) for field in ("key", "name", "idx") if hasattr(key, field)))
-        for key in path
-    ]
-    # Flax NNX ends the path of a variable with the field that holds its array.
-    return tuple(names[:-1] if len(names) > 1 and names[-1] in ("value", "raw_value") else names)
+    # Flax NNX ends the path of a variable with the attribute that holds its array.
+    if len(path) > 1 and path[-1] in _NNX_ARRAYS:
+        path = path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def _head_axes(

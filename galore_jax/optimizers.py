@@ -11,11 +11,10 @@ from galore_jax.subspace import Coordinates, is_coordinates
 from galore_jax.transform import Chain, chain, galore
 
 PyTree = Any
-Schedule = Callable[[Any], Any]
 
 
 def adamw(
-    learning_rate: float | Schedule,
+    learning_rate: optax.ScalarOrSchedule,
     rank: int,
     update_proj_gap: int = 200,
     scale: float = 0.25,
@@ -26,7 +25,7 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> Chain:
     """AdamW on the coordinates, with weight decay in the full space (arXiv 2403.03507, section 4).
@@ -46,7 +45,7 @@ def adamw(
         parameters (their shapes) to one; None: all.
 
     Returns:
-      A `chain`.
+      A `chain`; put a clip in front by `chain(clip, adamw(...))`. Nothing may come after it.
 
     Example:
       >>> import galore_jax, jax.numpy as jnp
@@ -68,11 +67,11 @@ class DecayWeightsState(NamedTuple):
 
 
 def decay_weights(
-    learning_rate: float | Schedule,
-    weight_decay: float,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | jax.Array,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-    """Decoupled decay of whole weights, the last link of a chain with galore.
+    """Decoupled decay of whole weights, the last link of a chain with galore; nothing comes after.
 
     With update u the weight becomes `(W + u) · (1 − lr · weight_decay)`, the reference's order.
     For a projected leaf the part of W outside the subspace decays too: the `Coordinates` carry the
@@ -85,7 +84,10 @@ def decay_weights(
         to one; None: all.
 
     Returns:
-      An optax transformation whose `update` needs `params`.
+      An optax transformation.
+
+    Raises:
+      ValueError: its `update` is called without `params`.
     """
 
     def init_fn(params: PyTree) -> DecayWeightsState:

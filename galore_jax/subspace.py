@@ -6,7 +6,7 @@ in the span of r orthonormal vectors P, `PᵀG` (left) or `G P` (right).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -55,23 +55,31 @@ class Projection:
         return (*self.view.batch, self.view.rows, self.rank)
 
     def project(self, vectors: jax.Array, array: jax.Array) -> jax.Array:
-        """Coordinates of an array of the parameter's shape: `PᵀG` or `G P`, in float32."""
+        """`PᵀG` or `G P`: from `basis_shape`, `view.shape` to `coordinates_shape`, in float32."""
         matrices = self.view.to_matrices(array).astype(jnp.float32)
         vectors = vectors.astype(jnp.float32)
         return vectors.mT @ matrices if self.side == "left" else matrices @ vectors
 
     def lift_matrices(self, vectors: jax.Array, value: jax.Array) -> jax.Array:
-        """`P N` or `N Pᵀ` for any equal batch axes in front: `(..., in, out)`, in float32."""
+        """`P N` or `N Pᵀ`, in float32.
+
+        Args:
+          vectors: `(..., in or out, r)`, any axes in front.
+          value: `(..., r, out)` or `(..., in, r)`, the same axes in front.
+
+        Returns:
+          `(..., in, out)`.
+        """
         vectors = vectors.astype(jnp.float32)
         return vectors @ value if self.side == "left" else value @ vectors.mT
 
     def lift(self, vectors: jax.Array, value: jax.Array) -> jax.Array:
-        """An array of the parameter's shape from its coordinates, in float32."""
+        """From `basis_shape` and `coordinates_shape` to an array of `view.shape`, in float32."""
         return self.view.from_matrices(self.lift_matrices(vectors, value))
 
 
-@jax.tree_util.register_pytree_with_keys_class
-@dataclass
+@jax.tree_util.register_dataclass
+@dataclass(eq=False)
 class Coordinates:
     """A gradient, moment or update of one projected parameter, in its basis.
 
@@ -86,19 +94,8 @@ class Coordinates:
     """
 
     value: Any
-    projection: Projection
+    projection: Projection = field(metadata={"static": True})
     decay: Any = None
-
-    def tree_flatten_with_keys(self):
-        """The arrays with their names; the projection is static."""
-        key = jax.tree_util.GetAttrKey
-        return ((key("value"), self.value), (key("decay"), self.decay)), self.projection
-
-    @classmethod
-    def tree_unflatten(cls, projection, children):
-        """The inverse of flattening."""
-        value, decay = children
-        return cls(value, projection, decay)
 
 
 def is_coordinates(node: Any) -> bool:
@@ -106,8 +103,8 @@ def is_coordinates(node: Any) -> bool:
     return isinstance(node, Coordinates)
 
 
-@jax.tree_util.register_pytree_with_keys_class
-@dataclass
+@jax.tree_util.register_dataclass
+@dataclass(eq=False)
 class Basis:
     """The basis of one projected parameter.
 
@@ -119,18 +116,8 @@ class Basis:
     """
 
     vectors: Any
-    projection: Projection
-    full_size: bool = False
-
-    def tree_flatten_with_keys(self):
-        """The vectors with their name; everything else is static."""
-        key = jax.tree_util.GetAttrKey
-        return ((key("vectors"), self.vectors),), (self.projection, self.full_size)
-
-    @classmethod
-    def tree_unflatten(cls, static, children):
-        """The inverse of flattening."""
-        return cls(*children, *static)
+    projection: Projection = field(metadata={"static": True})
+    full_size: bool = field(default=False, metadata={"static": True})
 
 
 def is_basis(node: Any) -> bool:
@@ -172,7 +159,7 @@ def random_basis(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     batch, (n, rank) = shape[:-2], shape[-2:]
 
     def one(key: jax.Array) -> jax.Array:
-        gaussian = jax.random.normal(key, (n, rank)) / n**0.5
+        gaussian = jax.random.normal(key, (n, rank), jnp.float32) / n**0.5
         return orthonormalise(gaussian, gaussian)
 
     # One matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
@@ -194,7 +181,7 @@ def eigh(matrix: jax.Array, basis: jax.Array, rounds: jax.Array) -> jax.Array:
 
 def subspace_iteration(matrix: jax.Array, basis: jax.Array, rounds: jax.Array) -> jax.Array:
     """Rounds of `A = orth(Gᵀ P), P = orth(G A)`, warm-started from the old basis."""
-    generic = jax.random.normal(jax.random.key(0), (matrix.shape[1], basis.shape[1]))
+    generic = jax.random.normal(jax.random.key(0), (matrix.shape[1], basis.shape[1]), jnp.float32)
     generic = generic / matrix.shape[1] ** 0.5
 
     def one_round(_: int, basis: jax.Array) -> jax.Array:

@@ -9,54 +9,36 @@ parameter's leaf stood, in what `init` hands to the transformations and in what 
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from galore_jax.matrices import matrix_views
+from galore_jax.state import (
+    ChainState,
+    GaLoreState,
+    galore_states,
+    is_low_rank,
+    map_bases,
+    project,
+    start_coordinates,
+    to_float32,
+    with_galore_states,
+)
 from galore_jax.subspace import (
     NEVER,
     REFRESH,
     Basis,
     Coordinates,
     Projection,
-    is_basis,
     is_coordinates,
     random_basis,
     refresh_due,
 )
 
 PyTree = Any
-
-
-class GaLoreState(NamedTuple):
-    """State of `galore`.
-
-    Attributes:
-      count: int32 scalar, updates so far.
-      scale: float32 scalar, the factor of the lift.
-      bases: the parameters' tree with a `Basis` where a leaf is projected and
-        `optax.MaskedNode()` elsewhere.
-      ages: the same tree with int32 `(*batch,)`: updates since each matrix's basis was made.
-    """
-
-    count: jax.typing.ArrayLike
-    scale: jax.Array
-    bases: PyTree
-    ages: PyTree
-
-
-class ChainState(NamedTuple):
-    """State of a `chain`, apart from a stock one's, for its galore needs no lifting by others.
-
-    Attributes:
-      links: the states of its transformations.
-    """
-
-    links: tuple
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
@@ -89,7 +71,8 @@ def galore(
     leaves are projected. The smaller side is projected (`std` of the paper). Bases are made anew at
     updates 0, T, 2T, … from that update's gradient; the moments stay as they are.
 
-    What leaves galore is float32: `Coordinates` of projected leaves, the gradients of all others.
+    What leaves galore is float32: `Coordinates` of projected leaves, `(*batch, r, out)` where the
+    in side is the smaller and `(*batch, in, r)` where the out side is; other gradients whole.
 
     Args:
       rank: number of basis vectors r. A leaf whose smaller side is not larger stays whole.
@@ -104,7 +87,7 @@ def galore(
       A transformation for `chain`, or for `optax.chain` with `init` and `apply_gradients`.
 
     Raises:
-      ValueError: for a rank or a gap below 1 or an unknown refresh.
+      ValueError: a rank that is no integer of at least 1, a gap below 1, an unknown refresh.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -118,9 +101,13 @@ def galore(
     """
     if refresh not in REFRESH:
         raise ValueError(f"galore: refresh must be one of {', '.join(REFRESH)}, not {refresh!r}.")
-    for name, value in (("rank", rank), ("update_proj_gap", update_proj_gap)):
-        if not isinstance(value, jax.Array) and value < 1:
-            raise ValueError(f"galore: {name} must be at least 1, not {value}.")
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(
+            f"galore: rank must be an integer of at least 1, not {rank!r}; under "
+            "optax.inject_hyperparams name it among the static_args."
+        )
+    if not isinstance(update_proj_gap, jax.Array) and update_proj_gap < 1:
+        raise ValueError(f"galore: update_proj_gap must be at least 1, not {update_proj_gap}.")
 
     def init_fn(params: PyTree) -> GaLoreState:
         # Coordinates stand where `init` has been here before; a whole matrix means that it has not.
@@ -159,15 +146,14 @@ def galore(
                 return basis.projection.lift(basis.vectors, value).astype(gradient.dtype)
             return Coordinates(value, basis.projection)
 
-        if is_low_rank(state):
-            updates = to_float32(updates)
-        else:
+        unprojected = to_float32(updates) if is_low_rank(state) else updates
+        if not is_low_rank(state):
             _warn_of_full_size()
         map_here = partial(map_bases, otherwise=state.bases)
         pairs = map_here(refreshed, state.bases, state.ages, updates)
         bases = map_here(lambda _, pair: pair[0], state.bases, pairs)
         ages = map_here(lambda _, pair: pair[1] + 1, state.bases, pairs)
-        updates = map_bases(projected, bases, updates, otherwise=updates)
+        updates = map_bases(projected, bases, updates, otherwise=unprojected)
         count = optax.safe_increment(state.count)
         return updates, GaLoreState(count, jnp.asarray(scale, jnp.float32), bases, ages)
 
@@ -184,29 +170,41 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     do not belong after galore; wrap the whole chain in them.
 
     Args:
-      *transforms: as for `optax.chain`; a chain among them is laid open, so that a clip can be put
-        in front of a ready-made optimizer.
+      *transforms: as for `optax.chain`; a `chain` among them is laid open, so that a clip can be
+        put in front of a ready-made optimizer. What decays whole weights comes last.
 
     Returns:
       A transformation whose updates have the parameters' shapes and dtypes. `apply_gradients`
       applies them without ever holding a lifted update of the whole tree.
+
+    Raises:
+      ValueError: more than one galore; at an update, something after a decay of whole weights.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from galore_jax import chain, galore
+      >>> tx = chain(optax.clip_by_global_norm(1.0), galore(rank=8), optax.lion(1e-4))
+      >>> optax.tree.get(tx.init({"kernel": jnp.ones((64, 128))}), "mu")["kernel"].value.shape
+      (8, 128)
     """
     links = tuple(
         link for tx in transforms for link in (tx.links if isinstance(tx, Chain) else (tx,))
     )
-    supported = [optax.with_extra_args_support(link) for link in links]
+    if sum(isinstance(link, GaLore) for link in links) > 1:
+        raise ValueError("chain: there is more than one galore; leave only one.")
 
     def init_fn(params: PyTree) -> ChainState:
         states = []
         for link in links:
             states.append(init(link, params))
-            params = _start_coordinates(params, galore_states(states[-1]))
+            params = start_coordinates(params, galore_states(states[-1]))
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
         states = []
-        for link, link_state in zip(supported, state.links, strict=True):
-            updates, link_state = link.update(updates, link_state, params, **extra_args)
+        for link, link_state in zip(links, state.links, strict=True):
+            _refuse_after_decay(updates)
+            updates, link_state = update_low_rank(link, updates, link_state, params, **extra_args)
             states.append(link_state)
             if params is not None:
                 params = project(params, galore_states(link_state))
@@ -214,9 +212,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         coordinates, state = update_coordinates(updates, state, params, **extra_args)
-        return _lift(
-            coordinates, galore_states(state.links), updates if params is None else params
-        ), state
+        like = updates if params is None else params
+        return _lift(coordinates, galore_states(state.links), like), state
 
     tx = Chain(init_fn, update_fn)
     tx.links, tx.update_coordinates = links, update_coordinates
@@ -226,81 +223,68 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 def init(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """Starts any optax transformation so that what comes after a `galore` in it is low-rank.
 
-    In place of `tx.init(params)` for a stock `optax.chain(galore(...), ...)`. Parameters are handed
-    on as float32, so that moments are, whatever the parameters' dtype.
+    In place of `tx.init(params)` for a stock `optax.chain(galore(...), ...)`. What comes after
+    galore is started with float32, so moments are float32 whatever the parameters' dtype: zero
+    `Coordinates` for projected leaves, the others themselves. Without galore it is `tx.init`.
 
     Args:
       tx: any transformation, with galore anywhere in it, or without.
       params: the parameters.
 
     Returns:
-      The optimizer's state.
-
-    Raises:
-      ValueError: where something before galore in a stock chain keeps arrays of the parameters'
-        shapes; `chain` handles it.
+      The optimizer's state, for `apply_gradients`. (The updates of a stock `tx.update` are not
+      lifted; those of a `chain` are.)
     """
-    params = to_float32(params)
     states = galore_states(jax.eval_shape(tx.init, params))
     if not all(map(is_low_rank, states)):
-        params = _start_coordinates(params, states)
-        _refuse_state_before_galore(jax.eval_shape(tx.init, params))
+        params = start_coordinates(params, states)
     return tx.init(params)
 
 
-def galore_states(state: PyTree) -> list[GaLoreState]:
-    """The states of every galore whose updates are still to be lifted: of none inside a `chain`."""
-    stop = lambda node: isinstance(node, (GaLoreState, ChainState))  # noqa: E731
-    return [s for s in jax.tree.leaves(state, is_leaf=stop) if isinstance(s, GaLoreState)]
+def update_low_rank(
+    tx: optax.GradientTransformation,
+    updates: PyTree,
+    state: PyTree,
+    params: PyTree,
+    **extra_args: Any,
+) -> tuple[PyTree, PyTree]:
+    """`tx.update` with the parameters' coordinates in the bases of this very update.
 
+    A stock chain hands the same `params` to all its parts, so they must be projected before it
+    runs, into bases that it refreshes while it runs. Hence a first call that is asked for nothing
+    but the bases (under jit the rest of it is never compiled), and a second that finds them fresh.
 
-def is_low_rank(state: GaLoreState) -> bool:
-    """Whether what follows this galore was started with coordinates (or it projects nothing)."""
-    bases = jax.tree.leaves(state.bases, is_leaf=is_basis)
-    return not any(is_basis(basis) and basis.full_size for basis in bases)
+    Args:
+      tx: any transformation, started by `init`.
+      updates: gradients, or what the transformation before it made of them.
+      state: of `tx`.
+      params: the parameters, or None.
+      **extra_args: for `tx.update`.
 
+    Returns:
+      The updates, `Coordinates` where a galore in `tx` projects, and the state.
 
-def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
-    """`params` with their `Coordinates` wherever one of the states has a basis."""
-
-    def coordinates(basis: Basis, param: jax.Array) -> Coordinates:
-        return Coordinates(basis.projection.project(basis.vectors, param), basis.projection)
-
-    for state in states:
-        params = map_bases(coordinates, state.bases, params, otherwise=params)
-    return params
-
-
-def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: PyTree) -> PyTree:
-    """`f(basis, *subtrees of rest)` at the projected leaves; what `otherwise` has at the others."""
-
-    def at_leaf(basis: Any, otherwise: Any, *subtrees: Any) -> Any:
-        return f(basis, *subtrees) if is_basis(basis) else otherwise
-
-    is_leaf = lambda node: is_basis(node) or isinstance(node, optax.MaskedNode)  # noqa: E731
-    return jax.tree.map(at_leaf, bases, otherwise, *rest, is_leaf=is_leaf)
-
-
-def to_float32(tree: PyTree) -> PyTree:
-    """Floating leaves as float32, others as they are."""
-
-    def cast(leaf: Any) -> Any:
-        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(leaf, jnp.float32) if floating else leaf
-
-    return jax.tree.map(cast, tree)
-
-
-def _start_coordinates(params: PyTree, states: list[GaLoreState]) -> PyTree:
-    """`params` with zero `Coordinates` wherever one of the states has a basis."""
-
-    def zeros(basis: Basis) -> Coordinates:
-        shape = basis.projection.coordinates_shape
-        return Coordinates(jnp.zeros(shape, jnp.float32), basis.projection)
-
-    for state in states:
-        params = map_bases(zeros, state.bases, otherwise=params)
-    return params
+    Raises:
+      ValueError: a part of a stock transformation cannot work on coordinates.
+    """
+    tx = tx if isinstance(tx, GaLore) else optax.with_extra_args_support(tx)
+    states = galore_states(state)
+    if isinstance(tx, GaLore) or not states or not all(map(is_low_rank, states)):
+        return tx.update(updates, state, params, **extra_args)
+    try:
+        coordinates = None if params is None else project(params, states)
+        _, probe = tx.update(updates, state, coordinates, **extra_args)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "a transformation around or before galore cannot work on its coordinates "
+            f"({error}): use galore_jax.chain in place of optax.chain, inside all wrappers."
+        ) from error
+    refreshed = galore_states(probe)
+    fresh = [s._replace(ages=jax.tree.map(jnp.zeros_like, s.ages)) for s in refreshed]
+    ready = with_galore_states(state, fresh)
+    coordinates = None if params is None else project(params, fresh)
+    updates, new = tx.update(updates, ready, coordinates, **extra_args)
+    return updates, with_galore_states(new, refreshed)
 
 
 def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
@@ -312,23 +296,21 @@ def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
         full = scale * basis.projection.lift(basis.vectors, update.value)
         return full if update.decay is None else full - update.decay * like
 
+    def cast(update: Any, like: Any) -> jax.Array:
+        return jnp.asarray(update, jnp.result_type(like.value if is_coordinates(like) else like))
+
     for state in states:
         lift = partial(lifted, state.scale)
         updates = map_bases(lift, state.bases, updates, like, otherwise=updates)
-    return jax.tree.map(lambda update, leaf: update.astype(leaf.dtype), updates, like)
+    return jax.tree.map(cast, updates, like)
 
 
-def _refuse_state_before_galore(state: PyTree) -> None:
-    """A stock chain starts all its parts alike, also those that full gradients will reach."""
-    is_chain = lambda node: type(node) is tuple  # noqa: E731
-    for links in filter(is_chain, jax.tree.leaves(state, is_leaf=is_chain)):
-        before = list(takewhile(lambda link: not galore_states(link), links))
-        if len(before) < len(links) and any(
-            map(is_coordinates, jax.tree.leaves(before, is_leaf=is_coordinates))
-        ):
+def _refuse_after_decay(updates: PyTree) -> None:
+    for update in jax.tree.leaves(updates, is_leaf=is_coordinates):
+        if is_coordinates(update) and update.decay is not None:
             raise ValueError(
-                "init: a transformation before galore keeps arrays of the parameters' shapes, "
-                "which a stock optax.chain cannot start: use galore_jax.chain."
+                "chain: a decay of whole weights (decay_weights, and the end of galore_jax.adamw) "
+                "must come last; put what follows it in front of galore, or around the chain."
             )
 
 

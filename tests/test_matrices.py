@@ -39,12 +39,13 @@ def test_matrices_are_the_last_two_axes_of_leaves_larger_than_the_rank():
         "wide": {"kernel": jnp.zeros((9, 64))},
         "stacked": {"kernel": jnp.zeros((3, 64, 16))},
         "narrow": {"kernel": jnp.zeros((8, 64))},
+        "value": jnp.zeros((16, 64)),
         "counts": jnp.zeros((64, 64), jnp.int32),
         "vector": jnp.zeros(64),
         "scalar": 1.0,
     }
     views = projected(params, rank=8)
-    assert set(views) == {"wide/kernel", "stacked/kernel"}
+    assert set(views) == {"wide/kernel", "stacked/kernel", "value"}
     assert views["stacked/kernel"].batch == (3,)
 
 
@@ -79,6 +80,17 @@ def test_only_whole_words_count(path):
     for name in reversed(path.split("/")):
         params = {name: params}
     assert list(projected(params, rank=8)) == [path]
+
+
+def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(32, name="lm_head")(nn.MultiHeadDotProductAttention(num_heads=4)(x))
+
+    params = Model().init(jax.random.key(0), jnp.zeros((1, 5, 32)))["params"]
+    names = {"query", "key", "value", "out"}
+    assert {path.split("/")[1] for path in projected(params, rank=8)} == names
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -30,6 +30,15 @@ GRADIENTS = {
 }
 
 
+# Ours is to be within 1e-6, in float32; LAPACK's vectors are a few more units of rounding off.
+ORTHONORMALITY = {"subspace_iteration": 1e-6, "eigh": 5e-6, "svd": 5e-6}
+
+
+def orthonormality_error(vectors):
+    vectors = np.asarray(vectors, np.float64)
+    return np.abs(np.swapaxes(vectors, -1, -2) @ vectors - np.eye(RANK)).max()
+
+
 def refreshed(gradient, method, side="std"):
     view = MatrixView(gradient.shape, (gradient.ndim - 2,), (gradient.ndim - 1,))
     projection = Projection.std(view, RANK) if side == "std" else Projection(view, side, RANK)
@@ -45,8 +54,7 @@ def test_bases_are_orthonormal_whatever_the_gradient(method, name):
     for gradient in (GRADIENTS[name], GRADIENTS[name].T):
         vectors, ages = refreshed(gradient, method)
         assert ages.item() == 0
-        error = jnp.abs(vectors.T @ vectors - jnp.eye(RANK)).max()
-        assert float(error) <= 1e-5
+        assert orthonormality_error(vectors) <= ORTHONORMALITY[method]
 
 
 @pytest.mark.parametrize("method", list(REFRESH))
@@ -118,6 +126,6 @@ def test_lifted_coordinates_are_the_projection_of_the_array(side, shape):
 @pytest.mark.parametrize("method", list(REFRESH))
 def test_a_model_of_eight_stacked_leaves_is_refreshed_in_one_program_without_a_deadlock(method):
     gradients = [jax.random.normal(jax.random.key(i), (3, 24 + 2 * i, 40)) for i in range(8)]
-    errors = jax.jit(lambda gradients: [refreshed(g, method)[0] for g in gradients])(gradients)
-    for vectors in errors:
-        assert float(jnp.abs(vectors.mT @ vectors - jnp.eye(RANK)).max()) <= 1e-5
+    bases = jax.jit(lambda gradients: [refreshed(g, method)[0] for g in gradients])(gradients)
+    for vectors in bases:
+        assert orthonormality_error(vectors) <= ORTHONORMALITY[method]

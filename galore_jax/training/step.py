@@ -81,7 +81,9 @@ def init_state(config: Config) -> TrainState:
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Llama(config.model).init(jax.random.key(config.training.seed), tokens)["params"]
     tx = make_optimizer(config.optimizer, config.training.steps)
-    return TrainState(params, galore_jax.init(tx, params), jnp.zeros([], jnp.int32))
+    # As galore's, the moments of plain AdamW are float32 whatever the parameters are.
+    started = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    return TrainState(params, galore_jax.init(tx, started), jnp.zeros([], jnp.int32))
 
 
 def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:

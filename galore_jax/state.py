@@ -1,0 +1,107 @@
+"""The state of galore, and trees in which coordinates stand where it has bases."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.subspace import Basis, Coordinates, is_basis
+
+PyTree = Any
+
+
+class GaLoreState(NamedTuple):
+    """State of `galore`.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      scale: float32 scalar, the factor of the lift.
+      bases: the parameters' tree with a `Basis` where a leaf is projected and
+        `optax.MaskedNode()` elsewhere.
+      ages: the same tree with int32 `(*batch,)`: updates since each matrix's basis was made.
+    """
+
+    count: jax.typing.ArrayLike
+    scale: jax.Array
+    bases: PyTree
+    ages: PyTree
+
+
+class ChainState(NamedTuple):
+    """State of a `chain`, apart from a stock one's, for its galore needs no lifting by others.
+
+    Attributes:
+      links: the states of its transformations.
+    """
+
+    links: tuple
+
+
+def galore_states(state: PyTree) -> list[GaLoreState]:
+    """The states of every galore whose updates are still to be lifted: of none inside a `chain`."""
+    return [s for s in jax.tree.leaves(state, is_leaf=_is_state) if isinstance(s, GaLoreState)]
+
+
+def with_galore_states(state: PyTree, states: list[GaLoreState]) -> PyTree:
+    """`state` with others in place of those that `galore_states` finds, in their order."""
+    new = iter(states)
+
+    def replaced(node: Any) -> Any:
+        return next(new) if isinstance(node, GaLoreState) else node
+
+    return jax.tree.map(replaced, state, is_leaf=_is_state)
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, (GaLoreState, ChainState))
+
+
+def is_low_rank(state: GaLoreState) -> bool:
+    """Whether what follows this galore was started with coordinates (or it projects nothing)."""
+    bases = jax.tree.leaves(state.bases, is_leaf=is_basis)
+    return not any(is_basis(basis) and basis.full_size for basis in bases)
+
+
+def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
+    """`params` as they stand after these galores: `Coordinates` where one has a basis, float32."""
+
+    def coordinates(basis: Basis, param: jax.Array) -> Coordinates:
+        return Coordinates(basis.projection.project(basis.vectors, param), basis.projection)
+
+    for state in states:
+        params = map_bases(coordinates, state.bases, params, otherwise=params)
+    return to_float32(params) if states else params
+
+
+def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: PyTree) -> PyTree:
+    """`f(basis, *subtrees of rest)` at the projected leaves; what `otherwise` has at the others."""
+
+    def at_leaf(basis: Any, otherwise: Any, *subtrees: Any) -> Any:
+        return f(basis, *subtrees) if is_basis(basis) else otherwise
+
+    is_leaf = lambda node: is_basis(node) or isinstance(node, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(at_leaf, bases, otherwise, *rest, is_leaf=is_leaf)
+
+
+def to_float32(tree: PyTree) -> PyTree:
+    """Floating leaves as float32, others as they are."""
+
+    def cast(leaf: Any) -> Any:
+        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        return jnp.asarray(leaf, jnp.float32) if floating else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def start_coordinates(params: PyTree, states: list[GaLoreState]) -> PyTree:
+    """As `project`, with zeros for coordinates: the states may be abstract."""
+
+    def zeros(basis: Basis) -> Coordinates:
+        shape = basis.projection.coordinates_shape
+        return Coordinates(jnp.zeros(shape, jnp.float32), basis.projection)
+
+    for state in states:
+        params = map_bases(zeros, state.bases, otherwise=params)
+    return to_float32(params) if states else params
