@@ -117,7 +117,7 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
     checkpoints = RunFolder(folder).checkpoints.absolute()
     if not checkpoints.is_dir():
         raise InputError(f"{folder} holds no checkpoints/: give the folder of a training run.")
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(checkpoints, options=options) as manager:
         step = manager.latest_step()
         if step is None:
