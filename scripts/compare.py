@@ -28,7 +28,7 @@ def main() -> None:
     from galore_jax.training.loop import Interrupted
 
     config = load_config(arguments.config, arguments.overrides)
-    seeds, rates = _numbers(arguments.seeds, int), _numbers(arguments.rates, float)
+    seeds, rates = _numbers(arguments.seeds, int) or [0], _numbers(arguments.rates, float)
     try:
         rows = compare(config, seeds, rates)
     except Interrupted:

@@ -31,7 +31,7 @@ class Row:
 
     name: str
     learning_rate: float
-    runs: tuple[Summary, ...]
+    runs: Sequence[Summary]
 
     @property
     def loss(self) -> float:
@@ -92,8 +92,8 @@ def table(rows: Sequence[Row]) -> str:
             row.name,
             f"{row.learning_rate:g}",
             f"{row.loss:.4f}",
-            f"{row.spread:.4f}",
-            f"{100 * (row.loss / baseline.loss - 1):+.2f}%",
+            f"{row.spread:.4f}" if len(row.runs) > 1 else "",
+            "" if row is baseline else f"{100 * (row.loss / baseline.loss - 1):+.2f}%",
             format_bytes(row.runs[0].optimizer_bytes),
             f"{seconds:.1f}",
             f"{speed:,.0f}",

@@ -19,9 +19,9 @@ from typing import Any
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
+from galore_jax.subspace import REFRESH
 
 OPTIMIZERS = ("adamw", "galore_adamw")
-REFRESHES = ("subspace_iteration", "eigh", "svd")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require_choice("optimizer.name", self.name, OPTIMIZERS)
-        _require_choice("optimizer.refresh", self.refresh, REFRESHES)
+        _require_choice("optimizer.refresh", self.refresh, tuple(REFRESH))
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
         _require(self.scale > 0, "optimizer.scale", self.scale, "positive")
         _require(self.eps > 0, "optimizer.eps", self.eps, "positive")
@@ -126,7 +126,8 @@ class Config:
 
     Raises:
       InputError: sections that do not fit together: a sequence longer than the model takes,
-        micro-batches that do not divide the batch, a warm-up longer than the training.
+        micro-batches that do not divide the batch, a rank that leaves nothing to project, a warm-up
+        longer than the training.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -144,6 +145,11 @@ class Config:
             raise InputError(
                 f"training.accumulation is {self.training.accumulation}, which does not divide "
                 f"data.batch_size, {self.data.batch_size}: choose a divisor."
+            )
+        if self.optimizer.name != "adamw" and self.optimizer.rank >= self.model.hidden_size:
+            raise InputError(
+                f"optimizer.rank is {self.optimizer.rank}, but model.hidden_size is only "
+                f"{self.model.hidden_size}: nothing would be projected, choose a smaller rank."
             )
         if self.optimizer.warmup_steps > self.training.steps:
             raise InputError(
