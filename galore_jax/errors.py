@@ -10,11 +10,16 @@ class InputError(ValueError):
 
 
 def exit_with_one_sentence(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; an `InputError` or a full disk exits with status 2 and one line."""
+    """Runs a script's `main`; an `InputError` or a full disk exits with status 2 and one line.
+
+    Ctrl-C exits with status 130, as in a shell.
+    """
     try:
         main()
     except InputError as error:
         sys.exit(_told(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

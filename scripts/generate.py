@@ -16,7 +16,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="RUN_FOLDER", help="folder of a training run")
-    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="how many (default: %(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: the likeliest (default: %(default)s)"

@@ -89,7 +89,7 @@ class Checkpoints:
         """
         step = self._manager.latest_step()
         refuse_other_run(_recorded_config(self._manager, step), config, self.folder)
-        target = jax.eval_shape(lambda: init_state(config))
+        target = _on_this_device(jax.eval_shape(lambda: init_state(config)))
         with _damage_told(self.folder / str(step)):
             restored = self._manager.restore(
                 step,
@@ -123,10 +123,18 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
         if step is None:
             raise InputError(f"{checkpoints} holds no complete checkpoint: let the run reach one.")
         config = _recorded_config(manager, step)
-        target = jax.eval_shape(lambda: init_state(config)).params
+        target = _on_this_device(jax.eval_shape(lambda: init_state(config)).params)
         with _damage_told(checkpoints / str(step)):
             arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
             return config, manager.restore(step, args=arguments)["params"], step
+
+
+def _on_this_device(abstract: Any) -> Any:
+    """Without a sharding Orbax would look for the very device that saved the checkpoint."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract
+    )
 
 
 def _recorded_config(manager: ocp.CheckpointManager, step: int | None) -> Config:
@@ -160,8 +168,8 @@ def _damage_told(checkpoint: Path) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"the checkpoint {checkpoint} cannot be read ({reason}): delete it to go on from the "
-            "one before."
+            f"the checkpoint {checkpoint} cannot be read ({reason}): move it away to go on from "
+            "the one before."
         ) from error
 
 

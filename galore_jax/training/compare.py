@@ -4,19 +4,22 @@ Every run keeps its folder, so a comparison that was stopped goes on where it wa
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from galore_jax.data.batches import documents
 from galore_jax.files import written_whole
-from galore_jax.training.config import OPTIMIZERS, Config
+from galore_jax.training.config import Config, load_config
 from galore_jax.training.curves import plot_curves
-from galore_jax.training.folder import RunFolder
+from galore_jax.training.folder import RunFolder, refuse_other_run
 from galore_jax.training.loop import train
 from galore_jax.training.metrics import Summary, format_bytes, read_summary
 from galore_jax.training.writing import write_text
 
 SAMPLE_TOKENS = 400
+PROMPT_CHARACTERS = 40  # of a held-out document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ def compare(config: Config, seeds: Sequence[int], rates: Sequence[float] = ()) -
     """
     folder = Path(config.training.folder)
     rows = []
-    for name in reversed(OPTIMIZERS):
+    for name in ("galore_adamw", "adamw"):
         rate = (
             _best_rate(config, name, seeds[0], rates) if rates else config.optimizer.learning_rate
         )
@@ -72,8 +75,10 @@ def compare(config: Config, seeds: Sequence[int], rates: Sequence[float] = ()) -
     plot_curves(pictured, folder / "comparison.png")
     with written_whole(folder / "comparison.md") as path:
         path.write_text(table(rows), encoding="utf-8")
+    prompt = documents(config.data, "validation")[0][:PROMPT_CHARACTERS]
+    sample = write_text(pictured[0], prompt, min(SAMPLE_TOKENS, config.model.max_length // 2))
     with written_whole(folder / "sample.txt") as path:
-        path.write_text(write_text(pictured[0], "", SAMPLE_TOKENS), encoding="utf-8")
+        path.write_text(sample, encoding="utf-8")
     return rows
 
 
@@ -120,7 +125,7 @@ def _best_rate(config: Config, name: str, seed: int, rates: Sequence[float]) -> 
     for rate in rates:
         losses[rate] = _run(short, f"{name}-rate{rate:g}", name, rate, seed).validation_loss
         print(f"{name}, learning rate {rate:g}, {quarter} steps: {losses[rate]:.4f}")
-    return min(losses, key=losses.__getitem__)
+    return min(rates, key=lambda rate: (math.isnan(losses[rate]), losses[rate]))
 
 
 def _run(config: Config, label: str, name: str, rate: float, seed: int) -> Summary:
@@ -134,5 +139,6 @@ def _run(config: Config, label: str, name: str, rate: float, seed: int) -> Summa
     )
     run = RunFolder(folder)
     if run.summary.exists():
+        refuse_other_run(load_config(run.config), config, folder)
         return read_summary(run)
     return train(config, resume=run.metrics.exists())

@@ -176,6 +176,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"there is no file {path}{_nearest(path.name, others)}") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: give the TOML file of a configuration.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a TOML file: {error}.") from None
     for section in table:

@@ -81,6 +81,7 @@ def plot_curves(folders: Sequence[str | Path], picture: str | Path) -> None:
         axes.grid(alpha=0.25, linewidth=0.6)
     above.legend(frameon=False)
     figure.align_ylabels()
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
     with written_whole(picture) as path:
         FigureCanvasAgg(figure).print_png(path)
 

@@ -82,6 +82,15 @@ def make_evaluate(config: Config) -> Callable[[Any, Iterable[Batch]], Evaluation
     return evaluate
 
 
+def check_bigram_vocabulary(vocabulary: int) -> None:
+    """Raises an `InputError` where a bigram's table of counts would not fit."""
+    if vocabulary > BIGRAM_VOCABULARY:
+        raise InputError(
+            f"training.bigram counts pairs of at most {BIGRAM_VOCABULARY} tokens and the tokenizer "
+            f"has {vocabulary}: set training.bigram=false."
+        )
+
+
 def bigram_loss(
     training: Iterable[Batch], validation: Iterable[Batch], vocabulary: int, limit: int = 0
 ) -> float:
@@ -102,11 +111,7 @@ def bigram_loss(
     Raises:
       InputError: a larger vocabulary: the table of counts would not fit.
     """
-    if vocabulary > BIGRAM_VOCABULARY:
-        raise InputError(
-            f"training.bigram counts pairs of at most {BIGRAM_VOCABULARY} tokens and the tokenizer "
-            f"has {vocabulary}: set training.bigram=false."
-        )
+    check_bigram_vocabulary(vocabulary)
     pairs = np.zeros((vocabulary, vocabulary), np.uint32)
     for batch in training:
         np.add.at(pairs, _pairs(batch), 1)

@@ -103,12 +103,12 @@ def open_folder(config: Config) -> RunFolder:
     run = RunFolder(config.training.folder)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        with written_whole(run.config) as path:
+            path.write_text(to_toml(config), encoding="utf-8")
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise InputError(
             f"training.folder = {str(run.path)!r} cannot be made ({error.strerror}): name another."
         ) from None
-    with written_whole(run.config) as path:
-        path.write_text(to_toml(config), encoding="utf-8")
     return run
 
 

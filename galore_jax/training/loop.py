@@ -20,7 +20,12 @@ from galore_jax.errors import InputError
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
 from galore_jax.training.curves import plot_curves
-from galore_jax.training.evaluate import bigram_loss, make_evaluate, perplexity
+from galore_jax.training.evaluate import (
+    bigram_loss,
+    check_bigram_vocabulary,
+    make_evaluate,
+    perplexity,
+)
 from galore_jax.training.folder import RunFolder, open_folder, refuse_wrong_start, resume_command
 from galore_jax.training.metrics import Metrics, Summary, format_bytes, write_summary
 from galore_jax.training.progress import Progress
@@ -51,6 +56,8 @@ def train(config: Config, resume: bool = False) -> Summary:
     refuse_wrong_start(config, resume)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabulary(config, tokenizer)
+    if jax.process_count() > 1:
+        raise InputError("training on several processes is not built yet: start a single one.")
     processes = jax.process_index(), jax.process_count()
     batches = train_batches(config.data, tokenizer, *processes)
     validation = validation_batches(config.data, tokenizer, *processes)
@@ -127,6 +134,8 @@ def train(config: Config, resume: bool = False) -> Summary:
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    if config.training.bigram:
+        check_bigram_vocabulary(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise InputError(
             f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.errors import InputError
 from galore_jax.models.generation import generate
 from galore_jax.training.checkpoint import load_for_inference
 
@@ -23,7 +24,7 @@ def write_text(
 
     Args:
       folder: of the run.
-      prompt: text to continue; "" begins a new document.
+      prompt: text to continue.
       tokens: how many to write at most.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: sample among the k likeliest tokens only; 0: among all.
@@ -33,13 +34,14 @@ def write_text(
       The prompt and its continuation.
 
     Raises:
-      InputError: there is no checkpoint, or more tokens than the model takes.
+      InputError: there is no checkpoint or no prompt, or more tokens than the model takes.
     """
     config, params, _ = load_for_inference(folder)
     tokenizer = load_tokenizer(config.data.tokenizer)
     given = tokenizer.encode(prompt)
-    # In packed rows an eos stands before each document.
-    start = jnp.asarray([given or [tokenizer.eos_id]], jnp.int32)
+    if not given:
+        raise InputError("there is nothing to continue: give a prompt of a word or more.")
+    start = jnp.asarray([given], jnp.int32)
     key = jax.random.key(seed)
     new = generate(config.model, params, start, tokens, key, temperature, top_k)[0].tolist()
     document = itertools.takewhile(lambda token: token != tokenizer.eos_id, new)
