@@ -126,8 +126,7 @@ class Config:
 
     Raises:
       InputError: sections that do not fit together: a sequence longer than the model takes,
-        micro-batches that do not divide the batch, a rank that leaves nothing to project, a warm-up
-        longer than the training.
+        micro-batches that do not divide the batch, a warm-up longer than the training.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -145,11 +144,6 @@ class Config:
             raise InputError(
                 f"training.accumulation is {self.training.accumulation}, which does not divide "
                 f"data.batch_size, {self.data.batch_size}: choose a divisor."
-            )
-        if self.optimizer.name != "adamw" and self.optimizer.rank >= self.model.hidden_size:
-            raise InputError(
-                f"optimizer.rank is {self.optimizer.rank}, but model.hidden_size is only "
-                f"{self.model.hidden_size}: nothing would be projected, choose a smaller rank."
             )
         if self.optimizer.warmup_steps > self.training.steps:
             raise InputError(
