@@ -1,6 +1,5 @@
 """Parameters updated from coordinates in place, leaf by leaf and layer by layer."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -8,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from galore_jax.chain import Chain, update_low_rank
+from galore_jax.projection import Basis, is_coordinates
 from galore_jax.quantization import stochastic_round
 from galore_jax.state import galore_states, map_bases
-from galore_jax.subspace import Basis, is_coordinates
-from galore_jax.transform import Chain, update_low_rank
 
 PyTree = Any
 
@@ -50,7 +49,7 @@ def apply_gradients(
         updates, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.links)
     else:
-        updates, state = update_low_rank(tx, grads, state, params, **extra_args)
+        updates, state, _ = update_low_rank(tx, grads, state, params, **extra_args)
         states = galore_states(state)
     leaves, tree = jax.tree.flatten(params)
     keys = tree.unflatten(
@@ -63,37 +62,34 @@ def apply_gradients(
         param = jnp.asarray(param)
         return _rounded(_at_least_float32(param) + update, param.dtype, key)
 
-    def lift_and_add(
-        scale: jax.Array, basis: Basis, update: Any, param: jax.Array, key: Any
-    ) -> Any:
-        if not is_coordinates(update):
-            return update
-        return _lift_and_add(basis, scale, update, param, key)
+    def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
+        return _lift_and_add(basis, update, param, key) if is_coordinates(update) else update
 
     # Unprojected leaves first; then each galore puts its new parameters where coordinates stand.
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
-        at_leaf = partial(lift_and_add, galore_state.scale)
-        new = map_bases(at_leaf, galore_state.bases, new, params, keys, otherwise=new)
+        new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
     return new, state
 
 
 @jax.jit
-def _lift_and_add(basis: Basis, scale: jax.Array, update: Any, param: jax.Array, key: Any):
-    projection = basis.projection
-    vectors, value, matrices = (
-        array.reshape(-1, *array.shape[-2:])
-        for array in (basis.vectors, update.value, projection.view.to_matrices(param))
-    )
+def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.Array:
+    projection, batch = basis.projection, basis.age.ndim
+    flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
+    vectors, value = jax.tree.map(flat, (basis.vectors, update.value))
+    decay = None if update.decay is None else jnp.broadcast_to(update.decay, basis.age.shape)
 
-    def one(layer: jax.Array, matrices: jax.Array) -> jax.Array:
-        old = _at_least_float32(matrices[layer])
-        kept = old if update.decay is None else old * (1 - update.decay)
-        new = kept + scale * projection.lift_matrices(vectors[layer], value[layer])
-        layer_key = None if key is None else jax.random.fold_in(key, layer)
-        return matrices.at[layer].set(_rounded(new, matrices.dtype, layer_key))
+    def one(i: jax.Array, matrices: jax.Array) -> jax.Array:
+        old = _at_least_float32(matrices[i])
+        kept = old if decay is None else old * (1 - flat(decay)[i])
+        own_vectors = {side: stack[i] for side, stack in vectors.items()}
+        new = kept + basis.scale * projection.lift_matrices(own_vectors, value[i])
+        own_key = None if key is None else jax.random.fold_in(key, i)
+        return matrices.at[i].set(_rounded(new, matrices.dtype, own_key))
 
-    return projection.view.from_matrices(lax.fori_loop(0, len(matrices), one, matrices))
+    matrices = projection.view.to_matrices(param)
+    new = lax.fori_loop(0, basis.age.size, one, flat(matrices))
+    return projection.view.from_matrices(new.reshape(matrices.shape))
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import optax
 
-from galore_jax.matrices import path_name
-from galore_jax.state import GaLoreState
-from galore_jax.subspace import Basis, is_basis
-from galore_jax.transform import init
+from galore_jax.chain import init
+from galore_jax.matrices import path_names
+from galore_jax.projection import Basis
+from galore_jax.state import GaLoreState, bases_of
 
 PyTree = Any
 
@@ -36,33 +36,32 @@ def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
       kernel  2 x 64 x 256  left     8      225,280
       total                                 225,280
     """
-    bases: dict[str, Basis] = {}
     state = jax.eval_shape(lambda params: init(tx, params), params)
     is_state = lambda node: isinstance(node, GaLoreState)  # noqa: E731
-    for node in filter(is_state, jax.tree.leaves(state, is_leaf=is_state)):
-        leaves = jax.tree_util.tree_leaves_with_path(node.bases, is_leaf=is_basis)
-        bases.update((path_name(path), basis) for path, basis in leaves)
+    states = filter(is_state, jax.tree.leaves(state, is_leaf=is_state))
+    bases = {basis.projection.path: basis for basis in bases_of(list(states))}
 
     rows = [("path", "matrices", "side", "rank", "bytes saved")]
     total = 0
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        name = path_name(path)
-        if name not in bases:
+        names = path_names(path)
+        name = "/".join(names)
+        if names not in bases:
             rows.append((name, "-", "-", "-", "0"))
             continue
-        projection = bases[name].projection
+        projection = bases[names].projection
         view = projection.view
-        saved = _bytes_saved(bases[name])
+        saved = _bytes_saved(bases[names])
         total += saved
         sizes = " x ".join(str(size) for size in (*view.batch, view.rows, view.columns))
-        rows.append((name, sizes, projection.side, str(projection.rank), f"{saved:,}"))
+        rows.append((name, sizes, "+".join(projection.sides), str(projection.rank), f"{saved:,}"))
     rows.append(("total", "", "", "", f"{total:,}"))
     return _table(rows)
 
 
 def _bytes_saved(basis: Basis) -> int:
     projection = basis.projection
-    kept = basis.vectors.size * basis.vectors.dtype.itemsize
+    kept = sum(v.size * v.dtype.itemsize for v in basis.vectors.values())
     kept += 2 * 4 * math.prod(projection.coordinates_shape)
     return 2 * 4 * math.prod(projection.view.shape) - kept
 

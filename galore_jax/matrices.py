@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from optax.contrib import GaLoreDimensionNumbers
 
 PyTree = Any
 
@@ -17,6 +18,7 @@ UNPROJECTED_WORDS = frozenset({"embed", "embedding", "head", "norm"})  # lm_head
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _NNX_ARRAYS = tuple(map(jax.tree_util.GetAttrKey, ("value", "raw_value")))
+_DEFAULT = object()  # in place of dimension numbers
 _MULTI_HEAD = re.compile(r"multi_?head", re.IGNORECASE)  # an attention, not a head
 
 
@@ -72,50 +74,100 @@ class MatrixView:
         return tuple(self.shape[axis] for axis in axes)
 
 
-def matrix_views(params: PyTree, rank: int) -> PyTree:
-    """The default rule: which leaves are projected, and as which matrices.
+def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyTree:
+    """How each leaf reads as matrices, where it does.
 
-    A leaf is read as matrices over its last two axes; Flax's attention kernels that are stored with
-    heads (`query`, `key`, `value`, `out` side by side) over the model's axis and the two of the
-    heads. It is projected when its smaller side is larger than `rank`, unless its last name is bias
-    or scale or a word of its path is embed, embedding, head or norm.
+    By default over its last two axes; Flax's attention kernels that are stored with heads (`query`,
+    `key`, `value`, `out` side by side) over the model's axis and the two of the heads. A leaf that
+    has fewer than two axes or does not hold floating numbers is no matrix.
 
     Args:
       params: any pytree of arrays or of their shapes.
-      rank: of the projection.
+      weight_dimension_numbers: None for the default; or `optax.contrib.GaLoreDimensionNumbers`
+        (`reduction_axis` in, `output_axis` out, each an axis or several; the others are batch
+        axes), for all leaves or as a tree or a prefix of one, with None where a leaf is not to be
+        projected; or a function from `params` to any of these.
 
     Returns:
       A tree like `params` with a `MatrixView` or None at each leaf.
+
+    Raises:
+      ValueError: dimension numbers of another tree, or which do not fit the leaf that is named.
     """
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    shapes = {_names(path): jnp.shape(leaf) for path, leaf in paths}
+    shapes = {path_names(path): jnp.shape(leaf) for path, leaf in paths}
+    numbers = _broadcast_numbers(weight_dimension_numbers, params)
 
-    def view(path: tuple[Hashable, ...], leaf: Any) -> MatrixView | None:
-        names, shape = _names(path), jnp.shape(leaf)
-        if len(shape) < 2 or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    def view(path: tuple[Hashable, ...], leaf: Any, numbers: Any) -> MatrixView | None:
+        names, shape = path_names(path), jnp.shape(leaf)
+        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        if len(shape) < 2 or not floating or numbers is None:
             return None
-        if names and names[-1] in UNPROJECTED_LEAVES:
-            return None
-        words = _WORD.findall(_MULTI_HEAD.sub("", " ".join(names)))
-        if any(word.lower() in UNPROJECTED_WORDS for word in words):
-            return None
+        if numbers is not _DEFAULT:
+            return _view_by_numbers(numbers, shape, "/".join(names))
         axes = _head_axes(names, shapes) or ((len(shape) - 2,), (len(shape) - 1,))
-        found = MatrixView(shape, *axes)
-        return found if min(found.rows, found.columns) > rank else None
+        return MatrixView(shape, *axes)
 
-    return jax.tree_util.tree_unflatten(tree, [view(path, leaf) for path, leaf in paths])
-
-
-def path_name(path: tuple[Hashable, ...]) -> str:
-    """A leaf's path for people: `layers/mlp/up_proj/kernel`."""
-    return "/".join(_names(path))
+    views = [view(path, leaf, n) for (path, leaf), n in zip(paths, numbers, strict=True)]
+    return jax.tree_util.tree_unflatten(tree, views)
 
 
-def _names(path: tuple[Hashable, ...]) -> tuple[str, ...]:
+def is_named_whole(names: tuple[str, ...]) -> bool:
+    """Whether a leaf of this path stays whole unless it is asked for.
+
+    So it is if its last name is bias or scale, or a word of its path is embed, embedding, head or
+    norm.
+    """
+    words = _WORD.findall(_MULTI_HEAD.sub("", " ".join(names)))
+    return bool(names) and (
+        names[-1] in UNPROJECTED_LEAVES or any(word.lower() in UNPROJECTED_WORDS for word in words)
+    )
+
+
+def path_names(path: tuple[Hashable, ...]) -> tuple[str, ...]:
+    """The names of a leaf's path: `("layers", "mlp", "up_proj", "kernel")`."""
     # Flax NNX ends the path of a variable with the attribute that holds its array.
     if len(path) > 1 and path[-1] in _NNX_ARRAYS:
         path = path[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
+    """Dimension numbers, None or `_DEFAULT` for each leaf."""
+    if numbers is None:
+        return [_DEFAULT] * len(jax.tree.leaves(params))
+    if callable(numbers):
+        numbers = numbers(params)
+    is_leaf = lambda node: node is None or isinstance(node, GaLoreDimensionNumbers)  # noqa: E731
+    try:
+        whole = jax.tree.broadcast(numbers, params, is_leaf=is_leaf)
+        return jax.tree.structure(params).flatten_up_to(whole)
+    except ValueError as error:
+        raise ValueError(
+            "galore: weight_dimension_numbers must be dimension numbers for all parameters, a tree "
+            f"like the parameters or a prefix of it ({error})."
+        ) from error
+
+
+def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixView:
+    def axes(given: int | Sequence[int]) -> tuple[int, ...]:
+        return (given,) if isinstance(given, int) else tuple(given)
+
+    if not isinstance(numbers, GaLoreDimensionNumbers):
+        raise ValueError(
+            f"galore: the dimension numbers of {name} are {numbers!r}; give "
+            "optax.contrib.GaLoreDimensionNumbers, or None to leave it whole."
+        )
+    sides = axes(numbers.reduction_axis), axes(numbers.output_axis)
+    every = [axis + len(shape) if axis < 0 else axis for side in sides for axis in side]
+    in_range = all(0 <= axis < len(shape) for axis in every)
+    if not (in_range and len(set(every)) == len(every) and all(sides)):
+        raise ValueError(
+            f"galore: {name} has {len(shape)} axes, shape {shape}, which do not fit the dimension "
+            f"numbers reduction_axis={numbers.reduction_axis}, output_axis={numbers.output_axis}: "
+            "name each axis once, at least one for in and one for out."
+        )
+    return MatrixView(shape, tuple(every[: len(sides[0])]), tuple(every[len(sides[0]) :]))
 
 
 def _head_axes(

@@ -1,32 +1,32 @@
-"""Ready-made chains."""
+"""Ready-made chains: AdamW, Adafactor and Lion in low-rank coordinates."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from galore_jax.subspace import Coordinates, is_coordinates
-from galore_jax.transform import Chain, chain, galore
+from galore_jax.chain import Chain, chain
+from galore_jax.links import clip_by_matrix_rms, decay_weights, scale_by_factored_rms
+from galore_jax.rules import Rank
+from galore_jax.transform import galore
 
 PyTree = Any
+Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int,
+    rank: Rank,
     update_proj_gap: int = 200,
     scale: float = 0.25,
     *,
-    refresh: str = "subspace_iteration",
-    basis_dtype: Any = None,
-    seed: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
     weight_decay: float | jax.Array = 0.0,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mask: Mask = None,
+    **settings: Any,
 ) -> Chain:
     """AdamW on the coordinates, with weight decay in the full space (arXiv 2403.03507, section 4).
 
@@ -36,13 +36,14 @@ def adamw(
 
     Args:
       learning_rate: a number, or a schedule of the update's number.
-      rank: as are `update_proj_gap`, `scale`, `refresh`, `basis_dtype` and `seed`: see `galore`.
+      rank: as are `update_proj_gap` and `scale`: see `galore`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
       weight_decay: decoupled, times the learning rate, not times `scale`.
       mask: as for `optax.adamw`: which leaves decay, a tree of booleans or a function from the
         parameters (their shapes) to one; None: all.
+      **settings: the others of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
 
     Returns:
       A `chain`; put a clip in front by `chain(clip, adamw(...))`. Nothing may come after it.
@@ -53,74 +54,96 @@ def adamw(
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
     return chain(
-        galore(rank, update_proj_gap, scale, refresh=refresh, basis_dtype=basis_dtype, seed=seed),
+        galore(rank, update_proj_gap, scale, **settings),
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
         optax.scale_by_learning_rate(learning_rate),
         decay_weights(learning_rate, weight_decay, mask),
     )
 
 
-class DecayWeightsState(NamedTuple):
-    """State of `decay_weights`: count, int32 scalar, updates so far."""
-
-    count: jax.typing.ArrayLike
-
-
-def decay_weights(
+def adafactor(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float | jax.Array,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-) -> optax.GradientTransformation:
-    """Decoupled decay of whole weights, the last link of a chain with galore; nothing comes after.
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    *,
+    b1: float | None = 0.9,
+    decay_rate: float = 0.8,
+    eps: float = 1e-30,
+    clipping_threshold: float = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    **settings: Any,
+) -> Chain:
+    """Adafactor on the coordinates, as the reference has it beside AdamW (arXiv 2403.03507).
 
-    With update u the weight becomes `(W + u) · (1 − lr · weight_decay)`, the reference's order.
-    For a projected leaf the part of W outside the subspace decays too: the `Coordinates` carry the
-    fraction to the lift.
+    The second moment of the coordinates is factored into rows and columns (arXiv 1804.04235), the
+    update clipped by its root mean square, and averaged over time after the learning rate. The
+    learning rate is absolute, not relative to the size of the weights.
 
     Args:
       learning_rate: a number, or a schedule of the update's number.
-      weight_decay: per update and unit of learning rate.
-      mask: which leaves decay, a tree of booleans or a function from the parameters (their shapes)
-        to one; None: all.
+      rank: as are `update_proj_gap` and `scale`: see `galore`.
+      b1: decay of the first moment; None: none is kept.
+      decay_rate: see `scale_by_factored_rms`.
+      eps: added to the squares of the gradient.
+      clipping_threshold: root mean square to which the update of a matrix is scaled down.
+      weight_decay: as for `adamw`, and so is `mask`.
+      mask: which leaves decay.
+      **settings: the others of `galore`.
 
     Returns:
-      An optax transformation.
+      A `chain`.
 
-    Raises:
-      ValueError: its `update` is called without `params`.
+    Example:
+      >>> import galore_jax, jax.numpy as jnp
+      >>> tx = galore_jax.adafactor(1e-2, rank=4)
+      >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
-
-    def init_fn(params: PyTree) -> DecayWeightsState:
-        del params
-        return DecayWeightsState(jnp.zeros([], jnp.int32))
-
-    def update_fn(updates: PyTree, state: Any, params: PyTree = None):
-        if params is None:
-            raise ValueError(
-                "decay_weights needs the parameters: call update(grads, state, params)."
-            )
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        fraction = jnp.asarray(rate * weight_decay, jnp.float32)
-
-        def decay(update: Any, param: Any, decays: bool) -> Any:
-            if not decays:
-                return update
-            if isinstance(update, Coordinates):
-                return Coordinates(update.value * (1 - fraction), update.projection, fraction)
-            return update * (1 - fraction) - fraction * param
-
-        decays = True if mask is None else mask(_full_shapes(params)) if callable(mask) else mask
-        decays = jax.tree.broadcast(decays, updates, is_leaf=is_coordinates)
-        updates = jax.tree.map(decay, updates, params, decays, is_leaf=is_coordinates)
-        return updates, DecayWeightsState(optax.safe_increment(state.count))
-
-    return optax.GradientTransformation(init_fn, update_fn)
+    return chain(
+        galore(rank, update_proj_gap, scale, **settings),
+        scale_by_factored_rms(decay_rate, eps),
+        clip_by_matrix_rms(clipping_threshold),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.identity() if b1 is None else optax.ema(b1, debias=False),
+        decay_weights(learning_rate, weight_decay, mask),
+    )
 
 
-def _full_shapes(params: PyTree) -> PyTree:
-    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
-        if isinstance(leaf, Coordinates):
-            return jax.ShapeDtypeStruct(leaf.projection.view.shape, leaf.value.dtype)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    **settings: Any,
+) -> Chain:
+    """Lion (arXiv 2302.06675) on the coordinates: the sign of a first moment, and no second one.
 
-    return jax.tree.map(shape, params, is_leaf=is_coordinates)
+    Args:
+      learning_rate: a number, or a schedule of the update's number.
+      rank: as are `update_proj_gap` and `scale`: see `galore`.
+      b1: weight of the moment in the update.
+      b2: decay of the moment.
+      weight_decay: as for `adamw`, and so is `mask`.
+      mask: which leaves decay.
+      **settings: the others of `galore`.
+
+    Returns:
+      A `chain`.
+
+    Example:
+      >>> import galore_jax, jax.numpy as jnp
+      >>> tx = galore_jax.lion(1e-4, rank=4)
+      >>> state = tx.init({"kernel": jnp.ones((8, 16))})
+    """
+    return chain(
+        galore(rank, update_proj_gap, scale, **settings),
+        optax.scale_by_lion(b1=b1, b2=b2),
+        optax.scale_by_learning_rate(learning_rate),
+        decay_weights(learning_rate, weight_decay, mask),
+    )

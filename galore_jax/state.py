@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.subspace import Basis, Coordinates, is_basis
+from galore_jax.projection import Basis, Coordinates, is_basis
 
 PyTree = Any
 
@@ -17,16 +17,12 @@ class GaLoreState(NamedTuple):
 
     Attributes:
       count: int32 scalar, updates so far.
-      scale: float32 scalar, the factor of the lift.
       bases: the parameters' tree with a `Basis` where a leaf is projected and
         `optax.MaskedNode()` elsewhere.
-      ages: the same tree with int32 `(*batch,)`: updates since each matrix's basis was made.
     """
 
     count: jax.typing.ArrayLike
-    scale: jax.Array
     bases: PyTree
-    ages: PyTree
 
 
 class ChainState(NamedTuple):
@@ -58,21 +54,15 @@ def _is_state(node: Any) -> bool:
     return isinstance(node, (GaLoreState, ChainState))
 
 
+def bases_of(states: list[GaLoreState]) -> list[Basis]:
+    """Every basis in these states."""
+    leaves = jax.tree.leaves([state.bases for state in states], is_leaf=is_basis)
+    return [leaf for leaf in leaves if is_basis(leaf)]
+
+
 def is_low_rank(state: GaLoreState) -> bool:
     """Whether what follows this galore was started with coordinates (or it projects nothing)."""
-    bases = jax.tree.leaves(state.bases, is_leaf=is_basis)
-    return not any(is_basis(basis) and basis.full_size for basis in bases)
-
-
-def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
-    """`params` as they stand after these galores: `Coordinates` where one has a basis, float32."""
-
-    def coordinates(basis: Basis, param: jax.Array) -> Coordinates:
-        return Coordinates(basis.projection.project(basis.vectors, param), basis.projection)
-
-    for state in states:
-        params = map_bases(coordinates, state.bases, params, otherwise=params)
-    return to_float32(params) if states else params
+    return not any(basis.full_size for basis in bases_of([state]))
 
 
 def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: PyTree) -> PyTree:
@@ -93,6 +83,17 @@ def to_float32(tree: PyTree) -> PyTree:
         return jnp.asarray(leaf, jnp.float32) if floating else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
+    """`params` as they stand after these galores: `Coordinates` where one has a basis, float32."""
+
+    def coordinates(basis: Basis, param: jax.Array) -> Coordinates:
+        return Coordinates(basis.projection.project(basis.vectors, param), basis.projection)
+
+    for state in states:
+        params = map_bases(coordinates, state.bases, params, otherwise=params)
+    return to_float32(params) if states else params
 
 
 def start_coordinates(params: PyTree, states: list[GaLoreState]) -> PyTree:

@@ -71,7 +71,7 @@ def test_the_update_of_a_matrix_lies_in_its_subspace_and_carries_the_scale():
     params, grads = params_and_grads()
     tx = galore_jax.adamw(1.0, rank=4, scale=0.5)
     updates, state = tx.update(grads, tx.init(params), params)
-    basis = state.links[0].bases["kernel"].vectors
+    basis = state.links[0].bases["kernel"].vectors["left"]
     np.testing.assert_allclose(basis @ (basis.T @ updates["kernel"]), updates["kernel"], atol=1e-5)
     # Adam's first update is the sign: 4 x 20 ones, lifted by orthonormal vectors, times the scale.
     np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 0.5 * 80**0.5, rtol=1e-4)

@@ -14,7 +14,6 @@ from flax import nnx
 
 import galore_jax
 from galore_jax import Coordinates, apply_gradients, chain, galore, init
-from galore_jax.subspace import REFRESH
 from galore_jax.transform import _warn_of_full_size
 
 STACKED = {"wide": (3, 12, 20), "tall": (3, 20, 12), "square": (3, 16, 16), "bias": (3, 12)}
@@ -51,7 +50,7 @@ def matrices(array, of_matrix):
 
 
 @pytest.mark.parametrize("shapes", [PLAIN, STACKED], ids=["plain", "stacked"])
-@pytest.mark.parametrize("method", list(REFRESH))
+@pytest.mark.parametrize("method", ["subspace_iteration", "eigh", "svd"])
 def test_every_step_over_three_refreshes_agrees_with_the_numpy_reference(shapes, method):
     settings = {"learning_rate": 0.05, "scale": 0.5, "weight_decay": 0.1}
     gap, rank = 5, 4
@@ -86,8 +85,8 @@ def test_every_step_over_three_refreshes_agrees_with_the_numpy_reference(shapes,
                     at(new_state.links[1].nu),
                 )
             ]
-            olds = matrices(old.vectors, True) if projected else [None]
-            news = matrices(new.vectors, True) if projected else [None]
+            olds = matrices(next(iter(old.vectors.values())), True) if projected else [None]
+            news = matrices(next(iter(new.vectors.values())), True) if projected else [None]
             for w, g, m, v, w_new, m_new, v_new, p_old, p in zip(*parts, olds, news, strict=True):
                 if projected and count % gap == 0:
                     refreshes += 1
@@ -178,7 +177,7 @@ def test_a_bare_init_hands_on_the_gradient_projected_in_its_full_shape():
     tx = galore(rank=5)
     with pytest.warns(UserWarning, match="full-size"):
         updates, state = tx.update(params, tx.init(params), params)
-    basis = state.bases["wide"]["kernel"].vectors
+    basis = state.bases["wide"]["kernel"].vectors["left"]
     expected = basis @ basis.T @ params["wide"]["kernel"]
     np.testing.assert_allclose(updates["wide"]["kernel"], expected, atol=1e-5)
 
@@ -268,14 +267,14 @@ def test_a_gradient_that_is_not_finite_leaves_the_basis_and_is_retried_at_the_ne
     bad = jax.tree.map(lambda x: x, params)
     bad["wide"]["kernel"] = bad["wide"]["kernel"].at[1, 0, 0].set(jnp.nan)
     _, after = tx.update(bad, state, params)
-    old, new = (s.bases["wide"]["kernel"].vectors for s in (state, after))
+    old, new = (s.bases["wide"]["kernel"].vectors["left"] for s in (state, after))
     assert bool((old[1] == new[1]).all())
     assert not bool((old[0] == new[0]).all())
     _, retried = tx.update(params, after, params)
-    newest = retried.bases["wide"]["kernel"].vectors
+    newest = retried.bases["wide"]["kernel"].vectors["left"]
     assert not bool((new[1] == newest[1]).all())
     assert bool((new[0] == newest[0]).all())
-    assert retried.ages["wide"]["kernel"].tolist() == [2, 1, 2]
+    assert retried.bases["wide"]["kernel"].age.tolist() == [2, 1, 2]
 
 
 def test_coordinates_that_come_as_such_pass_through():
@@ -285,7 +284,7 @@ def test_coordinates_that_come_as_such_pass_through():
     projection = state.links[0].bases["wide"]["kernel"].projection
     grads = {"wide": {"kernel": Coordinates(jnp.ones((4, 20)), projection)}}
     updates, state = tx.update(grads, state, params)
-    basis = state.links[0].bases["wide"]["kernel"].vectors
+    basis = state.links[0].bases["wide"]["kernel"].vectors["left"]
     np.testing.assert_allclose(
         updates["wide"]["kernel"], -0.25 * basis @ jnp.ones((4, 20)), atol=1e-6
     )
@@ -299,7 +298,7 @@ def test_the_second_step_does_not_recompile_and_donated_buffers_are_reused():
     grads = random_params(STACKED, seed=2)
     memory = step.lower(params, state, grads).compile().memory_analysis()
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
-    scale = state.links[0].scale.nbytes  # set anew from the setting, not carried over
+    scale = 3 * 4  # of three leaves, set anew from the setting, not carried over
     assert memory.alias_size_in_bytes == held - scale
     for _ in range(3):
         params, state = step(params, state, grads)
@@ -389,7 +388,9 @@ def test_integers_and_scalars_are_updated_as_optax_does():
 
 def test_bases_have_the_dtype_and_the_seed_that_are_asked_for():
     params = random_params({"wide": (12, 20)})
-    start = lambda **settings: init(galore(4, **settings), params).bases["wide"]["kernel"].vectors  # noqa: E731
+    start = lambda **settings: (
+        init(galore(4, **settings), params).bases["wide"]["kernel"].vectors["left"]
+    )
     assert start(basis_dtype=jnp.bfloat16).dtype == jnp.bfloat16
     assert bool((start(seed=3) == start(seed=3)).all())
     assert not bool((start(seed=3) == start(seed=4)).any())
@@ -422,9 +423,9 @@ def test_tree_get_and_map_params_reach_the_state():
     params = random_params(PLAIN)
     tx = galore_jax.adamw(1e-2, rank=4)
     state = tx.init(params)
-    assert optax.tree.get(state, "bases")["wide"]["kernel"].vectors.shape == (12, 4)
+    assert optax.tree.get(state, "bases")["wide"]["kernel"].vectors["left"].shape == (12, 4)
     zeros = optax.tree.map_params(tx, jnp.zeros_like, state)
-    assert float(jnp.abs(zeros.links[0].bases["wide"]["kernel"].vectors).max()) == 0
+    assert float(jnp.abs(zeros.links[0].bases["wide"]["kernel"].vectors["left"]).max()) == 0
 
 
 def test_trains_an_nnx_model():

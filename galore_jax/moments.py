@@ -1,0 +1,183 @@
+"""What an update of the bases does to the moments of the optimizer that works in them.
+
+Moments are found wherever an optimizer keeps them: as `Coordinates` in its state, which know their
+parameter. At a refresh they are kept or rotated (or reset: see `matrixwise`); those of a matrix
+whose gradient was not finite are put back.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.matrices import path_names
+from galore_jax.projection import Basis, Coordinates, Side, is_coordinates
+from galore_jax.state import GaLoreState, bases_of
+from galore_jax.subspace import for_each
+
+PyTree = Any
+
+# The names under which optax and this package keep moments. Of a factored second moment, `rows`
+# has the in axis of the coordinates and `columns` the out axis.
+FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
+SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares"})
+FACTORS: dict[str, Side] = {"rows": "left", "columns": "right"}
+
+
+class Turn(NamedTuple):
+    """What one update did to the basis of one parameter."""
+
+    old: Basis
+    new: Basis
+
+    @property
+    def skipped(self) -> jax.Array:
+        """`(*batch,)`: the gradient was not finite."""
+        return self.new.skipped > self.old.skipped
+
+    @property
+    def refreshed(self) -> jax.Array:
+        """`(*batch,)`: the basis is new, so its age was 0 before this update was counted."""
+        return self.new.age - ~self.skipped < self.old.age
+
+
+Turns = dict[tuple[str, ...], Turn]
+
+
+def turns(old: list[GaLoreState], new: list[GaLoreState]) -> Turns:
+    """By the parameter's path, what happened between two states of the same galores."""
+    pairs = zip(bases_of(old), bases_of(new), strict=True)
+    return {basis.projection.path: Turn(basis, after) for basis, after in pairs}
+
+
+def skip(updates: PyTree, turns: Turns) -> PyTree:
+    """The last updates of a chain with zero for the skipped matrices, which do not decay either."""
+
+    def at_leaf(update: Any) -> Any:
+        if not is_coordinates(update):
+            return update
+        skipped = turns[update.projection.path].skipped
+        value = jnp.where(skipped[..., None, None], 0, update.value)
+        decay = None if update.decay is None else jnp.where(skipped, 0, update.decay)
+        return Coordinates(value, update.projection, decay)
+
+    return jax.tree.map(at_leaf, updates, is_leaf=is_coordinates)
+
+
+def keep_skipped(old: PyTree, new: PyTree, turns: Turns) -> PyTree:
+    """The state `new` with the moments of `old` for the skipped matrices."""
+
+    def at_moment(old: Any, new: Any) -> Any:
+        if not is_coordinates(new) or new.projection.path not in turns:
+            return new
+        skipped = turns[new.projection.path].skipped
+        if new.value.shape[: skipped.ndim] != skipped.shape:
+            return new  # A statistic over several matrices, to which this one gave zeros.
+        skipped = skipped.reshape(skipped.shape + (1,) * (new.value.ndim - skipped.ndim))
+        return Coordinates(jnp.where(skipped, old.value, new.value), new.projection)
+
+    return jax.tree.map(at_moment, old, new, is_leaf=is_coordinates)
+
+
+def check_rotation(state: PyTree, bases: list[Basis]) -> None:
+    """Refuses a state whose moments cannot be rotated where they are to be.
+
+    Args:
+      state: of a transformation after galore.
+      bases: of galore.
+
+    Raises:
+      ValueError: names the leaf.
+    """
+    rotates = {basis.projection.path for basis in bases if basis.moments == "rotate"}
+    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_coordinates):
+        if not is_coordinates(node) or node.projection.path not in rotates:
+            continue
+        name = _field(path, node.projection.path)
+        if _kind(name, node) is None:
+            raise ValueError(
+                f'galore: moments="rotate" cannot turn {name!r}, shape {node.value.shape}, which '
+                f"the optimizer keeps for {node.projection.name}: it turns first and second "
+                f"moments of the coordinates' shape, {node.projection.coordinates_shape}. Use "
+                'moments="keep" or "reset".'
+            )
+
+
+def rotate(state: PyTree, turns: Turns) -> PyTree:
+    """The state with its moments in the new bases, where they are new and rotated at a refresh."""
+
+    def at_moment(path: tuple[Any, ...], node: Any) -> Any:
+        turn = turns.get(node.projection.path) if is_coordinates(node) else None
+        if turn is None or turn.new.moments != "rotate":
+            return node
+        kind = _kind(_field(path, node.projection.path), node)
+        return Coordinates(_rotated_where_refreshed(node.value, turn, kind), node.projection)
+
+    return jax.tree_util.tree_map_with_path(at_moment, state, is_leaf=is_coordinates)
+
+
+def rotated(value: jax.Array, turn: dict[Side, jax.Array], kind: str) -> jax.Array:
+    """The moment of one matrix in its new basis.
+
+    With `C = P_newᵀ P_old`, a first moment becomes `C M` (left), `M Cᵀ` (right) or both: its part
+    in the new subspace. A second moment becomes `(C∘C) V`, the diagonal of the rotated covariance
+    if coordinates are uncorrelated; that is LDAdam's estimate (arXiv 2410.16103, section 3.2)
+    without its term in the mean, which needs the bias corrections of both moments. A new direction
+    that the old basis held only in part, `Σⱼ Cᵢⱼ² < 1`, takes the missing part from the mean over
+    the old directions: LDAdam, which turns a little at every step, leaves it out, but after a turn
+    by hundreds of steps the moment would vanish and the next step be many times too large.
+
+    Args:
+      value: `(..., rows, columns)` of the coordinates' shape; of a factored second moment the
+        means over one of these.
+      turn: C by side, `(r, r)`.
+      kind: "first", "second", or a name of `FACTORS`.
+
+    Returns:
+      An array shaped as `value`.
+    """
+    for side, c in turn.items():
+        if kind in FACTORS:
+            value = _spread(c, value[:, None])[:, 0] if FACTORS[kind] == side else value
+            continue
+        turned = _spread if kind == "second" else jnp.matmul
+        value = turned(c, value) if side == "left" else turned(c, value.T).T
+    return value
+
+
+def _spread(c: jax.Array, value: jax.Array) -> jax.Array:
+    part = c**2
+    missing = jnp.maximum(1 - part.sum(axis=1, keepdims=True), 0)
+    return part @ value + missing * value.mean(axis=0, keepdims=True)
+
+
+def _rotated_where_refreshed(value: jax.Array, turn: Turn, kind: Any) -> jax.Array:
+    batch = turn.new.age.ndim
+    flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
+    old, new = (jax.tree.map(flat, basis.vectors) for basis in (turn.old, turn.new))
+
+    def one(i: jax.Array, values: jax.Array) -> jax.Array:
+        c = {
+            side: new[side][i].astype(jnp.float32).T @ old[side][i].astype(jnp.float32)
+            for side in new
+        }
+        return values.at[i].set(rotated(values[i], c, kind))
+
+    return for_each(turn.refreshed.reshape(-1), one, flat(value)).reshape(value.shape)
+
+
+def _kind(name: str, node: Coordinates) -> str | None:
+    """What a moment of this name is to `rotated`; None where it is unknown or of another shape."""
+    shape = node.projection.coordinates_shape
+    if name in FACTORS:
+        kept = shape[:-1] if FACTORS[name] == "left" else (*shape[:-2], shape[-1])
+        return name if node.value.shape == kept else None
+    if node.value.shape != shape:
+        return None
+    return "first" if name in FIRST_MOMENTS else "second" if name in SECOND_MOMENTS else None
+
+
+def _field(path: tuple[Any, ...], parameter: tuple[str, ...]) -> str:
+    """The name under which a state keeps a tree like the parameters, from the path of a leaf."""
+    names = path_names(path)
+    return names[len(names) - len(parameter) - 1]

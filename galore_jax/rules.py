@@ -1,0 +1,156 @@
+"""Rules by path: which leaf is projected, on which side, into how many dimensions."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+
+from galore_jax.matrices import MatrixView, is_named_whole, matrix_views, path_names
+from galore_jax.projection import PROJ_TYPES, Projection, ProjType, is_coordinates, projected_sides
+from galore_jax.subspace import REFRESH
+
+PyTree = Any
+Rank = int | float | Callable[[tuple[int, int]], int]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the leaves that a pattern matches are projected; None: as `galore` says for all.
+
+    Attributes:
+      rank: a number, a fraction of the smaller side, or a function of the matrix's shape (in, out)
+        that returns a number.
+      proj_type: "std", "reverse_std", "left", "right" or "full".
+      scale: factor of the lifted update.
+      update_proj_gap: updates between refreshes.
+      refresh: a method of `galore`.
+
+    Raises:
+      ValueError: a value that is out of range.
+    """
+
+    rank: Rank | None = None
+    proj_type: ProjType | None = None
+    scale: Any = None
+    update_proj_gap: Any = None
+    refresh: str | None = None
+
+    def __post_init__(self):
+        rank, gap = self.rank, self.update_proj_gap
+        whole, part = isinstance(rank, int) and rank >= 1, isinstance(rank, float) and 0 < rank < 1
+        if not (rank is None or whole or part or callable(rank)):
+            raise ValueError(
+                f"galore: rank must be an integer of at least 1, a fraction of the smaller side or "
+                f"a function of the shape, not {rank!r}; under optax.inject_hyperparams name it "
+                "among the static_args."
+            )
+        if self.proj_type not in (None, *PROJ_TYPES):
+            raise ValueError(
+                f"galore: proj_type must be one of {', '.join(PROJ_TYPES)}, not {self.proj_type!r}."
+            )
+        if not (gap is None or isinstance(gap, jax.Array)) and gap < 1:
+            raise ValueError(f"galore: update_proj_gap must be at least 1, not {gap}.")
+        if self.refresh not in (None, *REFRESH):
+            raise ValueError(
+                f"galore: refresh must be one of {', '.join(REFRESH)}, not {self.refresh!r}."
+            )
+
+    def or_else(self, other: "Rule") -> "Rule":
+        """This rule with the other's values where it has none."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = {name: value for name, value in own.items() if value is not None}
+        return Rule(**{field.name: getattr(other, field.name) for field in fields(self)} | given)
+
+
+Rules = Mapping[str | re.Pattern[str], Rule | None]
+
+
+def rule_for(path: tuple[str, ...], rules: Rules) -> tuple[str | re.Pattern[str], Rule | None]:
+    """The first pattern that matches a path, and its rule; ("", Rule()) where none does."""
+    name = "/".join(path)
+    for pattern, rule in rules.items():
+        if pattern.search(name) if isinstance(pattern, re.Pattern) else fnmatchcase(name, pattern):
+            return pattern, rule
+    return "", Rule()
+
+
+def projections(
+    params: PyTree, default: Rule, rules: Rules, weight_dimension_numbers: PyTree
+) -> PyTree:
+    """The `Projection` of each leaf, or None where it stays whole.
+
+    Args:
+      params: any pytree of arrays or of their shapes; `Coordinates` in it keep their projection.
+      default: the rule of leaves that no pattern matches.
+      rules: by pattern (a glob whose * also matches /, or a compiled regular expression, searched)
+        of the path; None leaves whole. The first match wins.
+      weight_dimension_numbers: see `matrix_views`.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      ValueError: a rule without a leaf of its own; a rank, or dimension numbers, that do not fit
+        the leaf that is named.
+    """
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_coordinates)
+    if any(is_coordinates(leaf) for _, leaf in leaves):
+        # Decided before: what is projected came as coordinates.
+        known = [leaf.projection if is_coordinates(leaf) else None for _, leaf in leaves]
+        return jax.tree_util.tree_unflatten(tree, known)
+    views = tree.flatten_up_to(matrix_views(params, weight_dimension_numbers))
+    chosen_by_name = weight_dimension_numbers is None
+    unused = dict(rules)
+    found = []
+    for (path, _), view in zip(leaves, views, strict=True):
+        names = path_names(path)
+        pattern, rule = rule_for(names, rules)
+        unused.pop(pattern, None)
+        named_whole = not pattern and chosen_by_name and is_named_whole(names)
+        if view is None or rule is None or named_whole:
+            found.append(None)
+        else:
+            found.append(_projection(names, view, rule, rule.or_else(default)))
+    _refuse_unused(unused, ["/".join(path_names(path)) for path, _ in leaves])
+    return jax.tree_util.tree_unflatten(tree, found)
+
+
+def _projection(
+    names: tuple[str, ...], view: MatrixView, rule: Rule, settings: Rule
+) -> Projection | None:
+    name, smaller = "/".join(names), min(view.rows, view.columns)
+    rank: Any = settings.rank
+    if isinstance(rank, float):
+        rank = max(1, round(rank * smaller))
+    elif callable(rank):
+        rank = rank((view.rows, view.columns))
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(
+                f"galore: the function for the rank returned {rank!r} for {name}, a matrix of "
+                f"{view.rows} x {view.columns}: return an integer of at least 1."
+            )
+    if rank < smaller:
+        return Projection(names, view, projected_sides(settings.proj_type, view), rank)  # type: ignore[arg-type]
+    if rule.rank is None:
+        return None
+    raise ValueError(
+        f"galore: a rule gives {name}, a matrix of {view.rows} x {view.columns}, the rank {rank}: "
+        f"give less than {smaller}, or None in place of the rule to leave it whole."
+    )
+
+
+def _refuse_unused(unused: Rules, names: list[str]) -> None:
+    for pattern in unused:
+        text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+        taken = any(rule_for((name,), {pattern: None})[0] == pattern for name in names)
+        near = get_close_matches(text, names, n=3, cutoff=0.3)
+        reason = (
+            "every leaf that it matches is taken by an earlier rule; put it first"
+            if taken
+            else f"no leaf has such a path; there are for instance {', '.join(near or names[:3])}"
+        )
+        raise ValueError(f"galore: the rule {text!r} has no leaf of its own: {reason}.")
