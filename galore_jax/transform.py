@@ -6,7 +6,6 @@ the result back. One mechanism carries it: a `Coordinates` node stands in the tr
 parameter's leaf stood, in what `init` hands to the transformations and in what `galore` emits.
 """
 
-import dataclasses
 import math
 import warnings
 from functools import cache
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.bases import count_update, refresh_basis, start_basis
 from galore_jax.chain import GaLore
 from galore_jax.projection import (
     MOMENTS,
@@ -24,12 +24,10 @@ from galore_jax.projection import (
     Moments,
     Projection,
     ProjType,
-    is_basis,
     is_coordinates,
 )
 from galore_jax.rules import Rank, Rule, Rules, projections, rule_for
 from galore_jax.state import GaLoreState, is_low_rank, map_bases, to_float32
-from galore_jax.subspace import NEVER, random_basis, refresh_due
 
 PyTree = Any
 
@@ -84,7 +82,7 @@ def galore(
         has to do them all.
       lazy_overlap: where the mean squared cosine of the principal angles between the old and the
         new subspace is at least this, the matrix's own gap doubles, else it is T again (Q-GaLore,
-        arXiv 2407.08296, section 3.2, has the cosine of single vectors). None: every gap is T.
+        arXiv 2407.08296, compares single vectors). None: every gap is T.
       max_gap: the bound of a doubled gap; None: 8 T.
       basis_dtype: of the stored bases; None: float32.
       seed: of the bases before the first gradient, and of "random".
@@ -110,115 +108,63 @@ def galore(
     rules = dict(rules or {})
     if moments not in MOMENTS:
         raise ValueError(f"galore: moments must be one of {', '.join(MOMENTS)}, not {moments!r}.")
+    if isinstance(lazy_overlap, float) and not 0 < lazy_overlap <= 1:
+        raise ValueError(f"galore: lazy_overlap must be above 0 and at most 1, not {lazy_overlap}.")
+    if isinstance(max_gap, int) and max_gap < 1:
+        raise ValueError(f"galore: max_gap must be at least 1, not {max_gap}.")
 
-    def settings(projection: Projection) -> Rule:
-        rule = rule_for(projection.path, rules)[1] or Rule()
-        return rule.or_else(default)
+    def complete(projection: Projection) -> Rule:
+        return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
 
     def init_fn(params: PyTree) -> GaLoreState:
-        found = projections(params, default, rules, weight_dimension_numbers)
         leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
+        found = projections(params, default, rules, weight_dimension_numbers)
         found = tree.flatten_up_to(found)
         total = sum(math.prod(p.view.batch) for p in found if p is not None)
-        keys = jax.random.split(jax.random.key(seed), len(leaves) + 1)
         before, bases = 0, []
-        for leaf, projection, key in zip(leaves, found, keys[1:], strict=True):
+        for leaf, projection in zip(leaves, found, strict=True):
             if projection is None:
                 bases.append(optax.MaskedNode())
                 continue
-            gap = settings(projection).update_proj_gap
-            batch, number = projection.view.batch, math.prod(projection.view.batch)
+            rule, batch = complete(projection), projection.view.batch
+            gap = rule.update_proj_gap
             if stagger:
-                gap = gap - (before + jnp.arange(number).reshape(batch)) * gap // total
-            before += number
-            side_keys = jax.random.split(key, 2)
-            vectors = {
-                side: random_basis(side_key, shape).astype(basis_dtype or jnp.float32)
-                for side_key, (side, shape) in zip(
-                    side_keys, projection.basis_shapes.items(), strict=False
-                )
-            }
-            bases.append(
-                Basis(
-                    vectors=vectors,
-                    age=jnp.full(batch, NEVER, jnp.int32),
-                    gap=jnp.asarray(jnp.broadcast_to(gap, batch), jnp.int32),
-                    skipped=jnp.zeros(batch, jnp.int32),
-                    saved=jnp.zeros(batch, jnp.int32),
-                    overlap=jnp.zeros(batch, jnp.float32),
-                    scale=jnp.asarray(settings(projection).scale, jnp.float32),
-                    projection=projection,
-                    moments=moments,
-                    full_size=not is_coordinates(leaf),
-                )
+                places = before + jnp.arange(math.prod(batch)).reshape(batch)
+                gap = gap - places * gap // total
+            before += math.prod(batch)
+            basis = start_basis(
+                projection,
+                scale=rule.scale,
+                gap=gap,
+                moments=moments,
+                full_size=not is_coordinates(leaf),
+                dtype=basis_dtype or jnp.float32,
+                seed=seed,
             )
+            bases.append(basis)
         return GaLoreState(jnp.zeros([], jnp.int32), jax.tree.unflatten(tree, bases))
-
-    def next_gap(rule: Rule, basis: Basis, overlap: jax.Array) -> jax.Array:
-        usual = jnp.full_like(basis.gap, rule.update_proj_gap)
-        longer = usual
-        if lazy_overlap is not None:
-            bound = 8 * usual if max_gap is None else max_gap
-            doubled = jnp.minimum(2 * jnp.maximum(basis.gap, usual), bound)
-            longer = jnp.where(overlap >= lazy_overlap, doubled, usual)
-        # The first interval of a staggered matrix is the part of one that was given to it.
-        return jnp.where(basis.age >= NEVER, basis.gap, longer)
-
-    def refreshed(basis: Basis, gradient: jax.Array, count: Any, number: int) -> Basis:
-        rule, batch = settings(basis.projection), basis.age.shape
-        matrices = basis.projection.view.to_matrices(gradient)
-        flat = lambda array: array.reshape(-1, *array.shape[len(batch) :])  # noqa: E731
-        vectors, new, overlap = refresh_due(
-            jax.tree.map(flat, basis.vectors),
-            flat(basis.age),
-            flat(basis.gap),
-            flat(matrices),
-            (seed, count, number),
-            rule.refresh or "",
-        )
-        new, overlap = new.reshape(batch), overlap.reshape(batch)
-        return dataclasses.replace(
-            basis,
-            vectors=jax.tree.map(lambda v, old: v.reshape(old.shape), vectors, basis.vectors),
-            age=jnp.where(new, 0, basis.age),
-            gap=jnp.where(new, next_gap(rule, basis, overlap), basis.gap),
-            overlap=jnp.where(new, overlap, basis.overlap),
-        )
-
-    def counted(basis: Basis, finite: jax.Array) -> Basis:
-        rule = settings(basis.projection)
-        age = basis.age + finite
-        saved = finite & (age < basis.gap) & (age % rule.update_proj_gap == 0)
-        return dataclasses.replace(
-            basis,
-            age=age,
-            skipped=basis.skipped + ~finite,
-            saved=basis.saved + saved,
-            scale=jnp.asarray(rule.scale, jnp.float32),
-        )
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         del params, extra_args
         low_rank = is_low_rank(state)
         if not low_rank:
             _refuse_full_size(moments)
-        numbers = iter(range(len(jax.tree.leaves(state.bases, is_leaf=is_basis))))
+        lazy = {"lazy_overlap": lazy_overlap, "max_gap": max_gap}
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
-            number = next(numbers)
+            projection, rule = basis.projection, complete(basis.projection)
             if is_coordinates(gradient):
                 value = gradient.value
             else:
-                basis = refreshed(basis, gradient, state.count, number)
-                value = basis.projection.project(basis.vectors, gradient)
+                basis = refresh_basis(basis, gradient, rule, seed=seed, count=state.count, **lazy)
+                value = projection.project(basis.vectors, gradient)
             # Any number of G that is not finite shows in R.
             finite = jnp.all(jnp.isfinite(value), axis=(-2, -1))
             value = jnp.where(finite[..., None, None], value, 0)
+            update = Coordinates(value, projection)
             if basis.full_size:
-                update = basis.projection.lift(basis.vectors, value).astype(gradient.dtype)
-            else:
-                update = Coordinates(value, basis.projection)
-            return update, counted(basis, finite)
+                update = projection.lift(basis.vectors, value).astype(gradient.dtype)
+            return update, count_update(basis, rule, finite)
 
         pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)

@@ -55,7 +55,8 @@ def compare(config: Config, seeds: Sequence[int], rates: Sequence[float] = ()) -
     model) and the runs' folders into `training.folder`.
 
     Args:
-      config: of all runs but for the optimizer's name, its rate and the seeds.
+      config: of all runs but for the optimizer's name, its rate and the seeds. AdamW stands beside
+        the optimizer that it names, or beside galore_adamw.
       seeds: each sets the parameters' start and the order of the text, for every optimizer alike.
       rates: learning rates to try for a quarter of the steps with the first seed, the same for
         every optimizer; each takes the one of its lowest validation loss. None: the configured.
@@ -65,7 +66,8 @@ def compare(config: Config, seeds: Sequence[int], rates: Sequence[float] = ()) -
     """
     folder = Path(config.training.folder)
     rows = []
-    for name in ("galore_adamw", "adamw"):
+    named = config.optimizer.name
+    for name in ("galore_adamw" if named == "adamw" else named, "adamw"):
         rate = (
             _best_rate(config, name, seeds[0], rates) if rates else config.optimizer.learning_rate
         )
@@ -141,4 +143,4 @@ def _run(config: Config, label: str, name: str, rate: float, seed: int) -> Summa
     if run.summary.exists():
         refuse_other_run(load_config(run.config), config, folder)
         return read_summary(run)
-    return train(config, resume=run.metrics.exists())
+    return train(config, resume=run.holds_run())

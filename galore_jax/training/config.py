@@ -19,29 +19,42 @@ from typing import Any
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
+from galore_jax.projection import MOMENTS, PROJ_TYPES
 from galore_jax.subspace import REFRESH
 
-OPTIMIZERS = ("adamw", "galore_adamw")
+OPTIMIZERS = ("adamw", "galore_adamw", "galore_adafactor", "galore_lion")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`[optimizer]`: AdamW, in full or in a low-rank subspace, and its learning rate over time.
+    """`[optimizer]`: which one, in full or in a low-rank subspace, and its learning rate over time.
+
+    What an optimizer has no use for it leaves aside: Adafactor `b2`, it and Lion `eps`, and plain
+    AdamW everything from `rank` to `max_gap`, which are the arguments of `galore_jax.galore`.
 
     Attributes:
-      name: `"adamw"` or `"galore_adamw"`.
+      name: `"adamw"`, or one of the ready-made chains `"galore_adamw"`, `"galore_adafactor"`,
+        `"galore_lion"`.
       learning_rate: the peak, reached after the warm-up.
       warmup_steps: updates of linear warm-up.
       floor: the last update's learning rate, as a fraction of the peak.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the root of the second moment.
+      b1: decay of the first moment, of Lion its weight in the update; of 0 Adafactor keeps none.
+      b2: decay of AdamW's second moment, of Lion's only one; None: the optimizer's own, 0.999 and
+        0.99.
+      eps: added to the root of AdamW's second moment.
       weight_decay: decoupled, in the full space, times the learning rate.
-      clip_norm: the gradient's largest global norm; 0 does not clip.
-      rank: columns of each basis (galore_adamw).
-      update_proj_gap: steps between two refreshes of the bases (galore_adamw).
-      scale: factor on the lifted update (galore_adamw).
-      refresh: how a basis is found: `"subspace_iteration"`, `"eigh"` or `"svd"` (galore_adamw).
+      clip_norm: the gradient's largest global norm; 0 does not clip. In front of GaLore numbers that
+        are not finite do not count.
+      rank: columns of each basis, or the fraction of a matrix's smaller side that they are.
+      update_proj_gap: steps between two refreshes of the bases.
+      scale: factor on the lifted update.
+      proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
+      refresh: how a basis is found: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`.
+      moments: what a refresh does with the moments: `"keep"`, `"reset"` or `"rotate"`.
+      stagger: spread the refreshes over the gap.
+      lazy_overlap: the overlap of a new subspace with the old one from which its gap doubles; None:
+        no gap does.
+      max_gap: the bound of a doubled gap; None: 8 times `update_proj_gap`.
       stochastic_rounding: round bfloat16 parameters up or down at random, so that their expectation
         is exact; rounding to the nearest loses every update below 1/512 of its weight.
     """
@@ -51,32 +64,54 @@ class OptimizerConfig:
     warmup_steps: int = 1000
     floor: float = 0.1
     b1: float = 0.9
-    b2: float = 0.999
+    b2: float | None = None
     eps: float = 1e-6
     weight_decay: float = 0.0
     clip_norm: float = 0.0
-    rank: int = 128
+    rank: int | float = 128
     update_proj_gap: int = 200
     scale: float = 0.25
+    proj_type: str = "std"
     refresh: str = "subspace_iteration"
+    moments: str = "keep"
+    stagger: bool = False
+    lazy_overlap: float | None = None
+    max_gap: int | None = None
     stochastic_rounding: bool = True
 
     def __post_init__(self):
         _require_choice("optimizer.name", self.name, OPTIMIZERS)
+        _require_choice("optimizer.proj_type", self.proj_type, PROJ_TYPES)
         _require_choice("optimizer.refresh", self.refresh, tuple(REFRESH))
+        _require_choice("optimizer.moments", self.moments, MOMENTS)
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
         _require(self.scale > 0, "optimizer.scale", self.scale, "positive")
         _require(self.eps > 0, "optimizer.eps", self.eps, "positive")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             _require(value >= 0, f"optimizer.{name}", value, "0 or more")
-        for name in ("rank", "update_proj_gap"):
-            value = getattr(self, name)
-            _require(value >= 1, f"optimizer.{name}", value, "at least 1")
+        _require(
+            self.rank >= 1 if isinstance(self.rank, int) else 0 < self.rank < 1,
+            "optimizer.rank",
+            self.rank,
+            "a whole number from 1 on or a fraction between 0 and 1",
+        )
+        gap = self.update_proj_gap
+        _require(gap >= 1, "optimizer.update_proj_gap", gap, "at least 1")
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
-        _require(0 <= self.floor <= 1, "optimizer.floor", self.floor, "between 0 and 1")
+            holds = value is None or 0 <= value < 1
+            _require(holds, f"optimizer.{name}", value, "at least 0 and below 1")
+        for name in ("floor", "lazy_overlap"):
+            value = getattr(self, name)
+            holds = value is None or 0 <= value <= 1
+            _require(holds, f"optimizer.{name}", value, "between 0 and 1")
+        _require(
+            self.max_gap is None or self.max_gap >= gap,
+            "optimizer.max_gap",
+            self.max_gap,
+            f"at least optimizer.update_proj_gap, {gap}",
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +128,8 @@ class TrainingConfig:
       keep_checkpoints: how many of the latest checkpoints stay on disk.
       log_every: updates between two looks at the device: each brings the losses of all its steps.
       folder: of the run: config.toml, metrics.jsonl, checkpoints/, curves.png, summary.json.
+      diagnostics: with GaLore, also measure `captured_energy` and `update_ratio` at every step; see
+        `training.diagnostics`.
       tensorboard: write TensorBoard events too, into the folder's tensorboard/.
       bigram: at the end, also fit a bigram model to the tokens the run saw, and print its loss.
     """
@@ -106,6 +143,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     folder: str = "runs/run"
+    diagnostics: bool = False
     tensorboard: bool = False
     bigram: bool = False
 
@@ -273,6 +311,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         number = float(value)
     else:
         words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        if float in choices:
+            del words[int]
         wanted = " or ".join(words[choice] for choice in choices if choice in words)
         raise InputError(f"{name} must be {wanted}, not {value!r}.")
     if isinstance(number, float) and not math.isfinite(number):

@@ -7,7 +7,7 @@
     summary.json    written last: the run is finished
     curves.png
 
-A folder holds a run as soon as it holds metrics. A fresh start into it is refused, so that nothing
+A folder holds a run as soon as it holds metrics or a checkpoint. A fresh start into it is refused, so that nothing
 is lost; going on needs the same configuration, but for the keys in `MAY_CHANGE`, which decide how
 often to look and to save, never what is computed.
 """
@@ -30,6 +30,7 @@ MAY_CHANGE = frozenset(
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
+        "diagnostics",
         "tensorboard",
         "bigram",
     )
@@ -48,6 +49,10 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.curves = self.path / "curves.png"
 
+    def holds_run(self) -> bool:
+        """Whether there are metrics or checkpoints."""
+        return self.metrics.exists() or any(self.checkpoints.glob("*"))
+
 
 def refuse_wrong_start(config: Config, resume: bool) -> None:
     """Looks whether the folder suits a fresh start, or a resumed one.
@@ -58,13 +63,13 @@ def refuse_wrong_start(config: Config, resume: bool) -> None:
     """
     run = RunFolder(config.training.folder)
     if not resume:
-        if run.metrics.exists():
+        if run.holds_run():
             raise InputError(
                 f"{run.path} already holds a run: go on with it by --resume, or name another "
                 "training.folder."
             )
         return
-    if not run.metrics.exists():
+    if not run.holds_run():
         raise InputError(
             f"there is nothing to resume in {run.path}: start without --resume, or name the "
             "training.folder of the run."

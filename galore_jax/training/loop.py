@@ -188,7 +188,7 @@ def _full_disk_told(config: Config) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        started = RunFolder(config.training.folder).metrics.exists()
+        started = RunFolder(config.training.folder).holds_run()
         command = resume_command(config) if started else "the same command"
         raise InputError(
             f"the disk is full while writing {error.filename or config.training.folder}; what was "

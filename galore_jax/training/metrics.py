@@ -86,22 +86,27 @@ class Metrics:
         if self._path.exists():
             with written_whole(self._path) as path:
                 path.write_text(_json_lines(self.lines), encoding="utf-8")
+        # TensorBoard's purge takes the evaluation at this step away with what came after it.
+        self._add_events([line for line in self.lines if line["step"] == step])
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
         """Appends lines, each with its "step"; a number that is not finite becomes null."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_json_lines(lines))
         self.lines.extend(lines)
-        if self._events is not None:
-            for line in lines:
-                for name, value in line.items():
-                    if name != "step":
-                        self._events.add_scalar(name, value, line["step"])
+        self._add_events(lines)
 
     def close(self) -> None:
         """Ends the events file."""
         if self._events is not None:
             self._events.close()
+
+    def _add_events(self, lines: Sequence[dict[str, Any]]) -> None:
+        if self._events is not None:
+            for line in lines:
+                for name, value in line.items():
+                    if name != "step":
+                        self._events.add_scalar(name, value, line["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,18 @@ from tqdm import tqdm
 from galore_jax.training.evaluate import Evaluation
 from galore_jax.training.metrics import Metrics, format_bytes
 
-MEASURED = ("loss", "learning_rate", "gradient_norm", "targets")
+# What a step may have measured, in the order of a line.
+MEASURED = (
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "targets",
+    "subspace_overlap",
+    "refreshes_saved",
+    "skipped",
+    "captured_energy",
+    "update_ratio",
+)
 SLOW_STEP = 1.0
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -36,7 +47,8 @@ class Progress:
         self._metrics = metrics
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._seconds = max((line.get("seconds", 0.0) for line in metrics.lines), default=0.0)
-        self._warned = False
+        self._skipped = max((line.get("skipped", 0) for line in metrics.lines), default=0)
+        self._warned: set[str] = set()
         # Files and pipes get a line now and then instead of a moving bar.
         pause = 0.2 if sys.stderr.isatty() else 15
         self._bar = tqdm(total=steps, initial=start, bar_format=BAR, mininterval=pause)
@@ -61,20 +73,16 @@ class Progress:
         rate = float(sum(value["targets"] for value in values)) / elapsed
         lines = []
         for (step, _), value in zip(self._pending, values, strict=True):
-            scalars = {name: float(value[name]) for name in MEASURED}
+            scalars = {name: value[name].item() for name in MEASURED if name in value}
             timing = {"tokens_per_second": round(rate, 1), "seconds": round(self._seconds, 3)}
             lines.append({"step": step, **scalars, **timing})
         self._metrics.write(lines)
         self._pending.clear()
         self.is_slow = elapsed / len(lines) > SLOW_STEP
 
+        for line in lines:
+            self._warn_of_numbers(line)
         last = lines[-1]
-        if not math.isfinite(last["loss"]) and not self._warned:
-            self._warned = True
-            self._say(
-                f"warning: the loss at step {last['step']:,} is not finite; a lower "
-                "optimizer.learning_rate or an optimizer.clip_norm may help"
-            )
         self._bar.set_postfix_str(
             f"loss {last['loss']:.3f}, {rate:,.0f} tokens/s, lr {last['learning_rate']:.2e}, "
             f"{memory()}",
@@ -104,6 +112,23 @@ class Progress:
         """What happens inside does not count as training time; report before it."""
         yield
         self._mark = time.perf_counter()
+
+    def _warn_of_numbers(self, line: dict[str, Any]) -> None:
+        if not math.isfinite(line["loss"]):
+            self._warn_once(
+                f"the loss at step {line['step']:,} is not finite",
+                "a lower optimizer.learning_rate or an optimizer.clip_norm may help",
+            )
+        if (skipped := line.get("skipped", 0) - self._skipped) > 0:
+            self._warn_once(
+                f"{skipped} matrices have a gradient at step {line['step']:,} that is not finite",
+                "GaLore leaves them as they are; skipped in metrics.jsonl counts them",
+            )
+
+    def _warn_once(self, finding: str, remedy: str) -> None:
+        if remedy not in self._warned:
+            self._warned.add(remedy)
+            self._say(f"warning: {finding}; {remedy}")
 
     def _say(self, sentence: str) -> None:
         self._bar.write(sentence, file=sys.stderr)

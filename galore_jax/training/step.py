@@ -14,9 +14,23 @@ import galore_jax
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 from galore_jax.training.config import Config, OptimizerConfig
+from galore_jax.training.diagnostics import diagnose, movement
 
 PyTree = Any
 Batch = dict[str, Any]
+
+# The arguments of `galore_jax.galore` that `OptimizerConfig` has.
+GALORE = (
+    "rank",
+    "update_proj_gap",
+    "scale",
+    "proj_type",
+    "refresh",
+    "moments",
+    "stagger",
+    "lazy_overlap",
+    "max_gap",
+)
 
 
 class TrainState(NamedTuple):
@@ -37,7 +51,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     """Linear warm-up to the peak, then half a cosine down to `floor` times the peak.
 
     The rate at t (counted from 0) is `peak · (t + 1) / warmup` for t < warmup, so no update is lost
-    to a rate of 0; the last one, t = steps - 1, is at the floor.
+    to a rate of 0; the last one, t = steps - 1, is at the floor if another one is between it and
+    the warm-up.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     descent = max(steps - 1 - warmup, 1)
@@ -54,26 +69,21 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The transformation named by `config.name`, behind a clip by global norm if one is set."""
     schedule = learning_rate_schedule(config, steps)
-    settings: dict[str, Any] = {
-        "b1": config.b1,
-        "b2": config.b2,
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
+    b2 = {} if config.b2 is None else {"b2": config.b2}
+    adam: dict[str, Any] = {"b1": config.b1, "eps": config.eps, **b2}
+    common: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.name == "adamw":
-        adamw = optax.adamw(schedule, **settings)
+        optimizer, clip = optax.adamw(schedule, **adam, **common), optax.clip_by_global_norm
     else:
-        adamw = galore_jax.adamw(
-            schedule,
-            rank=config.rank,
-            update_proj_gap=config.update_proj_gap,
-            scale=config.scale,
-            refresh=config.refresh,
-            **settings,
-        )
-    if not config.clip_norm:
-        return adamw
-    return galore_jax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        common |= {name: getattr(config, name) for name in GALORE}
+        clip = galore_jax.clip_by_finite_norm
+        if config.name == "galore_adamw":
+            optimizer = galore_jax.adamw(schedule, **adam, **common)
+        elif config.name == "galore_adafactor":
+            optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **common)
+        else:
+            optimizer = galore_jax.lion(schedule, b1=config.b1, **b2, **common)
+    return galore_jax.chain(clip(config.clip_norm), optimizer) if config.clip_norm else optimizer
 
 
 def init_state(config: Config) -> TrainState:
@@ -136,8 +146,8 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
 
     Returns:
       A function of a state and a batch (`tokens`, `segments`, `positions`: int32 (B, T)) that
-      returns the next state and `{"loss", "targets", "learning_rate", "gradient_norm"}`, float32
-      scalars: the loss before the update, and the norm before any clipping.
+      returns the next state and scalars: `loss` before the update, `targets`, `learning_rate`,
+      `gradient_norm` before any clipping, and with GaLore those of `diagnostics`.
     """
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
@@ -151,6 +161,9 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         params, opt_state = galore_jax.apply_gradients(
             tx, gradients, state.opt_state, state.params, key=key if rounds else None
         )
+        metrics |= movement(opt_state)
+        if config.training.diagnostics:
+            metrics |= diagnose(opt_state, gradients, state.params, params)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
