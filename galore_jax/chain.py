@@ -11,7 +11,7 @@ import optax
 from optax import contrib
 
 from galore_jax.matrixwise import MatrixwiseState, init_matrixwise, update_matrixwise
-from galore_jax.moments import Turns, check_rotation, keep_skipped, rotate, skip, turns
+from galore_jax.moments import Turns, check_rotation, is_moment, keep_skipped, rotate, skip, turns
 from galore_jax.projection import Basis, is_coordinates
 from galore_jax.state import (
     ChainState,
@@ -226,7 +226,7 @@ def _init_link(link: optax.GradientTransformation, params: PyTree, bases: list[B
     check_rotation(state, bases)
     _warn_of_copies(state)
     resets = any(basis.moments == "reset" for basis in bases)
-    has_moments = any(map(is_coordinates, jax.tree.leaves(state, is_leaf=is_coordinates)))
+    has_moments = any(map(is_moment, jax.tree.leaves(state, is_leaf=is_coordinates)))
     return init_matrixwise(link, params) if resets and has_moments else state
 
 

@@ -134,19 +134,30 @@ def path_names(path: tuple[Hashable, ...]) -> tuple[str, ...]:
 
 def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
     """Dimension numbers, None or `_DEFAULT` for each leaf."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if numbers is None:
-        return [_DEFAULT] * len(jax.tree.leaves(params))
+        return [_DEFAULT] * len(paths)
     if callable(numbers):
         numbers = numbers(params)
     is_leaf = lambda node: node is None or isinstance(node, GaLoreDimensionNumbers)  # noqa: E731
-    try:
-        whole = jax.tree.broadcast(numbers, params, is_leaf=is_leaf)
-        return jax.tree.structure(params).flatten_up_to(whole)
-    except ValueError as error:
-        raise ValueError(
-            "galore: weight_dimension_numbers must be dimension numbers for all parameters, a tree "
-            f"like the parameters or a prefix of it ({error})."
-        ) from error
+    given = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
+    found, used = [], set()
+    for path in paths:
+        place = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
+        if place is None:
+            raise ValueError(
+                f"galore: weight_dimension_numbers has nothing for {'/'.join(path_names(path))}: "
+                "give a tree like the parameters or a prefix of it, with None for what stays whole."
+            )
+        found.append(given[place])
+        used.add(place)
+    for path in given:
+        if path not in used:
+            raise ValueError(
+                f"galore: weight_dimension_numbers has {'/'.join(path_names(path))}, which the "
+                "parameters do not have: leave it out."
+            )
+    return found
 
 
 def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixView:

@@ -30,10 +30,23 @@ class MatrixwiseState(NamedTuple):
 
 
 def init_matrixwise(tx: optax.GradientTransformation, params: PyTree) -> MatrixwiseState:
-    """Starts `tx` from the parameters as they stand after galore."""
+    """Starts `tx` from the parameters as they stand after galore.
+
+    Raises:
+      ValueError: it cannot run on one matrix alone; names the leaf.
+    """
 
     def at_leaf(param: Any) -> PyTree:
-        return jax.vmap(tx.init)(_flat(param)) if is_coordinates(param) else optax.MaskedNode()
+        if not is_coordinates(param):
+            return optax.MaskedNode()
+        try:
+            return jax.vmap(tx.init)(_flat(param))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'galore: moments="reset" starts what follows galore for {param.projection.name} '
+                f"by itself, which it cannot ({str(error).splitlines()[0]}): give masks and labels "
+                'as functions of the parameters, or use moments="keep".'
+            ) from error
 
     matrices = jax.tree.map(at_leaf, params, is_leaf=is_coordinates)
     return MatrixwiseState(tx.init(_whole(params)), matrices)

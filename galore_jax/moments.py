@@ -50,6 +50,11 @@ def turns(old: list[GaLoreState], new: list[GaLoreState]) -> Turns:
     return {basis.projection.path: Turn(basis, after) for basis, after in pairs}
 
 
+def is_moment(node: Any) -> bool:
+    """Whether a node of a state is a moment; a masked one holds `optax.MaskedNode()`."""
+    return is_coordinates(node) and hasattr(node.value, "shape")
+
+
 def skip(updates: PyTree, turns: Turns) -> PyTree:
     """The last updates of a chain with zero for the skipped matrices, which do not decay either."""
 
@@ -68,7 +73,7 @@ def keep_skipped(old: PyTree, new: PyTree, turns: Turns) -> PyTree:
     """The state `new` with the moments of `old` for the skipped matrices."""
 
     def at_moment(old: Any, new: Any) -> Any:
-        if not is_coordinates(new) or new.projection.path not in turns:
+        if not is_moment(new) or new.projection.path not in turns:
             return new
         skipped = turns[new.projection.path].skipped
         if new.value.shape[: skipped.ndim] != skipped.shape:
@@ -91,7 +96,7 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
     """
     rotates = {basis.projection.path for basis in bases if basis.moments == "rotate"}
     for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_coordinates):
-        if not is_coordinates(node) or node.projection.path not in rotates:
+        if not is_moment(node) or node.projection.path not in rotates:
             continue
         name = _field(path, node.projection.path)
         if _kind(name, node) is None:
@@ -107,7 +112,7 @@ def rotate(state: PyTree, turns: Turns) -> PyTree:
     """The state with its moments in the new bases, where they are new and rotated at a refresh."""
 
     def at_moment(path: tuple[Any, ...], node: Any) -> Any:
-        turn = turns.get(node.projection.path) if is_coordinates(node) else None
+        turn = turns.get(node.projection.path) if is_moment(node) else None
         if turn is None or turn.new.moments != "rotate":
             return node
         kind = _kind(_field(path, node.projection.path), node)

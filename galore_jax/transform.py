@@ -108,6 +108,12 @@ def galore(
     rules = dict(rules or {})
     if moments not in MOMENTS:
         raise ValueError(f"galore: moments must be one of {', '.join(MOMENTS)}, not {moments!r}.")
+    for pattern, rule in rules.items():
+        if not isinstance(rule, Rule | None):
+            raise ValueError(
+                f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None to "
+                "leave its leaves whole."
+            )
     if isinstance(lazy_overlap, float) and not 0 < lazy_overlap <= 1:
         raise ValueError(f"galore: lazy_overlap must be above 0 and at most 1, not {lazy_overlap}.")
     if isinstance(max_gap, int) and max_gap < 1:

@@ -29,22 +29,19 @@ OPTIMIZERS = ("adamw", "galore_adamw", "galore_adafactor", "galore_lion")
 class OptimizerConfig:
     """`[optimizer]`: which one, in full or in a low-rank subspace, and its learning rate over time.
 
-    What an optimizer has no use for it leaves aside: Adafactor `b2`, it and Lion `eps`, and plain
-    AdamW everything from `rank` to `max_gap`, which are the arguments of `galore_jax.galore`.
+    From `rank` to `max_gap` they are arguments of `galore_jax.galore`, of no use to plain AdamW.
 
     Attributes:
-      name: `"adamw"`, or one of the ready-made chains `"galore_adamw"`, `"galore_adafactor"`,
-        `"galore_lion"`.
+      name: `"adamw"`, `"galore_adamw"`, `"galore_adafactor"` or `"galore_lion"`.
       learning_rate: the peak, reached after the warm-up.
       warmup_steps: updates of linear warm-up.
       floor: the last update's learning rate, as a fraction of the peak.
-      b1: decay of the first moment, of Lion its weight in the update; of 0 Adafactor keeps none.
-      b2: decay of AdamW's second moment, of Lion's only one; None: the optimizer's own, 0.999 and
-        0.99.
-      eps: added to the root of AdamW's second moment.
+      b1: decay of the first moment, which Adafactor does not keep at 0; Lion's weight of it.
+      b2: decay of AdamW's second moment, None: 0.999; of Lion's only moment, None: 0.99.
+      eps: added to the root of the second moment (AdamW).
       weight_decay: decoupled, in the full space, times the learning rate.
-      clip_norm: the gradient's largest global norm; 0 does not clip. In front of GaLore numbers that
-        are not finite do not count.
+      clip_norm: the gradient's largest global norm; 0 does not clip. GaLore's clip leaves numbers
+        that are not finite out of the norm.
       rank: columns of each basis, or the fraction of a matrix's smaller side that they are.
       update_proj_gap: steps between two refreshes of the bases.
       scale: factor on the lifted update.
@@ -128,8 +125,8 @@ class TrainingConfig:
       keep_checkpoints: how many of the latest checkpoints stay on disk.
       log_every: updates between two looks at the device: each brings the losses of all its steps.
       folder: of the run: config.toml, metrics.jsonl, checkpoints/, curves.png, summary.json.
-      diagnostics: with GaLore, also measure `captured_energy` and `update_ratio` at every step; see
-        `training.diagnostics`.
+      diagnostics: with GaLore, measure `captured_energy` and `update_ratio` too at every step: see
+        diagnostics.py.
       tensorboard: write TensorBoard events too, into the folder's tensorboard/.
       bigram: at the end, also fit a bigram model to the tokens the run saw, and print its loss.
     """

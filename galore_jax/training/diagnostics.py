@@ -2,9 +2,9 @@
 
 Always, with GaLore, over all projected matrices:
 
-    subspace_overlap  how much of the old subspace was in the new one at a matrix's last refresh: the
-                      mean squared cosine of their principal angles. Up to its second refresh the
-                      old one is random, and it is about rank / side.
+    subspace_overlap  how much of the old subspace the last refresh kept: the mean squared cosine
+                      of the principal angles between old and new. Up to a matrix's second refresh
+                      the old one is random, and it is about rank / side.
     refreshes_saved   refreshes that lazily doubled gaps have saved so far
     skipped           updates left out so far because a matrix's gradient was not finite
 
@@ -73,7 +73,7 @@ def diagnose(
         sums += jax.tree.leaves(found)
     if not sums:
         return {}
-    held, whole, moved, size = sum(sums)
+    held, whole, moved, size = sum(sums, jnp.zeros(4))
     return {"captured_energy": held / whole, "update_ratio": jnp.sqrt(moved / size)}
 
 

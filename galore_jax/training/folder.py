@@ -7,9 +7,9 @@
     summary.json    written last: the run is finished
     curves.png
 
-A folder holds a run as soon as it holds metrics or a checkpoint. A fresh start into it is refused, so that nothing
-is lost; going on needs the same configuration, but for the keys in `MAY_CHANGE`, which decide how
-often to look and to save, never what is computed.
+A folder holds a run as soon as it holds metrics or a checkpoint. A fresh start into it is refused,
+so that nothing is lost; going on needs the same configuration, but for the keys in `MAY_CHANGE`,
+which decide where and how often to look and to save, never what is computed.
 """
 
 import os

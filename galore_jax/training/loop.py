@@ -84,6 +84,11 @@ def train(config: Config, resume: bool = False) -> Summary:
         evaluate = make_evaluate(config)
         metrics = Metrics(run, start, training.tensorboard)
         stack.callback(metrics.close)
+        if start == steps and not metrics.lines:
+            raise InputError(
+                f"{run.path} has its last checkpoint but no {run.metrics.name}, which the summary "
+                "is made of: put it back, or name another training.folder."
+            )
         progress = stack.enter_context(Progress(metrics, start, steps))
 
         for step in range(start, steps):

@@ -86,7 +86,7 @@ class Metrics:
         if self._path.exists():
             with written_whole(self._path) as path:
                 path.write_text(_json_lines(self.lines), encoding="utf-8")
-        # TensorBoard's purge takes the evaluation at this step away with what came after it.
+        # The events' purge takes the evaluation at this very step away, too.
         self._add_events([line for line in self.lines if line["step"] == step])
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:

@@ -116,19 +116,21 @@ class Progress:
     def _warn_of_numbers(self, line: dict[str, Any]) -> None:
         if not math.isfinite(line["loss"]):
             self._warn_once(
-                f"the loss at step {line['step']:,} is not finite",
-                "a lower optimizer.learning_rate or an optimizer.clip_norm may help",
+                "loss",
+                f"the loss at step {line['step']:,} is not finite; a lower "
+                "optimizer.learning_rate or an optimizer.clip_norm may help",
             )
-        if (skipped := line.get("skipped", 0) - self._skipped) > 0:
+        if line.get("skipped", 0) > self._skipped:
             self._warn_once(
-                f"{skipped} matrices have a gradient at step {line['step']:,} that is not finite",
-                "GaLore leaves them as they are; skipped in metrics.jsonl counts them",
+                "skipped",
+                f"the gradients of some matrices at step {line['step']:,} are not finite; these "
+                "matrices are left as they are, and skipped in metrics.jsonl counts them",
             )
 
-    def _warn_once(self, finding: str, remedy: str) -> None:
-        if remedy not in self._warned:
-            self._warned.add(remedy)
-            self._say(f"warning: {finding}; {remedy}")
+    def _warn_once(self, number: str, sentence: str) -> None:
+        if number not in self._warned:
+            self._warned.add(number)
+            self._say(f"warning: {sentence}")
 
     def _say(self, sentence: str) -> None:
         self._bar.write(sentence, file=sys.stderr)
