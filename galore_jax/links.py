@@ -79,10 +79,10 @@ def _full_shapes(params: PyTree) -> PyTree:
 
 
 def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` in which numbers that are not finite do not count.
+    """`optax.clip_by_global_norm` in which numbers whose squares are not finite do not count.
 
     With the stock one a single NaN makes the norm NaN and with it every gradient. Here the others
-    are scaled as if it were not there, and it goes on as it is, for galore to leave its matrix out.
+    are scaled as if it were not there, and it goes on as NaN, for galore to leave its matrix out.
 
     Args:
       max_norm: the gradients are scaled down to this global norm where theirs is larger.
@@ -95,19 +95,26 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
         del params
         norm = finite_norm(updates)
         factor = jnp.where(norm > max_norm, max_norm / norm, 1)
-        return jax.tree.map(lambda update: (update * factor).astype(update.dtype), updates), state
+
+        def clip(update: jax.Array) -> jax.Array:
+            return jnp.where(_counts(update), update * factor, jnp.nan).astype(update.dtype)
+
+        return jax.tree.map(clip, updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
 def finite_norm(tree: PyTree) -> jax.Array:
-    """The root of the sum of squares of all finite numbers in a tree, float32."""
+    """The root of the sum of all finite squares in a tree, a float32 scalar."""
+    squares = (
+        jnp.sum(jnp.where(_counts(leaf), leaf.astype(jnp.float32), 0) ** 2)
+        for leaf in jax.tree.leaves(tree)
+    )
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
 
-    def squares(leaf: Any) -> jax.Array:
-        leaf = leaf.astype(jnp.float32)
-        return jnp.sum(jnp.where(jnp.isfinite(leaf), leaf, 0) ** 2)
 
-    return jnp.sqrt(sum(map(squares, jax.tree.leaves(tree)), jnp.float32(0)))
+def _counts(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf.astype(jnp.float32) ** 2)
 
 
 class FactoredState(NamedTuple):

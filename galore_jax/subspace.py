@@ -18,8 +18,10 @@ NEVER = 2**30
 def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:
     """Orthonormal columns with the span of the given ones, by matmuls and r×r Cholesky only.
 
-    Three passes of shifted Cholesky-QR over columns of length 1. A plain one fails where the Gram
-    matrix is singular to working precision; a little of `generic` makes up what is missing.
+    Four passes of shifted Cholesky-QR over columns of length 1. A plain one fails where the Gram
+    matrix is singular to working precision; a little of `generic` makes up what is missing. The
+    shifts are relative to a bound of the largest eigenvalue, which for parallel columns is r times
+    their mean, and a shift below its rounding would not help.
 
     Args:
       columns: `(n, r)` float32, of any rank and scale, finite.
@@ -34,9 +36,10 @@ def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:
     length = jnp.linalg.norm(columns, axis=0, keepdims=True)
     q = columns / jnp.where(length > 0, length, 1) + 1e-4 * generic
     identity = jnp.eye(q.shape[1], dtype=q.dtype)
-    for shift in (1e-5, 1e-7, 1e-7):
+    for shift in (1e-5, 1e-6, 1e-7, 1e-8):
         gram = jnp.matmul(q.T, q, precision=lax.Precision.HIGHEST)
-        factor = jnp.linalg.cholesky(gram + shift * jnp.trace(gram) / len(gram) * identity)
+        bound = jnp.max(jnp.sum(jnp.abs(gram), axis=1))
+        factor = jnp.linalg.cholesky(gram + shift * bound * identity)
         # The inverse times q rather than a solve against q, which would gather a sharded q.
         inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
         q = jnp.matmul(q, inverse.T, precision=lax.Precision.HIGHEST)
@@ -71,6 +74,8 @@ def eigh(matrix: jax.Array, side: Side, basis: jax.Array, rounds: Any, key: Any)
     wide = matrix.shape[0] <= matrix.shape[1]
     smaller = matrix if wide else matrix.T
     gram = jnp.matmul(smaller, smaller.T, precision=lax.Precision.HIGHEST)
+    # LAPACK's answer for rows whose squares leave float32's range may be NaN; a shift has none such.
+    gram = gram + 1e-12 * jnp.eye(len(gram), dtype=gram.dtype)
     leading = jnp.linalg.eigh(gram)[1][:, : -basis.shape[1] - 1 : -1]
     return leading if wide else orthonormalise(matrix @ leading, basis)
 
@@ -130,8 +135,8 @@ def refresh_due(
 ) -> tuple[dict[Side, jax.Array], jax.Array, jax.Array]:
     """New bases for the matrices whose age has reached their gap; the others cost nothing.
 
-    A matrix whose gradient is not finite keeps its basis, so that the next finite gradient
-    refreshes it. A basis that no gradient has shaped yet takes three rounds where one has rounds.
+    A matrix whose gradient or its squares are not finite keeps its basis, so that the next finite
+    gradient refreshes it. A basis that no gradient has shaped yet takes three rounds where one has rounds.
 
     Args:
       vectors: by side, `(n, in or out, r)`.
@@ -150,7 +155,7 @@ def refresh_due(
         vectors, refreshed, overlaps = carry
         matrix = matrices[i].astype(jnp.float32)
         largest = jnp.max(jnp.abs(matrix))
-        good = jnp.isfinite(largest)
+        good = jnp.isfinite(jnp.sum(matrix**2))
         matrix = jnp.where(good, matrix / jnp.where(largest > 0, largest, 1), 0)
         rounds = jnp.where(age[i] >= NEVER, 3, 1)
         key = jax.random.key(key_data[0])

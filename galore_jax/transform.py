@@ -53,8 +53,9 @@ def galore(
     Matrices are the last two axes of a leaf, axes before them a batch; biases, scales, embeddings,
     heads and norms stay whole, by name, and so does a leaf whose smaller side is not larger than
     the rank. Each matrix has a basis of its own, made anew at updates 0, T, 2T, … from that
-    update's gradient. A matrix whose gradient is not finite is left out of the update: its weights,
-    moments and basis stay as they are, a refresh that was due takes place at the next finite one.
+    update's gradient. A matrix whose gradient is not finite, or so large that its squares are not
+    in float32, is left out of the update: its weights, moments and basis stay as they are, and a
+    refresh that was due takes place at the next finite one.
 
     What leaves galore is float32: `Coordinates` of projected leaves, `(*batch, r, out)` for a left
     basis, `(*batch, in, r)` for a right one; other gradients whole.
@@ -164,8 +165,8 @@ def galore(
             else:
                 basis = refresh_basis(basis, gradient, rule, seed=seed, count=state.count, **lazy)
                 value = projection.project(basis.vectors, gradient)
-            # Any number of G that is not finite shows in R.
-            finite = jnp.all(jnp.isfinite(value), axis=(-2, -1))
+            # What is not finite in G shows in R; squares that are not would end in second moments.
+            finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))
             value = jnp.where(finite[..., None, None], value, 0)
             update = Coordinates(value, projection)
             if basis.full_size:

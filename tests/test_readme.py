@@ -29,3 +29,23 @@ def test_the_short_form_and_the_stock_form_give_the_same_parameters_and_low_rank
     exec(stock, names)
     assert optax.tree.get(names["state"], "mu")["kernel"].value.shape == (128, 192)
     np.testing.assert_allclose(names["params"]["kernel"], short["kernel"], atol=1e-6)
+
+
+def test_the_example_of_rules_runs_on_the_parameters_it_speaks_of():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    params = {
+        "layers": {
+            "attention": {"q_proj": {"kernel": jnp.ones((2, 96, 96))}},
+            "mlp": {"up_proj": {"kernel": jnp.ones((2, 96, 128))}},
+        },
+        "embed_tokens": {"embedding": jnp.ones((200, 96))},
+        "other": jnp.ones((40, 20)),
+    }
+    names = {"params": params}
+    (example,) = (block for block in blocks if "rules=" in block)
+    exec(example, names)
+    bases = optax.tree.get(names["tx"].init(params), "bases")
+    assert bases["layers"]["attention"]["q_proj"]["kernel"].projection.rank == 64
+    assert bases["layers"]["mlp"]["up_proj"]["kernel"].vectors["right"].shape == (2, 128, 24)
+    assert bases["embed_tokens"]["embedding"] == optax.MaskedNode()
+    assert bases["other"].projection.rank == 5
