@@ -74,7 +74,7 @@ def eigh(matrix: jax.Array, side: Side, basis: jax.Array, rounds: Any, key: Any)
     wide = matrix.shape[0] <= matrix.shape[1]
     smaller = matrix if wide else matrix.T
     gram = jnp.matmul(smaller, smaller.T, precision=lax.Precision.HIGHEST)
-    # LAPACK's answer for rows whose squares leave float32's range may be NaN; a shift has none such.
+    # Without a shift LAPACK may return NaN for rows whose squares leave float32's range.
     gram = gram + 1e-12 * jnp.eye(len(gram), dtype=gram.dtype)
     leading = jnp.linalg.eigh(gram)[1][:, : -basis.shape[1] - 1 : -1]
     return leading if wide else orthonormalise(matrix @ leading, basis)
@@ -136,7 +136,7 @@ def refresh_due(
     """New bases for the matrices whose age has reached their gap; the others cost nothing.
 
     A matrix whose gradient or its squares are not finite keeps its basis, so that the next finite
-    gradient refreshes it. A basis that no gradient has shaped yet takes three rounds where one has rounds.
+    gradient refreshes it. Where a method has rounds, the first basis takes three of them.
 
     Args:
       vectors: by side, `(n, in or out, r)`.
