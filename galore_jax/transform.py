@@ -67,7 +67,8 @@ def galore(
       scale: factor of the lifted update, the paper's α.
       proj_type: "std" (the paper) projects the smaller side, of a square kernel the in side;
         "reverse_std" the other one; "left" the in axis, "right" the out axis (of Flax kernels,
-        (in, out): those of the reference, for torch's (out, in), flip); "full" both.
+        (in, out): those of the reference, for torch's (out, in), flip); "full" both (with an exact
+        method the coordinates are diagonal at a refresh, up to rounding, which Adam then follows).
       refresh: "subspace_iteration" (matmuls only, warm-started), "eigh" (exact, from the smaller
         Gram matrix), "svd" (exact, slow) or "random" (whatever the gradient).
       weight_dimension_numbers: which axes are in and out, as in `optax.contrib.galore`, for

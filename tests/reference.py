@@ -1,34 +1,49 @@
-"""GaLore in plain numpy, written from the paper (arXiv 2403.03507): the oracle of the tests.
+"""GaLore in plain numpy, written from the papers: the oracle of the tests.
 
 One matrix at a time, float64, no cleverness. Weights are (in, out), bases have orthonormal columns.
+A matrix that is not projected has no bases: its gradient is its coordinates.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+Bases = dict[str, np.ndarray]  # by side, "left" for the in axis, "right" for the out axis
 
-@dataclass
+
+@dataclass(frozen=True)
 class Moments:
-    """Adam's state of one matrix, in whatever space it lives."""
+    """What an optimizer keeps of one matrix, in whatever space it lives.
 
-    first: np.ndarray
-    second: np.ndarray
+    Attributes:
+      values: "first" and "second", of the coordinates' shape; Adafactor has for the second "rows"
+        and "columns", its means over the out and over the in axis.
+      count: updates so far.
+    """
+
+    values: dict[str, np.ndarray]
     count: int
 
 
-def side_of(weight: np.ndarray) -> str:
+def sides(shape: tuple[int, int], proj_type: str) -> set[str]:
     """`std`: the smaller side; of a square Flax kernel the in side."""
-    rows, columns = weight.shape
-    return "left" if rows <= columns else "right"
+    rows, columns = shape
+    std, other = ("left", "right") if rows <= columns else ("right", "left")
+    return {"std": {std}, "reverse_std": {other}, "full": {"left", "right"}}.get(
+        proj_type, {proj_type}
+    )
 
 
-def project(gradient: np.ndarray, basis: np.ndarray, side: str) -> np.ndarray:
-    return basis.T @ gradient if side == "left" else gradient @ basis
+def project(gradient: np.ndarray, bases: Bases) -> np.ndarray:
+    if "left" in bases:
+        gradient = bases["left"].T @ gradient
+    return gradient @ bases["right"] if "right" in bases else gradient
 
 
-def lift(value: np.ndarray, basis: np.ndarray, side: str) -> np.ndarray:
-    return basis @ value if side == "left" else value @ basis.T
+def lift(value: np.ndarray, bases: Bases) -> np.ndarray:
+    if "left" in bases:
+        value = bases["left"] @ value
+    return value @ bases["right"].T if "right" in bases else value
 
 
 def refreshed(gradient: np.ndarray, old: np.ndarray, side: str, method: str, rounds: int):
@@ -48,35 +63,96 @@ def largest_angle(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.linalg.norm(one - other @ (other.T @ one), 2))
 
 
-def adam(gradient: np.ndarray, moments: Moments, b1: float, b2: float, eps: float):
-    """The normalised update and the new moments (optax: eps after the bias correction)."""
+def after_refresh(moments: Moments, rule: str, old: Bases, new: Bases) -> Moments:
+    """The moments with which a matrix takes the first update in its new bases."""
+    if rule == "reset":
+        return Moments({name: 0 * value for name, value in moments.values.items()}, 0)
+    return rotated(moments, old, new) if rule == "rotate" else moments
+
+
+def rotated(moments: Moments, old: Bases, new: Bases) -> Moments:
+    """A new direction is `Σⱼ Cᵢⱼ` old ones and a rest outside the old subspace.
+
+    A first moment has nothing there. A second moment, a variance, is `Σⱼ Cᵢⱼ² Vⱼ` of uncorrelated
+    coordinates; the rest, of square length `1 − Σⱼ Cᵢⱼ²`, is given the mean of the old directions.
+    """
+    values = dict(moments.values)
+    for side in new:
+        turn = new[side].T @ old[side]
+        rest = 1 - np.sum(turn**2, axis=1, keepdims=True)
+        variances = turn**2 + rest / len(turn)
+        # Of a factored second moment only the factor along this side has its directions.
+        factor = "rows" if side == "left" else "columns"
+        for name, matrix in (("first", turn), ("second", variances), (factor, variances)):
+            if name in values:
+                value = values[name]
+                values[name] = matrix @ value if side == "left" else value @ matrix.T
+    return Moments(values, moments.count)
+
+
+def adam(gradient, moments, learning_rate, b1=0.9, b2=0.999, eps=1e-6):
+    """arXiv 1412.6980, algorithm 1."""
     count = moments.count + 1
-    first = b1 * moments.first + (1 - b1) * gradient
-    second = b2 * moments.second + (1 - b2) * gradient**2
-    corrected = first / (1 - b1**count)
-    update = corrected / (np.sqrt(second / (1 - b2**count)) + eps)
-    return update, Moments(first, second, count)
+    first = b1 * moments.values["first"] + (1 - b1) * gradient
+    second = b2 * moments.values["second"] + (1 - b2) * gradient**2
+    normalised = first / (1 - b1**count) / (np.sqrt(second / (1 - b2**count)) + eps)
+    return -learning_rate * normalised, Moments({"first": first, "second": second}, count)
 
 
-def adamw_step(
+def adafactor(gradient, moments, learning_rate, b1=0.9, decay_rate=0.8, eps=1e-30, threshold=1.0):
+    """arXiv 1804.04235, algorithm 4, with an absolute learning rate and momentum after it."""
+    count = moments.count + 1
+    decay = 1 - count**-decay_rate
+    square = gradient**2 + eps
+    news = {"second": square, "rows": square.mean(axis=-1), "columns": square.mean(axis=0)}
+    values = {
+        name: decay * value + (1 - decay) * news[name]
+        for name, value in moments.values.items()
+        if name != "first"
+    }
+    if "second" in values:
+        second = values["second"]
+    else:
+        second = np.outer(values["rows"], values["columns"]) / values["rows"].mean()
+    update = gradient / np.sqrt(second)
+    update = update / max(1, np.sqrt(np.mean(update**2)) / threshold)
+    first = b1 * moments.values["first"] - (1 - b1) * learning_rate * update
+    return first, Moments({"first": first, **values}, count)
+
+
+def lion(gradient, moments, learning_rate, b1=0.9, b2=0.99):
+    """arXiv 2302.06675, algorithm 2."""
+    first = moments.values["first"]
+    update = -learning_rate * np.sign(b1 * first + (1 - b1) * gradient)
+    return update, Moments({"first": b2 * first + (1 - b2) * gradient}, moments.count + 1)
+
+
+OPTIMIZERS = {"adamw": adam, "adafactor": adafactor, "lion": lion}
+
+
+def start(optimizer: str, shape: tuple[int, ...], projected: bool) -> Moments:
+    """No moments yet. Adafactor leaves small arrays that are not projected unfactored."""
+    values = {"first": np.zeros(shape)}
+    if optimizer == "adafactor" and (projected or (len(shape) == 2 and min(shape) >= 128)):
+        values |= {"rows": np.zeros(shape[0]), "columns": np.zeros(shape[1])}
+    elif optimizer != "lion":
+        values["second"] = np.zeros(shape)
+    return Moments(values, 0)
+
+
+def step(
+    optimizer: str,
     weight: np.ndarray,
     gradient: np.ndarray,
     moments: Moments,
+    bases: Bases,
     *,
-    basis: np.ndarray | None,
     learning_rate: float,
     scale: float,
     weight_decay: float,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
 ) -> tuple[np.ndarray, Moments]:
-    """One step of GaLore-AdamW; with basis None of plain AdamW, which has no scale."""
-    if basis is None:
-        update, moments = adam(gradient, moments, b1, b2, eps)
-    else:
-        side = side_of(weight)
-        update, moments = adam(project(gradient, basis, side), moments, b1, b2, eps)
-        update = scale * lift(update, basis, side)
-    weight = weight - learning_rate * update
+    """One update (arXiv 2403.03507, algorithm 2), after which the whole weight decays."""
+    coordinates = project(gradient, bases)
+    update, moments = OPTIMIZERS[optimizer](coordinates, moments, learning_rate)
+    weight = weight + (scale * lift(update, bases) if bases else update)
     return weight - learning_rate * weight_decay * weight, moments

@@ -9,104 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from flax import nnx
+from trees import PLAIN, STACKED, loss, max_difference, random_params
 
 import galore_jax
 from galore_jax import Coordinates, apply_gradients, chain, galore, init
 from galore_jax.transform import _warn_of_full_size
-
-STACKED = {"wide": (3, 12, 20), "tall": (3, 20, 12), "square": (3, 16, 16), "bias": (3, 12)}
-PLAIN = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "bias": (12,)}
-
-
-def random_params(shapes, seed=0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return {
-        name: {"bias" if name == "bias" else "kernel": jax.random.normal(key, shape, dtype)}
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
-
-
-def loss(params, target):
-    """A quadratic with one steep and many flat directions, so that subspaces are well defined."""
-    errors = jax.tree.map(lambda p, t: p - t, params, target)
-    decay = lambda e: e * 0.6 ** jnp.arange(e.shape[-1])  # noqa: E731
-    return sum(jnp.sum(decay(e) ** 2) for e in jax.tree.leaves(errors))
-
-
-def max_difference(one, other):
-    return max(
-        jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), one, other))
-    )
-
-
-def matrices(array, of_matrix):
-    """An array as a list of its matrices (or vectors), whatever stands in front of them."""
-    array = np.asarray(array, np.float64)
-    if not of_matrix:
-        return [array]
-    return list(array.reshape(-1, *array.shape[-2:]))
-
-
-@pytest.mark.parametrize("shapes", [PLAIN, STACKED], ids=["plain", "stacked"])
-@pytest.mark.parametrize("method", ["subspace_iteration", "eigh", "svd"])
-def test_every_step_over_three_refreshes_agrees_with_the_numpy_reference(shapes, method):
-    settings = {"learning_rate": 0.05, "scale": 0.5, "weight_decay": 0.1}
-    gap, rank = 5, 4
-    tx = galore_jax.adamw(rank=rank, update_proj_gap=gap, refresh=method, **settings)
-    params, target = random_params(shapes), random_params(shapes, seed=1)
-    state = tx.init(params)
-    step = jax.jit(
-        lambda p, s: (
-            jax.grad(loss)(p, target),
-            *apply_gradients(tx, jax.grad(loss)(p, target), s, p),
-        )
-    )
-
-    refreshes = 0
-    for count in range(2 * gap + 2):
-        grads, new_params, new_state = step(params, state)
-        adam = state.links[1]
-        for name, leaf in params.items():
-            ((field, weight),) = leaf.items()
-            projected = field == "kernel"
-            old, new = (s.bases[name][field] for s in (state.links[0], new_state.links[0]))
-            at = lambda tree, n=name, f=field: getattr(tree[n][f], "value", tree[n][f])  # noqa: E731
-            parts = [
-                matrices(x, projected)
-                for x in (
-                    weight,
-                    at(grads),
-                    at(adam.mu),
-                    at(adam.nu),
-                    at(new_params),
-                    at(new_state.links[1].mu),
-                    at(new_state.links[1].nu),
-                )
-            ]
-            olds = matrices(next(iter(old.vectors.values())), True) if projected else [None]
-            news = matrices(next(iter(new.vectors.values())), True) if projected else [None]
-            for w, g, m, v, w_new, m_new, v_new, p_old, p in zip(*parts, olds, news, strict=True):
-                if projected and count % gap == 0:
-                    refreshes += 1
-                    side = reference.side_of(w)
-                    ours = reference.refreshed(g, p_old, side, method, 3 if count == 0 else 1)
-                    assert reference.largest_angle(ours, p) < 1e-3
-                elif projected:
-                    np.testing.assert_array_equal(p, p_old)
-                w_ref, moments = reference.adamw_step(
-                    w, g, reference.Moments(m, v, count), basis=p, **settings
-                )
-                np.testing.assert_allclose(w_new, w_ref, atol=1e-5)
-                np.testing.assert_allclose(
-                    m_new, moments.first, rtol=1e-5, atol=1e-5 * abs(g).max()
-                )
-                np.testing.assert_allclose(
-                    v_new, moments.second, rtol=1e-5, atol=1e-5 * (g**2).max()
-                )
-        params, state = new_params, new_state
-    assert refreshes == 3 * (3 if shapes is PLAIN else 9)
 
 
 def test_chain_holds_low_rank_adam_moments():
@@ -209,22 +116,6 @@ def test_a_ready_made_chain_can_be_extended_in_front():
     assert len(tx.init(params).links) == 5
 
 
-@pytest.mark.parametrize(
-    "tx",
-    [
-        optax.chain(optax.trace(0.9), galore(4), optax.adam(1e-3)),
-        optax.chain(optax.chain(optax.trace(0.9), galore(4)), optax.adam(1e-3)),
-        optax.chain(optax.add_decayed_weights(0.1), galore(4), optax.adam(1e-3)),
-        optax.MultiSteps(optax.chain(galore(4), optax.adam(1e-3)), 2),
-    ],
-    ids=["state before", "nested", "parameters before", "wrapper around"],
-)
-def test_a_stock_transformation_that_cannot_take_coordinates_points_to_chain(tx):
-    params = random_params(PLAIN)
-    with pytest.raises(ValueError, match=r"use galore_jax\.chain in place of optax\.chain"):
-        apply_gradients(tx, params, init(tx, params), params)
-
-
 def test_what_enters_the_inner_optimizer_is_float32_and_updates_leave_in_the_parameters_dtype():
     seen = {}
 
@@ -314,70 +205,6 @@ def test_no_lifted_update_of_a_whole_stacked_leaf_exists():
     assert memory.temp_size_in_bytes < params["kernel"].nbytes / 4
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda tx: optax.masked(tx, dict.fromkeys(PLAIN, True)),
-        lambda tx: optax.partition({"low": tx}, dict.fromkeys(PLAIN, "low")),
-        lambda tx: optax.apply_if_finite(tx, 3),
-        lambda tx: optax.MultiSteps(tx, 1),
-        lambda tx: optax.chain(optax.identity(), tx),
-        lambda tx: optax.chain(galore(4, 2), optax.adam(0.1)),
-        lambda tx: optax.inject_hyperparams(
-            lambda rate, scale: chain(galore(4, 2, scale), optax.adam(rate))
-        )(rate=0.1, scale=0.25),
-    ],
-    ids=["masked", "partition", "apply_if_finite", "MultiSteps", "chain", "stock", "inject"],
-)
-def test_wrappers_around_a_chain_change_nothing(wrap):
-    target = random_params(PLAIN, seed=1)
-    runs = []
-    for tx in (plain := chain(galore(4, 2), optax.adam(0.1)), wrap(plain)):
-        params, state = random_params(PLAIN), init(tx, random_params(PLAIN))
-        step = jax.jit(lambda p, s, tx=tx: apply_gradients(tx, jax.grad(loss)(p, target), s, p))
-        for _ in range(4):
-            params, state = step(params, state)
-        runs.append(params)
-    assert max_difference(*runs) <= 2e-6
-
-
-def test_a_partition_may_mix_a_chain_with_a_stock_one():
-    target = random_params(PLAIN, seed=1)
-    labels = dict.fromkeys(PLAIN, "chain") | {"tall": "stock"}
-    inner = galore(4), optax.adam(0.1)
-    mixed = optax.partition({"chain": chain(*inner), "stock": optax.chain(*inner)}, labels)
-    results = []
-    for tx in (mixed, chain(*inner)):
-        params = random_params(PLAIN)
-        grads = jax.grad(loss)(params, target)
-        results.append(apply_gradients(tx, grads, init(tx, params), params)[0])
-    # The seeds of the bases differ with the order of leaves; the gradients' own subspaces do not.
-    assert max_difference(results[0]["bias"], results[1]["bias"]) == 0
-    assert max_difference(results[0], random_params(PLAIN)) > 0
-
-
-def test_extra_arguments_reach_the_transformations():
-    params = random_params(PLAIN)
-    for tx in (
-        chain(galore(4), optax.sgd(1.0), optax.contrib.reduce_on_plateau()),
-        optax.chain(galore(4), optax.sgd(1.0), optax.contrib.reduce_on_plateau()),
-    ):
-        _, state = apply_gradients(tx, params, init(tx, params), params, value=3.0)
-        assert float(optax.tree.get(state, "best_value")) == 3.0
-
-
-def test_nothing_may_follow_a_decay_of_whole_weights():
-    params = random_params(PLAIN)
-    tx = chain(galore_jax.adamw(0.1, rank=4, weight_decay=0.1), optax.clip(1e-3))
-    with pytest.raises(ValueError, match="must come last"):
-        tx.update(params, tx.init(params), params)
-
-
-def test_more_than_one_galore_is_refused():
-    with pytest.raises(ValueError, match="more than one galore"):
-        chain(galore(8), galore(4), optax.adam(1e-3))
-
-
 def test_integers_and_scalars_are_updated_as_optax_does():
     params = {"count": jnp.int32(2**24 + 1), "number": 1.0, "kernel": jnp.ones((12, 20))}
     tx = chain(galore(4), optax.set_to_zero())
@@ -388,21 +215,13 @@ def test_integers_and_scalars_are_updated_as_optax_does():
 
 def test_bases_have_the_dtype_and_the_seed_that_are_asked_for():
     params = random_params({"wide": (12, 20)})
-    start = lambda **settings: (
-        init(galore(4, **settings), params).bases["wide"]["kernel"].vectors["left"]
-    )
+
+    def start(**settings):
+        return init(galore(4, **settings), params).bases["wide"]["kernel"].vectors["left"]
+
     assert start(basis_dtype=jnp.bfloat16).dtype == jnp.bfloat16
     assert bool((start(seed=3) == start(seed=3)).all())
     assert not bool((start(seed=3) == start(seed=4)).any())
-
-
-def test_an_ensemble_is_trained_under_vmap():
-    params = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), (12, 20)))(jnp.arange(3))
-    tx = galore_jax.adamw(0.1, rank=4)
-    step = lambda p: apply_gradients(tx, {"w": p}, tx.init({"w": p}), {"w": p})[0]["w"]  # noqa: E731
-    together = jax.vmap(step)(params)
-    for one, alone in zip(together, params, strict=True):
-        np.testing.assert_allclose(one, step(alone), atol=1e-5)
 
 
 def test_every_refresh_runs_with_64_bits_enabled():
@@ -417,63 +236,3 @@ for method in ("subspace_iteration", "eigh", "svd"):
         assert new["w"].dtype == dtype
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_tree_get_and_map_params_reach_the_state():
-    params = random_params(PLAIN)
-    tx = galore_jax.adamw(1e-2, rank=4)
-    state = tx.init(params)
-    assert optax.tree.get(state, "bases")["wide"]["kernel"].vectors["left"].shape == (12, 4)
-    zeros = optax.tree.map_params(tx, jnp.zeros_like, state)
-    assert float(jnp.abs(zeros.links[0].bases["wide"]["kernel"].vectors["left"]).max()) == 0
-
-
-def test_trains_an_nnx_model():
-    model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model, nnx.Param)
-    tx = chain(galore(rank=4), optax.adam(1e-1))
-    state = tx.init(params)
-    assert jax.tree.leaves(optax.tree.get(state, "mu")["kernel"])[0].shape == (4, 20)
-    x = jax.random.normal(jax.random.key(0), (32, 12))
-
-    def fit(params):
-        return jnp.mean((nnx.merge(graph, params)(x) - jnp.tanh(x @ jnp.ones((12, 20)))) ** 2)
-
-    before = fit(params)
-    step = jax.jit(lambda p, s: apply_gradients(tx, jax.grad(fit)(p), s, p))
-    for _ in range(30):
-        params, state = step(params, state)
-    assert fit(params) < 0.5 * before
-
-
-def test_trains_with_the_optimizer_of_nnx():
-    tx = galore_jax.adamw(1e-1, rank=4)
-    # NNX wraps each array of a state in a variable, so the state must be started from pure arrays.
-    pure = optax.GradientTransformationExtraArgs(lambda p: tx.init(nnx.as_pure(p)), tx.update)
-    model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, pure, wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(0), (32, 12))
-
-    @nnx.jit
-    def step(model, optimizer):
-        value, grads = nnx.value_and_grad(
-            lambda model: jnp.mean((model(x) - jnp.sin(x).sum()) ** 2)
-        )(model)
-        optimizer.update(model, grads)
-        return value
-
-    losses = [float(step(model, optimizer)) for _ in range(10)]
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"rank": 0}, "rank must be an integer of at least 1"),
-        ({"rank": 4, "update_proj_gap": 0}, "gap must be"),
-        ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
-    ],
-)
-def test_a_wrong_setting_is_refused_in_a_sentence(settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        galore(**settings)

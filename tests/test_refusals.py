@@ -1,0 +1,49 @@
+"""What is refused, in a sentence."""
+
+import optax
+import pytest
+from trees import PLAIN, random_params
+
+import galore_jax
+from galore_jax import apply_gradients, chain, galore, init
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.chain(optax.trace(0.9), galore(4), optax.adam(1e-3)),
+        optax.chain(optax.chain(optax.trace(0.9), galore(4)), optax.adam(1e-3)),
+        optax.chain(optax.add_decayed_weights(0.1), galore(4), optax.adam(1e-3)),
+        optax.MultiSteps(optax.chain(galore(4), optax.adam(1e-3)), 2),
+    ],
+    ids=["state before", "nested", "parameters before", "wrapper around"],
+)
+def test_a_stock_transformation_that_cannot_take_coordinates_points_to_chain(tx):
+    params = random_params(PLAIN)
+    with pytest.raises(ValueError, match=r"use galore_jax\.chain in place of optax\.chain"):
+        apply_gradients(tx, params, init(tx, params), params)
+
+
+def test_nothing_may_follow_a_decay_of_whole_weights():
+    params = random_params(PLAIN)
+    tx = chain(galore_jax.adamw(0.1, rank=4, weight_decay=0.1), optax.clip(1e-3))
+    with pytest.raises(ValueError, match="must come last"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_more_than_one_galore_is_refused():
+    with pytest.raises(ValueError, match="more than one galore"):
+        chain(galore(8), galore(4), optax.adam(1e-3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"rank": 0}, "rank must be an integer of at least 1"),
+        ({"rank": 4, "update_proj_gap": 0}, "gap must be"),
+        ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_a_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        galore(**settings)

@@ -1,0 +1,28 @@
+"""Trees of parameters for the tests of the transform, and a loss that trains them."""
+
+import jax
+import jax.numpy as jnp
+
+STACKED = {"wide": (3, 12, 20), "tall": (3, 20, 12), "square": (3, 16, 16), "bias": (3, 12)}
+PLAIN = {"wide": (12, 20), "tall": (20, 12), "square": (16, 16), "bias": (12,)}
+
+
+def random_params(shapes, seed=0, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        name: {"bias" if name == "bias" else "kernel": jax.random.normal(key, shape, dtype)}
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def loss(params, target):
+    """A quadratic with one steep and many flat directions, so that subspaces are well defined."""
+    errors = jax.tree.map(lambda p, t: p - t, params, target)
+    decay = lambda e: e * 0.6 ** jnp.arange(e.shape[-1])  # noqa: E731
+    return sum(jnp.sum(decay(e) ** 2) for e in jax.tree.leaves(errors))
+
+
+def max_difference(one, other):
+    return max(
+        jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), one, other))
+    )
