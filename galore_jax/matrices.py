@@ -112,16 +112,15 @@ def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyT
     return jax.tree_util.tree_unflatten(tree, views)
 
 
-def is_named_whole(names: tuple[str, ...]) -> bool:
-    """Whether a leaf of this path stays whole unless it is asked for.
+def is_no_weight(names: tuple[str, ...]) -> bool:
+    """Whether a leaf is a bias or a scale by its path: only if stacked it looks like a matrix."""
+    return bool(names) and names[-1] in UNPROJECTED_LEAVES
 
-    So it is if its last name is bias or scale, or a word of its path is embed, embedding, head or
-    norm.
-    """
+
+def is_named_whole(names: tuple[str, ...]) -> bool:
+    """Whether a word of the path is embed, embedding, head or norm: whole unless asked for."""
     words = _WORD.findall(_MULTI_HEAD.sub("", " ".join(names)))
-    return bool(names) and (
-        names[-1] in UNPROJECTED_LEAVES or any(word.lower() in UNPROJECTED_WORDS for word in words)
-    )
+    return any(word.lower() in UNPROJECTED_WORDS for word in words)
 
 
 def path_names(path: tuple[Hashable, ...]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from galore_jax.matrices import MatrixView, is_named_whole, matrix_views, path_names
+from galore_jax.matrices import MatrixView, is_named_whole, is_no_weight, matrix_views, path_names
 from galore_jax.projection import PROJ_TYPES, Projection, ProjType, is_coordinates, projected_sides
 from galore_jax.subspace import REFRESH
 
@@ -110,7 +110,9 @@ def projections(
         names = path_names(path)
         pattern, rule = rule_for(names, rules)
         unused.pop(pattern, None)
-        named_whole = not pattern and chosen_by_name and is_named_whole(names)
+        named_whole = chosen_by_name and (
+            is_no_weight(names) or (not pattern and is_named_whole(names))
+        )
         if view is None or rule is None or named_whole:
             found.append(None)
         else:

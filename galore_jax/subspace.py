@@ -135,8 +135,9 @@ def refresh_due(
 ) -> tuple[dict[Side, jax.Array], jax.Array, jax.Array]:
     """New bases for the matrices whose age has reached their gap; the others cost nothing.
 
-    A matrix whose gradient or its squares are not finite keeps its basis, so that the next finite
-    gradient refreshes it. Where a method has rounds, the first basis takes three of them.
+    A matrix whose gradient is zero, as that of an expert without tokens, or not finite in its
+    squares keeps its basis, so that the next good gradient refreshes it. Where a method has rounds,
+    the first basis takes three of them.
 
     Args:
       vectors: by side, `(n, in or out, r)`.
@@ -155,18 +156,23 @@ def refresh_due(
         vectors, refreshed, overlaps = carry
         matrix = matrices[i].astype(jnp.float32)
         largest = jnp.max(jnp.abs(matrix))
-        good = jnp.isfinite(jnp.sum(matrix**2))
-        matrix = jnp.where(good, matrix / jnp.where(largest > 0, largest, 1), 0)
-        rounds = jnp.where(age[i] >= NEVER, 3, 1)
-        key = jax.random.key(key_data[0])
-        for number in (*key_data[1:], i):
-            key = jax.random.fold_in(key, number)
         old = {side: stack[i].astype(jnp.float32) for side, stack in vectors.items()}
-        new = {
-            side: REFRESH[method](matrix, side, basis, rounds, jax.random.fold_in(key, number))
-            for number, (side, basis) in enumerate(old.items())
-        }
-        good &= jnp.all(jnp.stack([jnp.all(jnp.isfinite(basis)) for basis in new.values()]))
+
+        def renewed() -> dict[Side, jax.Array]:
+            rounds = jnp.where(age[i] >= NEVER, 3, 1)
+            key = jax.random.key(key_data[0])
+            for number in (*key_data[1:], i):
+                key = jax.random.fold_in(key, number)
+            return {
+                side: REFRESH[method](
+                    matrix / largest, side, basis, rounds, jax.random.fold_in(key, number)
+                )
+                for number, (side, basis) in enumerate(old.items())
+            }
+
+        usable = jnp.isfinite(jnp.sum(matrix**2)) & (largest > 0)
+        new = lax.cond(usable, renewed, lambda: old)
+        good = usable & jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in new.values()]))
         least = jnp.min(jnp.stack([overlap(old[side], new[side]) for side in new]))
         kept = {
             side: stack.at[i].set(jnp.where(good, new[side].astype(stack.dtype), stack[i]))

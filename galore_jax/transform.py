@@ -76,7 +76,7 @@ def galore(
         projected whatever their name is.
       rules: by pattern of the path, a glob or a compiled regular expression, a `Rule` for the
         leaves it matches, or None to leave them whole. The first match wins, and a leaf that a
-        `Rule` matches is projected whatever its name is.
+        `Rule` matches is projected even if it is an embedding, a head or of a norm.
       moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
         "keep" (the reference), "reset" (start anew, with bias correction by the basis' own age),
         or "rotate" (into the new basis; see `moments.rotated`).

@@ -99,10 +99,13 @@ class OptimizerConfig:
             value = getattr(self, name)
             holds = value is None or 0 <= value < 1
             _require(holds, f"optimizer.{name}", value, "at least 0 and below 1")
-        for name in ("floor", "lazy_overlap"):
-            value = getattr(self, name)
-            holds = value is None or 0 <= value <= 1
-            _require(holds, f"optimizer.{name}", value, "between 0 and 1")
+        _require(0 <= self.floor <= 1, "optimizer.floor", self.floor, "between 0 and 1")
+        _require(
+            self.lazy_overlap is None or 0 < self.lazy_overlap <= 1,
+            "optimizer.lazy_overlap",
+            self.lazy_overlap,
+            "above 0 and at most 1",
+        )
         _require(
             self.max_gap is None or self.max_gap >= gap,
             "optimizer.max_gap",

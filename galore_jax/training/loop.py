@@ -74,6 +74,11 @@ def train(config: Config, resume: bool = False) -> Summary:
         else:
             state = checkpoints.restore(config, batches)
         start = int(state.step)
+        if start == steps and not run.metrics.exists():
+            raise InputError(
+                f"{run.path} has its last checkpoint but no {run.metrics.name}, which the summary "
+                "is made of: put it back, or name another training.folder."
+            )
         parameters, optimizer_bytes = tree_size(state.params), tree_bytes(state.opt_state)
         print(
             f"{run.path}: {parameters:,} parameters, {format_bytes(optimizer_bytes)} of optimizer "
@@ -84,11 +89,6 @@ def train(config: Config, resume: bool = False) -> Summary:
         evaluate = make_evaluate(config)
         metrics = Metrics(run, start, training.tensorboard)
         stack.callback(metrics.close)
-        if start == steps and not metrics.lines:
-            raise InputError(
-                f"{run.path} has its last checkpoint but no {run.metrics.name}, which the summary "
-                "is made of: put it back, or name another training.folder."
-            )
         progress = stack.enter_context(Progress(metrics, start, steps))
 
         for step in range(start, steps):
