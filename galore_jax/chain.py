@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from galore_jax.matrices import MatrixView
 from galore_jax.matrixwise import MatrixwiseState, init_matrixwise, update_matrixwise
 from galore_jax.moments import Turns, check_rotation, is_moment, keep_skipped, rotate, skip, turns
-from galore_jax.projection import Basis, is_coordinates
+from galore_jax.projection import Basis, Coordinates, Moments, Projection, is_coordinates
 from galore_jax.state import (
     ChainState,
     GaLoreState,
@@ -41,6 +42,8 @@ _KEEP_COPIES = (
 
 class GaLore(optax.GradientTransformationExtraArgs):
     """What `galore` returns: a link for `chain`, or called with what shall come after it."""
+
+    moments: Moments
 
     def __call__(self, inner: optax.GradientTransformation) -> "Chain":
         """`galore(...)(inner)` is `chain(galore(...), inner)`."""
@@ -93,9 +96,16 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         raise ValueError("chain: there is more than one galore; leave only one.")
 
     def init_fn(params: PyTree) -> ChainState:
-        states, bases = [], []
+        states, bases, resets = [], [], False
         for link in links:
-            states.append(_init_link(link, params, bases))
+            if resets and _keeps_moments(link):
+                states.append(init_matrixwise(link, params))
+            else:
+                states.append(init(link, params))
+            check_rotation(states[-1], bases)
+            if bases:
+                _warn_of_copies(states[-1])
+            resets |= isinstance(link, GaLore) and link.moments == "reset"
             found = galore_states(states[-1])
             bases += bases_of(found)
             params = start_coordinates(params, found)
@@ -218,16 +228,15 @@ def update_low_rank(
     return skip(updates, turned), with_galore_states(after, new), turned
 
 
-def _init_link(link: optax.GradientTransformation, params: PyTree, bases: list[Basis]) -> PyTree:
-    """The state of a link that stands behind galores with these bases."""
-    state = init(link, params)
-    if not bases:
-        return state
-    check_rotation(state, bases)
-    _warn_of_copies(state)
-    resets = any(basis.moments == "reset" for basis in bases)
-    has_moments = any(map(is_moment, jax.tree.leaves(state, is_leaf=is_coordinates)))
-    return init_matrixwise(link, params) if resets and has_moments else state
+def _keeps_moments(link: optax.GradientTransformation) -> bool:
+    """Whether it keeps something for each parameter, found without any: for `optax.tree`."""
+    view = MatrixView((2, 3), (0,), (1,))
+    sample = Coordinates(jnp.zeros((1, 3)), Projection((), view, ("left",), 1))
+    try:
+        state = jax.eval_shape(link.init, sample)
+    except (AttributeError, TypeError, ValueError):
+        return True  # It wants a whole tree; `init_matrixwise` will say which leaf is refused.
+    return any(map(is_moment, jax.tree.leaves(state, is_leaf=is_coordinates)))
 
 
 def _with_age_zero(state: GaLoreState) -> GaLoreState:

@@ -180,7 +180,9 @@ def galore(
         updates = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=whole)
         return updates, GaLoreState(optax.safe_increment(state.count), bases)
 
-    return GaLore(init_fn, update_fn)
+    tx = GaLore(init_fn, update_fn)
+    tx.moments = moments
+    return tx
 
 
 def _refuse_full_size(moments: Moments) -> None:

@@ -76,6 +76,17 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
             "optimizer.refresh=qr",
             "optimizer.refresh = 'qr' is unknown; there are subspace_iteration, ",
         ),
+        ("optimizer.rank=0", "optimizer.rank must be a whole number from 1 on or a fraction"),
+        ("optimizer.rank=64.0", "or a fraction between 0 and 1, not 64.0."),
+        ("optimizer.rank=half", "optimizer.rank must be a number, not 'half'."),
+        ("optimizer.proj_type=lef", "optimizer.proj_type = 'lef' is unknown; did you mean left?"),
+        ("optimizer.moments=drop", "optimizer.moments = 'drop' is unknown; there are keep, reset,"),
+        ("optimizer.stagger=1", "optimizer.stagger must be true or false, not 1."),
+        ("optimizer.lazy_overlap=1.5", "optimizer.lazy_overlap must be above 0 and at most 1, not"),
+        (
+            "optimizer.max_gap=100",
+            "optimizer.max_gap must be at least optimizer.update_proj_gap, 200, not 100.",
+        ),
         ("training.steps=1e4", "training.steps must be a whole number, not 10000.0."),
         ("training.steps=true", "training.steps must be a whole number, not True."),
         ("training.steps=0", "training.steps must be at least 1, not 0."),
@@ -112,9 +123,16 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
         load_config(path, ["model.num_layers=2"])
 
 
+def test_a_rank_is_a_number_of_columns_or_a_fraction(small):
+    assert load_config(small, ["optimizer.rank=1"]).optimizer.rank == 1
+    assert load_config(small, ["optimizer.rank=0.25"]).optimizer.rank == 0.25
+
+
 def test_the_written_toml_reads_back_as_the_same_configuration():
     config = dataclasses.replace(
-        Config(), training=TrainingConfig(folder='a "quoted" \\ tab\t é', tensorboard=True)
+        Config(),
+        optimizer=OptimizerConfig(name="galore_lion", rank=0.25, lazy_overlap=0.5, max_gap=800),
+        training=TrainingConfig(folder='a "quoted" \\ tab\t é', tensorboard=True),
     )
     assert from_dict(tomllib.loads(to_toml(config))) == config
     assert from_dict(to_dict(config)) == config

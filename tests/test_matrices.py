@@ -1,12 +1,14 @@
-"""Matrix views and the default rule."""
+"""Matrix views, and the names that keep a leaf whole."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
+from optax.contrib import GaLoreDimensionNumbers
 
-from galore_jax.matrices import MatrixView, matrix_views, path_name
+from galore_jax.matrices import MatrixView, is_named_whole, matrix_views, path_names
 
 
 @pytest.mark.parametrize(
@@ -27,26 +29,25 @@ def test_a_view_reads_an_array_as_matrices_and_back(view, sizes):
     np.testing.assert_array_equal(view.from_matrices(matrices), array)
 
 
-def projected(params, rank):
-    views = jax.tree_util.tree_leaves_with_path(
-        matrix_views(params, rank), is_leaf=lambda node: node is None
-    )
-    return {path_name(path): view for path, view in views if view is not None}
+def views_of(params, numbers=None):
+    """The views by name, of the leaves that have one."""
+    views = jax.tree_util.tree_leaves_with_path(matrix_views(params, numbers))
+    return {"/".join(path_names(path)): view for path, view in views}
 
 
-def test_matrices_are_the_last_two_axes_of_leaves_larger_than_the_rank():
+def test_matrices_are_the_last_two_axes_of_floating_leaves():
     params = {
         "wide": {"kernel": jnp.zeros((9, 64))},
         "stacked": {"kernel": jnp.zeros((3, 64, 16))},
-        "narrow": {"kernel": jnp.zeros((8, 64))},
-        "value": jnp.zeros((16, 64)),
+        "half": jnp.zeros((16, 64), jnp.bfloat16),
         "counts": jnp.zeros((64, 64), jnp.int32),
         "vector": jnp.zeros(64),
         "scalar": 1.0,
     }
-    views = projected(params, rank=8)
-    assert set(views) == {"wide/kernel", "stacked/kernel", "value"}
-    assert views["stacked/kernel"].batch == (3,)
+    views = views_of(params)
+    assert set(views) == {"wide/kernel", "stacked/kernel", "half"}
+    assert views["wide/kernel"] == MatrixView((9, 64), (0,), (1,))
+    assert views["stacked/kernel"] == MatrixView((3, 64, 16), (1,), (2,))
 
 
 @pytest.mark.parametrize(
@@ -65,10 +66,7 @@ def test_matrices_are_the_last_two_axes_of_leaves_larger_than_the_rank():
     ],
 )
 def test_names_of_embeddings_heads_norms_biases_and_scales_stay_whole(path):
-    params = jnp.zeros((2, 64, 64))
-    for name in reversed(path.split("/")):
-        params = {name: params}
-    assert projected(params, rank=8) == {}
+    assert is_named_whole(tuple(path.split("/")))
 
 
 @pytest.mark.parametrize(
@@ -76,10 +74,7 @@ def test_names_of_embeddings_heads_norms_biases_and_scales_stay_whole(path):
     ["layers/q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "Dense_0/kernel"],
 )
 def test_only_whole_words_count(path):
-    params = jnp.zeros((64, 64))
-    for name in reversed(path.split("/")):
-        params = {name: params}
-    assert list(projected(params, rank=8)) == [path]
+    assert not is_named_whole(tuple(path.split("/")))
 
 
 def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it():
@@ -89,8 +84,10 @@ def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it():
             return nn.Dense(32, name="lm_head")(nn.MultiHeadDotProductAttention(num_heads=4)(x))
 
     params = Model().init(jax.random.key(0), jnp.zeros((1, 5, 32)))["params"]
-    names = {"query", "key", "value", "out"}
-    assert {path.split("/")[1] for path in projected(params, rank=8)} == names
+    views = jax.tree_util.tree_leaves_with_path(matrix_views(params))
+    names = {path_names(path) for path, _ in views}
+    kept = {names[-2] for names in names if not is_named_whole(names)}
+    assert kept == {"query", "key", "value", "out"}
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -100,9 +97,9 @@ def test_flax_attention_kernels_are_read_across_their_heads(stacked):
     params = attention.init(jax.random.key(0), x)["params"]
     if stacked:
         params = jax.tree.map(lambda leaf: jnp.stack([leaf] * 6), params)
-    views = projected(params, rank=8)
-    assert set(views) == {f"{name}/kernel" for name in ("query", "key", "value", "out")}
-    for view in views.values():
+    views = views_of(params)
+    for name in ("query", "key", "value", "out"):
+        view = views[f"{name}/kernel"]
         assert (view.batch, view.rows, view.columns) == ((6,) if stacked else (), 32, 32)
     assert len(views["query/kernel"].out_axes) == 2
     assert len(views["out/kernel"].in_axes) == 2
@@ -111,4 +108,80 @@ def test_flax_attention_kernels_are_read_across_their_heads(stacked):
 def test_stacked_dense_layers_named_like_attention_are_plain_matrices():
     params = {name: {"kernel": jnp.zeros((6, 32, 48))} for name in ("query", "key", "value")}
     params["out"] = {"kernel": jnp.zeros((6, 48, 32))}
-    assert {view.batch for view in projected(params, rank=8).values()} == {(6,)}
+    assert {view.batch for view in views_of(params).values()} == {(6,)}
+
+
+def test_the_path_of_a_leaf_is_its_names_with_or_without_the_wrapping_of_nnx():
+    params = {"layers": [{"kernel": 0.0}, {"kernel": 0.0}]}
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    names = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    assert names == [("layers", "0", "kernel"), ("layers", "1", "kernel")]
+    names = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    assert names == [("bias",), ("kernel",)]
+    assert path_names(jax.tree_util.tree_leaves_with_path({"value": 0.0})[0][0]) == ("value",)
+
+
+DENSE = GaLoreDimensionNumbers(reduction_axis=-2, output_axis=-1)
+CONVOLUTION = GaLoreDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+LEAVES = {
+    "convolution": {"kernel": jnp.zeros((3, 3, 4, 8)), "bias": jnp.zeros(8)},
+    "dense": {"first": jnp.zeros((5, 6, 7)), "second": jnp.zeros((6, 7))},
+}
+AS_CONVOLUTION = MatrixView((3, 3, 4, 8), (0, 1, 2), (3,))
+AS_DENSE = MatrixView((5, 6, 7), (1,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        (
+            {
+                "convolution": {"kernel": CONVOLUTION, "bias": None},
+                "dense": {"first": DENSE, "second": None},
+            },
+            {"convolution/kernel": AS_CONVOLUTION, "dense/first": AS_DENSE},
+        ),
+        (
+            {"convolution": CONVOLUTION, "dense": None},
+            {"convolution/kernel": AS_CONVOLUTION},
+        ),
+        (
+            DENSE,
+            {
+                "convolution/kernel": MatrixView((3, 3, 4, 8), (2,), (3,)),
+                "dense/first": AS_DENSE,
+                "dense/second": MatrixView((6, 7), (0,), (1,)),
+            },
+        ),
+        (
+            lambda params: jax.tree.map(lambda p: CONVOLUTION if p.ndim == 4 else None, params),
+            {"convolution/kernel": AS_CONVOLUTION},
+        ),
+        (
+            lambda params: dict.fromkeys(params) | {"convolution": CONVOLUTION},
+            {"convolution/kernel": AS_CONVOLUTION},
+        ),
+    ],
+    ids=["tree", "prefix tree", "single", "function to a tree", "function to a prefix tree"],
+)  # fmt: skip
+def test_dimension_numbers_are_a_tree_a_prefix_of_one_or_a_function_to_these(numbers, expected):
+    assert views_of(LEAVES, numbers) == expected
+    shapes = jax.eval_shape(lambda: LEAVES)
+    assert views_of(shapes, numbers) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"dense": DENSE}, "has nothing for convolution/bias"),
+        ({"convolution": CONVOLUTION, "dense": (0, 1)}, "has nothing for dense/first"),
+        ({"convolution": None, "dense": CONVOLUTION}, "dense/first has 3 axes, shape .5, 6, 7."),
+        ({"convolution": GaLoreDimensionNumbers(0, (0, 1)), "dense": None}, "name each axis once"),
+        ({"convolution": GaLoreDimensionNumbers(0, -4), "dense": None}, "name each axis once"),
+        ({"convolution": GaLoreDimensionNumbers((), 1), "dense": None}, "at least one for in"),
+        ({"convolution": None, "dense": "std"}, "the dimension numbers of dense/first are 'std'"),
+    ],
+)
+def test_wrong_dimension_numbers_are_refused_and_name_the_leaf(numbers, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        matrix_views(LEAVES, numbers)

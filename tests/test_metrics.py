@@ -1,5 +1,7 @@
+import importlib
 import json
 import math
+import struct
 import sys
 
 import numpy as np
@@ -16,6 +18,7 @@ from galore_jax.training.metrics import (
     read_summary,
     write_summary,
 )
+from galore_jax.training.progress import Progress
 
 SUMMARY = Summary(
     name="run",
@@ -78,10 +81,76 @@ def test_tensorboard_gets_every_scalar(tmp_path):
     assert events.read_bytes().count(b"loss") >= 2
 
 
+def shown_by_tensorboard(folder):
+    """The scalars (name, step) that are left after the purges."""
+    event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
+    shown = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.HasField("session_log"):
+                shown = [(name, step) for name, step in shown if step < event.step]
+            shown += [(value.tag, event.step) for value in event.summary.value]
+    return shown
+
+
+def test_tensorboard_keeps_the_evaluation_at_the_step_where_a_run_goes_on(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
+    run = RunFolder(tmp_path)
+    first = Metrics(run, 0, tensorboard=True)
+    first.write([{"step": step, "loss": 1.0} for step in range(2)])
+    first.write([{"step": 2, "validation_loss": 1.0}, {"step": 2, "loss": 1.0}])
+    first.close()
+    (events,) = run.tensorboard.iterdir()
+    events.rename(events.with_name("events.out.tfevents.0"))  # else of the same second's name
+    again = Metrics(run, 2, tensorboard=True)
+    again.write([{"step": 2, "loss": 1.0}])
+    again.close()
+    expected = [("loss", 0), ("loss", 1), ("validation_loss", 2), ("loss", 2)]
+    assert shown_by_tensorboard(run.tensorboard) == expected
+
+
 def test_tensorboard_without_its_package_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(InputError, match=r'pip install "galore-jax\[tensorboard\]"'):
         Metrics(RunFolder(tmp_path), 0, tensorboard=True)
+
+
+def measured(loss=1.0, **others):
+    numbers = {"loss": loss, "learning_rate": 0.1, "gradient_norm": 1.0, "targets": 9.0, **others}
+    return {name: np.asarray(number) for name, number in numbers.items()}
+
+
+def test_the_first_bad_step_of_each_kind_is_told_once(tmp_path, capsys):
+    metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
+    metrics.write([{"step": 0, "loss": 1.0, "skipped": 3}])
+    with Progress(metrics, start=1, steps=9) as progress:
+        progress.add(1, measured(skipped=3))
+        progress.add(2, measured(skipped=5))
+        progress.add(3, measured(loss=math.nan, skipped=6))
+        progress.add(4, measured(skipped=6))
+        progress.report()
+        progress.add(5, measured(loss=math.inf, skipped=7))
+        progress.report()
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 2
+    assert "the gradients of some matrices at step 2 are not finite" in told[0]
+    assert "the loss at step 3 is not finite" in told[1]
+    assert [line["skipped"] for line in read_metrics(tmp_path / "metrics.jsonl")][1:] == [
+        *(3, 5, 6, 6, 7)
+    ]
+
+
+def test_a_line_has_what_was_measured_and_no_more(tmp_path):
+    metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
+    with Progress(metrics, start=0, steps=1) as progress:
+        progress.add(0, measured(update_ratio=0.01))
+        progress.report()
+    names = ["step", *measured(), "update_ratio", "tokens_per_second", "seconds"]
+    assert list(metrics.lines[0]) == names
 
 
 def test_the_summary_reads_back_and_its_table_is_aligned(tmp_path):

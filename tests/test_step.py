@@ -6,12 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import galore_jax
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.state import bases_of, galore_states
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.diagnostics import diagnose, movement
 from galore_jax.training.step import (
     init_state,
     learning_rate_schedule,
+    make_optimizer,
     make_train_step,
     mean_gradients,
     tree_bytes,
@@ -125,9 +129,12 @@ def test_a_batch_of_padding_alone_gives_zero_gradients(batch, params):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(found))
 
 
-@pytest.mark.parametrize("name", ["adamw", "galore_adamw"])
-def test_steps_learn_count_and_take_over_the_state(batch, name):
-    config = changed(optimizer={"name": name, "clip_norm": 1.0})
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("adamw", 0.01), ("galore_adamw", 0.01), ("galore_adafactor", 0.01), ("galore_lion", 0.003)],
+)
+def test_steps_learn_count_and_take_over_the_state(batch, name, rate):
+    config = changed(optimizer={"name": name, "clip_norm": 1.0, "learning_rate": rate})
     step, state = make_train_step(config), initial(config)
     losses = []
     for t in range(6):
@@ -149,6 +156,121 @@ def test_galore_keeps_a_smaller_state_than_adamw(params):
     }
     assert sizes["adamw"] == 8 * tree_size(params) + 8
     assert sizes["galore_adamw"] < sizes["adamw"]
+
+
+def bases(opt_state):
+    return bases_of(galore_states(opt_state.links))
+
+
+def test_every_setting_of_galore_reaches_it(batch):
+    settings = {
+        "rank": 0.25,
+        "update_proj_gap": 14,
+        "proj_type": "full",
+        "moments": "reset",
+        "stagger": True,
+    }
+    config = changed(optimizer=settings)
+    found = bases(initial(config).opt_state)
+    assert all(basis.projection.rank == 8 for basis in found)
+    assert all(basis.projection.sides == ("left", "right") for basis in found)
+    assert all(basis.moments == "reset" for basis in found)
+    # The first gaps of 7 kernels of 2 layers, spread over one gap.
+    assert sorted(int(gap) for basis in found for gap in basis.gap) == list(range(1, 15))
+
+
+def test_adafactor_without_b1_and_lion_keep_less_than_adamw():
+    def size(**settings):
+        config = changed(optimizer=settings)
+        return tree_bytes(jax.eval_shape(lambda: init_state(config)).opt_state)
+
+    whole = size(name="galore_adamw")
+    averaged = size(name="galore_adafactor")
+    assert size(name="galore_adafactor", b1=0.0) < averaged < whole
+    assert size(name="galore_lion") < whole
+
+
+def with_first_up_proj(tree, factor):
+    """The tree with the first layer's up_proj times a factor."""
+
+    def at_leaf(path, leaf):
+        scaled = "up_proj" in jax.tree_util.keystr(path)
+        return leaf.at[0].multiply(factor) if scaled else leaf
+
+    return jax.tree_util.tree_map_with_path(at_leaf, tree)
+
+
+def test_a_gradient_that_is_not_finite_costs_its_own_matrix_the_step_and_no_other(params):
+    tx = make_optimizer(changed(optimizer={"clip_norm": 1.0}).optimizer, steps=10)
+    gradients = with_first_up_proj(jax.tree.map(jnp.ones_like, params), jnp.nan)
+
+    @jax.jit
+    def step(params):
+        return galore_jax.apply_gradients(tx, gradients, galore_jax.init(tx, params), params)
+
+    after, opt_state = step(params)
+    moved = jax.tree.map(lambda old, new: jnp.max(jnp.abs(new - old)), params, after)
+    assert all(0 < distance < 0.1 for distance in jax.tree.leaves(moved))
+    old, new = (tree["layers"]["mlp"]["up_proj"]["kernel"] for tree in (params, after))
+    np.testing.assert_array_equal(new[0], old[0])
+    assert movement(opt_state)["skipped"] == 1
+
+
+def test_refreshes_saved_are_counted_over_all_matrices(batch):
+    settings = {"update_proj_gap": 2, "lazy_overlap": 1e-6, "max_gap": 100}
+    config = changed(optimizer=settings)
+    step, state = make_train_step(config), initial(config)
+    saved = []
+    for _ in range(8):
+        state, measured = step(state, batch)
+        saved.append(int(measured["refreshes_saved"]))
+        assert measured["skipped"] == 0
+        assert 0 < measured["subspace_overlap"] <= 1 + 1e-6
+    # Refreshes at steps 0, 2 and 6; gaps of 2, 4 and 8 leave out those at 4 and 8.
+    assert saved == [14 * count for count in (0, 0, 0, 1, 1, 1, 1, 2)]
+
+
+def squares(tree):
+    return sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(tree))
+
+
+def test_diagnostics_are_the_energy_in_the_bases_and_the_weights_relative_step(batch, params):
+    step = make_train_step(changed(training={"diagnostics": True}))
+    state, measured = step(initial(CONFIG), batch)
+    found, _ = gradients(1)(params, batch)
+    held = 0.0
+    for basis in bases(state.opt_state):
+        projected = found
+        for name in basis.projection.path:
+            projected = projected[name]
+        ((side, vectors),) = basis.vectors.items()
+        vectors, projected = np.asarray(vectors), np.asarray(projected)
+        held += squares(vectors.mT @ projected if side == "left" else projected @ vectors)
+    kernels = lambda tree: (tree["layers"]["attention"], tree["layers"]["mlp"])  # noqa: E731
+    energy = held / squares(kernels(found))
+    assert 0.3 < energy < 1
+    np.testing.assert_allclose(measured["captured_energy"], energy, rtol=1e-5)
+    moved = jax.tree.map(lambda new, old: new - old, kernels(state.params), kernels(params))
+    ratio = np.sqrt(squares(moved) / squares(kernels(params)))
+    np.testing.assert_allclose(measured["update_ratio"], ratio, rtol=1e-5)
+
+
+def test_diagnostics_leave_out_gradients_that_are_not_finite(params):
+    opt_state = initial(CONFIG).opt_state
+    random = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), params)
+    bad, without = (with_first_up_proj(gradients, factor) for factor in (jnp.inf, 0))
+    expected = diagnose(opt_state, without, params, params)
+    assert diagnose(opt_state, bad, params, params) == expected
+    # Random bases of 8 out of 32 dimensions; 4 deviations of a sum of 4,352 squares.
+    np.testing.assert_allclose(expected["captured_energy"], 8 / 32, rtol=4 * (2 / 4352) ** 0.5)
+    assert expected["update_ratio"] == 0
+
+
+def test_plain_adamw_has_no_subspaces_to_measure(batch):
+    config = changed(optimizer={"name": "adamw"}, training={"diagnostics": True})
+    _, measured = make_train_step(config)(initial(config), batch)
+    assert set(measured) == {"loss", "targets", "learning_rate", "gradient_norm"}
 
 
 def rounded(stochastic):

@@ -32,6 +32,9 @@ batch_size = 4
 [optimizer]
 rank = 8
 update_proj_gap = 7
+moments = "reset"
+stagger = true
+lazy_overlap = 0.3
 warmup_steps = 5
 
 [training]
@@ -40,6 +43,7 @@ evaluate_every = 20
 evaluation_tokens = 400
 checkpoint_every = 10
 log_every = 1
+diagnostics = true
 """
 
 
@@ -248,6 +252,20 @@ def test_a_folder_that_is_a_file_is_told(told, place):
 
 def test_a_second_start_into_a_run_is_refused(told, uninterrupted):
     assert "already holds a run: go on with it by --resume" in told(name="uninterrupted")
+
+
+def test_checkpoints_without_metrics_are_a_run_too(told, uninterrupted):
+    _, folder = uninterrupted
+    aside = [folder / "metrics.jsonl", folder / "summary.json"]
+    for path in aside:
+        path.rename(path.with_suffix(".aside"))
+    try:
+        assert "already holds a run" in told(name="uninterrupted")
+        refused = told("--resume", name="uninterrupted")
+        assert "has its last checkpoint but no metrics.jsonl" in refused
+    finally:
+        for path in aside:
+            path.with_suffix(".aside").replace(path)
 
 
 def test_a_finished_run_is_not_resumed(told, uninterrupted):
