@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -40,8 +41,10 @@ class Rule:
     refresh: str | None = None
 
     def __post_init__(self):
-        rank, gap = self.rank, self.update_proj_gap
-        whole, part = isinstance(rank, int) and rank >= 1, isinstance(rank, float) and 0 < rank < 1
+        rank: Any = self.rank
+        gap = self.update_proj_gap
+        whole = isinstance(rank, Integral) and int(rank) >= 1
+        part = isinstance(rank, float) and 0 < rank < 1
         if not (rank is None or whole or part or callable(rank)):
             raise ValueError(
                 f"galore: rank must be an integer of at least 1, a fraction of the smaller side or "
@@ -109,15 +112,15 @@ def projections(
     for (path, _), view in zip(leaves, views, strict=True):
         names = path_names(path)
         pattern, rule = rule_for(names, rules)
-        unused.pop(pattern, None)
-        named_whole = chosen_by_name and (
-            is_no_weight(names) or (not pattern and is_named_whole(names))
-        )
-        if view is None or rule is None or named_whole:
+        if chosen_by_name and (is_no_weight(names) or (not pattern and is_named_whole(names))):
+            view = None
+        if rule is None or view is not None:
+            unused.pop(pattern, None)
+        if rule is None or view is None:
             found.append(None)
         else:
             found.append(_projection(names, view, rule, rule.or_else(default)))
-    _refuse_unused(unused, ["/".join(path_names(path)) for path, _ in leaves])
+    _refuse_unused(unused, ["/".join(path_names(path)) for path, _ in leaves], rules)
     return jax.tree_util.tree_unflatten(tree, found)
 
 
@@ -130,13 +133,13 @@ def _projection(
         rank = max(1, round(rank * smaller))
     elif callable(rank):
         rank = rank((view.rows, view.columns))
-        if not isinstance(rank, int) or rank < 1:
+        if not isinstance(rank, Integral) or rank < 1:
             raise ValueError(
                 f"galore: the function for the rank returned {rank!r} for {name}, a matrix of "
                 f"{view.rows} x {view.columns}: return an integer of at least 1."
             )
     if rank < smaller:
-        return Projection(names, view, projected_sides(settings.proj_type, view), rank)  # type: ignore[arg-type]
+        return Projection(names, view, projected_sides(settings.proj_type, view), int(rank))  # type: ignore[arg-type]
     if rule.rank is None:
         return None
     raise ValueError(
@@ -145,14 +148,17 @@ def _projection(
     )
 
 
-def _refuse_unused(unused: Rules, names: list[str]) -> None:
+def _refuse_unused(unused: Rules, names: list[str], rules: Rules) -> None:
     for pattern in unused:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        taken = any(rule_for((name,), {pattern: None})[0] == pattern for name in names)
+        matched = [name for name in names if rule_for((name,), {pattern: None})[0]]
         near = get_close_matches(text, names, n=3, cutoff=0.3)
-        reason = (
-            "every leaf that it matches is taken by an earlier rule; put it first"
-            if taken
-            else f"no leaf has such a path; there are for instance {', '.join(near or names[:3])}"
-        )
+        if not matched:
+            reason = (
+                f"no leaf has such a path; there are for instance {', '.join(near or names[:3])}"
+            )
+        elif all(rule_for((name,), rules)[0] != pattern for name in matched):
+            reason = "every leaf that it matches is taken by an earlier rule; put it first"
+        else:
+            reason = f"what it matches is no matrix, as {matched[0]}"
         raise ValueError(f"galore: the rule {text!r} has no leaf of its own: {reason}.")

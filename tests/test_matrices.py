@@ -8,7 +8,13 @@ from flax import linen as nn
 from flax import nnx
 from optax.contrib import GaLoreDimensionNumbers
 
-from galore_jax.matrices import MatrixView, is_named_whole, matrix_views, path_names
+from galore_jax.matrices import (
+    MatrixView,
+    is_named_whole,
+    is_no_weight,
+    matrix_views,
+    path_names,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +56,10 @@ def test_matrices_are_the_last_two_axes_of_floating_leaves():
     assert views["stacked/kernel"] == MatrixView((3, 64, 16), (1,), (2,))
 
 
+def stays_whole(names):
+    return is_no_weight(names) or is_named_whole(names)
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -66,15 +76,15 @@ def test_matrices_are_the_last_two_axes_of_floating_leaves():
     ],
 )
 def test_names_of_embeddings_heads_norms_biases_and_scales_stay_whole(path):
-    assert is_named_whole(tuple(path.split("/")))
+    assert stays_whole(tuple(path.split("/")))
 
 
 @pytest.mark.parametrize(
     "path",
-    ["layers/q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "Dense_0/kernel"],
+    ["q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "bias/kernel", "scaled"],
 )
 def test_only_whole_words_count(path):
-    assert not is_named_whole(tuple(path.split("/")))
+    assert not stays_whole(tuple(path.split("/")))
 
 
 def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it():
@@ -85,9 +95,8 @@ def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it():
 
     params = Model().init(jax.random.key(0), jnp.zeros((1, 5, 32)))["params"]
     views = jax.tree_util.tree_leaves_with_path(matrix_views(params))
-    names = {path_names(path) for path, _ in views}
-    kept = {names[-2] for names in names if not is_named_whole(names)}
-    assert kept == {"query", "key", "value", "out"}
+    projected = {path_names(path) for path, _ in views if not stays_whole(path_names(path))}
+    assert {names[-2] for names in projected} == {"query", "key", "value", "out"}
 
 
 @pytest.mark.parametrize("stacked", [False, True])

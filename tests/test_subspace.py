@@ -37,7 +37,7 @@ GRADIENTS = {
     "condition 1e8": spectrum(*SHAPE, np.logspace(0, -8, 24)),
     "tiny": 1e-20 * spectrum(*SHAPE, np.linspace(1, 0.1, 24)),
     "below the squares of float32": 1e-36 * spectrum(*SHAPE, np.linspace(1, 0.1, 24)),
-    "huge": 1e30 * spectrum(*SHAPE, np.linspace(1, 0.1, 24)),
+    "huge": 1e16 * spectrum(*SHAPE, np.linspace(1, 0.1, 24)),
     "bfloat16": spectrum(*SHAPE, np.linspace(1, 0.1, 24)).astype(jnp.bfloat16).astype(jnp.float32),
 }
 COUNT = len(GRADIENTS)
@@ -73,7 +73,8 @@ def largest_angle(one, other):
 def test_bases_are_orthonormal_whatever_the_gradient(method, sides):
     vectors, new, _ = refreshed(jnp.stack(list(GRADIENTS.values())), method, sides)
     assert set(vectors) == set(sides)
-    assert new.all()
+    # A zero says nothing of where to look.
+    assert new.tolist() == [name != "zero" for name in GRADIENTS]
     for stack in vectors.values():
         errors = dict(zip(GRADIENTS, map(orthonormality_error, stack), strict=True))
         assert max(errors.values()) <= ORTHONORMALITY[method], errors
@@ -94,7 +95,7 @@ def hostile_matrices(draw, rows, columns):
             matrix *= 10.0 ** -random.uniform(0, draw(strategies.integers(1, 60)), shape)
     if draw(strategies.booleans()):
         matrix = np.sign(matrix)
-    scale = 10.0 ** draw(strategies.integers(-45, 38)) / max(np.abs(matrix).max(), 1e-200)
+    scale = 10.0 ** draw(strategies.integers(-37, 38)) / max(np.abs(matrix).max(), 1e-200)
     matrix = (matrix * scale).astype(np.float32)
     if draw(strategies.booleans()):
         matrix = np.asarray(jnp.asarray(matrix, jnp.bfloat16), np.float32)
@@ -112,11 +113,12 @@ def test_a_basis_stays_orthonormal_through_hostile_gradients(shape, sides, metho
     for number, age in enumerate((NEVER, GAP)):
         stack = np.stack(data.draw(stacks))
         vectors, new, kept = refreshed(stack, method, sides, vectors, age, number)
-        assert new.all()
+        squares = np.sum(stack.astype(np.float64) ** 2, axis=(1, 2))
+        np.testing.assert_array_equal(new, (squares > 0) & (squares < np.finfo(np.float32).max))
         assert (kept >= 0).all()
         assert (kept <= 1 + 1e-5).all()
-        for stack in vectors.values():
-            assert orthonormality_error(stack) <= 1e-5
+        for basis in vectors.values():
+            assert orthonormality_error(basis) <= 1e-5
 
 
 @pytest.mark.parametrize("columns", ["parallel", "three directions", "half of them zero"])
@@ -200,8 +202,8 @@ def test_only_matrices_that_are_due_change(sides):
 
 
 @pytest.mark.parametrize("method", list(REFRESH))
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
-def test_a_gradient_that_is_not_finite_never_reaches_a_basis(method, bad):
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e20])
+def test_a_gradient_whose_squares_are_not_finite_never_reaches_a_basis(method, bad):
     gradients = jax.random.normal(jax.random.key(0), (COUNT, *SHAPE)).at[2, 3, 5].set(bad)
     vectors, new, _ = refreshed(gradients, method, ("left", "right"))
     assert new.tolist() == [i != 2 for i in range(COUNT)]
@@ -211,7 +213,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_basis(method, bad):
 
 
 def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
-    def bases(*key_data, gradient=0):
+    def bases(*key_data, gradient=1):
         stack = jnp.full((COUNT, *SHAPE), gradient, jnp.float32)
         ages, gaps = jnp.full(COUNT, NEVER), jnp.full(COUNT, GAP)
         old = start(SHAPE, ("left",))

@@ -1,0 +1,140 @@
+"""The benches of scripts/benchmark.py, at tiny sizes: their rows, not their times."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import benchmark  # noqa: E402
+from benchmarks import refresh, state, step  # noqa: E402
+
+from galore_jax.errors import InputError  # noqa: E402
+from galore_jax.models.llama import LlamaConfig  # noqa: E402
+
+NAMES = ("adamw", "optax.contrib.galore", "galore_full")
+TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
+RANK = 4
+
+
+@pytest.fixture(scope="module")
+def refresh_rows():
+    size = refresh.Size(hidden=32, ffn=48, rank=8)
+    return refresh.measure_size(size, refresh.Settings(tokens=256, repeats=1))
+
+
+@pytest.fixture(scope="module")
+def step_rows():
+    return step.measure_model(TINY, step.Settings(repeats=1), (2, 8), RANK)
+
+
+def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
+    rows = {row["name"]: row for row in refresh_rows}
+    assert list(rows) == ["subspace_iteration", "eigh", "svd", "random"]
+    assert all(row["size"] == "32x48" and row["rank"] == 8 for row in refresh_rows)
+    assert all(row["seconds"] > 0 and not row["amortised"] for row in refresh_rows)
+    # Energies are sums of 32 * 48 float32 squares.
+    assert all(0 < row["energy"] <= 1 + 1e-5 for row in refresh_rows)
+    assert rows["eigh"]["relative_energy"] == pytest.approx(1, abs=1e-4)
+    assert 0.9 < rows["subspace_iteration"]["relative_energy"] < 1 + 1e-5
+    assert rows["random"]["relative_energy"] < 0.9
+
+
+def test_a_step_has_a_row_of_every_contestant_with_refreshes_and_without(step_rows):
+    *rows, staggered = step_rows
+    assert [(row["name"], row["amortised"]) for row in rows] == [
+        (name, amortised) for name in NAMES for amortised in (False, True)
+    ]
+    for plain, amortised in zip(rows[::2], rows[1::2], strict=True):
+        assert 0 < plain["seconds"] <= amortised["seconds"]
+        assert not plain["stagger"]
+    assert rows[0]["seconds"] == rows[1]["seconds"]  # adamw has nothing to refresh
+    assert staggered["name"] == "galore_full"
+    assert staggered["stagger"]
+    assert staggered["slowest"] >= 1
+
+
+def test_stacked_leaves_of_a_whole_model_are_without_the_contestant_that_does_not_project_them():
+    settings = step.Settings(model="llama", leaves="stacked", repeats=1)
+    rows = step.measure_model(TINY, settings, (2, 8), RANK)
+    assert [row["name"] for row in rows] == ["adamw"] * 2 + ["galore_full"] * 2
+    assert {(row["model"], row["leaves"]) for row in rows} == {("llama", "stacked")}
+
+
+def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():
+    layers = 2
+    model = dataclasses.replace(TINY, num_layers=layers)
+    rows = {row["name"]: row for row in state.measure_size("tiny", model, RANK)}
+    assert tuple(rows) == NAMES
+    hidden, ffn = TINY.hidden_size, TINY.intermediate_size
+    whole = 2 * TINY.vocab_size * hidden + hidden + layers * 2 * hidden  # embedding, head, norms
+    matrices = 4 * hidden**2 + 3 * hidden * ffn
+    # Of a matrix the smaller side is projected, by optax.contrib.galore the larger one.
+    smaller, larger = RANK * layers * 7 * hidden, RANK * layers * (4 * hidden + 3 * ffn)
+    for name, bases, coordinates in (
+        ("adamw", 0, layers * matrices),
+        ("galore_full", smaller, larger),
+        ("optax.contrib.galore", larger, smaller),
+    ):
+        row = rows[name]
+        assert row["parameters"] == whole + layers * matrices
+        assert row["bases"] == 4 * bases
+        assert row["moments"] == 2 * 4 * (whole + coordinates)
+        assert row["bytes"] == row["bases"] + row["moments"] + row["rest"]
+        assert row["rest"] < 100 * layers * 7
+
+
+def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
+    rows = [
+        {"name": "adamw", "seconds": 0.5, "bytes": 1234, "amortised": True},
+        {"name": "galore_full", "seconds": 0.25, "amortised": False, "slowest": 1.5},
+    ]
+    monkeypatch.setattr(state, "measure", lambda settings: rows)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "state", "--json", str(tmp_path / "a.json")])
+    benchmark.main()
+    assert json.loads((tmp_path / "a.json").read_text()) == {"bench": "state", "rows": rows}
+    assert capsys.readouterr().out.splitlines() == [
+        "name         seconds  bytes  amortised  slowest",
+        "adamw            0.5  1,234        yes        -",
+        "galore_full     0.25      -         no      1.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["stap"], "there is no bench stap; there are refresh, step, state."),
+        (["state", "repeats=3"], "the setting repeats is unknown; this bench has none."),
+        (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
+        (["step", "repeats"], "'repeats' is no setting: write key=value, as in repeats=5."),
+        (["step", "repeats=many"], "repeats must be a whole number, not 'many'."),
+        (["step", "repeats=200"], "repeats is 200: it must be at least 1 and below 200"),
+        (["step", "model=gpt"], "model = 'gpt' is unknown; there are blocks, llama."),
+        (["refresh", "sizes=3"], "sizes = '3' is unknown; there are 512, 1024, 2048."),
+        (["refresh", "tokens=300"], "tokens is 300: it must be a multiple of 256."),
+        (["state", "--json", "/nowhere/a.json"], "there is no folder /nowhere for --json"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(arguments, sentence, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    with pytest.raises(InputError) as refusal:
+        benchmark.main()
+    assert str(refusal.value).startswith(sentence)
+
+
+def test_the_script_ends_with_that_sentence_alone():
+    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no bench stap; there are refresh, step, state.\n"
+
+
+def test_every_setting_is_in_the_help():
+    for bench in (refresh, step, state):
+        defaults = vars(bench.Settings())
+        assert all(f"    {key}={value} " in benchmark.__doc__ for key, value in defaults.items())
