@@ -1,0 +1,1 @@
+"""The benches of scripts/benchmark.py; each has `Settings` and `measure(settings) -> rows`."""

@@ -1,0 +1,93 @@
+"""The optimizers that benches compare; one more is one more `Contestant` in `contestants`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.contrib import GaLoreDimensionNumbers
+
+import galore_jax
+from galore_jax.matrices import is_named_whole, is_no_weight, path_names
+from galore_jax.projection import is_basis
+
+PyTree = Any
+Loss = Callable[[PyTree, PyTree], jax.Array]
+
+LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
+GAP = 200  # updates between refreshes
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An optimizer and the training step it makes.
+
+    Attributes:
+      name: in the rows.
+      init: the state from the parameters; at the first step the refresh of every matrix is due.
+      step: of (loss, params, state, batch), the new params and state.
+      stacks: whether it projects leaves in which layers are stacked.
+    """
+
+    name: str
+    init: Callable[[PyTree], PyTree]
+    step: Callable[[Loss, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    stacks: bool = True
+
+
+def contestants(rank: int) -> list[Contestant]:
+    """All of them: equal settings, and the same matrices projected to the same rank."""
+    adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    contrib = optax.contrib.galore(
+        LEARNING_RATE,
+        rank,
+        GAP,
+        weight_decay=WEIGHT_DECAY,
+        weight_dimension_numbers=_matrices_that_galore_jax_projects,
+    )
+    return [
+        Contestant("adamw", adamw.init, _stock_step(adamw)),
+        Contestant("optax.contrib.galore", contrib.init, _stock_step(contrib), stacks=False),
+        galore_full(rank),
+    ]
+
+
+def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Contestant:
+    """galore_jax.adamw from full gradients.
+
+    With `stagger` the first refresh is the one from a random start, of three rounds, after which
+    each matrix has its own turn; without, it is as all later ones, of one round.
+    """
+    tx = galore_jax.adamw(LEARNING_RATE, rank, gap, weight_decay=WEIGHT_DECAY, stagger=stagger)
+
+    def init(params: PyTree) -> PyTree:
+        state = tx.init(params)
+        return state if stagger else jax.tree.map(_due_again, state, is_leaf=is_basis)
+
+    def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        return galore_jax.apply_gradients(tx, jax.grad(loss)(params, batch), state, params)
+
+    return Contestant("galore_full", init, step)
+
+
+def _due_again(node: Any) -> Any:
+    return replace(node, age=jnp.copy(node.gap)) if is_basis(node) else node
+
+
+def _stock_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree]]:
+    def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def _matrices_that_galore_jax_projects(params: PyTree) -> PyTree:
+    def numbers(path: Any, leaf: Any) -> GaLoreDimensionNumbers | None:
+        names = path_names(path)
+        is_whole = leaf.ndim != 2 or is_no_weight(names) or is_named_whole(names)
+        return None if is_whole else GaLoreDimensionNumbers()
+
+    return jax.tree_util.tree_map_with_path(numbers, params)

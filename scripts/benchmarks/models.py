@@ -1,0 +1,57 @@
+"""LLaMA for benches: blocks alone, and layers stacked in one leaf or each apart."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.models.layers import attention_mask, rotation_at
+from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.models.loss import next_token_loss
+
+PyTree = Any
+
+
+def init_llama(config: LlamaConfig) -> PyTree:
+    """Parameters of the whole model."""
+    return Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def separate_layers(params: PyTree) -> PyTree:
+    """The parameters with a list of layers in place of stacked ones."""
+    stacked = params["layers"]
+    number = len(jax.tree.leaves(stacked)[0])
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(number)]
+    return {**params, "layers": layers}
+
+
+def blocks_loss(config: LlamaConfig, params: PyTree, batch: tuple[jax.Array, jax.Array]):
+    """Mean squared distance of what the blocks make of an array from another."""
+    x, target = batch
+    return jnp.mean((_run_layers(config, params["layers"], x) - target) ** 2)
+
+
+def llama_loss(config: LlamaConfig, params: PyTree, tokens: jax.Array) -> jax.Array:
+    """Mean cross-entropy of the next token."""
+    model = Llama(config)
+    embed = lambda model, tokens: model.embed_tokens(tokens)  # noqa: E731
+    head = lambda model, x: model.lm_head(model.norm(x))  # noqa: E731
+    x = model.apply({"params": params}, tokens, method=embed)
+    x = _run_layers(config, params["layers"], x)
+    logits: Any = model.apply({"params": params}, x, method=head)
+    total, targets = next_token_loss(logits, tokens, jnp.ones_like(tokens))
+    return total / targets
+
+
+def _run_layers(config: LlamaConfig, layers: PyTree, x: Any) -> Any:
+    if isinstance(layers, list):
+        for layer in layers:
+            one = jax.tree.map(lambda leaf: leaf[None], layer)
+            x = _run_layers(replace(config, num_layers=1), one, x)
+        return x
+    positions = jnp.arange(x.shape[1])[None]
+    rotation = rotation_at(positions, config.head_size, config.rope_theta)
+    mask = attention_mask(jnp.ones_like(positions))
+    run = lambda model, x: model.layers(x, rotation, mask, None, 0)[0]  # noqa: E731
+    return Llama(config).apply({"params": {"layers": layers}}, x, method=run)

@@ -1,0 +1,148 @@
+"""`refresh`: time and captured energy of every way to refresh a basis, on a real gradient.
+
+The gradient is that of a gate projection, of a LLaMA of one layer that learns the source text of
+the standard library by GaLore with a refresh at every 50th update. So the basis that the state
+holds just before a refresh comes from the gradient of 50 updates earlier. The text is cut into
+4,096 pieces: what reaches the last layer has at most the rank of the head, and low-rank gradients
+flatter an exact decomposition, which skips most of its work on them.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.report import Row, require, require_choice
+from benchmarks.timing import interleaved
+from galore_jax.data.batches import DataConfig, train_batches
+from galore_jax.data.python_text import standard_library_texts
+from galore_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.state import galore_states
+from galore_jax.subspace import REFRESH
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.step import init_state, make_train_step, mean_gradients
+
+ROW_LENGTH = 256
+GAP = 50  # updates
+PIECES = 4096
+
+
+class Size(NamedTuple):
+    """Of a gate projection `(hidden, ffn)`, and the rank of its basis."""
+
+    hidden: int
+    ffn: int
+    rank: int
+
+
+SIZES = {
+    "512": Size(512, 1376, 128),
+    "1024": Size(1024, 2736, 256),
+    "2048": Size(2048, 5461, 512),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See scripts/benchmark.py.
+
+    Raises:
+      InputError: a size that is not there, or a number out of range.
+    """
+
+    sizes: str = ",".join(SIZES)
+    tokens: int = 1024
+    repeats: int = 3
+
+    def __post_init__(self):
+        for size in self.sizes.split(","):
+            require_choice("sizes", size, SIZES)
+        rows = self.tokens >= ROW_LENGTH and self.tokens % ROW_LENGTH == 0
+        require("tokens", self.tokens, rows, f"a multiple of {ROW_LENGTH}")
+        require("repeats", self.repeats, self.repeats >= 1, "at least 1")
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Rows of every size and method."""
+    sizes = [SIZES[name] for name in settings.sizes.split(",")]
+    return [row for size in sizes for row in measure_size(size, settings)]
+
+
+def measure_size(size: Size, settings: Settings) -> list[Row]:
+    """Rows of every method, with `energy`, `‖PᵀG‖² / ‖G‖²`, and that relative to the exact one."""
+    title = f"{size.hidden} x {size.ffn}, rank {size.rank}"
+    gradient, basis = gradient_and_old_basis(size, settings.tokens, title)
+    arguments = gradient, basis, jnp.int32(1), jax.random.key(0)
+    compiled = {
+        name: functools.partial(_refresh(method).lower(*arguments).compile(), *arguments)
+        for name, method in REFRESH.items()
+    }
+
+    def energy(basis: jax.Array) -> float:
+        return float(jnp.sum((basis.T @ gradient) ** 2) / jnp.sum(gradient**2))
+
+    energies = {name: energy(refresh()) for name, refresh in compiled.items()}
+    median = interleaved(compiled, settings.repeats, f"refresh {title}")
+    return [
+        {
+            "name": name,
+            "size": f"{size.hidden}x{size.ffn}",
+            "rank": size.rank,
+            "seconds": median[name],
+            "speedup": median["svd"] / median[name],
+            "energy": energies[name],
+            "relative_energy": energies[name] / energies["svd"],
+            "amortised": False,
+        }
+        for name in REFRESH
+    ]
+
+
+def _refresh(method: Callable[..., jax.Array]) -> jax.stages.Wrapped:
+    def refresh(matrix: jax.Array, basis: jax.Array, rounds: jax.Array, key: jax.Array):
+        return method(matrix, "left", basis, rounds, key)
+
+    return jax.jit(refresh)
+
+
+def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Array, jax.Array]:
+    """`(hidden, ffn)` after 100 updates, and the basis `(hidden, rank)` made 50 updates earlier.
+
+    The gradient is that of twice as many tokens as an update has, so that 1,024 give full rank.
+    """
+    config = Config(
+        model=LlamaConfig(
+            vocab_size=PIECES,
+            hidden_size=size.hidden,
+            intermediate_size=size.ffn,
+            num_layers=1,
+            num_heads=max(size.hidden // 64, 1),
+        ),
+        data=DataConfig(sequence_length=ROW_LENGTH, batch_size=tokens // ROW_LENGTH),
+        optimizer=OptimizerConfig(rank=size.rank, update_proj_gap=GAP, warmup_steps=10),
+        training=TrainingConfig(steps=1000),
+    )
+    batches = train_batches(config.data, _tokenizer())
+    state, step = init_state(config), make_train_step(config)
+    for _ in tqdm(range(2 * GAP), f"training {title}"):
+        state, _ = step(state, next(batches))
+        jax.block_until_ready(state)
+    batch = jax.tree.map(lambda *rows: np.concatenate(rows), next(batches), next(batches))
+    gradients, _ = jax.jit(functools.partial(mean_gradients, config))(state.params, batch)
+    basis = galore_states(state.opt_state.links)[0].bases["layers"]["mlp"]["gate_proj"]["kernel"]
+    return gradients["layers"]["mlp"]["gate_proj"]["kernel"][0], basis.vectors["left"][0]
+
+
+def _tokenizer() -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pieces.model"
+        path.write_bytes(train_sentencepiece(standard_library_texts("train")[::8], PIECES))
+        return load_tokenizer(str(path))

@@ -1,0 +1,64 @@
+"""`state`: bytes of the optimizer's state by part, float32, from shapes alone."""
+
+import collections
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from benchmarks.contestants import PyTree, contestants
+from benchmarks.models import init_llama, separate_layers
+from benchmarks.report import Row
+from galore_jax.matrices import path_names
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.config import load_config
+from galore_jax.training.step import tree_bytes, tree_size
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PARTS = {"vectors": "bases", "projector": "bases", "mu": "moments", "nu": "moments"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """There are none."""
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Rows of every size and contestant, the smallest size first."""
+    rows = []
+    for path in CONFIGS.glob("llama_*.toml"):
+        config = load_config(path)
+        size = path.stem.removeprefix("llama_")
+        rows += measure_size(size, config.model, int(config.optimizer.rank))
+    return sorted(rows, key=lambda row: row["parameters"])
+
+
+def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
+    """Rows of every contestant, with `bytes` and those of bases, moments and the rest."""
+    stacked = jax.eval_shape(lambda: init_llama(replace(model, dtype="float32")))
+    rows = []
+    for contestant in contestants(rank):
+        params = stacked if contestant.stacks else jax.eval_shape(separate_layers, stacked)
+        state = jax.eval_shape(contestant.init, params)
+        rows.append(
+            {
+                "name": contestant.name,
+                "size": size,
+                "parameters": tree_size(stacked),
+                "rank": rank,
+                "leaves": "stacked" if contestant.stacks else "separate",
+                **bytes_by_part(state),
+                "bytes": tree_bytes(state),
+            }
+        )
+    adamw = rows[0]["bytes"]
+    return [{**row, "of_adamw": row["bytes"] / adamw} for row in rows]
+
+
+def bytes_by_part(state: PyTree) -> dict[str, int]:
+    """Bytes of `bases`, `moments` and `rest`, told apart by the names in the state."""
+    parts = collections.Counter(bases=0, moments=0, rest=0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        named = [PARTS[name] for name in path_names(path) if name in PARTS]
+        parts[named[0] if named else "rest"] += tree_bytes(leaf)
+    return dict(parts)

@@ -1,0 +1,127 @@
+"""`step`: time of a whole training step in float32, with and without the refresh of the bases."""
+
+import functools
+import statistics
+from dataclasses import dataclass, replace
+
+import jax
+from tqdm import tqdm
+
+from benchmarks.contestants import GAP, Contestant, Loss, PyTree, contestants, galore_full
+from benchmarks.models import blocks_loss, init_llama, llama_loss, separate_layers
+from benchmarks.report import Row, require, require_choice
+from benchmarks.state import CONFIGS
+from benchmarks.timing import interleaved, seconds
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.projection import is_basis
+from galore_jax.training.config import load_config
+
+LAYERS = {"blocks": 4, "llama": 24}
+BATCH = (8, 256)
+RANK = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See scripts/benchmark.py.
+
+    Raises:
+      InputError: a model or leaves that are not there, or a number out of range.
+    """
+
+    model: str = "blocks"
+    layers: int = 0
+    leaves: str = "separate"
+    repeats: int = 7
+    intervals: int = 1
+
+    def __post_init__(self):
+        require_choice("model", self.model, LAYERS)
+        require_choice("leaves", self.leaves, ("separate", "stacked"))
+        require("layers", self.layers, self.layers >= 0, "0 or more")
+        require("intervals", self.intervals, self.intervals >= 0, "0 or more")
+        within = 1 <= self.repeats < GAP
+        require("repeats", self.repeats, within, f"at least 1 and below {GAP}, the next refresh")
+
+
+class Run:
+    """A contestant on its way: its parameters and state, which every step takes over (donates)."""
+
+    def __init__(self, contestant: Contestant, loss: Loss, params: PyTree, batch: PyTree):
+        step = jax.jit(functools.partial(contestant.step, loss), donate_argnums=(0, 1))
+        self._params = jax.tree.map(lambda leaf: leaf.copy(), params)
+        self._state = jax.jit(contestant.init)(params)
+        self._batch = batch
+        self._step = step.lower(self._params, self._state, batch).compile()
+
+    def __call__(self) -> PyTree:
+        """One step, which may not be computed yet; returns parameters and state."""
+        self._params, self._state = self._step(self._params, self._state, self._batch)
+        return self._params, self._state
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Rows of every contestant, and of staggered refreshes."""
+    layers = settings.layers or LAYERS[settings.model]
+    model = load_config(CONFIGS / "llama_350m.toml").model
+    return measure_model(replace(model, num_layers=layers, dtype="float32"), settings, BATCH, RANK)
+
+
+def measure_model(
+    config: LlamaConfig, settings: Settings, shape: tuple[int, int], rank: int
+) -> list[Row]:
+    """The same for any sizes: of the model, of a batch in rows and tokens, of the bases."""
+    params = init_llama(config)
+    if settings.model == "blocks":
+        params = {"layers": params["layers"]}
+        batch = jax.random.normal(jax.random.key(1), (2, *shape, config.hidden_size))
+        loss = functools.partial(blocks_loss, config)
+    else:
+        batch = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
+        loss = functools.partial(llama_loss, config)
+    if settings.leaves == "separate":
+        params = separate_layers(params)
+
+    entrants = [c for c in contestants(rank) if c.stacks or settings.leaves == "separate"]
+    runs = {c.name: Run(c, loss, params, batch) for c in entrants}
+    first = {name: seconds(run) for name, run in tqdm(runs.items(), "steps with every refresh")}
+    plain = interleaved(runs, settings.repeats, "steps")
+    del runs
+
+    def row(name: str, time: float, **fields: bool | float) -> Row:
+        settled = {"model": settings.model, "layers": config.num_layers, "leaves": settings.leaves}
+        return {
+            "name": name,
+            **settled,
+            "seconds": time,
+            "of_adamw": time / plain["adamw"],
+            **fields,
+        }
+
+    rows = []
+    for name, time in plain.items():
+        refresh = 0 if name == "adamw" else max(first[name] - time, 0)
+        rows.append(row(name, time, amortised=False, stagger=False))
+        rows.append(row(name, time + refresh / GAP, amortised=True, stagger=False))
+    if settings.model == "blocks" and settings.intervals:
+        steps = staggered_steps(loss, params, batch, rank, settings.intervals)
+        median = statistics.median(steps)
+        slowest = max(steps) / median
+        rows.append(row("galore_full", median, amortised=False, stagger=True, slowest=slowest))
+    return rows
+
+
+def staggered_steps(
+    loss: Loss, params: PyTree, batch: PyTree, rank: int, intervals: int
+) -> list[float]:
+    """Seconds of each step of an interval in which every matrix has its refresh at another step.
+
+    The interval is so long that at most steps none is due, as with a gap of 200.
+    """
+    state = jax.eval_shape(galore_full(rank).init, params)
+    bases = [node for node in jax.tree.leaves(state, is_leaf=is_basis) if is_basis(node)]
+    gap = 2 * sum(basis.age.size for basis in bases) + 1
+    run = Run(galore_full(rank, gap, stagger=True), loss, params, batch)
+    jax.block_until_ready(run())
+    measured = [seconds(run) for _ in tqdm(range(intervals * gap), "staggered steps")]
+    return [statistics.median(measured[i::gap]) for i in range(gap)]

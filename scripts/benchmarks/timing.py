@@ -1,0 +1,27 @@
+"""Seconds of contestants, interleaved: whatever else the machine does meets them all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long `run` takes until what it returns is computed."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], Any]], repeats: int, title: str
+) -> dict[str, float]:
+    """Median seconds of each run over rounds in which each runs once; all must be compiled."""
+    measured = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), title):
+        for name, run in runs.items():
+            measured[name].append(seconds(run))
+    return {name: statistics.median(values) for name, values in measured.items()}
