@@ -161,14 +161,15 @@ def _rotated_where_refreshed(value: jax.Array, turn: Turn, kind: Any) -> jax.Arr
     flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
     old, new = (jax.tree.map(flat, basis.vectors) for basis in (turn.old, turn.new))
 
-    def one(i: jax.Array, values: jax.Array) -> jax.Array:
+    def one(i: jax.Array, values: jax.Array, vectors: Any) -> jax.Array:
+        old, new = vectors
         c = {
             side: new[side][i].astype(jnp.float32).T @ old[side][i].astype(jnp.float32)
             for side in new
         }
         return values.at[i].set(rotated(values[i], c, kind))
 
-    return for_each(turn.refreshed.reshape(-1), one, flat(value)).reshape(value.shape)
+    return for_each(turn.refreshed.reshape(-1), one, flat(value), (old, new)).reshape(value.shape)
 
 
 def _kind(name: str, node: Coordinates) -> str | None:

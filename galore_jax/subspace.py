@@ -15,7 +15,7 @@ from galore_jax.projection import Side
 NEVER = 2**30
 
 
-def orthonormalise(columns: jax.Array, generic: jax.Array, passes: int = 4) -> jax.Array:
+def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:
     """Orthonormal columns with the span of the given ones, by matmuls and r×r Cholesky only.
 
     Four passes of shifted Cholesky-QR over columns of length 1. A plain one fails where the Gram
@@ -26,20 +26,28 @@ def orthonormalise(columns: jax.Array, generic: jax.Array, passes: int = 4) -> j
     Args:
       columns: `(n, r)` float32, of any rank and scale, finite.
       generic: `(n, r)` full column rank, entries of size about 1/√n: the old basis or a Gaussian.
-      passes: at most four; fewer leave columns that are only well conditioned.
 
     Returns:
-      Q `(n, r)`, after four passes with `‖QᵀQ − I‖∞` about 1e-6.
+      Q `(n, r)`, `‖QᵀQ − I‖∞` about 1e-6.
     """
+    return _cholesky_qr(_of_length_one(columns) + 1e-4 * generic, passes=4)
+
+
+def _of_length_one(columns: jax.Array) -> jax.Array:
     # First by the largest entry: the squares of 1e-30 are zero in float32.
     largest = jnp.max(jnp.abs(columns), axis=0, keepdims=True)
     columns = columns / jnp.where(largest > 0, largest, 1)
     length = jnp.linalg.norm(columns, axis=0, keepdims=True)
-    q = columns / jnp.where(length > 0, length, 1) + 1e-4 * generic
+    return columns / jnp.where(length > 0, length, 1)
+
+
+def _cholesky_qr(q: jax.Array, passes: int) -> jax.Array:
+    """Passes of shifted Cholesky-QR over columns of length 1 or zero."""
     identity = jnp.eye(q.shape[1], dtype=q.dtype)
     for shift in (1e-5, 1e-6, 1e-7, 1e-8)[:passes]:
         gram = jnp.matmul(q.T, q, precision=lax.Precision.HIGHEST)
-        bound = jnp.max(jnp.sum(jnp.abs(gram), axis=1))
+        # At least 1, so that columns of zeros, which stay such, have a factor.
+        bound = jnp.maximum(jnp.max(jnp.sum(jnp.abs(gram), axis=1)), 1)
         factor = jnp.linalg.cholesky(gram + shift * bound * identity)
         # The inverse times q rather than a solve against q, which would gather a sharded q.
         inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
@@ -89,12 +97,11 @@ def subspace_iteration(
     One pass suffices for A, whose span is all that counts: it only has to keep the weak directions
     above the rounding errors of the strong ones.
     """
+    del key
     matrix = _with_side_first(matrix, side)
-    generic = jax.random.normal(key, (matrix.shape[1], basis.shape[1]), jnp.float32)
-    generic = generic / matrix.shape[1] ** 0.5
 
     def one_round(_: int, basis: jax.Array) -> jax.Array:
-        across = orthonormalise(matrix.T @ basis, generic, passes=1)
+        across = _cholesky_qr(_of_length_one(matrix.T @ basis), passes=1)
         return orthonormalise(matrix @ across, basis)
 
     return lax.fori_loop(0, rounds, one_round, basis)
@@ -121,13 +128,20 @@ def overlap(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.sum((old.T @ new) ** 2) / old.shape[1]
 
 
-def for_each(flags: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-    """`carry = body(i, carry)` for each i whose flag `(n,)` is set; costs nothing where none is.
+def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:
+    """`carry = body(i, carry, operands)` for each i whose flag `(n,)` is set.
 
-    A loop over what is due, not a vmap of a cond, which would pay for every matrix every step.
+    A loop over what is due, not a vmap of a cond, which would pay for every matrix every step; it
+    costs nothing where none is. What `body` reads must come by `operands`, not by its closure.
     """
     order = jnp.argsort(~flags)
-    return lax.fori_loop(0, flags.sum(), lambda i, carry: body(order[i], carry), carry)
+
+    def one(n: jax.Array, carry: Any) -> Any:
+        # Of a single matrix i is always 0: without the barrier XLA takes what follows from it and
+        # the operands alone out of the loop, and pays for it at every step.
+        return body(*lax.optimization_barrier((order[n], carry, operands)))
+
+    return lax.fori_loop(0, flags.sum(), one, carry)
 
 
 @partial(jax.jit, static_argnames="method")
@@ -158,7 +172,7 @@ def refresh_due(
       `(n,)`, of two sides the smaller, 0 where there are none.
     """
 
-    def refresh_one(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array]):
+    def refresh_one(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array], matrices: jax.Array):
         vectors, refreshed, overlaps = carry
         matrix = matrices[i].astype(jnp.float32)
         largest = jnp.max(jnp.abs(matrix))
@@ -187,7 +201,7 @@ def refresh_due(
         return kept, refreshed.at[i].set(good), overlaps.at[i].set(jnp.where(good, least, 0))
 
     nothing = jnp.zeros(age.shape, bool), jnp.zeros(age.shape, jnp.float32)
-    return for_each(age >= gap, refresh_one, (vectors, *nothing))
+    return for_each(age >= gap, refresh_one, (vectors, *nothing), matrices)
 
 
 def _with_side_first(matrix: jax.Array, side: Side) -> jax.Array:
