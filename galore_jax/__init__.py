@@ -1,12 +1,16 @@
 """GaLore in JAX: memory-efficient full-parameter training as an optax transformation."""
 
 from galore_jax.apply import apply_gradients
+from galore_jax.backward import ProjectedKernel, dot_general
 from galore_jax.chain import chain, init
+from galore_jax.check import check_projection
 from galore_jax.describe import describe
+from galore_jax.gradients import value_and_grad
 from galore_jax.links import clip_by_finite_norm, decay_weights, scale_by_factored_rms
 from galore_jax.optimizers import adafactor, adamw, lion
 from galore_jax.projection import Basis, Coordinates
 from galore_jax.rules import Rule
+from galore_jax.sketch import refresh, refresh_due
 from galore_jax.state import ChainState, GaLoreState
 from galore_jax.transform import galore
 
@@ -15,16 +19,22 @@ __all__ = [
     "ChainState",
     "Coordinates",
     "GaLoreState",
+    "ProjectedKernel",
     "Rule",
     "adafactor",
     "adamw",
     "apply_gradients",
     "chain",
+    "check_projection",
     "clip_by_finite_norm",
     "decay_weights",
     "describe",
+    "dot_general",
     "galore",
     "init",
     "lion",
+    "refresh",
+    "refresh_due",
     "scale_by_factored_rms",
+    "value_and_grad",
 ]

@@ -2,14 +2,41 @@
 
 import dataclasses
 import zlib
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from galore_jax.projection import Basis, Moments, Projection, Side
 from galore_jax.rules import Rule
-from galore_jax.subspace import NEVER, random_basis, refresh_due
+from galore_jax.subspace import NEVER, overlap, random_basis, refresh_due
+
+
+class Lazy(NamedTuple):
+    """When the gap of a matrix doubles at a refresh.
+
+    Attributes:
+      overlap: of the new subspace with the old one, from which on it does; None: never.
+      max_gap: the bound of a doubled gap; None: 8 times the rule's.
+    """
+
+    overlap: Any
+    max_gap: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(eq=False)
+class Sketch:
+    """Stands in the gradients where `refresh` asks for a new basis, and for no update.
+
+    Attributes:
+      vectors: by side, `projection.basis_shapes`, float32; where the basis is due, new ones.
+      usable: bool `(*batch,)`, whether what they were made of was finite and not zero.
+    """
+
+    vectors: dict[Side, Any]
+    usable: Any
 
 
 def start_basis(
@@ -57,53 +84,81 @@ def start_basis(
 
 
 def refresh_basis(
-    basis: Basis,
-    gradient: jax.Array,
-    rule: Rule,
-    *,
-    lazy_overlap: Any,
-    max_gap: Any,
-    seed: Any,
-    count: Any,
+    basis: Basis, gradient: Any, rule: Rule, lazy: Lazy, *, seed: Any, count: Any
 ) -> Basis:
-    """New vectors, from the gradient, for the matrices whose age has reached their gap.
+    """New vectors for the matrices whose age has reached their gap.
 
     Args:
       basis: of the parameter.
-      gradient: of the parameter's shape.
+      gradient: of the parameter's shape, or a `Sketch`.
       rule: how it is projected, complete.
-      lazy_overlap: the overlap of the new subspace with the old one from which the gap doubles.
-      max_gap: the bound of a doubled gap.
+      lazy: when the gap doubles.
       seed: of the random numbers.
       count: updates before this one.
 
     Returns:
       The basis.
+
+    Raises:
+      ValueError: a method that cannot work on a sketch.
     """
+    if isinstance(gradient, Sketch) and rule.refresh == "subspace_iteration":
+        return _from_sketch(basis, gradient, rule, lazy)
+    if isinstance(gradient, Sketch):
+        if rule.refresh != "random":
+            raise ValueError(
+                f'galore: refresh="{rule.refresh}" of {basis.projection.name} needs its full '
+                'gradient, which galore_jax.refresh never forms: use "subspace_iteration" or '
+                '"random", or jax.value_and_grad.'
+            )
+        matrices = next(iter(gradient.vectors.values()))  # Any will do.
+    else:
+        matrices = basis.projection.view.to_matrices(gradient)
     batch = basis.age.shape
     flat = lambda array: array.reshape(-1, *array.shape[len(batch) :])  # noqa: E731
-    vectors, new, overlap = refresh_due(
+    vectors, new, overlaps = refresh_due(
         jax.tree.map(flat, basis.vectors),
         flat(basis.age),
         flat(basis.gap),
-        flat(basis.projection.view.to_matrices(gradient)),
+        flat(matrices),
         (seed, count, _number(basis.projection)),
         str(rule.refresh),
     )
-    new, overlap = new.reshape(batch), overlap.reshape(batch)
+    vectors = jax.tree.map(lambda new, old: new.reshape(old.shape), vectors, basis.vectors)
+    return _renewed(basis, vectors, new.reshape(batch), overlaps.reshape(batch), rule, lazy)
+
+
+def _from_sketch(basis: Basis, sketch: Sketch, rule: Rule, lazy: Lazy) -> Basis:
+    finite = [jnp.all(jnp.isfinite(v), axis=(-2, -1)) for v in sketch.vectors.values()]
+    new = (basis.age >= basis.gap) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
+
+    def chosen(new_vectors: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(new[..., None, None], new_vectors.astype(old.dtype), old)
+
+    overlaps = [
+        overlap(basis.vectors[side].astype(jnp.float32), sketch.vectors[side])
+        for side in sketch.vectors
+    ]
+    vectors = {side: chosen(sketch.vectors[side], old) for side, old in basis.vectors.items()}
+    return _renewed(basis, vectors, new, jnp.min(jnp.stack(overlaps), axis=0), rule, lazy)
+
+
+def _renewed(
+    basis: Basis, vectors: Any, new: jax.Array, overlaps: jax.Array, rule: Rule, lazy: Lazy
+) -> Basis:
     gap = jnp.full_like(basis.gap, rule.update_proj_gap)
-    if lazy_overlap is not None:
-        bound = 8 * gap if max_gap is None else jnp.maximum(max_gap, gap)
+    if lazy.overlap is not None:
+        bound = 8 * gap if lazy.max_gap is None else jnp.maximum(lazy.max_gap, gap)
         doubled = jnp.minimum(2 * jnp.maximum(basis.gap, gap), bound)
-        gap = jnp.where(overlap >= lazy_overlap, doubled, gap)
+        gap = jnp.where(overlaps >= lazy.overlap, doubled, gap)
     # The first interval is as long as it was started with.
     gap = jnp.where(basis.age >= NEVER, basis.gap, gap)
     return dataclasses.replace(
         basis,
-        vectors=jax.tree.map(lambda new, old: new.reshape(old.shape), vectors, basis.vectors),
+        vectors=vectors,
         age=jnp.where(new, 0, basis.age),
         gap=jnp.where(new, gap, basis.gap),
-        overlap=jnp.where(new, overlap, basis.overlap),
+        overlap=jnp.where(new, overlaps, basis.overlap),
     )
 
 

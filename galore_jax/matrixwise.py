@@ -90,7 +90,7 @@ def update_matrixwise(
             continue
         turn, flat = turns[update.projection.path], _flat(update)
         fresh = jax.vmap(tx.init)(jax.tree.map(jnp.zeros_like, flat))
-        start = _where(turn.refreshed.reshape(-1), fresh, states[i])
+        start = _where(turn.is_first.reshape(-1), fresh, states[i])
         new, after = jax.vmap(one)(flat, start, None if param is None else _flat(param))
         done[i] = Coordinates(new.value.reshape(update.value.shape), update.projection)
         states[i] = _where(turn.skipped.reshape(-1), start, after)

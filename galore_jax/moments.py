@@ -25,10 +25,17 @@ FACTORS: dict[str, Side] = {"rows": "left", "columns": "right"}
 
 
 class Turn(NamedTuple):
-    """What one update did to the basis of one parameter."""
+    """What an update, or a refresh, did to the basis of one parameter.
+
+    Attributes:
+      old: before it.
+      new: after it.
+      refreshed: `(*batch,)`, it made a new basis.
+    """
 
     old: Basis
     new: Basis
+    refreshed: jax.Array
 
     @property
     def skipped(self) -> jax.Array:
@@ -36,18 +43,23 @@ class Turn(NamedTuple):
         return self.new.skipped > self.old.skipped
 
     @property
-    def refreshed(self) -> jax.Array:
-        """`(*batch,)`: the basis is new, so its age was 0 before this update was counted."""
-        return self.new.age - ~self.skipped < self.old.age
+    def is_first(self) -> jax.Array:
+        """`(*batch,)`: the update is the first in its basis, made by itself or by `refresh`."""
+        return self.refreshed | (self.old.age == 0)
 
 
 Turns = dict[tuple[str, ...], Turn]
 
 
 def turns(old: list[GaLoreState], new: list[GaLoreState]) -> Turns:
-    """By the parameter's path, what happened between two states of the same galores."""
+    """By the parameter's path, what an update between two states of the same galores did."""
+
+    def turn(old: Basis, new: Basis) -> Turn:
+        counted = new.skipped == old.skipped
+        return Turn(old, new, new.age - counted < old.age)
+
     pairs = zip(bases_of(old), bases_of(new), strict=True)
-    return {basis.projection.path: Turn(basis, after) for basis, after in pairs}
+    return {old.projection.path: turn(old, new) for old, new in pairs}
 
 
 def is_moment(node: Any) -> bool:

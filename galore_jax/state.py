@@ -35,23 +35,35 @@ class ChainState(NamedTuple):
     links: tuple
 
 
-def galore_states(state: PyTree) -> list[GaLoreState]:
-    """The states of every galore whose updates are still to be lifted: of none inside a `chain`."""
-    return [s for s in jax.tree.leaves(state, is_leaf=_is_state) if isinstance(s, GaLoreState)]
+def galore_states(state: PyTree, *, inside_chains: bool = False) -> list[GaLoreState]:
+    """The states of every galore in a state.
+
+    Args:
+      state: of any transformation.
+      inside_chains: also those inside a `chain`, which lifts their updates by itself.
+
+    Returns:
+      The states.
+    """
+    leaves = jax.tree.leaves(state, is_leaf=_is_state(inside_chains))
+    return [leaf for leaf in leaves if isinstance(leaf, GaLoreState)]
 
 
-def with_galore_states(state: PyTree, states: list[GaLoreState]) -> PyTree:
+def with_galore_states(
+    state: PyTree, states: list[GaLoreState], *, inside_chains: bool = False
+) -> PyTree:
     """`state` with others in place of those that `galore_states` finds, in their order."""
     new = iter(states)
 
     def replaced(node: Any) -> Any:
         return next(new) if isinstance(node, GaLoreState) else node
 
-    return jax.tree.map(replaced, state, is_leaf=_is_state)
+    return jax.tree.map(replaced, state, is_leaf=_is_state(inside_chains))
 
 
-def _is_state(node: Any) -> bool:
-    return isinstance(node, (GaLoreState, ChainState))
+def _is_state(inside_chains: bool) -> Callable[[Any], bool]:
+    stops = GaLoreState if inside_chains else (GaLoreState, ChainState)
+    return lambda node: isinstance(node, stops)
 
 
 def bases_of(states: list[GaLoreState]) -> list[Basis]:

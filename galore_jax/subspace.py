@@ -55,6 +55,15 @@ def _cholesky_qr(q: jax.Array, passes: int) -> jax.Array:
     return q
 
 
+def span(columns: jax.Array) -> jax.Array:
+    """Columns of the same span, orthonormal to a few percent, for a product with the gradient.
+
+    One pass suffices where the span is all that counts: it only has to keep the weak directions
+    above the rounding errors of the strong ones.
+    """
+    return _cholesky_qr(_of_length_one(columns), passes=1)
+
+
 def gaussian_basis(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """An orthonormal basis of a uniformly random subspace, `(n, r)` float32."""
     gaussian = jax.random.normal(key, shape, jnp.float32) / shape[0] ** 0.5
@@ -92,17 +101,12 @@ def eigh(matrix: jax.Array, side: Side, basis: jax.Array, rounds: Any, key: Any)
 def subspace_iteration(
     matrix: jax.Array, side: Side, basis: jax.Array, rounds: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Rounds of `A = orth(Gᵀ P), P = orth(G A)`, warm-started from the old basis.
-
-    One pass suffices for A, whose span is all that counts: it only has to keep the weak directions
-    above the rounding errors of the strong ones.
-    """
+    """Rounds of `A = orth(Gᵀ P), P = orth(G A)`, warm-started from the old basis."""
     del key
     matrix = _with_side_first(matrix, side)
 
     def one_round(_: int, basis: jax.Array) -> jax.Array:
-        across = _cholesky_qr(_of_length_one(matrix.T @ basis), passes=1)
-        return orthonormalise(matrix @ across, basis)
+        return orthonormalise(matrix @ span(matrix.T @ basis), basis)
 
     return lax.fori_loop(0, rounds, one_round, basis)
 
@@ -124,8 +128,8 @@ REFRESH: dict[str, Callable[[jax.Array, Side, jax.Array, Any, Any], jax.Array]] 
 
 
 def overlap(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Mean squared cosine of the principal angles between two subspaces, `‖P_oldᵀP_new‖² / r`."""
-    return jnp.sum((old.T @ new) ** 2) / old.shape[1]
+    """Mean squared cosine of the principal angles between subspaces, `‖P_oldᵀP_new‖² / r`."""
+    return jnp.sum((old.mT @ new) ** 2, axis=(-2, -1)) / old.shape[-1]
 
 
 def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:

@@ -8,14 +8,14 @@ parameter's leaf stood, in what `init` hands to the transformations and in what 
 
 import math
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.bases import count_update, refresh_basis, start_basis
+from galore_jax.bases import Lazy, Sketch, count_update, refresh_basis, start_basis
 from galore_jax.chain import GaLore
 from galore_jax.projection import (
     MOMENTS,
@@ -157,14 +157,18 @@ def galore(
         low_rank = is_low_rank(state)
         if not low_rank:
             _refuse_full_size(moments)
-        lazy = {"lazy_overlap": lazy_overlap, "max_gap": max_gap}
+        renew = partial(refresh_basis, lazy=Lazy(lazy_overlap, max_gap), seed=seed)
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
             projection, rule = basis.projection, complete(basis.projection)
+            if isinstance(gradient, Sketch):
+                nothing = jnp.zeros(projection.coordinates_shape, jnp.float32)
+                basis = renew(basis, gradient, rule, count=state.count)
+                return Coordinates(nothing, projection), basis
             if is_coordinates(gradient):
                 value = gradient.value
             else:
-                basis = refresh_basis(basis, gradient, rule, seed=seed, count=state.count, **lazy)
+                basis = renew(basis, gradient, rule, count=state.count)
                 value = projection.project(basis.vectors, gradient)
             # What is not finite in G shows in R; squares that are not would end in second moments.
             finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))

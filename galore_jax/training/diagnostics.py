@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.projection import Basis
-from galore_jax.state import ChainState, GaLoreState, bases_of, galore_states, map_bases
+from galore_jax.state import bases_of, galore_states, map_bases
 
 PyTree = Any
 
 
 def movement(opt_state: PyTree) -> dict[str, jax.Array]:
     """`subspace_overlap`, `refreshes_saved`, `skipped`; nothing where nothing is projected."""
-    bases = bases_of(_galore_states(opt_state))
+    bases = bases_of(galore_states(opt_state, inside_chains=True))
     if not bases:
         return {}
     overlap, saved, skipped = (
@@ -68,17 +68,13 @@ def diagnose(
         return jnp.stack([part.sum() for part in energies + sizes])
 
     sums = []
-    for state in _galore_states(opt_state):
+    for state in galore_states(opt_state, inside_chains=True):
         found = map_bases(sums_of_squares, state.bases, gradients, old, new, otherwise=state.bases)
         sums += jax.tree.leaves(found)
     if not sums:
         return {}
     held, whole, moved, size = sum(sums, jnp.zeros(4))
     return {"captured_energy": held / whole, "update_ratio": jnp.sqrt(moved / size)}
-
-
-def _galore_states(opt_state: PyTree) -> list[GaLoreState]:
-    return galore_states(opt_state.links if isinstance(opt_state, ChainState) else opt_state)
 
 
 def _squares(matrices: jax.Array) -> jax.Array:

@@ -1,0 +1,199 @@
+"""Refreshes without a full gradient: the subspace iteration by two backward passes a round.
+
+For a left basis P the first pass gives the coordinates `R = PᵀG`, hence `A = orth(Rᵀ)`, and a
+second one over the same batch `Y = G A`, in the way of coordinates in a right basis A; then
+`P = orth(Y)`. For a right basis the sides change places. A basis that no gradient has shaped yet
+takes three rounds.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from galore_jax.bases import Sketch
+from galore_jax.chain import update_low_rank
+from galore_jax.gradients import Loss, Objective, Path, PyTree, bases_in, first_part, mean_over
+from galore_jax.moments import Turn, rotate
+from galore_jax.projection import Basis, Side, is_basis, is_coordinates
+from galore_jax.state import bases_of, galore_states, map_bases, with_galore_states
+from galore_jax.subspace import NEVER, for_each, orthonormalise, span
+
+# Coordinates of the gradient in given bases, by a backward pass.
+Backward = Callable[[dict[Path, Basis]], dict[Path, jax.Array]]
+OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
+
+
+def updates_until_refresh(opt_state: PyTree) -> jax.Array:
+    """The least number of updates, int32 scalar, after which a refresh can be due; 0: it is now."""
+    bases = bases_of(galore_states(opt_state, inside_chains=True))
+    left = [jnp.min(basis.gap - basis.age) for basis in bases]
+    return jnp.maximum(jnp.min(jnp.stack(left)), 0) if left else jnp.asarray(2**30, jnp.int32)
+
+
+def refresh_due(opt_state: PyTree) -> jax.Array:
+    """Whether the basis of a matrix is due for a refresh, a boolean scalar."""
+    return updates_until_refresh(opt_state) == 0
+
+
+def refresh(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    micro_batches: int = 1,
+) -> Callable[..., PyTree]:
+    """New bases where they are due, from backward passes that never form a full gradient.
+
+    Call it before `value_and_grad` where `refresh_due(opt_state)` says so, with the same batch. A
+    matrix whose gradient is zero or not finite keeps its basis and stays due. What only full
+    gradients can refresh (see `value_and_grad`) is refreshed by its update. The moments are treated
+    as `galore(moments=…)` says; no update is counted.
+
+    Args:
+      loss: as for `value_and_grad`, with its other arguments.
+      tx: the optimizer.
+      has_aux: as there.
+      micro_batches: as there; each pass goes over all of them before the next begins.
+
+    Returns:
+      A function `(params, opt_state, *batch, **unsplit)` that returns the new state.
+
+    Raises:
+      ValueError: a refresh method that needs full gradients, naming the leaf; and as
+        `value_and_grad`.
+    """
+
+    def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
+        objective = Objective(loss, params, unsplit, has_aux)
+        first = first_part(batch, micro_batches)
+        bases = objective.carried(bases_in(params, opt_state), *first)
+
+        def coordinates(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
+            own = lambda basis: given.get(basis.projection.path, optax.MaskedNode())  # noqa: E731
+            chosen = map_bases(own, bases, otherwise=bases)
+            one = lambda *batch: objective.coordinates(chosen, *batch)  # noqa: E731
+            found = jax.tree.leaves(mean_over(one, micro_batches, *batch), is_leaf=is_coordinates)
+            return {node.projection.path: node.value for node in found}
+
+        found = {basis.projection.path: basis for basis in jax.tree.leaves(bases, is_leaf=is_basis)}
+        if not found:
+            return opt_state
+        sketches = _sketches(coordinates, found)
+        asked = map_bases(
+            lambda basis: sketches[basis.projection.path],
+            bases,
+            otherwise=jax.tree.map(jnp.zeros_like, params),
+        )
+        _, probe, _ = update_low_rank(tx, asked, opt_state, params)
+        return _with_new_bases(opt_state, probe, set(found))
+
+    return run
+
+
+def _sketches(coordinates: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
+    """A sketch for each basis; where none is due nothing is computed."""
+    due = [jnp.any(basis.age >= basis.gap) for basis in bases.values()]
+    new = [jnp.any(basis.age >= NEVER) for basis in bases.values()]
+    rounds = jnp.where(jnp.any(jnp.stack(new)), 3, jnp.any(jnp.stack(due)).astype(jnp.int32))
+    most_sides = max(len(basis.projection.sides) for basis in bases.values())
+
+    def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
+        # The second side of a two-sided basis takes passes of its own.
+        for place in range(most_sides):
+            sides: dict[Path, Side] = {
+                path: basis.projection.sides[place]
+                for path, basis in bases.items()
+                if place < len(basis.projection.sides)
+            }
+            sketches = _half_round(coordinates, bases, sides, sketches)
+        return sketches
+
+    start = {
+        path: Sketch(
+            {side: stack.astype(jnp.float32) for side, stack in basis.vectors.items()},
+            jnp.ones(basis.age.shape, bool),
+        )
+        for path, basis in bases.items()
+    }
+    return lax.fori_loop(0, rounds, one_round, start)
+
+
+def _half_round(
+    coordinates: Backward,
+    bases: dict[Path, Basis],
+    sides: dict[Path, Side],
+    sketches: dict[Path, Sketch],
+) -> dict[Path, Sketch]:
+    """New vectors on one side of each of the bases named in `sides`."""
+
+    def passed(side_of: dict[Path, Side], vectors: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+        return coordinates(
+            {path: _one_sided(bases[path], side, vectors[path]) for path, side in side_of.items()}
+        )
+
+    old = {path: sketches[path].vectors[side] for path, side in sides.items()}
+    first = passed(sides, old)
+    across = {
+        path: _where_due(bases[path], span, _columns(first[path], sides[path])) for path in sides
+    }
+    second = passed({path: OPPOSITE[side] for path, side in sides.items()}, across)
+    done = dict(sketches)
+    for path, side in sides.items():
+        columns = _columns(second[path], OPPOSITE[side])
+        new = _where_due(bases[path], _orthonormal, columns, old[path])
+        # As of a full gradient: not finite in its squares, or zero, it shapes no basis.
+        finite = jnp.isfinite(jnp.sum(columns**2, axis=(-2, -1)))
+        usable = sketches[path].usable & finite & jnp.any(columns != 0, axis=(-2, -1))
+        vectors: dict[Side, Any] = {**sketches[path].vectors, side: new}
+        done[path] = Sketch(vectors, usable)
+    return done
+
+
+def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
+    projection = dataclasses.replace(basis.projection, sides=(side,))
+    return dataclasses.replace(basis, vectors={side: vectors}, projection=projection)
+
+
+def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
+    """`PᵀG` (r, out) as r columns, or `G P` (in, r) as it is."""
+    return coordinates.mT if side == "left" else coordinates
+
+
+def _orthonormal(columns: jax.Array, old: jax.Array) -> jax.Array:
+    return orthonormalise(columns, old)
+
+
+def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`f` of the matrices that are due, shaped as the first array; the others as they are."""
+    batch = basis.age.ndim
+    flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
+
+    def one(i: jax.Array, done: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return done.at[i].set(f(*(array[i] for array in arrays)))
+
+    stacks = tuple(map(flat, arrays))
+    due = (basis.age >= basis.gap).reshape(-1)
+    return for_each(due, one, stacks[0], stacks).reshape(arrays[0].shape)
+
+
+def _with_new_bases(opt_state: PyTree, probe: PyTree, paths: set[Path]) -> PyTree:
+    """The state before an update, with the bases that came out of it, and moments turned."""
+    old = galore_states(opt_state, inside_chains=True)
+    after = {b.projection.path: b for b in bases_of(galore_states(probe, inside_chains=True))}
+    turns = {
+        path: Turn(basis, after[path], after[path].age < basis.age)
+        for basis in bases_of(old)
+        if (path := basis.projection.path) in paths
+    }
+
+    def newest(basis: Basis) -> Basis:
+        path = basis.projection.path
+        return turns[path].new if path in turns else basis
+
+    new = [s._replace(bases=map_bases(newest, s.bases, otherwise=s.bases)) for s in old]
+    return with_galore_states(rotate(opt_state, turns), new, inside_chains=True)
