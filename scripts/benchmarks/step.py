@@ -3,6 +3,7 @@
 import functools
 import statistics
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -53,9 +54,26 @@ class Run:
         self._state = jax.jit(contestant.init)(params)
         self._batch = batch
         self._step = step.lower(self._params, self._state, batch).compile()
+        self._refresh = None
+        if contestant.refresh is not None:
+            refresh = jax.jit(functools.partial(contestant.refresh, loss), donate_argnums=1)
+            self._refresh = refresh.lower(self._params, self._state, batch).compile()
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Memory of the compiled step beside its arguments and results."""
+        analysis: Any = self._step.memory_analysis()
+        return analysis.temp_size_in_bytes
 
     def __call__(self) -> PyTree:
-        """One step, which may not be computed yet; returns parameters and state."""
+        """One step, which may not be computed yet, the first with the refresh of every matrix.
+
+        Returns:
+          Parameters and state.
+        """
+        if self._refresh is not None:
+            self._state = self._refresh(self._params, self._state, self._batch)
+            self._refresh = None
         self._params, self._state = self._step(self._params, self._state, self._batch)
         return self._params, self._state
 
@@ -86,6 +104,7 @@ def measure_model(
     runs = {c.name: Run(c, loss, params, batch) for c in entrants}
     first = {name: seconds(run) for name, run in tqdm(runs.items(), "steps with every refresh")}
     plain = interleaved(runs, settings.repeats, "steps")
+    temporaries = {name: run.temporary_bytes for name, run in runs.items()}
     del runs
 
     def row(name: str, time: float, **fields: bool | float) -> Row:
@@ -101,7 +120,8 @@ def measure_model(
     rows = []
     for name, time in plain.items():
         refresh = 0 if name == "adamw" else max(first[name] - time, 0)
-        rows.append(row(name, time, amortised=False, stagger=False))
+        memory = {"temporary_bytes": temporaries[name]}
+        rows.append(row(name, time, amortised=False, stagger=False, **memory))
         rows.append(row(name, time + refresh / GAP, amortised=True, stagger=False))
     if settings.model == "blocks" and settings.intervals:
         steps = staggered_steps(loss, params, batch, rank, settings.intervals)
