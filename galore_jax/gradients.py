@@ -196,7 +196,7 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
     """`f(*batch)`, or over equal parts of the batch the mean of what `f` returns, in float32."""
     if micro_batches == 1:
         return f(*batch)
-    parts = _split(batch, micro_batches)
+    parts = split(batch, micro_batches)
     shapes = jax.eval_shape(f, *first_part(batch, micro_batches))
 
     def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
@@ -209,11 +209,17 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
 
 def first_part(batch: Any, micro_batches: int) -> Any:
     """The first of the equal parts of a batch."""
-    return jax.tree.map(lambda parts: parts[0], _split(batch, micro_batches))
+    return jax.tree.map(lambda parts: parts[0], split(batch, micro_batches))
 
 
-def _split(batch: Any, micro_batches: int) -> Any:
-    def split(rows: Any) -> jax.Array:
+def split(batch: Any, micro_batches: int) -> Any:
+    """A batch of arrays (B, …) as equal parts, (micro_batches, B / micro_batches, …).
+
+    Raises:
+      ValueError: an array cannot be split so.
+    """
+
+    def parts(rows: Any) -> jax.Array:
         rows = jnp.asarray(rows)
         if rows.ndim == 0 or rows.shape[0] % micro_batches:
             raise ValueError(
@@ -223,7 +229,7 @@ def _split(batch: Any, micro_batches: int) -> Any:
             )
         return rows.reshape(micro_batches, -1, *rows.shape[1:])
 
-    return jax.tree.map(split, batch)
+    return jax.tree.map(parts, batch)
 
 
 def _zeros(basis: Basis) -> Coordinates:

@@ -15,9 +15,9 @@ from galore_jax.training.diagnostics import diagnose, movement
 from galore_jax.training.step import (
     init_state,
     learning_rate_schedule,
+    make_gradients,
     make_optimizer,
     make_train_step,
-    mean_gradients,
     tree_bytes,
     tree_size,
 )
@@ -32,7 +32,7 @@ CONFIG = Config(
         max_length=16,
     ),
     DataConfig(sequence_length=16, batch_size=8),
-    OptimizerConfig(rank=8, update_proj_gap=3, warmup_steps=2),
+    OptimizerConfig(rank=8, update_proj_gap=3, warmup_steps=2, gradients="full"),
     TrainingConfig(steps=10),
 )
 
@@ -55,9 +55,10 @@ def initial(config):
 
 @functools.cache
 def gradients(accumulation):
-    """`mean_gradients`, compiled once for all tests."""
+    """Those of `make_gradients`, of parameters and a batch, compiled once for all tests."""
     config = changed(training={"accumulation": accumulation})
-    return jax.jit(functools.partial(mean_gradients, config))
+    tx = make_optimizer(config.optimizer, config.training.steps)
+    return jax.jit(lambda params, batch: make_gradients(config, tx)(params, None, batch))
 
 
 @pytest.fixture(scope="module")

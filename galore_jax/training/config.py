@@ -40,8 +40,12 @@ class OptimizerConfig:
       b2: decay of AdamW's second moment, None: 0.999; of Lion's only moment, None: 0.99.
       eps: added to the root of the second moment (AdamW).
       weight_decay: decoupled, in the full space, times the learning rate.
-      clip_norm: the gradient's largest global norm; 0 does not clip. GaLore's clip leaves numbers
-        that are not finite out of the norm.
+      gradients: with GaLore, `"projected"`: only coordinates are ever computed, and sketches
+        refresh the bases; or `"full"`.
+      clip_norm: the largest global norm; 0 does not clip. GaLore's clip leaves numbers that are not
+        finite out of the norm.
+      clip_norm_of: what GaLore clips: `"coordinates"`, with the unprojected gradients; or full
+        `"gradients"`.
       rank: columns of each basis, or the fraction of a matrix's smaller side that they are.
       update_proj_gap: steps between two refreshes of the bases.
       scale: factor on the lifted update.
@@ -64,7 +68,9 @@ class OptimizerConfig:
     b2: float | None = None
     eps: float = 1e-6
     weight_decay: float = 0.0
+    gradients: str = "projected"
     clip_norm: float = 0.0
+    clip_norm_of: str = "coordinates"
     rank: int | float = 128
     update_proj_gap: int = 200
     scale: float = 0.25
@@ -81,6 +87,18 @@ class OptimizerConfig:
         _require_choice("optimizer.proj_type", self.proj_type, PROJ_TYPES)
         _require_choice("optimizer.refresh", self.refresh, tuple(REFRESH))
         _require_choice("optimizer.moments", self.moments, MOMENTS)
+        _require_choice("optimizer.gradients", self.gradients, ("projected", "full"))
+        _require_choice("optimizer.clip_norm_of", self.clip_norm_of, ("coordinates", "gradients"))
+        if self.are_projected and self.refresh in ("eigh", "svd"):
+            raise InputError(
+                f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
+                'optimizer.gradients = "full", or optimizer.refresh = "subspace_iteration".'
+            )
+        if self.are_projected and self.clip_norm and self.clip_norm_of == "gradients":
+            raise InputError(
+                'optimizer.clip_norm_of = "gradients" needs full gradients: set '
+                'optimizer.gradients = "full", or optimizer.clip_norm_of = "coordinates".'
+            )
         _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
         _require(self.scale > 0, "optimizer.scale", self.scale, "positive")
         _require(self.eps > 0, "optimizer.eps", self.eps, "positive")
@@ -112,6 +130,11 @@ class OptimizerConfig:
             self.max_gap,
             f"at least optimizer.update_proj_gap, {gap}",
         )
+
+    @property
+    def are_projected(self) -> bool:
+        """Whether gradients are born projected."""
+        return self.name != "adamw" and self.gradients == "projected"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 
 from galore_jax.errors import InputError
+from galore_jax.gradients import split
 from galore_jax.training.config import Config
-from galore_jax.training.step import Batch, batch_loss, micro_batches
+from galore_jax.training.step import Batch, batch_loss
 
 BIGRAM_VOCABULARY = 8192
 
@@ -59,8 +60,8 @@ def make_evaluate(config: Config) -> Callable[[Any, Iterable[Batch]], Evaluation
 
     @jax.jit
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        split = micro_batches(batch, config.training.accumulation)
-        losses, targets = lax.map(functools.partial(loss, params), split)
+        parts = split(batch, config.training.accumulation)
+        losses, targets = lax.map(functools.partial(loss, params), parts)
         return jnp.sum(losses), jnp.sum(targets)
 
     def evaluate(params: Any, batches: Iterable[Batch]) -> Evaluation:

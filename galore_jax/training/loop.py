@@ -6,13 +6,11 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from galore_jax.data.batches import train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -29,7 +27,7 @@ from galore_jax.training.evaluate import (
 from galore_jax.training.folder import RunFolder, open_folder, refuse_wrong_start, resume_command
 from galore_jax.training.metrics import Metrics, Summary, format_bytes, write_summary
 from galore_jax.training.progress import Progress
-from galore_jax.training.step import TrainState, init_state, make_train_step, tree_bytes, tree_size
+from galore_jax.training.step import Stepper, init_state, tree_bytes, tree_size
 
 
 class Interrupted(KeyboardInterrupt):
@@ -85,14 +83,14 @@ def train(config: Config, resume: bool = False) -> Summary:
             f"state, {'resumed at' if resume else 'from'} step {start:,} of {steps:,}",
             file=sys.stderr,
         )
-        train_step, compile_seconds = _compile_step(config, state)
+        stepper = Stepper(config, state)
         evaluate = make_evaluate(config)
         metrics = Metrics(run, start, training.tensorboard)
         stack.callback(metrics.close)
         progress = stack.enter_context(Progress(metrics, start, steps))
 
         for step in range(start, steps):
-            state, measured = train_step(state, next(batches))
+            state, measured = stepper(state, next(batches))
             progress.add(step, measured)
             done, stop = step + 1, stopped()
             evaluates = _is_due(done, training.evaluate_every, steps)
@@ -129,7 +127,7 @@ def train(config: Config, resume: bool = False) -> Summary:
             bigram_loss=bigram,
             optimizer_bytes=optimizer_bytes,
             seconds=updates[-1]["seconds"],
-            compile_seconds=compile_seconds,
+            compile_seconds=stepper.compile_seconds,
             tokens_per_second=sum(line["targets"] for line in updates) / updates[-1]["seconds"],
         )
         write_summary(run, summary)
@@ -147,16 +145,6 @@ def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
             f"model.vocab_size, {config.model.vocab_size}: set model.vocab_size to at least "
             f"{tokenizer.vocab_size}."
         )
-
-
-def _compile_step(config: Config, state: TrainState) -> tuple[Callable[..., Any], float]:
-    """The step, compiled ahead so that its time does not count as training, and the seconds."""
-    rows = config.data.batch_size // jax.process_count()
-    leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
-    batch = {"tokens": leaf, "segments": leaf, "positions": leaf}
-    began = time.perf_counter()
-    compiled = make_train_step(config).lower(state, batch).compile()
-    return compiled, time.perf_counter() - began
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:

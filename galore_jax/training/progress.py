@@ -19,6 +19,7 @@ MEASURED = (
     "loss",
     "learning_rate",
     "gradient_norm",
+    "coordinates_norm",
     "targets",
     "subspace_overlap",
     "refreshes_saved",

@@ -1,6 +1,8 @@
 """One training step: the optimizer and its schedule, gradients over micro-batches, the update."""
 
+import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 import galore_jax
+from galore_jax.gradients import mean_over
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
+from galore_jax.sketch import updates_until_refresh
+from galore_jax.state import galore_states, project
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.diagnostics import diagnose, movement
 
 PyTree = Any
 Batch = dict[str, Any]
+Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
 
 # The arguments of `galore_jax.galore` that `OptimizerConfig` has.
 GALORE = (
@@ -67,23 +72,32 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation named by `config.name`, behind a clip by global norm if one is set."""
+    """The transformation named by `config.name`, with a clip by global norm if one is set.
+
+    With GaLore that clips coordinates, or stands in front and clips full gradients.
+    """
     schedule = learning_rate_schedule(config, steps)
     b2 = {} if config.b2 is None else {"b2": config.b2}
     adam: dict[str, Any] = {"b1": config.b1, "eps": config.eps, **b2}
     common: dict[str, Any] = {"weight_decay": config.weight_decay}
     if config.name == "adamw":
-        optimizer, clip = optax.adamw(schedule, **adam, **common), optax.clip_by_global_norm
+        optimizer = optax.adamw(schedule, **adam, **common)
+        clip = optax.clip_by_global_norm(config.clip_norm)
+        return galore_jax.chain(clip, optimizer) if config.clip_norm else optimizer
+    common |= {name: getattr(config, name) for name in GALORE}
+    if config.name == "galore_adamw":
+        optimizer = galore_jax.adamw(schedule, **adam, **common)
+    elif config.name == "galore_adafactor":
+        optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **common)
     else:
-        common |= {name: getattr(config, name) for name in GALORE}
-        clip = galore_jax.clip_by_finite_norm
-        if config.name == "galore_adamw":
-            optimizer = galore_jax.adamw(schedule, **adam, **common)
-        elif config.name == "galore_adafactor":
-            optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **common)
-        else:
-            optimizer = galore_jax.lion(schedule, b1=config.b1, **b2, **common)
-    return galore_jax.chain(clip(config.clip_norm), optimizer) if config.clip_norm else optimizer
+        optimizer = galore_jax.lion(schedule, b1=config.b1, **b2, **common)
+    if not config.clip_norm:
+        return optimizer
+    clip = galore_jax.clip_by_finite_norm(config.clip_norm)
+    if config.clip_norm_of == "gradients":
+        return galore_jax.chain(clip, optimizer)
+    galore, *rest = optimizer.links
+    return galore_jax.chain(galore, clip, *rest)
 
 
 def init_state(config: Config) -> TrainState:
@@ -104,37 +118,32 @@ def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Ar
     return next_token_loss(logits, batch["tokens"], batch["segments"])
 
 
-def micro_batches(batch: Batch, number: int) -> Batch:
-    """Splits (B, T) arrays into (number, B / number, T)."""
-    return jax.tree.map(lambda rows: rows.reshape(number, -1, *rows.shape[1:]), batch)
-
-
-def mean_gradients(config: Config, params: PyTree, batch: Batch) -> tuple[PyTree, dict]:
-    """Gradients of the mean loss per target, float32, summed over the micro-batches.
+def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradients:
+    """Gradients of the mean loss per target, over all micro-batches.
 
     Sums are divided by the targets of the whole batch, so the number of micro-batches changes the
     rounding and nothing else, however the targets are spread over them.
 
     Returns:
-      The gradients, shaped as `params`, and `{"loss", "targets"}`, float32 scalars.
+      A function of parameters, optimizer's state and batch. It returns gradients in float32,
+      `Coordinates` where they are born projected, and `{"loss", "targets"}`, float32 scalars.
     """
-    value_and_grad = jax.value_and_grad(functools.partial(batch_loss, config.model), has_aux=True)
+    loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
+    projected = galore_jax.value_and_grad(loss, tx, has_aux=True, micro_batches=number)
+    whole = jax.value_and_grad(loss, has_aux=True)
 
-    def add(total: PyTree, micro_batch: Batch) -> tuple[PyTree, None]:
-        result = value_and_grad(params, micro_batch)
-        return jax.tree.map(lambda old, new: old + new.astype(jnp.float32), total, result), None
+    def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
+        if config.optimizer.are_projected:
+            means, found = projected(params, opt_state, batch)
+        else:
+            means, found = mean_over(functools.partial(whole, params), number, batch)
+        loss_sum, targets = (number * mean for mean in means)
+        targets = jnp.round(targets)  # A whole number; its mean need not be.
+        divisor = jnp.maximum(targets, 1)
+        found = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (number / divisor), found)
+        return found, {"loss": loss_sum / divisor, "targets": targets}
 
-    split = micro_batches(batch, config.training.accumulation)
-    if config.training.accumulation == 1:
-        total = value_and_grad(params, batch)
-    else:
-        shapes = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda rows: rows[0], split))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
-        total, _ = lax.scan(add, zeros, split)
-    (losses, targets), gradients = total
-    divisor = jnp.maximum(targets, 1)
-    gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) / divisor, gradients)
-    return gradients, {"loss": losses / divisor, "targets": targets}
+    return gradients
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
@@ -147,26 +156,85 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     Returns:
       A function of a state and a batch (`tokens`, `segments`, `positions`: int32 (B, T)) that
       returns the next state and scalars: `loss` before the update, `targets`, `learning_rate`,
-      `gradient_norm` before any clipping, and with GaLore those of `diagnostics`.
+      before any clipping `gradient_norm`, of full gradients, and with GaLore `coordinates_norm`, in
+      which coordinates stand for the projected ones, and those of `diagnostics`. A step of
+      projected gradients knows no full ones, and refreshes no basis: see `make_refresh_step`.
     """
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     rounds = config.model.dtype == "bfloat16" and config.optimizer.stochastic_rounding
+    projected = config.optimizer.are_projected
+    gradients_of = make_gradients(config, tx)
+    full = dataclasses.replace(config.optimizer, gradients="full")
+    full_gradients_of = make_gradients(dataclasses.replace(config, optimizer=full), tx)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        gradients, metrics = mean_gradients(config, state.params, batch)
+        gradients, metrics = gradients_of(state.params, state.opt_state, batch)
         metrics["learning_rate"] = schedule(state.step)
-        metrics["gradient_norm"] = optax.tree.norm(gradients)
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
         params, opt_state = galore_jax.apply_gradients(
             tx, gradients, state.opt_state, state.params, key=key if rounds else None
         )
         metrics |= movement(opt_state)
+        if not projected:
+            metrics["gradient_norm"] = optax.tree.norm(gradients)
+        if config.optimizer.name != "adamw":
+            bases = galore_states(opt_state, inside_chains=True)
+            coordinates = gradients if projected else project(gradients, bases)
+            metrics["coordinates_norm"] = optax.tree.norm(coordinates)
         if config.training.diagnostics:
+            if projected:
+                gradients, _ = full_gradients_of(state.params, state.opt_state, batch)
             metrics |= diagnose(opt_state, gradients, state.params, params)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def make_refresh_step(config: Config) -> Callable[[PyTree, PyTree, Batch], PyTree]:
+    """The jitted refresh of the bases that are due, from the batch of the step that follows.
+
+    Returns:
+      A function of parameters, optimizer's state (which it takes over) and batch that returns the
+      optimizer's state.
+    """
+    tx = make_optimizer(config.optimizer, config.training.steps)
+    loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
+    refresh = galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number)
+    return jax.jit(refresh, donate_argnums=1)
+
+
+class Stepper:
+    """Steps of training, compiled ahead, and the refreshes before those that are due for one.
+
+    The device is not asked at every step whether one is, since the host would have to wait for the
+    answer: only when as many steps have passed as the youngest basis had left.
+    """
+
+    def __init__(self, config: Config, state: TrainState):
+        rows = config.data.batch_size // jax.process_count()
+        leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
+        batch = {"tokens": leaf, "segments": leaf, "positions": leaf}
+        began = time.perf_counter()
+        self._step = make_train_step(config).lower(state, batch).compile()
+        self._refresh = None
+        if config.optimizer.are_projected:
+            refresh = make_refresh_step(config)
+            self._refresh = refresh.lower(state.params, state.opt_state, batch).compile()
+        self._steps_left = 0
+        self.compile_seconds = time.perf_counter() - began
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """As the function of `make_train_step`."""
+        if self._refresh is not None and self._steps_left == 0:
+            self._steps_left = int(updates_until_refresh(state.opt_state))
+            if self._steps_left == 0:
+                opt_state = self._refresh(state.params, state.opt_state, batch)
+                state = state._replace(opt_state=opt_state)
+                # A basis that could not be refreshed is tried again at the next step.
+                self._steps_left = max(int(updates_until_refresh(opt_state)), 1)
+        self._steps_left -= 1
+        return self._step(state, batch)
 
 
 def tree_size(tree: PyTree) -> int:

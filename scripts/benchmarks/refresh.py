@@ -28,7 +28,7 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.state import galore_states
 from galore_jax.subspace import REFRESH
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.step import init_state, make_train_step, mean_gradients
+from galore_jax.training.step import init_state, make_gradients, make_optimizer, make_train_step
 
 ROW_LENGTH = 256
 GAP = 50  # updates
@@ -127,7 +127,9 @@ def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Arr
             num_heads=max(size.hidden // 64, 1),
         ),
         data=DataConfig(sequence_length=ROW_LENGTH, batch_size=tokens // ROW_LENGTH),
-        optimizer=OptimizerConfig(rank=size.rank, update_proj_gap=GAP, warmup_steps=10),
+        optimizer=OptimizerConfig(
+            rank=size.rank, update_proj_gap=GAP, warmup_steps=10, gradients="full"
+        ),
         training=TrainingConfig(steps=1000),
     )
     batches = train_batches(config.data, _tokenizer())
@@ -136,7 +138,8 @@ def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Arr
         state, _ = step(state, next(batches))
         jax.block_until_ready(state)
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), next(batches), next(batches))
-    gradients, _ = jax.jit(functools.partial(mean_gradients, config))(state.params, batch)
+    tx = make_optimizer(config.optimizer, config.training.steps)
+    gradients, _ = jax.jit(make_gradients(config, tx))(state.params, state.opt_state, batch)
     basis = galore_states(state.opt_state.links)[0].bases["layers"]["mlp"]["gate_proj"]["kernel"]
     return gradients["layers"]["mlp"]["gate_proj"]["kernel"][0], basis.vectors["left"][0]
 
