@@ -28,8 +28,8 @@ Dot = Callable[..., jax.Array]
 class ProjectedKernel:
     """Stands in a loss's parameters where a kernel stood, so that its gradient is born projected.
 
-    Flax's layers read it as the kernel (see linen.py). Elsewhere `dot_general` takes it, and
-    anything else refuses it, since it is no array.
+    Flax's layers read it as the kernel (see linen.py). Elsewhere `x @ it` and `dot_general` take
+    it; anything else refuses it, since it is no array.
 
     Attributes:
       kernel: the parameter.
@@ -47,6 +47,14 @@ class ProjectedKernel:
     coordinates: Any
     projection: Projection = field(metadata={"static": True})
     inside: Any = None
+
+    # For numpy's arrays to leave `x @ it` to `__rmatmul__`.
+    __array_ufunc__ = None
+
+    def __rmatmul__(self, x: Any) -> jax.Array:
+        """`x @ kernel`, (..., in) by (in, out)."""
+        x = jnp.asarray(x)
+        return dot_general(x, self, (((x.ndim - 1,), (0,)), ((), ())))
 
     # What flax.core.meta.AxisMetadata asks of a box around a parameter.
 
@@ -72,7 +80,7 @@ class ProjectedKernel:
 def dot_general(
     x: jax.Array, kernel: Any, dimension_numbers: DimensionNumbers, *args: Any, **kwargs: Any
 ) -> jax.Array:
-    """`lax.dot_general`, of arrays or of a `ProjectedKernel`: for models that are not Flax's.
+    """`lax.dot_general`, of arrays or of a `ProjectedKernel`: for models that are not Linen's.
 
     Args:
       x: activations.

@@ -203,13 +203,21 @@ def update_low_rank(
     """
     old = galore_states(state)
     tx = tx if isinstance(tx, GaLore) else optax.with_extra_args_support(tx)
-    if isinstance(tx, GaLore) or not old or not all(map(is_low_rank, old)):
+    if isinstance(tx, GaLore):
         updates, state = tx.update(updates, state, params, **extra_args)
-        return (
-            updates,
-            state,
-            turns(old, galore_states(state)) if all(map(is_low_rank, old)) else {},
-        )
+        new = galore_states(state)
+        return updates, state, turns(old, new) if all(map(is_low_rank, old)) else {}
+    if not old or not all(map(is_low_rank, old)):
+        try:
+            return *tx.update(updates, state, params, **extra_args), {}
+        except (AttributeError, TypeError, ValueError) as error:
+            if jax.tree.structure(updates) == jax.tree.structure(params):
+                raise
+            raise ValueError(
+                "a wrapper around a chain with galore, or what stands in front of galore, cannot "
+                f"work on gradients that are coordinates ({str(error).splitlines()[0]}): take it "
+                "away, or use full gradients, by jax.value_and_grad."
+            ) from error
     try:
         coordinates = None if params is None else project(params, old)
         _, probe = tx.update(updates, state, coordinates, **extra_args)

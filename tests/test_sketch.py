@@ -1,0 +1,326 @@
+"""Refreshes by sketch, against the same iteration on full gradients."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax
+from galore_jax import (
+    apply_gradients,
+    chain,
+    galore,
+    init,
+    refresh,
+    refresh_due,
+    value_and_grad,
+)
+from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.moments import rotated
+from galore_jax.sketch import updates_until_refresh
+from galore_jax.state import bases_of, galore_states
+from galore_jax.subspace import subspace_iteration
+from galore_jax.training.step import batch_loss
+
+CONFIG = LlamaConfig(97, 32, 56, 3, 2, max_length=16)
+
+
+@functools.cache
+def start():
+    """Parameters and a batch of 8 rows."""
+    tokens = jax.random.randint(jax.random.key(1), (8, 16), 0, 97)
+    return Llama(CONFIG).init(jax.random.key(0), tokens)["params"], tokens
+
+
+def loss(params, tokens):
+    ones = jnp.ones_like(tokens)
+    positions = jnp.arange(tokens.shape[1]) * ones
+    batch = {"tokens": tokens, "segments": ones, "positions": positions}
+    total, targets = batch_loss(CONFIG, params, batch)
+    return total / targets
+
+
+def bases(state):
+    """By the path of the parameter."""
+    found = bases_of(galore_states(state, inside_chains=True))
+    return {basis.projection.name: basis for basis in found}
+
+
+def refreshed(tx, params, state, *batch, **settings):
+    """The state after a refresh, compiled."""
+    return jax.jit(refresh(loss, tx, **settings))(params, state, *batch)
+
+
+def leaf(tree, name):
+    """The leaf at a path."""
+    for key in name.split("/"):
+        tree = tree[key]
+    return tree
+
+
+def first_vectors(basis):
+    """Those of its first side, (layers, in or out, r)."""
+    return next(iter(basis.vectors.values()))
+
+
+def largest_angle(one, other):
+    """Sine of the largest principal angle: the part of one span that is outside of the other."""
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    return np.linalg.norm(other - one @ (one.T @ other), 2)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+def test_a_sketch_spans_what_the_iteration_on_the_full_gradient_spans(proj_type, micro_batches):
+    params, tokens = start()
+    tx = chain(galore(6, 2, proj_type=proj_type), optax.adam(1e-3))
+    state = tx.init(params)
+    for rounds in (3, 1):  # From random bases, and once they are due again.
+        old = bases(state)
+        state = refreshed(tx, params, state, tokens, micro_batches=micro_batches)
+        gradients = jax.grad(loss)(params, tokens)
+        for name, basis in bases(state).items():
+            assert np.all(np.asarray(basis.age) == 0)
+            matrices = basis.projection.view.to_matrices(leaf(gradients, name))
+            for side, vectors in basis.vectors.items():
+                for layer in range(3):
+                    wanted = subspace_iteration(
+                        matrices[layer], side, old[name].vectors[side][layer], rounds, None
+                    )
+                    assert largest_angle(wanted, vectors[layer]) <= 1e-3
+                    identity = np.eye(6)
+                    own = np.asarray(vectors[layer], np.float64)
+                    np.testing.assert_allclose(own.T @ own, identity, atol=1e-5)
+        for _ in range(2):
+            _, grads = value_and_grad(loss, tx)(params, state, tokens)
+            params, state = apply_gradients(tx, grads, state, params)
+        assert bool(refresh_due(state))
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+def test_steps_of_projected_and_of_full_gradients_agree_along_a_run(moments):
+    params, tokens = start()
+    tx = galore_jax.adamw(1e-2, 6, 8, 1.0, weight_decay=0.1, moments=moments)
+    state = tx.init(params)
+
+    @jax.jit
+    def projected(params, state, tokens):
+        _, grads = value_and_grad(loss, tx)(params, state, tokens)
+        return apply_gradients(tx, grads, state, params)
+
+    @jax.jit
+    def full(params, state, tokens):
+        return apply_gradients(tx, jax.grad(loss)(params, tokens), state, params)
+
+    renew = jax.jit(refresh(loss, tx))
+    refreshes = 0
+    for step in range(20):
+        batch = jnp.roll(tokens, step, axis=1)
+        if refresh_due(state):
+            state = renew(params, state, batch)
+            refreshes += 1
+        other, _ = full(params, state, batch)
+        params, state = projected(params, state, batch)
+        for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-5)
+    assert refreshes == 3
+    assert loss(params, tokens) < loss(start()[0], tokens) - 0.5
+
+
+def test_a_refresh_rotates_the_moments_and_counts_no_update():
+    params, tokens = start()
+    tx = galore_jax.adamw(1e-2, 6, 2, moments="rotate")
+    state = refreshed(tx, params, tx.init(params), tokens)
+    for _ in range(2):
+        _, grads = value_and_grad(loss, tx)(params, state, tokens)
+        params, state = apply_gradients(tx, grads, state, params)
+    after = refreshed(tx, params, state, jnp.roll(tokens, 1, axis=1))
+    for old, new in zip(
+        galore_states(state, inside_chains=True),
+        galore_states(after, inside_chains=True),
+        strict=True,
+    ):
+        assert old.count == new.count == 2
+    name = "layers/mlp/gate_proj/kernel"
+    old, new = bases(state)[name], bases(after)[name]
+    for kind, moment in (("first", "mu"), ("second", "nu")):
+        before = leaf(optax.tree.get(state, moment), name).value
+        found = leaf(optax.tree.get(after, moment), name).value
+        for layer in range(3):
+            turn = {"left": new.vectors["left"][layer].T @ old.vectors["left"][layer]}
+            wanted = np.asarray(rotated(before[layer], turn, kind))
+            np.testing.assert_allclose(found[layer], wanted, atol=1e-6 * np.abs(wanted).max())
+        assert np.abs(np.asarray(found - before)).max() > 1e-3 * np.abs(before).max()
+
+
+def test_a_reset_starts_moments_anew_at_the_first_update_in_a_new_basis():
+    params, tokens = start()
+    tx = galore_jax.adamw(1e-2, 6, 3, moments="reset", eps=1e-12)
+    state = tx.init(params)
+    for _ in range(4):
+        if refresh_due(state):
+            state = refreshed(tx, params, state, tokens)
+        _, grads = value_and_grad(loss, tx)(params, state, tokens)
+        coordinates = leaf(grads, "layers/mlp/up_proj/kernel").value
+        params, state = apply_gradients(tx, grads, state, params)
+    # The fourth update is the first in its basis: its moment is that of its own gradient alone.
+    moment = optax.tree.get_all_with_path(state, "mu")
+    found = [m for _, tree in moment for m in [tree] if hasattr(tree, "value")]
+    same = [m for m in found if m.projection.name == "layers/mlp/up_proj/kernel"]
+    np.testing.assert_allclose(same[0].value, 0.1 * coordinates, rtol=1e-5)
+
+
+def test_a_sketch_that_is_not_finite_keeps_its_basis_and_is_retried():
+    params, tokens = start()
+    tx = galore_jax.adamw(1e-2, 6, 5)
+    state = refreshed(tx, params, tx.init(params), tokens)
+    for _ in range(5):
+        _, grads = value_and_grad(loss, tx)(params, state, tokens)
+        params, state = apply_gradients(tx, grads, state, params)
+    broken = jax.tree.map(jnp.copy, params)
+    broken["layers"]["mlp"]["down_proj"]["kernel"] = (
+        params["layers"]["mlp"]["down_proj"]["kernel"].at[2].set(jnp.nan)
+    )
+    kept = refreshed(tx, broken, state, tokens)
+    assert bool(refresh_due(kept))
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_array_equal(one, other)
+    later = refreshed(tx, params, kept, tokens)
+    assert not refresh_due(later)
+    assert int(updates_until_refresh(later)) == 5
+
+
+def test_only_what_is_due_is_refreshed():
+    params, tokens = start()
+    tx = galore_jax.adamw(1e-2, 6, 21, stagger=True)
+    state = refreshed(tx, params, tx.init(params), tokens)
+    steps = []
+    for step in range(43):
+        if refresh_due(state):
+            before, state = state, refreshed_once(tx, params, state, tokens)
+            changed = 0
+            for name, old in bases(before).items():
+                due = np.asarray(old.age >= old.gap)
+                moved = np.any(first_vectors(old) != first_vectors(bases(state)[name]), (-2, -1))
+                np.testing.assert_array_equal(moved, due)
+                changed += due.sum()
+            steps.append((step, int(changed)))
+        state = counted(tx, params, state)
+    # 21 matrices, one a step, over an interval of 21 updates; then each again after 21 more.
+    assert steps == [(step, 1) for step in range(1, 43)]
+
+
+@functools.cache
+def compiled_refresh(tx):
+    return jax.jit(refresh(loss, tx))
+
+
+def refreshed_once(tx, params, state, tokens):
+    return compiled_refresh(tx)(params, state, tokens)
+
+
+@functools.cache
+def compiled_update(tx):
+    def update(params, state):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return apply_gradients(tx, projected_zeros(state, zeros), state, params)[1]
+
+    return jax.jit(update)
+
+
+def counted(tx, params, state):
+    """The state after an update by zeros."""
+    return compiled_update(tx)(params, state)
+
+
+def projected_zeros(state, zeros):
+    from galore_jax.state import start_coordinates
+
+    return start_coordinates(zeros, galore_states(state, inside_chains=True))
+
+
+def test_a_lazy_gap_doubles_where_the_subspace_stays():
+    params, tokens = start()
+    tx = galore_jax.adamw(1e-2, 6, 2, lazy_overlap=0.5, max_gap=4)
+    state = tx.init(params)
+    for _ in range(2):
+        state = refreshed_once(tx, params, state, tokens)
+        for _ in range(2):
+            state = counted(tx, params, state)
+    # The same gradient again: the second refresh finds what the first one had.
+    for basis in bases(state).values():
+        assert np.all(np.asarray(basis.overlap) > 0.9)
+        assert np.all(np.asarray(basis.gap) == 4)
+    assert int(updates_until_refresh(state)) == 2
+
+
+def test_exact_methods_are_refused_by_the_name_of_a_leaf_and_random_ones_work():
+    params, tokens = start()
+    for method in ("svd", "eigh"):
+        tx = chain(galore(6, refresh=method), optax.adam(1e-3))
+        sentence = rf'refresh="{method}" of layers/.*/kernel needs its full gradient'
+        with pytest.raises(ValueError, match=sentence):
+            refresh(loss, tx)(params, tx.init(params), tokens)
+    tx = chain(galore(6, refresh="random"), optax.adam(1e-3))
+    state = tx.init(params)
+    after = refreshed(tx, params, state, tokens)
+    assert not refresh_due(after)
+    for name, basis in bases(after).items():
+        assert largest_angle(first_vectors(basis)[0], first_vectors(bases(state)[name])[0]) > 0.1
+
+
+@pytest.mark.parametrize("form", ["stock", "injected", "clipped"])
+def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
+    params, tokens = start()
+    plain = chain(galore(6, 4), optax.adam(1e-2))
+    wanted = refreshed(plain, params, plain.init(params), tokens)
+    if form == "stock":
+        tx = optax.chain(galore(6, 4), optax.adam(1e-2))
+        state = init(tx, params)
+    elif form == "injected":
+        inner = lambda learning_rate: chain(galore(6, 4), optax.adam(learning_rate))  # noqa: E731
+        tx = optax.inject_hyperparams(inner)(learning_rate=1e-2)
+        state = tx.init(params)
+    else:
+        tx = chain(galore_jax.clip_by_finite_norm(1e-3), plain)
+        state = tx.init(params)
+    state = refreshed(tx, params, state, tokens)
+    assert not refresh_due(state)
+    for name, basis in bases(state).items():
+        assert largest_angle(first_vectors(bases(wanted)[name])[1], first_vectors(basis)[1]) < 1e-5
+    _, grads = value_and_grad(loss, tx)(params, state, tokens)
+    after, state = apply_gradients(tx, grads, state, params)
+    assert loss(after, tokens) < loss(params, tokens)
+
+
+@pytest.mark.parametrize(
+    "around", [lambda tx: optax.apply_if_finite(tx, 3), lambda tx: optax.MultiSteps(tx, 2)]
+)
+def test_wrappers_that_cannot_take_coordinates_are_refused_in_a_sentence(around):
+    params, tokens = start()
+    tx = around(chain(galore(6), optax.adam(1e-2)))
+    state = tx.init(params)
+    sentence = "a wrapper around a chain with galore, .* cannot work on gradients that are coord"
+    with pytest.raises(ValueError, match=sentence):
+        refresh(loss, tx)(params, state, tokens)
+    _, grads = value_and_grad(loss, tx)(params, state, tokens)
+    with pytest.raises(ValueError, match=sentence):
+        apply_gradients(tx, grads, state, params)
+
+
+def test_what_has_no_layer_to_be_born_in_is_refreshed_by_its_update():
+    model = nn.Conv(16, (3,))
+    x = jax.random.normal(jax.random.key(1), (2, 9, 12))
+    kernels = model.init(jax.random.key(0), x)["params"]
+    filtered = lambda kernels, x: jnp.mean(model.apply({"params": kernels}, x) ** 2)  # noqa: E731
+    tx = chain(galore(3), optax.adam(1e-3))
+    state = tx.init(kernels)
+    unchanged = refresh(filtered, tx)(kernels, state, x)
+    assert bool(refresh_due(unchanged))
+    _, grads = value_and_grad(filtered, tx)(kernels, unchanged, x)
+    _, state = apply_gradients(tx, grads, unchanged, kernels)
+    assert not refresh_due(state)
