@@ -19,6 +19,19 @@ step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 2
     repeats=7          of each contestant
     intervals=1        with staggered refreshes, of each step the median; 0: not measured
 state: bytes of the optimizer's state, by part, for every size in configs/; nothing is allocated.
+accumulate: bytes that micro-batches accumulate, of the blocks and in all, for every size likewise.
+tokens: time of a step of stacked blocks over AdamW's at several sizes of a step, and a picture.
+    sizes=130m,350m,1b   widths and ranks of these of configs/
+    tokens=256,512,…     up to 8192, multiples of 256
+    layers=1             blocks
+    repeats=3            of each contestant
+    picture=tokens.png   where it is drawn
+sketch: energy that bases from sketches capture at every refresh of a training run, of every matrix
+  against the singular vectors of the same gradient.
+    config=FILE          configs/llama_5m.toml
+    source=data, tokenizer=data/spiece4096.model
+    steps=1000
+    rate=0.005           learning rate
 
 With --json the rows go to a file too: {"bench": ..., "rows": [{"name": ..., "seconds": ...}, ...]}.
 """
@@ -29,7 +42,7 @@ from pathlib import Path
 
 from galore_jax.errors import InputError, exit_with_one_sentence
 
-BENCHES = ("refresh", "step", "state")
+BENCHES = ("refresh", "step", "state", "accumulate", "tokens", "sketch")
 
 
 def main() -> None:
@@ -46,10 +59,11 @@ def main() -> None:
     if arguments.json and not arguments.json.parent.is_dir():
         raise InputError(f"there is no folder {arguments.json.parent} for --json: make it first.")
 
-    from benchmarks import refresh, state, step
+    from importlib import import_module
+
     from benchmarks.report import read_settings, table
 
-    bench = {"refresh": refresh, "step": step, "state": state}[arguments.bench]
+    bench = import_module(f"benchmarks.{arguments.bench}")
     rows = bench.measure(read_settings(bench.Settings, arguments.settings))
     print(table(rows))
     if arguments.json:

@@ -1,0 +1,58 @@
+"""`accumulate`: bytes of what micro-batches sum up, float32, from shapes alone."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+import galore_jax
+from benchmarks.contestants import LEARNING_RATE, PyTree
+from benchmarks.models import init_llama
+from benchmarks.report import Row
+from benchmarks.state import CONFIGS
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.state import galore_states, start_coordinates
+from galore_jax.training.config import load_config
+from galore_jax.training.step import tree_bytes, tree_size
+
+
+@dataclass(frozen=True)
+class Settings:
+    """There are none."""
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Rows of every size, the smallest first."""
+    rows = []
+    for path in CONFIGS.glob("llama_*.toml"):
+        config = load_config(path)
+        size = path.stem.removeprefix("llama_")
+        rows += measure_size(size, config.model, int(config.optimizer.rank))
+    return sorted(rows, key=lambda row: row["parameters"])
+
+
+def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
+    """Rows of full gradients and of projected ones: `bytes` of the blocks, `all_bytes`."""
+    params = jax.eval_shape(lambda: init_llama(replace(model, dtype="float32")))
+    tx = galore_jax.adamw(LEARNING_RATE, rank)
+
+    def projected() -> PyTree:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)
+        return start_coordinates(zeros, galore_states(tx.init(zeros), inside_chains=True))
+
+    full, accumulators = params, jax.eval_shape(projected)
+    rows = []
+    for name, tree in (("adamw", full), ("galore_projected", accumulators)):
+        blocks = tree_bytes(tree["layers"])
+        rows.append(
+            {
+                "name": name,
+                "size": size,
+                "parameters": tree_size(params),
+                "rank": rank,
+                "bytes": blocks,
+                "of_full": blocks / tree_bytes(full["layers"]),
+                "all_bytes": tree_bytes(tree),
+            }
+        )
+    return rows

@@ -1,0 +1,110 @@
+"""`sketch`: what bases from sketches capture along a training run, against exact ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.contestants import PyTree
+from benchmarks.report import Row, require
+from benchmarks.state import CONFIGS
+from galore_jax.data.batches import train_batches
+from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.projection import Basis
+from galore_jax.sketch import refresh_due
+from galore_jax.state import galore_states, map_bases
+from galore_jax.training.config import Config, load_config
+from galore_jax.training.step import (
+    init_state,
+    make_gradients,
+    make_optimizer,
+    make_refresh_step,
+    make_train_step,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See scripts/benchmark.py.
+
+    Raises:
+      InputError: a number out of range.
+    """
+
+    config: str = str(CONFIGS / "llama_5m.toml")
+    source: str = "data"
+    tokenizer: str = "data/spiece4096.model"
+    steps: int = 1000
+    rate: str = "0.005"
+
+    def __post_init__(self):
+        require("steps", self.steps, self.steps >= 1, "at least 1")
+
+
+def measure(settings: Settings) -> list[Row]:
+    """A row of every refresh and one of their means."""
+    overrides = (
+        f"data.source={settings.source}",
+        f"data.tokenizer={settings.tokenizer}",
+        f"training.steps={settings.steps}",
+        f"optimizer.learning_rate={settings.rate}",
+    )
+    rows = measure_run(load_config(settings.config, overrides))
+    means = {key: float(np.mean([row[key] for row in rows])) for key in ENERGIES}
+    lowest = min(row["lowest"] for row in rows)
+    return [*rows, {"name": "mean", "step": "all", **means, "lowest": lowest}]
+
+
+ENERGIES = ("energy", "exact", "relative_energy")
+
+
+def measure_run(config: Config) -> list[Row]:
+    """Rows of every refresh of a run: means over matrices, and the lowest relative energy."""
+    full = replace(config, optimizer=replace(config.optimizer, gradients="full"))
+    tx = make_optimizer(config.optimizer, config.training.steps)
+    gradients, step = jax.jit(make_gradients(full, tx)), make_train_step(config)
+    refresh = make_refresh_step(config)
+    batches = train_batches(config.data, load_tokenizer(config.data.tokenizer))
+    state = jax.jit(lambda: init_state(config))()
+    rows = []
+    for number in tqdm(range(config.training.steps), "training"):
+        batch = next(batches)
+        if refresh_due(state.opt_state):
+            found, _ = gradients(state.params, state.opt_state, batch)
+            state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
+            held, exact = energies(state.opt_state, found)
+            rows.append(
+                {
+                    "name": "refresh",
+                    "step": number,
+                    "energy": float(np.mean(held)),
+                    "exact": float(np.mean(exact)),
+                    "relative_energy": float(np.mean(held / exact)),
+                    "lowest": float(np.min(held / exact)),
+                }
+            )
+        state, _ = step(state, batch)
+    return rows
+
+
+def energies(opt_state: PyTree, gradients: PyTree) -> Sequence[np.ndarray]:
+    """`‖PᵀG‖² / ‖G‖²` of every matrix, and the largest that a basis of its rank can have."""
+    held, exact = [], []
+
+    def at_leaf(basis: Basis, gradient: jax.Array) -> None:
+        projection = basis.projection
+        matrices = np.asarray(projection.view.to_matrices(gradient), np.float64)
+        whole = np.sum(matrices**2, axis=(-2, -1))
+        coordinates = np.asarray(projection.project(basis.vectors, gradient), np.float64)
+        held.append((np.sum(coordinates**2, axis=(-2, -1)) / whole).reshape(-1))
+        values = np.linalg.svd(matrices, compute_uv=False)[..., : projection.rank]
+        exact.append((np.sum(values**2, axis=-1) / whole).reshape(-1))
+
+    for state in galore_states(opt_state, inside_chains=True):
+        map_bases(
+            at_leaf, state.bases, gradients, otherwise=jax.tree.map(jnp.zeros_like, gradients)
+        )
+    return np.concatenate(held), np.concatenate(exact)

@@ -1,0 +1,118 @@
+"""`tokens`: how the time of a step of projected gradients, over AdamW's, goes with its tokens."""
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+
+from benchmarks.contestants import contestants
+from benchmarks.models import blocks_loss, init_llama
+from benchmarks.report import Row, require
+from benchmarks.state import CONFIGS
+from benchmarks.step import Run
+from benchmarks.timing import interleaved, seconds
+from galore_jax.errors import InputError
+from galore_jax.files import written_whole
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.config import load_config
+from galore_jax.training.curves import COLOURS
+
+ROW_LENGTH = 256
+NAMES = ("adamw", "galore_full", "galore_projected")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """See scripts/benchmark.py.
+
+    Raises:
+      InputError: a number out of range, or a list that is not one of numbers.
+    """
+
+    sizes: str = "130m,350m,1b"
+    tokens: str = "256,512,1024,2048,4096,8192"
+    layers: int = 1
+    repeats: int = 3
+    picture: str = "tokens.png"
+
+    def __post_init__(self):
+        require("layers", self.layers, self.layers >= 1, "at least 1")
+        require("repeats", self.repeats, self.repeats >= 1, "at least 1")
+        for size in self.sizes.split(","):
+            if not (CONFIGS / f"llama_{size}.toml").exists():
+                raise InputError(
+                    f"sizes has {size}, for which there is no configs/llama_{size}.toml."
+                )
+        for number in self.tokens.split(","):
+            holds = number.isdigit() and int(number) > 0 and int(number) % ROW_LENGTH == 0
+            require("tokens", number, holds, f"multiples of {ROW_LENGTH}, with commas between")
+
+
+def measure(settings: Settings) -> list[Row]:
+    """Rows of every size, number of tokens and contestant; and draws their ratios."""
+    rows = []
+    for size in settings.sizes.split(","):
+        config = load_config(CONFIGS / f"llama_{size}.toml")
+        model = replace(config.model, num_layers=settings.layers, dtype="float32")
+        for tokens in map(int, settings.tokens.split(",")):
+            shape = (tokens // ROW_LENGTH, ROW_LENGTH)
+            rows += measure_size(size, model, int(config.optimizer.rank), shape, settings.repeats)
+    draw(rows, Path(settings.picture))
+    return rows
+
+
+def measure_size(
+    size: str, model: LlamaConfig, rank: int, shape: tuple[int, int], repeats: int
+) -> list[Row]:
+    """Rows of one size and one shape of batch, rows and tokens, in stacked blocks."""
+    params = {"layers": init_llama(model)["layers"]}
+    batch = jax.random.normal(jax.random.key(1), (2, *shape, model.hidden_size))
+    loss = functools.partial(blocks_loss, model)
+    chosen = [contestant for contestant in contestants(rank) if contestant.name in NAMES]
+    runs = {contestant.name: Run(contestant, loss, params, batch) for contestant in chosen}
+    for run in runs.values():
+        seconds(run)
+    tokens = shape[0] * shape[1]
+    median = interleaved(runs, repeats, f"{size}, {tokens:,} tokens")
+    return [
+        {
+            "name": name,
+            "size": size,
+            "rank": rank,
+            "tokens": tokens,
+            "seconds": time,
+            "of_adamw": time / median["adamw"],
+            "amortised": False,
+        }
+        for name, time in median.items()
+    ]
+
+
+def draw(rows: list[Row], picture: Path) -> None:
+    """The ratios to AdamW over the tokens, into one PNG; nothing where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print(f'{picture} is left out, it needs matplotlib: pip install "galore-jax[plots]"')
+        return
+    figure = Figure(figsize=(7.5, 4.4), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1, color="#444444", linewidth=1)
+    axes.annotate("AdamW", (0.005, 1), xycoords=("axes fraction", "data"), va="bottom")
+    styles = {"galore_projected": "-", "galore_full": ":"}
+    for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
+        for name, style in styles.items():
+            own = [row for row in rows if row["size"] == size and row["name"] == name]
+            label = f"{size.upper()}, {'projected' if style == '-' else 'full'} gradients"
+            tokens, ratio = [row["tokens"] for row in own], [row["of_adamw"] for row in own]
+            axes.plot(tokens, ratio, style, marker="o", color=COLOURS[number], label=label)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row["tokens"] for row in rows})
+    axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+    axes.set(xlabel="tokens a step", ylabel="time of a step over AdamW's", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2, loc="lower left")
+    with written_whole(picture) as path:
+        FigureCanvasAgg(figure).print_png(path)
