@@ -16,6 +16,8 @@ step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 2
     layers=0           0: 4 of blocks, 24 of llama
     leaves=separate    every layer's apart, as optax.contrib.galore needs them to project them; or
                        stacked, as galore_jax's models have them, without that contestant
+    dense=flax         layers with the derivative that JAX makes; or galore_jax: the one written by
+                       hand in galore_jax's models, by which AdamW too is faster on CPUs
     repeats=7          of each contestant
     intervals=1        with staggered refreshes, of each step the median; 0: not measured
 state: bytes of the optimizer's state, by part, for every size in configs/; nothing is allocated.
@@ -24,6 +26,7 @@ tokens: time of a step of stacked blocks over AdamW's at several sizes of a step
     sizes=130m,350m,1b   widths and ranks of these of configs/
     tokens=256,512,…     up to 8192, multiples of 256
     layers=1             blocks
+    dense=flax           as of step
     repeats=3            of each contestant
     picture=tokens.png   where it is drawn
 sketch: energy that bases from sketches capture at every refresh of a training run, of every matrix

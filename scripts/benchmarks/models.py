@@ -1,11 +1,16 @@
-"""LLaMA for benches: blocks alone, and layers stacked in one leaf or each apart."""
+"""LLaMA for benches: blocks alone, layers stacked in one leaf or each apart, two kinds of Dense."""
 
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+import galore_jax
 from galore_jax.models.layers import attention_mask, rotation_at
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
@@ -42,6 +47,44 @@ def llama_loss(config: LlamaConfig, params: PyTree, tokens: jax.Array) -> jax.Ar
     logits: Any = model.apply({"params": params}, x, method=head)
     total, targets = next_token_loss(logits, tokens, jnp.ones_like(tokens))
     return total / targets
+
+
+def with_dense(kind: str, loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The loss with Dense layers of this kind.
+
+    Args:
+      kind: "flax", which have the derivative that JAX makes of their product; or "galore_jax",
+        whose derivative is written by hand, so that on CPUs XLA does not transpose the kernel's
+        gradient.
+      loss: a loss of a LLaMA.
+
+    Returns:
+      The loss.
+    """
+
+    @functools.wraps(loss)
+    def run(*arguments: Any) -> jax.Array:
+        as_it_comes = nn.intercept_methods(_multiply_as_flax)
+        with as_it_comes if kind == "flax" else nullcontext():
+            return loss(*arguments)
+
+    return run
+
+
+def _multiply_as_flax(
+    call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+) -> Any:
+    layer: Any = context.module
+    if context.method_name != "__call__" or not isinstance(layer, nn.Dense):
+        return call(*args, **kwargs)
+    if isinstance(layer.get_variable("params", "kernel"), galore_jax.ProjectedKernel):
+        return call(*args, **kwargs)  # It has no gradient of its own.
+    own = layer.dot_general
+    object.__setattr__(layer, "dot_general", None)
+    try:
+        return call(*args, **kwargs)
+    finally:
+        object.__setattr__(layer, "dot_general", own)
 
 
 def _run_layers(config: LlamaConfig, layers: PyTree, x: Any) -> Any:

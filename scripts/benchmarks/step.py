@@ -9,7 +9,13 @@ import jax
 from tqdm import tqdm
 
 from benchmarks.contestants import GAP, Contestant, Loss, PyTree, contestants, galore_full
-from benchmarks.models import blocks_loss, init_llama, llama_loss, separate_layers
+from benchmarks.models import (
+    blocks_loss,
+    init_llama,
+    llama_loss,
+    separate_layers,
+    with_dense,
+)
 from benchmarks.report import Row, require, require_choice
 from benchmarks.state import CONFIGS
 from benchmarks.timing import interleaved, seconds
@@ -18,6 +24,7 @@ from galore_jax.projection import is_basis
 from galore_jax.training.config import load_config
 
 LAYERS = {"blocks": 4, "llama": 24}
+DENSE = ("flax", "galore_jax")
 BATCH = (8, 256)
 RANK = 256
 
@@ -33,12 +40,14 @@ class Settings:
     model: str = "blocks"
     layers: int = 0
     leaves: str = "separate"
+    dense: str = "flax"
     repeats: int = 7
     intervals: int = 1
 
     def __post_init__(self):
         require_choice("model", self.model, LAYERS)
         require_choice("leaves", self.leaves, ("separate", "stacked"))
+        require_choice("dense", self.dense, DENSE)
         require("layers", self.layers, self.layers >= 0, "0 or more")
         require("intervals", self.intervals, self.intervals >= 0, "0 or more")
         within = 1 <= self.repeats < GAP
@@ -97,6 +106,7 @@ def measure_model(
     else:
         batch = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
         loss = functools.partial(llama_loss, config)
+    loss = with_dense(settings.dense, loss)
     if settings.leaves == "separate":
         params = separate_layers(params)
 
@@ -108,7 +118,12 @@ def measure_model(
     del runs
 
     def row(name: str, time: float, **fields: bool | float) -> Row:
-        settled = {"model": settings.model, "layers": config.num_layers, "leaves": settings.leaves}
+        settled = {
+            "model": settings.model,
+            "layers": config.num_layers,
+            "leaves": settings.leaves,
+            "dense": settings.dense,
+        }
         return {
             "name": name,
             **settled,

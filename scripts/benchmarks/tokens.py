@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 
 from benchmarks.contestants import contestants
-from benchmarks.models import blocks_loss, init_llama
-from benchmarks.report import Row, require
+from benchmarks.models import blocks_loss, init_llama, with_dense
+from benchmarks.report import Row, require, require_choice
 from benchmarks.state import CONFIGS
-from benchmarks.step import Run
+from benchmarks.step import DENSE, Run
 from benchmarks.timing import interleaved, seconds
 from galore_jax.errors import InputError
 from galore_jax.files import written_whole
@@ -33,12 +33,14 @@ class Settings:
     sizes: str = "130m,350m,1b"
     tokens: str = "256,512,1024,2048,4096,8192"
     layers: int = 1
+    dense: str = "flax"
     repeats: int = 3
     picture: str = "tokens.png"
 
     def __post_init__(self):
         require("layers", self.layers, self.layers >= 1, "at least 1")
         require("repeats", self.repeats, self.repeats >= 1, "at least 1")
+        require_choice("dense", self.dense, DENSE)
         for size in self.sizes.split(","):
             if not (CONFIGS / f"llama_{size}.toml").exists():
                 raise InputError(
@@ -57,24 +59,24 @@ def measure(settings: Settings) -> list[Row]:
         model = replace(config.model, num_layers=settings.layers, dtype="float32")
         for tokens in map(int, settings.tokens.split(",")):
             shape = (tokens // ROW_LENGTH, ROW_LENGTH)
-            rows += measure_size(size, model, int(config.optimizer.rank), shape, settings.repeats)
+            rows += measure_size(size, model, int(config.optimizer.rank), shape, settings)
     draw(rows, Path(settings.picture))
     return rows
 
 
 def measure_size(
-    size: str, model: LlamaConfig, rank: int, shape: tuple[int, int], repeats: int
+    size: str, model: LlamaConfig, rank: int, shape: tuple[int, int], settings: Settings
 ) -> list[Row]:
     """Rows of one size and one shape of batch, rows and tokens, in stacked blocks."""
     params = {"layers": init_llama(model)["layers"]}
     batch = jax.random.normal(jax.random.key(1), (2, *shape, model.hidden_size))
-    loss = functools.partial(blocks_loss, model)
+    loss = with_dense(settings.dense, functools.partial(blocks_loss, model))
     chosen = [contestant for contestant in contestants(rank) if contestant.name in NAMES]
     runs = {contestant.name: Run(contestant, loss, params, batch) for contestant in chosen}
     for run in runs.values():
         seconds(run)
     tokens = shape[0] * shape[1]
-    median = interleaved(runs, repeats, f"{size}, {tokens:,} tokens")
+    median = interleaved(runs, settings.repeats, f"{size}, {tokens:,} tokens")
     return [
         {
             "name": name,
