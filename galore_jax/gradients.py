@@ -208,7 +208,9 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
 
 
 def first_part(batch: Any, micro_batches: int) -> Any:
-    """The first of the equal parts of a batch."""
+    """The first of the equal parts of a batch; of one part the batch, whatever it holds."""
+    if micro_batches == 1:
+        return batch
     return jax.tree.map(lambda parts: parts[0], split(batch, micro_batches))
 
 

@@ -145,7 +145,7 @@ def _half_round(
     done = dict(sketches)
     for path, side in sides.items():
         columns = _columns(second[path], OPPOSITE[side])
-        new = _where_due(bases[path], _orthonormal, columns, old[path])
+        new = _where_due(bases[path], orthonormalise, columns, old[path])
         # As of a full gradient: not finite in its squares, or zero, it shapes no basis.
         finite = jnp.isfinite(jnp.sum(columns**2, axis=(-2, -1)))
         usable = sketches[path].usable & finite & jnp.any(columns != 0, axis=(-2, -1))
@@ -162,10 +162,6 @@ def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
 def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
     """`PᵀG` (r, out) as r columns, or `G P` (in, r) as it is."""
     return coordinates.mT if side == "left" else coordinates
-
-
-def _orthonormal(columns: jax.Array, old: jax.Array) -> jax.Array:
-    return orthonormalise(columns, old)
 
 
 def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:

@@ -24,17 +24,18 @@ state: bytes of the optimizer's state, by part, for every size in configs/; noth
 accumulate: bytes that micro-batches accumulate, of the blocks and in all, for every size likewise.
 tokens: time of a step of stacked blocks over AdamW's at several sizes of a step, and a picture.
     sizes=130m,350m,1b   widths and ranks of these of configs/
-    tokens=256,512,…     up to 8192, multiples of 256
+    tokens=256,512,1024,2048,4096,8192  multiples of 256
     layers=1             blocks
     dense=flax           as of step
     repeats=3            of each contestant
     picture=tokens.png   where it is drawn
 sketch: energy that bases from sketches capture at every refresh of a training run, of every matrix
   against the singular vectors of the same gradient.
-    config=FILE          configs/llama_5m.toml
-    source=data, tokenizer=data/spiece4096.model
-    steps=1000
-    rate=0.005           learning rate
+    size=5m              one of configs/
+    source=data          as data.source and data.tokenizer of that configuration
+    tokenizer=data/spiece4096.model  likewise
+    steps=1000           of training
+    rate=0.005           its learning rate
 
 With --json the rows go to a file too: {"bench": ..., "rows": [{"name": ..., "seconds": ...}, ...]}.
 """

@@ -12,10 +12,11 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402
-from benchmarks import refresh, state, step  # noqa: E402
+from benchmarks import accumulate, refresh, sketch, state, step, tokens  # noqa: E402
 
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
+from galore_jax.training.config import load_config  # noqa: E402
 
 NAMES = ("adamw", "optax.contrib.galore", "galore_full", "galore_projected")
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
@@ -62,7 +63,8 @@ def test_a_step_has_a_row_of_every_contestant_with_refreshes_and_without(step_ro
 def test_stacked_leaves_of_a_whole_model_are_without_the_contestant_that_does_not_project_them():
     settings = step.Settings(model="llama", leaves="stacked", repeats=1)
     rows = step.measure_model(TINY, settings, (2, 8), RANK)
-    assert [row["name"] for row in rows] == ["adamw"] * 2 + ["galore_full"] * 2
+    names = ["adamw", "galore_full", "galore_projected"]
+    assert [row["name"] for row in rows] == [name for name in names for _ in range(2)]
     assert {(row["model"], row["leaves"]) for row in rows} == {("llama", "stacked")}
 
 
@@ -70,7 +72,7 @@ def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():
     layers = 2
     model = dataclasses.replace(TINY, num_layers=layers)
     rows = {row["name"]: row for row in state.measure_size("tiny", model, RANK)}
-    assert tuple(rows) == NAMES
+    assert tuple(rows) == NAMES[:3]
     hidden, ffn = TINY.hidden_size, TINY.intermediate_size
     whole = 2 * TINY.vocab_size * hidden + hidden + layers * 2 * hidden  # embedding, head, norms
     matrices = 4 * hidden**2 + 3 * hidden * ffn
@@ -87,6 +89,39 @@ def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():
         assert row["moments"] == 2 * 4 * (whole + coordinates)
         assert row["bytes"] == row["bases"] + row["moments"] + row["rest"]
         assert row["rest"] < 100 * layers * 7
+
+
+def test_accumulators_of_projected_gradients_are_as_small_as_the_rank():
+    full, projected = accumulate.measure_size("tiny", TINY, RANK)
+    hidden, ffn = TINY.hidden_size, TINY.intermediate_size
+    assert full["bytes"] == 4 * (4 * hidden**2 + 3 * hidden * ffn + 2 * hidden)
+    assert projected["bytes"] == 4 * (RANK * (4 * hidden + 3 * ffn) + 2 * hidden)
+    assert projected["of_full"] == projected["bytes"] / full["bytes"]
+    whole = 4 * (2 * TINY.vocab_size * hidden + hidden)
+    assert projected["all_bytes"] == projected["bytes"] + whole
+
+
+def test_ratios_over_tokens_are_measured_and_drawn(tmp_path):
+    settings = tokens.Settings(repeats=1)
+    rows = tokens.measure_size("tiny", TINY, RANK, (2, 8), settings)
+    assert [row["name"] for row in rows] == ["adamw", "galore_full", "galore_projected"]
+    assert {row["tokens"] for row in rows} == {16}
+    assert rows[0]["of_adamw"] == 1
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    tokens.draw(rows, tmp_path / "tokens.png")
+    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sketch_along_a_run_captures_what_an_exact_basis_does(tmp_path):
+    config = load_config(
+        SCRIPTS.parent / "configs" / "demo.toml",
+        ["training.steps=12", "optimizer.update_proj_gap=5", "model.num_layers=1"],
+    )
+    rows = sketch.measure_run(config)
+    assert [row["step"] for row in rows] == [0, 5, 10]
+    for row in rows:
+        assert 0.9 < row["lowest"] <= row["relative_energy"] <= 1 + 1e-5
+        assert row["energy"] <= row["exact"] <= 1
 
 
 def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
@@ -108,13 +143,19 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["stap"], "there is no bench stap; there are refresh, step, state."),
+        (
+            ["stap"],
+            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch.",
+        ),
         (["state", "repeats=3"], "the setting repeats is unknown; this bench has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
         (["step", "repeats"], "'repeats' is no setting: write key=value, as in repeats=5."),
         (["step", "repeats=many"], "repeats must be a whole number, not 'many'."),
         (["step", "repeats=200"], "repeats is 200: it must be at least 1 and below 200"),
         (["step", "model=gpt"], "model = 'gpt' is unknown; there are blocks, llama."),
+        (["step", "dense=torch"], "dense = 'torch' is unknown; there are flax, galore_jax."),
+        (["tokens", "sizes=3m"], "sizes = '3m' is unknown; there are 130m, 1b, 20m, 250m"),
+        (["tokens", "tokens=300"], "tokens is 300: it must be multiples of 256"),
         (["refresh", "sizes=3"], "sizes = '3' is unknown; there are 512, 1024, 2048."),
         (["refresh", "tokens=300"], "tokens is 300: it must be a multiple of 256."),
         (["state", "--json", "/nowhere/a.json"], "there is no folder /nowhere for --json"),
@@ -131,10 +172,11 @@ def test_the_script_ends_with_that_sentence_alone():
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "error: there is no bench stap; there are refresh, step, state.\n"
+    benches = "refresh, step, state, accumulate, tokens, sketch"
+    assert done.stderr == f"error: there is no bench stap; there are {benches}.\n"
 
 
 def test_every_setting_is_in_the_help():
-    for bench in (refresh, step, state):
+    for bench in (refresh, step, state, accumulate, tokens, sketch):
         defaults = vars(bench.Settings())
         assert all(f"    {key}={value} " in benchmark.__doc__ for key, value in defaults.items())

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from galore_jax import apply_gradients, chain, galore
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -29,6 +31,19 @@ def test_the_short_form_and_the_stock_form_give_the_same_parameters_and_low_rank
     exec(stock, names)
     assert optax.tree.get(names["state"], "mu")["kernel"].value.shape == (128, 192)
     np.testing.assert_allclose(names["params"]["kernel"], short["kernel"], atol=1e-6)
+
+
+def test_the_training_loop_of_projected_gradients_refreshes_and_learns():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (block for block in blocks if "refresh_due(state)" in block)
+    batch = jax.random.normal(jax.random.key(0), (32, 16))
+    params = {"kernel": jax.random.normal(jax.random.key(1), (16, 24))}
+    tx = chain(galore(rank=4, update_proj_gap=5), optax.adam(1e-1))
+    names = {"jax": jax, "loss": loss, "apply_gradients": apply_gradients, "tx": tx}
+    names |= {"params": params, "state": tx.init(params), "batches": 8 * [batch]}
+    exec(example, names)
+    assert loss(names["params"], batch) < 0.9 * loss(params, batch)
+    assert int(names["state"].links[0].bases["kernel"].age) == 3
 
 
 def test_the_example_of_rules_runs_on_the_parameters_it_speaks_of():

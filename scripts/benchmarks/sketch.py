@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from benchmarks.contestants import PyTree
 from benchmarks.report import Row, require
-from benchmarks.state import CONFIGS
+from benchmarks.state import CONFIGS, require_size
 from galore_jax.data.batches import train_batches
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.projection import Basis
@@ -34,13 +34,14 @@ class Settings:
       InputError: a number out of range.
     """
 
-    config: str = str(CONFIGS / "llama_5m.toml")
+    size: str = "5m"
     source: str = "data"
     tokenizer: str = "data/spiece4096.model"
     steps: int = 1000
     rate: str = "0.005"
 
     def __post_init__(self):
+        require_size("size", self.size)
         require("steps", self.steps, self.steps >= 1, "at least 1")
 
 
@@ -52,7 +53,7 @@ def measure(settings: Settings) -> list[Row]:
         f"training.steps={settings.steps}",
         f"optimizer.learning_rate={settings.rate}",
     )
-    rows = measure_run(load_config(settings.config, overrides))
+    rows = measure_run(load_config(CONFIGS / f"llama_{settings.size}.toml", overrides))
     means = {key: float(np.mean([row[key] for row in rows])) for key in ENERGIES}
     lowest = min(row["lowest"] for row in rows)
     return [*rows, {"name": "mean", "step": "all", **means, "lowest": lowest}]

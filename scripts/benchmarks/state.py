@@ -8,7 +8,7 @@ import jax
 
 from benchmarks.contestants import PyTree, contestants
 from benchmarks.models import init_llama, separate_layers
-from benchmarks.report import Row
+from benchmarks.report import Row, require_choice
 from galore_jax.matrices import path_names
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import load_config
@@ -21,6 +21,16 @@ PARTS = {"vectors": "bases", "projector": "bases", "mu": "moments", "nu": "momen
 @dataclass(frozen=True)
 class Settings:
     """There are none."""
+
+
+def require_size(key: str, size: str) -> None:
+    """Refuses a size that has no configuration.
+
+    Raises:
+      InputError: so it is.
+    """
+    sizes = sorted(path.stem.removeprefix("llama_") for path in CONFIGS.glob("llama_*.toml"))
+    require_choice(key, size, sizes)
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -38,6 +48,8 @@ def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
     stacked = jax.eval_shape(lambda: init_llama(replace(model, dtype="float32")))
     rows = []
     for contestant in contestants(rank):
+        if contestant.refresh is not None:
+            continue  # Its state is that of `galore_full`.
         params = stacked if contestant.stacks else jax.eval_shape(separate_layers, stacked)
         state = jax.eval_shape(contestant.init, params)
         rows.append(

@@ -9,10 +9,9 @@ import jax
 from benchmarks.contestants import contestants
 from benchmarks.models import blocks_loss, init_llama, with_dense
 from benchmarks.report import Row, require, require_choice
-from benchmarks.state import CONFIGS
+from benchmarks.state import CONFIGS, require_size
 from benchmarks.step import DENSE, Run
 from benchmarks.timing import interleaved, seconds
-from galore_jax.errors import InputError
 from galore_jax.files import written_whole
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import load_config
@@ -42,10 +41,7 @@ class Settings:
         require("repeats", self.repeats, self.repeats >= 1, "at least 1")
         require_choice("dense", self.dense, DENSE)
         for size in self.sizes.split(","):
-            if not (CONFIGS / f"llama_{size}.toml").exists():
-                raise InputError(
-                    f"sizes has {size}, for which there is no configs/llama_{size}.toml."
-                )
+            require_size("sizes", size)
         for number in self.tokens.split(","):
             holds = number.isdigit() and int(number) > 0 and int(number) % ROW_LENGTH == 0
             require("tokens", number, holds, f"multiples of {ROW_LENGTH}, with commas between")
