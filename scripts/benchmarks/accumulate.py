@@ -9,10 +9,9 @@ import galore_jax
 from benchmarks.contestants import LEARNING_RATE, PyTree
 from benchmarks.models import init_llama
 from benchmarks.report import Row
-from benchmarks.state import CONFIGS
+from benchmarks.state import of_every_size
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.state import galore_states, start_coordinates
-from galore_jax.training.config import load_config
 from galore_jax.training.step import tree_bytes, tree_size
 
 
@@ -22,13 +21,8 @@ class Settings:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size, the smallest first."""
-    rows = []
-    for path in CONFIGS.glob("llama_*.toml"):
-        config = load_config(path)
-        size = path.stem.removeprefix("llama_")
-        rows += measure_size(size, config.model, int(config.optimizer.rank))
-    return sorted(rows, key=lambda row: row["parameters"])
+    """Rows of every size."""
+    return of_every_size(measure_size)
 
 
 def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:

@@ -1,6 +1,7 @@
 """`state`: bytes of the optimizer's state by part, float32, from shapes alone."""
 
 import collections
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +35,12 @@ def require_size(key: str, size: str) -> None:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size and contestant, the smallest size first."""
+    """Rows of every size and contestant."""
+    return of_every_size(measure_size)
+
+
+def of_every_size(measure_size: Callable[[str, LlamaConfig, int], list[Row]]) -> list[Row]:
+    """The rows of each size in configs/, by its name, model and rank, the smallest first."""
     rows = []
     for path in CONFIGS.glob("llama_*.toml"):
         config = load_config(path)

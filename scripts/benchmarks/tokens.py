@@ -98,10 +98,10 @@ def draw(rows: list[Row], picture: Path) -> None:
     figure = Figure(figsize=(7.5, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="#444444", linewidth=1)
-    axes.annotate("AdamW", (0.005, 1), xycoords=("axes fraction", "data"), va="bottom")
-    styles = {"galore_projected": "-", "galore_full": ":"}
-    for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
-        for name, style in styles.items():
+    where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
+    axes.annotate("AdamW", (1.07, 1), **where)
+    for name, style in (("galore_projected", "-"), ("galore_full", ":")):
+        for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
             own = [row for row in rows if row["size"] == size and row["name"] == name]
             label = f"{size.upper()}, {'projected' if style == '-' else 'full'} gradients"
             tokens, ratio = [row["tokens"] for row in own], [row["of_adamw"] for row in own]
@@ -111,6 +111,6 @@ def draw(rows: list[Row], picture: Path) -> None:
     axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
     axes.set(xlabel="tokens a step", ylabel="time of a step over AdamW's", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2, loc="lower left")
+    axes.legend(frameon=False, ncols=2)
     with written_whole(picture) as path:
         FigureCanvasAgg(figure).print_png(path)
