@@ -2,8 +2,8 @@
 
 For `y = x W` with W (in, out), all tokens flattened, the gradient is `G = xᵀ dy`, and its
 coordinates in a basis P are `PᵀG = (x P)ᵀ dy` (left) or `G P = xᵀ (dy P)` (right): exactly those
-that projecting G would give, for `tokens · r · (in + out)` multiplications in place of
-`tokens · in · out`, and G is never formed.
+that projecting G would give, up to rounding, for `tokens · r · (in + out)` multiplications in place
+of `tokens · in · out`, and G is never formed.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +38,8 @@ class ProjectedKernel:
         derivative is the gradient's coordinates.
       projection: static. Where a model slices layers or experts off the leading axes of the
         arrays, it still describes the whole parameter.
+      intact: True, `(*batch,)`. A loss that maps its parameters before it uses them, other than to
+        half precision, makes it another type, and the gradient is then not to be born projected.
       inside: None, or the kernel that products use in place of `kernel`; it tells the two apart
         when uses of a kernel are looked for.
     """
@@ -46,6 +48,7 @@ class ProjectedKernel:
     vectors: dict[Side, Any]
     coordinates: Any
     projection: Projection = field(metadata={"static": True})
+    intact: Any
     inside: Any = None
 
     # For numpy's arrays to leave `x @ it` to `__rmatmul__`.
@@ -54,7 +57,16 @@ class ProjectedKernel:
     def __rmatmul__(self, x: Any) -> jax.Array:
         """`x @ kernel`, (..., in) by (in, out)."""
         x = jnp.asarray(x)
+        x = x.astype(jnp.promote_types(x.dtype, self.kernel.dtype))
         return dot_general(x, self, (((x.ndim - 1,), (0,)), ((), ())))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"{self.projection.name} stands in the loss as a ProjectedKernel, which has no {name}: "
+            "multiply by it as x @ kernel or by galore_jax.dot_general, or give it the rule None."
+        )
 
     # What flax.core.meta.AxisMetadata asks of a box around a parameter.
 
@@ -119,21 +131,22 @@ def projected_dot(
 ) -> jax.Array:
     """`dot(x, kernel, dimension_numbers)`, whose backward pass gives dx and the coordinates.
 
-    A product that does not contract a whole side of the kernel's matrix view is left to `dot`,
-    and the kernel's gradient to JAX.
+    A product that does not contract a whole side of the kernel's matrix view, or whose parameters
+    were mapped, is left to `dot`, and the kernel's gradient to JAX.
 
     Args:
       projected: what stands for the kernel in the parameters.
       x: activations.
       kernel: its kernel, perhaps in another dtype.
       dimension_numbers: of the product.
-      dot: any function that computes it; it is differentiated by x.
+      dot: computes it; it is differentiated by x. The coordinates are those of the plain product,
+        so it may differ from that by rounding alone.
 
     Returns:
       The product.
     """
     layout = _layout(projected.projection, x.ndim, kernel.ndim, dimension_numbers)
-    if layout is None:
+    if layout is None or projected.intact.dtype not in (jnp.bool_, jnp.bfloat16, jnp.float16):
         return dot(x, kernel, dimension_numbers)
     if projected.inside is not None:
         kernel = projected.inside.astype(kernel.dtype)
@@ -217,8 +230,9 @@ def _forward(product, layout, x, kernel, vectors, coordinates):
 def _backward(product, layout, saved, upstream):
     x, kernel, vectors, like = saved
     (dx,) = jax.vjp(lambda x: product(x, kernel), x)[1](upstream)
-    inner = layout.matrices(x, layout.x_axes)
-    outer = layout.matrices(upstream.astype(x.dtype), layout.y_axes)
+    dtype = jnp.promote_types(x.dtype, kernel.dtype)
+    inner = layout.matrices(x.astype(dtype), layout.x_axes)
+    outer = layout.matrices(upstream.astype(dtype), layout.y_axes)
     rows, columns = (inner, outer) if layout.contracts_rows else (outer, inner)
     if "left" in vectors:
         rows = _in_basis(rows, vectors["left"])

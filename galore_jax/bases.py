@@ -28,7 +28,7 @@ class Lazy(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(eq=False)
 class Sketch:
-    """Stands in the gradients where `refresh` asks for a new basis, and for no update.
+    """What `refresh` hands to galore for a basis, in place of a gradient.
 
     Attributes:
       vectors: by side, `projection.basis_shapes`, float32; where the basis is due, new ones.
@@ -111,7 +111,7 @@ def refresh_basis(
                 'gradient, which galore_jax.refresh never forms: use "subspace_iteration" or '
                 '"random", or jax.value_and_grad.'
             )
-        matrices = next(iter(gradient.vectors.values()))  # Any will do.
+        matrices = jnp.ones((*basis.age.shape, 1, 1))  # They only have to be finite.
     else:
         matrices = basis.projection.view.to_matrices(gradient)
     batch = basis.age.shape

@@ -211,7 +211,7 @@ def update_low_rank(
         try:
             return *tx.update(updates, state, params, **extra_args), {}
         except (AttributeError, TypeError, ValueError) as error:
-            if jax.tree.structure(updates) == jax.tree.structure(params):
+            if not any(map(is_coordinates, jax.tree.leaves(updates, is_leaf=is_coordinates))):
                 raise
             raise ValueError(
                 "a wrapper around a chain with galore, or what stands in front of galore, cannot "

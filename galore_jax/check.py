@@ -15,7 +15,12 @@ PyTree = Any
 
 
 def check_projection(
-    loss: Loss, params: PyTree, *batch: Any, has_aux: bool = False, rank: Rank = 0.25
+    loss: Loss,
+    params: PyTree,
+    *batch: Any,
+    has_aux: bool = False,
+    rank: Rank = 0.25,
+    **settings: Any,
 ) -> dict[str, float]:
     """Compares gradients that are born projected with full ones, in random bases.
 
@@ -25,6 +30,7 @@ def check_projection(
       *batch: the other arguments of the loss.
       has_aux: whether the loss returns a pair.
       rank: of the bases, as for `galore`.
+      **settings: others of `galore` that say what is projected, such as `rules`.
 
     Returns:
       For each leaf whose gradient is born projected, by its path, the largest difference of its
@@ -36,14 +42,14 @@ def check_projection(
         It names the leaf.
     """
     objective = Objective(loss, params, {}, has_aux)
-    state: Any = galore(rank).init(params)
+    state: Any = galore(rank, **settings).init(params)
     bases = state.bases
     multiplied, used_elsewhere = objective.uses(bases, *batch)
-    for path in sorted(multiplied & used_elsewhere):
+    if tied := sorted("/".join(path) for path in multiplied & used_elsewhere):
         raise ValueError(
-            f"check_projection: {'/'.join(path)} is multiplied by in a layer and also used outside "
-            "of it, so value_and_grad has to form its whole gradient: right, but not cheap. Use it "
-            "in layers alone, or give it the rule None, which leaves it unprojected."
+            f"check_projection: {', '.join(tied)} is multiplied by in a layer and also used outside"
+            " of it, so value_and_grad has to form its whole gradient: right, but not cheap. Use it"
+            " in layers alone, or give it the rule None, which leaves it unprojected."
         )
     bases = objective.carried(bases, *batch)
     full = jax.grad(loss, has_aux=has_aux)(params, *batch)
@@ -55,6 +61,8 @@ def check_projection(
         error = float(jnp.max(jnp.abs(found.value - wanted)) / largest)
         name = basis.projection.name
         errors[name] = error
+        if not jnp.all(jnp.isfinite(gradient)):
+            raise ValueError(f"check_projection: the gradient of {name} is not finite.")
         if not error <= float(jnp.finfo(gradient.dtype).eps) ** 0.5:
             raise ValueError(
                 f"check_projection: the coordinates of {name} differ from those of its full "

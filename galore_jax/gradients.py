@@ -30,13 +30,14 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree]]:
     """`jax.value_and_grad` whose gradients are born projected; for `apply_gradients`.
 
-    The gradients of projected kernels are `Coordinates`, float32, exact, and for
-    `r · (in + out) / (in · out)` of the work; the full ones are never formed. That goes for every
-    kernel that the layers of a Flax Linen model or `galore_jax.dot_general` multiply by, and
-    nothing else uses. Any other projected leaf (of a convolution; a kernel that is used outside its
-    layer too) gets its full gradient, which galore then projects.
+    The gradients of projected kernels are `Coordinates`, float32, for `r · (in + out) / (in · out)`
+    of the work, equal to projected full ones up to rounding; those are never formed. That goes for
+    every kernel that Flax Linen's Dense and DenseGeneral, `x @ kernel` or `galore_jax.dot_general`
+    multiply by, and nothing else uses. Any other projected leaf of a Linen model (of a convolution;
+    a kernel that is used outside its layer too, or mapped before) gets its full gradient, which
+    galore then projects.
 
-    The bases do not change by it: see `refresh`.
+    The bases do not change by it: without `refresh` they stay the random ones they start as.
 
     Args:
       loss: a function of the parameters and a batch. In the parameters `ProjectedKernel` stands for
@@ -141,9 +142,7 @@ class Objective:
         def traced(outside: list[Any], inside: list[Any], coordinates: list[Any]) -> Any:
             def boxed(basis: Basis) -> ProjectedKernel:
                 i = places[basis.projection.path]
-                return ProjectedKernel(
-                    outside[i], basis.vectors, coordinates[i], basis.projection, inside[i]
-                )
+                return _boxed(basis, outside[i], coordinates[i], inside[i])
 
             params = map_bases(boxed, bases, otherwise=self.params)
             with _projected_layers():
@@ -160,9 +159,7 @@ class Objective:
         return multiplied, {path for path, i in places.items() if outside[i]}
 
     def _value(self, bases: PyTree, free: PyTree, batch: Any) -> Any:
-        def boxed(basis: Basis, kernel: Any, free: Coordinates) -> ProjectedKernel:
-            return ProjectedKernel(kernel, basis.vectors, free.value, basis.projection)
-
+        boxed = lambda basis, kernel, free: _boxed(basis, kernel, free.value)  # noqa: E731
         params = map_bases(boxed, bases, self.params, free, otherwise=free)
         with _projected_layers():
             return self.loss(params, *batch, **self.unsplit)
@@ -200,7 +197,9 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
     shapes = jax.eval_shape(f, *first_part(batch, micro_batches))
 
     def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
-        return jax.tree.map(lambda old, new: old + new.astype(jnp.float32), total, f(*part)), None
+        return jax.tree.map(
+            lambda old, new: old + jnp.asarray(new, jnp.float32), total, f(*part)
+        ), None
 
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
     total, _ = lax.scan(add, zeros, parts)
@@ -232,6 +231,11 @@ def split(batch: Any, micro_batches: int) -> Any:
         return rows.reshape(micro_batches, -1, *rows.shape[1:])
 
     return jax.tree.map(parts, batch)
+
+
+def _boxed(basis: Basis, kernel: Any, coordinates: Any, inside: Any = None) -> ProjectedKernel:
+    intact = jnp.ones(basis.age.shape, bool)
+    return ProjectedKernel(kernel, basis.vectors, coordinates, basis.projection, intact, inside)
 
 
 def _zeros(basis: Basis) -> Coordinates:

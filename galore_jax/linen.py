@@ -1,9 +1,9 @@
 """Flax Linen models as they are: their layers read projected kernels, and multiply by them.
 
 `ProjectedKernel` counts as one of Flax's boxes around a parameter, which layers open by
-themselves; it rides through `nn.scan`, `nn.vmap` and `nn.remat` with the parameters. Inside a layer
-that has a `dot_general` of its own to choose (Dense, DenseGeneral, and with them attention) that
-becomes `projected_dot` for the time of the call.
+themselves; it rides through `nn.scan`, `nn.vmap` and `nn.remat` with the parameters, whose layers
+lie along leading axes. The `dot_general` of a Dense or DenseGeneral, and with them of attention, is
+`projected_dot` for the time of a call. Other layers get full gradients.
 """
 
 from collections.abc import Callable
@@ -29,12 +29,9 @@ def _multiply_by_projected(
     call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
     layer: Any = context.module
-    chooses = hasattr(layer, "dot_general") and getattr(layer, "dot_general_cls", None) is None
-    if (
-        context.method_name != "__call__"
-        or not chooses
-        or not layer.has_variable("params", "kernel")
-    ):
+    # A layer that inherits its call: of another one nobody knows what it multiplies by what.
+    is_dense = type(layer).__call__ in (nn.Dense.__call__, nn.DenseGeneral.__call__)
+    if context.method_name != "__call__" or not is_dense or layer.dot_general_cls is not None:
         return call(*args, **kwargs)
     projected = layer.get_variable("params", "kernel")
     if not isinstance(projected, ProjectedKernel):

@@ -50,9 +50,10 @@ def refresh(
     """New bases where they are due, from backward passes that never form a full gradient.
 
     Call it before `value_and_grad` where `refresh_due(opt_state)` says so, with the same batch. A
-    matrix whose gradient is zero or not finite keeps its basis and stays due. What only full
-    gradients can refresh (see `value_and_grad`) is refreshed by its update. The moments are treated
-    as `galore(moments=…)` says; no update is counted.
+    matrix whose gradient is zero or not finite keeps its basis and stays due, so that the next step
+    tries again, for the price of the passes. What only full gradients can refresh (see
+    `value_and_grad`) is refreshed by its update. The moments are treated as `galore(moments=…)`
+    says; no update is counted.
 
     Args:
       loss: as for `value_and_grad`, with its other arguments.
@@ -73,29 +74,27 @@ def refresh(
         first = first_part(batch, micro_batches)
         bases = objective.carried(bases_in(params, opt_state), *first)
 
-        def coordinates(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
+        def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
             own = lambda basis: given.get(basis.projection.path, optax.MaskedNode())  # noqa: E731
             chosen = map_bases(own, bases, otherwise=bases)
             one = lambda *batch: objective.coordinates(chosen, *batch)  # noqa: E731
-            found = jax.tree.leaves(mean_over(one, micro_batches, *batch), is_leaf=is_coordinates)
-            return {node.projection.path: node.value for node in found}
+            nodes = jax.tree.leaves(mean_over(one, micro_batches, *batch), is_leaf=is_coordinates)
+            return {node.projection.path: node.value for node in nodes}
 
         found = {basis.projection.path: basis for basis in jax.tree.leaves(bases, is_leaf=is_basis)}
         if not found:
             return opt_state
-        sketches = _sketches(coordinates, found)
-        asked = map_bases(
-            lambda basis: sketches[basis.projection.path],
-            bases,
-            otherwise=jax.tree.map(jnp.zeros_like, params),
-        )
-        _, probe, _ = update_low_rank(tx, asked, opt_state, params)
+        sketches = _sketches(backward, found)
+        # An update by zeros, of which nothing is taken but the bases. Sketches come beside the
+        # gradients, out of reach of what stands in front of galore.
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, probe, _ = update_low_rank(tx, zeros, opt_state, params, sketches=sketches)
         return _with_new_bases(opt_state, probe, set(found))
 
     return run
 
 
-def _sketches(coordinates: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
+def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
     """A sketch for each basis; where none is due nothing is computed."""
     due = [jnp.any(basis.age >= basis.gap) for basis in bases.values()]
     new = [jnp.any(basis.age >= NEVER) for basis in bases.values()]
@@ -110,7 +109,7 @@ def _sketches(coordinates: Backward, bases: dict[Path, Basis]) -> dict[Path, Ske
                 for path, basis in bases.items()
                 if place < len(basis.projection.sides)
             }
-            sketches = _half_round(coordinates, bases, sides, sketches)
+            sketches = _half_round(backward, bases, sides, sketches)
         return sketches
 
     start = {
@@ -124,7 +123,7 @@ def _sketches(coordinates: Backward, bases: dict[Path, Basis]) -> dict[Path, Ske
 
 
 def _half_round(
-    coordinates: Backward,
+    backward: Backward,
     bases: dict[Path, Basis],
     sides: dict[Path, Side],
     sketches: dict[Path, Sketch],
@@ -132,7 +131,7 @@ def _half_round(
     """New vectors on one side of each of the bases named in `sides`."""
 
     def passed(side_of: dict[Path, Side], vectors: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
-        return coordinates(
+        return backward(
             {path: _one_sided(bases[path], side, vectors[path]) for path, side in side_of.items()}
         )
 

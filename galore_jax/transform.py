@@ -8,6 +8,7 @@ parameter's leaf stood, in what `init` hands to the transformations and in what 
 
 import math
 import warnings
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -152,7 +153,14 @@ def galore(
             bases.append(basis)
         return GaLoreState(jnp.zeros([], jnp.int32), jax.tree.unflatten(tree, bases))
 
-    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
+    def update_fn(
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        sketches: Mapping[tuple[str, ...], Sketch] | None = None,
+        **extra_args,
+    ):
         del params, extra_args
         low_rank = is_low_rank(state)
         if not low_rank:
@@ -161,9 +169,9 @@ def galore(
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
             projection, rule = basis.projection, complete(basis.projection)
-            if isinstance(gradient, Sketch):
+            if sketches is not None and projection.path in sketches:
                 nothing = jnp.zeros(projection.coordinates_shape, jnp.float32)
-                basis = renew(basis, gradient, rule, count=state.count)
+                basis = renew(basis, sketches[projection.path], rule, count=state.count)
                 return Coordinates(nothing, projection), basis
             if is_coordinates(gradient):
                 value = gradient.value

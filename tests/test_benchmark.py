@@ -115,7 +115,12 @@ def test_ratios_over_tokens_are_measured_and_drawn(tmp_path):
 def test_a_sketch_along_a_run_captures_what_an_exact_basis_does(tmp_path):
     config = load_config(
         SCRIPTS.parent / "configs" / "demo.toml",
-        ["training.steps=12", "optimizer.update_proj_gap=5", "model.num_layers=1"],
+        [
+            "training.steps=12",
+            "optimizer.warmup_steps=2",
+            "optimizer.update_proj_gap=5",
+            "model.num_layers=1",
+        ],
     )
     rows = sketch.measure_run(config)
     assert [row["step"] for row in rows] == [0, 5, 10]

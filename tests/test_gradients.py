@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -243,6 +244,8 @@ def test_plain_jax_multiplies_by_dot_general_also_along_the_out_axis(proj_type):
     tx, state = started(params)
     with pytest.raises(TypeError, match="ProjectedKernel"):
         value_and_grad(lambda params, x: jnp.sum(x * params["plain"]), tx)(params, state, 1.0)
+    with pytest.raises(AttributeError, match=r"plain stands in the loss as a ProjectedKernel, wh"):
+        value_and_grad(lambda params, x: jnp.sum(x @ params["plain"].T), tx)(params, state, 1.0)
 
 
 def test_an_nnx_layer_of_four_lines_multiplies_by_projected_kernels():
@@ -278,6 +281,9 @@ def test_a_kernel_that_is_also_used_elsewhere_gets_its_whole_gradient():
     assert compared(loss, params, inputs(5, 16)) == {"first/kernel"}
     with pytest.raises(ValueError, match=r"check_projection: second/kernel is multiplied by"):
         check_projection(loss, params, inputs(5, 16))
+    assert list(check_projection(loss, params, inputs(5, 16), rules={"second/*": None})) == [
+        "first/kernel"
+    ]
 
 
 def test_a_penalty_on_all_weights_makes_their_gradients_whole():
@@ -287,6 +293,41 @@ def test_a_penalty_on_all_weights_makes_their_gradients_whole():
         return loss(params, x) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
     assert compared(penalised, params, inputs(5, 16)) == set()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: 2 * a, lambda a: a * jnp.float32(0.5), lambda a: a + 1e-3]
+)
+def test_parameters_that_are_mapped_before_their_use_get_whole_gradients(change):
+    loss, params = squared(MLP(), inputs(5, 16))
+    mapped = lambda params, x: loss(jax.tree.map(change, params), x)  # noqa: E731
+    assert compared(mapped, params, inputs(5, 16)) == set()
+
+
+class Gated(nn.Module):
+    """A layer of somebody's own, in which two kernels go through one `dot_general`."""
+
+    dot_general: Any = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, x):
+        kernel, gate = (
+            self.param(name, nn.initializers.normal(1.0), (16, 24)) for name in ("kernel", "gate")
+        )
+        return self.dot_general(x, kernel, DENSE) * nn.sigmoid(self.dot_general(x, gate, DENSE))
+
+
+def test_a_layer_of_ones_own_with_a_dot_general_gets_whole_gradients():
+    loss, params = squared(Gated(), inputs(5, 16))
+    assert compared(loss, params, inputs(5, 16)) == set()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16"])
+def test_activations_of_another_type_than_the_kernel_do_not_round_its_gradient(dtype):
+    params = {"w": inputs(16, 12)}
+    loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]) ** 2)  # noqa: E731
+    x = (2 * inputs(5, 16)).astype(dtype)
+    assert compared(loss, params, x) == {"w"}
 
 
 def test_check_projection_measures_how_well_coordinates_agree():

@@ -273,7 +273,7 @@ def test_exact_methods_are_refused_by_the_name_of_a_leaf_and_random_ones_work():
         assert largest_angle(first_vectors(basis)[0], first_vectors(bases(state)[name])[0]) > 0.1
 
 
-@pytest.mark.parametrize("form", ["stock", "injected", "clipped"])
+@pytest.mark.parametrize("form", ["stock", "injected", "clipped", "clipped by optax", "decayed"])
 def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
     params, tokens = start()
     plain = chain(galore(6, 4), optax.adam(1e-2))
@@ -286,7 +286,12 @@ def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
         tx = optax.inject_hyperparams(inner)(learning_rate=1e-2)
         state = tx.init(params)
     else:
-        tx = chain(galore_jax.clip_by_finite_norm(1e-3), plain)
+        front = {
+            "clipped": galore_jax.clip_by_finite_norm(1e-3),
+            "clipped by optax": optax.clip_by_global_norm(1e-3),
+            "decayed": optax.add_decayed_weights(0.1),
+        }
+        tx = chain(front[form], plain)
         state = tx.init(params)
     state = refreshed(tx, params, state, tokens)
     assert not refresh_due(state)

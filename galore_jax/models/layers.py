@@ -54,14 +54,19 @@ def attention_mask(segments: jax.Array) -> jax.Array:
     return same & jnp.tri(length, dtype=bool)
 
 
+# Of attention by blocks of queries: shorter ones save little, more of them take long to compile.
+LEAST_QUERIES, MOST_BLOCKS = 128, 8
+
+
 def causal_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """`softmax(q kᵀ / √head) v` by blocks of queries, each against the keys up to its own end.
 
-    A quarter to a half of the scores that the mask would hide are never computed, heads lie outside
-    of positions so that every product is of plain matrices, and the sum of a softmax divides its
-    output: on CPUs forward and backward pass take half as long as `jax.nn.dot_product_attention`.
+    From 129 positions on, a quarter to nearly half of all scores are never computed, heads lie
+    outside of positions so that every product is of plain matrices, and the sum of a softmax
+    divides its output: on CPUs forward and backward pass take two thirds of the time that
+    `jax.nn.dot_product_attention` does.
 
     Args:
       queries: (batch, length, heads, head).
@@ -76,13 +81,13 @@ def causal_attention(
     groups = keys.shape[2]
     queries = queries.reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
     keys, values = (x.transpose(0, 2, 1, 3)[:, :, None] for x in (keys, values))
-    step = -(-length // min(8, -(-length // 128)))
+    step = -(-length // min(MOST_BLOCKS, -(-length // LEAST_QUERIES)))
     blocks = []
     for start in range(0, length, step):
         end = min(start + step, length)
-        block = queries[..., start:end, :] * size**-0.5
+        block = queries[..., start:end, :]
         scores = jnp.matmul(block, keys[..., :end, :].mT, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, :, start:end, :end], scores, -jnp.inf)
+        scores = jnp.where(mask[:, None, :, start:end, :end], scores * size**-0.5, -jnp.inf)
         largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
         weights = jnp.exp(scores - largest)
         total = weights.sum(axis=-1, keepdims=True)
