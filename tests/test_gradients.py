@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from optax.contrib import GaLoreDimensionNumbers
+from projected import DENSE, MLP, compared, inputs, squared, started
 
 import galore_jax
 from galore_jax import (
     Rule,
     apply_gradients,
-    chain,
     check_projection,
     dot_general,
     galore,
@@ -27,55 +24,8 @@ from galore_jax import (
     value_and_grad,
 )
 from galore_jax.models.llama import Llama, LlamaConfig
-from galore_jax.projection import is_coordinates
 from galore_jax.state import galore_states
 from galore_jax.training.step import batch_loss
-
-DENSE = (((1,), (0,)), ((), ()))
-# Bounds of the largest difference over the largest coordinate.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-
-
-def started(params, **settings):
-    """An optimizer and its state, with random bases."""
-    tx = chain(galore(settings.pop("rank", 4), **settings), optax.adam(1e-3))
-    return tx, tx.init(params)
-
-
-def names(params):
-    """The paths of all leaves."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-
-def compared(loss, params, *batch, **settings):
-    """The paths whose gradients are coordinates; all are compared with full gradients."""
-    dtype = settings.pop("dtype", "float32")
-    options = {key: settings.pop(key) for key in ("has_aux", "micro_batches") if key in settings}
-    tx, state = started(params, **settings)
-    _, found = jax.jit(value_and_grad(loss, tx, **options))(params, state, *batch)
-    full = jax.jit(jax.grad(loss, has_aux=options.get("has_aux", False)))(params, *batch)
-    full = full[0] if options.get("has_aux") else full
-    [galore_state] = galore_states(state, inside_chains=True)
-    born = set()
-
-    def at_leaf(path, found, full, basis):
-        wanted = full
-        if is_coordinates(found):
-            born.add(basis.projection.name)
-            wanted, found = basis.projection.project(basis.vectors, full), found.value
-            assert found.dtype == jnp.float32
-        wanted, found = np.asarray(wanted, np.float64), np.asarray(found, np.float64)
-        largest = np.abs(wanted).max()
-        assert largest > 0, path
-        assert np.abs(found - wanted).max() <= TOLERANCE[dtype] * largest, path
-
-    jax.tree_util.tree_map_with_path(
-        at_leaf, found, full, galore_state.bases, is_leaf=is_coordinates
-    )
-    return born
 
 
 def llama(**settings):
@@ -115,120 +65,6 @@ def test_micro_batches_give_the_mean():
     assert compared(loss, params, batch, micro_batches=4) == LLAMA_KERNELS
 
 
-class MLP(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(8)(nn.gelu(nn.Dense(24, name="first")(x)))
-
-
-class Twice(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        shared = nn.Dense(16, name="shared")
-        return shared(nn.tanh(shared(x)))
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        attend = nn.MultiHeadDotProductAttention(num_heads=2, deterministic=True)
-        x = x + attend(nn.LayerNorm()(x))
-        return x + nn.Dense(16)(nn.gelu(nn.Dense(40)(nn.LayerNorm()(x)))), None
-
-
-class Encoder(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        stack = nn.scan(
-            nn.remat(Layer),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=3,
-        )
-        return stack(name="layers")(x, None)[0]
-
-
-class Experts(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        dense = nn.vmap(
-            nn.Dense,
-            in_axes=None,
-            out_axes=0,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            axis_size=3,
-        )
-        return dense(12, name="experts")(x)
-
-
-class General(nn.Module):
-    """Contracts two axes, apart for each element of a batch axis."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.DenseGeneral((3, 5), axis=(-2, -1), batch_dims=(0,), name="general")(x)
-
-
-class Conv(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(8, name="dense")(nn.Conv(16, (3,), name="conv")(x))
-
-
-def squared(model, x):
-    """A loss whose gradient is dense, and the model's parameters."""
-    params = model.init(jax.random.key(0), x)["params"]
-    return lambda params, x: jnp.mean(jnp.sin(model.apply({"params": params}, x)) ** 2), params
-
-
-def inputs(*shape):
-    return jax.random.normal(jax.random.key(1), shape)
-
-
-@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
-@pytest.mark.parametrize(
-    ("model", "shape", "kernels"),
-    [
-        (MLP(), (5, 16), {"Dense_0/kernel", "first/kernel"}),
-        (Twice(), (5, 16), {"shared/kernel"}),
-        (Experts(), (5, 16), {"experts/kernel"}),
-        (Conv(), (2, 7, 16), {"dense/kernel"}),
-        (
-            Encoder(),
-            (2, 7, 16),
-            {
-                *(
-                    f"layers/MultiHeadDotProductAttention_0/{name}/kernel"
-                    for name in ("query", "key", "value", "out")
-                ),
-                "layers/Dense_0/kernel",
-                "layers/Dense_1/kernel",
-            },
-        ),
-    ],
-    ids=["mlp", "one-dense-twice", "experts", "convolution", "encoder"],
-)
-def test_coordinates_in_foreign_models_equal_projected_gradients(model, shape, kernels, proj_type):
-    loss, params = squared(model, inputs(*shape))
-    born = compared(loss, params, inputs(*shape), proj_type=proj_type)
-    assert born == kernels
-
-
-@pytest.mark.parametrize("proj_type", ["left", "right"])
-def test_dimension_numbers_say_how_a_kernel_of_many_axes_is_read(proj_type):
-    x = inputs(3, 5, 4, 6)
-    loss, params = squared(General(), x)
-    assert params["general"]["kernel"].shape == (3, 4, 6, 3, 5)
-    # In other orders than the layer's own.
-    numbers = {"general": {"kernel": GaLoreDimensionNumbers((2, 1), (4, 3)), "bias": None}}
-    settings = {"weight_dimension_numbers": numbers, "proj_type": proj_type}
-    assert compared(loss, params, x, **settings) == {"general/kernel"}
-    # Read in a way that the layer does not multiply by, its gradient is formed whole.
-    numbers["general"]["kernel"] = GaLoreDimensionNumbers((1, 3), (2, 4))
-    assert compared(loss, params, x, **settings) == set()
-
-
 @pytest.mark.parametrize("proj_type", ["left", "right", "full"])
 def test_plain_jax_multiplies_by_dot_general_also_along_the_out_axis(proj_type):
     params = {"in_out": inputs(16, 12), "out_in": inputs(10, 12), "plain": inputs(10, 8)}
@@ -246,22 +82,6 @@ def test_plain_jax_multiplies_by_dot_general_also_along_the_out_axis(proj_type):
         value_and_grad(lambda params, x: jnp.sum(x * params["plain"]), tx)(params, state, 1.0)
     with pytest.raises(AttributeError, match=r"plain stands in the loss as a ProjectedKernel, wh"):
         value_and_grad(lambda params, x: jnp.sum(x @ params["plain"].T), tx)(params, state, 1.0)
-
-
-def test_an_nnx_layer_of_four_lines_multiplies_by_projected_kernels():
-    class Linear(nnx.Linear):
-        def __call__(self, x):
-            y = dot_general(x, self.kernel.get_value(), DENSE)
-            return y + self.bias.get_value()
-
-    graph, variables = nnx.split(Linear(16, 12, rngs=nnx.Rngs(0)))
-    params = nnx.to_pure_dict(variables)
-
-    def loss(params, x):
-        state = jax.tree.map(nnx.Param, params, is_leaf=lambda n: not isinstance(n, dict))
-        return jnp.mean(jnp.sin(nnx.merge(graph, nnx.State(state))(x)) ** 2)
-
-    assert compared(loss, params, inputs(5, 16)) == {"kernel"}
 
 
 class Two(nn.Module):
@@ -302,24 +122,6 @@ def test_parameters_that_are_mapped_before_their_use_get_whole_gradients(change)
     loss, params = squared(MLP(), inputs(5, 16))
     mapped = lambda params, x: loss(jax.tree.map(change, params), x)  # noqa: E731
     assert compared(mapped, params, inputs(5, 16)) == set()
-
-
-class Gated(nn.Module):
-    """A layer of somebody's own, in which two kernels go through one `dot_general`."""
-
-    dot_general: Any = jax.lax.dot_general
-
-    @nn.compact
-    def __call__(self, x):
-        kernel, gate = (
-            self.param(name, nn.initializers.normal(1.0), (16, 24)) for name in ("kernel", "gate")
-        )
-        return self.dot_general(x, kernel, DENSE) * nn.sigmoid(self.dot_general(x, gate, DENSE))
-
-
-def test_a_layer_of_ones_own_with_a_dot_general_gets_whole_gradients():
-    loss, params = squared(Gated(), inputs(5, 16))
-    assert compared(loss, params, inputs(5, 16)) == set()
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16"])

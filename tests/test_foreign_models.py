@@ -1,0 +1,145 @@
+"""Coordinates in models that know nothing of GaLore: Flax Linen's layers, and an NNX one."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from optax.contrib import GaLoreDimensionNumbers
+from projected import DENSE, MLP, compared, inputs, squared
+
+from galore_jax import dot_general
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Dense(16, name="shared")
+        return shared(nn.tanh(shared(x)))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        attend = nn.MultiHeadDotProductAttention(num_heads=2, deterministic=True)
+        x = x + attend(nn.LayerNorm()(x))
+        return x + nn.Dense(16)(nn.gelu(nn.Dense(40)(nn.LayerNorm()(x)))), None
+
+
+class Encoder(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            nn.remat(Layer),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return stack(name="layers")(x, None)[0]
+
+
+class Experts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.vmap(
+            nn.Dense,
+            in_axes=None,
+            out_axes=0,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            axis_size=3,
+        )
+        return dense(12, name="experts")(x)
+
+
+class General(nn.Module):
+    """Contracts two axes, apart for each element of a batch axis."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.DenseGeneral((3, 5), axis=(-2, -1), batch_dims=(0,), name="general")(x)
+
+
+class Conv(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="dense")(nn.Conv(16, (3,), name="conv")(x))
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
+@pytest.mark.parametrize(
+    ("model", "shape", "kernels"),
+    [
+        (MLP(), (5, 16), {"Dense_0/kernel", "first/kernel"}),
+        (Twice(), (5, 16), {"shared/kernel"}),
+        (Experts(), (5, 16), {"experts/kernel"}),
+        (Conv(), (2, 7, 16), {"dense/kernel"}),
+        (
+            Encoder(),
+            (2, 7, 16),
+            {
+                *(
+                    f"layers/MultiHeadDotProductAttention_0/{name}/kernel"
+                    for name in ("query", "key", "value", "out")
+                ),
+                "layers/Dense_0/kernel",
+                "layers/Dense_1/kernel",
+            },
+        ),
+    ],
+    ids=["mlp", "one-dense-twice", "experts", "convolution", "encoder"],
+)
+def test_coordinates_in_foreign_models_equal_projected_gradients(model, shape, kernels, proj_type):
+    loss, params = squared(model, inputs(*shape))
+    born = compared(loss, params, inputs(*shape), proj_type=proj_type)
+    assert born == kernels
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right"])
+def test_dimension_numbers_say_how_a_kernel_of_many_axes_is_read(proj_type):
+    x = inputs(3, 5, 4, 6)
+    loss, params = squared(General(), x)
+    assert params["general"]["kernel"].shape == (3, 4, 6, 3, 5)
+    # In other orders than the layer's own.
+    numbers = {"general": {"kernel": GaLoreDimensionNumbers((2, 1), (4, 3)), "bias": None}}
+    settings = {"weight_dimension_numbers": numbers, "proj_type": proj_type}
+    assert compared(loss, params, x, **settings) == {"general/kernel"}
+    # Read in a way that the layer does not multiply by, its gradient is formed whole.
+    numbers["general"]["kernel"] = GaLoreDimensionNumbers((1, 3), (2, 4))
+    assert compared(loss, params, x, **settings) == set()
+
+
+def test_an_nnx_layer_of_four_lines_multiplies_by_projected_kernels():
+    class Linear(nnx.Linear):
+        def __call__(self, x):
+            y = dot_general(x, self.kernel.get_value(), DENSE)
+            return y + self.bias.get_value()
+
+    graph, variables = nnx.split(Linear(16, 12, rngs=nnx.Rngs(0)))
+    params = nnx.to_pure_dict(variables)
+
+    def loss(params, x):
+        state = jax.tree.map(nnx.Param, params, is_leaf=lambda n: not isinstance(n, dict))
+        return jnp.mean(jnp.sin(nnx.merge(graph, nnx.State(state))(x)) ** 2)
+
+    assert compared(loss, params, inputs(5, 16)) == {"kernel"}
+
+
+class Gated(nn.Module):
+    """A layer of somebody's own, in which two kernels go through one `dot_general`."""
+
+    dot_general: Any = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, x):
+        kernel, gate = (
+            self.param(name, nn.initializers.normal(1.0), (16, 24)) for name in ("kernel", "gate")
+        )
+        return self.dot_general(x, kernel, DENSE) * nn.sigmoid(self.dot_general(x, gate, DENSE))
+
+
+def test_a_layer_of_ones_own_with_a_dot_general_gets_whole_gradients():
+    loss, params = squared(Gated(), inputs(5, 16))
+    assert compared(loss, params, inputs(5, 16)) == set()
