@@ -6,6 +6,7 @@ that projecting G would give, up to rounding, for `tokens · r · (in + out)` mu
 of `tokens · in · out`, and G is never formed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,12 +115,8 @@ def dot_general(
     """
     if not isinstance(kernel, ProjectedKernel):
         return lax.dot_general(x, kernel, dimension_numbers, *args, **kwargs)
-    dot = partial(_stock_dot, args, kwargs)
+    dot = lambda x, kernel, numbers: lax.dot_general(x, kernel, numbers, *args, **kwargs)  # noqa: E731
     return projected_dot(kernel, x, kernel.kernel, dimension_numbers, dot)
-
-
-def _stock_dot(args: Any, kwargs: Any, x: jax.Array, kernel: jax.Array, numbers: Any) -> jax.Array:
-    return lax.dot_general(x, kernel, numbers, *args, **kwargs)
 
 
 def projected_dot(
@@ -173,11 +170,8 @@ class _Layout(NamedTuple):
 
     def matrices(self, array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         moved = array.transpose(axes)
-        tokens = moved.shape[self.batch : self.batch + self.tokens]
-        count = 1
-        for size in tokens:
-            count *= size
-        return moved.reshape(*moved.shape[: self.batch], count, -1)
+        tokens = math.prod(moved.shape[self.batch : self.batch + self.tokens])
+        return moved.reshape(*moved.shape[: self.batch], tokens, -1)
 
 
 def _layout(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from galore_jax.projection import Basis, Moments, Projection, Side
 from galore_jax.rules import Rule
-from galore_jax.subspace import NEVER, overlap, random_basis, refresh_due
+from galore_jax.subspace import NEVER, overlap, random_basis, refresh_where_due
 
 
 class Lazy(NamedTuple):
@@ -116,7 +116,7 @@ def refresh_basis(
         matrices = basis.projection.view.to_matrices(gradient)
     batch = basis.age.shape
     flat = lambda array: array.reshape(-1, *array.shape[len(batch) :])  # noqa: E731
-    vectors, new, overlaps = refresh_due(
+    vectors, new, overlaps = refresh_where_due(
         jax.tree.map(flat, basis.vectors),
         flat(basis.age),
         flat(basis.gap),

@@ -31,7 +31,12 @@ OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
 def updates_until_refresh(opt_state: PyTree) -> jax.Array:
     """The least number of updates, int32 scalar, after which a refresh can be due; 0: it is now."""
     bases = bases_of(galore_states(opt_state, inside_chains=True))
-    left = [jnp.min(basis.gap - basis.age) for basis in bases]
+    return _least_left([(basis.gap, basis.age) for basis in bases])
+
+
+@jax.jit
+def _least_left(gaps_and_ages: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    left = [jnp.min(gap - age) for gap, age in gaps_and_ages]
     return jnp.maximum(jnp.min(jnp.stack(left)), 0) if left else jnp.asarray(2**30, jnp.int32)
 
 

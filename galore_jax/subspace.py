@@ -149,7 +149,7 @@ def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: A
 
 
 @partial(jax.jit, static_argnames="method")
-def refresh_due(
+def refresh_where_due(
     vectors: dict[Side, jax.Array],
     age: jax.Array,
     gap: jax.Array,

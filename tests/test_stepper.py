@@ -1,39 +1,16 @@
 """Training steps of projected gradients, and the refreshes between them."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_step import changed, initial
 
-from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
-from galore_jax.models.llama import LlamaConfig
 from galore_jax.sketch import refresh_due
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.step import Stepper, init_state, make_refresh_step, make_train_step
+from galore_jax.training.step import Stepper, make_refresh_step, make_train_step
 
-CONFIG = Config(
-    LlamaConfig(97, 32, 48, 2, 2, max_length=16),
-    DataConfig(sequence_length=16, batch_size=8),
-    OptimizerConfig(rank=8, update_proj_gap=3, warmup_steps=2, clip_norm=0.5),
-    TrainingConfig(steps=10),
-)
-
-
-def changed(**sections):
-    """The configuration with `section={key: value}` replaced."""
-    parts = {
-        name: dataclasses.replace(getattr(CONFIG, name), **values)
-        for name, values in sections.items()
-    }
-    return dataclasses.replace(CONFIG, **parts)
-
-
-def started(config):
-    """A state that may be donated."""
-    return jax.jit(lambda: init_state(config))()
+CONFIG = changed(optimizer={"gradients": "projected", "clip_norm": 0.5})
 
 
 @pytest.fixture
@@ -50,9 +27,9 @@ def assert_equal(one, other, **tolerance):
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_bases_are_refreshed_before_the_steps_that_are_due(batch, accumulation):
-    config = changed(training={"accumulation": accumulation})
-    stepper, state = Stepper(config, started(config)), started(config)
-    step, refresh, other = make_train_step(config), make_refresh_step(config), started(config)
+    config = changed(CONFIG, training={"accumulation": accumulation})
+    stepper, state = Stepper(config, initial(config)), initial(config)
+    step, refresh, other = make_train_step(config), make_refresh_step(config), initial(config)
     refreshed = []
     for t in range(8):
         if refresh_due(other.opt_state):
@@ -67,7 +44,7 @@ def test_bases_are_refreshed_before_the_steps_that_are_due(batch, accumulation):
 
 
 def test_a_stepper_that_starts_in_the_middle_looks_first(batch):
-    one, state = Stepper(CONFIG, started(CONFIG)), started(CONFIG)
+    one, state = Stepper(CONFIG, initial(CONFIG)), initial(CONFIG)
     for _ in range(4):
         state, _ = one(state, batch)
     two, copy = Stepper(CONFIG, state), jax.tree.map(jnp.copy, state)
@@ -78,13 +55,11 @@ def test_a_stepper_that_starts_in_the_middle_looks_first(batch):
 
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "galore_lion"])
 def test_both_ways_of_gradients_make_the_same_step_and_clip_by_the_same_norm(batch, name):
-    config = changed(optimizer={"name": name, "learning_rate": 0.003, "update_proj_gap": 4})
-    full = changed(optimizer={"name": name, "learning_rate": 0.003, "update_proj_gap": 4})
-    full = dataclasses.replace(
-        full, optimizer=dataclasses.replace(full.optimizer, gradients="full")
-    )
+    settings = {"name": name, "learning_rate": 0.003, "update_proj_gap": 4}
+    config = changed(CONFIG, optimizer=settings)
+    full = changed(config, optimizer={"gradients": "full"})
     projected_step, full_step = make_train_step(config), make_train_step(full)
-    refresh, state = make_refresh_step(config), started(config)
+    refresh, state = make_refresh_step(config), initial(config)
     state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
     for _ in range(3):
         other, from_full = full_step(jax.tree.map(jnp.copy, state), batch)
@@ -99,11 +74,9 @@ def test_both_ways_of_gradients_make_the_same_step_and_clip_by_the_same_norm(bat
 
 
 def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
-    config = changed(training={"diagnostics": True})
-    full = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, gradients="full")
-    )
-    refresh, state = make_refresh_step(config), started(config)
+    config = changed(CONFIG, training={"diagnostics": True})
+    full = changed(config, optimizer={"gradients": "full"})
+    refresh, state = make_refresh_step(config), initial(config)
     state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
     _, wanted = make_train_step(full)(jax.tree.map(jnp.copy, state), batch)
     _, found = make_train_step(config)(state, batch)
@@ -122,7 +95,7 @@ def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
 )
 def test_settings_that_need_full_gradients_are_refused(settings, sentence):
     with pytest.raises(InputError, match=sentence):
-        changed(optimizer=settings)
+        changed(CONFIG, optimizer=settings)
     if "refresh" in settings or settings.get("clip_norm_of") == "gradients":
-        changed(optimizer={**settings, "gradients": "full"})
-        changed(optimizer={**settings, "name": "adamw"})
+        changed(CONFIG, optimizer={**settings, "gradients": "full"})
+        changed(CONFIG, optimizer={**settings, "name": "adamw"})

@@ -11,7 +11,14 @@ from hypothesis import strategies
 
 from galore_jax.matrices import MatrixView
 from galore_jax.projection import Projection
-from galore_jax.subspace import NEVER, REFRESH, orthonormalise, overlap, random_basis, refresh_due
+from galore_jax.subspace import (
+    NEVER,
+    REFRESH,
+    orthonormalise,
+    overlap,
+    random_basis,
+    refresh_where_due,
+)
 
 SHAPE, RANK, GAP = (24, 40), 8, 10
 SIDES = [("left",), ("right",), ("left", "right")]
@@ -54,7 +61,7 @@ def refreshed(gradients, method, sides, vectors=None, age=NEVER, number=0):
     count, *shape = gradients.shape
     vectors = start(shape, sides, count) if vectors is None else vectors
     ages, gaps = jnp.broadcast_to(jnp.asarray(age), count), jnp.full(count, GAP)
-    return refresh_due(vectors, ages, gaps, gradients, (0, 0, number), method)
+    return refresh_where_due(vectors, ages, gaps, gradients, (0, 0, number), method)
 
 
 def orthonormality_error(vectors):
@@ -193,7 +200,9 @@ def test_only_matrices_that_are_due_change(sides):
     gradients = jax.random.normal(jax.random.key(1), (COUNT, *SHAPE))
     old = start(SHAPE, sides)
     ages, gaps = jnp.array([3, 10, 9, 12, 0, 1, NEVER]), jnp.array([10, 10, 9, 13, 1, 1, 10])
-    vectors, new, kept = refresh_due(old, ages, gaps, gradients, (0, 0, 0), "subspace_iteration")
+    vectors, new, kept = refresh_where_due(
+        old, ages, gaps, gradients, (0, 0, 0), "subspace_iteration"
+    )
     assert new.tolist() == (ages >= gaps).tolist()
     assert (kept > 0).tolist() == new.tolist()
     for side in sides:
@@ -217,7 +226,7 @@ def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
         stack = jnp.full((COUNT, *SHAPE), gradient, jnp.float32)
         ages, gaps = jnp.full(COUNT, NEVER), jnp.full(COUNT, GAP)
         old = start(SHAPE, ("left",))
-        return refresh_due(old, ages, gaps, stack, key_data, "random")[0]["left"]
+        return refresh_where_due(old, ages, gaps, stack, key_data, "random")[0]["left"]
 
     first = bases(0, 1, 2)
     np.testing.assert_array_equal(first, bases(0, 1, 2, gradient=3))

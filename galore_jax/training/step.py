@@ -208,7 +208,7 @@ class Stepper:
     """Steps of training, compiled ahead, and the refreshes before those that are due for one.
 
     The device is not asked at every step whether one is, since the host would have to wait for the
-    answer: only when as many steps have passed as the youngest basis had left.
+    answer: only when as many steps have passed as the basis nearest to its refresh had left.
     """
 
     def __init__(self, config: Config, state: TrainState):

@@ -79,9 +79,6 @@ def galore_projected(rank: int) -> Contestant:
     """galore_jax.adamw from gradients that are born projected, refreshed by sketches."""
     tx = galore_jax.adamw(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
 
-    def init(params: PyTree) -> PyTree:
-        return jax.tree.map(_due_again, tx.init(params), is_leaf=is_basis)
-
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         _, gradients = galore_jax.value_and_grad(loss, tx)(params, state, batch)
         return galore_jax.apply_gradients(tx, gradients, state, params)
@@ -89,7 +86,7 @@ def galore_projected(rank: int) -> Contestant:
     def refresh(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> PyTree:
         return galore_jax.refresh(loss, tx)(params, state, batch)
 
-    return Contestant("galore_projected", init, step, refresh=refresh)
+    return replace(galore_full(rank), name="galore_projected", step=step, refresh=refresh)
 
 
 def _due_again(node: Any) -> Any:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -24,6 +23,8 @@ from galore_jax.training.step import (
     make_refresh_step,
     make_train_step,
 )
+
+ENERGIES = ("energy", "exact", "relative_energy")
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,6 @@ def measure(settings: Settings) -> list[Row]:
     means = {key: float(np.mean([row[key] for row in rows])) for key in ENERGIES}
     lowest = min(row["lowest"] for row in rows)
     return [*rows, {"name": "mean", "step": "all", **means, "lowest": lowest}]
-
-
-ENERGIES = ("energy", "exact", "relative_energy")
 
 
 def measure_run(config: Config) -> list[Row]:
@@ -105,7 +103,5 @@ def energies(opt_state: PyTree, gradients: PyTree) -> Sequence[np.ndarray]:
         exact.append((np.sum(values**2, axis=-1) / whole).reshape(-1))
 
     for state in galore_states(opt_state, inside_chains=True):
-        map_bases(
-            at_leaf, state.bases, gradients, otherwise=jax.tree.map(jnp.zeros_like, gradients)
-        )
+        map_bases(at_leaf, state.bases, gradients, otherwise=state.bases)
     return np.concatenate(held), np.concatenate(exact)
