@@ -1,5 +1,6 @@
 """GaLore in JAX: memory-efficient full-parameter training as an optax transformation."""
 
+from galore_jax.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from galore_jax.apply import apply_gradients
 from galore_jax.backward import ProjectedKernel, dot_general
 from galore_jax.chain import chain, init
@@ -22,7 +23,9 @@ __all__ = [
     "ProjectedKernel",
     "Rule",
     "adafactor",
+    "adam8bit",
     "adamw",
+    "adamw8bit",
     "apply_gradients",
     "chain",
     "check_projection",
@@ -35,6 +38,7 @@ __all__ = [
     "lion",
     "refresh",
     "refresh_due",
+    "scale_by_adam8bit",
     "scale_by_factored_rms",
     "value_and_grad",
 ]

@@ -1,5 +1,6 @@
 """Parameters updated from coordinates in place, leaf by leaf and layer by layer."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import optax
 from jax import lax
 
 from galore_jax.chain import Chain, update_low_rank
+from galore_jax.kernels import Kernels, lift_and_add_of
 from galore_jax.projection import Basis, is_coordinates
 from galore_jax.quantization import stochastic_round
 from galore_jax.state import galore_states, map_bases
@@ -22,6 +24,7 @@ def apply_gradients(
     params: PyTree,
     *,
     key: jax.Array | None = None,
+    kernels: Kernels = "xla",
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
     """One step: `tx.update` and `optax.apply_updates` in one, for any transformation.
@@ -37,6 +40,7 @@ def apply_gradients(
       params: the parameters.
       key: where given, bfloat16 parameters are rounded stochastically. Rounding to nearest swallows
         updates below 1/512 of a weight; a stochastic one keeps them on average.
+      kernels: of the lift: see `galore_jax.kernels`.
       **extra_args: for the transformations, as those of `tx.update`.
 
     Returns:
@@ -63,7 +67,9 @@ def apply_gradients(
         return _rounded(_at_least_float32(param) + update, param.dtype, key)
 
     def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
-        return _lift_and_add(basis, update, param, key) if is_coordinates(update) else update
+        if not is_coordinates(update):
+            return update
+        return _lift_and_add(basis, update, param, key, kernels)
 
     # Unprojected leaves first; then each galore puts its new parameters where coordinates stand.
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
@@ -72,23 +78,28 @@ def apply_gradients(
     return new, state
 
 
-@jax.jit
-def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.Array:
+@partial(jax.jit, static_argnames="kernels")
+def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any, kernels: Kernels) -> Any:
     projection, batch = basis.projection, basis.age.ndim
     flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
-    vectors, value = jax.tree.map(flat, (basis.vectors, update.value))
-    decay = None if update.decay is None else jnp.broadcast_to(update.decay, basis.age.shape)
+    decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
+    seeds = None if key is None else jax.random.bits(key, (basis.age.size, 2), jnp.uint32)
+    vectors, value, decay = jax.tree.map(flat, (basis.vectors, update.value, decay))
 
-    def one(i: jax.Array, matrices: jax.Array) -> jax.Array:
-        old = _at_least_float32(matrices[i])
-        kept = old if decay is None else old * (1 - flat(decay)[i])
-        own_vectors = {side: stack[i] for side, stack in vectors.items()}
-        new = kept + basis.scale * projection.lift_matrices(own_vectors, value[i])
-        own_key = None if key is None else jax.random.fold_in(key, i)
-        return matrices.at[i].set(_rounded(new, matrices.dtype, own_key))
+    def one(weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any) -> jax.Array:
+        left, right, is_transposed = projection.factors(vectors, value)
+        add = partial(lift_and_add_of(kernels), right_is_transposed=is_transposed)
+        return add(weights, left, right, basis.scale, decay, seed)
+
+    def one_of(i: jax.Array, matrices: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda stack: stack[i], (vectors, value, decay, seeds))
+        return matrices.at[i].set(one(matrices[i], *own))
 
     matrices = projection.view.to_matrices(param)
-    new = lax.fori_loop(0, basis.age.size, one, flat(matrices))
+    if kernels == "pallas":  # It works in place on a stack, but from a loop gets copies.
+        new = jax.vmap(one)(flat(matrices), vectors, value, decay, seeds)
+    else:
+        new = lax.fori_loop(0, basis.age.size, one_of, flat(matrices))
     return projection.view.from_matrices(new.reshape(matrices.shape))
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.projection import Projection, Side
+from galore_jax.quantization import dequantize
 
 # As `lax.dot_general` takes them: ((contracting of x, of the kernel), (batch of x, of the kernel)).
 Axes = Sequence[int]
@@ -224,6 +225,7 @@ def _forward(product, layout, x, kernel, vectors, coordinates):
 def _backward(product, layout, saved, upstream):
     x, kernel, vectors, like = saved
     (dx,) = jax.vjp(lambda x: product(x, kernel), x)[1](upstream)
+    x, upstream = lax.optimization_barrier((x, upstream))
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     inner = layout.matrices(x.astype(dtype), layout.x_axes)
     outer = layout.matrices(upstream.astype(dtype), layout.y_axes)
@@ -243,7 +245,7 @@ def _backward(product, layout, saved, upstream):
 _product.defvjp(_forward, _backward)
 
 
-def _in_basis(matrices: jax.Array, vectors: jax.Array) -> jax.Array:
-    vectors = vectors.astype(matrices.dtype)
+def _in_basis(matrices: jax.Array, vectors: Any) -> jax.Array:
+    vectors = dequantize(vectors).astype(matrices.dtype)
     product = jnp.matmul(matrices, vectors, preferred_element_type=jnp.float32)
     return product.astype(matrices.dtype)

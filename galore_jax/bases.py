@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.projection import Basis, Moments, Projection, Side
+from galore_jax.quantization import as_float32, quantize, stored_like
 from galore_jax.rules import Rule
 from galore_jax.subspace import NEVER, overlap, random_basis, refresh_where_due
 
@@ -57,7 +58,7 @@ def start_basis(
       gap: updates from the first refresh to the second, a number or an array `(*batch,)`.
       moments: what happens to the moments at a refresh.
       full_size: see `Basis`.
-      dtype: of the vectors.
+      dtype: of the vectors; int8 stores them as `Quantized`.
       seed: of the random numbers.
 
     Returns:
@@ -65,10 +66,11 @@ def start_basis(
     """
     batch = projection.view.batch
     key = jax.random.fold_in(jax.random.key(seed), _number(projection))
-    vectors: dict[Side, Any] = {
-        side: random_basis(jax.random.fold_in(key, i), shape).astype(dtype)
-        for i, (side, shape) in enumerate(projection.basis_shapes.items())
-    }
+    vectors: dict[Side, Any] = {}
+    for i, (side, shape) in enumerate(projection.basis_shapes.items()):
+        stack = random_basis(jax.random.fold_in(key, i), shape)
+        is_int8 = jnp.dtype(dtype) == jnp.int8
+        vectors[side] = quantize(stack, "int8") if is_int8 else stack.astype(dtype)
     return Basis(
         vectors=vectors,
         age=jnp.full(batch, NEVER, jnp.int32),
@@ -132,12 +134,12 @@ def _from_sketch(basis: Basis, sketch: Sketch, rule: Rule, lazy: Lazy) -> Basis:
     finite = [jnp.all(jnp.isfinite(v), axis=(-2, -1)) for v in sketch.vectors.values()]
     new = (basis.age >= basis.gap) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
 
-    def chosen(new_vectors: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(new[..., None, None], new_vectors.astype(old.dtype), old)
+    def chosen(new_vectors: jax.Array, old: Any) -> Any:
+        pick = lambda one, other: jnp.where(new[..., None, None], one, other)  # noqa: E731
+        return jax.tree.map(pick, stored_like(new_vectors, old), old)
 
     overlaps = [
-        overlap(basis.vectors[side].astype(jnp.float32), sketch.vectors[side])
-        for side in sketch.vectors
+        overlap(as_float32(basis.vectors[side]), sketch.vectors[side]) for side in sketch.vectors
     ]
     vectors = {side: chosen(sketch.vectors[side], old) for side, old in basis.vectors.items()}
     return _renewed(basis, vectors, new, jnp.min(jnp.stack(overlaps), axis=0), rule, lazy)

@@ -61,7 +61,7 @@ def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
 
 def _bytes_saved(basis: Basis) -> int:
     projection = basis.projection
-    kept = sum(v.size * v.dtype.itemsize for v in basis.vectors.values())
+    kept = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(basis.vectors))
     kept += 2 * 4 * math.prod(projection.coordinates_shape)
     return 2 * 4 * math.prod(projection.view.shape) - kept
 

@@ -106,10 +106,9 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
 
 def finite_norm(tree: PyTree) -> jax.Array:
     """The root of the sum of all finite squares in a tree, a float32 scalar."""
-    squares = (
-        jnp.sum(jnp.where(_counts(leaf), leaf.astype(jnp.float32), 0) ** 2)
-        for leaf in jax.tree.leaves(tree)
-    )
+    # Flat, for zeros in the shape of a leaf XLA might keep as an array.
+    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in jax.tree.leaves(tree)]
+    squares = (jnp.sum(jnp.where(_counts(leaf), leaf, 0) ** 2) for leaf in flat)
     return jnp.sqrt(sum(squares, jnp.float32(0)))
 
 

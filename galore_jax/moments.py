@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from galore_jax.matrices import path_names
 from galore_jax.projection import Basis, Coordinates, Side, is_coordinates
+from galore_jax.quantization import as_float32, stored_like
 from galore_jax.state import GaLoreState, bases_of
 from galore_jax.subspace import for_each
 
@@ -91,7 +92,8 @@ def keep_skipped(old: PyTree, new: PyTree, turns: Turns) -> PyTree:
         if new.value.shape[: skipped.ndim] != skipped.shape:
             return new  # A statistic over several matrices, to which this one gave zeros.
         skipped = skipped.reshape(skipped.shape + (1,) * (new.value.ndim - skipped.ndim))
-        return Coordinates(jnp.where(skipped, old.value, new.value), new.projection)
+        kept = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), old.value, new.value)
+        return Coordinates(kept, new.projection)
 
     return jax.tree.map(at_moment, old, new, is_leaf=is_coordinates)
 
@@ -168,20 +170,20 @@ def _spread(c: jax.Array, value: jax.Array) -> jax.Array:
     return part @ value + missing * value.mean(axis=0, keepdims=True)
 
 
-def _rotated_where_refreshed(value: jax.Array, turn: Turn, kind: Any) -> jax.Array:
+def _rotated_where_refreshed(value: Any, turn: Turn, kind: Any) -> Any:
     batch = turn.new.age.ndim
     flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
     old, new = (jax.tree.map(flat, basis.vectors) for basis in (turn.old, turn.new))
 
-    def one(i: jax.Array, values: jax.Array, vectors: Any) -> jax.Array:
-        old, new = vectors
-        c = {
-            side: new[side][i].astype(jnp.float32).T @ old[side][i].astype(jnp.float32)
-            for side in new
-        }
-        return values.at[i].set(rotated(values[i], c, kind))
+    def one(i: jax.Array, values: Any, vectors: Any) -> Any:
+        own, (old, new) = jax.tree.map(lambda stack: stack[i], (values, vectors))
+        c = {side: as_float32(new[side]).T @ as_float32(old[side]) for side in new}
+        turned = stored_like(rotated(as_float32(own), c, kind), own)
+        return jax.tree.map(lambda stack, new: stack.at[i].set(new), values, turned)
 
-    return for_each(turn.refreshed.reshape(-1), one, flat(value), (old, new)).reshape(value.shape)
+    flags, stacks = turn.refreshed.reshape(-1), jax.tree.map(flat, value)
+    done = for_each(flags, one, stacks, (old, new))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), done, value)
 
 
 def _kind(name: str, node: Coordinates) -> str | None:

@@ -1,18 +1,17 @@
 """Ready-made chains: AdamW, Adafactor and Lion in low-rank coordinates."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 
+from galore_jax.adam8bit import Mask, scale_by_adam8bit
 from galore_jax.chain import Chain, chain
+from galore_jax.kernels import Kernels
 from galore_jax.links import clip_by_matrix_rms, decay_weights, scale_by_factored_rms
 from galore_jax.rules import Rank
 from galore_jax.transform import galore
-
-PyTree = Any
-Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 
 def adamw(
@@ -26,6 +25,8 @@ def adamw(
     eps: float = 1e-6,
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
+    eight_bit: bool = False,
+    kernels: Kernels = "xla",
     **settings: Any,
 ) -> Chain:
     """AdamW on the coordinates, with weight decay in the full space (arXiv 2403.03507, section 4).
@@ -43,6 +44,8 @@ def adamw(
       weight_decay: decoupled, times the learning rate, not times `scale`.
       mask: as for `optax.adamw`: which leaves decay, a tree of booleans or a function from the
         parameters (their shapes) to one; None: all.
+      eight_bit: keep the moments in 8 bits: see `scale_by_adam8bit`.
+      kernels: of 8-bit moments: see `galore_jax.kernels`.
       **settings: the others of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
 
     Returns:
@@ -53,9 +56,10 @@ def adamw(
       >>> tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
+    adam = partial(scale_by_adam8bit, kernels=kernels) if eight_bit else optax.scale_by_adam
     return chain(
         galore(rank, update_proj_gap, scale, **settings),
-        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        adam(b1=b1, b2=b2, eps=eps),
         optax.scale_by_learning_rate(learning_rate),
         decay_weights(learning_rate, weight_decay, mask),
     )

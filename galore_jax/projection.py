@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.matrices import MatrixView
+from galore_jax.quantization import as_float32, dequantize
 
 Side = Literal["left", "right"]
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
@@ -68,16 +69,16 @@ class Projection:
         columns = self.rank if "right" in self.sides else self.view.columns
         return (*self.view.batch, rows, columns)
 
-    def project(self, vectors: dict[Side, jax.Array], array: jax.Array) -> jax.Array:
+    def project(self, vectors: dict[Side, Any], array: jax.Array) -> jax.Array:
         """`PᵀG`, `G P` or `PᵀG Q`: from `view.shape` to `coordinates_shape`, in float32."""
         value = self.view.to_matrices(array).astype(jnp.float32)
         if "left" in vectors:
-            value = vectors["left"].astype(jnp.float32).mT @ value
+            value = as_float32(vectors["left"]).mT @ value
         if "right" in vectors:
-            value = value @ vectors["right"].astype(jnp.float32)
+            value = value @ as_float32(vectors["right"])
         return value
 
-    def lift_matrices(self, vectors: dict[Side, jax.Array], value: jax.Array) -> jax.Array:
+    def lift_matrices(self, vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
         """`P N`, `N Pᵀ` or `P N Qᵀ`, in float32.
 
         Args:
@@ -88,12 +89,28 @@ class Projection:
           `(..., in, out)`.
         """
         if "left" in vectors:
-            value = vectors["left"].astype(jnp.float32) @ value
+            value = as_float32(vectors["left"]) @ value
         if "right" in vectors:
-            value = value @ vectors["right"].astype(jnp.float32).mT
+            value = value @ as_float32(vectors["right"]).mT
         return value
 
-    def lift(self, vectors: dict[Side, jax.Array], value: jax.Array) -> jax.Array:
+    def factors(
+        self, vectors: dict[Side, Any], value: jax.Array
+    ) -> tuple[jax.Array, jax.Array, bool]:
+        """Two matrices whose product lifts the coordinates of one matrix.
+
+        Returns:
+          `P` and `N` (left), `N` and `P` (right), or `P` and `N Qᵀ`; and whether the second one is
+          to be transposed.
+        """
+        vectors = {side: dequantize(own) for side, own in vectors.items()}
+        if "left" not in vectors:
+            return value, vectors["right"], True
+        if "right" in vectors:
+            value = value @ as_float32(vectors["right"]).mT
+        return vectors["left"], value, False
+
+    def lift(self, vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
         """From `basis_shapes` and `coordinates_shape` to an array of `view.shape`, in float32."""
         return self.view.from_matrices(self.lift_matrices(vectors, value))
 
@@ -130,7 +147,7 @@ class Basis:
     """The basis of one projected parameter, and what is known of it; each matrix has its own.
 
     Attributes:
-      vectors: by side, orthonormal columns, `projection.basis_shapes`.
+      vectors: by side, orthonormal columns, `projection.basis_shapes`; or these `Quantized`.
       age: int32 `(*batch,)`, finite updates since the basis was made.
       gap: int32 `(*batch,)`, updates after which the next one is made.
       skipped: int32 `(*batch,)`, updates left out because the gradient was not finite.

@@ -20,6 +20,7 @@ from galore_jax.chain import update_low_rank
 from galore_jax.gradients import Loss, Objective, Path, PyTree, bases_in, first_part, mean_over
 from galore_jax.moments import Turn, rotate
 from galore_jax.projection import Basis, Side, is_basis, is_coordinates
+from galore_jax.quantization import as_float32
 from galore_jax.state import bases_of, galore_states, map_bases, with_galore_states
 from galore_jax.subspace import NEVER, for_each, orthonormalise, span
 
@@ -80,8 +81,15 @@ def refresh(
         bases = objective.carried(bases_in(params, opt_state), *first)
 
         def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
-            own = lambda basis: given.get(basis.projection.path, optax.MaskedNode())  # noqa: E731
-            chosen = map_bases(own, bases, otherwise=bases)
+            def own(basis: Basis, param: jax.Array) -> Any:
+                if basis.projection.path not in given:
+                    return optax.MaskedNode()
+                basis = given[basis.projection.path]
+                # In the dtype of the products already, so that no wider ones are kept for them.
+                vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
+                return dataclasses.replace(basis, vectors=vectors)
+
+            chosen = map_bases(own, bases, params, otherwise=bases)
             one = lambda *batch: objective.coordinates(chosen, *batch)  # noqa: E731
             nodes = jax.tree.leaves(mean_over(one, micro_batches, *batch), is_leaf=is_coordinates)
             return {node.projection.path: node.value for node in nodes}
@@ -119,7 +127,7 @@ def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch
 
     start = {
         path: Sketch(
-            {side: stack.astype(jnp.float32) for side, stack in basis.vectors.items()},
+            {side: as_float32(stack) for side, stack in basis.vectors.items()},
             jnp.ones(basis.age.shape, bool),
         )
         for path, basis in bases.items()

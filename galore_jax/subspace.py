@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.projection import Side
+from galore_jax.quantization import as_float32, stored_like
 
 # The age of a basis that no gradient has shaped yet; the next finite one does.
 NEVER = 2**30
@@ -150,13 +151,13 @@ def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: A
 
 @partial(jax.jit, static_argnames="method")
 def refresh_where_due(
-    vectors: dict[Side, jax.Array],
+    vectors: dict[Side, Any],
     age: jax.Array,
     gap: jax.Array,
     matrices: jax.Array,
     key_data: tuple[Any, ...],
     method: str,
-) -> tuple[dict[Side, jax.Array], jax.Array, jax.Array]:
+) -> tuple[dict[Side, Any], jax.Array, jax.Array]:
     """New bases for the matrices whose age has reached their gap; the others cost nothing.
 
     A matrix whose gradient is zero, as that of an expert without tokens, or not finite in its
@@ -164,7 +165,7 @@ def refresh_where_due(
     the first basis takes three of them.
 
     Args:
-      vectors: by side, `(n, in or out, r)`.
+      vectors: by side, `(n, in or out, r)`, or these `Quantized`.
       age: `(n,)` int32.
       gap: `(n,)` int32.
       matrices: `(n, in, out)`, gradients.
@@ -180,7 +181,8 @@ def refresh_where_due(
         vectors, refreshed, overlaps = carry
         matrix = matrices[i].astype(jnp.float32)
         largest = jnp.max(jnp.abs(matrix))
-        old = {side: stack[i].astype(jnp.float32) for side, stack in vectors.items()}
+        stored = jax.tree.map(lambda stack: stack[i], vectors)
+        old: dict[Side, jax.Array] = {side: as_float32(own) for side, own in stored.items()}
 
         def renewed() -> dict[Side, jax.Array]:
             rounds = jnp.where(age[i] >= NEVER, 3, 1)
@@ -198,10 +200,13 @@ def refresh_where_due(
         new = lax.cond(usable, renewed, lambda: old)
         good = usable & jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in new.values()]))
         least = jnp.min(jnp.stack([overlap(old[side], new[side]) for side in new]))
-        kept = {
-            side: stack.at[i].set(jnp.where(good, new[side].astype(stack.dtype), stack[i]))
-            for side, stack in vectors.items()
-        }
+        written = {side: stored_like(new[side], own) for side, own in stored.items()}
+        kept = jax.tree.map(
+            lambda stack, new, old: stack.at[i].set(jnp.where(good, new, old)),
+            vectors,
+            written,
+            stored,
+        )
         return kept, refreshed.at[i].set(good), overlaps.at[i].set(jnp.where(good, least, 0))
 
     nothing = jnp.zeros(age.shape, bool), jnp.zeros(age.shape, jnp.float32)

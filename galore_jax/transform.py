@@ -87,7 +87,7 @@ def galore(
         new subspace is at least this, the matrix's own gap doubles, else it is T again (Q-GaLore,
         arXiv 2407.08296, compares single vectors). None: every gap is T.
       max_gap: the bound of a doubled gap; None: 8 T.
-      basis_dtype: of the stored bases; None: float32.
+      basis_dtype: of the stored bases; None: float32; int8: block-wise codes (`quantization`).
       seed: of the bases before the first gradient, and of "random".
 
     Returns:

@@ -1,0 +1,176 @@
+"""GPUs to compile for where there is none.
+
+What XLA compiles for such a target is the program, and the assignment of memory, that it compiles
+on the card itself. Only what it would try out there is not: kernels that are chosen by timing.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from galore_jax.errors import InputError
+
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """The figures of a card that the compiler asks for.
+
+    Attributes:
+      name: as the driver tells it.
+      compute_capability: major and minor.
+      cores: streaming multiprocessors.
+      lanes: float32 units a core.
+      threads: most of them a core.
+      shared_memory: bytes a core.
+      shared_memory_per_block: bytes that one block can ask for.
+      memory: bytes.
+      bandwidth: of the memory, bytes a second.
+      l2_cache: bytes.
+      clock: GHz.
+    """
+
+    name: str
+    compute_capability: tuple[int, int]
+    cores: int
+    lanes: int
+    threads: int
+    shared_memory: int
+    shared_memory_per_block: int
+    memory: int
+    bandwidth: float
+    l2_cache: int
+    clock: float
+
+
+TARGETS = {
+    "a100": GpuTarget(
+        name="NVIDIA A100-SXM4-80GB",
+        compute_capability=(8, 0),
+        cores=108,
+        lanes=64,
+        threads=2048,
+        shared_memory=167936,
+        shared_memory_per_block=166912,
+        memory=80 * 2**30,
+        bandwidth=2.039e12,
+        l2_cache=40 * 2**20,
+        clock=1.41,
+    ),
+    "rtx4090": GpuTarget(
+        name="NVIDIA GeForce RTX 4090",
+        compute_capability=(8, 9),
+        cores=128,
+        lanes=128,
+        threads=1536,
+        shared_memory=102400,
+        shared_memory_per_block=101376,
+        memory=24 * 2**30,
+        bandwidth=1.008e12,
+        l2_cache=72 * 2**20,
+        clock=2.52,
+    ),
+    "h100": GpuTarget(
+        name="NVIDIA H100 80GB HBM3",
+        compute_capability=(9, 0),
+        cores=132,
+        lanes=128,
+        threads=2048,
+        shared_memory=233472,
+        shared_memory_per_block=232448,
+        memory=84929347584,
+        bandwidth=3.35232e12,
+        l2_cache=50 * 2**20,
+        clock=1.98,
+    ),
+}
+
+
+@contextlib.contextmanager
+def target(name: str) -> Iterator[NamedSharding]:
+    """Compiles for a card: a mesh of it alone is set inside, where nothing can be run.
+
+        with target("rtx4090") as sharding:
+            compiled = jax.jit(f).lower(*place(arguments, sharding)).compile()
+
+    Enter it before JAX uses any other device: the CUDA plugin looks for a card when that starts.
+
+    Args:
+      name: a key of `TARGETS`.
+
+    Yields:
+      The sharding of whatever lies on the card.
+
+    Raises:
+      InputError: no such target, or no CUDA compiler for it.
+    """
+    if name not in TARGETS:
+        raise InputError(f'there is no target "{name}": take one of {", ".join(TARGETS)}.')
+    mesh = _mesh(TARGETS[name])
+    with jax.set_mesh(mesh):
+        yield NamedSharding(mesh, PartitionSpec())
+
+
+def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Arrays, or their shapes, as `jax.ShapeDtypeStruct`s with a sharding, to be lowered with."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _mesh(gpu: GpuTarget) -> Mesh:
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_gpu_autotune_level" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".lstrip()
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=_text(gpu), topology="1x1x1"
+        )
+    except NotImplementedError as error:
+        raise InputError(
+            "no CUDA compiler was found: install galore-jax[cuda] on Python 3.12 or later, "
+            "and start it before JAX uses another device."
+        ) from error
+    return topologies.make_mesh(topology, (1,), ("device",))
+
+
+def _text(gpu: GpuTarget) -> str:
+    """The card as text of XLA's protocol buffer `GpuTargetConfigProto`.
+
+    What all the cards have in common is written out here.
+    """
+    major, minor = gpu.compute_capability
+    figures = {
+        "threads_per_block_limit": 1024,
+        "threads_per_warp": 32,
+        "block_dim_limit_x": 2**31 - 1,
+        "block_dim_limit_y": 65535,
+        "block_dim_limit_z": 65535,
+        "registers_per_core_limit": 65536,
+        "registers_per_block_limit": 65536,
+        "shared_memory_per_block": 48 * 2**10,
+        "shared_memory_per_block_optin": gpu.shared_memory_per_block,
+        "shared_memory_per_core": gpu.shared_memory,
+        "threads_per_core_limit": gpu.threads,
+        "core_count": gpu.cores,
+        "fpus_per_core": gpu.lanes,
+        "clock_rate_ghz": gpu.clock,
+        "l2_cache_size": gpu.l2_cache,
+        "memory_bandwidth": int(gpu.bandwidth),
+        "device_memory_size": gpu.memory,
+        "cuda_compute_capability": f"{{ major: {major} minor: {minor} }}",
+    }
+    lines = "\n".join(f"{key}: {value}" for key, value in figures.items())
+    return (
+        f"gpu_device_info {{\n{lines}\n}}\n"
+        'platform_name: "CUDA"\n'
+        "dnn_version_info { major: 9 minor: 7 }\n"
+        "runtime_version { major: 13 }\n"
+        f'device_description_str: "{gpu.name}"\n'
+    )

@@ -1,0 +1,80 @@
+"""Compiles the kernels for GPUs, at the shapes of LLaMA-7B, where there is no GPU.
+
+python scripts/compile_kernels.py
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from galore_jax.errors import exit_with_one_sentence
+
+RANK = 1024
+WEIGHTS = ((4096, 4096), (4096, 11008), (11008, 4096))
+
+
+def main() -> None:
+    """Compiles each kernel for each target, and prints a line of each."""
+    import jax
+
+    from galore_jax import devices
+
+    print(f"{'kernel':14}{'target':10}{'shape':16}{'variant':32}{'temporary':>10}{'seconds':>9}")
+    for target in devices.TARGETS:
+        with devices.target(target) as sharding:
+            for name, shape, variant, kernel, arguments, donated in kernels():
+                start = time.perf_counter()
+                function = jax.jit(kernel, donate_argnums=donated)
+                compiled = function.lower(*devices.place(arguments, sharding)).compile()
+                seconds = time.perf_counter() - start
+                analysis = compiled.memory_analysis()
+                assert analysis is not None
+                size = analysis.temp_size_in_bytes
+                shape = "×".join(map(str, shape))
+                print(f"{name:14}{target:10}{shape:16}{variant:32}{size:10}{seconds:9.2f}")
+
+
+def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tuple[int, ...]]]:
+    """Name, shape, variant, the kernel, shapes of its arguments, and which of them are donated."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from galore_jax.kernels import triton
+    from galore_jax.quantization import quantize
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    adam = functools.partial(triton.adam_8bit, b1=0.9, b2=0.999, eps=1e-8)
+    for shape in ((RANK, 4096), (RANK, 11008)):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            mu, nu = (
+                jax.eval_shape(functools.partial(quantize, code=code), array(*shape))
+                for code in ("signed", "unsigned")
+            )
+            gradient = array(*shape, dtype=dtype)
+            arguments = (gradient, mu, nu, array(dtype=jnp.int32))
+            yield "adam_8bit", shape, jnp.dtype(dtype).name, adam, arguments, (1, 2)
+
+    for rows, columns in WEIGHTS:
+        for right_is_transposed in (False, True):
+            basis, update = (jnp.bfloat16, jnp.float32)
+            left = array(rows, RANK, dtype=update if right_is_transposed else basis)
+            right = (
+                array(columns, RANK, dtype=basis) if right_is_transposed else array(RANK, columns)
+            )
+            for seed in (None, array(2, dtype=jnp.uint32)):
+                lift = functools.partial(
+                    triton.lift_and_add, right_is_transposed=right_is_transposed
+                )
+                weights = array(rows, columns, dtype=jnp.bfloat16)
+                arguments = (weights, left, right, array(), array(), seed)
+                side = "right" if right_is_transposed else "left"
+                rounding = "nearest" if seed is None else "stochastic"
+                yield "lift_and_add", (rows, columns), f"{side}, {rounding}", lift, arguments, (0,)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

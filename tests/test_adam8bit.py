@@ -1,0 +1,210 @@
+"""Adam with 8-bit moments: against Adam, with GaLore, and in every chain that GaLore knows."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trees import loss, random_params
+
+import galore_jax
+from galore_jax import adam8bit, adamw8bit, apply_gradients, chain, galore, scale_by_adam8bit
+from galore_jax.projection import Coordinates, is_coordinates
+from galore_jax.quantization import Quantized, dequantize, quantize
+
+SHAPES = {"stack": (3, 72, 300), "tall": (300, 72), "bias": (300,)}
+MOMENTS = ("keep", "rotate", "reset")
+
+
+def is_stored(node):
+    return isinstance(node, Quantized)
+
+
+def as_float(state):
+    return jax.tree.map(dequantize, state, is_leaf=is_stored)
+
+
+def test_one_step_is_adams_from_the_moments_it_stores():
+    params = random_params(SHAPES)
+    grads = [random_params(SHAPES, seed) for seed in (1, 2, 3)]
+    tx, plain = scale_by_adam8bit(0.9, 0.99, 1e-8), optax.scale_by_adam(0.9, 0.99, 1e-8)
+    state = tx.init(params)
+    for grad in grads:
+        start = as_float(state)
+        wanted, after = plain.update(grad, optax.ScaleByAdamState(*start))
+        found, state = tx.update(grad, state)
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+        for name, code in (("mu", "signed"), ("nu", "unsigned")):
+            stored = getattr(state, name)["stack"]["kernel"]
+            rounded = quantize(getattr(after, name)["stack"]["kernel"], code)
+            # A moment near the middle between two values may go either way.
+            steps = np.abs(stored.codes.astype(int) - rounded.codes.astype(int))
+            assert steps.max() <= 1
+            assert (steps > 0).mean() < 1e-3
+            np.testing.assert_allclose(stored.scales, rounded.scales, rtol=1e-6)
+    assert int(state.count) == 3
+
+
+def test_small_leaves_keep_float32_moments_and_are_adams_own():
+    params = {"small": jnp.zeros(4095), "large": jnp.zeros(4096)}
+    grads = {"small": jnp.linspace(-1, 1, 4095), "large": jnp.linspace(-1, 1, 4096)}
+    tx, plain = scale_by_adam8bit(), optax.scale_by_adam()
+    state, other = tx.init(params), plain.init(params)
+    assert isinstance(state.mu["large"], Quantized)
+    for _ in range(3):
+        found, state = tx.update(grads, state)
+        wanted, other = plain.update(grads, other)
+        np.testing.assert_allclose(found["small"], wanted["small"], rtol=2**-20)
+    np.testing.assert_allclose(state.nu["small"], other.nu["small"], rtol=2**-20)
+
+
+def test_moments_take_two_bytes_a_number_and_a_sixty_fourth():
+    state = scale_by_adam8bit().init({"kernel": jnp.zeros((64, 512))})
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 64 * 512 * 2 * (1 + 4 / 256) + 4
+
+
+def test_a_zero_gradient_from_the_start_moves_nothing():
+    params = {"kernel": jnp.ones((64, 128))}
+    tx = adam8bit(0.1)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    assert (np.asarray(updates["kernel"]) == 0).all()
+
+
+def test_adamw8bit_decays_weights_as_optax_does():
+    params, grads = random_params(SHAPES), random_params(SHAPES, 1)
+    mask = {"stack": {"kernel": True}, "tall": {"kernel": False}, "bias": {"bias": False}}
+    kinds = (
+        adamw8bit(0.1, weight_decay=0.3, mask=mask),
+        optax.adamw(0.1, weight_decay=0.3, mask=mask),
+    )
+    found, wanted = (tx.update(grads, tx.init(params), params)[0] for tx in kinds)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, wanted)
+
+
+def test_it_learns_as_adam_does():
+    target = random_params(SHAPES, 5)
+    ends = []
+    for tx in (adam8bit(0.05), optax.adam(0.05)):
+        params = jax.tree.map(jnp.zeros_like, target)
+        state, start = tx.init(params), loss(params, target)
+
+        @jax.jit
+        def step(params, state, tx=tx):
+            updates, state = tx.update(jax.grad(loss)(params, target), state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(20):
+            params, state = step(params, state)
+        ends.append(float(loss(params, target) / start))
+    assert ends[0] < 0.5
+    np.testing.assert_allclose(*ends, rtol=0.05)
+
+
+def test_updates_have_the_dtype_of_gradients():
+    params = random_params(SHAPES, dtype=jnp.bfloat16)
+    updates, _ = adam8bit(0.05).update(params, adam8bit(0.05).init(params))
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def eight_bit(moments, **settings):
+    return galore_jax.adamw(
+        0.02, 16, 5, eight_bit=True, moments=moments, weight_decay=0.1, **settings
+    )
+
+
+@pytest.mark.parametrize("basis_dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_galore_with_8_bit_moments_follows_that_with_float32_ones(moments, basis_dtype):
+    target = random_params(SHAPES, 5)
+    ends = []
+    for bits in (True, False):
+        settings = {"eight_bit": bits, "moments": moments, "basis_dtype": basis_dtype}
+        tx = galore_jax.adamw(0.02, 16, 5, **settings)
+        params = jax.tree.map(jnp.zeros_like, target)
+        state = tx.init(params)
+
+        @jax.jit
+        def step(params, state, tx=tx):
+            return apply_gradients(tx, jax.grad(loss)(params, target), state, params)
+
+        start = loss(params, target)
+        for _ in range(40):
+            params, state = step(params, state)
+        ends.append(float(loss(params, target) / start))
+    assert ends[0] < 0.9
+    np.testing.assert_allclose(*ends, rtol=0.05)
+
+
+def test_a_chain_of_galore_and_adam8bit_keeps_codes_of_coordinates():
+    params = random_params(SHAPES)
+    state = chain(galore(rank=16), adam8bit(1e-3)).init(params)
+    mu = optax.tree.get(state, "mu")["stack"]["kernel"]
+    assert isinstance(mu, Coordinates)
+    assert mu.value.codes.shape == mu.projection.coordinates_shape == (3, 16, 300)
+    assert mu.value.scales.shape == (3, 16, 2)
+
+
+@pytest.mark.parametrize("basis_dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_a_matrix_whose_gradient_is_not_finite_keeps_its_codes_weights_and_basis(
+    moments, basis_dtype
+):
+    params = random_params(SHAPES)
+    tx = eight_bit(moments, basis_dtype=basis_dtype)
+    step = jax.jit(functools.partial(apply_gradients, tx))
+    state = tx.init(params)
+    for seed in range(2):
+        params, state = step(random_params(SHAPES, seed + 1), state, params)
+    bad = random_params(SHAPES, 9)
+    bad["stack"]["kernel"] = bad["stack"]["kernel"].at[1, 3, 4].set(jnp.nan)
+    new_params, new = step(bad, state, params)
+
+    def matrix(tree, index):
+        nodes = filter(is_coordinates, jax.tree.leaves(tree, is_leaf=is_coordinates))
+        stacks = [node for node in nodes if node.projection.name == "stack/kernel"]
+        return [np.asarray(leaf[index]) for node in stacks for leaf in jax.tree.leaves(node)]
+
+    assert matrix(state, 1)
+    for old, kept in zip(matrix(state, 1), matrix(new, 1), strict=True):
+        np.testing.assert_array_equal(old, kept)
+    kernels = params["stack"]["kernel"], new_params["stack"]["kernel"]
+    np.testing.assert_array_equal(kernels[0][1], kernels[1][1])
+    assert (kernels[0][0] != kernels[1][0]).any()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new_params))
+
+
+def test_int8_bases_are_nearly_orthonormal_and_capture_what_float32_ones_do():
+    params, grads = random_params(SHAPES), random_params(SHAPES, 1)
+    gradient, energies = grads["tall"]["kernel"], []
+    for dtype in (jnp.float32, jnp.int8):
+        tx = chain(galore(16, basis_dtype=dtype), optax.adam(1e-3))
+        _, state = tx.update(grads, tx.init(params), params)
+        basis = state.links[0].bases["tall"]["kernel"]
+        vectors = dequantize(basis.vectors["right"])
+        energies.append(float(jnp.sum((gradient @ vectors) ** 2)))
+    assert basis.vectors["right"].codes.dtype == jnp.int8
+    # A row of 16 numbers is a block. Its largest is below 0.5, so numbers are off by 0.001 at
+    # random, a column of 72 by 0.01 at most.
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(16), atol=0.02)
+    np.testing.assert_allclose(*energies, rtol=0.01)
+
+
+def test_it_works_under_tree_map_params_and_does_not_compile_again():
+    params = random_params(SHAPES)
+    tx = adam8bit(1e-3)
+    state = tx.init(params)
+    doubled = optax.tree.map_params(tx, lambda leaf: leaf * 2, state)
+    assert int(doubled[0].count) == int(state[0].count)
+    step = jax.jit(tx.update)
+    grads = random_params(SHAPES, 1)
+    _, state = step(grads, state)
+    step(grads, state)
+    assert step._cache_size() == 1
+
+
+def test_kernels_of_another_name_are_refused():
+    with pytest.raises(ValueError, match="kernels must be one of xla, pallas, not 'cuda'"):
+        scale_by_adam8bit(kernels="cuda")

@@ -1,0 +1,218 @@
+"""The kernels, interpreted on the CPU, and what they are in plain JAX, against float64 formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.extend.random import threefry_2x32
+
+from galore_jax.kernels import adam, lift, triton
+from galore_jax.kernels.random import noise, threefry
+from galore_jax.quantization import decode, dequantize, quantize, round_with
+
+FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
+# Fractions of two, of which float32 has the powers nearly exactly.
+B1, B2, EPS, COUNT = 0.875, 0.96875, 1e-8, 10
+SEED = jnp.array([3, 5], jnp.uint32)
+
+adam_plain = jax.jit(functools.partial(adam.adam_8bit, b1=B1, b2=B2, eps=EPS))
+adam_kernel = jax.jit(functools.partial(triton.adam_8bit, b1=B1, b2=B2, eps=EPS, interpret=True))
+lift_plain = jax.jit(lift.lift_and_add, static_argnames="right_is_transposed")
+lift_kernel = jax.jit(
+    functools.partial(triton.lift_and_add, interpret=True), static_argnames="right_is_transposed"
+)
+both_adams = pytest.mark.parametrize("step", [adam_plain, adam_kernel], ids=["plain", "kernel"])
+both_lifts = pytest.mark.parametrize("add", [lift_plain, lift_kernel], ids=["plain", "kernel"])
+
+
+def float64(x):
+    return np.asarray(x, np.float32).astype(np.float64)
+
+
+def gradient_and_moments(shape, dtype):
+    gradient, mu, nu = jax.random.normal(jax.random.key(0), (3, *shape))
+    return gradient.astype(dtype), quantize(mu, "signed"), quantize(nu**2, "unsigned")
+
+
+def assert_nearest_codes(moment, numbers, terms):
+    """Codes are of the nearest values.
+
+    Args:
+      moment: what was quantised.
+      numbers: float64.
+      terms: the sum of the sizes of what was added to each number. Up to 1e-6 of it a number may
+        lie beyond halfway to the next value.
+    """
+    values = float64(decode(jnp.arange(256), signed=moment.code == "signed"))
+    size = min(256, numbers.shape[-1])
+    for block in range(moment.scales.shape[-1]):
+        own = (..., slice(block * size, (block + 1) * size))
+        largest = np.abs(numbers[own]).max(axis=-1, keepdims=True)
+        np.testing.assert_allclose(moment.scales[..., block : block + 1], largest, rtol=1e-6)
+        codes = np.asarray(moment.codes[own], np.int64)
+        middle = (values[1:] + values[:-1]) / 2
+        above = np.append(middle, np.inf)[codes] * largest
+        below = np.append(-np.inf, middle)[codes] * largest
+        slack = 1e-6 * (terms[own] + largest * np.abs(values[codes]))
+        assert (numbers[own] <= above + slack).all()
+        assert (numbers[own] >= below - slack).all()
+
+
+@both_adams
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1,), FLOAT32),
+        ((70,), BFLOAT16),
+        ((3, 300), FLOAT32),
+        ((7, 256), BFLOAT16),
+        ((5, 1000), BFLOAT16),
+        ((130, 70), FLOAT32),
+        ((2, 3, 300), FLOAT32),
+    ],
+)
+def test_adam_is_its_formula_and_codes_are_the_nearest(step, shape, dtype):
+    gradient, mu, nu = gradient_and_moments(shape, dtype)
+    update, new_mu, new_nu = step(gradient, mu, nu, jnp.int32(COUNT))
+    g, old_m, old_v = map(float64, (gradient, dequantize(mu), dequantize(nu)))
+    m, v = B1 * old_m + (1 - B1) * g, B2 * old_v + (1 - B2) * g**2
+    expected = m / (1 - B1**COUNT) / (np.sqrt(v / (1 - B2**COUNT)) + EPS)
+    assert update.dtype == FLOAT32
+    np.testing.assert_allclose(update, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert_nearest_codes(new_mu, m, np.abs(B1 * old_m) + np.abs((1 - B1) * g))
+    assert_nearest_codes(new_nu, v, v)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 300), BFLOAT16), ((2, 3, 70), FLOAT32)])
+def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
+    arguments = (*gradient_and_moments(shape, dtype), jnp.int32(COUNT))
+    plain, kernel = adam_plain(*arguments), adam_kernel(*arguments)
+    for expected, moment in zip(plain[1:], kernel[1:], strict=True):
+        assert moment.codes.dtype == jnp.uint8
+        # Of numbers that lie halfway the last bit of a product decides.
+        codes = np.asarray(moment.codes, np.int32) - np.asarray(expected.codes, np.int32)
+        assert np.count_nonzero(codes) <= 1e-3 * codes.size
+        assert np.abs(codes).max() <= 1
+        np.testing.assert_allclose(moment.scales, expected.scales, rtol=1e-6)
+
+
+@both_adams
+def test_the_first_step_of_adam_is_that_of_optax(step):
+    gradient = jax.random.normal(jax.random.key(0), (3, 300))
+    mu, nu = (quantize(jnp.zeros_like(gradient), code) for code in ("signed", "unsigned"))
+    optimizer = optax.scale_by_adam(B1, B2, EPS)
+    expected, _ = optimizer.update(gradient, optimizer.init(gradient))
+    np.testing.assert_allclose(step(gradient, mu, nu, jnp.int32(1))[0], expected, rtol=1e-6)
+
+
+@both_adams
+def test_adam_leaves_zeros_at_zero(step):
+    zeros = jnp.zeros((3, 300))
+    mu, nu = quantize(zeros, "signed"), quantize(zeros, "unsigned")
+    update, mu, nu = step(zeros, mu, nu, jnp.int32(1))
+    for array in (update, dequantize(mu), dequantize(nu)):
+        np.testing.assert_array_equal(array, zeros)
+
+
+@both_adams
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_number_that_is_not_finite_spoils_the_moments_of_its_block_alone(step, bad):
+    gradient, mu, nu = gradient_and_moments((3, 300), FLOAT32)
+    _, mu, nu = step(gradient.at[1, 270].set(bad), mu, nu, jnp.int32(COUNT))
+    spoiled = np.zeros((3, 300), bool)
+    spoiled[1, 256:] = True
+    for moment in (mu, nu):
+        np.testing.assert_array_equal(np.isnan(dequantize(moment)), spoiled)
+
+
+def matrices(m, n, r, transposed, dtype):
+    """Weights, and the factors of an update in the dtypes of a basis and of coordinates."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = jax.random.normal(keys[0], (m, n), dtype)
+    left = jax.random.normal(keys[1], (m, r), FLOAT32 if transposed else BFLOAT16)
+    right = jax.random.normal(
+        keys[2], (n, r) if transposed else (r, n), BFLOAT16 if transposed else FLOAT32
+    )
+    return weights, left, right
+
+
+@both_lifts
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(130, 70, 33), (5, 301, 7), (1, 1, 1)])
+@pytest.mark.parametrize("seed", [None, SEED], ids=["nearest", "stochastic"])
+def test_the_lift_is_its_formula_and_rounded_once(add, dtype, transposed, shape, seed):
+    weights, left, right = matrices(*shape, transposed, dtype)
+    scale, decay = 0.25, 0.125
+    new = add(weights, left, right, scale, decay, seed, right_is_transposed=transposed)
+    lifted = float64(left) @ (float64(right).T if transposed else float64(right))
+    expected = (1 - decay) * float64(weights) + scale * lifted
+    slack = 1e-6 * np.abs(expected).max()
+
+    def rounded(number):
+        number = jnp.asarray(number, FLOAT32)
+        if dtype == BFLOAT16 and seed is not None:
+            number = round_with(number, noise(seed, 0, 0, weights.shape))
+        return float64(number.astype(dtype))
+
+    assert new.dtype == dtype
+    # Rounding keeps the order of numbers.
+    assert (float64(new) >= rounded(expected - slack)).all()
+    assert (float64(new) <= rounded(expected + slack)).all()
+
+
+@both_lifts
+def test_a_lift_of_two_factors_in_bfloat16_adds_up_in_float32(add):
+    weights, left, right = matrices(40, 50, 300, False, FLOAT32)
+    new = add(weights, left, right.astype(BFLOAT16), 1.0, 0.0)
+    expected = float64(weights) + float64(left) @ float64(right.astype(BFLOAT16))
+    np.testing.assert_allclose(new, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_the_lift_kernel_runs_over_stacked_matrices():
+    weights, left, right = matrices(5, 70, 3, False, BFLOAT16)
+    stacked = [jnp.stack([x, -2 * x]) for x in (weights, left, right)]
+    seeds = jnp.stack([SEED, SEED + 1])
+    new = jax.vmap(lift_kernel, (0, 0, 0, None, None, 0))(*stacked, 0.25, 0.125, seeds)
+    for i in range(2):
+        expected = lift_kernel(*(x[i] for x in stacked), 0.25, 0.125, seeds[i])
+        np.testing.assert_array_equal(new[i], expected)
+
+
+def test_stochastic_rounding_is_right_on_average():
+    # 0.3 of the way from 1 to its neighbour; 65,536 draws: standard error 0.46/256.
+    weights = jnp.ones((256, 256), BFLOAT16)
+    left = jnp.full((256, 1), 0.3 * 2.0**-7)
+    new = lift_plain(weights, left, jnp.ones((1, 256)), 1.0, 0.0, SEED)
+    assert abs(float((new > 1).mean()) - 0.3) < 5 * 0.46 / 256
+
+
+def test_noise_depends_on_the_place_and_not_on_the_tile():
+    whole = noise(SEED, 0, 0, (30, 21))
+    np.testing.assert_array_equal(noise(SEED, 8, 4, (5, 9)), whole[8:13, 4:13])
+    assert int(whole.max()) < 2**16
+    assert len(np.unique(whole)) > 600
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 2, (0x1CB996FC, 0xBB002BE7)),
+        ((0x243F6A88, 0x85A308D3), (0x13198A2E, 0x03707344), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_has_the_words_that_its_authors_published(counter, key, words):
+    counter, key = jnp.array(counter, jnp.uint32), jnp.array(key, jnp.uint32)
+    assert tuple(map(int, threefry(key, counter[0], counter[1]))) == words
+
+
+def test_threefry_is_that_of_jax():
+    counters = jax.random.bits(jax.random.key(0), (2, 100))
+    np.testing.assert_array_equal(
+        jnp.concatenate(threefry(SEED, counters[0], counters[1])),
+        threefry_2x32(SEED, counters.ravel()),
+    )
