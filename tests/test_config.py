@@ -70,7 +70,7 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("model.num_layers", "'model.num_layers' is no override"),
         (
             "optimizer.name=adam",
-            "optimizer.name = 'adam' is unknown; did you mean adamw?",
+            "optimizer.name = 'adam' is unknown; did you mean adamw or adamw8bit?",
         ),
         (
             "optimizer.refresh=qr",

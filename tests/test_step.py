@@ -10,8 +10,9 @@ import galore_jax
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.state import bases_of, galore_states
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config
 from galore_jax.training.diagnostics import diagnose, movement
+from galore_jax.training.sections import OptimizerConfig, TrainingConfig
 from galore_jax.training.step import (
     init_state,
     learning_rate_schedule,

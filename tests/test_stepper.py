@@ -1,14 +1,17 @@
 """Training steps of projected gradients, and the refreshes between them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_step import changed, initial
 
+import galore_jax
 from galore_jax.errors import InputError
 from galore_jax.sketch import refresh_due
-from galore_jax.training.step import Stepper, make_refresh_step, make_train_step
+from galore_jax.training.step import Stepper, batch_loss, make_optimizer, make_train_step
 
 CONFIG = changed(optimizer={"gradients": "projected", "clip_norm": 0.5})
 
@@ -25,11 +28,17 @@ def assert_equal(one, other, **tolerance):
         np.testing.assert_allclose(a, b, **tolerance)
 
 
+def refresh_of(config):
+    tx = make_optimizer(config.optimizer, config.training.steps)
+    loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
+    return jax.jit(galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number))
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_bases_are_refreshed_before_the_steps_that_are_due(batch, accumulation):
     config = changed(CONFIG, training={"accumulation": accumulation})
     stepper, state = Stepper(config, initial(config)), initial(config)
-    step, refresh, other = make_train_step(config), make_refresh_step(config), initial(config)
+    step, refresh, other = make_train_step(config), refresh_of(config), initial(config)
     refreshed = []
     for t in range(8):
         if refresh_due(other.opt_state):
@@ -59,7 +68,7 @@ def test_both_ways_of_gradients_make_the_same_step_and_clip_by_the_same_norm(bat
     config = changed(CONFIG, optimizer=settings)
     full = changed(config, optimizer={"gradients": "full"})
     projected_step, full_step = make_train_step(config), make_train_step(full)
-    refresh, state = make_refresh_step(config), initial(config)
+    refresh, state = refresh_of(config), initial(config)
     state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
     for _ in range(3):
         other, from_full = full_step(jax.tree.map(jnp.copy, state), batch)
@@ -76,7 +85,7 @@ def test_both_ways_of_gradients_make_the_same_step_and_clip_by_the_same_norm(bat
 def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
     config = changed(CONFIG, training={"diagnostics": True})
     full = changed(config, optimizer={"gradients": "full"})
-    refresh, state = make_refresh_step(config), initial(config)
+    refresh, state = refresh_of(config), initial(config)
     state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
     _, wanted = make_train_step(full)(jax.tree.map(jnp.copy, state), batch)
     _, found = make_train_step(config)(state, batch)

@@ -169,7 +169,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer of LLaMA: `x += attention(norm(x)); x += mlp(norm(x))`."""
+    """One pre-norm layer of LLaMA: `x += attention(norm(x)); x += mlp(norm(x))`.
+
+    With `remat_halves` the backward pass computes attention again after it is done with the MLP, so
+    that the activations of only one of them exist at a time.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -177,6 +181,7 @@ class Block(nn.Module):
     norm_epsilon: float
     initializer_range: float
     dtype: Any
+    remat_halves: bool = False
 
     @nn.compact
     def __call__(
@@ -188,10 +193,10 @@ class Block(nn.Module):
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, KeyValueCache | None]:
         """Same arguments and results as `Attention`."""
-        attention = Attention(
-            self.num_heads, self.num_kv_heads, self.initializer_range, self.dtype, name="attention"
-        )
-        mlp = MLP(self.intermediate_size, self.initializer_range, self.dtype, name="mlp")
+        half = nn.remat if self.remat_halves else lambda layer: layer
+        settings = (self.initializer_range, self.dtype)
+        attention = half(Attention)(self.num_heads, self.num_kv_heads, *settings, name="attention")
+        mlp = half(MLP)(self.intermediate_size, *settings, name="mlp")
         attended, cache = attention(self._norm("input_norm")(x), rotation, mask, cache, start)
         x = x + attended
         return x + mlp(self._norm("post_attention_norm")(x)), cache

@@ -12,13 +12,16 @@ import numpy as np
 import optax
 
 import galore_jax
+from galore_jax import layerwise
 from galore_jax.gradients import mean_over
+from galore_jax.models import by_layer
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 from galore_jax.sketch import updates_until_refresh
 from galore_jax.state import galore_states, project
-from galore_jax.training.config import Config, OptimizerConfig
+from galore_jax.training.config import Config
 from galore_jax.training.diagnostics import diagnose, movement
+from galore_jax.training.sections import OptimizerConfig
 
 PyTree = Any
 Batch = dict[str, Any]
@@ -35,6 +38,7 @@ GALORE = (
     "stagger",
     "lazy_overlap",
     "max_gap",
+    "basis_dtype",
 )
 
 
@@ -71,29 +75,38 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, *, clips: bool = True
+) -> optax.GradientTransformation:
     """The transformation named by `config.name`, with a clip by global norm if one is set.
 
-    With GaLore that clips coordinates, or stands in front and clips full gradients.
+    With GaLore that clips coordinates, or stands in front and clips full gradients. A layer-wise
+    step clips by itself, and wants none: `clips=False`.
     """
     schedule = learning_rate_schedule(config, steps)
     b2 = {} if config.b2 is None else {"b2": config.b2}
+    kernels: Any = config.kernels
     adam: dict[str, Any] = {"b1": config.b1, "eps": config.eps, **b2}
     common: dict[str, Any] = {"weight_decay": config.weight_decay}
-    if config.name == "adamw":
-        optimizer = optax.adamw(schedule, **adam, **common)
-        clip = optax.clip_by_global_norm(config.clip_norm)
-        return galore_jax.chain(clip, optimizer) if config.clip_norm else optimizer
+    clip_norm = config.clip_norm if clips else 0.0
+    if not config.has_galore:
+        if config.name == "adamw8bit":
+            optimizer = galore_jax.adamw8bit(schedule, **adam, **common, kernels=kernels)
+        else:
+            optimizer = optax.adamw(schedule, **adam, **common)
+        clip = optax.clip_by_global_norm(clip_norm)
+        return galore_jax.chain(clip, optimizer) if clip_norm else optimizer
     common |= {name: getattr(config, name) for name in GALORE}
-    if config.name == "galore_adamw":
-        optimizer = galore_jax.adamw(schedule, **adam, **common)
+    if config.name in ("galore_adamw", "galore_adamw8bit"):
+        bits = {"eight_bit": config.name == "galore_adamw8bit", "kernels": kernels}
+        optimizer = galore_jax.adamw(schedule, **adam, **common, **bits)
     elif config.name == "galore_adafactor":
         optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **common)
     else:
         optimizer = galore_jax.lion(schedule, b1=config.b1, **b2, **common)
-    if not config.clip_norm:
+    if not clip_norm:
         return optimizer
-    clip = galore_jax.clip_by_finite_norm(config.clip_norm)
+    clip = galore_jax.clip_by_finite_norm(clip_norm)
     if config.clip_norm_of == "gradients":
         return galore_jax.chain(clip, optimizer)
     galore, *rest = optimizer.links
@@ -104,10 +117,12 @@ def init_state(config: Config) -> TrainState:
     """The state before the first step; a pure function of the configuration."""
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Llama(config.model).init(jax.random.key(config.training.seed), tokens)["params"]
-    tx = make_optimizer(config.optimizer, config.training.steps)
+    is_layerwise = config.training.layerwise
+    tx = make_optimizer(config.optimizer, config.training.steps, clips=not is_layerwise)
     # As galore's, the moments of plain AdamW are float32 whatever the parameters are.
     started = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    return TrainState(params, galore_jax.init(tx, started), jnp.zeros([], jnp.int32))
+    opt_state = (layerwise if is_layerwise else galore_jax).init(tx, started)
+    return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 
 def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -146,39 +161,58 @@ def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradient
     return gradients
 
 
-def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+def make_train_step(
+    config: Config, *, refreshes: bool = False
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The jitted step, which takes over (donates) the state it is given.
 
     bfloat16 parameters are rounded stochastically unless `optimizer.stochastic_rounding` is off:
     the sum in float32 goes up or down to a neighbouring bfloat16 with odds by its distance to
     each. The odds come from the seed and the step alone, so a resumed run draws the same.
 
+    Args:
+      config: of the run.
+      refreshes: of projected gradients, before the update: make new bases where they are due.
+
     Returns:
       A function of a state and a batch (`tokens`, `segments`, `positions`: int32 (B, T)) that
       returns the next state and scalars: `loss` before the update, `targets`, `learning_rate`,
       before any clipping `gradient_norm`, of full gradients, and with GaLore `coordinates_norm`, in
       which coordinates stand for the projected ones, and those of `diagnostics`. A step of
-      projected gradients knows no full ones, and refreshes no basis: see `make_refresh_step`.
+      projected gradients knows no full ones.
     """
+    if config.training.layerwise:
+        return _make_layerwise_step(config, refreshes)
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     rounds = config.model.dtype == "bfloat16" and config.optimizer.stochastic_rounding
     projected = config.optimizer.are_projected
+    kernels: Any = config.optimizer.kernels
     gradients_of = make_gradients(config, tx)
     full = dataclasses.replace(config.optimizer, gradients="full")
     full_gradients_of = make_gradients(dataclasses.replace(config, optimizer=full), tx)
+    loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
+    refresh = galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        if refreshes and projected:
+            opt_state = refresh(state.params, state.opt_state, batch)
+            state = state._replace(opt_state=opt_state)
         gradients, metrics = gradients_of(state.params, state.opt_state, batch)
         metrics["learning_rate"] = schedule(state.step)
         key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
         params, opt_state = galore_jax.apply_gradients(
-            tx, gradients, state.opt_state, state.params, key=key if rounds else None
+            tx,
+            gradients,
+            state.opt_state,
+            state.params,
+            key=key if rounds else None,
+            kernels=kernels,
         )
         metrics |= movement(opt_state)
         if not projected:
             metrics["gradient_norm"] = optax.tree.norm(gradients)
-        if config.optimizer.name != "adamw":
+        if config.optimizer.has_galore:
             bases = galore_states(opt_state, inside_chains=True)
             coordinates = gradients if projected else project(gradients, bases)
             metrics["coordinates_norm"] = optax.tree.norm(coordinates)
@@ -191,24 +225,48 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     return jax.jit(train_step, donate_argnums=0)
 
 
-def make_refresh_step(config: Config) -> Callable[[PyTree, PyTree, Batch], PyTree]:
-    """The jitted refresh of the bases that are due, from the batch of the step that follows.
+def _make_layerwise_step(
+    config: Config, refreshes: bool
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
+    optimizer = config.optimizer
+    schedule = learning_rate_schedule(optimizer, config.training.steps)
+    rounds = config.model.dtype == "bfloat16" and optimizer.stochastic_rounding
+    choices: dict[str, Any] = {"clip_by": optimizer.clip_by, "kernels": optimizer.kernels}
+    step = layerwise.make_step(
+        layerwise.LayeredModel(
+            embed=functools.partial(by_layer.embed, config.model),
+            block=functools.partial(by_layer.block, config.model),
+            head_loss=functools.partial(by_layer.head_loss, config.model),
+        ),
+        make_optimizer(optimizer, config.training.steps, clips=False),
+        projected=optimizer.are_projected,
+        refreshes=refreshes,
+        clip_norm=optimizer.clip_norm,
+        **choices,
+    )
 
-    Returns:
-      A function of parameters, optimizer's state (which it takes over) and batch that returns the
-      optimizer's state.
-    """
-    tx = make_optimizer(config.optimizer, config.training.steps)
-    loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
-    refresh = galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number)
-    return jax.jit(refresh, donate_argnums=1)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+        key = key if rounds else None
+        params, opt_state, loss, targets = step(state.params, state.opt_state, batch, key)
+        norm = "coordinates_norm" if optimizer.are_projected else "gradient_norm"
+        metrics = {
+            "loss": loss,
+            "targets": targets,
+            "learning_rate": schedule(state.step),
+            norm: opt_state.norm,
+            **movement(opt_state),
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
 
 
 class Stepper:
-    """Steps of training, compiled ahead, and the refreshes before those that are due for one.
+    """Steps of training, compiled ahead: those that refresh bases apart from the others.
 
-    The device is not asked at every step whether one is, since the host would have to wait for the
-    answer: only when as many steps have passed as the basis nearest to its refresh had left.
+    The device is not asked at every step whether a basis is due, since the host would have to wait
+    for the answer: only when as many steps have passed as the one nearest to its refresh had left.
     """
 
     def __init__(self, config: Config, state: TrainState):
@@ -217,22 +275,22 @@ class Stepper:
         batch = {"tokens": leaf, "segments": leaf, "positions": leaf}
         began = time.perf_counter()
         self._step = make_train_step(config).lower(state, batch).compile()
-        self._refresh = None
+        self._refreshing_step = None
         if config.optimizer.are_projected:
-            refresh = make_refresh_step(config)
-            self._refresh = refresh.lower(state.params, state.opt_state, batch).compile()
+            refreshing = make_train_step(config, refreshes=True)
+            self._refreshing_step = refreshing.lower(state, batch).compile()
         self._steps_left = 0
         self.compile_seconds = time.perf_counter() - began
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """As the function of `make_train_step`."""
-        if self._refresh is not None and self._steps_left == 0:
+        if self._refreshing_step is not None and self._steps_left == 0:
             self._steps_left = int(updates_until_refresh(state.opt_state))
             if self._steps_left == 0:
-                opt_state = self._refresh(state.params, state.opt_state, batch)
-                state = state._replace(opt_state=opt_state)
-                # A basis that could not be refreshed is tried again at the next step.
-                self._steps_left = max(int(updates_until_refresh(opt_state)), 1)
+                state, measured = self._refreshing_step(state, batch)
+                # 0 where a basis could not be refreshed: it is tried again at the next step.
+                self._steps_left = int(updates_until_refresh(state.opt_state))
+                return state, measured
         self._steps_left -= 1
         return self._step(state, batch)
 

@@ -27,7 +27,8 @@ from galore_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentence
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.state import galore_states
 from galore_jax.subspace import REFRESH
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config
+from galore_jax.training.sections import OptimizerConfig, TrainingConfig
 from galore_jax.training.step import init_state, make_gradients, make_optimizer, make_train_step
 
 ROW_LENGTH = 256

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+import galore_jax
 from benchmarks.contestants import PyTree
 from benchmarks.report import Row, require
 from benchmarks.state import CONFIGS, require_size
@@ -17,10 +19,10 @@ from galore_jax.sketch import refresh_due
 from galore_jax.state import galore_states, map_bases
 from galore_jax.training.config import Config, load_config
 from galore_jax.training.step import (
+    batch_loss,
     init_state,
     make_gradients,
     make_optimizer,
-    make_refresh_step,
     make_train_step,
 )
 
@@ -65,7 +67,8 @@ def measure_run(config: Config) -> list[Row]:
     full = replace(config, optimizer=replace(config.optimizer, gradients="full"))
     tx = make_optimizer(config.optimizer, config.training.steps)
     gradients, step = jax.jit(make_gradients(full, tx)), make_train_step(config)
-    refresh = make_refresh_step(config)
+    loss = partial(batch_loss, config.model)
+    refresh = jax.jit(galore_jax.refresh(loss, tx, has_aux=True), donate_argnums=1)
     batches = train_batches(config.data, load_tokenizer(config.data.tokenizer))
     state = jax.jit(lambda: init_state(config))()
     rows = []

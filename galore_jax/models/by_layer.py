@@ -1,0 +1,49 @@
+"""LLaMA as three pure functions, for layer-wise steps: together they compute what `Llama` does."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from galore_jax.models.layers import Block, Rotation, attention_mask, rotation_at
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.models.loss import next_token_loss_of
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+
+
+def embed(config: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array, Any]:
+    """Activations before the first block, and the rotation and mask that all blocks are given."""
+    embedding = nn.Embed(config.vocab_size, config.hidden_size, dtype=jnp.float32)
+    x: Any = embedding.apply({"params": params["embed_tokens"]}, batch["tokens"])
+    rotation = rotation_at(batch["positions"], config.head_size, config.rope_theta)
+    return x.astype(config.dtype), (rotation, attention_mask(batch["segments"]))
+
+
+def block(
+    config: LlamaConfig, params: PyTree, x: jax.Array, beside: tuple[Rotation, jax.Array]
+) -> jax.Array:
+    """One block, of parameters without a layer axis."""
+    layer = Block(
+        num_heads=config.num_heads,
+        num_kv_heads=config.kv_heads,
+        intermediate_size=config.intermediate_size,
+        norm_epsilon=config.norm_epsilon,
+        initializer_range=config.initializer_range,
+        dtype=config.dtype,
+        remat_halves=True,
+    )
+    return layer.apply({"params": params}, x, *beside)[0]
+
+
+def head_loss(
+    config: LlamaConfig, params: PyTree, x: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """The mean loss per target in nats, and the number of targets; never holds all logits."""
+    norm = nn.RMSNorm(config.norm_epsilon, dtype=config.dtype)
+    normed: Any = norm.apply({"params": params["norm"]}, x)
+    head = nn.meta.unbox(params["lm_head"])["kernel"]
+    loss, targets = next_token_loss_of(normed, head, batch["tokens"], batch["segments"])
+    return loss / jnp.maximum(targets, 1), targets

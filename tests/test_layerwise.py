@@ -1,0 +1,304 @@
+"""Layer-wise steps against ordinary ones from equal states, and what they keep in memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trees import max_difference
+
+import galore_jax
+from galore_jax import layerwise
+from galore_jax.layerwise import LayeredModel, LayerwiseState
+from galore_jax.models import by_layer
+from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.models.loss import next_token_loss
+
+CONFIG = LlamaConfig(97, 32, 56, 3, 4, num_kv_heads=2, max_length=24)
+GAP = 5
+
+
+def model_of(config):
+    functions = (by_layer.embed, by_layer.block, by_layer.head_loss)
+    return LayeredModel(*(functools.partial(f, config) for f in functions))
+
+
+def params_of(config):
+    return Llama(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def batch_of(seed, rows=4, length=24):
+    """Rows of two documents, the last of them padded."""
+    generator = np.random.default_rng(seed)
+    tokens = generator.integers(1, 97, (rows, length))
+    first = length * 2 // 3
+    segments = np.where(np.arange(length) < first, 1, 2) * np.ones((rows, 1), int)
+    segments[-1, -5:] = 0
+    positions = np.where(np.arange(length) < first, np.arange(length), np.arange(length) - first)
+    arrays = {"tokens": tokens, "segments": segments, "positions": positions * np.ones_like(tokens)}
+    return {name: jnp.asarray(array, jnp.int32) for name, array in arrays.items()}
+
+
+def loss_of(config, params, batch):
+    logits = Llama(config).apply(
+        {"params": params}, batch["tokens"], batch["segments"], batch["positions"]
+    )
+    total, targets = next_token_loss(logits, batch["tokens"], batch["segments"])
+    return total / targets
+
+
+class Ordinary:
+    """Compiled gradients, refreshes and updates of whole models."""
+
+    def __init__(self, tx, projected, config=CONFIG):
+        loss = functools.partial(loss_of, config)
+        self.apply = jax.jit(functools.partial(galore_jax.apply_gradients, tx))
+        self.refresh = jax.jit(galore_jax.refresh(loss, tx)) if projected else None
+        whole = jax.value_and_grad(loss)
+        self.gradients = jax.jit(
+            galore_jax.value_and_grad(loss, tx)
+            if projected
+            else lambda params, state, batch: whole(params, batch)
+        )
+
+    def step(self, params, state, batch):
+        due = self.refresh is not None and bool(galore_jax.refresh_due(state))
+        if due:
+            state = self.refresh(params, state, batch)
+        loss, grads = self.gradients(params, state, batch)
+        return (*self.apply(grads, state, params), loss, due)
+
+
+def layerwise_steps(tx, model=None, **settings):
+    """Compiled steps by whether they refresh."""
+    model = model_of(CONFIG) if model is None else model
+    return {
+        refreshes: jax.jit(layerwise.make_step(model, tx, refreshes=refreshes, **settings))
+        for refreshes in (False, True)
+    }
+
+
+CASES = {
+    "adamw keep": (galore_jax.adamw, {"moments": "keep", "weight_decay": 0.1}),
+    "adamw rotate stagger": (galore_jax.adamw, {"moments": "rotate", "stagger": True}),
+    "adamw reset": (galore_jax.adamw, {"moments": "reset", "weight_decay": 0.1}),
+    "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
+    # It clips a stack of norm scales as a whole, a layer-wise step each by itself.
+    "adafactor": (galore_jax.adafactor, {"clipping_threshold": 1e9}),
+    "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
+}
+
+
+@pytest.mark.parametrize("projected", [True, False], ids=["coordinates", "full gradient"])
+@pytest.mark.parametrize("case", CASES)
+def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(case, projected):
+    make, settings = CASES[case]
+    schedule = optax.linear_schedule(0.003, 0.001, 20)
+    tx = make(schedule, 8, GAP, **settings)
+    ordinary, steps = Ordinary(tx, projected), layerwise_steps(tx, projected=projected)
+    params = params_of(CONFIG)
+    state, refreshes = galore_jax.init(tx, params), 0
+    for t in range(20):
+        batch = batch_of(t)
+        before = LayerwiseState(state, jnp.float32(0))
+        after = {due: step(params, before, batch) for due, step in steps.items()}
+        params, state, loss, due = ordinary.step(params, state, batch)
+        found = after[due]
+        refreshes += due
+        assert max_difference(found.params, params) <= 1e-5, t
+        for one, other in zip(
+            jax.tree.leaves(found.state.inner), jax.tree.leaves(state), strict=True
+        ):
+            np.testing.assert_allclose(one, other, atol=2e-5)
+        np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
+        # Where nothing is due, the step that refreshes is the one that does not.
+        if not due:
+            assert max_difference(after[True].params, after[False].params) <= 1e-6
+    assert refreshes >= 4 or not projected
+
+
+def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():
+    tx = galore_jax.adamw(0.003, 8, GAP, eight_bit=True, basis_dtype=jnp.int8)
+    config = LlamaConfig(97, 64, 96, 3, 4, max_length=24)
+    ordinary = Ordinary(tx, True, config)
+    steps = layerwise_steps(tx, model_of(config))
+    params = params_of(config)
+    state = galore_jax.init(tx, params)
+    for t in range(8):
+        found = steps[bool(galore_jax.refresh_due(state))](
+            params, LayerwiseState(state, jnp.float32(0)), batch_of(t)
+        )
+        params, state, *_ = ordinary.step(params, state, batch_of(t))
+        pairs = zip(jax.tree.leaves(found.state.inner), jax.tree.leaves(state), strict=True)
+        for one, other in pairs:
+            if one.dtype in (jnp.uint8, jnp.int8):
+                apart = np.abs(one.astype(int) - other.astype(int))
+                assert apart.max() <= 1
+                assert (apart > 0).mean() < 0.01
+        # One step of a basis' code is 1/127 of its largest number: updates are off by so much.
+        assert max_difference(found.params, params) <= 0.003 * 0.05
+
+
+@pytest.mark.parametrize("projected", [True, False], ids=["coordinates", "full gradient"])
+def test_a_first_pass_clips_as_an_ordinary_clip_does(projected):
+    clip = galore_jax.clip_by_finite_norm(0.3)
+    plain = galore_jax.adamw(0.003, 8, GAP)
+    first, *rest = plain.links
+    clipping = galore_jax.chain(*((first, clip, *rest) if projected else (clip, first, *rest)))
+    ordinary = Ordinary(clipping, projected)
+    steps = layerwise_steps(plain, projected=projected, clip_norm=0.3, clip_by="first_pass")
+    params = params_of(CONFIG)
+    state = galore_jax.init(plain, params)
+    for t in range(7):
+        due = projected and bool(galore_jax.refresh_due(state))
+        found = steps[due](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
+        links = list(state.links)
+        links.insert(1 if projected else 0, optax.EmptyState())
+        with_clip = state._replace(links=tuple(links))
+        params, with_clip, *_ = ordinary.step(params, with_clip, batch_of(t))
+        assert found.state.norm > 0.3  # It is clipped.
+        assert max_difference(found.params, params) <= 1e-5
+        links = list(with_clip.links)
+        del links[1 if projected else 0]
+        state = state._replace(links=tuple(links))
+
+
+def test_the_previous_step_clips_by_its_own_norm_and_the_first_step_not_at_all():
+    tx = galore_jax.chain(galore_jax.galore(8), optax.sgd(1.0))
+    settings = {"clip_norm": 0.3, "clip_by": "previous_step"}
+    clipped, free = (layerwise_steps(tx, **extra)[True] for extra in (settings, {}))
+    params = params_of(CONFIG)
+    state = layerwise.init(tx, params)
+    first, same = clipped(params, state, batch_of(0)), free(params, state, batch_of(0))
+    assert max_difference(first.params, same.params) == 0
+    second, whole = (step(params, first.state, batch_of(0)) for step in (clipped, free))
+    # The same norm again is before any clipping.
+    np.testing.assert_allclose(second.state.norm, first.state.norm, rtol=1e-6)
+    np.testing.assert_allclose(second.state.norm, whole.state.norm, rtol=1e-6)
+    factor = 0.3 / float(first.state.norm)
+    assert factor < 1
+    moved = jax.tree.map(lambda new, old: new - old, second.params, params)
+    wanted = jax.tree.map(lambda new, old: factor * (new - old), whole.params, params)
+    assert max_difference(moved, wanted) <= 1e-6
+
+
+def test_a_layer_whose_gradient_is_not_finite_is_left_out_with_all_its_state():
+    params = params_of(CONFIG)
+    tx = galore_jax.adamw(0.003, 8, GAP)
+    steps = layerwise_steps(tx)
+    step = steps[True](params, layerwise.init(tx, params), batch_of(0))
+    # The input of the middle layer's down projection is so large that squares leave float32.
+    broken = jax.tree.map(lambda leaf: leaf, step.params)
+    up = broken["layers"]["mlp"]["up_proj"]["kernel"]
+    broken["layers"]["mlp"]["up_proj"]["kernel"] = up.at[1].multiply(1e30)
+    down = broken["layers"]["mlp"]["down_proj"]["kernel"]
+    broken["layers"]["mlp"]["down_proj"]["kernel"] = down.at[1].multiply(1e-30)
+    after = steps[False](broken, step.state, batch_of(1))
+    kernels = [tree["layers"]["mlp"]["down_proj"]["kernel"] for tree in (broken, after.params)]
+    np.testing.assert_array_equal(kernels[0][1], kernels[1][1])
+    assert (kernels[0][0] != kernels[1][0]).any()
+    basis = after.state.inner.links[0].bases["layers"]["mlp"]["down_proj"]["kernel"]
+    np.testing.assert_array_equal(basis.skipped, [0, 1, 0])
+    assert jnp.isfinite(after.state.norm)
+
+
+def test_an_optimizer_without_galore_takes_full_gradients_and_8_bits():
+    for tx in (optax.adamw(0.003), galore_jax.adamw8bit(0.003)):
+        ordinary, steps = Ordinary(tx, False), layerwise_steps(tx, projected=False)
+        params = params_of(CONFIG)
+        state = tx.init(params)
+        for t in range(4):
+            found = steps[False](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
+            params, state, *_ = ordinary.step(params, state, batch_of(t))
+            # Of the first gradients some are so small that their sign is rounding.
+            close = jax.tree.map(lambda a, b: jnp.abs(a - b) < 1e-5, found.params, params)
+            assert min(float(leaf.mean()) for leaf in jax.tree.leaves(close)) > 0.99
+
+
+def tied():
+    """A model of plain arrays whose head is its embedding, and its loss in one piece."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "embedding": jax.random.normal(keys[0], (97, 16)),
+        "layers": {"kernel": jax.random.normal(keys[1], (3, 16, 16)) / 4},
+        "bias": jnp.zeros(97),
+    }
+
+    def embed(params, batch):
+        return params["embedding"][batch], jnp.float32(0.5)
+
+    def block(params, x, half):
+        return x + half * jnp.tanh(x @ params["kernel"])
+
+    def head_loss(params, x, batch):
+        logits = x @ params["embedding"].T + params["bias"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch)
+        return losses.mean(), losses.max()
+
+    def loss(params, batch):
+        x, half = embed(params, batch)
+        for i in range(3):
+            x = block(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x, half)
+        return head_loss(params, x, batch)[0]
+
+    return LayeredModel(embed, block, head_loss), params, loss
+
+
+def test_of_an_embedding_that_is_the_head_too_both_gradients_count():
+    model, params, loss = tied()
+    tx = galore_jax.chain(galore_jax.galore(4), optax.sgd(0.1))
+    step = jax.jit(layerwise.make_step(model, tx))
+    batch = jnp.arange(12).reshape(3, 4)
+    state = layerwise.init(tx, params)
+    found = step(params, state, batch)
+    value, grads = galore_jax.value_and_grad(loss, tx)(params, state.inner, batch)
+    wanted, _ = galore_jax.apply_gradients(tx, grads, state.inner, params)
+    assert max_difference(found.params, wanted) <= 1e-6
+    np.testing.assert_allclose(found.loss, value, rtol=1e-6)
+    assert found.aux >= found.loss
+
+
+def test_models_it_would_train_wrongly_are_refused():
+    model, params, _ = tied()
+    tx = galore_jax.chain(galore_jax.galore(4), optax.sgd(0.1))
+    state = layerwise.init(tx, params)
+    leaking = model._replace(
+        embed=lambda params, batch: (params["embedding"][batch], params["bias"])
+    )
+    with pytest.raises(ValueError, match="depends on parameters, whose gradient"):
+        layerwise.make_step(leaking, tx)(params, state, jnp.arange(4)[None])
+    uneven = {**params, "layers": {**params["layers"], "other": jnp.zeros((2, 3))}}
+    with pytest.raises(ValueError, match=r'below "layers" must be stacked by layer .* \[2, 3\]'):
+        layerwise.make_step(model, tx)(uneven, layerwise.init(tx, uneven), jnp.arange(4)[None])
+    numbers = {"layers": {"kernel": optax.contrib.GaLoreDimensionNumbers(0, (1, 2))}}
+    numbers |= {"embedding": None, "bias": None}
+    tx = galore_jax.chain(galore_jax.galore(2, weight_dimension_numbers=numbers), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="layers/kernel is projected across its layers"):
+        layerwise.make_step(model, tx)(params, layerwise.init(tx, params), jnp.arange(4)[None])
+
+
+def memory(step, *arguments):
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    return compiled.memory_analysis()
+
+
+@pytest.mark.parametrize("refreshes", [False, True], ids=["step", "refreshing step"])
+def test_temporary_memory_grows_with_depth_only_by_the_inputs_of_layers(refreshes):
+    tx = galore_jax.adamw(0.01, 32, eight_bit=True)
+    rows, length, hidden = 4, 24, 128
+    batch = batch_of(0, rows, length)
+    depths, sizes = np.array([2, 4, 8, 16]), []
+    for depth in depths:
+        config = LlamaConfig(97, hidden, 352, int(depth), 4, max_length=length)
+        params = jax.eval_shape(functools.partial(params_of, config))
+        state = jax.eval_shape(functools.partial(layerwise.init, tx), params)
+        step = layerwise.make_step(model_of(config), tx, refreshes=refreshes)
+        sizes.append(memory(step, params, state, batch).temp_size_in_bytes)
+    slope, start = np.polyfit(depths, sizes, 1)
+    inputs = rows * length * hidden * 4
+    layer = 4 * (4 * hidden**2 + 3 * hidden * 352)
+    # A tenth of a layer's parameters would be ten times what is allowed here beside the inputs.
+    assert inputs * 0.9 <= slope <= inputs + layer / 100
+    np.testing.assert_allclose(np.polyval((slope, start), depths), sizes, rtol=0.01)
