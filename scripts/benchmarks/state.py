@@ -1,22 +1,20 @@
 """`state`: bytes of the optimizer's state by part, float32, from shapes alone."""
 
-import collections
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
 
-from benchmarks.contestants import PyTree, contestants
+from benchmarks.contestants import contestants
 from benchmarks.models import init_llama, separate_layers
 from benchmarks.report import Row, require_choice
-from galore_jax.matrices import path_names
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import load_config
+from galore_jax.training.memory import bytes_by_part
 from galore_jax.training.step import tree_bytes, tree_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PARTS = {"vectors": "bases", "projector": "bases", "mu": "moments", "nu": "moments"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,3 @@ def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
         )
     adamw = rows[0]["bytes"]
     return [{**row, "of_adamw": row["bytes"] / adamw} for row in rows]
-
-
-def bytes_by_part(state: PyTree) -> dict[str, int]:
-    """Bytes of `bases`, `moments` and `rest`, told apart by the names in the state."""
-    parts = collections.Counter(bases=0, moments=0, rest=0)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        named = [PARTS[name] for name in path_names(path) if name in PARTS]
-        parts[named[0] if named else "rest"] += tree_bytes(leaf)
-    return dict(parts)

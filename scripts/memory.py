@@ -1,0 +1,189 @@
+"""Bytes of a training step, predicted and as compiled, for a CPU or for a card that is not there.
+
+python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
+python scripts/memory.py --config configs/llama_60m.toml --json memory.json data.batch_size=16
+
+A card is only a target of the compiler: that needs galore-jax[cuda] but no card.
+
+With --json the figures, in bytes, go to a file too: {"predicted": {part: ..., "total": ...},
+"compiled": {"train_step": {"arguments", "outputs", "aliased", "temporaries", "total"},
+"refresh_step": ...}}. With --picture the predicted parts are drawn beside those of other
+optimizers of the same model and batch.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import nullcontext
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from galore_jax.errors import InputError, exit_with_one_sentence
+from galore_jax.files import written_whole
+
+GIB = 2**30
+COLOURS = {
+    "weights": "#0072B2",
+    "gradients": "#D55E00",
+    "bases": "#009E73",
+    "moments": "#56B4E9",
+    "activations": "#E69F00",
+    "logits": "#CC79A7",
+    "update": "#777777",
+}
+LIGHT = ("moments", "activations", "logits")
+Parts = dict[str, int]
+
+
+def main() -> None:
+    """Reads the arguments, compiles, prints and draws."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a TOML file, as configs/llama_60m.toml")
+    parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the parts into this PNG")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    for option in ("json", "picture"):
+        file = getattr(arguments, option)
+        if file and not file.parent.is_dir():
+            raise InputError(f"there is no folder {file.parent} for --{option}: make it first.")
+
+    import jax
+
+    from galore_jax.devices import TARGETS, target
+    from galore_jax.training.config import load_config
+    from galore_jax.training.memory import compiled, contestants, predict
+
+    if arguments.device not in ("cpu", *TARGETS):
+        names = ", ".join(("cpu", *TARGETS))
+        raise InputError(f"there is no device {arguments.device}: take one of {names}.")
+    config = load_config(arguments.config, arguments.overrides)
+    card = TARGETS.get(arguments.device)
+    if card is None:
+        jax.config.update("jax_platforms", "cpu")
+    with nullcontext() if card is None else target(arguments.device) as sharding:
+        predicted = predict(config)
+        name = "a CPU" if card is None else card.name
+        print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)
+        steps = compiled(config, sharding)
+        others = contestants(config) if arguments.picture else {}
+
+    print(table(predicted, steps))
+    if card is None:
+        print("\nThe prediction is of a GPU; a CPU needs more: it computes bfloat16 in float32.")
+    else:
+        print(f"\nCompiled for a card that is not here, {card.name}: nothing was run.")
+        print(fit(max(step["total"] for step in steps.values()), card.memory))
+    if arguments.json:
+        with written_whole(arguments.json) as path:
+            path.write_text(
+                json.dumps({"predicted": predicted, "compiled": steps}, indent=1) + "\n"
+            )
+    if arguments.picture:
+        shape = f"{config.data.batch_size} × {config.data.sequence_length} tokens a step"
+        title = f"{Path(arguments.config).stem}, {shape}"
+        others[own_name(config)] = predicted
+        draw(others, steps["train_step"]["total"], title, card, arguments.picture)
+
+
+def own_name(config: Any) -> str:
+    """Of a configuration among the contestants."""
+    bits = "8-bit " if config.optimizer.name.endswith("8bit") else ""
+    return f"{bits}{'GaLore' if config.optimizer.has_galore else 'Adam'}, here"
+
+
+def table(predicted: Parts, steps: dict[str, Parts]) -> str:
+    """Predicted parts to the left, what was compiled to the right, in GiB."""
+    gib = lambda size: f"{size / GIB:.3f}"  # noqa: E731
+    left = [("predicted", "GiB"), *((part, gib(size)) for part, size in predicted.items())]
+    right = [("compiled, GiB", *steps)]
+    for key in next(iter(steps.values())):
+        right.append((key, *(gib(step[key]) for step in steps.values())))
+    apart = 100 * (predicted["total"] / steps["train_step"]["total"] - 1)
+    right.append(("prediction is off by", f"{apart:+.1f}%"))
+    lines = []
+    for (part, size), (key, *sizes) in zip_longest(left, right, fillvalue=("", "")):
+        line = f"{part:<12}{size:>8}    {key:<24}" + "".join(f"{size:>14}" for size in sizes)
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def fit(needed: int, memory: int) -> str:
+    """Whether a step fits a card's memory, and by how much."""
+    left = (memory - needed) / GIB
+    if left < 0:
+        return f"It does not fit the card's {memory / GIB:.1f} GiB: {-left:.1f} are missing."
+    return f"It fits the card's {memory / GIB:.1f} GiB: {left:.1f} are left."
+
+
+def draw(
+    contestants: dict[str, Parts],
+    compiled: int,
+    title: str,
+    card: Any,
+    picture: Path,
+) -> None:
+    """Draws the parts of each contestant as a bar; nothing where matplotlib is missing.
+
+    Args:
+      contestants: by name, the last of which was compiled too.
+      compiled: the total of that.
+      title: of the picture.
+      card: the `GpuTarget` whose memory is marked, or None.
+      picture: the PNG.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        print(f'{picture} is left out, it needs matplotlib: pip install "galore-jax[plots]"')
+        return
+    figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    longest = max(parts["total"] for parts in contestants.values()) / GIB
+    for row, parts in enumerate(contestants.values()):
+        start = 0.0
+        for part, colour in COLOURS.items():
+            size = parts[part] / GIB
+            label = part if row == 0 else None
+            edge = {"edgecolor": "white", "linewidth": 0.4}
+            axes.barh(row, size, 0.62, start, color=colour, label=label, **edge)
+            if size > 0.045 * longest:
+                ink = "black" if part in LIGHT else "white"
+                where = {"ha": "center", "va": "center", "color": ink, "fontsize": 10}
+                axes.text(start + size / 2, row, f"{size:.1f}", **where)
+            start += size
+        total = f"{start:.1f} GiB"
+        if row == len(contestants) - 1:
+            total += f"\n(compiled: {compiled / GIB:.1f})"
+        behind = {"color": "white", "pad": 1.5}
+        place = (start + 0.008 * longest, row)
+        axes.text(*place, total, va="center", fontsize=11, fontweight="bold", bbox=behind)
+    axes.set_yticks(range(len(contestants)), [name.replace(", ", ",\n") for name in contestants])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.14 * longest)
+    if card is not None and card.memory / GIB < 1.14 * longest:
+        memory = card.memory / GIB
+        axes.axvline(memory, color="#222222", linewidth=1.4, linestyle=(0, (5, 3)))
+        axes.annotate(
+            f"{card.name.removeprefix('NVIDIA ')}: {memory:.0f} GB",
+            (memory, 1.01),
+            xycoords=("data", "axes fraction"),
+            ha="center",
+            fontsize=10,
+        )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=11)
+    axes.set_xlabel("GiB, predicted by formula; the last one compiled too, the others not measured")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.legend(loc="outside lower center", frameon=False, ncols=len(COLOURS), fontsize=10)
+    with written_whole(picture) as path:
+        FigureCanvasAgg(figure).print_png(path)
+
+
+if __name__ == "__main__":
+    exit_with_one_sentence(main)

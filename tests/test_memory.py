@@ -1,0 +1,202 @@
+"""Bytes of a training step: predictions, the compiled step's figures, and scripts/memory.py."""
+
+import contextlib
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import optax
+import pytest
+
+from galore_jax.errors import exit_with_one_sentence
+from galore_jax.state import bases_of, galore_states
+from galore_jax.training.config import Config, from_dict, load_config, to_toml
+from galore_jax.training.memory import PARTS, contestants, predict
+from galore_jax.training.step import init_state, tree_bytes
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import memory  # noqa: E402
+
+SEVEN_B = ROOT / "configs" / "llama_7b_24gb.toml"
+FIGURES = {"arguments", "outputs", "aliased", "temporaries", "total"}
+LAYERS, ROWS, LENGTH = 2, 2, 16
+# Of 7 bases: four counters and an overlap a layer and a scale; beside them counts, step and norm.
+COUNTERS = 7 * (5 * 4 * LAYERS + 4) + 64
+
+
+def tiny(**optimizer) -> Config:
+    """A small model; the moments in 8 bits go with the layer-wise step."""
+    layerwise = optimizer.get("name", "").endswith("8bit")
+    return from_dict(
+        {
+            "model": {
+                "vocab_size": 128,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_layers": LAYERS,
+                "num_heads": 2,
+                "max_length": LENGTH,
+                "dtype": "bfloat16",
+            },
+            "data": {"sequence_length": LENGTH, "batch_size": ROWS},
+            "optimizer": {"rank": 8, **optimizer},
+            "training": {"layerwise": layerwise},
+        }
+    )
+
+
+CHOICES = {
+    "galore": {},
+    "adamw": {"name": "adamw"},
+    "adafactor": {"name": "galore_adafactor"},
+    "layerwise": {"name": "galore_adamw8bit", "basis_dtype": "bfloat16"},
+    "int8 bases": {"name": "galore_adamw8bit", "basis_dtype": "int8"},
+    "8-bit adamw": {"name": "adamw8bit"},
+}
+COMPILED = ("galore", "adamw", "layerwise")
+
+
+class Run(NamedTuple):
+    """A run of the script: what it was given, printed and wrote."""
+
+    choice: str
+    predicted: dict
+    steps: dict
+    printed: str
+    errors: str
+    folder: Path
+
+
+def run_script(folder: Path, config: Config, *arguments: str) -> None:
+    file = folder / "tiny.toml"
+    file.write_text(to_toml(config))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["memory.py", "--config", str(file), *arguments])
+        exit_with_one_sentence(memory.main)
+
+
+@pytest.fixture(scope="module", params=COMPILED)
+def run(request, tmp_path_factory) -> Run:
+    folder, config = tmp_path_factory.mktemp("memory"), tiny(**CHOICES[request.param])
+    files = "--json", str(folder / "memory.json"), "--picture", str(folder / "memory.png")
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        run_script(folder, config, *files, f"data.batch_size={ROWS}")
+    figures = json.loads((folder / "memory.json").read_text())
+    assert set(figures) == {"predicted", "compiled"}
+    printed, errors = out.getvalue(), err.getvalue()
+    return Run(request.param, figures["predicted"], figures["compiled"], printed, errors, folder)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_parts_of_a_prediction_add_up_to_its_total(choice):
+    predicted = predict(tiny(**CHOICES[choice]))
+    assert tuple(predicted) == (*PARTS, "total")
+    assert all(size >= 0 for size in predicted.values())
+    assert predicted["total"] == sum(predicted[part] for part in PARTS)
+    assert predicted["total"] > predicted["weights"] + predicted["bases"] + predicted["moments"]
+
+
+@pytest.mark.parametrize("choice", ["adafactor", "int8 bases"])
+def test_weights_bases_and_moments_are_predicted_to_the_byte(choice):
+    config = tiny(**CHOICES[choice])
+    predicted, state = predict(config), init_state(config)
+    bases = bases_of(galore_states(state.opt_state, inside_chains=True))
+    assert predicted["weights"] == tree_bytes(state.params)
+    assert predicted["bases"] == tree_bytes([basis.vectors for basis in bases])
+    known = predicted["weights"] + predicted["bases"] + predicted["moments"]
+    assert 0 <= tree_bytes(state) - known <= COUNTERS
+    if choice != "adafactor":
+        moments = [optax.tree.get(state.opt_state, name) for name in ("mu", "nu")]
+        assert predicted["moments"] == tree_bytes(moments)
+
+
+def test_activations_are_fewer_with_remat_and_micro_batches_and_logits_with_layers_apart():
+    config = replace(tiny(), data=replace(tiny().data, batch_size=64))
+    parts = predict(config)
+    remat = predict(replace(config, model=replace(config.model, remat=True)))
+    micro = predict(replace(config, training=replace(config.training, accumulation=8)))
+    assert remat["activations"] < parts["activations"]
+    assert micro["activations"] + micro["logits"] < parts["activations"] + parts["logits"]
+    assert micro["gradients"] > parts["gradients"]  # They are accumulated meanwhile.
+
+
+def test_the_arguments_of_the_compiled_steps_are_the_predicted_state_and_the_batch(run):
+    known = sum(run.predicted[part] for part in ("weights", "bases", "moments"))
+    batch = 3 * 4 * ROWS * LENGTH
+    for figures in run.steps.values():
+        assert 0 <= figures["arguments"] - known - batch <= COUNTERS
+        assert 0 < figures["aliased"] <= figures["arguments"]
+        assert figures["temporaries"] > 0
+        gained = figures["outputs"] - figures["aliased"]
+        assert figures["total"] == figures["arguments"] + gained + figures["temporaries"]
+
+
+def test_the_script_writes_the_prediction_and_both_steps_if_there_is_a_refresh(run):
+    assert run.predicted == predict(tiny(**CHOICES[run.choice]))
+    refreshes = {"refresh_step"} if run.choice != "adamw" else set()
+    assert set(run.steps) == {"train_step"} | refreshes
+    assert all(set(step) == FIGURES for step in run.steps.values())
+
+
+def test_the_script_prints_all_parts_and_draws_a_png(run):
+    assert "compiling for a CPU" in run.errors
+    assert all(word in run.printed for word in (*PARTS, *FIGURES, "%"))
+    assert "not here" not in run.printed
+    assert (run.folder / "memory.png").read_bytes().startswith(b"\x89PNG")
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {"tiny.toml", "memory.json", "memory.png"}
+
+
+@pytest.mark.parametrize("rows", [2, 16])
+def test_7b_in_8_bits_layer_by_layer_is_predicted_to_fit_24_gb(rows):
+    predicted = predict(load_config(SEVEN_B, [f"data.batch_size={rows}"]))
+    assert 17 * 2**30 < predicted["total"] < 22 * 2**30
+
+
+@pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", 0.785), ("int8", 0.82)])
+def test_the_optimizer_state_of_8_bit_galore_at_7b_is_a_fifth_of_bf16_adams(dtype, saved):
+    config = load_config(SEVEN_B, [f"optimizer.basis_dtype={dtype}"])
+    predicted, adam = predict(config), contestants(config)["BF16 Adam"]
+    assert adam["moments"] == 2 * predicted["weights"]
+    assert predicted["bases"] + predicted["moments"] <= (1 - saved) * adam["moments"]
+
+
+def test_the_other_contestants_keep_all_activations_and_only_adam_all_gradients():
+    config = load_config(SEVEN_B)
+    others, here = contestants(config), predict(config)
+    assert [*others][:2] == ["BF16 Adam", "8-bit Adam"]
+    adam, adam8, galore = others.values()
+    assert adam["total"] > adam8["total"] > galore["total"] > here["total"]
+    assert adam["gradients"] == adam8["gradients"] == adam["weights"] > 20 * galore["gradients"]
+    assert galore["moments"] == pytest.approx(here["moments"], rel=1e-3)
+    assert galore["bases"] == here["bases"]
+
+
+def test_a_step_fits_a_card_or_misses_some_gib():
+    assert memory.fit(20 * 2**30, 24 * 2**30).startswith("It fits the card's 24.0 GiB: 4.0 are")
+    assert "missing" in memory.fit(25 * 2**30, 24 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--device", "rtx9999"], "no device rtx9999: take one of cpu, a100, rtx4090, h100."),
+        (["data.batchsize=4"], "data.batchsize is unknown; did you mean batch_size?"),
+        (["--json", "missing/memory.json"], "there is no folder missing for --json"),
+        (["--picture", "missing/memory.png"], "there is no folder missing for --picture"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_one_sentence(tmp_path, capsys, arguments, told):
+    with pytest.raises(SystemExit) as end:
+        run_script(tmp_path, tiny(), *arguments)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert told in message
