@@ -1,5 +1,6 @@
 """GaLore in JAX: memory-efficient full-parameter training as an optax transformation."""
 
+from galore_jax import layerwise
 from galore_jax.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from galore_jax.apply import apply_gradients
 from galore_jax.backward import ProjectedKernel, dot_general
@@ -35,6 +36,7 @@ __all__ = [
     "dot_general",
     "galore",
     "init",
+    "layerwise",
     "lion",
     "refresh",
     "refresh_due",

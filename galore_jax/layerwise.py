@@ -106,10 +106,10 @@ def make_step(
         for all layers.
       clip_norm: gradients are scaled down to this global norm, of coordinates where these are
         projected; 0: they are not.
-      clip_by: how the norm is known before the first layer is updated. "first_pass": by a backward
-        pass of its own, exact, for about two thirds more time. "previous_step": the norm of the
-        step before stands in for it, free of cost; the first step is not clipped, and an outlier
-        clips the step after it.
+      clip_by: how the norm is known before the first layer is updated. "first_pass": by a forward
+        and backward pass of its own, exact, for nearly twice the time. "previous_step": the norm of
+        the step before stands in for it, free of cost; the first step is not clipped, and an
+        outlier clips the step after it.
       kernels: of the lift: see `galore_jax.kernels`.
 
     Returns:

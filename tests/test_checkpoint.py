@@ -13,7 +13,7 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
 from galore_jax.training.config import Config
 from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import init_state
+from galore_jax.training.step import Stepper, init_state
 
 CONFIG = Config(
     LlamaConfig(
@@ -78,6 +78,29 @@ def test_state_and_data_come_back_bit_for_bit(tmp_path, state, batches):
         restored = checkpoints.restore(CONFIG, again)
     assert_same(restored, state)
     assert_same(next(again), following)
+
+
+def test_codes_of_8_bits_and_the_norm_of_a_layerwise_run_come_back_bit_for_bit(tmp_path, batches):
+    optimizer = dataclasses.replace(
+        CONFIG.optimizer, name="galore_adamw8bit", basis_dtype="int8", clip_by="previous_step"
+    )
+    model = dataclasses.replace(CONFIG.model, hidden_size=64, intermediate_size=96)
+    training = dataclasses.replace(CONFIG.training, layerwise=True)
+    config = dataclasses.replace(CONFIG, model=model, optimizer=optimizer, training=training)
+    stepper = Stepper(config, jax.jit(lambda: init_state(config))())
+    state, _ = stepper(jax.jit(lambda: init_state(config))(), next(batches))
+    assert state.opt_state.norm > 0
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
+    assert {np.dtype("int8"), np.dtype("uint8")} <= dtypes
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state, batches, config)
+        checkpoints.wait()
+        again = train_batches(config.data, ByteTokenizer())
+        restored = checkpoints.restore(config, again)
+    assert_same(restored, state)
+    batch = next(batches)
+    assert_same(next(again), batch)
+    assert_same(stepper(restored, batch)[0], Stepper(config, state)(state, batch)[0])
 
 
 def test_a_save_holds_the_state_of_its_own_step_while_training_goes_on(tmp_path, state, batches):

@@ -35,7 +35,7 @@ def test_the_short_form_and_the_stock_form_give_the_same_parameters_and_low_rank
 
 def test_the_training_loop_of_projected_gradients_refreshes_and_learns():
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (example,) = (block for block in blocks if "refresh_due(state)" in block)
+    (example,) = (block for block in blocks if "renew = " in block)
     batch = jax.random.normal(jax.random.key(0), (32, 16))
     params = {"kernel": jax.random.normal(jax.random.key(1), (16, 24))}
     tx = chain(galore(rank=4, update_proj_gap=5), optax.adam(1e-1))
@@ -64,3 +64,26 @@ def test_the_example_of_rules_runs_on_the_parameters_it_speaks_of():
     assert bases["layers"]["mlp"]["up_proj"]["kernel"].vectors["right"].shape == (2, 128, 24)
     assert bases["embed_tokens"]["embedding"] == optax.MaskedNode()
     assert bases["other"].projection.rank == 5
+
+
+def test_the_layer_by_layer_loop_refreshes_and_learns():
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (block for block in blocks if "LayeredModel" in block)
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "embedding": jax.random.normal(keys[0], (50, 1040)),
+        "layers": {"kernel": jax.random.normal(keys[1], (2, 1040, 1040)) / 100},
+    }
+    names = {
+        "jax": jax,
+        "params": params,
+        "batches": 3 * [jax.random.randint(keys[2], (4, 8), 0, 50)],
+        "embed": lambda params, batch: (params["embedding"][batch], None),
+        "block": lambda params, x, beside: x + jnp.tanh(x @ params["kernel"]),
+        "head_loss": lambda params, x, batch: (jnp.mean(x**2), None),
+    }
+    exec(example, names)
+    assert names["loss"] < 2
+    basis = names["state"].inner.links[0].bases["layers"]["kernel"]
+    np.testing.assert_array_equal(basis.age, [3, 3])
+    assert basis.vectors["left"].shape == (2, 1040, 1024)

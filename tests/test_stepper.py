@@ -108,3 +108,47 @@ def test_settings_that_need_full_gradients_are_refused(settings, sentence):
     if "refresh" in settings or settings.get("clip_norm_of") == "gradients":
         changed(CONFIG, optimizer={**settings, "gradients": "full"})
         changed(CONFIG, optimizer={**settings, "name": "adamw"})
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"clip_by": "first_pass"},
+        {"gradients": "full", "clip_norm": 0.0},
+        {"name": "adamw", "clip_norm": 0.0},
+    ],
+    ids=["projected, clipped", "full", "adamw"],
+)
+def test_a_layerwise_run_is_an_ordinary_one(batch, optimizer):
+    # At this rate rounding does not grow in a few steps.
+    config = changed(CONFIG, optimizer={"learning_rate": 1e-4, "warmup_steps": 0, **optimizer})
+    other = changed(config, training={"layerwise": True})
+    one, two = Stepper(config, initial(config)), Stepper(other, initial(other))
+    state, found = initial(config), initial(other)
+    for _ in range(5):
+        (state, wanted), (found, measured) = one(state, batch), two(found, batch)
+        assert_equal(found.params, state.params, atol=1e-5)
+        for name in measured:
+            np.testing.assert_allclose(measured[name], wanted[name], rtol=1e-4)
+    norm = "coordinates_norm" if config.optimizer.are_projected else "gradient_norm"
+    assert {"loss", "targets", "learning_rate", norm} <= set(measured)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "sentence"),
+    [
+        ("training", {"accumulation": 2}, "is done with a layer's gradient before the next micro"),
+        ("training", {"diagnostics": True}, "compares whole gradients, which training.layerwise"),
+        (
+            "optimizer",
+            {"refresh": "random"},
+            "would give all layers of training.layerwise the same",
+        ),
+        ("optimizer", {"gradients": "full"}, "with full gradients clips by their norm: set"),
+        ("optimizer", {"clip_by": "guess"}, "optimizer.clip_by = 'guess' is unknown"),
+        ("optimizer", {"basis_dtype": "int4"}, "optimizer.basis_dtype = 'int4' is unknown"),
+    ],
+)
+def test_what_a_layerwise_run_cannot_do_is_refused_in_a_sentence(section, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        changed(changed(CONFIG, training={"layerwise": True}), **{section: settings})

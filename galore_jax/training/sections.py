@@ -44,7 +44,7 @@ class OptimizerConfig:
       clip_norm_of: what GaLore clips: `"coordinates"`, with the unprojected gradients; or full
         `"gradients"`.
       clip_by: how `training.layerwise` knows the norm before it updates the first layer: by a
-        `"first_pass"` over all layers, exact, for about two thirds more time; or from the
+        `"first_pass"` over all layers, exact, for nearly twice the time; or from the
         `"previous_step"`, free of cost, so that the first step is not clipped and an outlier
         clips the step after it.
       rank: columns of each basis, or the fraction of a matrix's smaller side that they are.
