@@ -3,7 +3,7 @@
 The forward pass keeps the input of each layer. The backward pass is a loop from the last layer to
 the first: it cuts a layer out of the stacked parameters and the optimizer's state, computes it
 again, differentiates it, updates it, and writes it back in place. So neither gradients nor updates
-of the model are ever whole, which fits a model of 7B into 24 GB (arXiv 2403.03507, section 4.3).
+of the model are ever whole, which fits a model of 7B into 24 GB (arXiv 2403.03507, section 4.2).
 """
 
 from collections.abc import Callable
@@ -91,8 +91,8 @@ def make_step(
     optimizers that treat each number or matrix by itself: schedules, weight decay, and all that
     `galore_jax.adamw` has are such. What `tx` does across a stack, as Adafactor's clip of the norm
     scales, or across leaves, as a clip by global norm, it here does within a layer: in place of the
-    latter give `clip_norm`. Gradients cannot be accumulated over micro-batches, since
-    those of a layer are gone before the next one's are known; accumulate coordinates by
+    latter give `clip_norm`. Gradients cannot be accumulated over micro-batches, since those of a
+    layer are gone before the next one's are known; accumulate coordinates by
     `value_and_grad(micro_batches=…)`.
 
     Args:
@@ -115,6 +115,11 @@ def make_step(
     Returns:
       A function `(params, state, batch, key=None)` of a `LayerwiseState` and, for stochastic
       rounding of bfloat16 parameters, a random key, that returns a `Step`.
+
+    Raises:
+      ValueError: when it is called, with leaves of blocks that are not stacked by layer or are
+        projected across layers, with an `embed` that gives blocks parameters to read, or, if
+        projected, with the state of an optimizer without galore.
     """
 
     def step(

@@ -4,7 +4,7 @@ Along the last axis an array is cut into blocks of 256 numbers (arXiv 2110.02861
 each block the largest magnitude is kept in float32, and of each number a code for its fraction of
 that. Three codes there are:
 
-* "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 1.3):
+* "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 2.2):
   seven decades, the fractions of each spaced evenly, twice as many in each as in the one below, so
   that small numbers keep digits. One has 127 values a sign, the other 255.
 * "int8", 255 values evenly from -1 to 1.

@@ -98,7 +98,9 @@ class Slices:
 
     def _rows(self, stack: jax.Array) -> int | None:
         """How much of an array's first axis belongs to a layer; None of one without layers."""
-        return stack.shape[0] // self.number if stack.ndim else None
+        if not stack.ndim or stack.shape[0] % self.number:
+            return None
+        return stack.shape[0] // self.number
 
 
 _masked = optax.MaskedNode()

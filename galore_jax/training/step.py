@@ -13,6 +13,7 @@ import optax
 
 import galore_jax
 from galore_jax import layerwise
+from galore_jax.errors import InputError
 from galore_jax.gradients import mean_over
 from galore_jax.models import by_layer
 from galore_jax.models.llama import Llama, LlamaConfig
@@ -267,9 +268,17 @@ class Stepper:
 
     The device is not asked at every step whether a basis is due, since the host would have to wait
     for the answer: only when as many steps have passed as the one nearest to its refresh had left.
+
+    Raises:
+      InputError: kernels for a GPU where there is none.
     """
 
     def __init__(self, config: Config, state: TrainState):
+        if config.optimizer.kernels == "pallas" and jax.default_backend() != "gpu":
+            raise InputError(
+                'optimizer.kernels = "pallas" needs an NVIDIA GPU, which JAX does not find here: '
+                'set optimizer.kernels = "xla".'
+            )
         rows = config.data.batch_size // jax.process_count()
         leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
         batch = {"tokens": leaf, "segments": leaf, "positions": leaf}
