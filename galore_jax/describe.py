@@ -1,6 +1,6 @@
 """A table of what is projected and what that saves."""
 
-import math
+from collections import Counter
 from typing import Any
 
 import jax
@@ -8,7 +8,6 @@ import optax
 
 from galore_jax.chain import init
 from galore_jax.matrices import path_names
-from galore_jax.projection import Basis
 from galore_jax.state import GaLoreState, bases_of
 
 PyTree = Any
@@ -17,8 +16,8 @@ PyTree = Any
 def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
     """What `tx` does with each parameter: its path, view, side, rank and the bytes saved.
 
-    Saved is against two float32 moments of the parameter's shape, as Adam keeps; GaLore keeps the
-    basis and two float32 moments of the coordinates' shape. Nothing is computed.
+    Saved is what the optimizer's state keeps of the parameter, bases and counters included, against
+    two float32 moments of its shape, as Adam keeps. Nothing is computed.
 
     Args:
       params: the parameters or their shapes.
@@ -33,37 +32,46 @@ def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
       >>> print(describe(params, galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))))
       path    matrices      side  rank  bytes saved
       bias    -             -        -            0
-      kernel  2 x 64 x 256  left     8      225,280
-      total                                 225,280
+      kernel  2 x 64 x 256  left     8      225,236
+      total                                 225,236
     """
     state = jax.eval_shape(lambda params: init(tx, params), params)
     is_state = lambda node: isinstance(node, GaLoreState)  # noqa: E731
     states = filter(is_state, jax.tree.leaves(state, is_leaf=is_state))
     bases = {basis.projection.path: basis for basis in bases_of(list(states))}
 
+    kept = _bytes_kept(state, params)
+
     rows = [("path", "matrices", "side", "rank", "bytes saved")]
     total = 0
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        names = path_names(path)
-        name = "/".join(names)
-        if names not in bases:
-            rows.append((name, "-", "-", "-", "0"))
-            continue
-        projection = bases[names].projection
-        view = projection.view
-        saved = _bytes_saved(bases[names])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        saved = 2 * 4 * leaf.size - kept[path]
         total += saved
-        sizes = " x ".join(str(size) for size in (*view.batch, view.rows, view.columns))
-        rows.append((name, sizes, "+".join(projection.sides), str(projection.rank), f"{saved:,}"))
+        sizes = side = rank = "-"
+        if path_names(path) in bases:
+            projection = bases[path_names(path)].projection
+            view, rank = projection.view, str(projection.rank)
+            sizes = " x ".join(str(size) for size in (*view.batch, view.rows, view.columns))
+            side = "+".join(projection.sides)
+        rows.append(("/".join(path_names(path)), sizes, side, rank, f"{saved:,}"))
     rows.append(("total", "", "", "", f"{total:,}"))
     return _table(rows)
 
 
-def _bytes_saved(basis: Basis) -> int:
-    projection = basis.projection
-    kept = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(basis.vectors))
-    kept += 2 * 4 * math.prod(projection.coordinates_shape)
-    return 2 * 4 * math.prod(projection.view.shape) - kept
+def _bytes_kept(state: PyTree, params: PyTree) -> Counter:
+    """By path of a parameter, the bytes of all that a state keeps at that path."""
+    paths = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+
+    def owner(path: tuple) -> tuple | None:
+        return next((path[n:] for n in range(len(path)) if path[n:] in paths), None)
+
+    pieces = jax.tree_util.tree_leaves_with_path(
+        state, is_leaf=lambda path, _: owner(path) is not None, is_leaf_takes_path=True
+    )
+    kept = Counter()
+    for path, piece in pieces:
+        kept[owner(path)] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(piece))
+    return kept
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
