@@ -9,13 +9,14 @@ import optax
 
 from galore_jax.kernels import Kernels, adam_8bit_of
 from galore_jax.projection import Coordinates, is_coordinates
-from galore_jax.quantization import Quantized, quantize
+from galore_jax.quantization import Quantized, zeros_like
 
 PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
-# Leaves of fewer numbers keep float32 moments, as in arXiv 2110.02861's implementation.
-LEAST_QUANTIZED = 4096
+# Leaves of fewer numbers keep float32 moments, as in arXiv 2110.02861's implementation, and so do
+# those with a shorter last axis, for which scales would take up what codes save.
+LEAST_QUANTIZED, LEAST_WIDTH = 4096, 16
 
 
 class ScaleByAdam8bitState(NamedTuple):
@@ -39,7 +40,9 @@ def scale_by_adam8bit(
     """`optax.scale_by_adam` with moments in block-wise dynamic 8-bit codes (arXiv 2110.02861).
 
     An update comes from the moments in float32, before they are rounded to their codes. Moments
-    take 2.03 bytes a number in place of 8. Leaves of fewer than 4,096 numbers keep float32 ones.
+    take 2.03 bytes a number in place of 8 (2.5 where the last axis is as short as 16). Leaves of
+    fewer than 4,096 numbers, of a matrix each after `galore(moments="reset")`, or with a last axis
+    below 16 keep float32 ones.
 
     Args:
       b1: decay of the first moment.
@@ -51,7 +54,7 @@ def scale_by_adam8bit(
       An optax transformation.
 
     Raises:
-      ValueError: no such kernels.
+      ValueError: no such kernels; at init, a complex parameter.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,11 +68,17 @@ def scale_by_adam8bit(
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
         def zeros(code: Any) -> PyTree:
-            def at_leaf(param: Any) -> Any:
-                nothing = jnp.zeros(jnp.shape(param), jnp.float32)
-                return nothing if nothing.size < LEAST_QUANTIZED else quantize(nothing, code)
+            def at_leaf(path: Any, param: Any) -> Any:
+                if jnp.iscomplexobj(param):
+                    raise ValueError(
+                        f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, of which "
+                        "there are no 8-bit moments: use optax.adam for it, by optax.partition."
+                    )
+                if jnp.size(param) < LEAST_QUANTIZED or param.shape[-1] < LEAST_WIDTH:
+                    return jnp.zeros_like(param, jnp.float32)
+                return zeros_like(param, code)
 
-            return jax.tree.map(at_leaf, params)
+            return jax.tree_util.tree_map_with_path(at_leaf, params)
 
         return ScaleByAdam8bitState(jnp.zeros([], jnp.int32), zeros("signed"), zeros("unsigned"))
 
@@ -138,9 +147,9 @@ def adamw8bit(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    *,
     weight_decay: float | jax.Array = 1e-4,
     mask: Mask = None,
-    *,
     kernels: Kernels = "xla",
 ) -> optax.GradientTransformation:
     """`optax.adamw` with moments in 8 bits: see `scale_by_adam8bit`.

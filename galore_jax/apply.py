@@ -47,8 +47,9 @@ def apply_gradients(
       The new parameters and the new state.
 
     Raises:
-      ValueError: a part of a stock transformation cannot work on coordinates.
+      ValueError: a part of a stock transformation cannot work on coordinates; no such kernels.
     """
+    lift_and_add_of(kernels)  # Whether it is one of those is not to depend on the parameters.
     if isinstance(tx, Chain):
         updates, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.links)

@@ -7,7 +7,7 @@ of the model are ever whole, which fits a model of 7B into 24 GB (arXiv 2403.035
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,15 @@ from jax import lax
 from jax.interpreters import partial_eval
 
 from galore_jax.apply import apply_gradients
+from galore_jax.backward import ProjectedKernel
 from galore_jax.chain import init as init_optimizer
 from galore_jax.gradients import Objective, bases_in
 from galore_jax.kernels import Kernels
-from galore_jax.links import finite_norm
+from galore_jax.links import finite_squares
 from galore_jax.matrices import path_names
 from galore_jax.sketch import refresh
 from galore_jax.slices import LAYERS, Slices
+from galore_jax.state import galore_states, to_float32
 
 PyTree = Any
 ClipBy = Literal["first_pass", "previous_step"]
@@ -39,7 +41,7 @@ class LayeredModel(NamedTuple):
       head_loss: of the parameters, the activations after the last block and the batch, the loss
         and something that is not differentiated, a pair.
       layers: the key of the blocks in the parameters. What `embed` and `head_loss` get has
-        `optax.MaskedNode()` in place of the blocks' leaves.
+        `optax.MaskedNode()` in place of leaves that they do not read, the blocks' among them.
     """
 
     embed: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
@@ -53,8 +55,9 @@ class LayerwiseState(NamedTuple):
 
     Attributes:
       inner: the optimizer's, as `galore_jax.init` makes it.
-      norm: float32 scalar, the global norm of the last step's gradients, of coordinates where these
-        are projected, before any clipping; 0 before the first.
+      norm: float32 scalar, the global norm of the last step's finite gradients, of coordinates
+        where these are projected, before any clipping; of a step whose is 0 it is left as it was,
+        and 0 before the first.
     """
 
     inner: PyTree
@@ -62,8 +65,10 @@ class LayerwiseState(NamedTuple):
 
 
 def init(tx: optax.GradientTransformation, params: PyTree) -> LayerwiseState:
-    """The state before the first step."""
-    return LayerwiseState(init_optimizer(tx, params), jnp.zeros([], jnp.float32))
+    """The state before the first step; moments are float32, whatever the parameters are."""
+    # Compiled, for then no float32 parameters exist.
+    inner = jax.jit(lambda params: init_optimizer(tx, to_float32(params)))(params)
+    return LayerwiseState(inner, jnp.zeros([], jnp.float32))
 
 
 class Step(NamedTuple):
@@ -91,8 +96,9 @@ def make_step(
     optimizers that treat each number or matrix by itself: schedules, weight decay, and all that
     `galore_jax.adamw` has are such. What `tx` does across a stack, as Adafactor's clip of the norm
     scales, or across leaves, as a clip by global norm, it here does within a layer: in place of the
-    latter give `clip_norm`. Gradients cannot be accumulated over micro-batches, since those of a
-    layer are gone before the next one's are known; accumulate coordinates by
+    latter give `clip_norm`. Functions in it that choose leaves, as masks, see those of one layer,
+    without the layer axis: let them go by name. Gradients cannot be accumulated over micro-batches,
+    since those of a layer are gone before the next one's are known; accumulate coordinates by
     `value_and_grad(micro_batches=…)`.
 
     Args:
@@ -117,15 +123,21 @@ def make_step(
       rounding of bfloat16 parameters, a random key, that returns a `Step`.
 
     Raises:
-      ValueError: when it is called, with leaves of blocks that are not stacked by layer or are
-        projected across layers, with an `embed` that gives blocks parameters to read, or, if
-        projected, with the state of an optimizer without galore.
+      ValueError: a clip that there is not; when the step is called, leaves of blocks that are not
+        stacked by layer or are projected across layers, an `embed` or `head_loss` that reads them,
+        an `embed` that gives blocks parameters to read, a state that `init` did not make, or, if
+        projected, one without galore.
     """
+    if clip_by not in get_args(ClipBy):
+        raise ValueError(f"layerwise: clip_by is one of {get_args(ClipBy)}, not {clip_by!r}.")
+    if clip_norm < 0:
+        raise ValueError(f"layerwise: clip_norm must be 0 or more, not {clip_norm}.")
 
     def step(
         params: PyTree, state: LayerwiseState, batch: PyTree, key: jax.Array | None = None
     ) -> Step:
-        slices, inner = _slices(model, params, batch), state.inner
+        _check(state, projected)
+        parts, inner = _parts(model, params, batch), state.inner
         factor, refreshes_now = jnp.float32(1), refreshes
         once = jnp.where(state.norm < 0, 0, 1)  # It never is.
         if clip_norm and clip_by == "previous_step":
@@ -133,11 +145,12 @@ def make_step(
         elif clip_norm:
             # Bases are new from the first pass on, for the norm is that of coordinates in them.
             visit = _Visit(tx, projected, refreshes, update=None)
-            _, inner, squares, _ = _backward(model, slices, visit, params, inner, batch, once)
+            _, inner, squares, _ = _backward(model, parts, visit, params, inner, batch, once)
             factor, refreshes_now = _clip_factor(jnp.sqrt(squares), clip_norm), False
         visit = _Visit(tx, projected, refreshes_now, _Update(factor, key, kernels))
-        params, inner, squares, found = _backward(model, slices, visit, params, inner, batch, once)
-        return Step(params, LayerwiseState(inner, jnp.sqrt(squares)), *found)
+        params, inner, squares, found = _backward(model, parts, visit, params, inner, batch, once)
+        norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
+        return Step(params, LayerwiseState(inner, norm), *found)
 
     return step
 
@@ -157,11 +170,6 @@ class _Visit(NamedTuple):
     projected: bool
     refreshes: bool
     update: _Update | None
-
-    @property
-    def writes(self) -> tuple[bool, bool]:
-        """Whether it changes parameters, and the state."""
-        return self.update is not None, self.update is not None or self.refreshes
 
     def __call__(
         self,
@@ -191,7 +199,7 @@ class _Visit(NamedTuple):
             found, gradients = jax.value_and_grad(of, has_aux=True)(free, *rest)
         own = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients["params"])
         # The norm first, for then updates can be made in place of gradients.
-        own, squares = lax.optimization_barrier((own, finite_norm(own) ** 2))
+        own, squares = lax.optimization_barrier((own, finite_squares(own)))
         if self.update is not None:
             key = self.update.key
             key = None if key is None else jax.random.fold_in(key, number)
@@ -202,7 +210,7 @@ class _Visit(NamedTuple):
 
 def _backward(
     model: LayeredModel,
-    slices: Slices,
+    parts: "_Parts",
     visit: _Visit,
     params: PyTree,
     state: PyTree,
@@ -215,6 +223,7 @@ def _backward(
       The parameters, the optimizer's state, the sum of the squares of all gradients, and what
       `head_loss` returned.
     """
+    slices, last = parts.slices, parts.slices.number
     factor = jnp.float32(1) if visit.update is None else visit.update.factor
     x, beside = model.embed(slices.group(params, EMBEDDING), batch)
     x, inputs = lax.scan(
@@ -222,8 +231,8 @@ def _backward(
     )
 
     def head_loss(head: PyTree, inputs: tuple[jax.Array, PyTree]) -> tuple[jax.Array, Any]:
-        x, embedding = inputs
-        found = model.head_loss(slices.with_group(embedding, HEAD, head), x, batch)
+        x, tied = inputs
+        found = model.head_loss(slices.with_group(tied, HEAD, head), x, batch)
         # All gradients are multiples of this one's, so it alone is scaled.
         return found[0] * factor, found
 
@@ -232,13 +241,12 @@ def _backward(
 
     def embedding_product(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:
         # The head's share in the gradient of what both use is added to the embedding's own.
-        x, head_share = upstream
+        x, share = upstream
         own = _inner(model.embed(embedding, batch)[0], x)
-        return own + _inner(embedding, head_share), None
+        return own + _inner(parts.tied(_kernels(embedding)), share), None
 
-    def part(name: str, loss: Callable[..., Any], *inputs: Any, number: int) -> Any:
-        own = slices.group(params, name), slices.group(state, name)
-        return visit(loss, *own, *inputs, number=number)
+    def group(name: str) -> tuple[PyTree, PyTree]:
+        return slices.group(params, name), slices.group(state, name)
 
     def with_part(name: str | None, new: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         return tuple(
@@ -249,25 +257,27 @@ def _backward(
         return slices.layer(trees[0], i), slices.layer(trees[1], i)
 
     def at_layer(n: jax.Array, carry: Any) -> Any:
-        trees, own, upstream, squares = carry
-        i = slices.number - 1 - n
+        (params, state), own, upstream, squares = carry
+        i = last - 1 - n
         new, upstream, more, _ = visit(block_product, *own, inputs[i], upstream, number=i)
-        trees = tuple(
-            slices.with_layer(tree, i, part) if is_written else tree
-            for tree, part, is_written in zip(trees, new, visit.writes, strict=True)
-        )
+        if visit.update is not None:
+            params = slices.with_layer(params, i, new[0])
+        if visit.update is not None or visit.refreshes:
+            state = slices.with_layer(state, i, new[1])
+        trees = params, state
         # The next one is cut out here, and carried: XLA would copy a whole stack to read from it
         # and write to it in a visit.
         return trees, layer(jnp.maximum(i - 1, 0), trees), upstream, squares + more
 
-    embedding, last = slices.group(params, EMBEDDING), slices.number
-    own = slices.group(params, HEAD), slices.group(state, HEAD)
-    at_head = lambda own: visit(head_loss, *own, (x, embedding), number=last)  # noqa: E731
-    head, (upstream, share), squares, (_, found) = _as_one(at_head, own, once)
+    tied = parts.tied(slices.group(params, EMBEDDING))
+    at_head = lambda own: visit(head_loss, *own, (x, tied), number=last)  # noqa: E731
+    head, (upstream, share), squares, (_, found) = _as_one(at_head, group(HEAD), once)
     params, state = with_part(HEAD, head)
     start = (params, state), layer(last - 1, (params, state)), upstream, squares
     (params, state), _, upstream, squares = lax.fori_loop(0, last, at_layer, start)
-    new, _, more, _ = part(EMBEDDING, embedding_product, None, (upstream, share), number=last + 1)
+    new, _, more, _ = visit(
+        embedding_product, *group(EMBEDDING), None, (upstream, share), number=last + 1
+    )
     params, state = with_part(EMBEDDING, new)
     # What is shared, such as counts, moves on once all have seen it as it was.
     params, state = with_part(None, head)
@@ -282,37 +292,85 @@ def _as_one(visit: Callable[[Any], tuple], own: Any, once: jax.Array) -> tuple:
     """
     _, *rest = jax.eval_shape(visit, own)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(rest))
-    body = lambda _, carry: (lambda new, *rest: (new, rest))(*visit(carry[0]))  # noqa: E731
+
+    def body(_: Any, carry: Any) -> Any:
+        new, *rest = visit(carry[0])
+        return new, tuple(rest)
+
     own, rest = lax.fori_loop(0, once, body, (own, nothing))
     return own, *rest
 
 
-def _slices(model: LayeredModel, params: PyTree, batch: PyTree) -> Slices:
+class _Parts(NamedTuple):
+    """How a model is cut: the slices, and the paths in the embedding that the head reads too."""
+
+    slices: Slices
+    shared: frozenset
+
+    def tied(self, tree: PyTree) -> PyTree:
+        """What both read, of a tree like the parameters; `optax.MaskedNode()` elsewhere."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf if path in self.shared else optax.MaskedNode(), tree
+        )
+
+
+def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    embed = lambda leaves: model.embed(tree.unflatten(leaves), batch)  # noqa: E731
-    leaves = [leaf for _, leaf in paths]
-    (x, beside) = jax.eval_shape(embed, leaves)
-    wanted = [True] * len(jax.tree.leaves(x)), [False] * len(jax.tree.leaves(beside))
-    jaxpr = jax.make_jaxpr(embed)(leaves).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [*wanted[0], *wanted[1]])
-    _, beside_used = partial_eval.dce_jaxpr(jaxpr, [not flag for part in wanted for flag in part])
-    if any(beside_used):
+    paths, leaves = [path for path, _ in paths], [leaf for _, leaf in paths]
+
+    def reads(f: Callable[..., Any], *inputs: Any) -> tuple[set, set, tuple]:
+        """The paths that each of two results of `f(params, *inputs)` depends on; their shapes."""
+        of = lambda leaves, *inputs: f(tree.unflatten(leaves), *inputs)  # noqa: E731
+        jaxpr, shapes = jax.make_jaxpr(of, return_shape=True)(leaves, *inputs)
+        owners = [i for i in range(2) for _ in jax.tree.leaves(shapes[i])]
+        found = []
+        for i in range(2):
+            wanted = [owner == i for owner in owners]
+            _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, wanted)
+            found.append({path for path, flag in zip(paths, used, strict=False) if flag})
+        return (*found, shapes)
+
+    by_embed, by_beside, (x, _) = reads(lambda params: model.embed(params, batch))
+    by_loss, by_aux, _ = reads(lambda params, x: model.head_loss(params, x, batch), x)
+    blocks = {path for path in paths if path_names(path)[0] == model.layers}
+    if by_beside - blocks:
         raise ValueError(
             "layerwise: what embed returns beside the activations depends on parameters, whose "
             "gradient through it would be lost: compute it in the blocks."
         )
-    groups, numbers = {}, set()
-    for (path, leaf), embeds in zip(paths, used, strict=True):
-        groups[path] = EMBEDDING if embeds else HEAD
-        if path_names(path)[0] == model.layers:
-            groups[path] = LAYERS
-            numbers.add(leaf.shape[0])
-    if len(numbers) != 1:
+    if blocks & (by_embed | by_beside | by_loss | by_aux):
+        raise ValueError(
+            f'layerwise: embed and head_loss may not read what lies below "{model.layers}": only '
+            "the blocks get it, each its own layer."
+        )
+    shapes = [leaf.shape for path, leaf in zip(paths, leaves, strict=True) if path in blocks]
+    sizes = {shape[0] if shape else 0 for shape in shapes}
+    if len(sizes) != 1 or sizes == {0}:
         raise ValueError(
             f'layerwise: the leaves below "{model.layers}" must be stacked by layer along their '
-            f"first axis, but its sizes are {sorted(numbers)}."
+            f"first axis, but its sizes are {sorted(sizes)}."
         )
-    return Slices(groups, numbers.pop())
+    groups = {path: EMBEDDING if path in by_embed else HEAD for path in paths}
+    groups |= dict.fromkeys(blocks, LAYERS)
+    return _Parts(Slices(groups, sizes.pop()), frozenset(by_embed & (by_loss | by_aux)))
+
+
+def _kernels(tree: PyTree) -> PyTree:
+    """The parameters in a tree that may hold `ProjectedKernel`s of them."""
+    is_boxed = lambda node: isinstance(node, ProjectedKernel)  # noqa: E731
+    return jax.tree.map(
+        lambda node: node.kernel if is_boxed(node) else node, tree, is_leaf=is_boxed
+    )
+
+
+def _check(state: Any, projected: bool) -> None:
+    if not isinstance(state, LayerwiseState):
+        raise ValueError("layerwise: give the step the state of galore_jax.layerwise.init.")
+    if projected and not galore_states(state.inner, inside_chains=True):
+        raise ValueError(
+            "layerwise: an optimizer without galore takes full gradients: make_step(…, "
+            "projected=False)."
+        )
 
 
 def _clip_factor(norm: jax.Array, largest: float) -> jax.Array:

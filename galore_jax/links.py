@@ -93,7 +93,7 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         del params
-        norm = finite_norm(updates)
+        norm = jnp.sqrt(finite_squares(updates))
         factor = jnp.where(norm > max_norm, max_norm / norm, 1)
 
         def clip(update: jax.Array) -> jax.Array:
@@ -104,12 +104,12 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
-def finite_norm(tree: PyTree) -> jax.Array:
-    """The root of the sum of all finite squares in a tree, a float32 scalar."""
+def finite_squares(tree: PyTree) -> jax.Array:
+    """The sum of all finite squares in a tree, a float32 scalar."""
     # Flat, for zeros in the shape of a leaf XLA might keep as an array.
     flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in jax.tree.leaves(tree)]
     squares = (jnp.sum(jnp.where(_counts(leaf), leaf, 0) ** 2) for leaf in flat)
-    return jnp.sqrt(sum(squares, jnp.float32(0)))
+    return sum(squares, jnp.float32(0))
 
 
 def _counts(leaf: jax.Array) -> jax.Array:

@@ -51,11 +51,16 @@ def adamw(
     Returns:
       A `chain`; put a clip in front by `chain(clip, adamw(...))`. Nothing may come after it.
 
+    Raises:
+      ValueError: kernels without 8-bit moments; as `galore`.
+
     Example:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
+    if kernels != "xla" and not eight_bit:
+        raise ValueError("adamw: kernels are of 8-bit moments: give eight_bit=True with them.")
     adam = partial(scale_by_adam8bit, kernels=kernels) if eight_bit else optax.scale_by_adam
     return chain(
         galore(rank, update_proj_gap, scale, **settings),

@@ -6,12 +6,13 @@ that. Three codes there are:
 
 * "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 2.2):
   seven decades, the fractions of each spaced evenly, twice as many in each as in the one below, so
-  that small numbers keep digits. One has 127 values a sign, the other 255.
+  that small numbers keep digits. Beside zero one has 127 values below it and 128 above, the other
+  255 above.
 * "int8", 255 values evenly from -1 to 1.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +55,13 @@ def quantize(x: jax.Array, code: Code, key: jax.Array | None = None) -> Quantize
 
     The error is at most half the distance of two values: 1/254 of the block's largest magnitude for
     "int8", and for the dynamic codes 0.45 / 2ⁿ of the number's decade in the n-th decade from below
-    (n from 0, unsigned from 1). Zero stays zero, and by "unsigned" nothing else becomes zero: an
-    update over the root of such a second moment would be many times too large. A block with a
-    number that is not finite comes back as NaN.
+    (n from 0, unsigned from 1). Zero stays zero. By "unsigned" no other number becomes zero, unless
+    its fraction is below float32's normal numbers: what is nearer to zero becomes the least value,
+    3.25e-7, for an update over the root of a second moment of zero would be many times too large. A
+    block with a number that is not finite comes back as NaN.
 
     Args:
-      x: floating, one axis or more.
+      x: real, one axis or more.
       code: which; "unsigned" for numbers that are not negative.
       key: for "int8" alone: round up or down at random, right on average.
 
@@ -67,8 +69,12 @@ def quantize(x: jax.Array, code: Code, key: jax.Array | None = None) -> Quantize
       The codes and scales.
 
     Raises:
-      ValueError: a key with a dynamic code.
+      ValueError: no such code, a key with a dynamic code, or a scalar.
     """
+    if code not in get_args(Code):
+        raise ValueError(f"quantize: the code must be one of {get_args(Code)}, not {code!r}.")
+    if not jnp.ndim(x):
+        raise ValueError("quantize: a scalar has no blocks; give an array of one axis or more.")
     if key is not None and code != "int8":
         raise ValueError(f'quantize: only the code "int8" rounds stochastically, not "{code}".')
     x = x.astype(jnp.float32)
@@ -81,6 +87,14 @@ def quantize(x: jax.Array, code: Code, key: jax.Array | None = None) -> Quantize
     else:
         codes = encode(fractions, signed=code == "signed").astype(jnp.uint8)
     return Quantized(from_blocks(codes, x.shape), largest.squeeze(-1), code)
+
+
+def zeros_like(x: Any, code: Code) -> Quantized:
+    """The codes of as many zeros as `x`, an array or its shape, has numbers."""
+    blocks = -(-x.shape[-1] // BLOCK)
+    scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
+    dtype = jnp.int8 if code == "int8" else jnp.uint8
+    return Quantized(jnp.full_like(x, 127 if code == "signed" else 0, dtype), scales, code)
 
 
 def dequantize(x: Any) -> Any:
@@ -107,16 +121,17 @@ def stored_like(x: jax.Array, stored: Any) -> Any:
 
 def to_blocks(x: jax.Array) -> jax.Array:
     """`(..., n)` as `(..., blocks, 256)`, filled up with zeros; where n < 256 the block is n."""
-    size = min(BLOCK, x.shape[-1])
+    size = max(1, min(BLOCK, x.shape[-1]))
     missing = -x.shape[-1] % size
     if missing:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    return x.reshape(*x.shape[:-1], -1, size)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
 
 
 def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `to_blocks`, to an array of this shape."""
-    return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
+    width = blocks.shape[-2] * blocks.shape[-1]
+    return blocks.reshape(*shape[:-1], width)[..., : shape[-1]]
 
 
 def largest_of_blocks(blocks: jax.Array) -> jax.Array:

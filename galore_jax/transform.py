@@ -31,6 +31,7 @@ from galore_jax.rules import Rank, Rule, Rules, projections, rule_for
 from galore_jax.state import GaLoreState, is_low_rank, map_bases, to_float32
 
 PyTree = Any
+BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)))
 
 
 def galore(
@@ -87,7 +88,8 @@ def galore(
         new subspace is at least this, the matrix's own gap doubles, else it is T again (Q-GaLore,
         arXiv 2407.08296, compares single vectors). None: every gap is T.
       max_gap: the bound of a doubled gap; None: 8 T.
-      basis_dtype: of the stored bases; None: float32; int8: block-wise codes (`quantization`).
+      basis_dtype: of the stored bases: float32 (None), bfloat16, float16; int8: block-wise codes
+        (`quantization`).
       seed: of the bases before the first gradient, and of "random".
 
     Returns:
@@ -117,6 +119,9 @@ def galore(
                 f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None to "
                 "leave its leaves whole."
             )
+    if jnp.dtype(basis_dtype or jnp.float32) not in BASIS_DTYPES:
+        names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
+        raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
     if isinstance(lazy_overlap, float) and not 0 < lazy_overlap <= 1:
         raise ValueError(f"galore: lazy_overlap must be above 0 and at most 1, not {lazy_overlap}.")
     if isinstance(max_gap, int) and max_gap < 1:

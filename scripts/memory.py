@@ -23,6 +23,8 @@ from galore_jax.errors import InputError, exit_with_one_sentence
 from galore_jax.files import written_whole
 
 GIB = 2**30
+# What JAX allocates of a card's memory when nothing is set.
+JAX_FRACTION = 0.75
 COLOURS = {
     "weights": "#0072B2",
     "gradients": "#D55E00",
@@ -117,7 +119,13 @@ def fit(needed: int, memory: int) -> str:
     left = (memory - needed) / GIB
     if left < 0:
         return f"It does not fit the card's {memory / GIB:.1f} GiB: {-left:.1f} are missing."
-    return f"It fits the card's {memory / GIB:.1f} GiB: {left:.1f} are left."
+    told = f"It fits the card's {memory / GIB:.1f} GiB: {left:.1f} are left."
+    if needed > JAX_FRACTION * memory:
+        told += (
+            f"\nBut JAX takes only {JAX_FRACTION:.0%} of a card unless it is told to take more: "
+            "set XLA_CLIENT_MEM_FRACTION=0.95."
+        )
+    return told
 
 
 def draw(

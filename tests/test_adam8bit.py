@@ -11,6 +11,7 @@ from trees import loss, random_params
 
 import galore_jax
 from galore_jax import adam8bit, adamw8bit, apply_gradients, chain, galore, scale_by_adam8bit
+from galore_jax.kernels import triton
 from galore_jax.projection import Coordinates, is_coordinates
 from galore_jax.quantization import Quantized, dequantize, quantize
 
@@ -59,6 +60,17 @@ def test_small_leaves_keep_float32_moments_and_are_adams_own():
         wanted, other = plain.update(grads, other)
         np.testing.assert_allclose(found["small"], wanted["small"], rtol=2**-20)
     np.testing.assert_allclose(state.nu["small"], other.nu["small"], rtol=2**-20)
+
+
+def test_leaves_whose_scales_would_take_what_codes_save_keep_float32_moments():
+    state = scale_by_adam8bit().init({"narrow": jnp.zeros((999, 15)), "wide": jnp.zeros((999, 16))})
+    assert state.mu["narrow"].dtype == jnp.float32
+    assert isinstance(state.mu["wide"], Quantized)
+
+
+def test_complex_parameters_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"\['phase'\] is complex"):
+        scale_by_adam8bit().init({"phase": jnp.zeros(3, jnp.complex64)})
 
 
 def test_moments_take_two_bytes_a_number_and_a_sixty_fourth():
@@ -208,3 +220,28 @@ def test_it_works_under_tree_map_params_and_does_not_compile_again():
 def test_kernels_of_another_name_are_refused():
     with pytest.raises(ValueError, match="kernels must be one of xla, pallas, not 'cuda'"):
         scale_by_adam8bit(kernels="cuda")
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_steps_with_kernels_are_those_without(monkeypatch, moments, dtype):
+    for name in ("adam_8bit", "lift_and_add"):
+        kernel = functools.partial(getattr(triton, name), interpret=True)
+        monkeypatch.setattr(triton, name, kernel)
+    params, key = random_params(SHAPES, dtype=dtype), jax.random.key(0)
+    ends = []
+    for kernels in ("xla", "pallas"):
+        tx = eight_bit(moments, basis_dtype=jnp.int8, kernels=kernels)
+        apply = jax.jit(functools.partial(apply_gradients, tx, key=key, kernels=kernels))
+        new, state = params, tx.init(params)
+        for seed in range(2):
+            new, state = apply(random_params(SHAPES, seed), state, new)
+        ends.append(new)
+    for one, other, old in zip(*map(jax.tree.leaves, (*ends, params)), strict=True):
+        assert one.dtype == dtype
+        moved = np.abs(one.astype(np.float32) - old.astype(np.float32)).max()
+        apart = np.abs(one.astype(np.float32) - other.astype(np.float32))
+        # A code at a tie moves its number by 1/127 of the block's largest, few at all.
+        assert moved > 0.001
+        assert apart.max() <= 0.05 * moved + (2**-7 * 4 if dtype == jnp.bfloat16 else 0)
+        assert (apart > 1e-5).mean() <= 0.01

@@ -67,6 +67,7 @@ def assert_nearest_codes(moment, numbers, terms):
     [
         ((1,), FLOAT32),
         ((70,), BFLOAT16),
+        ((1024,), FLOAT32),
         ((3, 300), FLOAT32),
         ((7, 256), BFLOAT16),
         ((5, 1000), BFLOAT16),
@@ -96,6 +97,20 @@ def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
         codes = np.asarray(moment.codes, np.int32) - np.asarray(expected.codes, np.int32)
         assert np.count_nonzero(codes) <= 1e-3 * codes.size
         assert np.abs(codes).max() <= 1
+        np.testing.assert_allclose(moment.scales, expected.scales, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(131, 70), (128, 70), (3, 43, 70), (2560,)])
+def test_adam_by_parts_of_its_rows_is_adam_of_the_whole(monkeypatch, shape):
+    arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
+    whole = adam_plain(*arguments)
+    monkeypatch.setattr(adam, "MOST_AT_A_TIME", 1000)
+    step = functools.partial(adam.adam_8bit, b1=B1, b2=B2, eps=EPS)
+    assert "scan" in str(jax.make_jaxpr(step)(*arguments))
+    update, *moments = jax.jit(step)(*arguments)
+    np.testing.assert_allclose(update, whole[0], rtol=1e-6)
+    for moment, expected in zip(moments, whole[1:], strict=True):
+        assert (moment.codes != expected.codes).mean() <= 1e-3
         np.testing.assert_allclose(moment.scales, expected.scales, rtol=1e-6)
 
 
@@ -162,6 +177,18 @@ def test_the_lift_is_its_formula_and_rounded_once(add, dtype, transposed, shape,
     # Rounding keeps the order of numbers.
     assert (float64(new) >= rounded(expected - slack)).all()
     assert (float64(new) <= rounded(expected + slack)).all()
+
+
+@pytest.mark.parametrize("rows", [128, 131])
+def test_a_lift_by_parts_of_the_rows_is_that_of_the_whole(monkeypatch, rows):
+    arguments = (*matrices(rows, 70, 9, False, BFLOAT16), 0.25, 0.125, SEED)
+    whole = lift_plain(*arguments)
+    monkeypatch.setattr(lift, "MOST_AT_A_TIME", 1000)
+    parts = jax.jit(functools.partial(lift.lift_and_add))(*arguments)
+    # Products of fewer rows may add up in another order, which rounding then makes a neighbour.
+    apart = whole.view(jnp.int16).astype(int) - parts.view(jnp.int16).astype(int)
+    assert np.abs(apart).max() <= 1
+    assert (apart != 0).mean() <= 1e-3
 
 
 @both_lifts

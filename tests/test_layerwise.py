@@ -1,5 +1,6 @@
 """Layer-wise steps against ordinary ones from equal states, and what they keep in memory."""
 
+import dataclasses
 import functools
 
 import jax
@@ -260,6 +261,79 @@ def test_of_an_embedding_that_is_the_head_too_both_gradients_count():
     assert found.aux >= found.loss
 
 
+def patches(is_read_by_the_head):
+    """A model whose embedding is a product, and one that its head multiplies by too."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "patch": jax.random.normal(keys[0], (24, 16)),
+        "layers": {"kernel": jax.random.normal(keys[1], (1, 16, 16)) / 4},
+    }
+
+    def head_loss(params, x, batch):
+        found = x @ params["patch"].T if is_read_by_the_head else x
+        return jnp.mean(jnp.square(found - 1)), None
+
+    def loss(params, batch):
+        x = batch @ params["patch"]
+        layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
+        x = x + jnp.tanh(x @ layer["kernel"])
+        if is_read_by_the_head:
+            patch = params["patch"]
+            x = x @ getattr(patch, "kernel", patch).T
+        return jnp.mean(jnp.square(x - 1))
+
+    block = lambda params, x, _: x + jnp.tanh(x @ params["kernel"])  # noqa: E731
+    embed = lambda params, batch: (batch @ params["patch"], None)  # noqa: E731
+    return LayeredModel(embed, block, head_loss), params, loss
+
+
+@pytest.mark.parametrize("is_read_by_the_head", [False, True])
+def test_an_embedding_that_is_projected_gets_the_ordinary_update(is_read_by_the_head):
+    model, params, loss = patches(is_read_by_the_head)
+    tx = galore_jax.adamw(0.01, 4)
+    state = layerwise.init(tx, params)
+    batch = jax.random.normal(jax.random.key(1), (10, 24))
+    found = jax.jit(layerwise.make_step(model, tx, refreshes=True))(params, state, batch)
+    wanted = galore_jax.refresh(loss, tx)(params, state.inner, batch)
+    _, grads = galore_jax.value_and_grad(loss, tx)(params, wanted, batch)
+    wanted, _ = galore_jax.apply_gradients(tx, grads, wanted, params)
+    assert max_difference(found.params, wanted) <= 1e-6
+
+
+def test_a_step_without_a_gradient_leaves_the_norm_that_clips_the_next():
+    tx = galore_jax.chain(galore_jax.galore(8), optax.sgd(1.0))
+    step = layerwise_steps(tx, clip_norm=0.3, clip_by="previous_step")[True]
+    params = params_of(CONFIG)
+    first = step(params, layerwise.init(tx, params), batch_of(0))
+    nothing = jax.tree.map(jnp.zeros_like, batch_of(1))
+    second = step(first.params, first.state, nothing)
+    assert second.state.norm == first.state.norm > 0.3
+    assert max_difference(second.params, first.params) == 0
+
+
+@pytest.mark.parametrize("make", [galore_jax.adamw, optax.adamw])
+def test_bfloat16_parameters_are_rounded_by_the_key_to_neighbours_of_the_nearest(make):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    projected = make is galore_jax.adamw
+    tx = make(0.003, 8) if projected else make(0.003)
+    params = params_of(config)
+    state = layerwise.init(tx, params)
+    step = jax.jit(layerwise.make_step(model_of(config), tx, projected=projected))
+    nearest = step(params, state, batch_of(0))
+    one, other = (step(params, state, batch_of(0), jax.random.key(i)).params for i in range(2))
+    for found, also, wanted in zip(
+        *map(jax.tree.leaves, (one, other, nearest.params)), strict=True
+    ):
+        assert found.dtype == jnp.bfloat16
+        places = [leaf.view(jnp.int16).astype(int) for leaf in (found, also, wanted)]
+        assert np.abs(places[0] - places[2]).max() <= 1
+    kernels = [tree["layers"]["mlp"]["up_proj"]["kernel"] for tree in (one, other)]
+    for layer in range(CONFIG.num_layers):
+        assert (kernels[0][layer] != kernels[1][layer]).mean() > 0.1
+    moments = optax.tree.get(nearest.state.inner, "mu")["lm_head"]["kernel"]
+    assert moments.dtype == jnp.float32
+
+
 def test_models_it_would_train_wrongly_are_refused():
     model, params, _ = tied()
     tx = galore_jax.chain(galore_jax.galore(4), optax.sgd(0.1))
@@ -272,11 +346,30 @@ def test_models_it_would_train_wrongly_are_refused():
     uneven = {**params, "layers": {**params["layers"], "other": jnp.zeros((2, 3))}}
     with pytest.raises(ValueError, match=r'below "layers" must be stacked by layer .* \[2, 3\]'):
         layerwise.make_step(model, tx)(uneven, layerwise.init(tx, uneven), jnp.arange(4)[None])
+    reading = model._replace(
+        head_loss=lambda params, x, batch: (jnp.mean(params["layers"]["kernel"]), x)
+    )
+    with pytest.raises(ValueError, match='may not read what lies below "layers"'):
+        layerwise.make_step(reading, tx)(params, state, jnp.arange(4)[None])
     numbers = {"layers": {"kernel": optax.contrib.GaLoreDimensionNumbers(0, (1, 2))}}
     numbers |= {"embedding": None, "bias": None}
     tx = galore_jax.chain(galore_jax.galore(2, weight_dimension_numbers=numbers), optax.sgd(0.1))
     with pytest.raises(ValueError, match="layers/kernel is projected across its layers"):
         layerwise.make_step(model, tx)(params, layerwise.init(tx, params), jnp.arange(4)[None])
+
+
+def test_wrong_settings_and_states_are_refused():
+    model, params, _ = tied()
+    tx, batch = galore_jax.adamw(0.01, 4), jnp.arange(4)[None]
+    with pytest.raises(ValueError, match=r"clip_by is one of .* not 'previus_step'"):
+        layerwise.make_step(model, tx, clip_norm=1.0, clip_by="previus_step")
+    with pytest.raises(ValueError, match="clip_norm must be 0 or more, not -1"):
+        layerwise.make_step(model, tx, clip_norm=-1.0)
+    with pytest.raises(ValueError, match=r"the state of galore_jax\.layerwise\.init"):
+        layerwise.make_step(model, tx)(params, tx.init(params), batch)
+    plain = optax.adam(0.01)
+    with pytest.raises(ValueError, match=r"takes full gradients: .* projected=False"):
+        layerwise.make_step(model, plain)(params, layerwise.init(plain, params), batch)
 
 
 def memory(step, *arguments):

@@ -15,6 +15,7 @@ from galore_jax.quantization import (
     quantize,
     stochastic_round,
     stored_like,
+    zeros_like,
 )
 
 CODES = ("signed", "unsigned", "int8")
@@ -132,6 +133,23 @@ def test_int8_rounds_stochastically_to_neighbours_and_right_on_average():
 def test_a_key_for_a_dynamic_code_is_refused():
     with pytest.raises(ValueError, match='only the code "int8" rounds stochastically'):
         quantize(jnp.ones(3), "signed", jax.random.key(0))
+
+
+def test_what_has_no_codes_is_refused():
+    with pytest.raises(ValueError, match=r"the code must be one of .* not 'int4'"):
+        quantize(jnp.ones(3), "int4")
+    with pytest.raises(ValueError, match="a scalar has no blocks"):
+        quantize(jnp.float32(1), "int8")
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("shape", [(3, 300), (70,), (2, 0), (0, 5)])
+def test_zeros_and_arrays_without_numbers_have_codes_too(shape, code):
+    found, wanted = zeros_like(jnp.ones(shape), code), quantize(jnp.zeros(shape), code)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+    np.testing.assert_array_equal(dequantize(found), jnp.zeros(shape), strict=True)
 
 
 def test_an_array_is_stored_as_another_one_is():

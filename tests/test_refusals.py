@@ -41,9 +41,18 @@ def test_more_than_one_galore_is_refused():
     [
         ({"rank": 0}, "rank must be an integer of at least 1"),
         ({"rank": 4, "update_proj_gap": 0}, "gap must be"),
+        ({"rank": 4, "basis_dtype": "uint8"}, r"basis_dtype must be one of .* int8, not 'uint8'"),
         ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
     ],
 )
 def test_a_wrong_setting_is_refused_in_a_sentence(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         galore(**settings)
+
+
+def test_kernels_that_nothing_would_use_are_refused():
+    with pytest.raises(ValueError, match="kernels are of 8-bit moments"):
+        galore_jax.adamw(0.1, rank=4, kernels="pallas")
+    params, tx = {"bias": random_params(PLAIN)["bias"]}, optax.sgd(0.1)
+    with pytest.raises(ValueError, match="kernels must be one of xla, pallas, not 'cuda'"):
+        apply_gradients(tx, params, tx.init(params), params, kernels="cuda")

@@ -3,8 +3,8 @@
 `adam` and `lift` are in plain JAX, for every backend. `triton` has the same functions, with the
 same arguments, for NVIDIA GPUs: each is a loop over tiles around the formula that `adam` or `lift`
 has. Which of them are used is a setting, "xla" or "pallas". The latter is compiled for real cards,
-and equal to the former in Pallas' interpreter, but has not been timed on one; so it is not the
-default.
+and in Pallas' interpreter gives what the former does up to rounding, but has not been timed on one;
+so it is not the default.
 """
 
 from collections.abc import Callable

@@ -1,14 +1,13 @@
 """Adam (arXiv 1412.6980, algorithm 1) on moments in 8-bit codes (arXiv 2110.02861)."""
 
-import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from galore_jax.kernels.parts import equal_parts
-from galore_jax.quantization import Quantized, dequantize, quantize
+from galore_jax.kernels.parts import by_parts
+from galore_jax.quantization import BLOCK, Quantized, dequantize, quantize
 
 # Numbers whose moments exist in float32 at a time.
 MOST_AT_A_TIME = 2**20
@@ -53,20 +52,28 @@ def adam_8bit(
     Returns:
       The update in float32, of the gradient's shape, and the new moments.
     """
-    given, numbers = (gradient.astype(jnp.float32), mu, nu), factors(count, b1, b2, eps)
-    flat = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), given)
-    rows = flat[0].shape[0]
-    size = rows // equal_parts(rows, gradient.size, MOST_AT_A_TIME)
+    numbers = factors(count, b1, b2, eps)
+    given = gradient.astype(jnp.float32), mu, nu
 
-    def part(i: jax.Array, done: Any) -> Any:
-        cut = lambda array: lax.dynamic_slice_in_dim(array, i * size, size)  # noqa: E731
-        gradient, mu, nu = jax.tree.map(cut, done)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=i * size, axis=0)
-        return jax.tree.map(put, done, step(gradient, mu, nu, numbers))
+    def part(_: Any, own: Any) -> Any:
+        gradient, mu, nu = own
+        return step(gradient, mu, nu, numbers)
 
     # The update takes the place of the gradient.
-    flat = lax.fori_loop(0, rows // size, part, flat)
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), flat, given)
+    new = by_parts(part, as_rows(given), MOST_AT_A_TIME)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), new, given)
+
+
+def as_rows(moments: Any) -> Any:
+    """Arrays and codes of one shape, and their scales, as matrices that blocks lie in the rows of.
+
+    A vector is cut into blocks, if it holds a whole number of them.
+    """
+    shape = jax.tree.leaves(moments)[0].shape
+    rows = math.prod(shape[:-1])
+    if rows == 1 and shape[-1] % BLOCK == 0:
+        rows = shape[-1] // BLOCK
+    return jax.tree.map(lambda x: x.reshape(rows, -1), moments)
 
 
 def factors(count: Any, b1: Any, b2: Any, eps: Any) -> Factors:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.kernels.parts import equal_parts
+from galore_jax.kernels.parts import by_parts
 from galore_jax.kernels.random import noise
 from galore_jax.quantization import round_with
 
@@ -41,17 +41,13 @@ def lift_and_add(
     Returns:
       The new weights.
     """
-    rows = weights.shape[0]
-    size = rows // equal_parts(rows, weights.size, MOST_AT_A_TIME)
 
-    def part(i: jax.Array, weights: jax.Array) -> jax.Array:
-        start = i * size
-        own, own_left = (lax.dynamic_slice_in_dim(a, start, size) for a in (weights, left))
-        lifted = product(own_left, right, right_is_transposed)
-        new = add(own, lifted, scale, decay, seed, (start, 0))
-        return lax.dynamic_update_slice_in_dim(weights, new, start, axis=0)
+    def part(start: Any, weights: jax.Array) -> jax.Array:
+        own = lax.dynamic_slice_in_dim(left, start, weights.shape[0])
+        lifted = product(own, right, right_is_transposed)
+        return add(weights, lifted, scale, decay, seed, (start, 0))
 
-    return lax.fori_loop(0, rows // size, part, weights)
+    return by_parts(part, weights, MOST_AT_A_TIME)
 
 
 def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax.Array:

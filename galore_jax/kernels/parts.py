@@ -1,16 +1,43 @@
 """Large arrays by parts: XLA keeps in memory what a kernel would not, so it is given less."""
 
+from collections.abc import Callable
+from typing import Any
 
-def equal_parts(rows: int, size: int, most: int) -> int:
-    """Into how many equal parts to cut an array of some rows.
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PyTree = Any
+
+
+def by_parts(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, most: int) -> PyTree:
+    """`f(0, arrays)` for a function of each row by itself, in place of the arrays.
 
     Args:
-      rows: to be cut between.
-      size: numbers in the array.
-      most: numbers in a part, up to eight times fewer for equal parts.
+      f: of the number of the first row, and some rows of each array; returns these rows anew.
+      arrays: a tree of arrays that have their first axis in common.
+      most: numbers of the first array in a part, up to eight times fewer for equal parts.
 
     Returns:
-      A divisor of rows; 1 where none is near, for in a remainder XLA would copy the whole.
+      The new arrays.
     """
-    fewest = -(-size // most)
-    return next((n for n in range(fewest, 8 * fewest) if rows % n == 0), 1)
+    first = jax.tree.leaves(arrays)[0]
+    rows, fewest = first.shape[0], -(-first.size // most)
+    if fewest <= 1:
+        return f(0, arrays)
+    near = (n for n in range(fewest, 8 * fewest) if rows % n == 0)
+    size = -(-rows // next(near, min(fewest, rows)))
+
+    def part(i: jax.Array, arrays: PyTree) -> PyTree:
+        # The last of unequal parts begins within the one before: of a remainder XLA copies all.
+        start = jnp.minimum(i * size, rows - size)
+        old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), arrays)
+        new = f(start, old)
+        if rows % size:
+            todo = start + jnp.arange(size) >= i * size
+            pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)  # noqa: E731
+            new = jax.tree.map(pick, new, old)
+        put = lambda all, own: lax.dynamic_update_slice_in_dim(all, own, start, axis=0)  # noqa: E731
+        return jax.tree.map(put, arrays, new)
+
+    return lax.fori_loop(0, -(-rows // size), part, arrays)

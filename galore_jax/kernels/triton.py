@@ -36,10 +36,9 @@ def adam_8bit(
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`galore_jax.kernels.adam.adam_8bit` in one pass, in place where the moments are donated."""
     shape = gradient.shape
-    matrix = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    gradient, flat_mu, flat_nu = jax.tree.map(matrix, (gradient, mu, nu))
+    gradient, flat_mu, flat_nu = adam.as_rows((gradient, mu, nu))
     # The whole of a last axis below 256 is one block.
-    lanes = pl.next_power_of_2(min(BLOCK, shape[-1]))
+    lanes = pl.next_power_of_2(min(BLOCK, gradient.shape[-1]))
     tile, one = (pl.BlockSpec((ADAM_ROWS, size), lambda i, j: (i, j)) for size in (lanes, 1))
     moment = Quantized(tile, one, mu.code), Quantized(tile, one, nu.code)
     numbers = jnp.stack(adam.factors(count, b1, b2, eps))

@@ -46,33 +46,26 @@ class Config:
                 f"training.accumulation is {self.training.accumulation}, which does not divide "
                 f"data.batch_size, {self.data.batch_size}: choose a divisor."
             )
-        if self.training.layerwise and self.optimizer.refresh == "random":
-            raise InputError(
-                'optimizer.refresh = "random" would give all layers of training.layerwise the same '
-                'subspace: choose "subspace_iteration".'
-            )
-        clips_coordinates = (
-            self.optimizer.clip_norm and self.optimizer.clip_norm_of == "coordinates"
-        )
-        if (
-            self.training.layerwise
-            and self.optimizer.has_galore
-            and not self.optimizer.are_projected
-            and clips_coordinates
-        ):
-            raise InputError(
-                "training.layerwise with full gradients clips by their norm: set "
-                'optimizer.clip_norm_of = "gradients".'
-            )
-        if self.training.layerwise and self.training.diagnostics:
-            raise InputError(
-                "training.diagnostics compares whole gradients, which training.layerwise never "
-                "has: turn one of them off."
-            )
         if self.optimizer.warmup_steps > self.training.steps:
             raise InputError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but training.steps is "
                 f"only {self.training.steps}: shorten the warm-up too."
+            )
+        if self.training.layerwise:
+            self._check_layerwise()
+
+    def _check_layerwise(self):
+        optimizer = self.optimizer
+        if optimizer.refresh == "random":
+            raise InputError(
+                'optimizer.refresh = "random" would give all layers of training.layerwise the same '
+                'subspace: choose "subspace_iteration".'
+            )
+        clips_coordinates = optimizer.clip_norm and optimizer.clip_norm_of == "coordinates"
+        if optimizer.has_galore and not optimizer.are_projected and clips_coordinates:
+            raise InputError(
+                "training.layerwise with full gradients clips by their norm: set "
+                'optimizer.clip_norm_of = "gradients".'
             )
 
 

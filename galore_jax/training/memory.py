@@ -20,7 +20,13 @@ from galore_jax.models.loss import COLUMNS
 from galore_jax.state import galore_states, start_coordinates
 from galore_jax.training.config import Config
 from galore_jax.training.sections import OptimizerConfig
-from galore_jax.training.step import init_state, make_train_step, tree_bytes, tree_size
+from galore_jax.training.step import (
+    init_state,
+    make_train_step,
+    refuse_missing_gpu,
+    tree_bytes,
+    tree_size,
+)
 
 PyTree = Any
 Parts = dict[str, int]
@@ -117,11 +123,16 @@ def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
       Of `train_step` and, where gradients are born projected, of `refresh_step`, which makes new
       bases before its update: `arguments`, `outputs`, those of them `aliased` with arguments,
       `temporaries`, and `total`, all that the step needs.
+
+    Raises:
+      InputError: kernels for a GPU where there is none to compile for.
     """
     state = jax.eval_shape(lambda: init_state(config))
     leaf = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32)
     arguments = state, dict.fromkeys(("tokens", "segments", "positions"), leaf)
-    if sharding is not None:
+    if sharding is None:
+        refuse_missing_gpu(config)
+    else:
         arguments = place(arguments, sharding)
     steps = {"train_step": False}
     if config.optimizer.are_projected:

@@ -196,6 +196,11 @@ class TrainingConfig:
             value = getattr(self, name)
             _require(value >= 0, f"training.{name}", value, "0 or more")
         _require(0 <= self.seed < 2**32, "training.seed", self.seed, "between 0 and 4294967295")
+        if self.layerwise and self.diagnostics:
+            raise InputError(
+                "training.diagnostics compares whole gradients, which training.layerwise never "
+                "has: turn one of them off."
+            )
         if self.layerwise and self.accumulation > 1:
             raise InputError(
                 "training.layerwise is done with a layer's gradient before the next micro-batch: "

@@ -99,7 +99,8 @@ def make_optimizer(
         return galore_jax.chain(clip, optimizer) if clip_norm else optimizer
     common |= {name: getattr(config, name) for name in GALORE}
     if config.name in ("galore_adamw", "galore_adamw8bit"):
-        bits = {"eight_bit": config.name == "galore_adamw8bit", "kernels": kernels}
+        is_8bit = config.name == "galore_adamw8bit"
+        bits = {"eight_bit": True, "kernels": kernels} if is_8bit else {}
         optimizer = galore_jax.adamw(schedule, **adam, **common, **bits)
     elif config.name == "galore_adafactor":
         optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **common)
@@ -263,6 +264,17 @@ def _make_layerwise_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
+def refuse_missing_gpu(config: Config) -> None:
+    """Raises:
+    InputError: kernels for a GPU where there is none.
+    """
+    if config.optimizer.kernels == "pallas" and jax.default_backend() != "gpu":
+        raise InputError(
+            'optimizer.kernels = "pallas" needs an NVIDIA GPU, which JAX does not find here: '
+            'set optimizer.kernels = "xla".'
+        )
+
+
 class Stepper:
     """Steps of training, compiled ahead: those that refresh bases apart from the others.
 
@@ -274,11 +286,7 @@ class Stepper:
     """
 
     def __init__(self, config: Config, state: TrainState):
-        if config.optimizer.kernels == "pallas" and jax.default_backend() != "gpu":
-            raise InputError(
-                'optimizer.kernels = "pallas" needs an NVIDIA GPU, which JAX does not find here: '
-                'set optimizer.kernels = "xla".'
-            )
+        refuse_missing_gpu(config)
         rows = config.data.batch_size // jax.process_count()
         leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
         batch = {"tokens": leaf, "segments": leaf, "positions": leaf}
