@@ -113,9 +113,10 @@ def target(name: str) -> Iterator[NamedSharding]:
     """
     if name not in TARGETS:
         raise InputError(f'there is no target "{name}": take one of {", ".join(TARGETS)}.')
-    mesh = _mesh(TARGETS[name])
-    with jax.set_mesh(mesh):
-        yield NamedSharding(mesh, PartitionSpec())
+    with _environment():
+        mesh = _mesh(TARGETS[name])
+        with jax.set_mesh(mesh):
+            yield NamedSharding(mesh, PartitionSpec())
 
 
 def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
@@ -123,11 +124,22 @@ def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _mesh(gpu: GpuTarget) -> Mesh:
+@contextlib.contextmanager
+def _environment() -> Iterator[None]:
+    """What the CUDA plugin reads where there is no card; afterwards all is as it was."""
+    before = dict(os.environ)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     flags = os.environ.get("XLA_FLAGS", "")
     if "--xla_gpu_autotune_level" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".lstrip()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _mesh(gpu: GpuTarget) -> Mesh:
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=_text(gpu), topology="1x1x1"

@@ -3,6 +3,8 @@
 python scripts/compile_kernels.py
 """
 
+import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +17,9 @@ WEIGHTS = ((4096, 4096), (4096, 11008), (11008, 4096))
 
 def main() -> None:
     """Compiles each kernel for each target, and prints a line of each."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     import jax
 
     from galore_jax import devices
@@ -58,22 +63,23 @@ def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tupl
             arguments = (gradient, mu, nu, array(dtype=jnp.int32))
             yield "adam_8bit", shape, jnp.dtype(dtype).name, adam, arguments, (1, 2)
 
+    # As `apply_gradients` calls it, of a stack of matrices, here one; int8 bases come in float32.
     for rows, columns in WEIGHTS:
-        for right_is_transposed in (False, True):
-            basis, update = (jnp.bfloat16, jnp.float32)
-            left = array(rows, RANK, dtype=update if right_is_transposed else basis)
-            right = (
-                array(columns, RANK, dtype=basis) if right_is_transposed else array(RANK, columns)
-            )
-            for seed in (None, array(2, dtype=jnp.uint32)):
-                lift = functools.partial(
-                    triton.lift_and_add, right_is_transposed=right_is_transposed
-                )
-                weights = array(rows, columns, dtype=jnp.bfloat16)
-                arguments = (weights, left, right, array(), array(), seed)
-                side = "right" if right_is_transposed else "left"
-                rounding = "nearest" if seed is None else "stochastic"
-                yield "lift_and_add", (rows, columns), f"{side}, {rounding}", lift, arguments, (0,)
+        for right_is_transposed, basis, seed in itertools.product(
+            (False, True), (jnp.bfloat16, jnp.float32), (None, array(1, 2, dtype=jnp.uint32))
+        ):
+            weights = array(1, rows, columns, dtype=jnp.bfloat16)
+            if right_is_transposed:
+                factors = array(1, rows, RANK), array(1, columns, RANK, dtype=basis)
+            else:
+                factors = array(1, rows, RANK, dtype=basis), array(1, RANK, columns)
+            one = functools.partial(triton.lift_and_add, right_is_transposed=right_is_transposed)
+            lift = jax.vmap(one, (0, 0, 0, None, 0, None if seed is None else 0))
+            arguments = (weights, *factors, array(), array(1), seed)
+            side = "right" if right_is_transposed else "left"
+            rounding = "nearest" if seed is None else "stochastic"
+            variant = f"{side}, {jnp.dtype(basis).name}, {rounding}"
+            yield "lift_and_add", (rows, columns), variant, lift, arguments, (0,)
 
 
 if __name__ == "__main__":
