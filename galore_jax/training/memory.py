@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.devices import place
@@ -21,6 +20,7 @@ from galore_jax.state import galore_states, start_coordinates
 from galore_jax.training.config import Config
 from galore_jax.training.sections import OptimizerConfig
 from galore_jax.training.step import (
+    batch_shapes,
     init_state,
     make_train_step,
     refuse_missing_gpu,
@@ -127,9 +127,7 @@ def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
     Raises:
       InputError: kernels for a GPU where there is none to compile for.
     """
-    state = jax.eval_shape(lambda: init_state(config))
-    leaf = jax.ShapeDtypeStruct((config.data.batch_size, config.data.sequence_length), jnp.int32)
-    arguments = state, dict.fromkeys(("tokens", "segments", "positions"), leaf)
+    arguments = jax.eval_shape(lambda: init_state(config)), batch_shapes(config)
     if sharding is None:
         refuse_missing_gpu(config)
     else:

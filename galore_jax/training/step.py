@@ -187,7 +187,6 @@ def make_train_step(
         return _make_layerwise_step(config, refreshes)
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    rounds = config.model.dtype == "bfloat16" and config.optimizer.stochastic_rounding
     projected = config.optimizer.are_projected
     kernels: Any = config.optimizer.kernels
     gradients_of = make_gradients(config, tx)
@@ -202,14 +201,9 @@ def make_train_step(
             state = state._replace(opt_state=opt_state)
         gradients, metrics = gradients_of(state.params, state.opt_state, batch)
         metrics["learning_rate"] = schedule(state.step)
-        key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+        key = _rounding_key(config, state.step)
         params, opt_state = galore_jax.apply_gradients(
-            tx,
-            gradients,
-            state.opt_state,
-            state.params,
-            key=key if rounds else None,
-            kernels=kernels,
+            tx, gradients, state.opt_state, state.params, key=key, kernels=kernels
         )
         metrics |= movement(opt_state)
         if not projected:
@@ -232,7 +226,6 @@ def _make_layerwise_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     optimizer = config.optimizer
     schedule = learning_rate_schedule(optimizer, config.training.steps)
-    rounds = config.model.dtype == "bfloat16" and optimizer.stochastic_rounding
     choices: dict[str, Any] = {"clip_by": optimizer.clip_by, "kernels": optimizer.kernels}
     step = layerwise.make_step(
         layerwise.LayeredModel(
@@ -248,8 +241,7 @@ def _make_layerwise_step(
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
-        key = key if rounds else None
+        key = _rounding_key(config, state.step)
         params, opt_state, loss, targets = step(state.params, state.opt_state, batch, key)
         norm = "coordinates_norm" if optimizer.are_projected else "gradient_norm"
         metrics = {
@@ -262,6 +254,19 @@ def _make_layerwise_step(
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
+    if config.model.dtype != "bfloat16" or not config.optimizer.stochastic_rounding:
+        return None
+    return jax.random.fold_in(jax.random.key(config.training.seed), step)
+
+
+def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of the arrays of a batch, in this process."""
+    rows = config.data.batch_size // jax.process_count()
+    leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
+    return dict.fromkeys(("tokens", "segments", "positions"), leaf)
 
 
 def refuse_missing_gpu(config: Config) -> None:
@@ -287,9 +292,7 @@ class Stepper:
 
     def __init__(self, config: Config, state: TrainState):
         refuse_missing_gpu(config)
-        rows = config.data.batch_size // jax.process_count()
-        leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
-        batch = {"tokens": leaf, "segments": leaf, "positions": leaf}
+        batch = batch_shapes(config)
         began = time.perf_counter()
         self._step = make_train_step(config).lower(state, batch).compile()
         self._refreshing_step = None
