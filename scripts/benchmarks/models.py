@@ -88,13 +88,18 @@ def _multiply_as_flax(
 
 
 def _run_layers(config: LlamaConfig, layers: PyTree, x: Any) -> Any:
-    if isinstance(layers, list):
-        for layer in layers:
-            one = jax.tree.map(lambda leaf: leaf[None], layer)
-            x = _run_layers(replace(config, num_layers=1), one, x)
-        return x
-    positions = jnp.arange(x.shape[1])[None]
-    rotation = rotation_at(positions, config.head_size, config.rope_theta)
-    mask = attention_mask(jnp.ones_like(positions))
+    # As arrays, which a loop over stacked layers computes once: where each layer is apart XLA would
+    # compute every cosine again for every head, forwards and backwards.
+    with jax.ensure_compile_time_eval():
+        positions = jnp.arange(x.shape[1])[None]
+        rotation = rotation_at(positions, config.head_size, config.rope_theta)
+        mask = attention_mask(jnp.ones_like(positions))
     run = lambda model, x: model.layers(x, rotation, mask, None, 0)[0]  # noqa: E731
-    return Llama(config).apply({"params": {"layers": layers}}, x, method=run)
+    if isinstance(layers, list):
+        config = replace(config, num_layers=1)
+        stacks = [jax.tree.map(lambda leaf: leaf[None], layer) for layer in layers]
+    else:
+        stacks = [layers]
+    for stack in stacks:
+        x = Llama(config).apply({"params": {"layers": stack}}, x, method=run)
+    return x
