@@ -59,6 +59,7 @@ def main() -> None:
     from galore_jax.devices import TARGETS, target
     from galore_jax.training.config import load_config
     from galore_jax.training.memory import compiled, contestants, predict
+    from galore_jax.training.step import refuse_missing_gpu
 
     if arguments.device not in ("cpu", *TARGETS):
         names = ", ".join(("cpu", *TARGETS))
@@ -67,6 +68,7 @@ def main() -> None:
     card = TARGETS.get(arguments.device)
     if card is None:
         jax.config.update("jax_platforms", "cpu")
+        refuse_missing_gpu(config)
     with nullcontext() if card is None else target(arguments.device) as sharding:
         predicted = predict(config)
         name = "a CPU" if card is None else card.name

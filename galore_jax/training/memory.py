@@ -23,7 +23,6 @@ from galore_jax.training.step import (
     batch_shapes,
     init_state,
     make_train_step,
-    refuse_missing_gpu,
     tree_bytes,
     tree_size,
 )
@@ -123,14 +122,9 @@ def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
       Of `train_step` and, where gradients are born projected, of `refresh_step`, which makes new
       bases before its update: `arguments`, `outputs`, those of them `aliased` with arguments,
       `temporaries`, and `total`, all that the step needs.
-
-    Raises:
-      InputError: kernels for a GPU where there is none to compile for.
     """
     arguments = jax.eval_shape(lambda: init_state(config)), batch_shapes(config)
-    if sharding is None:
-        refuse_missing_gpu(config)
-    else:
+    if sharding is not None:
         arguments = place(arguments, sharding)
     steps = {"train_step": False}
     if config.optimizer.are_projected:
