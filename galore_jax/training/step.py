@@ -270,8 +270,10 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def refuse_missing_gpu(config: Config) -> None:
-    """Raises:
-    InputError: kernels for a GPU where there is none.
+    """Ends a run whose kernels are for a GPU where there is none.
+
+    Raises:
+      InputError: there is none.
     """
     if config.optimizer.kernels == "pallas" and jax.default_backend() != "gpu":
         raise InputError(
