@@ -1,18 +1,16 @@
 """`value_and_grad` for training with galore: gradients that the backward pass projects."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from galore_jax.product import track, varying_as
+from galore_jax.micro_batches import check_micro_batches, mean_over
+from galore_jax.product import track
 from galore_jax.projection import Basis, Coordinates, is_basis
-from galore_jax.rewrite import Program, Report, trace
+from galore_jax.rewrite import Program
 from galore_jax.state import galore_states, is_low_rank, map_bases
 
 PyTree = Any
@@ -85,22 +83,22 @@ def value_and_grad(
     return run
 
 
-@dataclass
-class Uses:
+class Uses(NamedTuple):
     """How a loss uses a projected parameter.
 
     Attributes:
       products: whether it multiplies by it, so that the backward pass projects that gradient.
-      others: where it uses it otherwise: primitives and lines of the source.
+      reasons: why another part of the gradient is not projected there: the primitives that use the
+        parameter, and their lines of the source.
     """
 
-    products: bool = False
-    others: list[str] = field(default_factory=list)
+    products: bool
+    reasons: tuple[str, ...]
 
     @property
     def gradient(self) -> str:
         """How the gradient comes about: "projected" in the backward pass, "partly", or "full"."""
-        if not self.others:
+        if not self.reasons:
             return "projected"
         return "partly" if self.products else "full"
 
@@ -134,7 +132,7 @@ class TracedLoss:
             value, aux = returned if has_aux else (returned, None)
             return value, aux
 
-        self._program = trace(pair, params)
+        self._program = Program(pair, params)
         self._leaves, self._tree = jax.tree.flatten(params)
         self._bases, self._has_aux = self._by_leaf(bases), has_aux
         self.uses = self._find_uses()
@@ -145,17 +143,15 @@ class TracedLoss:
         They are `Coordinates` at the parameters with a basis, but full where the loss multiplies by
         such a parameter nowhere.
         """
-        everything = set(range(len(self._leaves)))
-        value, gradients = self._differentiate(self._program, self._bases, everything)
-        return value if self._has_aux else value[0], self._tree.unflatten(gradients)
+        pair, gradients = self._differentiate(self._bases, set(range(len(self._leaves))))
+        return pair if self._has_aux else pair[0], self._tree.unflatten(gradients)
 
     def coordinates(self, bases: PyTree) -> dict[Path, jax.Array]:
         """By path the coordinates in these bases, a part of its own ones or others in their place.
 
         There are none of a parameter that the loss multiplies by nowhere.
         """
-        program, chosen = self._program.value_alone(), self._by_leaf(bases)
-        _, gradients = self._differentiate(program, chosen, set())
+        _, gradients = self._differentiate(self._by_leaf(bases), set())
         return {g.projection.path: g.value for g in gradients if isinstance(g, Coordinates)}
 
     def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
@@ -163,37 +159,38 @@ class TracedLoss:
         return {i: basis for i, basis in found if is_basis(basis)}
 
     def _find_uses(self) -> dict[Path, Uses]:
-        found = {i: Uses() for i in self._bases}
+        products: set[int] = set()
+        reasons: dict[int, dict[str, None]] = {i: {} for i in self._bases}
 
         def report(leaf: int, reason: str | None) -> None:
             if reason is None:
-                found[leaf].products = True
-            elif reason not in found[leaf].others:
-                found[leaf].others.append(reason)
+                products.add(leaf)
+            else:
+                reasons[leaf][reason] = None
 
-        program, leaves = self._program.value_alone(), dict(enumerate(self._leaves))
-        of = lambda: self._run(program, leaves, self._bases, _zeros(self._bases), report)  # noqa: E731
-        jax.eval_shape(of)
-        return {basis.projection.path: found[i] for i, basis in self._bases.items()}
+        def evaluate() -> jax.Array:
+            leaves = self._tracked(self._leaves, self._bases, _zeros(self._bases))
+            return self._program.number(leaves, report)
 
-    def _differentiate(
-        self, program: Program, bases: dict[int, Basis], wanted: set[int]
-    ) -> tuple[tuple[Any, Any], list[Any]]:
-        """The program's pair, and the gradients of leaves with a basis and of those wanted."""
+        jax.eval_shape(evaluate)
+        return {
+            basis.projection.path: Uses(i in products, tuple(reasons[i]))
+            for i, basis in self._bases.items()
+        }
+
+    def _differentiate(self, bases: dict[int, Basis], wanted: set[int]) -> tuple[tuple, list[Any]]:
+        """The loss's pair, and the gradients of leaves with a basis and of those wanted."""
         uses = {i: self.uses[basis.projection.path] for i, basis in bases.items()}
         bases = {i: basis for i, basis in bases.items() if uses[i].gradient != "full"}
-        used_otherwise = {i for i in bases if uses[i].others}
-
-        def report(leaf: int, reason: str | None) -> None:
-            assert reason is None or leaf in used_otherwise, "a gradient would be lost"
+        used_otherwise = {i for i in bases if uses[i].reasons}
 
         def value(free: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
-            leaves = {**dict(enumerate(self._leaves)), **free}
-            return self._run(program, leaves, bases, coordinates, report)
+            leaves = [free.get(i, leaf) for i, leaf in enumerate(self._leaves)]
+            return self._program(self._tracked(leaves, bases, coordinates), lambda *_: None)
 
         free = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
         differentiated = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-        found, (full, coordinates) = differentiated(free, _zeros(bases))
+        pair, (full, coordinates) = differentiated(free, _zeros(bases))
 
         def gradient(i: int) -> Any:
             if i not in bases:
@@ -203,18 +200,14 @@ class TracedLoss:
                 own += projection.project(bases[i].vectors, full[i])
             return Coordinates(own, projection)
 
-        return found, [gradient(i) for i in range(len(self._leaves))]
+        return pair, [gradient(i) for i in range(len(self._leaves))]
 
-    def _run(
-        self,
-        program: Program,
-        leaves: dict[int, Any],
-        bases: dict[int, Basis],
-        coordinates: dict[int, Any],
-        report: Report,
-    ) -> tuple[Any, Any]:
-        tracked = {i: track(i, leaves[i], bases[i], coordinates[i]) for i in bases}
-        return program([tracked.get(i, leaf) for i, leaf in leaves.items()], report)
+    @staticmethod
+    def _tracked(
+        leaves: list[Any], bases: dict[int, Basis], coordinates: dict[int, Any]
+    ) -> list[Any]:
+        own = {i: track(i, leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
+        return [own.get(i, leaf) for i, leaf in enumerate(leaves)]
 
 
 def _zeros(bases: dict[int, Basis]) -> dict[int, jax.Array]:
@@ -243,55 +236,3 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     for state in states:
         bases = map_bases(lambda basis: basis, state.bases, otherwise=bases)
     return bases
-
-
-def check_micro_batches(micro_batches: Any) -> None:
-    """Raises a ValueError unless it is a whole number of at least 1."""
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, Integral):
-        raise ValueError(f"micro_batches must be a whole number, not {micro_batches!r}.")
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1, not {micro_batches}.")
-
-
-def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
-    """`f(*batch)`, or over equal parts of the batch the mean of what `f` returns, in float32."""
-    if micro_batches == 1:
-        return f(*batch)
-    parts = split(batch, micro_batches)
-    shapes = jax.eval_shape(f, *first_part(batch, micro_batches))
-
-    def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
-        return jax.tree.map(
-            lambda old, new: old + jnp.asarray(new, jnp.float32), total, f(*part)
-        ), None
-
-    zeros = jax.tree.map(lambda leaf: varying_as(jnp.zeros(leaf.shape, jnp.float32), leaf), shapes)
-    total, _ = lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda leaf: leaf / micro_batches, total)
-
-
-def first_part(batch: Any, micro_batches: int) -> Any:
-    """The first of the equal parts of a batch; of one part the batch, whatever it holds."""
-    if micro_batches == 1:
-        return batch
-    return jax.tree.map(lambda parts: parts[0], split(batch, micro_batches))
-
-
-def split(batch: Any, micro_batches: int) -> Any:
-    """A batch of arrays (B, …) as equal parts, (micro_batches, B / micro_batches, …).
-
-    Raises:
-      ValueError: an array cannot be split so.
-    """
-
-    def parts(rows: Any) -> jax.Array:
-        rows = jnp.asarray(rows)
-        if rows.ndim == 0 or rows.shape[0] % micro_batches:
-            raise ValueError(
-                f"an array of the batch, shape {rows.shape}, cannot be split into "
-                f"{micro_batches} micro-batches: its first axis must be a multiple of them; what "
-                "is not to be split goes by keyword."
-            )
-        return rows.reshape(micro_batches, -1, *rows.shape[1:])
-
-    return jax.tree.map(parts, batch)

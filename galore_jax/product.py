@@ -4,6 +4,9 @@ For `y = x W` with W (in, out), all tokens flattened, the gradient is `G = xᵀ 
 coordinates in a basis P are `PᵀG = (x P)ᵀ dy` (left) or `G P = xᵀ (dy P)` (right): exactly those
 that projecting G would give, up to rounding, for `tokens · r · (in + out)` multiplications in place
 of `tokens · in · out`, and G is never formed.
+
+Axes have letters, as in `jnp.einsum`: A, B, … are batch axes, a, b, … make up the in side in this
+order, m, n, … the out side, and _ is an axis of tokens. So sorted axes are a batch of matrices.
 """
 
 import math
@@ -19,9 +22,7 @@ from jax import lax
 from galore_jax.projection import Basis, Side
 from galore_jax.quantization import dequantize
 
-# What an axis is, "batch", "in" or "out" of the matrix view, and its place among those of its kind.
-Axis = tuple[str, int]
-Axes = tuple[Axis, ...]
+BATCH, IN, OUT, TOKEN = "A", "a", "m", "_"
 # As `lax.dot_general` has them, of x and the kernel: (contracting, contracting), (batch, batch).
 DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 
@@ -33,28 +34,32 @@ class Tracked:
 
     Attributes:
       array: the parameter as it is by now: cast, transposed, cut along its batch axes.
-      vectors: of its basis by side, `(*batch, in or out, r)`, cut in the same way.
-      coordinates: zeros `(*batch, rows, columns)`, cut in the same way; the derivative of projected
-        products alone depends on them.
-      axes: static; what each axis of `array` is. The axes of one kind, in the order of their
-        places, are the batch, the in side or the out side of the other arrays.
+      vectors: of its basis by side, `(*batch, in or out, r)`, the batch axes as those of `array`.
+      coordinates: zeros `(*batch, rows, columns)`, likewise; the derivative of projected products
+        alone depends on them.
+      axes: static; the letters of the axes of `array`, those of the batch in alphabetical order.
       leaf: static; the number of the parameter's leaf.
     """
 
     array: Any
     vectors: dict[Side, Any]
     coordinates: Any
-    axes: Axes = field(metadata={"static": True})
+    axes: str = field(metadata={"static": True})
     leaf: int = field(metadata={"static": True})
 
 
 def track(leaf: int, array: Any, basis: Basis, coordinates: Any) -> Tracked:
     """A parameter as it enters the loss."""
     view = basis.projection.view
-    kinds = {"batch": view.batch_axes, "in": view.in_axes, "out": view.out_axes}
-    what = {axis: (kind, i) for kind, axes in kinds.items() for i, axis in enumerate(axes)}
-    axes = tuple(what[axis] for axis in range(len(view.shape)))
+    sides = ((BATCH, view.batch_axes), (IN, view.in_axes), (OUT, view.out_axes))
+    letters = {axis: chr(ord(kind) + i) for kind, axes in sides for i, axis in enumerate(axes)}
+    axes = "".join(letters[axis] for axis in range(len(letters)))
     return Tracked(array, basis.vectors, coordinates, axes, leaf)
+
+
+def kind(axis: str) -> str:
+    """`BATCH`, `IN` or `OUT`, of a letter."""
+    return BATCH if axis < TOKEN else IN if axis < OUT else OUT
 
 
 def projected_product(
@@ -78,9 +83,17 @@ def projected_product(
       The product; None if it does not contract the in side or the out side of the kernel, all of it
       and nothing else.
     """
-    layout = _layout(kernel.axes, x.ndim, numbers, kernel_first)
-    if layout is None:
+    (x_contracting, contracting), (x_batch, batch) = numbers
+    summed = sorted(kernel.axes[i] for i in contracting)
+    sides = [[axis for axis in sorted(kernel.axes) if kind(axis) == side] for side in (IN, OUT)]
+    if summed not in sides or any(kind(kernel.axes[i]) != BATCH for i in batch):
         return None
+    shared = dict(zip((*x_contracting, *x_batch), (*contracting, *batch), strict=True))
+    x_axes = [kernel.axes[shared[i]] if i in shared else TOKEN for i in range(x.ndim)]
+    own = [axis for i, axis in enumerate(kernel.axes) if i not in shared.values()]
+    tokens = [TOKEN] * x_axes.count(TOKEN)
+    y_axes = [kernel.axes[i] for i in batch] + (own + tokens if kernel_first else tokens + own)
+    layout = _Layout("".join(x_axes), "".join(y_axes), contracts_in=summed == sides[0])
     coordinates = varying_as(kernel.coordinates, x, kernel.array)
     return _product(dot, layout, x, lax.stop_gradient(kernel.array), kernel.vectors, coordinates)
 
@@ -95,33 +108,11 @@ def varying_as(array: jax.Array, *others: Any) -> jax.Array:
 
 
 class _Layout(NamedTuple):
-    """What the axes of x and of the result are: of the kernel's kinds, or "token".
+    """The axes of x and of the result, and whether the product contracts the in side."""
 
-    Attributes:
-      x_axes: of x.
-      y_axes: of the result.
-      contracts_in: whether the product contracts the in side, else the out side.
-    """
-
-    x_axes: Axes
-    y_axes: Axes
+    x_axes: str
+    y_axes: str
     contracts_in: bool
-
-
-def _layout(
-    axes: Axes, x_ndim: int, numbers: DimensionNumbers, kernel_first: bool
-) -> _Layout | None:
-    (x_contracting, contracting), (x_batch, batch) = numbers
-    summed = {axes[i] for i in contracting}
-    sides = [{axis for axis in axes if axis[0] == side} for side in ("in", "out")]
-    if summed not in sides or any(axes[i][0] != "batch" for i in batch):
-        return None
-    shared = dict(zip((*x_contracting, *x_batch), (*contracting, *batch), strict=True))
-    x_axes = tuple(axes[shared[i]] if i in shared else ("token", i) for i in range(x_ndim))
-    tokens = [axis for axis in x_axes if axis[0] == "token"]
-    rest = [axis for i, axis in enumerate(axes) if i not in shared.values()]
-    y_axes = [*(axes[i] for i in batch), *(rest + tokens if kernel_first else tokens + rest)]
-    return _Layout(x_axes, tuple(y_axes), summed == sides[0])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -139,41 +130,38 @@ def _backward(dot, layout, saved, upstream):
     x, kernel, vectors, like = saved
     (dx,) = jax.vjp(lambda x: dot(x, kernel), x)[1](upstream)
     x, upstream = lax.optimization_barrier((x, upstream))
-    dtype = jnp.promote_types(x.dtype, kernel.dtype)
-    inner, x_batch = _matrices(x.astype(dtype), layout.x_axes)
-    # A batch axis of the kernel that x lacks is one of the result.
-    outer, batch = _matrices(upstream.astype(dtype), layout.y_axes)
-    sides = [(inner, x_batch), (outer, batch)]
-    (rows, row_batch), (columns, column_batch) = sides if layout.contracts_in else sides[::-1]
+    wide = [one.dtype if one.dtype.itemsize > 1 else jnp.float32 for one in (x, kernel)]
+    dtype = jnp.promote_types(*wide)
+    inner = _matrices(x.astype(dtype), layout.x_axes)
+    outer = _matrices(upstream.astype(dtype), layout.y_axes)
+    batch = outer[1]  # A batch axis of the kernel that x lacks is one of the result.
+    rows, columns = (inner, outer) if layout.contracts_in else (outer, inner)
     if "left" in vectors:
-        rows, row_batch = _in_basis(rows, row_batch, vectors["left"], batch), batch
+        rows = _in_basis(*rows, vectors["left"], batch)
     if "right" in vectors:
-        columns, column_batch = _in_basis(columns, column_batch, vectors["right"], batch), batch
+        columns = _in_basis(*columns, vectors["right"], batch)
     # It contracts the tokens of both as they lie: of a transpose XLA would make the product
     # Pᵀ xᵀ, which takes twice the time on CPUs.
-    coordinates = _einsum(f"{row_batch}ta,{column_batch}tc->{batch}ac", rows, columns)
-    return dx, None, None, coordinates.astype(like.dtype)
+    coordinates = _einsum(f"{rows[1]}ta,{columns[1]}tc->{batch}ac", rows[0], columns[0])
+    return dx, None, None, jnp.real(coordinates).astype(like.dtype)
 
 
 _product.defvjp(_forward, _backward)
 
 
-def _matrices(array: jax.Array, axes: Axes) -> tuple[jax.Array, str]:
-    """An array as matrices of tokens, `(*batch, tokens, n)`, and a letter for each batch axis."""
-    batch, tokens, side = (
-        sorted((i for i, (kind, _) in enumerate(axes) if kind in kinds), key=axes.__getitem__)
-        for kinds in (("batch",), ("token",), ("in", "out"))
-    )
-    sizes = [math.prod(array.shape[i] for i in part) for part in (tokens, side)]
-    shape = (*(array.shape[i] for i in batch), *sizes)
-    letters = "".join(chr(ord("A") + axes[i][1]) for i in batch)
-    return array.transpose(*batch, *tokens, *side).reshape(shape), letters
+def _matrices(array: jax.Array, axes: str) -> tuple[jax.Array, str]:
+    """An array as matrices of tokens, `(*batch, tokens, n)`, and the letters of its batch axes."""
+    array = array.transpose(sorted(range(len(axes)), key=axes.__getitem__))
+    batch = "".join(sorted(axis for axis in axes if axis < TOKEN))
+    sizes, end = array.shape[len(batch) :], axes.count(TOKEN)
+    shape = (*array.shape[: len(batch)], math.prod(sizes[:end]), math.prod(sizes[end:]))
+    return array.reshape(shape), batch
 
 
-def _in_basis(matrices: jax.Array, own_batch: str, vectors: Any, batch: str) -> jax.Array:
+def _in_basis(matrices: jax.Array, own: str, vectors: Any, batch: str) -> tuple[jax.Array, str]:
     vectors = dequantize(vectors).astype(matrices.dtype)
-    product = _einsum(f"{own_batch}tn,{batch}nr->{batch}tr", matrices, vectors)
-    return product.astype(matrices.dtype)
+    product = _einsum(f"{own}tn,{batch}nr->{batch}tr", matrices, vectors)
+    return product.astype(matrices.dtype), batch
 
 
 def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -16,16 +16,8 @@ import optax
 from jax import lax
 
 from galore_jax.bases import Sketch, refresh_basis, updates_left
-from galore_jax.gradients import (
-    Loss,
-    Path,
-    PyTree,
-    TracedLoss,
-    bases_in,
-    check_micro_batches,
-    first_part,
-    mean_over,
-)
+from galore_jax.gradients import Loss, Path, PyTree, TracedLoss, bases_in
+from galore_jax.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.moments import Turn, rotate
 from galore_jax.projection import Basis, Side, is_basis
 from galore_jax.quantization import as_float32

@@ -14,7 +14,7 @@ import optax
 import galore_jax
 from galore_jax import layerwise
 from galore_jax.errors import InputError
-from galore_jax.gradients import mean_over
+from galore_jax.micro_batches import mean_over
 from galore_jax.models import by_layer
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
