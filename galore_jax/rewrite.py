@@ -338,8 +338,14 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
             for value, array in zip(values, arrays, strict=True)
         ]
 
+    place = source_info_util.summarize(equation.source_info)
+
+    def placed(leaf: int, reason: str | None) -> None:
+        # What is inside a function of JAX's own has no line in the source of its user.
+        report(leaf, f"{reason}{place}" if reason and reason.endswith(" at ") else reason)
+
     operands = constrained(operands, params["in_shardings"])
-    return constrained(_inside(params["jaxpr"], operands, report), params["out_shardings"])
+    return constrained(_inside(params["jaxpr"], operands, placed), params["out_shardings"])
 
 
 def _call(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
