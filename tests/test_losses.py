@@ -66,14 +66,15 @@ def bases_by_name(state) -> dict[str, galore_jax.Basis]:
     return {basis.projection.name: basis for basis in bases}
 
 
-def assert_close(found, wanted, tolerance: float, may_be_zero: bool, name: str):
-    """Compares with the largest entry, which is to be above zero."""
+def assert_close(found, wanted, tolerance: float, vanishes: bool, name: str):
+    """Compares with the largest entry; a gradient that vanishes may be a sum of rounded terms."""
     assert found.shape == wanted.shape, name
     found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     largest = np.abs(wanted).max()
     assert np.isfinite(largest), name
-    assert (largest == 0) == may_be_zero, name
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * largest, err_msg=name)
+    assert (largest < 1e-6) == vanishes, (name, largest)
+    atol = 1e-6 if vanishes else tolerance * largest
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("case", [case for module in MODULES for case in cases_of(module)])
@@ -91,9 +92,7 @@ def check(case: Case):
     keywords = settings.pop("keywords", {})
     tolerance = settings.pop("tolerance", 1e-5)
     zero = settings.pop("zero", ())
-    tx = galore_jax.chain(
-        galore_jax.galore(settings.pop("rank", 4), **settings), optax.scale(-1.0)
-    )
+    tx = galore_jax.chain(galore_jax.galore(settings.pop("rank", 4), **settings), optax.scale(-1.0))
     state = tx.init(params)
     bases = bases_by_name(state)
     run = compiled_gradients(loss, tx, batch, keywords, has_aux, micro_batches)
@@ -113,9 +112,7 @@ def check(case: Case):
 
     assert projected == {name for name, status in case.status.items() if status != "full"}
     assert set(bases) == set(case.status)
-    report = galore_jax.projection_report(
-        loss, params, state, *batch, has_aux=has_aux, **keywords
-    )
+    report = galore_jax.projection_report(loss, params, state, *batch, has_aux=has_aux, **keywords)
     assert {name: entry.gradient for name, entry in report.items()} == case.status
     for name, entry in report.items():
         assert bool(entry.reasons) == (entry.gradient != "projected"), (name, entry.reasons)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+
 from losses.table import Table, filled, inputs, squared
 
 eqx = pytest.importorskip("equinox")

@@ -5,8 +5,9 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from losses.table import Table, filled, inputs, squared
 from optax.contrib import GaLoreDimensionNumbers
+
+from losses.table import Table, filled, inputs, squared
 
 CASES = Table()
 model = CASES.model
@@ -186,27 +187,26 @@ class Layer(nn.Module):
         return x + nn.Dense(6, name="dense")(nn.LayerNorm(name="norm")(y)), None
 
 
-ATTENTION = " ".join(f"attention/{name}/kernel" for name in ("query", "key", "value", "out"))
+ATTENTION = [f"attention/{name}" for name in ("query", "key", "value", "out")]
+LAYER = " ".join(f"layers/{name}/kernel" for name in (*ATTENTION, "dense"))
 
 
-@model(projected=f"{ATTENTION} dense/kernel")
+@model(projected=LAYER)
 def attention_and_a_layer_norm():
     class First(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return nn.share_scope(self, layer := Layer()) or layer(x)[0]
+            return Layer(name="layers")(x)[0]
 
-    return example(First(), inputs(2, 3, 6), zero=("attention/key/bias",))
+    return example(First(), inputs(2, 3, 6), zero=("layers/attention/key/bias",))
 
 
-@model(projected=" ".join(f"layers/{name}" for name in f"{ATTENTION} dense/kernel".split()))
+@model(projected=LAYER)
 def scanned_layers_under_remat():
     class Encoder(nn.Module):
         @nn.compact
         def __call__(self, x):
-            stack = nn.scan(
-                nn.remat(Layer), {"params": 0}, split_rngs={"params": True}, length=2
-            )
+            stack = nn.scan(nn.remat(Layer), {"params": 0}, split_rngs={"params": True}, length=2)
             return stack(name="layers")(x, None)[0]
 
     return example(Encoder(), inputs(2, 3, 6), zero=("layers/attention/key/bias",))
@@ -246,7 +246,11 @@ def scanned_layers_that_share_their_parameters():
 @model(projected="experts/kernel")
 def experts_by_nn_vmap_that_share_activations():
     experts = nn.vmap(
-        nn.Dense, in_axes=None, variable_axes={"params": 0}, split_rngs={"params": True}, axis_size=3
+        nn.Dense,
+        in_axes=None,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        axis_size=3,
     )
 
     class Experts(nn.Module):
@@ -363,7 +367,7 @@ def an_lstm_that_concatenates_its_kernels():
     return recurrent(nn.OptimizedLSTMCell)
 
 
-@model(projected="cell/ir/kernel cell/iz/kernel cell/in/kernel cell/hr/kernel cell/hz/kernel cell/hn/kernel")
+@model(projected=" ".join(f"cell/{side}{gate}/kernel" for side in "ih" for gate in "rzn"))
 def a_gated_recurrent_unit():
     return recurrent(nn.GRUCell)
 

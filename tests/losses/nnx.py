@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from losses.table import Table, filled, inputs, squared
 
 CASES = Table()
@@ -110,9 +111,9 @@ class Stack(nnx.Module):
         self.layers = make(jax.random.split(jax.random.key(0), 3))
 
     def __call__(self, x):
-        return nnx.scan(lambda x, layer: nnx.tanh(layer(x)), in_axes=(nnx.Carry, 0))(
-            x, self.layers
-        )
+        layer = lambda x, layer: nnx.tanh(layer(x))  # noqa: E731
+        scanned = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return scanned(x, self.layers)
 
 
 @model(projected="layers/kernel")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from losses.table import Table, inputs, mlp, network, normal, squared
 
 CASES = Table()

@@ -1,4 +1,4 @@
-"""Control flow, nested transformations and functions with derivatives of their own, on plain JAX."""
+"""Control flow, nested transformations and custom derivatives, on plain JAX."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from losses.table import Table, inputs, network, normal, squared
 
 CASES = Table()

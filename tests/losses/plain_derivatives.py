@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+
 from losses.table import Table, inputs, mlp, network, normal, squared, stack
 
 CASES = Table()

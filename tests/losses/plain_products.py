@@ -2,10 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-from losses.table import Table, inputs, mlp, network, normal, squared
 from optax.contrib import GaLoreDimensionNumbers
 
 from galore_jax import Rule
+from losses.table import Table, inputs, mlp, network, normal, squared
 
 CASES = Table()
 loss = CASES.loss

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from losses.table import Table, inputs, normal, squared, stack
 from optax.contrib import GaLoreDimensionNumbers
+
+from losses.table import Table, inputs, normal, squared, stack
 
 CASES = Table()
 loss = CASES.loss

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
 from losses.table import Table, inputs, mlp, network, normal, squared
 
 CASES = Table()

@@ -20,7 +20,7 @@ class Case:
       name: a phrase that says what is special about the loss.
       build: returns the loss, its parameters, its batch, and settings: `has_aux` and
         `micro_batches` of `value_and_grad`; `keywords` of the loss; `tolerance`, of the largest
-        entry; `zero`, names of leaves without a gradient; all others are for `galore`.
+        entry; `zero`, names of leaves whose gradient vanishes; all others are for `galore`.
       status: of each kernel that can be projected, by name. "projected": its whole gradient comes
         from projected products in the backward pass; "partly": the gradient of some uses is
         formed in full, projected and added; "full": there is no projected product.
@@ -39,9 +39,7 @@ class Case:
 class Table(list[Case]):
     """The cases of one module, declared by decorators; a function's name is the case's name."""
 
-    def model(
-        self, *, projected: str = "", partly: str = "", full: str = "", x64: bool = False
-    ):
+    def model(self, *, projected: str = "", partly: str = "", full: str = "", x64: bool = False):
         """A case from a function without arguments that returns an `Example`.
 
         Args:
@@ -100,9 +98,7 @@ def inputs(*shape: int) -> jax.Array:
 def filled(shapes: PyTree) -> PyTree:
     """Arrays in place of `jax.ShapeDtypeStruct`: a model's parameters without its `init`."""
     leaves, tree = jax.tree.flatten(shapes)
-    arrays = [
-        normal(*leaf.shape, seed=seed).astype(leaf.dtype) for seed, leaf in enumerate(leaves)
-    ]
+    arrays = [normal(*leaf.shape, seed=seed).astype(leaf.dtype) for seed, leaf in enumerate(leaves)]
     return jax.tree.unflatten(tree, arrays)
 
 
