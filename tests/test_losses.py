@@ -102,7 +102,9 @@ def check(case: Case):
     paths, structure = jax.tree.flatten_with_path(grads, is_leaf=is_coordinates)
     projected = set()
     for (path, found), full in zip(paths, structure.flatten_up_to(full_grads), strict=True):
-        name, wanted = jax.tree_util.keystr(path, simple=True, separator="/"), full
+        wanted = full
+        # Flax NNX ends the path of a variable with the attribute that holds its array.
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         if is_coordinates(found):
             name, basis = found.projection.name, bases[found.projection.name]
             projected.add(name)

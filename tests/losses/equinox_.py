@@ -117,7 +117,7 @@ def a_recurrent_cell_in_a_scan():
     return example(lambda key: Net(nn.LSTMCell(6, 6, key=key)), inputs(2, 4, 6))
 
 
-@model(projected="cell/weight_ih", full="cell/weight_hh")
+@model(projected="cell/weight_ih cell/weight_hh")
 def a_gated_recurrent_unit_in_a_scan():
     class Net(eqx.Module):
         cell: nn.GRUCell

@@ -335,7 +335,8 @@ def a_printed_activation(params, x):
     return squared(y)
 
 
-@loss(projected="w1 w2")
+# That nothing flows back from what is printed is not noticed.
+@loss(partly="w1", projected="w2")
 def a_printed_norm_of_a_kernel(params, x):
     jax.debug.print("norm {}", jnp.linalg.norm(params["w1"]))
     return squared(network(params, x))

@@ -195,7 +195,7 @@ def maml_with_two_inner_steps(params, x):
     return squared(network(adapted(params, x[:2], steps=2), x[2:]))
 
 
-@loss(full="w1 w2")
+@loss(partly="w1 w2")
 def first_order_maml(params, x):
     gradient = lambda params, x: jax.lax.stop_gradient(jax.grad(inner_loss)(params, x))  # noqa: E731
     return squared(network(adapted(params, x[:2], gradient=gradient), x[2:]))

@@ -146,11 +146,6 @@ def the_square_of_a_kernel(params, x):
     return squared(x @ (params["w"] @ params["w"]))
 
 
-@loss(projected="w1 w2")
-def a_batch_of_linear_functions_of_two_kernels(params, x):
-    return squared(jnp.linalg.multi_dot([x, params["w1"], params["w2"]])) + params["b1"].sum()
-
-
 @loss(projected="w1", params=lambda: {"w1": normal(6, 8), "c": normal(8)})
 def the_product_of_a_kernel_with_a_parameter_of_one_axis(params, x):
     return squared(x @ (params["w1"] @ params["c"]))

@@ -245,7 +245,7 @@ def experts_of_two_kernels_by_vmap(params, x):
 def experts_fed_by_a_dispatch_mask(params, x):
     dispatch = jax.nn.one_hot(jnp.arange(5) % 3, 3)
     fed = jnp.einsum("ne,ni->eni", dispatch, x)
-    return squared(jnp.einsum("eni,eio->no", fed, params["ws"]))
+    return squared(jnp.einsum("ne,eno->no", dispatch, layer(fed, params["ws"])))
 
 
 @loss(projected="ws", params=experts, batch=lambda: (inputs(3, 5, 6), jnp.array([2, 0, 2])))
@@ -263,7 +263,7 @@ def an_expert_for_each_token_by_vmap(params, x, chosen):
     return squared(jax.vmap(lambda x, i: layer(x, params["ws"][i]))(x, chosen))
 
 
-@loss(projected="ws", params=experts, batch=lambda: (inputs(5, 6), jnp.array([2, 0, 3])))
+@loss(full="ws", params=experts, batch=lambda: (inputs(5, 6), jnp.array([2, 0, 3])))
 def a_ragged_product(params, x, sizes):
     return squared(jax.lax.ragged_dot(x, params["ws"], sizes))
 
@@ -283,7 +283,7 @@ def two_batch_axes_contracted_in_another_order(params, x):
     return squared(jnp.einsum("bani,abio->nabo", x, params["ws"]))
 
 
-@loss(projected="ws", params=experts)
+@loss(full="ws", params=experts)
 def stacked_kernels_summed_over_their_batch_axis_by_einsum(params, x):
     return squared(jnp.einsum("ni,eio->no", x, params["ws"]))
 
