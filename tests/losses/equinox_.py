@@ -153,6 +153,15 @@ def a_frozen_bias_by_partition():
     return loss, params, (inputs(5, 6),), {}
 
 
+@model(projected=MLP)
+def activations_with_a_check_at_run_time():
+    def loss(module, x):
+        y = jax.vmap(module)(x)
+        return squared(eqx.error_if(y, jnp.isnan(y).any(), "not a number"))
+
+    return example(mlp, inputs(5, 6), loss=loss)
+
+
 @model(full="conv/weight", projected="linear/weight")
 def a_convolution_and_a_linear_layer():
     class Net(eqx.Module):

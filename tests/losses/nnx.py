@@ -143,3 +143,23 @@ def a_convolution_and_a_linear_layer():
             return self.linear(nnx.tanh(self.conv(x)))
 
     return example(Conv, inputs(2, 7, 6))
+
+
+@model(projected="first/kernel second/kernel")
+def a_batch_norm_in_training_with_its_state_as_an_auxiliary_value():
+    class Net(MLP):
+        def __init__(self):
+            super().__init__()
+            self.norm = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.second(nnx.tanh(self.norm(self.first(x))))
+
+    graph, params, rest = nnx.split(nnx.eval_shape(Net), nnx.Param, ...)
+
+    def loss(params, x, rest):
+        module = nnx.merge(graph, params, rest)
+        return squared(module(x)), nnx.state(module, nnx.BatchStat)
+
+    settings = {"has_aux": True, "zero": ("first/bias",)}
+    return loss, filled(params), (inputs(5, 6), filled(rest)), settings

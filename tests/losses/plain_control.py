@@ -307,6 +307,18 @@ def a_stop_gradient_on_the_output_of_a_layer(params, x):
     return squared(h @ params["w2"])
 
 
+@loss(partly="w1", projected="w2")
+def an_iteration_to_convergence_under_stop_gradient(params, x):
+    power = lambda v: v @ params["w1"].T @ params["w1"]  # noqa: E731
+    unit = lambda v: v / jnp.linalg.norm(v)  # noqa: E731
+    v = jax.lax.while_loop(
+        lambda pair: jnp.sum((pair[0] - pair[1]) ** 2) > 1e-2,
+        lambda pair: (unit(power(pair[0])), pair[0]),
+        (jnp.ones(8) / 8**0.5, jnp.zeros(8)),
+    )[0]
+    return squared(network(params, x)) * jax.lax.stop_gradient(jnp.linalg.norm(power(v)))
+
+
 @loss(projected="w1 w2")
 def a_sharding_constraint_on_the_parameters(params, x):
     sharding = NamedSharding(Mesh(jax.devices()[:1], ("data",)), PartitionSpec())
@@ -346,3 +358,10 @@ def a_printed_norm_of_a_kernel(params, x):
 def a_pure_callback_next_to_the_network(params, x):
     cosine = jax.pure_callback(jnp.cos, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
     return squared(network(params, jax.lax.stop_gradient(cosine)))
+
+
+@loss(projected="w1 w2")
+def an_ordered_print_of_an_activation(params, x):
+    y = network(params, x)
+    jax.debug.print("mean {}", y.mean(), ordered=True)
+    return squared(y)

@@ -65,6 +65,26 @@ def a_product_in_bfloat16_with_a_result_in_float32(params, x):
     return squared(product)
 
 
+@loss(projected="w", params=one, tolerance=0.1)
+def a_product_in_float8_with_a_result_in_float32(params, x):
+    small = jnp.float8_e4m3fn
+    product = jnp.matmul(
+        x.astype(small), params["w"].astype(small), preferred_element_type=jnp.float32
+    )
+    return squared(product)
+
+
+@loss(projected="w1 w2", tolerance=2e-2)
+def a_loss_in_bfloat16(params, x):
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    return jnp.mean(network(half, x.astype(jnp.bfloat16)) ** 2)
+
+
+@loss(full="w", params=one)
+def a_kernel_cast_to_complex_numbers(params, x):
+    return squared(jnp.abs(jnp.fft.fft(x) @ params["w"]))
+
+
 @loss(projected="w1 w2")
 def products_of_the_highest_precision(params, x):
     with jax.default_matmul_precision("highest"):
@@ -159,6 +179,22 @@ def a_bilinear_form_by_einsum(params, x, y):
 @loss(full="w", params=one, batch=lambda: (inputs(5, 6),))
 def an_elementwise_product_summed_by_hand(params, x):
     return squared(jnp.sum(x[:, :, None] * params["w"], axis=1))
+
+
+@loss(full="w", params=lambda: {"w": normal(6, 6)}, batch=lambda: (inputs(6, 5),))
+def a_linear_system_with_a_kernel(params, x):
+    return squared(jnp.linalg.solve(params["w"] + 3 * jnp.eye(6), x))
+
+
+@loss(projected="w", params=one)
+def a_kernel_with_an_axis_inserted_and_removed(params, x):
+    return squared(x @ params["w"][:, None, :].squeeze(1)[None].reshape(6, 8))
+
+
+@loss(projected="w", params=one, batch=lambda: (inputs(3, 5, 6),))
+def a_kernel_broadcast_over_the_batch(params, x):
+    repeated = jnp.broadcast_to(params["w"], (3, 6, 8))
+    return squared(jnp.einsum("bni,bio->bno", x, repeated))
 
 
 @loss(full="w", params=one)
@@ -313,6 +349,17 @@ def an_embedding_tied_to_the_output(params, tokens):
 def a_normalisation_next_to_a_kernel_that_a_rule_leaves_whole(params, x):
     x = params["scale"] * x / jnp.linalg.norm(x, axis=-1, keepdims=True)
     return squared(network(params, x))
+
+
+@loss(projected="w1 w2")
+def comparisons_with_a_kernel(params, x):
+    positive = jnp.where(params["w1"] > 0, x[:1].T, 1.0)
+    return squared(network(params, x)) * jnp.mean(positive) * (1 + params["w2"].argmax())
+
+
+@loss(projected="w", params=one, batch=lambda: (inputs(0, 6),), zero=("w",))
+def a_batch_without_rows(params, x):
+    return jnp.sum(jnp.sin(x @ params["w"]))
 
 
 @loss(projected="w1 w2", proj_type="full")

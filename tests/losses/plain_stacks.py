@@ -72,6 +72,18 @@ def a_layer_by_dynamic_index_in_dim(params, x, index):
     return squared(layer(x, w))
 
 
+@loss(projected="ws", params=stack(3), batch=lambda: (inputs(5, 6), jnp.int32(7)))
+def a_layer_by_an_index_that_is_clamped(params, x, index):
+    w = jax.lax.dynamic_index_in_dim(params["ws"], index, keepdims=False)
+    return squared(layer(x, w))
+
+
+@loss(projected="ws", params=stack(4), batch=lambda: (inputs(5, 6), jnp.int32(1)))
+def two_layers_by_a_dynamic_slice(params, x, start):
+    ws = jax.lax.dynamic_slice_in_dim(params["ws"], start, 2)
+    return squared(jax.lax.scan(scanned, x, ws)[0])
+
+
 @loss(projected="ws", params=stack(3))
 def a_traced_index_in_a_loop_over_all_layers(params, x):
     return squared(jax.lax.fori_loop(0, 3, lambda i, h: layer(h, params["ws"][i]), x))
@@ -207,6 +219,25 @@ def layers_on_the_last_axis_unrolled(params, x):
     return squared(x)
 
 
+@loss(projected="ws", params=stack(2, 3))
+def two_layer_axes_transposed_before_nested_scans(params, x):
+    inner = lambda h, ws: jax.lax.scan(scanned, h, ws)  # noqa: E731
+    outer = lambda h, ws: (inner(h, ws)[0], None)  # noqa: E731
+    return squared(jax.lax.scan(outer, x, params["ws"].swapaxes(0, 1))[0])
+
+
+@loss(projected="ws", params=stack(3))
+def layers_that_are_scanned_and_indexed(params, x):
+    body = lambda h, w: (layer(h, w) @ params["ws"][0], None)  # noqa: E731
+    return squared(jax.lax.scan(body, x, params["ws"])[0])
+
+
+@loss(full="ws", params=stack(3))
+def layers_that_a_scan_returns(params, x):
+    _, ws = jax.lax.scan(lambda total, w: (total, w), 0, params["ws"])
+    return squared(jax.lax.scan(scanned, x, ws)[0])
+
+
 @loss(full="ws", params=stack(3))
 def a_kernel_in_the_carry_of_a_scan(params, x):
     body = lambda carry, w: ((layer(carry[0], carry[1]), w), None)  # noqa: E731
@@ -251,6 +282,17 @@ def experts_fed_by_a_dispatch_mask(params, x):
 @loss(projected="ws", params=experts, batch=lambda: (inputs(3, 5, 6), jnp.array([2, 0, 2])))
 def experts_gathered_by_jnp_take(params, x, chosen):
     return squared(jnp.einsum("eni,eio->eno", x, jnp.take(params["ws"], chosen, axis=0)))
+
+
+@loss(projected="ws", params=experts, batch=lambda: (inputs(3, 5, 6), jnp.array([2, 0, 9])))
+def experts_gathered_by_indices_that_are_clipped(params, x, chosen):
+    return squared(jnp.einsum("eni,eio->eno", x, params["ws"].at[chosen].get(mode="clip")))
+
+
+@loss(projected="ws", params=experts, batch=lambda: (inputs(3, 5, 6), jnp.array([2, 0, 9])))
+def experts_gathered_with_zeros_for_those_that_are_missing(params, x, chosen):
+    ws = params["ws"].at[chosen].get(mode="fill", fill_value=0)
+    return squared(jnp.einsum("eni,eio->eno", x, ws))
 
 
 @loss(projected="ws", params=experts, batch=lambda: (inputs(5, 6), jnp.array([2, 0, 1, 1, 2])))
