@@ -158,7 +158,7 @@ def a_batch_norm_in_training_with_its_state_as_an_auxiliary_value():
     graph, params, rest = nnx.split(nnx.eval_shape(Net), nnx.Param, ...)
 
     def loss(params, x, rest):
-        module = nnx.merge(graph, params, rest)
+        module = nnx.merge(graph, params, rest, copy=True)
         return squared(module(x)), nnx.state(module, nnx.BatchStat)
 
     settings = {"has_aux": True, "zero": ("first/bias",)}

@@ -80,8 +80,8 @@ def a_loss_in_bfloat16(params, x):
     return jnp.mean(network(half, x.astype(jnp.bfloat16)) ** 2)
 
 
-@loss(full="w", params=one)
-def a_kernel_cast_to_complex_numbers(params, x):
+@loss(projected="w", params=one)
+def activations_of_complex_numbers(params, x):
     return squared(jnp.abs(jnp.fft.fft(x) @ params["w"]))
 
 
@@ -187,8 +187,13 @@ def a_linear_system_with_a_kernel(params, x):
 
 
 @loss(projected="w", params=one)
-def a_kernel_with_an_axis_inserted_and_removed(params, x):
-    return squared(x @ params["w"][:, None, :].squeeze(1)[None].reshape(6, 8))
+def axes_of_one_inserted_and_removed_by_indices(params, x):
+    return squared(x @ params["w"][:, None, :].squeeze(1)[None][0])
+
+
+@loss(projected="w", params=one)
+def axes_of_one_inserted_and_removed_by_reshapes(params, x):
+    return squared(x @ params["w"].reshape(1, 6, 8).reshape(6, 1, 8, 1).reshape(6, 8))
 
 
 @loss(projected="w", params=one, batch=lambda: (inputs(3, 5, 6),))
@@ -354,7 +359,8 @@ def a_normalisation_next_to_a_kernel_that_a_rule_leaves_whole(params, x):
 @loss(projected="w1 w2")
 def comparisons_with_a_kernel(params, x):
     positive = jnp.where(params["w1"] > 0, x[:1].T, 1.0)
-    return squared(network(params, x)) * jnp.mean(positive) * (1 + params["w2"].argmax())
+    largest = jnp.mean(params["w2"].argmax(axis=0))
+    return squared(network(params, x)) * (jnp.mean(positive) + largest)
 
 
 @loss(projected="w", params=one, batch=lambda: (inputs(0, 6),), zero=("w",))

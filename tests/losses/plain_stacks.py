@@ -233,8 +233,8 @@ def layers_that_are_scanned_and_indexed(params, x):
 
 
 @loss(full="ws", params=stack(3))
-def layers_that_a_scan_returns(params, x):
-    _, ws = jax.lax.scan(lambda total, w: (total, w), 0, params["ws"])
+def layers_that_a_scan_returns_scaled(params, x):
+    _, ws = jax.lax.scan(lambda factor, w: (factor + 1, factor * w), 1.0, params["ws"])
     return squared(jax.lax.scan(scanned, x, ws)[0])
 
 
