@@ -193,7 +193,7 @@ def axes_of_one_inserted_and_removed_by_indices(params, x):
 
 @loss(projected="w", params=one)
 def axes_of_one_inserted_and_removed_by_reshapes(params, x):
-    return squared(x @ params["w"].reshape(1, 6, 8).reshape(6, 1, 8, 1).reshape(6, 8))
+    return squared(x @ params["w"][None].reshape(6, 1, 8).reshape(6, 8))
 
 
 @loss(projected="w", params=one, batch=lambda: (inputs(3, 5, 6),))
