@@ -4,7 +4,6 @@ import contextlib
 import importlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,6 +14,7 @@ import galore_jax
 MODULES = [
     "plain_derivatives",
     "plain_transformed",
+    "plain_types",
     "plain_products",
     "plain_stacks",
     "plain_control",
@@ -110,7 +110,7 @@ def check(case: Case):
             name, basis = found.projection.name, bases[found.projection.name]
             projected.add(name)
             wanted, found = basis.projection.project(basis.vectors, full), found.value
-            assert found.dtype == jnp.float32, name
+        assert found.dtype == wanted.dtype, name
         assert_close(found, wanted, tolerance, name in zero, name)
 
     assert projected == {name for name, status in case.status.items() if status != "full"}

@@ -280,6 +280,12 @@ def remat_inside_remat_without_a_barrier(params, x):
     return squared(outer(params, x))
 
 
+@loss(projected="w1 w2", tolerance=2e-2)
+def remat_of_a_cast_that_returns_the_kernels(params, x):
+    half = jax.checkpoint(lambda params: jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
+    return squared(network(half(params), x.astype(jnp.bfloat16)))
+
+
 @loss(partly="w1", projected="w2")
 def remat_of_a_penalty_and_a_product(params, x):
     @jax.checkpoint

@@ -174,6 +174,26 @@ def an_ordinary_differential_equation_by_runge_kutta(params, x):
     return squared(jax.lax.scan(step, x, None, length=3)[0])
 
 
+@loss(projected="w1 w2")
+def a_penalty_on_the_gradient_by_the_parameters(params, x):
+    value, slopes = jax.value_and_grad(inner_loss)(params, x)
+    return value + sum(jnp.sum(g**2) for g in jax.tree.leaves(slopes))
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.tree.map(jnp.cos, mlp())))
+def a_hessian_vector_product_in_the_parameters(params, x, direction):
+    slope = lambda params: jax.grad(inner_loss)(params, x)  # noqa: E731
+    _, product = jax.jvp(slope, (params,), (direction,))
+    return sum(jnp.sum(g**2) for g in jax.tree.leaves(product))
+
+
+@loss(partly="w1 w2")
+def sharpness_aware_minimisation(params, x):
+    slopes = jax.lax.stop_gradient(jax.grad(inner_loss)(params, x))
+    norm = sum(jnp.sum(g**2) for g in jax.tree.leaves(slopes)) ** 0.5
+    return inner_loss(jax.tree.map(lambda a, g: a + 0.1 * g / norm, params, slopes), x)
+
+
 def inner_loss(params, x):
     return squared(network(params, x) - 1)
 
@@ -199,6 +219,13 @@ def maml_with_two_inner_steps(params, x):
 def first_order_maml(params, x):
     gradient = lambda params, x: jax.lax.stop_gradient(jax.grad(inner_loss)(params, x))  # noqa: E731
     return squared(network(adapted(params, x[:2], gradient=gradient), x[2:]))
+
+
+@loss(full="w1 w2")
+def maml_with_inner_steps_in_a_scan(params, x):
+    step = lambda params, x: (adapted(params, x), None)  # noqa: E731
+    params, _ = jax.lax.scan(step, params, jnp.stack([x[:2], x[1:3]]))
+    return squared(network(params, x[2:]))
 
 
 @loss(partly="w1 w2")

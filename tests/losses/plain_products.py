@@ -1,4 +1,4 @@
-"""Products with kernels that are cast, transposed, reshaped or contracted otherwise."""
+"""Products with kernels that are transposed, reshaped or contracted in part, on plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -21,94 +21,6 @@ def many():
 
 
 GROUPED = GaLoreDimensionNumbers((0, 1), (2, 3))
-
-
-@loss(projected="w1 w2", tolerance=2e-2)
-def everything_in_bfloat16(params, x):
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    return squared(network(half, x.astype(jnp.bfloat16)))
-
-
-@loss(projected="w1 w2", tolerance=2e-2)
-def everything_in_float16(params, x):
-    half = jax.tree.map(lambda a: a.astype(jnp.float16), params)
-    return squared(network(half, x.astype(jnp.float16)))
-
-
-@loss(
-    projected="w1 w2",
-    tolerance=2e-2,
-    params=lambda: jax.tree.map(lambda a: a.astype(jnp.bfloat16), mlp()),
-)
-def parameters_that_are_kept_in_bfloat16(params, x):
-    return squared(network(params, x.astype(jnp.bfloat16)))
-
-
-@loss(projected="w1 w2", tolerance=2e-2)
-def a_cast_to_bfloat16_and_back(params, x):
-    back = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
-    return squared(network(jax.tree.map(back, params), x))
-
-
-# The gradient in full is the less exact one: its cotangent is rounded to float8.
-@loss(projected="w", params=one, tolerance=0.1)
-def a_kernel_rounded_to_float8(params, x):
-    return squared(x @ params["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32))
-
-
-@loss(projected="w", params=one, tolerance=2e-2)
-def a_product_in_bfloat16_with_a_result_in_float32(params, x):
-    half = jnp.bfloat16
-    product = jnp.matmul(
-        x.astype(half), params["w"].astype(half), preferred_element_type=jnp.float32
-    )
-    return squared(product)
-
-
-@loss(projected="w", params=one, tolerance=0.1)
-def a_product_in_float8_with_a_result_in_float32(params, x):
-    small = jnp.float8_e4m3fn
-    product = jnp.matmul(
-        x.astype(small), params["w"].astype(small), preferred_element_type=jnp.float32
-    )
-    return squared(product)
-
-
-@loss(projected="w1 w2", tolerance=2e-2)
-def a_loss_in_bfloat16(params, x):
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    return jnp.mean(network(half, x.astype(jnp.bfloat16)) ** 2)
-
-
-@loss(projected="w", params=one)
-def activations_of_complex_numbers(params, x):
-    return squared(jnp.abs(jnp.fft.fft(x) @ params["w"]))
-
-
-@loss(projected="w1 w2")
-def products_of_the_highest_precision(params, x):
-    with jax.default_matmul_precision("highest"):
-        return squared(network(params, x))
-
-
-@loss(projected="w", params=one, batch=lambda: ((3 * inputs(5, 6)).astype(jnp.int32),))
-def integer_activations(params, x):
-    return squared(x @ params["w"])
-
-
-@loss(projected="w", params=one, batch=lambda: (inputs(5, 6) > 0,))
-def boolean_activations(params, x):
-    return squared(x @ params["w"])
-
-
-@loss(projected="w", params=one, batch=lambda: (inputs(5, 6).astype(jnp.bfloat16),))
-def activations_in_bfloat16_with_a_kernel_in_float32(params, x):
-    return squared(x @ params["w"])
-
-
-@loss(projected="w", params=one, batch=lambda: (jnp.array([0, 3, 3, 5]),))
-def one_hot_activations(params, x):
-    return squared(jax.nn.one_hot(x, 6) @ params["w"])
 
 
 @loss(projected="w", params=one, batch=lambda: (inputs(6),))
@@ -174,6 +86,16 @@ def the_product_of_a_kernel_with_a_parameter_of_one_axis(params, x):
 @loss(projected="w", params=one, batch=lambda: (inputs(5, 6), inputs(7, 8)))
 def a_bilinear_form_by_einsum(params, x, y):
     return squared(jnp.einsum("ni,io,mo->nm", x, params["w"], y))
+
+
+@loss(full="w", params=one, batch=lambda: (inputs(5, 6, 8),))
+def a_kernel_contracted_on_both_its_axes(params, x):
+    return squared(jnp.tensordot(x, params["w"], 2))
+
+
+@loss(full="w", params=one, batch=lambda: (inputs(5),))
+def an_outer_product_with_a_kernel(params, x):
+    return squared(jnp.tensordot(x, params["w"], 0))
 
 
 @loss(full="w", params=one, batch=lambda: (inputs(5, 6),))
@@ -246,6 +168,16 @@ def heads_stored_on_axes_of_their_own(params, x):
 )
 def heads_merged_by_a_reshape_of_the_kernel(params, x):
     return squared(x @ params["w"].reshape(6, 8))
+
+
+@loss(
+    full="w",
+    params=lambda: {"w": normal(6, 2, 4)},
+    weight_dimension_numbers=GaLoreDimensionNumbers(0, (1, 2)),
+)
+def heads_repeated_for_groups_of_queries(params, x):
+    repeated = jnp.repeat(params["w"], 2, axis=1)
+    return squared(jnp.einsum("nd,dhk->hnk", x, repeated) * jnp.arange(4.0)[:, None, None])
 
 
 @loss(

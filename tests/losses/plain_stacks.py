@@ -111,6 +111,21 @@ def all_layers_but_the_first(params, x):
     return squared(jax.lax.scan(scanned, x, params["ws"][1:])[0])
 
 
+@loss(projected="ws", params=stack(2))
+def layers_repeated_before_the_scan(params, x):
+    return squared(jax.lax.scan(scanned, x, jnp.repeat(params["ws"], 2, axis=0))[0])
+
+
+@loss(projected="w", params=lambda: {"w": normal(6, 6)})
+def one_kernel_broadcast_over_the_layers_of_a_scan(params, x):
+    return squared(jax.lax.scan(scanned, x, jnp.broadcast_to(params["w"], (3, 6, 6)))[0])
+
+
+@loss(full="ws", params=stack(3))
+def layers_rotated_by_jnp_roll(params, x):
+    return squared(jax.lax.scan(scanned, x, jnp.roll(params["ws"], 1, axis=0))[0])
+
+
 @loss(projected="ws", params=stack(3))
 def layers_scanned(params, x):
     return squared(jax.lax.scan(scanned, x, params["ws"])[0])
@@ -293,6 +308,27 @@ def experts_gathered_by_indices_that_are_clipped(params, x, chosen):
 def experts_gathered_with_zeros_for_those_that_are_missing(params, x, chosen):
     ws = params["ws"].at[chosen].get(mode="fill", fill_value=0)
     return squared(jnp.einsum("eni,eio->eno", x, ws))
+
+
+@loss(projected="ws", params=experts, batch=lambda: (inputs(5, 6), jnp.array([[2, 0], [1, 2]])))
+def experts_gathered_by_indices_of_two_axes(params, x, chosen):
+    return squared(jnp.einsum("ni,abio->abno", x, params["ws"][chosen]))
+
+
+@loss(projected="ws", params=stack(2, 3), batch=lambda: (inputs(5, 6), jnp.array([1, 0, 1])))
+def experts_gathered_from_two_axes_at_once(params, x, chosen):
+    return squared(jnp.einsum("ni,eio->eno", x, params["ws"][chosen, jnp.arange(3)]))
+
+
+@loss(projected="ws", params=stack(2, 3), batch=lambda: (inputs(5, 6), jnp.array([2, 0])))
+def an_expert_of_each_layer_by_vmap(params, x, chosen):
+    return squared(jax.vmap(lambda ws, i: layer(x, ws[i]))(params["ws"], chosen))
+
+
+@loss(projected="ws", params=stack(2, 3), batch=lambda: (inputs(5, 6), jnp.array([2, 0])))
+def experts_taken_along_the_second_axis(params, x, chosen):
+    ws = jnp.take(params["ws"], chosen, axis=1)
+    return squared(jnp.einsum("ni,abio->nabo", x, ws))
 
 
 @loss(projected="ws", params=experts, batch=lambda: (inputs(5, 6), jnp.array([2, 0, 1, 1, 2])))
