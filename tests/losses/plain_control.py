@@ -340,6 +340,14 @@ def a_shard_map_over_the_batch(params, x):
     return squared(mapped(params, x))
 
 
+@loss(full="w", params=square)
+def a_fixed_point_by_custom_root(params, x):
+    solve = lambda f, z: jax.lax.fori_loop(0, 20, lambda _, z: z + f(z), z)  # noqa: E731
+    solve_linear = lambda g, y: solve(lambda v: g(v) - y, jnp.zeros_like(y))  # noqa: E731
+    residual = lambda z: jnp.tanh(0.3 * z @ params["w"] + x) - z  # noqa: E731
+    return squared(jax.lax.custom_root(residual, jnp.zeros_like(x), solve, solve_linear))
+
+
 @loss(projected="w1 w2")
 def names_of_scopes(params, x):
     with jax.named_scope("outer"):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from losses.table import Table, inputs, mlp, network, normal, squared
+from losses.table import Table, inputs, mlp, network, normal, squared, stack
 
 CASES = Table()
 loss = CASES.loss
@@ -105,3 +105,15 @@ def one_hot_activations(params, x):
 def a_product_of_integers_with_a_kernel_without_a_cast(params, x):
     dense = (((1,), (0,)), ((), ()))
     return squared(jax.lax.dot_general(x, params["w"], dense, preferred_element_type=jnp.float32))
+
+
+@loss(projected="w1 w2", basis_dtype=jnp.bfloat16)
+def bases_that_are_kept_in_bfloat16(params, x):
+    return squared(network(params, x))
+
+
+@loss(partly="ws", params=stack(2, 3), basis_dtype=jnp.int8)
+def stacked_bases_that_are_kept_in_int8(params, x):
+    reordered = params["ws"].swapaxes(0, 1)[::-1].reshape(6, 6, 6)
+    y, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, reordered)
+    return squared(y) + squared(params["ws"])
