@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.product import track
+from galore_jax.product import track, varying_as
 from galore_jax.projection import Basis, Coordinates, is_basis
 from galore_jax.rewrite import Program, Report, trace
 from galore_jax.state import galore_states, is_low_rank, map_bases
@@ -28,12 +29,13 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree]]:
     """`jax.value_and_grad` with gradients that the backward pass projects; for `apply_gradients`.
 
-    The gradients of projected parameters are `Coordinates`, float32, equal to projected full ones up
-    to rounding. Where the loss multiplies by a parameter, they cost `r · (in + out) / (in · out)` of
-    the work, and the full gradient is never formed. Any other use of the parameter contributes its
-    full gradient, which is then projected and added. A projected parameter that the loss multiplies
-    by nowhere, as that of a convolution, has a full gradient in place of coordinates, which galore
-    then projects. `describe(params, tx, loss, *batch)` shows which is which, and why.
+    The gradients of projected parameters are `Coordinates`, float32, equal to projected full ones
+    up to rounding. Where the loss multiplies by a parameter they take
+    `r · (in + out) / (in · out)` of the work, and the full gradient is never formed. Any other use
+    of the parameter contributes its full gradient, which is then projected and added. A projected
+    parameter that the loss multiplies by nowhere, as that of a convolution, has a full gradient in
+    place of coordinates, which galore then projects. `describe(params, tx, loss, *batch)` shows
+    which is which, and why.
 
     The bases do not change by it: without `refresh` they stay the random ones they start as.
 
@@ -70,6 +72,7 @@ def value_and_grad(
       >>> params, state = apply_gradients(tx, grads, state, params)
     """
     del tx  # The state says all; the signature is that of `refresh`.
+    check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
         bases = bases_in(params, opt_state)
@@ -242,6 +245,14 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     return bases
 
 
+def check_micro_batches(micro_batches: Any) -> None:
+    """Raises a ValueError unless it is a whole number of at least 1."""
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, Integral):
+        raise ValueError(f"micro_batches must be a whole number, not {micro_batches!r}.")
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, not {micro_batches}.")
+
+
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
     """`f(*batch)`, or over equal parts of the batch the mean of what `f` returns, in float32."""
     if micro_batches == 1:
@@ -254,7 +265,7 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
             lambda old, new: old + jnp.asarray(new, jnp.float32), total, f(*part)
         ), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    zeros = jax.tree.map(lambda leaf: varying_as(jnp.zeros(leaf.shape, jnp.float32), leaf), shapes)
     total, _ = lax.scan(add, zeros, parts)
     return jax.tree.map(lambda leaf: leaf / micro_batches, total)
 

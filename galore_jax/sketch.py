@@ -16,7 +16,16 @@ import optax
 from jax import lax
 
 from galore_jax.bases import Sketch, refresh_basis, updates_left
-from galore_jax.gradients import Loss, Path, PyTree, TracedLoss, bases_in, first_part, mean_over
+from galore_jax.gradients import (
+    Loss,
+    Path,
+    PyTree,
+    TracedLoss,
+    bases_in,
+    check_micro_batches,
+    first_part,
+    mean_over,
+)
 from galore_jax.moments import Turn, rotate
 from galore_jax.projection import Basis, Side, is_basis
 from galore_jax.quantization import as_float32
@@ -77,6 +86,7 @@ def refresh(
         `jax.pmap` or `jax.shard_map`; and as `value_and_grad`.
     """
     del tx  # The state says all; the signature is that of `value_and_grad`.
+    check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
         _check_axis_name(axis_name)
@@ -112,8 +122,8 @@ def _check_axis_name(axis_name: AxisName | None) -> None:
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if axes and axis_name is None:
         raise ValueError(
-            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))} each device "
-            "would make bases of its own: name the axes of the batch, refresh(…, axis_name=…)."
+            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))} each "
+            "device would make bases of its own: name the batch's axes, refresh(…, axis_name=…)."
         )
 
 
