@@ -28,11 +28,13 @@ MODULES = [
 
 def cases_of(module: str) -> list:
     """The cases of a module; one that is skipped where its framework is not installed."""
-    framework = module.rstrip("_").split("_")[0]
+    framework, *_ = module.split("_")
     try:
-        cases = importlib.import_module(f"losses.{module}").CASES
+        if module in ("equinox_", "haiku_"):
+            pytest.importorskip(framework)
     except pytest.skip.Exception as absent:
         return [pytest.param(None, id=framework, marks=pytest.mark.skip(reason=str(absent)))]
+    cases = importlib.import_module(f"losses.{module}").CASES
     return [pytest.param(case, id=f"{framework}-{case}") for case in cases]
 
 
@@ -44,7 +46,8 @@ def compiled_gradients(loss, tx, batch, keywords, has_aux, micro_batches):
     @jax.jit
     def gradients(params, state, arrays):
         arrays = iter(arrays)
-        own = [next(arrays) if is_one else leaf for leaf, is_one in zip(leaves, is_array)]  # noqa: B905
+        pairs = zip(leaves, is_array, strict=True)
+        own = [next(arrays) if is_one else leaf for leaf, is_one in pairs]
         batch, keywords = jax.tree.unflatten(tree, own)
         projected = galore_jax.value_and_grad(
             loss, tx, has_aux=has_aux, micro_batches=micro_batches
@@ -78,7 +81,7 @@ def assert_close(found, wanted, tolerance: float, vanishes: bool, name: str):
 
 
 @pytest.mark.parametrize("case", [case for module in MODULES for case in cases_of(module)])
-def test_gradients_equal_full_ones_and_are_computed_as_expected(case: Case):
+def test_gradients_agree_and_are_computed_as_expected(case: Case):
     with contextlib.ExitStack() as stack:
         if case.x64:
             stack.enter_context(jax.enable_x64(True))
