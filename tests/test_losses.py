@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import re
 
 import jax
 import numpy as np
@@ -122,3 +123,5 @@ def check(case: Case):
     assert {name: entry.gradient for name, entry in report.items()} == case.status
     for name, entry in report.items():
         assert bool(entry.reasons) == (entry.gradient != "projected"), (name, entry.reasons)
+        for reason in entry.reasons:
+            assert re.match(r"\w+ at \S+:\d+", reason), "a primitive without a line of the source"
