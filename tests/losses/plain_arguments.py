@@ -1,0 +1,212 @@
+"""What a loss is given and what it returns: auxiliary values, keywords, other types, 64 bits."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from losses.table import Table, inputs, mlp, network, normal, squared
+
+CASES = Table()
+loss = CASES.loss
+
+
+@loss(projected="w1 w2", has_aux=True)
+def auxiliary_activations(params, x):
+    y = network(params, x)
+    return squared(y), {"outputs": y, "rows": jnp.int32(len(x))}
+
+
+@loss(projected="w1 w2", has_aux=True)
+def auxiliary_norms_of_all_parameters(params, x):
+    return squared(network(params, x)), jax.tree.map(jnp.linalg.norm, params)
+
+
+@loss(projected="w1 w2", has_aux=True)
+def auxiliary_parameters_themselves(params, x):
+    return squared(network(params, x)), params
+
+
+@loss(projected="w1 w2", has_aux=True)
+def an_auxiliary_gradient_by_the_inputs(params, x):
+    value = lambda x: squared(network(params, x))  # noqa: E731
+    return value(x), jax.grad(value)(x)
+
+
+@loss(projected="w1 w2", has_aux=True)
+def an_auxiliary_count_of_small_weights(params, x):
+    small = sum(jnp.sum(jnp.abs(a) < 0.1) for a in jax.tree.leaves(params))
+    return squared(network(params, x)), small
+
+
+@loss(partly="w1 w2", has_aux=True)
+def a_penalty_that_is_also_auxiliary(params, x):
+    penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
+    return squared(network(params, x)) + 0.1 * penalty, penalty
+
+
+@loss(projected="w1 w2", has_aux=True)
+def an_auxiliary_value_that_is_empty(params, x):
+    return squared(network(params, x)), None
+
+
+@loss(
+    projected="w1 w2 unused",
+    params=lambda: mlp() | {"unused": normal(6, 6), "offset": normal(6)},
+    zero=("unused", "offset"),
+)
+def parameters_that_the_loss_does_not_use(params, x):
+    return squared(network(params, x))
+
+
+@loss(projected="w1 w2", zero=("w2",))
+def a_kernel_whose_product_the_loss_ignores(params, x):
+    y = network(params, x)
+    h = jnp.tanh(x @ params["w1"] + params["b1"])
+    return squared(h) + 0 * y.sum()
+
+
+@loss(projected="0/w1 0/w2 1/w3", params=lambda: [mlp(), {"w3": normal(6, 7)}])
+def parameters_in_a_list(params, x):
+    first, last = params
+    return squared(network(first, x) @ last["w3"])
+
+
+class Weights(NamedTuple):
+    w1: jax.Array
+    b1: jax.Array
+    w2: jax.Array
+
+
+@loss(projected="w1 w2", params=lambda: Weights(**mlp()))
+def parameters_in_a_named_tuple(params, x):
+    return squared(network(params._asdict(), x))
+
+
+@loss(projected="w1 w2", params=lambda: mlp() | {"absent": None, "empty": {}})
+def parameters_with_empty_places(params, x):
+    assert params["absent"] is None
+    return squared(network(params, x))
+
+
+@loss(projected="w1 w2", batch=lambda: ({"x": inputs(5, 6), "y": None, "z": (inputs(5, 6),)},))
+def a_batch_that_is_a_tree(params, batch):
+    assert batch["y"] is None
+    return jnp.mean((network(params, batch["x"]) - batch["z"][0]) ** 2)
+
+
+@loss(projected="w1 w2", batch=lambda: (np.asarray(inputs(5, 6)),))
+def a_batch_of_numpy_arrays(params, x):
+    assert isinstance(x, np.ndarray)
+    return squared(network(params, x))
+
+
+@loss(projected="w1 w2", batch=tuple)
+def a_loss_without_a_batch(params):
+    return squared(network(params, inputs(5, 6)))
+
+
+@loss(projected="w1 w2", batch=lambda: ("tanh", inputs(5, 6), 2))
+def strings_and_numbers_in_the_batch(params, activation, x, times):
+    h = x @ params["w1"] + params["b1"]
+    for _ in range(times):
+        h = getattr(jnp, activation)(h)
+    return squared(h @ params["w2"])
+
+
+@loss(
+    projected="w1 w2",
+    keywords={"mode": "mean", "times": 2, "activation": jnp.tanh, "scale": 0.5},
+)
+def strings_numbers_and_functions_by_keyword(params, x, *, mode, times, activation, scale):
+    h = x @ params["w1"] + params["b1"]
+    for _ in range(times):
+        h = activation(h)
+    y = scale * (h @ params["w2"])
+    return squared(y) if mode == "mean" else jnp.sum(y)
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.nn.gelu))
+def a_function_in_the_batch(params, x, activation):
+    return squared(activation(x @ params["w1"] + params["b1"]) @ params["w2"])
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.random.key(3)))
+def dropout_of_activations_with_a_key_in_the_batch(params, x, key):
+    h = jnp.tanh(x @ params["w1"] + params["b1"])
+    keep = jax.random.bernoulli(key, 0.8, h.shape)
+    return squared(jnp.where(keep, h / 0.8, 0) @ params["w2"])
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.random.PRNGKey(3)))
+def noise_on_activations_with_an_old_key(params, x, key):
+    return squared(network(params, x + 0.1 * jax.random.normal(key, x.shape)))
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jnp.array([0, 2, 1, 5, 3])))
+def a_cross_entropy_with_integer_labels(params, x, labels):
+    logits = jax.nn.log_softmax(network(params, x))
+    return -jnp.mean(jnp.take_along_axis(logits, labels[:, None], axis=1))
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(6, 6),), micro_batches=3)
+def a_mean_over_micro_batches(params, x):
+    return squared(network(params, x))
+
+
+@loss(partly="w1 w2", batch=lambda: (inputs(6, 6),), micro_batches=2)
+def micro_batches_with_a_penalty(params, x):
+    penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
+    return squared(network(params, x)) + 0.1 * penalty
+
+
+@loss(full="w1", projected="w2", batch=lambda: (inputs(6, 6),), micro_batches=2)
+def micro_batches_with_a_kernel_that_is_transformed(params, x):
+    return squared(network(params | {"w1": 2 * params["w1"]}, x))
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(6, 6),), micro_batches=3)
+def micro_batches_with_a_gradient_penalty(params, x):
+    return jnp.mean(jax.grad(lambda x: jnp.sum(jnp.sin(network(params, x))))(x) ** 2)
+
+
+@loss(
+    projected="w1 w2",
+    x64=True,
+    params=lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp()),
+    batch=lambda: (inputs(5, 6).astype(jnp.float64),),
+)
+def parameters_of_64_bits(params, x):
+    return squared(network(params, x))
+
+
+@loss(
+    partly="w1 w2",
+    x64=True,
+    params=lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp()),
+)
+def parameters_of_64_bits_with_a_penalty(params, x):
+    return squared(network(params, x)) + sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
+
+
+@loss(
+    projected="w1 w2",
+    x64=True,
+    params=lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp()),
+)
+def parameters_of_64_bits_in_products_of_32(params, x):
+    single = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+    return squared(network(single, x.astype(jnp.float32)))
+
+
+@loss(projected="w1 w2", x64=True, batch=lambda: (jnp.asarray(inputs(5, 6), jnp.float64),))
+def parameters_of_32_bits_with_activations_of_64(params, x):
+    return squared(network(params, x))
+
+
+@loss(projected="w1 w2")
+def a_loss_that_looks_at_shapes_and_types_of_parameters(params, x):
+    assert all(isinstance(a, jax.Array) and a.dtype == jnp.float32 for a in params.values())
+    assert [a.shape for a in jax.tree.leaves(params)] == [(8,), (6, 8), (8, 6)]
+    return squared(network(params, x))

@@ -1,0 +1,381 @@
+"""Control flow, nested transformations and custom derivatives, on plain JAX."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from losses.table import Table, inputs, network, normal, squared
+
+CASES = Table()
+loss = CASES.loss
+
+policies = jax.checkpoint_policies
+
+
+def recurrent():
+    return {"wx": normal(6, 8), "wh": normal(8, 8), "b": normal(8)}
+
+
+def square():
+    return {"w": normal(6, 6)}
+
+
+def sequence():
+    return (inputs(4, 5, 6),)
+
+
+@loss(projected="wx wh", params=recurrent, batch=sequence)
+def a_recurrent_cell(params, xs):
+    def step(h, x):
+        h = jnp.tanh(x @ params["wx"] + h @ params["wh"] + params["b"])
+        return h, h
+
+    return squared(jax.lax.scan(step, jnp.zeros((5, 8)), xs)[1])
+
+
+@loss(
+    projected="wx wh",
+    params=lambda: {"wx": normal(6, 24), "wh": normal(6, 24), "b": normal(24)},
+    batch=sequence,
+)
+def an_lstm_whose_gates_share_two_kernels(params, xs):
+    def step(carry, x):
+        h, c = carry
+        i, f, g, o = jnp.split(x @ params["wx"] + h @ params["wh"] + params["b"], 4, axis=-1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return (jax.nn.sigmoid(o) * jnp.tanh(c), c), None
+
+    (h, _), _ = jax.lax.scan(step, (jnp.zeros((5, 6)), jnp.zeros((5, 6))), xs)
+    return squared(h)
+
+
+@loss(
+    projected="w u",
+    params=lambda: {"w": normal(2, 6, 6), "u": normal(2, 6, 6, seed=2)},
+    batch=sequence,
+)
+def a_gated_recurrent_unit_with_a_stack_of_gates(params, xs):
+    def step(h, x):
+        z = jax.nn.sigmoid(x @ params["w"][0] + h @ params["u"][0])
+        new = jnp.tanh(x @ params["w"][1] + h @ params["u"][1])
+        return (1 - z) * h + z * new, None
+
+    return squared(jax.lax.scan(step, jnp.zeros((5, 6)), xs)[0])
+
+
+@loss(projected="w", params=square)
+def a_loop_with_static_bounds(params, x):
+    return squared(jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ params["w"]), x))
+
+
+@loss(projected="w1 w2")
+def a_map_over_the_batch(params, x):
+    return squared(jax.lax.map(lambda x: network(params, x), x))
+
+
+@loss(projected="w1 w2")
+def a_vmap_over_the_batch(params, x):
+    return squared(jax.vmap(lambda x: network(params, x))(x))
+
+
+@loss(projected="w1 w2", batch=lambda: (inputs(2, 5, 6),))
+def a_vmap_with_an_axis_name(params, x):
+    mean = lambda x: network(params, x) - jax.lax.pmean(network(params, x), "row")  # noqa: E731
+    return squared(jax.vmap(mean, axis_name="row")(x))
+
+
+TWO_SQUARES = {
+    "params": lambda: {"w": normal(6, 6), "v": normal(6, 6, seed=2)},
+    "batch": lambda: (inputs(5, 6), jnp.bool_(True)),
+}
+
+
+# A branch that is not taken has no gradient.
+@loss(projected="w v", zero=("v",), **TWO_SQUARES)
+def a_cond_between_products_with_two_kernels(params, x, chosen):
+    return squared(jax.lax.cond(chosen, lambda: x @ params["w"], lambda: x @ params["v"]))
+
+
+@loss(full="w v", zero=("v",), **TWO_SQUARES)
+def a_cond_that_returns_one_of_two_kernels(params, x, chosen):
+    return squared(x @ jax.lax.cond(chosen, lambda: params["w"], lambda: params["v"]))
+
+
+@loss(full="w v", zero=("v",), **TWO_SQUARES)
+def a_select_between_two_kernels(params, x, chosen):
+    return squared(x @ jnp.where(chosen, params["w"], params["v"]))
+
+
+@loss(projected="w", params=square, batch=lambda: (inputs(5, 6), jnp.bool_(True)))
+def a_cond_that_applies_a_kernel_or_does_nothing(params, x, chosen):
+    return squared(jax.lax.cond(chosen, lambda x: x @ params["w"], lambda x: x, x))
+
+
+@loss(partly="w", params=square, batch=lambda: (inputs(5, 6), jnp.bool_(True)))
+def a_cond_that_applies_a_kernel_or_scales_it(params, x, chosen):
+    w = params["w"]
+    return squared(jax.lax.cond(chosen, lambda: x @ w, lambda: x @ (2 * w)))
+
+
+@loss(
+    projected="w0 w1 w2",
+    zero=("w0", "w2"),
+    params=lambda: {f"w{i}": normal(6, 6, seed=i) for i in range(3)},
+    batch=lambda: (inputs(5, 6), jnp.int32(1)),
+)
+def a_switch_between_three_kernels(params, x, index):
+    branches = [functools.partial(jnp.matmul, b=params[f"w{i}"]) for i in range(3)]
+    return squared(jax.lax.switch(index, branches, x))
+
+
+@loss(projected="w v", params=TWO_SQUARES["params"])
+def a_cond_inside_a_scan(params, x):
+    def step(h, i):
+        product = jax.lax.cond(i % 2 == 0, lambda: h @ params["w"], lambda: h @ params["v"])
+        return jnp.tanh(product), None
+
+    return squared(jax.lax.scan(step, x, jnp.arange(3))[0])
+
+
+@loss(projected="w", params=square)
+def a_scan_that_stops_early_by_a_condition(params, x):
+    def step(h, _):
+        go = jnp.sum(h**2) > 1e-3
+        return jax.lax.cond(go, lambda h: jnp.tanh(h @ params["w"]), lambda h: h, h), None
+
+    return squared(jax.lax.scan(step, x, None, length=3)[0])
+
+
+@loss(projected="w1 w2")
+def a_jit(params, x):
+    return squared(jax.jit(network)(params, x))
+
+
+@loss(projected="w1 w2")
+def a_jit_in_a_jit(params, x):
+    inner = jax.jit(lambda params, x: network(params, x))
+    return squared(jax.jit(lambda params, x: inner(params, jnp.cos(x)))(params, x))
+
+
+@loss(projected="w1 w2", tolerance=2e-2)
+def a_jit_that_returns_the_kernels_in_bfloat16(params, x):
+    half = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree))
+    return squared(network(half(params), x.astype(jnp.bfloat16)))
+
+
+@loss(projected="w1 w2")
+def a_jit_with_an_inline_flag_and_a_static_argument(params, x):
+    apply = jax.jit(lambda n, params, x: network(params, n * x), static_argnums=0, inline=True)
+    return squared(apply(2, params, x))
+
+
+@jax.custom_vjp
+def clipped(x):
+    return x
+
+
+clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1e-2, 1e-2),))
+
+
+@jax.custom_jvp
+def swish(x):
+    return x * jax.nn.sigmoid(x)
+
+
+@swish.defjvp
+def _(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return swish(x), dx * jax.nn.sigmoid(x) * (1 + x * (1 - jax.nn.sigmoid(x)))
+
+
+@jax.custom_vjp
+def product(x, w):
+    return x @ w
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+
+@loss(projected="w1 w2")
+def a_custom_vjp_of_activations(params, x):
+    return squared(network(params, clipped(jnp.tanh(x @ params["w1"]) @ params["w2"])))
+
+
+@loss(projected="w1 w2")
+def a_custom_jvp_of_activations(params, x):
+    return squared(swish(x @ params["w1"]) @ params["w2"] + params["b1"][:6])
+
+
+@loss(full="w1", projected="w2")
+def a_custom_vjp_of_a_kernel(params, x):
+    return squared(jnp.tanh(product(x, params["w1"]) + params["b1"]) @ params["w2"])
+
+
+@loss(partly="w1", projected="w2")
+def a_custom_vjp_of_a_kernel_next_to_a_product(params, x):
+    h = jnp.tanh(product(x, params["w1"]) + jnp.cos(x) @ params["w1"] + params["b1"])
+    return squared(h @ params["w2"])
+
+
+@loss(full="w1", projected="w2")
+def a_custom_jvp_of_a_kernel(params, x):
+    return squared(network(params | {"w1": swish(params["w1"])}, x))
+
+
+@loss(projected="w1 w2")
+def gelu_relu_and_other_activations(params, x):
+    h = jax.nn.gelu(x @ params["w1"] + params["b1"])
+    return squared(jax.nn.relu(h @ params["w2"])) + jax.nn.logsumexp(jax.nn.silu(h))
+
+
+@loss(projected="w1 w2")
+def remat(params, x):
+    return squared(jax.checkpoint(network)(params, x))
+
+
+@loss(projected="w1 w2")
+def remat_that_may_save_nothing(params, x):
+    saved = jax.checkpoint(network, policy=policies.nothing_saveable)
+    return squared(saved(params, x))
+
+
+@loss(projected="w1 w2")
+def remat_that_may_save_everything(params, x):
+    saved = jax.checkpoint(network, policy=policies.everything_saveable)
+    return squared(saved(params, x))
+
+
+@loss(projected="w1 w2")
+def remat_that_may_save_products(params, x):
+    saved = jax.checkpoint(network, policy=policies.dots_with_no_batch_dims_saveable)
+    return squared(saved(params, x))
+
+
+@loss(projected="w1 w2")
+def remat_that_saves_an_activation_by_its_name(params, x):
+    def named(params, x):
+        h = checkpoint_name(jnp.tanh(x @ params["w1"] + params["b1"]), "hidden")
+        return h @ params["w2"]
+
+    saved = jax.checkpoint(named, policy=policies.save_only_these_names("hidden"))
+    return squared(saved(params, x))
+
+
+@loss(projected="w1 w2")
+def remat_that_saves_a_kernel_by_its_name(params, x):
+    def named(params, x):
+        return network(params | {"w1": checkpoint_name(params["w1"], "kernel")}, x)
+
+    saved = jax.checkpoint(named, policy=policies.save_only_these_names("kernel"))
+    return squared(saved(params, x))
+
+
+@loss(projected="w1 w2")
+def remat_inside_remat_without_a_barrier(params, x):
+    inner = jax.checkpoint(network, prevent_cse=False)
+    outer = jax.checkpoint(lambda params, x: inner(params, jnp.cos(inner(params, x))))
+    return squared(outer(params, x))
+
+
+@loss(projected="w1 w2", tolerance=2e-2)
+def remat_of_a_cast_that_returns_the_kernels(params, x):
+    half = jax.checkpoint(lambda params: jax.tree.map(lambda a: a.astype(jnp.bfloat16), params))
+    return squared(network(half(params), x.astype(jnp.bfloat16)))
+
+
+@loss(partly="w1", projected="w2")
+def remat_of_a_penalty_and_a_product(params, x):
+    @jax.checkpoint
+    def penalised(params, x):
+        return squared(network(params, x)) + 0.1 * jnp.sum(params["w1"] ** 2)
+
+    return penalised(params, x)
+
+
+@loss(projected="w1 w2")
+def an_optimization_barrier_around_all_parameters(params, x):
+    params, x = jax.lax.optimization_barrier((params, x))
+    return squared(network(params, x))
+
+
+@loss(projected="w1 w2")
+def a_stop_gradient_on_one_of_two_uses_of_a_kernel(params, x):
+    h = jnp.tanh(x @ jax.lax.stop_gradient(params["w1"]) + jnp.cos(x) @ params["w1"])
+    return squared((h + params["b1"]) @ params["w2"])
+
+
+@loss(projected="w1 w2", zero=("w1", "b1"))
+def a_stop_gradient_on_the_output_of_a_layer(params, x):
+    h = jax.lax.stop_gradient(jnp.tanh(x @ params["w1"] + params["b1"]))
+    return squared(h @ params["w2"])
+
+
+@loss(partly="w1", projected="w2")
+def an_iteration_to_convergence_under_stop_gradient(params, x):
+    power = lambda v: v @ params["w1"].T @ params["w1"]  # noqa: E731
+    unit = lambda v: v / jnp.linalg.norm(v)  # noqa: E731
+    v = jax.lax.while_loop(
+        lambda pair: jnp.sum((pair[0] - pair[1]) ** 2) > 1e-2,
+        lambda pair: (unit(power(pair[0])), pair[0]),
+        (jnp.ones(8) / 8**0.5, jnp.zeros(8)),
+    )[0]
+    return squared(network(params, x)) * jax.lax.stop_gradient(jnp.linalg.norm(power(v)))
+
+
+@loss(projected="w1 w2")
+def a_sharding_constraint_on_the_parameters(params, x):
+    sharding = NamedSharding(Mesh(jax.devices()[:1], ("data",)), PartitionSpec())
+    params = jax.lax.with_sharding_constraint(params, sharding)
+    return squared(network(params, x))
+
+
+@loss(projected="w1 w2")
+def a_shard_map_over_the_batch(params, x):
+    mesh = Mesh(jax.devices()[:1], ("data",))
+    rows = PartitionSpec("data")
+    mapped = jax.shard_map(network, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
+    return squared(mapped(params, x))
+
+
+@loss(full="w", params=square)
+def a_fixed_point_by_custom_root(params, x):
+    solve = lambda f, z: jax.lax.fori_loop(0, 20, lambda _, z: z + f(z), z)  # noqa: E731
+    solve_linear = lambda g, y: solve(lambda v: g(v) - y, jnp.zeros_like(y))  # noqa: E731
+    residual = lambda z: jnp.tanh(0.3 * z @ params["w"] + x) - z  # noqa: E731
+    return squared(jax.lax.custom_root(residual, jnp.zeros_like(x), solve, solve_linear))
+
+
+@loss(projected="w1 w2")
+def names_of_scopes(params, x):
+    with jax.named_scope("outer"):
+        return squared(jax.named_call(network, name="inner")(params, x))
+
+
+@loss(projected="w1 w2")
+def a_printed_activation(params, x):
+    y = network(params, x)
+    jax.debug.print("mean {}", y.mean())
+    return squared(y)
+
+
+# That nothing flows back from what is printed is not noticed.
+@loss(partly="w1", projected="w2")
+def a_printed_norm_of_a_kernel(params, x):
+    jax.debug.print("norm {}", jnp.linalg.norm(params["w1"]))
+    return squared(network(params, x))
+
+
+@loss(projected="w1 w2")
+def a_pure_callback_next_to_the_network(params, x):
+    cosine = jax.pure_callback(jnp.cos, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+    return squared(network(params, jax.lax.stop_gradient(cosine)))
+
+
+@loss(projected="w1 w2")
+def an_ordered_print_of_an_activation(params, x):
+    y = network(params, x)
+    jax.debug.print("mean {}", y.mean(), ordered=True)
+    return squared(y)
