@@ -27,7 +27,16 @@ from galore_jax.projection import (
     ProjType,
     is_coordinates,
 )
-from galore_jax.rules import Rank, Rule, Rules, projections, rule_for
+from galore_jax.rules import (
+    Rank,
+    Rule,
+    Rules,
+    check_gap,
+    check_number,
+    projections,
+    rule_for,
+    warn_of_no_projection,
+)
 from galore_jax.state import GaLoreState, is_low_rank, map_bases, to_float32
 
 PyTree = Any
@@ -122,19 +131,21 @@ def galore(
     if jnp.dtype(basis_dtype or jnp.float32) not in BASIS_DTYPES:
         names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
         raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
-    if isinstance(lazy_overlap, float) and not 0 < lazy_overlap <= 1:
-        raise ValueError(f"galore: lazy_overlap must be above 0 and at most 1, not {lazy_overlap}.")
-    if isinstance(max_gap, int) and max_gap < 1:
-        raise ValueError(f"galore: max_gap must be at least 1, not {max_gap}.")
+    check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
+    check_gap("max_gap", max_gap)
 
     def complete(projection: Projection) -> Rule:
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
 
     def init_fn(params: PyTree) -> GaLoreState:
         leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
+        if not leaves:  # As from `optax.tree.map_params`, which looks where parameters would be.
+            return GaLoreState(jnp.zeros([], jnp.int32), params)
         found = projections(params, default, rules, weight_dimension_numbers)
         found = tree.flatten_up_to(found)
         total = sum(math.prod(p.view.batch) for p in found if p is not None)
+        if not total:
+            warn_of_no_projection(params, rules, weight_dimension_numbers)
         before, bases = 0, []
         for leaf, projection in zip(leaves, found, strict=True):
             if projection is None:
@@ -144,7 +155,8 @@ def galore(
             gap = rule.update_proj_gap
             if stagger:
                 places = before + jnp.arange(math.prod(batch)).reshape(batch)
-                gap = gap - places * gap // total
+                # places * gap // total, which might overflow.
+                gap = gap - places * (gap // total) - places * (gap % total) // total
             before += math.prod(batch)
             basis = start_basis(
                 projection,
