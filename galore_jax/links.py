@@ -197,8 +197,9 @@ def scale_by_factored_rms(
         def at_matrix(update: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
             square = update**2 + eps
             rows, columns = average(rows, square.mean(-1)), average(columns, square.mean(-2))
-            relative = rows / rows.mean(axis=-1, keepdims=True)
-            return update * (relative[..., None] * columns[..., None, :]) ** -0.5, rows, columns
+            # Root by root: of zeros in a row and a column the product of factors underflows.
+            of_rows = (rows.mean(axis=-1, keepdims=True) ** 0.5 * rows**-0.5)[..., None]
+            return update * of_rows * columns[..., None, :] ** -0.5, rows, columns
 
         def at_leaf(update: Any, rows: Any, columns: Any, nu: Any) -> tuple[Any, Any, Any, Any]:
             if is_coordinates(update):

@@ -13,7 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from galore_jax.matrices import MatrixView, is_named_whole, is_no_weight, matrix_views, path_names
+from galore_jax.matrices import (
+    MatrixView,
+    is_named_whole,
+    is_no_weight,
+    matrix_views,
+    named_leaves,
+)
 from galore_jax.projection import PROJ_TYPES, Projection, ProjType, is_coordinates, projected_sides
 from galore_jax.subspace import MAX_GAP, REFRESH
 
@@ -88,7 +94,8 @@ def check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool
 def check_gap(name: str, gap: Any) -> None:
     """`check_number` for a number of updates between two refreshes."""
     wanted = f"a whole number from 1 to {MAX_GAP:,}"
-    check_number(name, gap, wanted, lambda gap: isinstance(gap, Integral) and 1 <= gap <= MAX_GAP)
+    in_range = lambda gap: isinstance(gap, Integral) and 1 <= int(gap) <= MAX_GAP  # noqa: E731
+    check_number(name, gap, wanted, in_range)
 
 
 Rules = Mapping[str | re.Pattern[str], Rule | None]
@@ -122,7 +129,7 @@ def projections(
       ValueError: a rule without a leaf of its own; a rank, or dimension numbers, that do not fit
         the leaf that is named.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_coordinates)
+    leaves, tree = named_leaves(params, is_coordinates), jax.tree.structure(params, is_coordinates)
     if any(is_coordinates(leaf) for _, leaf in leaves):
         # Decided before: what is projected came as coordinates.
         known = [leaf.projection if is_coordinates(leaf) else None for _, leaf in leaves]
@@ -131,8 +138,7 @@ def projections(
     chosen_by_name = weight_dimension_numbers is None
     unused = dict(rules)
     found = []
-    for (path, _), view in zip(leaves, views, strict=True):
-        names = path_names(path)
+    for (names, _), view in zip(leaves, views, strict=True):
         pattern, rule = rule_for(names, rules)
         if chosen_by_name and (is_no_weight(names) or (not pattern and is_named_whole(names))):
             view = None
@@ -142,7 +148,7 @@ def projections(
             found.append(None)
         else:
             found.append(_projection(names, view, rule, rule.or_else(default)))
-    _refuse_unused(unused, ["/".join(path_names(path)) for path, _ in leaves], rules)
+    _refuse_unused(unused, ["/".join(names) for names, _ in leaves], rules)
     return jax.tree_util.tree_unflatten(tree, found)
 
 
@@ -153,9 +159,9 @@ def warn_of_no_projection(params: PyTree, rules: Rules, weight_dimension_numbers
     """
     views = matrix_views(params, weight_dimension_numbers)
     sizes = {
-        path_names(path): (min(view.rows, view.columns), view)
-        for path, view in jax.tree_util.tree_leaves_with_path(views)
-        if not is_no_weight(path_names(path)) and rule_for(path_names(path), rules)[1] is not None
+        names: (min(view.rows, view.columns), view)
+        for names, view in named_leaves(views)
+        if not is_no_weight(names) and rule_for(names, rules)[1] is not None
     }
     if sizes:
         names = max(sizes, key=lambda names: sizes[names][0])

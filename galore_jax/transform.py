@@ -37,7 +37,7 @@ from galore_jax.rules import (
     rule_for,
     warn_of_no_projection,
 )
-from galore_jax.state import GaLoreState, is_low_rank, map_bases, to_float32
+from galore_jax.state import GaLoreState, check_gradient, is_low_rank, map_bases, to_float32
 
 PyTree = Any
 BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)))
@@ -190,6 +190,7 @@ def galore(
                 nothing = jnp.zeros(projection.coordinates_shape, jnp.float32)
                 basis = renew(basis, sketches[projection.path], rule, count=state.count)
                 return Coordinates(nothing, projection), basis
+            check_gradient(gradient, projection)
             if is_coordinates(gradient):
                 value = gradient.value
             else:
