@@ -56,8 +56,8 @@ class Rule:
         if not (rank is None or whole or part or callable(rank)):
             raise ValueError(
                 f"galore: rank must be an integer of at least 1, a fraction of the smaller side or "
-                f"a function of the shape, not {rank!r}; under optax.inject_hyperparams name it "
-                "among the static_args."
+                f"a function of the shape, not {rank!r}; optax.inject_hyperparams needs "
+                'static_args="rank".'
             )
         if self.proj_type not in (None, *PROJ_TYPES):
             raise ValueError(

@@ -18,6 +18,7 @@ import optax
 
 from galore_jax.bases import Lazy, Sketch, count_update, refresh_basis, start_basis
 from galore_jax.chain import GaLore
+from galore_jax.flax_serialization import register_where_flax_is
 from galore_jax.projection import (
     MOMENTS,
     Basis,
@@ -138,6 +139,7 @@ def galore(
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
 
     def init_fn(params: PyTree) -> GaLoreState:
+        register_where_flax_is()
         leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
         if not leaves:  # As from `optax.tree.map_params`, which looks where parameters would be.
             return GaLoreState(jnp.zeros([], jnp.int32), params)
