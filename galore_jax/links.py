@@ -110,7 +110,7 @@ def finite_squares(tree: PyTree) -> jax.Array:
     that of a gradient scaled down by them underflow.
     """
     squares, large_norm = _squares_and_large_norm(tree)
-    return jnp.minimum(squares + large_norm**2, _LARGE**2)
+    return jnp.where(large_norm > 0, _LARGE**2, jnp.minimum(squares, _LARGE**2))
 
 
 # Numbers from `_LARGE` on are scaled down before they are squared, for float32 ends at 2^128.

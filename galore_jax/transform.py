@@ -107,7 +107,11 @@ def galore(
 
     Raises:
       ValueError: a setting out of range; at init, a rule without a leaf, or a rank, a rule or
-        dimension numbers that do not fit the leaf that is named.
+        dimension numbers that do not fit the leaf that is named; at an update, a gradient of a
+        projected leaf that is None or of another shape.
+
+    Warns:
+      UserWarning: at init, there are matrices, but none is projected.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

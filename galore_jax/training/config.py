@@ -195,8 +195,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise InputError(f"{name} must be finite, not {number}.")
     if isinstance(number, float) and number and not TINY <= abs(number) <= LARGEST:
         raise InputError(
-            f"{name} must be 0 or between {TINY:.3g} and {LARGEST:.3g} in size, as float32 numbers "
-            f"are, not {number}."
+            f"{name} must be a number that float32 has, between {TINY:.3g} and {LARGEST:.3g} in "
+            f"size, not {number}."
         )
     return number
 
