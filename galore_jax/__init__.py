@@ -3,9 +3,8 @@
 from galore_jax import layerwise
 from galore_jax.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from galore_jax.apply import apply_gradients
-from galore_jax.backward import ProjectedKernel, dot_general
 from galore_jax.chain import chain, init
-from galore_jax.check import check_projection
+from galore_jax.check import check_projection, projection_report
 from galore_jax.describe import describe
 from galore_jax.gradients import value_and_grad
 from galore_jax.links import clip_by_finite_norm, decay_weights, scale_by_factored_rms
@@ -21,7 +20,6 @@ __all__ = [
     "ChainState",
     "Coordinates",
     "GaLoreState",
-    "ProjectedKernel",
     "Rule",
     "adafactor",
     "adam8bit",
@@ -33,11 +31,11 @@ __all__ = [
     "clip_by_finite_norm",
     "decay_weights",
     "describe",
-    "dot_general",
     "galore",
     "init",
     "layerwise",
     "lion",
+    "projection_report",
     "refresh",
     "refresh_due",
     "scale_by_adam8bit",

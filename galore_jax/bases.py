@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from galore_jax.projection import Basis, Moments, Projection, Side
 from galore_jax.quantization import as_float32, quantize, stored_like
-from galore_jax.rules import Rule
 from galore_jax.subspace import NEVER, overlap, random_basis, refresh_where_due
 
 
@@ -44,7 +43,9 @@ def start_basis(
     projection: Projection,
     *,
     scale: Any,
+    interval: Any,
     gap: Any,
+    method: str,
     moments: Moments,
     full_size: bool,
     dtype: Any,
@@ -55,7 +56,9 @@ def start_basis(
     Args:
       projection: of the parameter.
       scale: factor of the lift.
+      interval: updates between refreshes.
       gap: updates from the first refresh to the second, a number or an array `(*batch,)`.
+      method: of refreshes.
       moments: what happens to the moments at a refresh.
       full_size: see `Basis`.
       dtype: of the vectors; int8 stores them as `Quantized`.
@@ -75,25 +78,37 @@ def start_basis(
         vectors=vectors,
         age=jnp.full(batch, NEVER, jnp.int32),
         gap=jnp.full(batch, gap, jnp.int32),
+        wait=jnp.zeros(batch, jnp.int32),
         skipped=jnp.zeros(batch, jnp.int32),
         saved=jnp.zeros(batch, jnp.int32),
         overlap=jnp.zeros(batch, jnp.float32),
         scale=jnp.asarray(scale, jnp.float32),
+        interval=jnp.asarray(interval, jnp.int32),
         projection=projection,
+        method=method,
         moments=moments,
         full_size=full_size,
     )
 
 
-def refresh_basis(
-    basis: Basis, gradient: Any, rule: Rule, lazy: Lazy, *, seed: Any, count: Any
-) -> Basis:
+def updates_left(basis: Basis) -> jax.Array:
+    """`(*batch,)` int32, updates until the next try of a refresh; 0 or less: it is due."""
+    return basis.wait - _overdue(basis)
+
+
+def _overdue(basis: Basis) -> jax.Array:
+    return basis.age - jnp.where(basis.age >= NEVER, NEVER, basis.gap)
+
+
+def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: Any) -> Basis:
     """New vectors for the matrices whose age has reached their gap.
+
+    Of a `Sketch` those that are to wait after a refresh that failed are left out; of a gradient,
+    which is there anyway, they are tried again at once.
 
     Args:
       basis: of the parameter.
       gradient: of the parameter's shape, or a `Sketch`.
-      rule: how it is projected, complete.
       lazy: when the gap doubles.
       seed: of the random numbers.
       count: updates before this one.
@@ -104,12 +119,12 @@ def refresh_basis(
     Raises:
       ValueError: a method that cannot work on a sketch.
     """
-    if isinstance(gradient, Sketch) and rule.refresh == "subspace_iteration":
-        return _from_sketch(basis, gradient, rule, lazy)
+    if isinstance(gradient, Sketch) and basis.method == "subspace_iteration":
+        return _from_sketch(basis, gradient, lazy)
     if isinstance(gradient, Sketch):
-        if rule.refresh != "random":
+        if basis.method != "random":
             raise ValueError(
-                f'galore: refresh="{rule.refresh}" of {basis.projection.name} needs its full '
+                f'galore: refresh="{basis.method}" of {basis.projection.name} needs its full '
                 'gradient, which galore_jax.refresh never forms: use "subspace_iteration" or '
                 '"random", or jax.value_and_grad.'
             )
@@ -124,15 +139,15 @@ def refresh_basis(
         flat(basis.gap),
         flat(matrices),
         (seed, count, _number(basis.projection)),
-        str(rule.refresh),
+        basis.method,
     )
     vectors = jax.tree.map(lambda new, old: new.reshape(old.shape), vectors, basis.vectors)
-    return _renewed(basis, vectors, new.reshape(batch), overlaps.reshape(batch), rule, lazy)
+    return _renewed(basis, vectors, new.reshape(batch), overlaps.reshape(batch), lazy)
 
 
-def _from_sketch(basis: Basis, sketch: Sketch, rule: Rule, lazy: Lazy) -> Basis:
+def _from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
     finite = [jnp.all(jnp.isfinite(v), axis=(-2, -1)) for v in sketch.vectors.values()]
-    new = (basis.age >= basis.gap) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
+    new = (updates_left(basis) <= 0) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
 
     def chosen(new_vectors: jax.Array, old: Any) -> Any:
         pick = lambda one, other: jnp.where(new[..., None, None], one, other)  # noqa: E731
@@ -142,38 +157,38 @@ def _from_sketch(basis: Basis, sketch: Sketch, rule: Rule, lazy: Lazy) -> Basis:
         overlap(as_float32(basis.vectors[side]), sketch.vectors[side]) for side in sketch.vectors
     ]
     vectors = {side: chosen(sketch.vectors[side], old) for side, old in basis.vectors.items()}
-    return _renewed(basis, vectors, new, jnp.min(jnp.stack(overlaps), axis=0), rule, lazy)
+    return _renewed(basis, vectors, new, jnp.min(jnp.stack(overlaps), axis=0), lazy)
 
 
-def _renewed(
-    basis: Basis, vectors: Any, new: jax.Array, overlaps: jax.Array, rule: Rule, lazy: Lazy
-) -> Basis:
-    gap = jnp.full_like(basis.gap, rule.update_proj_gap)
+def _renewed(basis: Basis, vectors: Any, new: jax.Array, overlaps: jax.Array, lazy: Lazy) -> Basis:
+    gap = jnp.full_like(basis.gap, basis.interval)
     if lazy.overlap is not None:
         bound = 8 * gap if lazy.max_gap is None else jnp.maximum(lazy.max_gap, gap)
         doubled = jnp.minimum(2 * jnp.maximum(basis.gap, gap), bound)
         gap = jnp.where(overlaps >= lazy.overlap, doubled, gap)
     # The first interval is as long as it was started with.
     gap = jnp.where(basis.age >= NEVER, basis.gap, gap)
+    # After a refresh that failed, as that of an expert without tokens, passes over the batch are
+    # not worth their time at every update: the next tries are 1, 2, 4, … updates later.
+    overdue = _overdue(basis)
+    later = overdue + jnp.clip(overdue, 1, basis.interval)
+    wait = jnp.where(updates_left(basis) <= 0, later, basis.wait)
     return dataclasses.replace(
         basis,
         vectors=vectors,
         age=jnp.where(new, 0, basis.age),
         gap=jnp.where(new, gap, basis.gap),
+        wait=jnp.where(new, 0, wait),
         overlap=jnp.where(new, overlaps, basis.overlap),
     )
 
 
-def count_update(basis: Basis, rule: Rule, finite: jax.Array) -> Basis:
+def count_update(basis: Basis, finite: jax.Array) -> Basis:
     """The basis after an update whose gradient was finite for these matrices, `(*batch,)`."""
     age = basis.age + finite
-    saved = finite & (age < basis.gap) & (age % rule.update_proj_gap == 0)
+    saved = finite & (age < basis.gap) & (age % basis.interval == 0)
     return dataclasses.replace(
-        basis,
-        age=age,
-        skipped=basis.skipped + ~finite,
-        saved=basis.saved + saved,
-        scale=jnp.asarray(rule.scale, jnp.float32),
+        basis, age=age, skipped=basis.skipped + ~finite, saved=basis.saved + saved
     )
 
 

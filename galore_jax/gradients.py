@@ -1,19 +1,18 @@
-"""`value_and_grad` for training with galore: coordinates where a gradient can be born projected."""
+"""`value_and_grad` for training with galore: gradients that the backward pass projects."""
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.interpreters import partial_eval
 
-from galore_jax.backward import ProjectedKernel
+from galore_jax.product import track, varying_as
 from galore_jax.projection import Basis, Coordinates, is_basis
+from galore_jax.rewrite import Program, Report, trace
 from galore_jax.state import galore_states, is_low_rank, map_bases
 
 PyTree = Any
@@ -28,20 +27,21 @@ def value_and_grad(
     has_aux: bool = False,
     micro_batches: int = 1,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """`jax.value_and_grad` whose gradients are born projected; for `apply_gradients`.
+    """`jax.value_and_grad` with gradients that the backward pass projects; for `apply_gradients`.
 
-    The gradients of projected kernels are `Coordinates`, float32, for `r · (in + out) / (in · out)`
-    of the work, equal to projected full ones up to rounding; those are never formed. That goes for
-    every kernel that Flax Linen's Dense and DenseGeneral, `x @ kernel` or `galore_jax.dot_general`
-    multiply by, and nothing else uses. Any other projected leaf of a Linen model (of a convolution;
-    a kernel that is used outside its layer too, or mapped before) gets its full gradient, which
-    galore then projects.
+    The gradients of projected parameters are `Coordinates`, float32, equal to projected full ones
+    up to rounding. Where the loss multiplies by a parameter they take
+    `r · (in + out) / (in · out)` of the work, and the full gradient is never formed. Any other use
+    of the parameter contributes its full gradient, which is then projected and added. A projected
+    parameter that the loss multiplies by nowhere, as that of a convolution, has a full gradient in
+    place of coordinates, which galore then projects. `describe(params, tx, loss, *batch)` shows
+    which is which, and why.
 
     The bases do not change by it: without `refresh` they stay the random ones they start as.
 
     Args:
-      loss: a function of the parameters and a batch. In the parameters `ProjectedKernel` stands for
-        the kernels; Flax reads them as they are.
+      loss: a function of the parameters and a batch, in any framework. It is traced, as under
+        `jax.jit`.
       tx: the optimizer.
       has_aux: whether the loss returns a pair, the second of which is not differentiated.
       micro_batches: into how many parts each array of the batch is split along its first axis; all
@@ -58,10 +58,9 @@ def value_and_grad(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from galore_jax import apply_gradients, chain, dot_general, galore, refresh, refresh_due
+      >>> from galore_jax import apply_gradients, chain, galore, refresh, refresh_due
       >>> from galore_jax import value_and_grad
-      >>> numbers = (((1,), (0,)), ((), ()))
-      >>> loss = lambda params, x: jnp.mean(dot_general(x, params["w"], numbers) ** 2)
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
       >>> params, x = {"w": jnp.ones((8, 16))}, jnp.ones((4, 8))
       >>> tx = chain(galore(rank=2), optax.adam(1e-3))
       >>> state = tx.init(params)
@@ -73,96 +72,153 @@ def value_and_grad(
       >>> params, state = apply_gradients(tx, grads, state, params)
     """
     del tx  # The state says all; the signature is that of `refresh`.
+    check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
-        objective = Objective(loss, params, unsplit, has_aux)
-        first = first_part(batch, micro_batches)
-        bases = objective.carried(bases_in(params, opt_state), *first)
-        one = lambda *batch: objective.value_and_grad(bases, *batch)  # noqa: E731
+        bases = bases_in(params, opt_state)
+
+        def one(*batch: Any) -> tuple[Any, PyTree]:
+            return TracedLoss(loss, params, bases, batch, unsplit, has_aux).value_and_grad()
+
         return mean_over(one, micro_batches, *batch)
 
     return run
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A loss at some parameters, as a function of the batch.
-
-    `bases` is always a tree like the parameters, with `optax.MaskedNode()` where nothing is
-    projected.
+@dataclass
+class Uses:
+    """How a loss uses a projected parameter.
 
     Attributes:
-      loss: as for `value_and_grad`.
-      params: the parameters.
-      unsplit: keyword arguments of the loss.
-      has_aux: whether it returns a pair.
+      products: whether it multiplies by it, so that the backward pass projects that gradient.
+      others: where it uses it otherwise: primitives and lines of the source.
     """
 
-    loss: Loss
-    params: PyTree
-    unsplit: Mapping[str, Any]
-    has_aux: bool
+    products: bool = False
+    others: list[str] = field(default_factory=list)
 
-    def value_and_grad(self, bases: PyTree, *batch: Any) -> tuple[Any, PyTree]:
-        """What the loss returns, and gradients: `Coordinates` where there is a basis."""
-        free = map_bases(_zeros, bases, otherwise=self.params)
-        of = lambda free: self._value(bases, free, batch)  # noqa: E731
-        return jax.value_and_grad(of, has_aux=self.has_aux)(free)
+    @property
+    def gradient(self) -> str:
+        """How the gradient comes about: "projected" in the backward pass, "partly", or "full"."""
+        if not self.others:
+            return "projected"
+        return "partly" if self.products else "full"
 
-    def coordinates(self, bases: PyTree, *batch: Any) -> PyTree:
-        """The `Coordinates` alone, and `optax.MaskedNode()` elsewhere."""
 
-        def of(coordinates: PyTree) -> Any:
-            free = map_bases(lambda _, own: own, bases, coordinates, otherwise=self.params)
-            value = self._value(bases, free, batch)
-            return value[0] if self.has_aux else value
+class TracedLoss:
+    """A loss at some parameters and a batch, traced.
 
-        return jax.grad(of)(map_bases(_zeros, bases, otherwise=bases))
+    Args:
+      loss: as for `value_and_grad`.
+      params: the parameters.
+      bases: a tree like the parameters, `optax.MaskedNode()` where nothing is projected.
+      batch: other arguments of the loss.
+      unsplit: its keyword arguments.
+      has_aux: whether it returns a pair.
 
-    def carried(self, bases: PyTree, *batch: Any) -> PyTree:
-        """The bases of the kernels whose gradients can be born projected; the others masked."""
-        multiplied, used_elsewhere = self.uses(bases, *batch)
+    Attributes:
+      uses: how the loss uses each projected parameter, by path.
+    """
 
-        def keep(basis: Basis) -> Any:
-            path = basis.projection.path
-            carries = path in multiplied and path not in used_elsewhere
-            return basis if carries else optax.MaskedNode()
+    def __init__(
+        self,
+        loss: Loss,
+        params: PyTree,
+        bases: PyTree,
+        batch: Sequence[Any],
+        unsplit: Mapping[str, Any],
+        has_aux: bool,
+    ):
+        def pair(params: PyTree) -> tuple[Any, Any]:
+            returned = loss(params, *batch, **unsplit)
+            value, aux = returned if has_aux else (returned, None)
+            return value, aux
 
-        return map_bases(keep, bases, otherwise=bases)
+        self._program = trace(pair, params)
+        self._leaves, self._tree = jax.tree.flatten(params)
+        self._bases, self._has_aux = self._by_leaf(bases), has_aux
+        self.uses = self._find_uses()
 
-    def uses(self, bases: PyTree, *batch: Any) -> tuple[set[Path], set[Path]]:
-        """The paths of the kernels that layers multiply by, and of those used in other ways.
+    def value_and_grad(self) -> tuple[Any, PyTree]:
+        """What the loss returns, and its gradients.
 
-        The loss is traced with two arrays for each kernel, one for products and one for all else,
-        and with its coordinates; what the loss does not depend on is not used.
+        They are `Coordinates` at the parameters with a basis, but full where the loss multiplies by
+        such a parameter nowhere.
         """
-        found = jax.tree.leaves(bases, is_leaf=is_basis)
-        places = {basis.projection.path: i for i, basis in enumerate(found)}
+        everything = set(range(len(self._leaves)))
+        value, gradients = self._differentiate(self._program, self._bases, everything)
+        return value if self._has_aux else value[0], self._tree.unflatten(gradients)
 
-        def traced(outside: list[Any], inside: list[Any], coordinates: list[Any]) -> Any:
-            def boxed(basis: Basis) -> ProjectedKernel:
-                i = places[basis.projection.path]
-                return _boxed(basis, outside[i], coordinates[i], inside[i])
+    def coordinates(self, bases: PyTree) -> dict[Path, jax.Array]:
+        """By path the coordinates in these bases, a part of its own ones or others in their place.
 
-            params = map_bases(boxed, bases, otherwise=self.params)
-            with _projected_layers():
-                value = self.loss(params, *batch, **self.unsplit)
-            return value[0] if self.has_aux else value
+        There are none of a parameter that the loss multiplies by nowhere.
+        """
+        program, chosen = self._program.value_alone(), self._by_leaf(bases)
+        _, gradients = self._differentiate(program, chosen, set())
+        return {g.projection.path: g.value for g in gradients if isinstance(g, Coordinates)}
 
-        kernels = map_bases(lambda _, param: param, bases, self.params, otherwise=bases)
-        shapes = jax.eval_shape(lambda: jax.tree.leaves(kernels))
-        zeros = jax.eval_shape(lambda: [_zeros(basis).value for basis in found])
-        jaxpr = jax.make_jaxpr(traced)(shapes, shapes, zeros).jaxpr
-        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-        outside, coordinates = used[: len(found)], used[2 * len(found) :]
-        multiplied = {path for path, i in places.items() if coordinates[i]}
-        return multiplied, {path for path, i in places.items() if outside[i]}
+    def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
+        found = enumerate(self._tree.flatten_up_to(bases))
+        return {i: basis for i, basis in found if is_basis(basis)}
 
-    def _value(self, bases: PyTree, free: PyTree, batch: Any) -> Any:
-        boxed = lambda basis, kernel, free: _boxed(basis, kernel, free.value)  # noqa: E731
-        params = map_bases(boxed, bases, self.params, free, otherwise=free)
-        with _projected_layers():
-            return self.loss(params, *batch, **self.unsplit)
+    def _find_uses(self) -> dict[Path, Uses]:
+        found = {i: Uses() for i in self._bases}
+
+        def report(leaf: int, reason: str | None) -> None:
+            if reason is None:
+                found[leaf].products = True
+            elif reason not in found[leaf].others:
+                found[leaf].others.append(reason)
+
+        program, leaves = self._program.value_alone(), dict(enumerate(self._leaves))
+        of = lambda: self._run(program, leaves, self._bases, _zeros(self._bases), report)  # noqa: E731
+        jax.eval_shape(of)
+        return {basis.projection.path: found[i] for i, basis in self._bases.items()}
+
+    def _differentiate(
+        self, program: Program, bases: dict[int, Basis], wanted: set[int]
+    ) -> tuple[tuple[Any, Any], list[Any]]:
+        """The program's pair, and the gradients of leaves with a basis and of those wanted."""
+        uses = {i: self.uses[basis.projection.path] for i, basis in bases.items()}
+        bases = {i: basis for i, basis in bases.items() if uses[i].gradient != "full"}
+        used_otherwise = {i for i in bases if uses[i].others}
+
+        def report(leaf: int, reason: str | None) -> None:
+            assert reason is None or leaf in used_otherwise, "a gradient would be lost"
+
+        def value(free: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
+            leaves = {**dict(enumerate(self._leaves)), **free}
+            return self._run(program, leaves, bases, coordinates, report)
+
+        free = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
+        differentiated = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+        found, (full, coordinates) = differentiated(free, _zeros(bases))
+
+        def gradient(i: int) -> Any:
+            if i not in bases:
+                return full.get(i)
+            projection, own = bases[i].projection, coordinates[i]
+            if i in full:
+                own += projection.project(bases[i].vectors, full[i])
+            return Coordinates(own, projection)
+
+        return found, [gradient(i) for i in range(len(self._leaves))]
+
+    def _run(
+        self,
+        program: Program,
+        leaves: dict[int, Any],
+        bases: dict[int, Basis],
+        coordinates: dict[int, Any],
+        report: Report,
+    ) -> tuple[Any, Any]:
+        tracked = {i: track(i, leaves[i], bases[i], coordinates[i]) for i in bases}
+        return program([tracked.get(i, leaf) for i, leaf in leaves.items()], report)
+
+
+def _zeros(bases: dict[int, Basis]) -> dict[int, jax.Array]:
+    return {i: jnp.zeros(b.projection.coordinates_shape, jnp.float32) for i, b in bases.items()}
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
@@ -189,6 +245,14 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     return bases
 
 
+def check_micro_batches(micro_batches: Any) -> None:
+    """Raises a ValueError unless it is a whole number of at least 1."""
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, Integral):
+        raise ValueError(f"micro_batches must be a whole number, not {micro_batches!r}.")
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, not {micro_batches}.")
+
+
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
     """`f(*batch)`, or over equal parts of the batch the mean of what `f` returns, in float32."""
     if micro_batches == 1:
@@ -201,7 +265,7 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
             lambda old, new: old + jnp.asarray(new, jnp.float32), total, f(*part)
         ), None
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    zeros = jax.tree.map(lambda leaf: varying_as(jnp.zeros(leaf.shape, jnp.float32), leaf), shapes)
     total, _ = lax.scan(add, zeros, parts)
     return jax.tree.map(lambda leaf: leaf / micro_batches, total)
 
@@ -231,22 +295,3 @@ def split(batch: Any, micro_batches: int) -> Any:
         return rows.reshape(micro_batches, -1, *rows.shape[1:])
 
     return jax.tree.map(parts, batch)
-
-
-def _boxed(basis: Basis, kernel: Any, coordinates: Any, inside: Any = None) -> ProjectedKernel:
-    intact = jnp.ones(basis.age.shape, bool)
-    return ProjectedKernel(kernel, basis.vectors, coordinates, basis.projection, intact, inside)
-
-
-def _zeros(basis: Basis) -> Coordinates:
-    projection = basis.projection
-    return Coordinates(jnp.zeros(projection.coordinates_shape, jnp.float32), projection)
-
-
-def _projected_layers() -> AbstractContextManager[None]:
-    # A model of Flax comes with Flax imported; without one it is not needed.
-    if "flax.linen" not in sys.modules:
-        return nullcontext()
-    from galore_jax.linen import projected_layers
-
-    return projected_layers()

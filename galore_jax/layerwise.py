@@ -13,15 +13,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.interpreters import partial_eval
 
 from galore_jax.apply import apply_gradients
-from galore_jax.backward import ProjectedKernel
 from galore_jax.chain import init as init_optimizer
-from galore_jax.gradients import Objective, bases_in
+from galore_jax.gradients import TracedLoss, bases_in
 from galore_jax.kernels import Kernels
 from galore_jax.links import finite_squares
 from galore_jax.matrices import path_names
+from galore_jax.rewrite import dependencies
 from galore_jax.sketch import refresh
 from galore_jax.slices import LAYERS, Slices
 from galore_jax.state import galore_states, to_float32
@@ -191,10 +190,10 @@ class _Visit(NamedTuple):
         of = lambda free, *rest: loss(free["params"], free["x"], *rest)  # noqa: E731
         free = {"params": params, "x": x}
         if self.projected:
-            objective = Objective(of, free, {}, has_aux=True)
             nothing = jax.tree.map(lambda _: optax.MaskedNode(), x)
-            bases = objective.carried({"params": bases_in(params, state), "x": nothing}, *rest)
-            found, gradients = objective.value_and_grad(bases, *rest)
+            bases = {"params": bases_in(params, state), "x": nothing}
+            traced = TracedLoss(of, free, bases, rest, {}, has_aux=True)
+            found, gradients = traced.value_and_grad()
         else:
             found, gradients = jax.value_and_grad(of, has_aux=True)(free, *rest)
         own = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients["params"])
@@ -243,7 +242,7 @@ def _backward(
         # The head's share in the gradient of what both use is added to the embedding's own.
         x, share = upstream
         own = _inner(model.embed(embedding, batch)[0], x)
-        return own + _inner(parts.tied(_kernels(embedding)), share), None
+        return own + _inner(parts.tied(embedding), share), None
 
     def group(name: str) -> tuple[PyTree, PyTree]:
         return slices.group(params, name), slices.group(state, name)
@@ -315,20 +314,13 @@ class _Parts(NamedTuple):
 
 
 def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    paths, leaves = [path for path, _ in paths], [leaf for _, leaf in paths]
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
 
     def reads(f: Callable[..., Any], *inputs: Any) -> tuple[set, set, tuple]:
         """The paths that each of two results of `f(params, *inputs)` depends on; their shapes."""
-        of = lambda leaves, *inputs: f(tree.unflatten(leaves), *inputs)  # noqa: E731
-        jaxpr, shapes = jax.make_jaxpr(of, return_shape=True)(leaves, *inputs)
-        owners = [i for i in range(2) for _ in jax.tree.leaves(shapes[i])]
-        found = []
-        for i in range(2):
-            wanted = [owner == i for owner in owners]
-            _, used = partial_eval.dce_jaxpr(jaxpr.jaxpr, wanted)
-            found.append({path for path, flag in zip(paths, used, strict=False) if flag})
-        return (*found, shapes)
+        flags, shapes = dependencies(f, params, *inputs)
+        one, other = ({p for p, used in zip(paths, own, strict=False) if used} for own in flags)
+        return one, other, shapes
 
     by_embed, by_beside, (x, _) = reads(lambda params: model.embed(params, batch))
     by_loss, by_aux, _ = reads(lambda params, x: model.head_loss(params, x, batch), x)
@@ -353,14 +345,6 @@ def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
     groups = {path: EMBEDDING if path in by_embed else HEAD for path in paths}
     groups |= dict.fromkeys(blocks, LAYERS)
     return _Parts(Slices(groups, sizes.pop()), frozenset(by_embed & (by_loss | by_aux)))
-
-
-def _kernels(tree: PyTree) -> PyTree:
-    """The parameters in a tree that may hold `ProjectedKernel`s of them."""
-    is_boxed = lambda node: isinstance(node, ProjectedKernel)  # noqa: E731
-    return jax.tree.map(
-        lambda node: node.kernel if is_boxed(node) else node, tree, is_leaf=is_boxed
-    )
 
 
 def _check(state: Any, projected: bool) -> None:

@@ -150,12 +150,15 @@ class Basis:
       vectors: by side, orthonormal columns, `projection.basis_shapes`; or these `Quantized`.
       age: int32 `(*batch,)`, finite updates since the basis was made.
       gap: int32 `(*batch,)`, updates after which the next one is made.
+      wait: int32 `(*batch,)`, by how many updates more that is put off after refreshes that failed.
       skipped: int32 `(*batch,)`, updates left out because the gradient was not finite.
       saved: int32 `(*batch,)`, refreshes that a gap longer than `update_proj_gap` has saved.
       overlap: float32 `(*batch,)`, the mean squared cosine of the principal angles between the
         last two bases: 1 where the subspace stayed; of two sides the smaller.
       scale: float32 scalar, the factor of the lift.
+      interval: int32 scalar, `update_proj_gap`.
       projection: static.
+      method: static; how a refresh finds the vectors, see `subspace.REFRESH`.
       moments: static; what happens to the moments at a refresh.
       full_size: static; True where the transformations after galore were started with full
         parameters, so that the gradient must reach them as `P PᵀG` in its full shape.
@@ -164,11 +167,14 @@ class Basis:
     vectors: dict[Side, Any]
     age: Any
     gap: Any
+    wait: Any
     skipped: Any
     saved: Any
     overlap: Any
     scale: Any
+    interval: Any
     projection: Projection = field(metadata={"static": True})
+    method: str = field(metadata={"static": True})
     moments: Moments = field(default="keep", metadata={"static": True})
     full_size: bool = field(default=False, metadata={"static": True})
 

@@ -15,29 +15,37 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.bases import Sketch
-from galore_jax.chain import update_low_rank
-from galore_jax.gradients import Loss, Objective, Path, PyTree, bases_in, first_part, mean_over
+from galore_jax.bases import Sketch, refresh_basis, updates_left
+from galore_jax.gradients import (
+    Loss,
+    Path,
+    PyTree,
+    TracedLoss,
+    bases_in,
+    check_micro_batches,
+    first_part,
+    mean_over,
+)
 from galore_jax.moments import Turn, rotate
-from galore_jax.projection import Basis, Side, is_basis, is_coordinates
+from galore_jax.projection import Basis, Side, is_basis
 from galore_jax.quantization import as_float32
-from galore_jax.state import bases_of, galore_states, map_bases, with_galore_states
+from galore_jax.state import GaLoreState, bases_of, galore_states, map_bases, with_galore_states
 from galore_jax.subspace import NEVER, for_each, orthonormalise, span
 
 # Coordinates of the gradient in given bases, by a backward pass.
 Backward = Callable[[dict[Path, Basis]], dict[Path, jax.Array]]
+AxisName = str | tuple[str, ...]
 OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
 
 
 def updates_until_refresh(opt_state: PyTree) -> jax.Array:
     """The least number of updates, int32 scalar, after which a refresh can be due; 0: it is now."""
-    bases = bases_of(galore_states(opt_state, inside_chains=True))
-    return _least_left([(basis.gap, basis.age) for basis in bases])
+    return _least_left(bases_of(galore_states(opt_state, inside_chains=True)))
 
 
 @jax.jit
-def _least_left(gaps_and_ages: list[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    left = [jnp.min(gap - age) for gap, age in gaps_and_ages]
+def _least_left(bases: list[Basis]) -> jax.Array:
+    left = [jnp.min(updates_left(basis), initial=2**30) for basis in bases]
     return jnp.maximum(jnp.min(jnp.stack(left)), 0) if left else jnp.asarray(2**30, jnp.int32)
 
 
@@ -52,12 +60,13 @@ def refresh(
     *,
     has_aux: bool = False,
     micro_batches: int = 1,
+    axis_name: AxisName | None = None,
 ) -> Callable[..., PyTree]:
     """New bases where they are due, from backward passes that never form a full gradient.
 
     Call it before `value_and_grad` where `refresh_due(opt_state)` says so, with the same batch. A
-    matrix whose gradient is zero or not finite keeps its basis and stays due, so that the next step
-    tries again, for the price of the passes. What only full gradients can refresh (see
+    matrix whose gradient is zero or not finite keeps its basis; the next try is due after 1, 2, 4,
+    … more finite updates, at most `update_proj_gap`. What only full gradients can refresh (see
     `value_and_grad`) is refreshed by its update. The moments are treated as `galore(moments=…)`
     says; no update is counted.
 
@@ -66,22 +75,27 @@ def refresh(
       tx: the optimizer.
       has_aux: as there.
       micro_batches: as there; each pass goes over all of them before the next begins.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split: the
+        gradients are averaged over them, so that all devices get the same bases; `()`: over none.
 
     Returns:
       A function `(params, opt_state, *batch, **unsplit)` that returns the new state.
 
     Raises:
-      ValueError: a refresh method that needs full gradients, naming the leaf; and as
-        `value_and_grad`.
+      ValueError: a refresh method that needs full gradients, naming the leaf; no `axis_name` inside
+        `jax.pmap` or `jax.shard_map`; and as `value_and_grad`.
     """
+    del tx  # The state says all; the signature is that of `value_and_grad`.
+    check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
-        objective = Objective(loss, params, unsplit, has_aux)
-        first = first_part(batch, micro_batches)
-        bases = objective.carried(bases_in(params, opt_state), *first)
+        _check_axis_name(axis_name)
+        bases = bases_in(params, opt_state)
+        traced = lambda *batch: TracedLoss(loss, params, bases, batch, unsplit, has_aux)  # noqa: E731
+        first = traced(*first_part(batch, micro_batches))
 
         def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
-            def own(basis: Basis, param: jax.Array) -> Any:
+            def chosen(basis: Basis, param: jax.Array) -> Any:
                 if basis.projection.path not in given:
                     return optax.MaskedNode()
                 basis = given[basis.projection.path]
@@ -89,28 +103,34 @@ def refresh(
                 vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
                 return dataclasses.replace(basis, vectors=vectors)
 
-            chosen = map_bases(own, bases, params, otherwise=bases)
-            one = lambda *batch: objective.coordinates(chosen, *batch)  # noqa: E731
-            nodes = jax.tree.leaves(mean_over(one, micro_batches, *batch), is_leaf=is_coordinates)
-            return {node.projection.path: node.value for node in nodes}
+            own = map_bases(chosen, bases, params, otherwise=bases)
+            one = lambda *part: (first if micro_batches == 1 else traced(*part)).coordinates(own)  # noqa: E731
+            found = mean_over(one, micro_batches, *batch)
+            return lax.pmean(found, axis_name) if axis_name else found
 
-        found = {basis.projection.path: basis for basis in jax.tree.leaves(bases, is_leaf=is_basis)}
-        if not found:
-            return opt_state
-        sketches = _sketches(backward, found)
-        # An update by zeros, of which nothing is taken but the bases. Sketches come beside the
-        # gradients, out of reach of what stands in front of galore.
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        _, probe, _ = update_low_rank(tx, zeros, opt_state, params, sketches=sketches)
-        return _with_new_bases(opt_state, probe, set(found))
+        found = {
+            basis.projection.path: basis
+            for basis in jax.tree.leaves(bases, is_leaf=is_basis)
+            if first.uses[basis.projection.path].gradient != "full"
+        }
+        return _refreshed(opt_state, _sketches(backward, found)) if found else opt_state
 
     return run
 
 
+def _check_axis_name(axis_name: AxisName | None) -> None:
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if axes and axis_name is None:
+        raise ValueError(
+            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))} each "
+            "device would make bases of its own: name the batch's axes, refresh(…, axis_name=…)."
+        )
+
+
 def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
     """A sketch for each basis; where none is due nothing is computed."""
-    due = [jnp.any(basis.age >= basis.gap) for basis in bases.values()]
-    new = [jnp.any(basis.age >= NEVER) for basis in bases.values()]
+    due = [jnp.any(updates_left(basis) <= 0) for basis in bases.values()]
+    new = [jnp.any((updates_left(basis) <= 0) & (basis.age >= NEVER)) for basis in bases.values()]
     rounds = jnp.where(jnp.any(jnp.stack(new)), 3, jnp.any(jnp.stack(due)).astype(jnp.int32))
     most_sides = max(len(basis.projection.sides) for basis in bases.values())
 
@@ -185,23 +205,26 @@ def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) ->
         return done.at[i].set(f(*(array[i] for array in arrays)))
 
     stacks = tuple(map(flat, arrays))
-    due = (basis.age >= basis.gap).reshape(-1)
+    due = (updates_left(basis) <= 0).reshape(-1)
     return for_each(due, one, stacks[0], stacks).reshape(arrays[0].shape)
 
 
-def _with_new_bases(opt_state: PyTree, probe: PyTree, paths: set[Path]) -> PyTree:
-    """The state before an update, with the bases that came out of it, and moments turned."""
-    old = galore_states(opt_state, inside_chains=True)
-    after = {b.projection.path: b for b in bases_of(galore_states(probe, inside_chains=True))}
-    turns = {
-        path: Turn(basis, after[path], after[path].age < basis.age)
-        for basis in bases_of(old)
-        if (path := basis.projection.path) in paths
-    }
+def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
+    """The state with the bases that the sketches make, and its moments in them."""
+    turns = {}
 
-    def newest(basis: Basis) -> Basis:
-        path = basis.projection.path
-        return turns[path].new if path in turns else basis
+    def renew(state: GaLoreState) -> GaLoreState:
+        def at_leaf(basis: Basis) -> Basis:
+            path = basis.projection.path
+            if path not in sketches:
+                return basis
+            new = refresh_basis(
+                basis, sketches[path], state.lazy, seed=state.seed, count=state.count
+            )
+            turns[path] = Turn(basis, new, new.age < basis.age)
+            return new
 
-    new = [s._replace(bases=map_bases(newest, s.bases, otherwise=s.bases)) for s in old]
+        return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
+
+    new = [renew(state) for state in galore_states(opt_state, inside_chains=True)]
     return with_galore_states(rotate(opt_state, turns), new, inside_chains=True)

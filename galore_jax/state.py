@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.bases import Lazy
 from galore_jax.projection import Basis, Coordinates, Projection, is_basis, is_coordinates
 
 PyTree = Any
@@ -19,10 +20,14 @@ class GaLoreState(NamedTuple):
       count: int32 scalar, updates so far.
       bases: the parameters' tree with a `Basis` where a leaf is projected and
         `optax.MaskedNode()` elsewhere.
+      lazy: when gaps double.
+      seed: of random bases, uint32 scalar.
     """
 
     count: jax.typing.ArrayLike
     bases: PyTree
+    lazy: Lazy
+    seed: jax.typing.ArrayLike
 
 
 class ChainState(NamedTuple):

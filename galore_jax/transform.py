@@ -6,17 +6,17 @@ the result back. One mechanism carries it: a `Coordinates` node stands in the tr
 parameter's leaf stood, in what `init` hands to the transformations and in what `galore` emits.
 """
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.bases import Lazy, Sketch, count_update, refresh_basis, start_basis
+from galore_jax.bases import Lazy, count_update, refresh_basis, start_basis
 from galore_jax.chain import GaLore
 from galore_jax.flax_serialization import register_where_flax_is
 from galore_jax.projection import (
@@ -146,7 +146,7 @@ def galore(
         register_where_flax_is()
         leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
         if not leaves:  # As from `optax.tree.map_params`, which looks where parameters would be.
-            return GaLoreState(jnp.zeros([], jnp.int32), params)
+            return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
         found = projections(params, default, rules, weight_dimension_numbers)
         found = tree.flatten_up_to(found)
         total = sum(math.prod(p.view.batch) for p in found if p is not None)
@@ -167,40 +167,43 @@ def galore(
             basis = start_basis(
                 projection,
                 scale=rule.scale,
+                interval=rule.update_proj_gap,
                 gap=gap,
+                method=str(rule.refresh),
                 moments=moments,
                 full_size=not is_coordinates(leaf),
                 dtype=basis_dtype or jnp.float32,
                 seed=seed,
             )
             bases.append(basis)
-        return GaLoreState(jnp.zeros([], jnp.int32), jax.tree.unflatten(tree, bases))
+        count = jnp.zeros([], jnp.int32)
+        return GaLoreState(count, jax.tree.unflatten(tree, bases), *settings())
 
-    def update_fn(
-        updates: PyTree,
-        state: Any,
-        params: PyTree = None,
-        *,
-        sketches: Mapping[tuple[str, ...], Sketch] | None = None,
-        **extra_args,
-    ):
+    def settings() -> tuple[Lazy, jax.Array]:
+        # In the state, for `refresh`, which works without galore itself.
+        number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)  # noqa: E731
+        lazy = Lazy(number(lazy_overlap, jnp.float32), number(max_gap, jnp.int32))
+        return lazy, jnp.asarray(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         del params, extra_args
         low_rank = is_low_rank(state)
         if not low_rank:
             _refuse_full_size(moments)
-        renew = partial(refresh_basis, lazy=Lazy(lazy_overlap, max_gap), seed=seed)
+        lazy, seed = settings()
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
             projection, rule = basis.projection, complete(basis.projection)
-            if sketches is not None and projection.path in sketches:
-                nothing = jnp.zeros(projection.coordinates_shape, jnp.float32)
-                basis = renew(basis, sketches[projection.path], rule, count=state.count)
-                return Coordinates(nothing, projection), basis
             check_gradient(gradient, projection)
+            basis = dataclasses.replace(
+                basis,
+                scale=jnp.asarray(rule.scale, jnp.float32),
+                interval=jnp.asarray(rule.update_proj_gap, jnp.int32),
+            )
             if is_coordinates(gradient):
                 value = gradient.value
             else:
-                basis = renew(basis, gradient, rule, count=state.count)
+                basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
                 value = projection.project(basis.vectors, gradient)
             # What is not finite in G shows in R; squares that are not would end in second moments.
             finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))
@@ -208,13 +211,13 @@ def galore(
             update = Coordinates(value, projection)
             if basis.full_size:
                 update = projection.lift(basis.vectors, value).astype(gradient.dtype)
-            return update, count_update(basis, rule, finite)
+            return update, count_update(basis, finite)
 
         pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
         whole = to_float32(updates) if low_rank else updates
         updates = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=whole)
-        return updates, GaLoreState(optax.safe_increment(state.count), bases)
+        return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
     tx = GaLore(init_fn, update_fn)
     tx.moments = moments

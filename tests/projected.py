@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax import chain, galore, value_and_grad
+from galore_jax import chain, galore, projection_report, value_and_grad
 from galore_jax.projection import is_coordinates
 from galore_jax.state import galore_states
 
@@ -22,20 +22,24 @@ def started(params, **settings):
 
 
 def compared(loss, params, *batch, **settings):
-    """The paths whose gradients are coordinates; all are compared with full gradients."""
+    """The paths whose gradients are all projected in the backward pass.
+
+    All gradients are compared with full ones, and the value with that of the loss.
+    """
     dtype = settings.pop("dtype", "float32")
     options = {key: settings.pop(key) for key in ("has_aux", "micro_batches") if key in settings}
     tx, state = started(params, **settings)
-    _, found = jax.jit(value_and_grad(loss, tx, **options))(params, state, *batch)
-    full = jax.jit(jax.grad(loss, has_aux=options.get("has_aux", False)))(params, *batch)
-    full = full[0] if options.get("has_aux") else full
+    has_aux = options.get("has_aux", False)
+    value, found = jax.jit(value_and_grad(loss, tx, **options))(params, state, *batch)
+    wanted, full = jax.jit(jax.value_and_grad(loss, has_aux=has_aux))(params, *batch)
+    np.testing.assert_allclose(*map(jax.tree.leaves, (value, wanted)), rtol=1e-6)
     [galore_state] = galore_states(state, inside_chains=True)
-    born = set()
+    uses = projection_report(loss, params, state, *batch, has_aux=has_aux)
 
     def at_leaf(path, found, full, basis):
         wanted = full
         if is_coordinates(found):
-            born.add(basis.projection.name)
+            assert uses[basis.projection.name].gradient != "full"
             wanted, found = basis.projection.project(basis.vectors, full), found.value
             assert found.dtype == jnp.float32
         wanted, found = np.asarray(wanted, np.float64), np.asarray(found, np.float64)
@@ -46,7 +50,7 @@ def compared(loss, params, *batch, **settings):
     jax.tree_util.tree_map_with_path(
         at_leaf, found, full, galore_state.bases, is_leaf=is_coordinates
     )
-    return born
+    return {name for name, own in uses.items() if own.gradient == "projected"}
 
 
 class MLP(nn.Module):

@@ -228,8 +228,7 @@ def linear(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+def galore_jax_product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """`x @ kernel`, (..., in) by (in, out), summed in float32 and returned in `dtype`.
 
     The derivative is written out for two reasons. The one that JAX derives forms the kernel's
@@ -237,11 +236,20 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     float32 cotangent of a bfloat16 kernel in float32 matmuls. Forward-mode derivatives are not
     offered.
     """
+    return _matmul(x, kernel, dtype)
+
+
+# By the name of this jit the product is found among the equations of a loss: see rewrite.py.
+matmul = jax.jit(galore_jax_product, static_argnums=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, kernel, dtype):
     return _dot(x, kernel, (x.ndim - 1,), (0,)).astype(dtype)
 
 
 def _matmul_forward(x, kernel, dtype):
-    return matmul(x, kernel, dtype), (x, kernel)
+    return _matmul(x, kernel, dtype), (x, kernel)
 
 
 def _matmul_backward(dtype, saved, upstream):
@@ -252,7 +260,7 @@ def _matmul_backward(dtype, saved, upstream):
     return x_gradient, _dot(x, upstream, tokens, tokens).astype(kernel.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _dot(a, b, axes_of_a, axes_of_b):

@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-import galore_jax
 from galore_jax.models.layers import attention_mask, rotation_at
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
@@ -77,8 +76,6 @@ def _multiply_as_flax(
     layer: Any = context.module
     if context.method_name != "__call__" or not isinstance(layer, nn.Dense):
         return call(*args, **kwargs)
-    if isinstance(layer.get_variable("params", "kernel"), galore_jax.ProjectedKernel):
-        return call(*args, **kwargs)  # It has no gradient of its own.
     own = layer.dot_general
     object.__setattr__(layer, "dot_general", None)
     try:
