@@ -208,10 +208,14 @@ def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixV
 def _is_bias_of_layer(
     names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]
 ) -> bool:
-    """Whether a leaf is called `b`, and beside it is one of more axes, as its layer's `w` is."""
-    return names[-1:] == ("b",) and any(
-        other[:-1] == names[:-1] and len(shape) > len(shapes[names])
-        for other, shape in shapes.items()
+    """Whether a leaf is called `b`, and beside it is a weight: of its axes, and more before out."""
+    if names[-1:] != ("b",):
+        return False
+    *batch, out = shapes[names]
+    beside = [shape for other, shape in shapes.items() if other[:-1] == names[:-1]]
+    return any(
+        len(shape) > len(batch) + 1 and (*shape[: len(batch)], shape[-1]) == (*batch, out)
+        for shape in beside
     )
 
 

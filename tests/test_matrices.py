@@ -133,13 +133,15 @@ def test_the_path_of_a_leaf_is_its_names_with_or_without_the_wrapping_of_nnx():
 
 
 @pytest.mark.parametrize("weight", ["w", "kernel"])
-def test_the_stacked_b_of_a_layer_is_a_bias(weight):
-    layers = {"linear": {weight: jnp.zeros((6, 32, 48)), "b": jnp.zeros((6, 48))}}
-    assert set(views_of(layers)) == {f"linear/{weight}"}
+@pytest.mark.parametrize("kernel", [(32,), (3, 3, 32)], ids=["linear", "convolution"])
+def test_the_stacked_b_of_a_layer_is_a_bias(weight, kernel):
+    layers = {"layer": {weight: jnp.zeros((6, *kernel, 48)), "b": jnp.zeros((6, 48))}}
+    assert set(views_of(layers)) == {f"layer/{weight}"}
 
 
 def test_a_matrix_called_b_beside_matrices_is_one():
     assert set(views_of({"a": jnp.zeros((32, 8)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
+    assert set(views_of({"a": jnp.zeros((3, 8, 48)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
     assert set(views_of({"b": jnp.zeros((8, 48))})) == {"b"}
 
 
