@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.flax_serialization import register_where_flax_is
 from galore_jax.kernels import Kernels, adam_8bit_of
 from galore_jax.projection import Coordinates, is_coordinates
 from galore_jax.quantization import Quantized, zeros_like
@@ -67,6 +68,8 @@ def scale_by_adam8bit(
     step = adam_8bit_of(kernels)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
+        register_where_flax_is()
+
         def zeros(code: Any) -> PyTree:
             def at_leaf(path: Any, param: Any) -> Any:
                 if jnp.iscomplexobj(param):

@@ -10,9 +10,16 @@ from jax import lax
 
 from galore_jax.chain import Chain, update_low_rank
 from galore_jax.kernels import Kernels, lift_and_add_of
+from galore_jax.matrices import named_leaves
 from galore_jax.projection import Basis, is_coordinates
 from galore_jax.quantization import stochastic_round
-from galore_jax.state import galore_states, map_bases
+from galore_jax.state import (
+    GaLoreState,
+    check_gradient,
+    galore_states,
+    map_bases,
+    with_gradient,
+)
 
 PyTree = Any
 
@@ -37,7 +44,7 @@ def apply_gradients(
       tx: any transformation.
       grads: full gradients, or `Coordinates` where leaves are projected.
       state: from `init(tx, params)`, or from `tx.init(params)` for a `chain`.
-      params: the parameters.
+      params: the parameters; where the gradients are None they stay, whatever they are.
       key: where given, bfloat16 parameters are rounded stochastically. Rounding to nearest swallows
         updates below 1/512 of a weight; a stochastic one keeps them on average.
       kernels: of the lift: see `galore_jax.kernels`.
@@ -47,9 +54,12 @@ def apply_gradients(
       The new parameters and the new state.
 
     Raises:
-      ValueError: a part of a stock transformation cannot work on coordinates; no such kernels.
+      ValueError: a gradient of another shape than its parameter, naming it; a part of a stock
+        transformation cannot work on coordinates; no such kernels.
     """
     lift_and_add_of(kernels)  # Whether it is one of those is not to depend on the parameters.
+    all_params, params = params, with_gradient(params, grads)
+    _check_shapes(grads, params, galore_states(state, inside_chains=True))
     if isinstance(tx, Chain):
         updates, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.links)
@@ -76,7 +86,27 @@ def apply_gradients(
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
-    return new, state
+    return _with_rest(new, all_params), state
+
+
+def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:
+    for galore_state in states:
+        check = lambda basis, grad: check_gradient(grad, basis.projection)  # noqa: E731
+        map_bases(check, galore_state.bases, grads, otherwise=galore_state.bases)
+    leaves = zip(named_leaves(grads, is_coordinates), jax.tree.leaves(params), strict=True)
+    for (names, grad), param in leaves:
+        if not is_coordinates(grad) and jnp.shape(grad) != jnp.shape(param):
+            raise ValueError(
+                f"apply_gradients: the gradient of {'/'.join(names)} has the shape "
+                f"{jnp.shape(grad)}, but the parameter {jnp.shape(param)}: give gradients of the "
+                "parameters' own shapes."
+            )
+
+
+def _with_rest(new: PyTree, params: PyTree) -> PyTree:
+    """The new parameters, and the old ones where there is none."""
+    pick = lambda new, old: old if new is None else new  # noqa: E731
+    return jax.tree.map(pick, new, params, is_leaf=lambda node: node is None)
 
 
 @partial(jax.jit, static_argnames="kernels")

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax import contrib
 
 from galore_jax.matrices import MatrixView
 from galore_jax.matrixwise import MatrixwiseState, init_matrixwise, update_matrixwise
@@ -24,19 +23,23 @@ from galore_jax.state import (
     project,
     start_coordinates,
     with_galore_states,
+    with_gradient,
 )
 
 PyTree = Any
 
-# What keeps a copy of the parameters would mix coordinates of different bases.
-_KEEP_COPIES = (
-    contrib.COCOBState,
-    contrib.DoGState,
-    contrib.DoWGState,
-    contrib.MechanicState,
-    contrib.ProdigyState,
-    contrib.SAMState,
-    contrib.ScheduleFreeState,
+# States that keep a copy of the parameters, which would mix coordinates of different bases.
+_KEEP_COPIES = frozenset(
+    {
+        "COCOBState",
+        "DoGState",
+        "DoWGState",
+        "MechanicState",
+        "ProdigyState",
+        "SAMState",
+        "ScaleByLBFGSState",
+        "ScheduleFreeState",
+    }
 )
 
 
@@ -113,6 +116,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
         states, turned = [], {}
+        params = None if params is None else with_gradient(params, updates)
         for link, old in zip(links, state.links, strict=True):
             _refuse_after_decay(updates)
             if isinstance(old, MatrixwiseState):
@@ -131,7 +135,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         coordinates, state = update_coordinates(updates, state, params, **extra_args)
-        like = updates if params is None else params
+        like = updates if params is None else with_gradient(params, updates)
         return _lift(coordinates, galore_states(state.links), like), state
 
     tx = Chain(init_fn, update_fn)
@@ -282,7 +286,7 @@ def _refuse_after_decay(updates: PyTree) -> None:
 
 
 def _warn_of_copies(state: PyTree) -> None:
-    keeps_copies = lambda node: isinstance(node, _KEEP_COPIES)  # noqa: E731
+    keeps_copies = lambda node: type(node).__name__ in _KEEP_COPIES  # noqa: E731
     for node in jax.tree.leaves(state, is_leaf=keeps_copies):
         if keeps_copies(node):
             warnings.warn(

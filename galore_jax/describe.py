@@ -1,14 +1,15 @@
 """A table of what is projected and what that saves."""
 
-from collections import Counter
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_jax.chain import init
-from galore_jax.matrices import path_names
-from galore_jax.state import GaLoreState, bases_of
+from galore_jax.matrices import named_leaves
+from galore_jax.state import bases_of, galore_states
 
 PyTree = Any
 
@@ -32,46 +33,44 @@ def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
       >>> print(describe(params, galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))))
       path    matrices      side  rank  bytes saved
       bias    -             -        -            0
-      kernel  2 x 64 x 256  left     8      225,236
-      total                                 225,236
+      kernel  2 x 64 x 256  left     8      225,224
+      total                                 225,224
     """
     state = jax.eval_shape(lambda params: init(tx, params), params)
-    is_state = lambda node: isinstance(node, GaLoreState)  # noqa: E731
-    states = filter(is_state, jax.tree.leaves(state, is_leaf=is_state))
-    bases = {basis.projection.path: basis for basis in bases_of(list(states))}
-
-    kept = _bytes_kept(state, params)
+    bases = bases_of(galore_states(state, inside_chains=True))
+    projections = {basis.projection.path: basis.projection for basis in bases}
+    kept = _bytes_kept(tx, state, params)
 
     rows = [("path", "matrices", "side", "rank", "bytes saved")]
     total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        saved = 2 * 4 * leaf.size - kept[path]
+    for (names, leaf), own in zip(named_leaves(params), kept, strict=True):
+        saved = 2 * 4 * math.prod(jnp.shape(leaf)) - own
         total += saved
         sizes = side = rank = "-"
-        if path_names(path) in bases:
-            projection = bases[path_names(path)].projection
-            view, rank = projection.view, str(projection.rank)
+        if names in projections:
+            view, rank = projections[names].view, str(projections[names].rank)
             sizes = " x ".join(str(size) for size in (*view.batch, view.rows, view.columns))
-            side = "+".join(projection.sides)
-        rows.append(("/".join(path_names(path)), sizes, side, rank, f"{saved:,}"))
+            side = "+".join(projections[names].sides)
+        rows.append(("/".join(names), sizes, side, rank, f"{saved:,}"))
     rows.append(("total", "", "", "", f"{total:,}"))
     return _table(rows)
 
 
-def _bytes_kept(state: PyTree, params: PyTree) -> Counter:
-    """By path of a parameter, the bytes of all that a state keeps at that path."""
-    paths = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+def _bytes_kept(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> list[int]:
+    """By parameter, the bytes of all that a state keeps in its place."""
+    kept = {path: 0 for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
-    def owner(path: tuple) -> tuple | None:
-        return next((path[n:] for n in range(len(path)) if path[n:] in paths), None)
+    def count(copy: PyTree) -> PyTree:
+        """Of a tree like the parameters."""
+        pieces = jax.tree_util.tree_leaves_with_path(
+            copy, is_leaf=lambda path, _: path in kept, is_leaf_takes_path=True
+        )
+        for path, piece in pieces:
+            kept[path] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(piece))
+        return copy
 
-    pieces = jax.tree_util.tree_leaves_with_path(
-        state, is_leaf=lambda path, _: owner(path) is not None, is_leaf_takes_path=True
-    )
-    kept = Counter()
-    for path, piece in pieces:
-        kept[owner(path)] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(piece))
-    return kept
+    optax.tree.map_params(tx, count, state, is_leaf=lambda _: True)
+    return list(kept.values())
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -79,10 +79,12 @@ def _full_shapes(params: PyTree) -> PyTree:
 
 
 def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` in which numbers whose squares are not finite do not count.
+    """`optax.clip_by_global_norm` in which numbers that are not finite do not count.
 
     With the stock one a single NaN makes the norm NaN and with it every gradient. Here the others
-    are scaled as if it were not there, and it goes on as NaN, for galore to leave its matrix out.
+    are scaled as if it were not there, and it goes on as it is, for galore to leave its matrix out.
+    Finite numbers stay finite, however large: those whose squares overflow float32 count too, and
+    are scaled down like the rest.
 
     Args:
       max_norm: the gradients are scaled down to this global norm where theirs is larger.
@@ -93,27 +95,41 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         del params
-        norm = jnp.sqrt(finite_squares(updates))
+        squares, large_norm = _squares_and_large_norm(updates)
+        norm = jnp.hypot(jnp.sqrt(squares), large_norm)
         factor = jnp.where(norm > max_norm, max_norm / norm, 1)
-
-        def clip(update: jax.Array) -> jax.Array:
-            return jnp.where(_counts(update), update * factor, jnp.nan).astype(update.dtype)
-
-        return jax.tree.map(clip, updates), state
+        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
 def finite_squares(tree: PyTree) -> jax.Array:
-    """The sum of all finite squares in a tree, a float32 scalar."""
-    # Flat, for zeros in the shape of a leaf XLA might keep as an array.
-    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in jax.tree.leaves(tree)]
-    squares = (jnp.sum(jnp.where(_counts(leaf), leaf, 0) ** 2) for leaf in flat)
-    return sum(squares, jnp.float32(0))
+    """The sum of the squares of all finite numbers in a tree, a float32 scalar of at most 2^80.
+
+    So norms of 2^40 or more count as 2^40: of these the square would soon overflow float32, and
+    that of a gradient scaled down by them underflow.
+    """
+    squares, large_norm = _squares_and_large_norm(tree)
+    return jnp.where(large_norm > 0, _LARGE**2, jnp.minimum(squares, _LARGE**2))
 
 
-def _counts(leaf: jax.Array) -> jax.Array:
-    return jnp.isfinite(leaf.astype(jnp.float32) ** 2)
+# Numbers from `_LARGE` on are scaled down before they are squared, for float32 ends at 2^128.
+_LARGE, _SCALE = 2.0**40, 2.0**-80
+
+
+def _squares_and_large_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:
+    """Of the finite numbers in a tree: the sum of the squares below `_LARGE`, the others' norm."""
+    squares = large = jnp.float32(0)
+    for leaf in jax.tree.leaves(tree):
+        # Flat, for zeros in the shape of a leaf XLA might keep as an array.
+        flat = leaf.reshape(-1)
+        finite = jnp.isfinite(flat)
+        for part in (flat.real, flat.imag) if jnp.iscomplexobj(flat) else (flat,):
+            part = part.astype(jnp.float32)
+            is_large = jnp.abs(part) >= _LARGE
+            squares += jnp.sum(jnp.where(finite & ~is_large, part, 0) ** 2)
+            large += jnp.sum(jnp.where(finite & is_large, part * _SCALE, 0) ** 2)
+    return squares, jnp.sqrt(large) / _SCALE
 
 
 class FactoredState(NamedTuple):
@@ -181,8 +197,9 @@ def scale_by_factored_rms(
         def at_matrix(update: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
             square = update**2 + eps
             rows, columns = average(rows, square.mean(-1)), average(columns, square.mean(-2))
-            relative = rows / rows.mean(axis=-1, keepdims=True)
-            return update * (relative[..., None] * columns[..., None, :]) ** -0.5, rows, columns
+            # Root by root: of zeros in a row and a column the product of factors underflows.
+            of_rows = (rows.mean(axis=-1, keepdims=True) ** 0.5 * rows**-0.5)[..., None]
+            return update * of_rows * columns[..., None, :] ** -0.5, rows, columns
 
         def at_leaf(update: Any, rows: Any, columns: Any, nu: Any) -> tuple[Any, Any, Any, Any]:
             if is_coordinates(update):

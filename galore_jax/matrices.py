@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ from optax.contrib import GaLoreDimensionNumbers
 PyTree = Any
 
 # A leaf with one of these last names, or with one of these words anywhere in its path, stays whole.
-UNPROJECTED_LEAVES = frozenset({"bias", "scale"})
+# Biases and scales of norms are so called by Flax and Equinox, Haiku, and Keras.
+UNPROJECTED_LEAVES = frozenset({"bias", "scale", "offset", "beta", "gamma"})
 UNPROJECTED_WORDS = frozenset({"embed", "embedding", "head", "norm"})  # lm_head: lm and head
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_NNX_ARRAYS = tuple(map(jax.tree_util.GetAttrKey, ("value", "raw_value")))
 _DEFAULT = object()  # in place of dimension numbers
 _MULTI_HEAD = re.compile(r"multi_?head", re.IGNORECASE)  # an attention, not a head
 
@@ -79,7 +79,8 @@ def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyT
 
     By default over its last two axes; Flax's attention kernels that are stored with heads (`query`,
     `key`, `value`, `out` side by side) over the model's axis and the two of the heads. A leaf that
-    has fewer than two axes or does not hold floating numbers is no matrix.
+    has fewer than two axes or does not hold floating numbers is no matrix, nor one without numbers;
+    and by default not the `b` of a layer, Haiku's name for a bias: stacked it has two axes.
 
     Args:
       params: any pytree of arrays or of their shapes.
@@ -94,22 +95,24 @@ def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyT
     Raises:
       ValueError: dimension numbers of another tree, or which do not fit the leaf that is named.
     """
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
-    shapes = {path_names(path): jnp.shape(leaf) for path, leaf in paths}
+    leaves = named_leaves(params)
+    shapes = {names: jnp.shape(leaf) for names, leaf in leaves}
     numbers = _broadcast_numbers(weight_dimension_numbers, params)
 
-    def view(path: tuple[Hashable, ...], leaf: Any, numbers: Any) -> MatrixView | None:
-        names, shape = path_names(path), jnp.shape(leaf)
+    def view(names: tuple[str, ...], leaf: Any, numbers: Any) -> MatrixView | None:
+        shape = jnp.shape(leaf)
         floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        if len(shape) < 2 or not floating or numbers is None:
+        if len(shape) < 2 or 0 in shape or not floating or numbers is None:
             return None
         if numbers is not _DEFAULT:
             return _view_by_numbers(numbers, shape, "/".join(names))
+        if _is_bias_of_layer(names, shapes):
+            return None
         axes = _head_axes(names, shapes) or ((len(shape) - 2,), (len(shape) - 1,))
         return MatrixView(shape, *axes)
 
-    views = [view(path, leaf, n) for (path, leaf), n in zip(paths, numbers, strict=True)]
-    return jax.tree_util.tree_unflatten(tree, views)
+    views = [view(*leaf, n) for leaf, n in zip(leaves, numbers, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), views)
 
 
 def is_no_weight(names: tuple[str, ...]) -> bool:
@@ -124,28 +127,50 @@ def is_named_whole(names: tuple[str, ...]) -> bool:
 
 
 def path_names(path: tuple[Hashable, ...]) -> tuple[str, ...]:
-    """The names of a leaf's path: `("layers", "mlp", "up_proj", "kernel")`."""
-    # Flax NNX ends the path of a variable with the attribute that holds its array.
-    if len(path) > 1 and path[-1] in _NNX_ARRAYS:
-        path = path[:-1]
+    """The names of a path: `("layers", "mlp", "up_proj", "kernel")`."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def named_leaves(
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[tuple[str, ...], Any]]:
+    """The leaves of a tree with the names of their paths.
+
+    A parameter that Flax boxes, in a variable of NNX or with the names of its axes, has the name of
+    its box.
+    """
+    stops = lambda node: _is_box(node) or (is_leaf is not None and is_leaf(node))  # noqa: E731
+    return [
+        (path_names(path), leaf)
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops)
+        for leaf in jax.tree.leaves(node, is_leaf=is_leaf)
+    ]
+
+
+def _is_box(node: Any) -> bool:
+    # By name, for flax is not imported here.
+    return any(
+        kind.__name__ in ("AxisMetadata", "Variable") and kind.__module__.startswith("flax.")
+        for kind in type(node).__mro__
+    )
 
 
 def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
     """Dimension numbers, None or `_DEFAULT` for each leaf."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    leaves = named_leaves(params)
     if numbers is None:
-        return [_DEFAULT] * len(paths)
+        return [_DEFAULT] * len(leaves)
     if callable(numbers):
         numbers = numbers(params)
     is_leaf = lambda node: node is None or isinstance(node, GaLoreDimensionNumbers)  # noqa: E731
     given = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     found, used = [], set()
-    for path in paths:
+    for path, (names, _) in zip(paths, leaves, strict=True):
         place = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
         if place is None:
             raise ValueError(
-                f"galore: weight_dimension_numbers has nothing for {'/'.join(path_names(path))}: "
+                f"galore: weight_dimension_numbers has nothing for {'/'.join(names)}: "
                 "give a tree like the parameters or a prefix of it, with None for what stays whole."
             )
         found.append(given[place])
@@ -178,6 +203,20 @@ def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixV
             "name each axis once, at least one for in and one for out."
         )
     return MatrixView(shape, tuple(every[: len(sides[0])]), tuple(every[len(sides[0]) :]))
+
+
+def _is_bias_of_layer(
+    names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]
+) -> bool:
+    """Whether a leaf is called `b`, and beside it is a weight: of its axes, and more before out."""
+    if names[-1:] != ("b",):
+        return False
+    *batch, out = shapes[names]
+    beside = [shape for other, shape in shapes.items() if other[:-1] == names[:-1]]
+    return any(
+        len(shape) > len(batch) + 1 and (*shape[: len(batch)], shape[-1]) == (*batch, out)
+        for shape in beside
+    )
 
 
 def _head_axes(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.matrices import path_names
+from galore_jax.matrices import named_leaves
 from galore_jax.projection import Basis, Coordinates, Side, is_coordinates
 from galore_jax.quantization import as_float32, stored_like
 from galore_jax.state import GaLoreState, bases_of
@@ -109,10 +109,10 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
       ValueError: names the leaf.
     """
     rotates = {basis.projection.path for basis in bases if basis.moments == "rotate"}
-    for path, node in jax.tree_util.tree_leaves_with_path(state, is_leaf=is_coordinates):
+    for names, node in named_leaves(state, is_coordinates):
         if not is_moment(node) or node.projection.path not in rotates:
             continue
-        name = _field(path, node.projection.path)
+        name = _field(names, node.projection.path)
         if _kind(name, node) is None:
             raise ValueError(
                 f'galore: moments="rotate" cannot turn {name!r}, shape {node.value.shape}, which '
@@ -125,14 +125,15 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
 def rotate(state: PyTree, turns: Turns) -> PyTree:
     """The state with its moments in the new bases, where they are new and rotated at a refresh."""
 
-    def at_moment(path: tuple[Any, ...], node: Any) -> Any:
+    def at_moment(names: tuple[str, ...], node: Any) -> Any:
         turn = turns.get(node.projection.path) if is_moment(node) else None
         if turn is None or turn.new.moments != "rotate":
             return node
-        kind = _kind(_field(path, node.projection.path), node)
+        kind = _kind(_field(names, node.projection.path), node)
         return Coordinates(_rotated_where_refreshed(node.value, turn, kind), node.projection)
 
-    return jax.tree_util.tree_map_with_path(at_moment, state, is_leaf=is_coordinates)
+    new = [at_moment(*leaf) for leaf in named_leaves(state, is_coordinates)]
+    return jax.tree.unflatten(jax.tree.structure(state, is_coordinates), new)
 
 
 def rotated(value: jax.Array, turn: dict[Side, jax.Array], kind: str) -> jax.Array:
@@ -197,7 +198,6 @@ def _kind(name: str, node: Coordinates) -> str | None:
     return "first" if name in FIRST_MOMENTS else "second" if name in SECOND_MOMENTS else None
 
 
-def _field(path: tuple[Any, ...], parameter: tuple[str, ...]) -> str:
-    """The name under which a state keeps a tree like the parameters, from the path of a leaf."""
-    names = path_names(path)
+def _field(names: tuple[str, ...], parameter: tuple[str, ...]) -> str:
+    """The name under which a state keeps a tree like the parameters, from those of a leaf."""
     return names[len(names) - len(parameter) - 1]

@@ -1,7 +1,9 @@
 """Ready-made chains: AdamW, Adafactor and Lion in low-rank coordinates."""
 
+import inspect
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import optax
@@ -13,7 +15,23 @@ from galore_jax.links import clip_by_matrix_rms, decay_weights, scale_by_factore
 from galore_jax.rules import Rank
 from galore_jax.transform import galore
 
+Make = TypeVar("Make", bound=Callable[..., Chain])
 
+
+def _with_settings_of_galore(make: Make) -> Make:
+    """Names the settings of galore in the signature, where the function has `**settings`.
+
+    `optax.inject_hyperparams` reads the signature for what may be a hyperparameter.
+    """
+    settings = inspect.signature(galore).parameters.values()
+    signature = inspect.signature(make)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own += [p for p in settings if p.kind is p.KEYWORD_ONLY]
+    make.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return make
+
+
+@_with_settings_of_galore
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
@@ -70,6 +88,7 @@ def adamw(
     )
 
 
+@_with_settings_of_galore
 def adafactor(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
@@ -119,6 +138,7 @@ def adafactor(
     )
 
 
+@_with_settings_of_galore
 def lion(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,

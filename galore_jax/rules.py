@@ -1,18 +1,27 @@
 """Rules by path: which leaf is projected, on which side, into how many dimensions."""
 
+import math
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import jax
+import numpy as np
 
-from galore_jax.matrices import MatrixView, is_named_whole, is_no_weight, matrix_views, path_names
+from galore_jax.matrices import (
+    MatrixView,
+    is_named_whole,
+    is_no_weight,
+    matrix_views,
+    named_leaves,
+)
 from galore_jax.projection import PROJ_TYPES, Projection, ProjType, is_coordinates, projected_sides
-from galore_jax.subspace import REFRESH
+from galore_jax.subspace import MAX_GAP, REFRESH
 
 PyTree = Any
 Rank = int | float | Callable[[tuple[int, int]], int]
@@ -42,21 +51,20 @@ class Rule:
 
     def __post_init__(self):
         rank: Any = self.rank
-        gap = self.update_proj_gap
-        whole = isinstance(rank, Integral) and int(rank) >= 1
+        whole = isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1
         part = isinstance(rank, float) and 0 < rank < 1
         if not (rank is None or whole or part or callable(rank)):
             raise ValueError(
                 f"galore: rank must be an integer of at least 1, a fraction of the smaller side or "
-                f"a function of the shape, not {rank!r}; under optax.inject_hyperparams name it "
-                "among the static_args."
+                f"a function of the shape, not {rank!r}; optax.inject_hyperparams needs "
+                'static_args="rank".'
             )
         if self.proj_type not in (None, *PROJ_TYPES):
             raise ValueError(
                 f"galore: proj_type must be one of {', '.join(PROJ_TYPES)}, not {self.proj_type!r}."
             )
-        if not (gap is None or isinstance(gap, jax.Array)) and gap < 1:
-            raise ValueError(f"galore: update_proj_gap must be at least 1, not {gap}.")
+        check_number("scale", self.scale, "positive and finite", lambda scale: 0 < scale < math.inf)
+        check_gap("update_proj_gap", self.update_proj_gap)
         if self.refresh not in (None, *REFRESH):
             raise ValueError(
                 f"galore: refresh must be one of {', '.join(REFRESH)}, not {self.refresh!r}."
@@ -67,6 +75,27 @@ class Rule:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         given = {name: value for name, value in own.items() if value is not None}
         return Rule(**{field.name: getattr(other, field.name) for field in fields(self)} | given)
+
+
+def check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """Refuses a setting of galore unless it is a number for which `holds`.
+
+    None stands for a default, and an array, which may be traced, for itself.
+
+    Raises:
+      ValueError: says what is `wanted`.
+    """
+    if value is None or isinstance(value, jax.Array | np.ndarray):
+        return
+    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
+        raise ValueError(f"galore: {name} must be {wanted}, not {value!r}.")
+
+
+def check_gap(name: str, gap: Any) -> None:
+    """`check_number` for a number of updates between two refreshes."""
+    wanted = f"a whole number from 1 to {MAX_GAP:,}"
+    in_range = lambda gap: isinstance(gap, Integral) and 1 <= int(gap) <= MAX_GAP  # noqa: E731
+    check_number(name, gap, wanted, in_range)
 
 
 Rules = Mapping[str | re.Pattern[str], Rule | None]
@@ -100,7 +129,7 @@ def projections(
       ValueError: a rule without a leaf of its own; a rank, or dimension numbers, that do not fit
         the leaf that is named.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_coordinates)
+    leaves, tree = named_leaves(params, is_coordinates), jax.tree.structure(params, is_coordinates)
     if any(is_coordinates(leaf) for _, leaf in leaves):
         # Decided before: what is projected came as coordinates.
         known = [leaf.projection if is_coordinates(leaf) else None for _, leaf in leaves]
@@ -109,8 +138,7 @@ def projections(
     chosen_by_name = weight_dimension_numbers is None
     unused = dict(rules)
     found = []
-    for (path, _), view in zip(leaves, views, strict=True):
-        names = path_names(path)
+    for (names, _), view in zip(leaves, views, strict=True):
         pattern, rule = rule_for(names, rules)
         if chosen_by_name and (is_no_weight(names) or (not pattern and is_named_whole(names))):
             view = None
@@ -120,8 +148,30 @@ def projections(
             found.append(None)
         else:
             found.append(_projection(names, view, rule, rule.or_else(default)))
-    _refuse_unused(unused, ["/".join(path_names(path)) for path, _ in leaves], rules)
+    _refuse_unused(unused, ["/".join(names) for names, _ in leaves], rules)
     return jax.tree_util.tree_unflatten(tree, found)
+
+
+def warn_of_no_projection(params: PyTree, rules: Rules, weight_dimension_numbers: PyTree) -> None:
+    """Warns that none of the matrices is projected, where there are any.
+
+    Those that a rule or dimension numbers of None leave whole do not count.
+    """
+    views = matrix_views(params, weight_dimension_numbers)
+    sizes = {
+        names: (min(view.rows, view.columns), view)
+        for names, view in named_leaves(views)
+        if not is_no_weight(names) and rule_for(names, rules)[1] is not None
+    }
+    if sizes:
+        names = max(sizes, key=lambda names: sizes[names][0])
+        view = sizes[names][1]
+        warnings.warn(
+            f"galore projects no parameter: the smaller side of each matrix is not larger than the "
+            f"rank, or its name keeps it whole (as {'/'.join(names)}, {view.rows} x "
+            f"{view.columns}). Choose a smaller rank, or give a Rule for what to project.",
+            stacklevel=2,
+        )
 
 
 def _projection(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.bases import Lazy
-from galore_jax.projection import Basis, Coordinates, is_basis
+from galore_jax.projection import Basis, Coordinates, Projection, is_basis, is_coordinates
 
 PyTree = Any
 
@@ -92,12 +92,46 @@ def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: Py
     return jax.tree.map(at_leaf, bases, otherwise, *rest, is_leaf=is_leaf)
 
 
+def with_gradient(params: PyTree, gradients: PyTree) -> PyTree:
+    """`params` with None where the gradients have None, as of the functions in an Equinox model."""
+
+    def at_leaf(gradient: Any, param: Any) -> Any:
+        return None if gradient is None else param
+
+    is_leaf = lambda node: node is None or is_coordinates(node)  # noqa: E731
+    return jax.tree.map(at_leaf, gradients, params, is_leaf=is_leaf)
+
+
+def check_gradient(gradient: Any, projection: Projection) -> None:
+    """Refuses what is no gradient of a projected parameter.
+
+    Raises:
+      ValueError: names the parameter.
+    """
+    if gradient is None:
+        raise ValueError(
+            f"galore: the gradient of {projection.name}, which is projected, is None: give zeros, "
+            "or start the optimizer without this parameter."
+        )
+    born = is_coordinates(gradient)
+    shape = jnp.shape(gradient.value if born else gradient)
+    wanted = projection.coordinates_shape if born else projection.view.shape
+    if shape != wanted:
+        raise ValueError(
+            f"galore: the gradient of {projection.name} has the shape {shape} in place of "
+            f"{wanted}: give gradients of the parameters that the optimizer was started with."
+        )
+
+
 def to_float32(tree: PyTree) -> PyTree:
     """Floating leaves as float32, others as they are."""
 
     def cast(leaf: Any) -> Any:
-        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        return jnp.asarray(leaf, jnp.float32) if floating else leaf
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=jnp.float32)
+        return jnp.asarray(leaf, jnp.float32)
 
     return jax.tree.map(cast, tree)
 

@@ -14,6 +14,9 @@ from galore_jax.quantization import as_float32, stored_like
 
 # The age of a basis that no gradient has shaped yet; the next finite one does.
 NEVER = 2**30
+# Of updates between two refreshes: eight times it, a doubled gap's bound, is below `NEVER`, and
+# twice that in int32.
+MAX_GAP = 10**8
 
 
 def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:

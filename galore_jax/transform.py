@@ -18,6 +18,7 @@ import optax
 
 from galore_jax.bases import Lazy, count_update, refresh_basis, start_basis
 from galore_jax.chain import GaLore
+from galore_jax.flax_serialization import register_where_flax_is
 from galore_jax.projection import (
     MOMENTS,
     Basis,
@@ -27,8 +28,17 @@ from galore_jax.projection import (
     ProjType,
     is_coordinates,
 )
-from galore_jax.rules import Rank, Rule, Rules, projections, rule_for
-from galore_jax.state import GaLoreState, is_low_rank, map_bases, to_float32
+from galore_jax.rules import (
+    Rank,
+    Rule,
+    Rules,
+    check_gap,
+    check_number,
+    projections,
+    rule_for,
+    warn_of_no_projection,
+)
+from galore_jax.state import GaLoreState, check_gradient, is_low_rank, map_bases, to_float32
 
 PyTree = Any
 BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)))
@@ -97,7 +107,11 @@ def galore(
 
     Raises:
       ValueError: a setting out of range; at init, a rule without a leaf, or a rank, a rule or
-        dimension numbers that do not fit the leaf that is named.
+        dimension numbers that do not fit the leaf that is named; at an update, a gradient of a
+        projected leaf that is None or of another shape.
+
+    Warns:
+      UserWarning: at init, there are matrices, but none is projected.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -122,19 +136,22 @@ def galore(
     if jnp.dtype(basis_dtype or jnp.float32) not in BASIS_DTYPES:
         names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
         raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
-    if isinstance(lazy_overlap, float) and not 0 < lazy_overlap <= 1:
-        raise ValueError(f"galore: lazy_overlap must be above 0 and at most 1, not {lazy_overlap}.")
-    if isinstance(max_gap, int) and max_gap < 1:
-        raise ValueError(f"galore: max_gap must be at least 1, not {max_gap}.")
+    check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
+    check_gap("max_gap", max_gap)
 
     def complete(projection: Projection) -> Rule:
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
 
     def init_fn(params: PyTree) -> GaLoreState:
+        register_where_flax_is()
         leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
+        if not leaves:  # As from `optax.tree.map_params`, which looks where parameters would be.
+            return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
         found = projections(params, default, rules, weight_dimension_numbers)
         found = tree.flatten_up_to(found)
         total = sum(math.prod(p.view.batch) for p in found if p is not None)
+        if not total:
+            warn_of_no_projection(params, rules, weight_dimension_numbers)
         before, bases = 0, []
         for leaf, projection in zip(leaves, found, strict=True):
             if projection is None:
@@ -144,7 +161,8 @@ def galore(
             gap = rule.update_proj_gap
             if stagger:
                 places = before + jnp.arange(math.prod(batch)).reshape(batch)
-                gap = gap - places * gap // total
+                # places * gap // total, which might overflow.
+                gap = gap - places * (gap // total) - places * (gap % total) // total
             before += math.prod(batch)
             basis = start_basis(
                 projection,
@@ -165,7 +183,7 @@ def galore(
         # In the state, for `refresh`, which works without galore itself.
         number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)  # noqa: E731
         lazy = Lazy(number(lazy_overlap, jnp.float32), number(max_gap, jnp.int32))
-        return lazy, jnp.asarray(seed % 2**32, jnp.uint32)
+        return lazy, jnp.asarray(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         del params, extra_args
@@ -176,6 +194,7 @@ def galore(
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
             projection, rule = basis.projection, complete(basis.projection)
+            check_gradient(gradient, projection)
             basis = dataclasses.replace(
                 basis,
                 scale=jnp.asarray(rule.scale, jnp.float32),

@@ -68,6 +68,20 @@ def test_leaves_whose_scales_would_take_what_codes_save_keep_float32_moments():
     assert isinstance(state.mu["wide"], Quantized)
 
 
+@pytest.mark.parametrize("kernels", ["xla", "pallas"])
+def test_a_gradient_whose_square_is_infinite_leaves_the_moments_finite(kernels, monkeypatch):
+    interpreted = functools.partial(triton.adam_8bit, interpret=True)
+    monkeypatch.setattr(triton, "adam_8bit", interpreted)
+    params = {"kernel": jnp.zeros((16, 512))}
+    tx = scale_by_adam8bit(kernels=kernels)
+    state = tx.init(params)
+    for size in (1.0, 1e30, 1.0, 1.0):
+        grads = {"kernel": jnp.ones((16, 512)).at[3, 5].set(size)}
+        updates, state = jax.jit(tx.update)(grads, state)
+        assert jnp.isfinite(updates["kernel"]).all()
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(as_float(state)))
+
+
 def test_complex_parameters_are_refused_by_name():
     with pytest.raises(ValueError, match=r"\['phase'\] is complex"):
         scale_by_adam8bit().init({"phase": jnp.zeros(3, jnp.complex64)})

@@ -85,8 +85,18 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("optimizer.lazy_overlap=1.5", "optimizer.lazy_overlap must be above 0 and at most 1, not"),
         (
             "optimizer.max_gap=100",
-            "optimizer.max_gap must be at least optimizer.update_proj_gap, 200, not 100.",
+            "optimizer.max_gap must be at least optimizer.update_proj_gap, 200, and at most",
         ),
+        (
+            "optimizer.update_proj_gap=2147483648",
+            "must be between 1 and 100000000, not 2147483648.",
+        ),
+        ("optimizer.max_gap=2147483648", "and at most 100000000, not 2147483648."),
+        (
+            "optimizer.eps=1e-60",
+            "optimizer.eps must be a number that float32 has, between 1.18e-38",
+        ),
+        ("optimizer.scale=1e60", "optimizer.scale must be a number that float32 has, between"),
         ("training.steps=1e4", "training.steps must be a whole number, not 10000.0."),
         ("training.steps=true", "training.steps must be a whole number, not True."),
         ("training.steps=0", "training.steps must be at least 1, not 0."),

@@ -13,6 +13,7 @@ from galore_jax.matrices import (
     is_named_whole,
     is_no_weight,
     matrix_views,
+    named_leaves,
     path_names,
 )
 
@@ -65,6 +66,9 @@ def stays_whole(names):
     [
         "layers/mlp/bias",
         "layers/norm_1/scale",
+        "ln_1/offset",
+        "ln_1/gamma",
+        "ln_1/beta",
         "embed_tokens/table",
         "wte/embedding",
         "lm_head/kernel",
@@ -121,13 +125,24 @@ def test_stacked_dense_layers_named_like_attention_are_plain_matrices():
 
 
 def test_the_path_of_a_leaf_is_its_names_with_or_without_the_wrapping_of_nnx():
-    params = {"layers": [{"kernel": 0.0}, {"kernel": 0.0}]}
+    params = {"layers": [{"kernel": 0.0}, {"kernel": 0.0}], "value": 0.0}
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    names = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    assert names == [("layers", "0", "kernel"), ("layers", "1", "kernel")]
-    names = [path_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    assert names == [("bias",), ("kernel",)]
-    assert path_names(jax.tree_util.tree_leaves_with_path({"value": 0.0})[0][0]) == ("value",)
+    names = [names for names, _ in named_leaves(params)]
+    assert names == [("layers", "0", "kernel"), ("layers", "1", "kernel"), ("value",)]
+    assert [names for names, _ in named_leaves(state)] == [("bias",), ("kernel",)]
+
+
+@pytest.mark.parametrize("weight", ["w", "kernel"])
+@pytest.mark.parametrize("kernel", [(32,), (3, 3, 32)], ids=["linear", "convolution"])
+def test_the_stacked_b_of_a_layer_is_a_bias(weight, kernel):
+    layers = {"layer": {weight: jnp.zeros((6, *kernel, 48)), "b": jnp.zeros((6, 48))}}
+    assert set(views_of(layers)) == {f"layer/{weight}"}
+
+
+def test_a_matrix_called_b_beside_matrices_is_one():
+    assert set(views_of({"a": jnp.zeros((32, 8)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
+    assert set(views_of({"a": jnp.zeros((3, 8, 48)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
+    assert set(views_of({"b": jnp.zeros((8, 48))})) == {"b"}
 
 
 DENSE = GaLoreDimensionNumbers(reduction_axis=-2, output_axis=-1)

@@ -220,7 +220,7 @@ def without(grads, value):
     return grads | {"stack": {"kernel": grads["stack"]["kernel"].at[1].set(value)}}
 
 
-@pytest.mark.parametrize("value", [jnp.nan, jnp.inf, 1e30])
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_behind_a_clip_by_finite_norm_the_others_go_as_if_a_bad_matrix_were_zero(value):
     grads = random_params(jax.random.key(0))
     absent, _ = updates_behind(clip_by_finite_norm(1.0), without(grads, 0))

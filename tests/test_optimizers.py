@@ -77,6 +77,15 @@ def test_the_update_of_a_matrix_lies_in_its_subspace_and_carries_the_scale():
     np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 0.5 * 80**0.5, rtol=1e-4)
 
 
+def test_adafactor_leaves_rows_and_columns_of_zeros_at_zero():
+    tx = galore_jax.scale_by_factored_rms(min_size_to_factor=2)
+    grads = {"kernel": jnp.full((8, 12), 1e6).at[0].set(0).at[:, 0].set(0)}
+    updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
+    expected = jnp.where(grads["kernel"] > 0, updates["kernel"][1, 1], 0)
+    np.testing.assert_array_equal(updates["kernel"], expected)
+    assert jnp.isfinite(updates["kernel"]).all()
+
+
 def test_stochastic_rounding_keeps_on_average_what_rounding_to_nearest_swallows():
     params, grads = params_and_grads(jnp.bfloat16)
     params = jax.tree.map(jnp.ones_like, params)

@@ -6,6 +6,7 @@ from trees import PLAIN, random_params
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore, init
+from galore_jax.state import bases_of
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,12 @@ def test_more_than_one_galore_is_refused():
     [
         ({"rank": 0}, "rank must be an integer of at least 1"),
         ({"rank": 4, "update_proj_gap": 0}, "gap must be"),
+        ({"rank": 4, "update_proj_gap": 2**30 + 1}, "gap must be a whole number from 1 to 100,000"),
+        ({"rank": 4, "max_gap": 2**31}, "max_gap must be a whole number from 1 to 100,000,000"),
+        ({"rank": 4, "max_gap": 2.5}, "max_gap must be a whole number from 1 to .* not 2.5"),
+        ({"rank": 4, "lazy_overlap": 2}, "lazy_overlap must be above 0 and at most 1, not 2"),
+        ({"rank": 4, "scale": float("nan")}, "scale must be positive and finite, not nan"),
+        ({"rank": True}, "rank must be an integer of at least 1.* not True"),
         ({"rank": 4, "basis_dtype": "uint8"}, r"basis_dtype must be one of .* int8, not 'uint8'"),
         ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
     ],
@@ -48,6 +55,25 @@ def test_more_than_one_galore_is_refused():
 def test_a_wrong_setting_is_refused_in_a_sentence(settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         galore(**settings)
+
+
+def test_a_rank_above_every_matrix_is_warned_of_with_the_largest_of_them():
+    params = random_params(PLAIN)
+    with pytest.warns(UserWarning, match=r"projects no parameter.*square/kernel, 16 x 16"):
+        galore(16).init(params)
+
+
+def is_projected(tx, params):
+    return bool(bases_of([tx.init(params)]))
+
+
+def test_parameters_that_are_left_whole_by_a_rule_or_have_no_matrix_are_not_warned_of():
+    params = random_params(PLAIN)
+    assert not is_projected(galore(4, rules={"*": None}), params)
+    assert not is_projected(galore(4, weight_dimension_numbers=lambda _: None), params)
+    assert not is_projected(
+        galore(4), {"bias": params["bias"], "tall": {"bias": params["tall"]["kernel"]}}
+    )
 
 
 def test_kernels_that_nothing_would_use_are_refused():

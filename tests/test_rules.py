@@ -141,7 +141,16 @@ def test_a_rule_that_does_not_fit_is_refused_by_name(rules, sentence):
         ({"rank": 1.5}, "a fraction of the smaller side.* not 1.5"),
         ({"proj_type": "both"}, "proj_type must be one of std, .*, full, not 'both'"),
         ({"refresh": "qr"}, "refresh must be one of subspace_iteration, .*, random, not 'qr'"),
-        ({"update_proj_gap": 0}, "update_proj_gap must be at least 1, not 0"),
+        (
+            {"update_proj_gap": 0},
+            "update_proj_gap must be a whole number from 1 to 100,000,000, not 0",
+        ),
+        ({"update_proj_gap": 1.5}, "update_proj_gap must be a whole number from 1 to .* not 1.5"),
+        ({"update_proj_gap": 2**31}, "update_proj_gap must be a whole number from 1 to .* not 21"),
+        ({"update_proj_gap": True}, "update_proj_gap must be a whole number .* not True"),
+        ({"scale": math.nan}, "scale must be positive and finite, not nan"),
+        ({"scale": -1}, "scale must be positive and finite, not -1"),
+        ({"rank": True}, "rank must be an integer of at least 1.* not True"),
     ],
 )
 def test_a_rule_with_a_value_out_of_range_is_refused(settings, sentence):
@@ -261,6 +270,12 @@ def test_staggered_refreshes_are_spread_evenly_over_every_interval_after_update_
             interval = due[start : start + gap]
             assert (interval.sum(axis=0) == 1).all()
             assert interval.sum(axis=1).max() <= math.ceil(matrices / gap)
+
+
+def test_the_first_intervals_of_staggered_refreshes_are_right_for_the_largest_gap():
+    params = {"a": jnp.zeros((40, 8, 12))}
+    gaps = galore(2, 10**8, stagger=True).init(params).bases["a"].gap
+    assert gaps.tolist() == [10**8 - place * 10**8 // 40 for place in range(40)]
 
 
 GAP = 3

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 from flax import nnx
 from trees import PLAIN, loss, max_difference, random_params
 
@@ -35,6 +36,32 @@ def test_a_partition_may_mix_a_chain_with_a_stock_one():
         grads = jax.grad(loss)(params, target)
         results.append(apply_gradients(tx, grads, init(tx, params), params)[0])
     assert max_difference(*results) <= 2e-6
+
+
+SETTINGS = {"seed": 3, "stagger": True, "lazy_overlap": 0.9, "max_gap": 8, "scale": 0.5}
+
+
+@pytest.mark.parametrize("settings", [{}, SETTINGS, {"moments": "reset"}], ids=str)
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_the_numbers_of_a_ready_made_optimizer_can_be_hyperparameters(name, settings):
+    make, target = getattr(galore_jax, name), random_params(PLAIN, seed=1)
+    settings = {"update_proj_gap": 2, "weight_decay": 0.1} | settings
+    injected = optax.inject_hyperparams(make, static_args="rank")
+    runs = []
+    for tx in (make(0.1, rank=4, **settings), injected(learning_rate=0.1, rank=4, **settings)):
+        params, state = random_params(PLAIN), init(tx, random_params(PLAIN))
+        step = jax.jit(lambda p, s, tx=tx: apply_gradients(tx, jax.grad(loss)(p, target), s, p))
+        for _ in range(3):
+            params, state = step(params, state)
+        runs.append(params)
+    assert {"learning_rate", *settings} - {"stagger", "moments"} <= set(state.hyperparams)
+    assert max_difference(*runs) <= 1e-5
+
+
+def test_a_rank_that_is_a_hyperparameter_is_refused_with_the_remedy():
+    tx = optax.inject_hyperparams(galore_jax.adamw)(learning_rate=0.1, rank=4)
+    with pytest.raises(ValueError, match='inject_hyperparams needs static_args="rank"'):
+        tx.init(random_params(PLAIN))
 
 
 def test_extra_arguments_reach_the_transformations():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from galore_jax.kernels.parts import by_parts
 from galore_jax.quantization import BLOCK, Quantized, dequantize, quantize
 
+LARGEST = float(jnp.finfo(jnp.float32).max)
 # Numbers whose moments exist in float32 at a time.
 MOST_AT_A_TIME = 2**20
 
@@ -89,5 +90,7 @@ def step(
     gradient = gradient.astype(jnp.float32)
     m = factors.b1 * dequantize(mu) + factors.rest1 * gradient
     v = factors.b2 * dequantize(nu) + factors.rest2 * jnp.square(gradient)
+    # The square of a finite 1e30 is not: as the scale of its block it would be NaN for ever.
+    v = jnp.where((v > LARGEST) & (jnp.abs(gradient) <= LARGEST), LARGEST, v)
     update = (m / factors.bias1) / (jnp.sqrt(v / factors.bias2) + factors.eps)
     return update, quantize(m, mu.code), quantize(v, nu.code)

@@ -15,10 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.sections import OptimizerConfig, TrainingConfig, nearest
+
+# Float32's normal numbers; smaller ones are zero on most devices.
+TINY, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise InputError(f"{name} must be {wanted}, not {value!r}.")
     if isinstance(number, float) and not math.isfinite(number):
         raise InputError(f"{name} must be finite, not {number}.")
+    if isinstance(number, float) and number and not TINY <= abs(number) <= LARGEST:
+        raise InputError(
+            f"{name} must be a number that float32 has, between {TINY:.3g} and {LARGEST:.3g} in "
+            f"size, not {number}."
+        )
     return number
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from galore_jax.errors import InputError
 from galore_jax.kernels import KERNELS
 from galore_jax.projection import MOMENTS, PROJ_TYPES
-from galore_jax.subspace import REFRESH
+from galore_jax.subspace import MAX_GAP, REFRESH
 
 OPTIMIZERS = (
     "adamw",
@@ -122,7 +122,8 @@ class OptimizerConfig:
             "a whole number from 1 on or a fraction between 0 and 1",
         )
         gap = self.update_proj_gap
-        _require(gap >= 1, "optimizer.update_proj_gap", gap, "at least 1")
+        in_range = f"between 1 and {MAX_GAP}"
+        _require(1 <= gap <= MAX_GAP, "optimizer.update_proj_gap", gap, in_range)
         for name in ("b1", "b2"):
             value = getattr(self, name)
             holds = value is None or 0 <= value < 1
@@ -135,10 +136,10 @@ class OptimizerConfig:
             "above 0 and at most 1",
         )
         _require(
-            self.max_gap is None or self.max_gap >= gap,
+            self.max_gap is None or gap <= self.max_gap <= MAX_GAP,
             "optimizer.max_gap",
             self.max_gap,
-            f"at least optimizer.update_proj_gap, {gap}",
+            f"at least optimizer.update_proj_gap, {gap}, and at most {MAX_GAP}",
         )
 
     @property

@@ -1,0 +1,119 @@
+"""The table of what is projected, and of the bytes that the optimizer's state saves."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+
+import galore_jax
+from galore_jax import chain, describe, galore
+
+KERNEL, BIAS = jnp.zeros((64, 256)), jnp.zeros(256)
+RANK = 8
+# Two moments of (64, 256), less two of (8, 256), the basis (64, 8), and eight counters and scalars.
+SAVED = 4 * (2 * 64 * 256 - 2 * 8 * 256 - 64 * 8 - 8)
+ADAM = chain(galore(RANK), optax.adam(1e-3))
+
+
+def rows(params, tx=ADAM):
+    """By path, the other columns."""
+    lines = [line.split("  ") for line in describe(params, tx).splitlines()[1:]]
+    cells = [[cell.strip() for cell in line if cell] for line in lines]
+    return {path: tuple(rest) for path, *rest in cells}
+
+
+def projected(saved=SAVED):
+    return "64 x 256", "left", str(RANK), f"{saved:,}"
+
+
+WHOLE = "-", "-", "-", "0"
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_parameters_in_a_list_have_a_line_each(kind):
+    params = kind([KERNEL, BIAS, KERNEL])
+    for tx in (ADAM, optax.chain(galore(RANK), optax.adam(1e-3))):
+        assert rows(params, tx) == {
+            "0": projected(),
+            "1": WHOLE,
+            "2": projected(),
+            "total": (f"{2 * SAVED:,}",),
+        }
+
+
+def test_the_parameters_may_be_a_single_array():
+    assert f"{SAVED:,}" in describe(KERNEL, ADAM).splitlines()[1]
+
+
+def test_a_scalar_of_python_is_a_leaf():
+    assert rows({"kernel": KERNEL, "temperature": 1.0})["temperature"] == WHOLE
+
+
+@pytest.mark.parametrize("label", ["kernel", "bias", "inner_states", "bases", "mu"])
+def test_labels_of_a_partition_may_be_the_names_of_leaves(label):
+    labels = {"kernel": label, "bias": "rest"}
+    tx = optax.partition({label: ADAM, "rest": optax.adam(1e-3)}, labels)
+    found = rows({"kernel": KERNEL, "bias": BIAS}, tx)
+    assert found == {"kernel": projected(), "bias": WHOLE, "total": (f"{SAVED:,}",)}
+
+
+def test_an_optimizer_for_each_matrix_is_counted_with_its_matrix():
+    params = {"kernel": KERNEL, "bias": BIAS}
+    # A count of its own.
+    tx = galore_jax.adamw(1e-3, RANK, moments="reset")
+    assert rows(params, tx)["kernel"] == projected(SAVED - 4)
+
+
+def test_an_optimizer_with_rules_and_a_wrapper_is_described():
+    tx = optax.MultiSteps(galore_jax.adamw(1e-3, RANK, rules={"bias": None}), 2)
+    full = 4 * 64 * 256  # The accumulated gradient.
+    assert rows({"kernel": KERNEL, "bias": BIAS}, tx)["kernel"] == projected(SAVED - full)
+
+
+class Attention(NamedTuple):
+    query: jax.Array
+    value: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Gain:
+    value: jax.Array
+
+
+class Module(eqx.Module):
+    value: jax.Array
+
+
+def test_a_field_that_is_called_value_has_its_name():
+    params = {
+        "attention": Attention(KERNEL, KERNEL),
+        "gain": Gain(KERNEL),
+        "module": Module(KERNEL),
+    }
+    paths = ["attention/query", "attention/value", "gain/value", "module/value", "total"]
+    assert list(rows(params)) == paths
+
+
+class Partitioned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+        return nn.Dense(256, kernel_init=init, name="dense")(x)
+
+
+def test_boxed_parameters_and_variables_have_the_names_of_their_boxes():
+    boxed = Partitioned().init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
+    assert isinstance(boxed["dense"]["kernel"], nn.Partitioned)
+    variables = {"dense": nnx.state(nnx.Linear(64, 256, rngs=nnx.Rngs(0)))}
+    for params in (boxed, variables):
+        for tx in (ADAM, galore_jax.adamw(1e-3, RANK, moments="rotate")):
+            found = rows(params, tx)
+            assert found["dense/kernel"] == projected()
+            assert found["dense/bias"] == WHOLE

@@ -1,0 +1,143 @@
+"""What the optimizer makes of unusual gradients and parameters: it works, or says what is wrong."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax import contrib
+from trees import PLAIN, random_params
+
+import galore_jax
+from galore_jax import apply_gradients, chain, clip_by_finite_norm, galore, init
+
+ADAM = chain(galore(4), optax.adam(0.1))
+STOCK = optax.chain(galore(4), optax.adam(0.1))
+both = pytest.mark.parametrize("tx", [ADAM, STOCK], ids=["chain", "stock"])
+
+
+def replaced(tree, name, leaf):
+    return tree | {name: dict.fromkeys(tree[name], leaf)}
+
+
+@both
+@pytest.mark.parametrize("shape", [(20, 12), (1, 20), (12,)])
+def test_a_gradient_of_another_shape_than_its_matrix_is_refused_by_name(tx, shape):
+    params = random_params(PLAIN)
+    grads = replaced(params, "wide", jnp.ones(shape))
+    for take_step in (apply_gradients, lambda tx, *rest: tx.update(*rest)):
+        with pytest.raises(
+            ValueError, match=r"gradient of wide/kernel has the shape .* \(12, 20\)"
+        ):
+            take_step(tx, grads, init(tx, params), params)
+
+
+@pytest.mark.parametrize("tx", [ADAM, STOCK, optax.sgd(0.1)], ids=["chain", "stock", "sgd"])
+def test_a_gradient_that_would_broadcast_into_its_parameter_is_refused_by_name(tx):
+    params = random_params(PLAIN)
+    grads = replaced(params, "bias", jnp.ones(1))
+    with pytest.raises(
+        ValueError, match=r"bias/bias has the shape \(1,\), but the parameter \(12,"
+    ):
+        apply_gradients(tx, grads, init(tx, params), params)
+
+
+@both
+def test_coordinates_of_another_rank_are_refused_by_name(tx):
+    params = random_params(PLAIN)
+    other = chain(galore(6), optax.identity())
+    grads, _ = other.update_coordinates(params, other.init(params))
+    with pytest.raises(ValueError, match=r"square/kernel has the shape \(6, 16\) in place of \(4,"):
+        apply_gradients(tx, grads, init(tx, params), params)
+
+
+@both
+def test_a_matrix_whose_gradient_is_none_is_refused_by_name(tx):
+    params = random_params(PLAIN)
+    grads = replaced(params, "tall", None)
+    for take_step in (apply_gradients, lambda tx, *rest: tx.update(*rest)):
+        with pytest.raises(
+            ValueError, match=r"gradient of tall/kernel, which is projected, is None"
+        ):
+            take_step(tx, grads, init(tx, params), params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        ADAM,
+        chain(clip_by_finite_norm(1.0), galore(4), optax.adamw(0.1)),
+        galore_jax.adamw(0.1, 4, weight_decay=0.1),
+        galore_jax.adamw(0.1, 4, weight_decay=0.1, moments="reset"),
+        galore_jax.lion(0.1, 4, weight_decay=0.1),
+        galore_jax.adafactor(0.1, 4, weight_decay=0.1),
+    ],
+    ids=["adam", "clip", "adamw", "reset", "lion", "adafactor"],
+)
+def test_a_whole_equinox_model_with_its_functions_may_stand_for_its_parameters(tx):
+    model = eqx.nn.MLP(8, 12, 16, 2, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+
+    @eqx.filter_grad
+    def gradients(model):
+        return jnp.sum(jax.vmap(model)(jnp.ones((3, 8))) ** 2)
+
+    grads, state = gradients(model), tx.init(params)
+    updates, _ = tx.update(grads, state, model)
+    wanted, _ = tx.update(grads, state, params)
+    assert eqx.tree_equal(updates, wanted)
+    updated = eqx.apply_updates(model, updates)
+    applied, _ = apply_gradients(tx, grads, state, model)
+    assert applied.activation is model.activation
+    for one, other in zip(
+        *(jax.tree.leaves(eqx.filter(m, eqx.is_array)) for m in (applied, updated)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("rank", [4, 0.5, lambda shape: shape[0] // 2])
+def test_matrices_without_numbers_are_left_whole(name, rank):
+    shapes = {"wide": (12, 20), "rows": (0, 8), "columns": (8, 0), "layers": (0, 12, 20)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    tx = getattr(galore_jax, name)(0.1, rank)
+    new, _ = apply_gradients(tx, params, tx.init(params), params)
+    assert jax.tree.map(jnp.shape, new) == shapes
+
+
+@pytest.mark.parametrize("tx", [ADAM, STOCK, galore_jax.adamw(0.1, 4, moments="reset")])
+def test_an_optimizer_starts_from_the_shapes_of_the_parameters_alone(tx):
+    params = random_params(PLAIN)
+    shapes = jax.eval_shape(lambda: params)
+    assert eqx.tree_equal(init(tx, shapes), init(tx, params))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.scale_by_lbfgs(),
+        contrib.cocob(),
+        contrib.dog(),
+        contrib.dowg(),
+        contrib.mechanize(optax.sgd(0.1)),
+        contrib.prodigy(),
+        contrib.sam(optax.sgd(0.1), optax.sgd(0.1)),
+        contrib.schedule_free(optax.sgd(0.1), 0.1),
+    ],
+    ids=["lbfgs", "cocob", "dog", "dowg", "mechanic", "prodigy", "sam", "schedule_free"],
+)
+def test_what_keeps_copies_of_the_parameters_is_warned_of_after_galore(inner):
+    for tx in (chain(galore(4), inner), optax.chain(galore(4), inner)):
+        with pytest.warns(UserWarning, match="State keeps a copy of the parameters"):
+            init(tx, random_params(PLAIN))
+
+
+def test_tree_map_params_knows_the_parameters_of_an_optimizer_with_rules():
+    params = random_params(PLAIN)
+    tx = galore_jax.adamw(0.1, 4, rules={"wide/*": galore_jax.Rule(2), "tall/*": None})
+    state = tx.init(params)
+    doubled = optax.tree.map_params(tx, lambda leaf: 2 * leaf, state)
+    basis, other = (s.links[0].bases["wide"]["kernel"].vectors["left"] for s in (state, doubled))
+    np.testing.assert_array_equal(other, 2 * basis)
+    assert doubled.links[0].count == state.links[0].count
