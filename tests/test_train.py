@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from galore_jax.training.lock import locked
+
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "scripts" / "train.py"
 STEPS = 60
@@ -248,6 +250,38 @@ def test_bad_input_is_told_in_one_sentence(told, place):
 def test_a_folder_that_is_a_file_is_told(told, place):
     (place / "a file").write_text("")
     assert "cannot be made" in told(name="a file/run")
+
+
+def test_a_folder_whose_name_cannot_be_is_told(told, place):
+    (place / "loop").symlink_to(place / "loop")
+    for name in ("x" * 300, "/".join(["deep"] * 1500), "loop/run"):
+        refused = told(name=name)
+        assert "training.folder = " in refused
+        assert "cannot be made or written to (" in refused
+
+
+def test_a_folder_on_a_read_only_disk_is_told(told, place):
+    disk = place / "read-only"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a file system needs root")
+    try:
+        assert "(Read-only file system): name another." in told(name="read-only/run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_is_not_joined_by_a_second_process(told, place):
+    folder = place / "at work"
+    folder.mkdir()
+    with locked(folder / "lock"):
+        refused = told(name="at work")
+        assert f"process {os.getpid()} on " in refused
+        assert f"is training in {folder} since" in refused
+        assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_a_second_start_into_a_run_is_refused(told, uninterrupted):

@@ -64,7 +64,7 @@ def train(config: Config, resume: bool = False) -> Summary:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_full_disk_told(config))
         stopped = stack.enter_context(_stop_signals())
-        run = open_folder(config)
+        run = stack.enter_context(open_folder(config, resume))
         checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints)
         stack.enter_context(checkpoints)
         if checkpoints.latest() is None:
@@ -102,6 +102,7 @@ def train(config: Config, resume: bool = False) -> Summary:
                     found = evaluate(state.params, validation)
                 progress.report_evaluation(done, found)
             if saves:
+                metrics.flush()
                 checkpoints.save(state, batches, config)
             if stop and done < steps:
                 checkpoints.wait()
