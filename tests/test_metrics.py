@@ -190,6 +190,16 @@ def test_the_first_bad_step_of_each_kind_is_told_once(tmp_path, capsys):
     ]
 
 
+def test_a_batch_without_a_target_is_told_once(tmp_path, capsys):
+    with Progress(Metrics(RunFolder(tmp_path), 0, tensorboard=False), start=0, steps=3) as progress:
+        for step in range(3):
+            progress.add(step, measured(targets=9.0 if step == 0 else 0.0))
+        progress.report()
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 1
+    assert "the batch of step 1 has no two tokens of one document" in told[0]
+
+
 def test_a_line_has_what_was_measured_and_no_more(tmp_path):
     metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
     with Progress(metrics, start=0, steps=1) as progress:

@@ -64,6 +64,7 @@ def train(config: Config, resume: bool = False) -> Summary:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_full_disk_told(config))
         stopped = stack.enter_context(_stop_signals())
+        stack.callback(batches.close)
         run = stack.enter_context(open_folder(config, resume))
         checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints)
         stack.enter_context(checkpoints)
