@@ -13,7 +13,6 @@ so that nothing is lost; going on needs the same configuration, but for the keys
 which decide where and how often to look and to save, never what is computed.
 """
 
-import errno
 import os
 import shlex
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from galore_jax.errors import InputError
+from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.files import written_whole
 from galore_jax.training.config import Config, differences, load_config, to_dict, to_toml
 from galore_jax.training.lock import locked
@@ -135,7 +134,7 @@ def _unusable_told(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_DISK:
             raise
         raise InputError(
             f"training.folder = {config.training.folder!r} cannot be made or written to "

@@ -1,7 +1,6 @@
 """The training loop, top to bottom."""
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ import jax
 
 from galore_jax.data.batches import train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
-from galore_jax.errors import InputError
+from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
 from galore_jax.training.curves import plot_curves
@@ -181,7 +180,7 @@ def _full_disk_told(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         started = RunFolder(config.training.folder).holds_run()
         command = resume_command(config) if started else "the same command"
