@@ -198,6 +198,21 @@ def test_an_interrupted_run_saves_and_prints_the_command_to_go_on(place, uninter
     assert lines(place / name) == lines(expected)
 
 
+@pytest.mark.parametrize("script", ["train.py", "compare.py"])
+def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN.with_name(script)), "--config", str(place / "tiny.toml")],
+        env=environment(place),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert told == ""
+
+
 def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, uninterrupted):
     _, expected = uninterrupted
     disk = place / "disk"
@@ -225,6 +240,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, u
 @pytest.fixture
 def told(place, capfd, monkeypatch):
     """Runs the script in this process and returns the one line that it prints."""
+    handler = signal.getsignal(signal.SIGINT)
 
     def run(*arguments, name="refused"):
         monkeypatch.setattr(sys, "argv", command(place, name, *arguments)[1:])
@@ -236,7 +252,8 @@ def told(place, capfd, monkeypatch):
         assert "\n" not in printed
         return printed
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_bad_input_is_told_in_one_sentence(told, place):

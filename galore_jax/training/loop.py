@@ -163,7 +163,11 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
-        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        os.write(
+            2,
+            b"\nfinishing this step, then saving; once more stops at once, and --resume goes on "
+            b"from the last checkpoint\n",
+        )
 
     previous: dict[int, Any] = {
         number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
