@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -233,6 +234,23 @@ def test_checkpoints_from_before_there_were_checksums_are_still_read(saved, stat
     with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
         assert_same(checkpoints.restore(CONFIG, batches), state)
     assert_same(load_for_inference(saved)[1], state.params)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)  # root may write anywhere
+    with pytest.raises(InputError, match="checkpoints cannot be written to: change its permission"):
+        Checkpoints(tmp_path / "checkpoints", keep=2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        Checkpoints(tmp_path / "file", keep=2)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch):
+    file = saved / "checkpoints" / "0" / "meta" / "metadata"
+    file.write_text("")  # root may read anything
+    monkeypatch.setattr(os, "access", lambda path, mode: path != file)
+    with pytest.raises(InputError, match=f"{file} may not be read: change its permissions"):
+        load_for_inference(saved)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):

@@ -8,6 +8,7 @@ the end.
 
 import errno
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -34,11 +35,22 @@ class Checkpoints:
     Args:
       folder: the run's checkpoints/.
       keep: how many of the latest stay; an older one goes after the newer is complete.
+
+    Raises:
+      InputError: the folder cannot be written to.
+      FileExistsError: it is a file.
     """
 
     def __init__(self, folder: Path, keep: int):
         _quieten_failures()
         self.folder = folder.absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Orbax would wait ten minutes for a folder that it cannot make.
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise InputError(
+                f"{self.folder} cannot be written to: change its permissions, or name another "
+                "training.folder."
+            )
         _remove_unfinished(self.folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -200,6 +212,10 @@ def _damage_told(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
     except (InputError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
+        checkpoint = Path(manager.directory, str(step))
+        for path in (checkpoint, *checkpoint.rglob("*")):
+            if not os.access(path, os.R_OK):
+                raise InputError(f"{path} may not be read: change its permissions.") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
@@ -209,8 +225,8 @@ def _damage_told(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
         older = [other for other in manager.all_steps() if other < step]
         remedy = f"go on from {max(older)}" if older else "start from the beginning"
         raise InputError(
-            f"the checkpoint {manager.directory / str(step)} is damaged ({reason}): move it out of "
-            f"{manager.directory} to {remedy}."
+            f"the checkpoint {checkpoint} is damaged ({reason}): move it out of "
+            f"{checkpoint.parent} to {remedy}."
         ) from error
 
 
