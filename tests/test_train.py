@@ -10,8 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from galore_jax.errors import InputError
+from galore_jax.training import loop
+from galore_jax.training.config import load_config
 from galore_jax.training.lock import locked
 
 ROOT = Path(__file__).parents[1]
@@ -299,6 +303,19 @@ def test_a_run_is_not_joined_by_a_second_process(told, place):
         assert f"process {os.getpid()} on " in refused
         assert f"is training in {folder} since" in refused
         assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_too_little_memory_is_told_with_what_lowers_the_need(place, monkeypatch, error):
+    def fail(folder, keep):
+        raise error
+
+    monkeypatch.setattr(loop, "Checkpoints", fail)
+    config = load_config(place / "tiny.toml", [f"training.folder={place / 'memory'}"])
+    with pytest.raises(InputError, match=r"too little memory .*: lower data\.batch_size, raise "):
+        loop.train(config)
 
 
 def test_a_second_start_into_a_run_is_refused(told, uninterrupted):

@@ -47,7 +47,8 @@ def train(config: Config, resume: bool = False) -> Summary:
       The summary, also written as summary.json.
 
     Raises:
-      InputError: the configuration, its files or the folder cannot be used, or the disk is full.
+      InputError: the configuration, its files or the folder cannot be used, or the disk or the
+        memory is full.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
     """
     refuse_wrong_start(config, resume)
@@ -62,6 +63,7 @@ def train(config: Config, resume: bool = False) -> Summary:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_full_disk_told(config))
+        stack.enter_context(_full_memory_told())
         stopped = stack.enter_context(_stop_signals())
         stack.callback(batches.close)
         run = stack.enter_context(open_folder(config, resume))
@@ -191,4 +193,18 @@ def _full_disk_told(config: Config) -> Iterator[None]:
         raise InputError(
             f"the disk is full while writing {error.filename or config.training.folder}; what was "
             f"saved before is intact: free some space, then go on with {command}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _full_memory_told() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            "there is too little memory for this training: lower data.batch_size, raise "
+            "training.accumulation or set training.layerwise = true; scripts/memory.py tells what "
+            "a configuration needs."
         ) from error
