@@ -1,8 +1,15 @@
-"""Bad input and full disks end in one sentence, not in a traceback."""
+"""Bad input, full disks and unusable paths end in one sentence, not in a traceback."""
 
 import errno
 import sys
 from collections.abc import Callable
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# What is wrong with a path that the user can choose or change.
+_UNUSABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 
 
 class InputError(ValueError):
@@ -10,9 +17,10 @@ class InputError(ValueError):
 
 
 def exit_with_one_sentence(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; an `InputError` or a full disk exits with status 2 and one line.
+    """Runs a script's `main`; what the user can mend exits with status 2 and one line.
 
-    Ctrl-C exits with status 130, as in a shell.
+    That is an `InputError`, a full disk, or a path that cannot be read or written. Ctrl-C exits
+    with status 130, as in a shell.
     """
     try:
         main()
@@ -21,10 +29,14 @@ def exit_with_one_sentence(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         place = f" while writing {error.filename}" if error.filename else ""
-        sys.exit(_told(f"the disk is full{place}: free some space and run the same command again."))
+        if error.errno in FULL_DISK:
+            remedy = "free some space and run the same command again."
+            sys.exit(_told(f"the disk is full{place}: {remedy}"))
+        if error.errno not in _UNUSABLE or error.filename is None:
+            raise
+        remedy = "name another path, or change what it is."
+        sys.exit(_told(f"{error.filename} cannot be used ({error.strerror}): {remedy}"))
 
 
 def _told(sentence: str) -> int:

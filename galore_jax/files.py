@@ -18,6 +18,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     sibling = Path(f"{os.fspath(path)}{UNFINISHED}")
     try:
         yield sibling
+        # Else a power cut may leave the name, but not the content.
+        with sibling.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(sibling, path)
     finally:
         sibling.unlink(missing_ok=True)

@@ -5,7 +5,12 @@ python scripts/compare.py --config configs/llama_5m.toml --seeds 0,1,2 --rates 0
 """
 
 import argparse
+import signal
 import sys
+
+# Until training saves on Ctrl-C, and when it comes once more, the process ends without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.errors import InputError, exit_with_one_sentence
 

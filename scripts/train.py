@@ -6,7 +6,12 @@ python scripts/train.py --config runs/demo/config.toml --resume
 """
 
 import argparse
+import signal
 import sys
+
+# Until training saves on Ctrl-C, and when it comes once more, the process ends without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.errors import exit_with_one_sentence
 
@@ -28,9 +33,6 @@ def main() -> None:
         train(config, arguments.resume)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("stopped at once: --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 

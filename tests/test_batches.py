@@ -221,6 +221,23 @@ def test_a_batch_that_does_not_divide_among_the_processes_is_refused(texts):
         train_batches(config(), TOKENIZER, 0, 3)
 
 
+@BOTH_ROWS
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    "empty", [[""] * 3, [" \n"] * 50, [""] * 50_000 + ["a few words"]], ids=len
+)
+def test_a_split_almost_without_text_is_refused(texts, rows, split, empty):
+    texts[split] = empty
+    make = {"train": train_batches, "validation": validation_batches}[split]
+    with pytest.raises(InputError, match=f"almost all documents in the {split} split of data.sour"):
+        make(config(rows), TOKENIZER)
+
+
+def test_text_in_few_of_many_documents_is_enough(texts):
+    texts["train"] = ([""] * 99 + ["x" * 200]) * 100
+    assert (next(train_batches(config(), TOKENIZER))["segments"] > 0).all()
+
+
 def test_fewer_documents_than_processes_are_refused(texts):
     del texts["train"][3:]
     with pytest.raises(InputError, match="3 training documents, too few for 4 processes"):

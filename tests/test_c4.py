@@ -169,7 +169,11 @@ GOOD = b'{"text": "a", "timestamp": "", "url": ""}\n'
         (gzip.compress(GOOD * 2 + b"\xff\xfe"), "line 3: not JSON"),
         (gzip.compress(GOOD + b'{"url": "a"}\n' + GOOD), 'line 2: no document with a "text"'),
         (gzip.compress(GOOD + b'["text"]\n'), 'line 2: no document with a "text"'),
-        (gzip.compress(GOOD * 3 + b'{"text": "\\ud800"}\n'), "line 4: "),
+        (gzip.compress(GOOD * 3 + b'{"text": "\\ud800"}\n'), "line 4: half a character"),
+        (gzip.compress(GOOD + b"[" * 100_000), "line 2: not JSON"),
+        (gzip.compress(GOOD + b'{"text": ["a"]}'), 'line 2: no document with a "text"'),
+        (gzip.compress(GOOD + b'{"text": "a", "url": {}, "timestamp": 3}'), "line 2: a .timestamp"),
+        (random.Random(0).randbytes(1000), "not intact gzip at line 1"),
         (gzip.compress(GOOD)[:-9], "cut short in line "),
         (GOOD, "not intact gzip at line 1"),
         (gzip.compress(GOOD * 9)[:-8] + b"\0" * 8, "not intact gzip at line 10"),
@@ -205,6 +209,15 @@ def test_a_folder_made_from_other_files_is_left_alone(prepared, tmp_path):
     with pytest.raises(InputError, match="was made from other input files"):
         prepare_c4(str(tmp_path), data_dir)
     assert files_of(data_dir) == before
+
+
+def test_a_damaged_note_of_the_input_files_is_named(tmp_path):
+    write_inputs(tmp_path)
+    note = tmp_path / "data/c4/en/3.1.0/inputs.json"
+    note.parent.mkdir(parents=True)
+    note.write_bytes(bytes(10))
+    with pytest.raises(InputError, match=f"{note} is damaged: delete {note.parent} and start"):
+        prepare_c4(str(tmp_path), str(tmp_path / "data"))
 
 
 def test_a_foreign_dataset_folder_is_left_alone(tmp_path):

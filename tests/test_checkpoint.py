@@ -1,6 +1,9 @@
 import dataclasses
 import errno
+import json
+import os
 import subprocess
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -151,16 +154,102 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(saved,
         checkpoints.restore(other, batches)
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(saved, batches):
-    for part in (saved / "checkpoints" / "0" / "params").rglob("*"):
-        if part.is_file():
-            part.unlink()
+def flip_middle(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def raise_a_digit(path):
+    text = path.read_text()
+    at = max(index for index, letter in enumerate(text) if letter in "012345678")
+    path.write_text(f"{text[:at]}{int(text[at]) + 1}{text[at + 1 :]}")
+
+
+def largest_file(folder):
+    return max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+
+
+@pytest.mark.parametrize("damage", [flip_middle, halve, Path.unlink])
+def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved, batches, damage):
+    checkpoint = saved / "checkpoints" / "0"
+    damage(largest_file(checkpoint / "params" / "ocdbt.process_0" / "d"))
     with (
         Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
-        pytest.raises(InputError, match=r"the checkpoint .*checkpoints/0 cannot be read"),
+        pytest.raises(InputError, match=r"0 is damaged .*: move it out of .* to start from the"),
     ):
         checkpoints.restore(CONFIG, batches)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is damaged") as refused:
+        load_for_inference(saved)
+    assert "\n" not in str(refused.value)
+    assert str(checkpoint) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "named"),
+    [
+        ("optimizer/ocdbt.process_0/d", flip_middle, "the optimizer's state differs from what was"),
+        ("optimizer/_METADATA", halve, "is damaged"),
+        (
+            "data/process_0-of-1.json",
+            raise_a_digit,
+            "the place in the data differs from what was saved",
+        ),
+        ("meta/metadata", flip_middle, "is damaged"),
+        ("meta/metadata", halve, "is damaged"),
+        ("meta/metadata", raise_a_digit, "differs from what was saved"),
+    ],
+)
+def test_damage_outside_the_parameters_is_told_and_the_checkpoint_before_is_named(
+    saved, state, file, damage, named
+):
+    later = train_batches(CONFIG.data, ByteTokenizer())
+    next(later)
+    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(state._replace(step=np.int32(1)), later, CONFIG)
+        checkpoints.wait()
+        place = saved / "checkpoints" / "1" / file
+        damage(largest_file(place) if place.is_dir() else place)
+        with pytest.raises(InputError, match=f"{named}.*: move it out of .* to go on from 0"):
+            checkpoints.restore(CONFIG, later)
+
+
+def test_a_checkpoint_moved_out_of_the_folder_leaves_the_one_before(saved, state, batches):
+    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+        checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
+    (saved / "checkpoints" / "1").rename(saved / "damaged")
+    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.restore(CONFIG, batches).step == 0
+
+
+def test_checkpoints_from_before_there_were_checksums_are_still_read(saved, state, batches):
+    meta = saved / "checkpoints" / "0" / "meta" / "metadata"
+    recorded = json.loads(meta.read_text())
+    del recorded["checksums"]
+    meta.write_text(json.dumps(recorded))
+    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+        assert_same(checkpoints.restore(CONFIG, batches), state)
+    assert_same(load_for_inference(saved)[1], state.params)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_a_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)  # root may write anywhere
+    with pytest.raises(InputError, match="checkpoints cannot be written to: change its permission"):
+        Checkpoints(tmp_path / "checkpoints", keep=2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        Checkpoints(tmp_path / "file", keep=2)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch):
+    file = saved / "checkpoints" / "0" / "meta" / "metadata"
+    file.write_text("")  # root may read anything
+    monkeypatch.setattr(os, "access", lambda path, mode: path != file)
+    with pytest.raises(InputError, match=f"{file} may not be read: change its permissions"):
         load_for_inference(saved)
 
 

@@ -109,8 +109,10 @@ def test_bfloat16_generates():
         (PROMPT, 21, {}, "at most 20 tokens"),
         (PROMPT[:, :0], 5, {}, "at least one token"),
         (PROMPT, 0, {}, "at least one token"),
-        (PROMPT, 5, {"temperature": -1.0}, "temperature -1.0"),
-        (PROMPT, 5, {"top_k": -2}, "top_k -2"),
+        (PROMPT, 5, {"temperature": -1.0}, "temperature is -1.0"),
+        (PROMPT, 5, {"temperature": float("nan")}, "temperature is nan"),
+        (PROMPT, 5, {"temperature": float("inf")}, "temperature is inf"),
+        (PROMPT, 5, {"top_k": -2}, "top_k is -2"),
     ],
 )
 def test_impossible_requests_are_refused(params, prompt, num_tokens, settings, named):

@@ -58,6 +58,52 @@ def test_opening_at_a_step_drops_what_a_killed_run_left_after_it(tmp_path):
     assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
 
 
+@pytest.mark.parametrize("half", [b'{"step": 31, "lo', b"\0" * 100, b"\xc3", b"\0\0\n", b"{}\n"])
+def test_a_last_line_cut_by_a_power_failure_is_left_out_and_repaired_on_opening(tmp_path, half):
+    run = a_run(tmp_path / "run", steps=3)
+    intact = run.metrics.read_bytes()
+    run.metrics.write_bytes(intact + half)
+    assert [line["step"] for line in read_metrics(run.metrics)] == [0, 1, 2, 3]
+    Metrics(run, 3, tensorboard=False).write([{"step": 3, "loss": 1.0}])
+    assert run.metrics.read_bytes() == intact + b'{"step": 3, "loss": 1.0}\n'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\0\0\0",
+        b"\xff",
+        b'{"step": 1, "lo{"step": 2}',
+        b"[1]",
+        b"3",
+        b'{"loss": 1.0}',
+        b'{"step": null}',
+        b'{"step": 1, "loss": "x"}',
+        b"[" * 100_000,
+        b"",
+    ],
+)
+def test_a_damaged_line_in_the_middle_is_refused_by_file_and_number(tmp_path, line):
+    run = a_run(tmp_path / "run", steps=3)
+    before = run.metrics.read_bytes().splitlines()
+    before[1] = line
+    run.metrics.write_bytes(b"\n".join(before) + b"\n")
+    for read in (lambda: Metrics(run, 3, tensorboard=False), lambda: read_metrics(run.metrics)):
+        with pytest.raises(
+            InputError, match=r"metrics\.jsonl, line 2 is damaged: delete this line"
+        ):
+            read()
+    assert run.metrics.read_bytes() == b"\n".join(before) + b"\n"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\0", '{"name": "run"}'])
+def test_a_damaged_summary_is_refused_with_the_remedy(tmp_path, text):
+    run = a_run(tmp_path / "run")
+    run.summary.write_text(text)
+    with pytest.raises(InputError, match=r"summary\.json is damaged: delete it and resume the run"):
+        read_summary(run)
+
+
 def test_an_evaluation_after_the_restored_step_is_kept(tmp_path):
     run = RunFolder(tmp_path)
     lines = [{"step": 9, "loss": 1.0}, {"step": 10, "validation_loss": 1.0}]
@@ -142,6 +188,16 @@ def test_the_first_bad_step_of_each_kind_is_told_once(tmp_path, capsys):
     assert [line["skipped"] for line in read_metrics(tmp_path / "metrics.jsonl")][1:] == [
         *(3, 5, 6, 6, 7)
     ]
+
+
+def test_a_batch_without_a_target_is_told_once(tmp_path, capsys):
+    with Progress(Metrics(RunFolder(tmp_path), 0, tensorboard=False), start=0, steps=3) as progress:
+        for step in range(3):
+            progress.add(step, measured(targets=9.0 if step == 0 else 0.0))
+        progress.report()
+    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(told) == 1
+    assert "the batch of step 1 has no two tokens of one document" in told[0]
 
 
 def test_a_line_has_what_was_measured_and_no_more(tmp_path):

@@ -10,7 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
+
+from galore_jax.errors import InputError
+from galore_jax.training import loop
+from galore_jax.training.config import load_config
+from galore_jax.training.lock import locked
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "scripts" / "train.py"
@@ -196,6 +202,21 @@ def test_an_interrupted_run_saves_and_prints_the_command_to_go_on(place, uninter
     assert lines(place / name) == lines(expected)
 
 
+@pytest.mark.parametrize("script", ["train.py", "compare.py"])
+def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN.with_name(script)), "--config", str(place / "tiny.toml")],
+        env=environment(place),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert told == ""
+
+
 def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, uninterrupted):
     _, expected = uninterrupted
     disk = place / "disk"
@@ -223,6 +244,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, u
 @pytest.fixture
 def told(place, capfd, monkeypatch):
     """Runs the script in this process and returns the one line that it prints."""
+    handler = signal.getsignal(signal.SIGINT)
 
     def run(*arguments, name="refused"):
         monkeypatch.setattr(sys, "argv", command(place, name, *arguments)[1:])
@@ -234,7 +256,8 @@ def told(place, capfd, monkeypatch):
         assert "\n" not in printed
         return printed
 
-    return run
+    yield run
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_bad_input_is_told_in_one_sentence(told, place):
@@ -248,6 +271,51 @@ def test_bad_input_is_told_in_one_sentence(told, place):
 def test_a_folder_that_is_a_file_is_told(told, place):
     (place / "a file").write_text("")
     assert "cannot be made" in told(name="a file/run")
+
+
+def test_a_folder_whose_name_cannot_be_is_told(told, place):
+    (place / "loop").symlink_to(place / "loop")
+    for name in ("x" * 300, "/".join(["deep"] * 1500), "loop/run"):
+        refused = told(name=name)
+        assert "training.folder = " in refused
+        assert "cannot be made or written to (" in refused
+
+
+def test_a_folder_on_a_read_only_disk_is_told(told, place):
+    disk = place / "read-only"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a file system needs root")
+    try:
+        assert "(Read-only file system): name another." in told(name="read-only/run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_run_is_not_joined_by_a_second_process(told, place):
+    folder = place / "at work"
+    folder.mkdir()
+    with locked(folder / "lock"):
+        refused = told(name="at work")
+        assert f"process {os.getpid()} on " in refused
+        assert f"is training in {folder} since" in refused
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_too_little_memory_is_told_with_what_lowers_the_need(place, monkeypatch, error):
+    def fail(folder, keep):
+        raise error
+
+    monkeypatch.setattr(loop, "Checkpoints", fail)
+    config = load_config(place / "tiny.toml", [f"training.folder={place / 'memory'}"])
+    with pytest.raises(InputError, match=r"too little memory .*: lower data\.batch_size, raise "):
+        loop.train(config)
 
 
 def test_a_second_start_into_a_run_is_refused(told, uninterrupted):

@@ -1,5 +1,6 @@
 """Batches of token rows: documents → tokens → rows → batches, shuffled, sharded and resumable."""
 
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from galore_jax.errors import InputError
 _WINDOW_TOKENS = 2**20  # packed rows are shuffled among about as many tokens
 _READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _BATCHES_AHEAD = 8  # hides the reading of a window
+_DOCUMENTS_TRIED = 10_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def train_batches(
         1, 0 is padding; positions restart with each document.
 
     Raises:
-        InputError: the source is unusable or too small, or the batch does not divide.
+        InputError: the source is unusable, too small or almost without text, or the batch does not
+            divide.
     """
     rows_per_process = _rows_per_process(config, process_count)
     texts = documents(config, "train")
@@ -94,6 +97,7 @@ def train_batches(
             f"{config.source} holds {len(texts)} training documents, too few for "
             f"{process_count} processes."
         )
+    _check_text(config, texts, "train")
     own = grain.MapDataset.source(texts)[process_index::process_count]
     endless = own.seed(config.seed).shuffle().repeat()
     window = max(1, _WINDOW_TOKENS // config.sequence_length)
@@ -115,14 +119,16 @@ def validation_batches(
     Args, element type and errors are those of `train_batches`.
     """
     rows_per_process = _rows_per_process(config, process_count)
-    texts = grain.MapDataset.source(documents(config, "validation"))
+    texts = documents(config, "validation")
+    _check_text(config, texts, "validation")
     own = slice(process_index * rows_per_process, (process_index + 1) * rows_per_process)
 
     def part_of_whole_batch(rows: Sequence[Rows]) -> Rows:
         batch = grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
         return {name: values[own] for name, values in batch.items()}
 
-    rows = _rows(texts, config, tokenizer, window=config.batch_size, seed=None)
+    in_order = grain.MapDataset.source(texts)
+    rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)
     return rows.batch(config.batch_size, batch_fn=part_of_whole_batch)
 
 
@@ -148,6 +154,24 @@ def _rows(
         return texts.map(row_of_document).to_iter_dataset(_READING)
     tokenised = texts.map(with_eos).to_iter_dataset(_READING)
     return PackedRows(tokenised, length, pad_id, window, seed)
+
+
+def _check_text(config: DataConfig, texts: Sequence[str], split: str) -> None:
+    """Refuses documents of less than a letter on average, by a random sample of the split.
+
+    They are rows without a target, and where rows are packed, hours of reading for one window.
+    """
+    tried = min(len(texts), _DOCUMENTS_TRIED)
+    letters = 0
+    for index in random.Random(0).sample(range(len(texts)), tried):
+        letters += len(texts[index].strip())
+        if letters >= tried:
+            return
+    raise InputError(
+        f"almost all documents in the {split} split of data.source = {config.source!r} are empty "
+        f"({letters:,} letters in {tried:,} documents): choose another source, or prepare it again "
+        "from files with text."
+    )
 
 
 def _rows_per_process(config: DataConfig, process_count: int) -> int:

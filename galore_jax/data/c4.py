@@ -157,7 +157,11 @@ def _claim(target: Path, inputs: Mapping[str, str]) -> None:
     """Notes in `target` which input makes which shard, or refuses a folder of other input."""
     note = target / _INPUTS
     if note.exists():
-        if json.loads(note.read_text()) != inputs:
+        try:
+            noted = json.loads(note.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{note} is damaged: delete {target} and start again.") from error
+        if noted != inputs:
             raise InputError(
                 f"{target} was made from other input files than these: "
                 "choose another --out, or delete it."
@@ -284,13 +288,20 @@ def _example(line: bytes) -> dict[str, bytes]:
     """The TFDS example of a line; raises ValueError for a line that is not a C4 document."""
     try:
         document = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
     if not isinstance(document, dict) or not isinstance(document.get("text"), str):
         raise ValueError('no document with a "text"')
     # allenai/c4 dropped content-length and content-type, which TFDS lists.
     fields = ("text", "timestamp", "url", "content-length", "content-type")
-    return {field: str(document.get(field) or "").encode() for field in fields}
+    values = {field: document.get(field) or "" for field in fields}
+    for field, value in values.items():
+        if not isinstance(value, str):
+            raise ValueError(f'a "{field}" that is no text')
+    try:
+        return {field: value.encode() for field, value in values.items()}
+    except UnicodeEncodeError as error:
+        raise ValueError("half a character, which has no UTF-8") from error
 
 
 def _serialized(example: Mapping[str, bytes]) -> bytes:

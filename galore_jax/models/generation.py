@@ -1,6 +1,7 @@
 """Writing text: sampling from a LLaMA with a key/value cache."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,8 @@ def generate(
       The new tokens, int32 (batch, num_tokens).
 
     Raises:
-      InputError: an empty prompt, a prompt and its continuation longer than config.max_length, or a
-        negative temperature or top_k.
+      InputError: an empty prompt, a prompt and its continuation longer than config.max_length, a
+        temperature that is negative or not finite, or a negative top_k.
     """
     length = prompt_tokens.shape[1]
     if length < 1 or num_tokens < 1:
@@ -45,8 +46,10 @@ def generate(
             f"The prompt of {length} tokens and {num_tokens} new ones exceed model.max_length "
             f"{config.max_length}: ask for at most {max(config.max_length - length, 0)} tokens."
         )
-    if temperature < 0 or top_k < 0:
-        raise InputError(f"temperature {temperature} and top_k {top_k} must not be negative.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature is {temperature}: it must be finite and not negative.")
+    if top_k < 0:
+        raise InputError(f"top_k is {top_k}: it must not be negative.")
     top_k = min(top_k, config.vocab_size) or config.vocab_size
     return _generate(config, params, prompt_tokens, num_tokens, key, float(temperature), top_k)
 

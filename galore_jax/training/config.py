@@ -22,8 +22,10 @@ from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.sections import OptimizerConfig, TrainingConfig, nearest
 
-# Float32's normal numbers; smaller ones are zero on most devices.
-TINY, LARGEST = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+# Of the normal float32 numbers: devices take smaller ones for 0.
+_SMALLEST, _LARGEST = (
+    float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max)
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path} is a folder: give the TOML file of a configuration.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, or a number of 5,000 digits
         raise InputError(f"{path} is not a TOML file: {error}.") from None
     for section in table:
         _check_section(section, table[section])
@@ -163,7 +165,7 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     _check_section(section, {})
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     return section, key, value
 
@@ -184,7 +186,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if type(value) in choices or (value is None and types.NoneType in choices):
         number = value
     elif float in choices and type(value) is int:
-        number = float(value)
+        number = float(value) if abs(value) <= _LARGEST else math.inf
     else:
         words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
         if float in choices:
@@ -193,12 +195,23 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise InputError(f"{name} must be {wanted}, not {value!r}.")
     if isinstance(number, float) and not math.isfinite(number):
         raise InputError(f"{name} must be finite, not {number}.")
-    if isinstance(number, float) and number and not TINY <= abs(number) <= LARGEST:
+    if isinstance(number, float) and number and not _SMALLEST <= abs(number) <= _LARGEST:
         raise InputError(
-            f"{name} must be a number that float32 has, between {TINY:.3g} and {LARGEST:.3g} in "
-            f"size, not {number}."
+            f"{name} is {number}: it must be 0 or between {_SMALLEST:.2g} and {_LARGEST:.2g} in "
+            "size, as the training computes in float32."
         )
+    if isinstance(number, str) and not _is_writable(number):
+        raise InputError(f"{name} must be text in UTF-8 without a null character, not {number!a}.")
     return number
+
+
+def _is_writable(text: str) -> bool:
+    """Whether files can hold it and be named so; bytes of the command line need be no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
 
 
 def _toml(value: Any) -> str:
@@ -206,5 +219,5 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted) + '"'
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + '"'
     return repr(value)

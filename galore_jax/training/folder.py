@@ -6,6 +6,7 @@
     tensorboard/    on request
     summary.json    written last: the run is finished
     curves.png
+    lock            held while a process trains here
 
 A folder holds a run as soon as it holds metrics or a checkpoint. A fresh start into it is refused,
 so that nothing is lost; going on needs the same configuration, but for the keys in `MAY_CHANGE`,
@@ -15,11 +16,14 @@ which decide where and how often to look and to save, never what is computed.
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from galore_jax.errors import InputError
+from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.files import written_whole
 from galore_jax.training.config import Config, differences, load_config, to_dict, to_toml
+from galore_jax.training.lock import locked
 
 MAY_CHANGE = frozenset(
     f"training.{key}"
@@ -48,6 +52,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.summary = self.path / "summary.json"
         self.curves = self.path / "curves.png"
+        self.lock = self.path / "lock"
 
     def holds_run(self) -> bool:
         """Whether there are metrics or checkpoints."""
@@ -59,8 +64,13 @@ def refuse_wrong_start(config: Config, resume: bool) -> None:
 
     Raises:
       InputError: a fresh start where a run lies; a resumed one where none lies, where it is
-        finished or where it has another configuration.
+        finished or where it has another configuration; or a name that no folder can have.
     """
+    with _unusable_told(config):
+        _refuse_wrong_start(config, resume)
+
+
+def _refuse_wrong_start(config: Config, resume: bool) -> None:
     run = RunFolder(config.training.folder)
     if not resume:
         if run.holds_run():
@@ -99,22 +109,37 @@ def refuse_other_run(recorded: Config, config: Config, place: Path) -> None:
         )
 
 
-def open_folder(config: Config) -> RunFolder:
-    """Makes the folder and writes config.toml.
+@contextmanager
+def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
+    """Makes the folder, writes config.toml, and keeps other processes from training there.
 
     Raises:
-      InputError: the folder cannot be made.
+      InputError: the folder cannot be made or written to, another process trains in it, or, as
+        `refuse_wrong_start` says, it does not suit the start (any more).
     """
     run = RunFolder(config.training.folder)
+    with ExitStack() as stack:
+        with _unusable_told(config):
+            run.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(run.lock))
+            # Another process may have been here since the first look.
+            _refuse_wrong_start(config, resume)
+            with written_whole(run.config) as path:
+                path.write_text(to_toml(config), encoding="utf-8")
+        yield run
+
+
+@contextmanager
+def _unusable_told(config: Config) -> Iterator[None]:
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        with written_whole(run.config) as path:
-            path.write_text(to_toml(config), encoding="utf-8")
-    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
         raise InputError(
-            f"training.folder = {str(run.path)!r} cannot be made ({error.strerror}): name another."
+            f"training.folder = {config.training.folder!r} cannot be made or written to "
+            f"({error.strerror}): name another."
         ) from None
-    return run
 
 
 def resume_command(config: Config) -> str:

@@ -1,7 +1,6 @@
 """The training loop, top to bottom."""
 
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ import jax
 
 from galore_jax.data.batches import train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
-from galore_jax.errors import InputError
+from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
 from galore_jax.training.curves import plot_curves
@@ -48,7 +47,8 @@ def train(config: Config, resume: bool = False) -> Summary:
       The summary, also written as summary.json.
 
     Raises:
-      InputError: the configuration, its files or the folder cannot be used, or the disk is full.
+      InputError: the configuration, its files or the folder cannot be used, or the disk or the
+        memory is full.
       Interrupted: after SIGINT or SIGTERM, once the state is saved.
     """
     refuse_wrong_start(config, resume)
@@ -63,8 +63,10 @@ def train(config: Config, resume: bool = False) -> Summary:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_full_disk_told(config))
+        stack.enter_context(_full_memory_told())
         stopped = stack.enter_context(_stop_signals())
-        run = open_folder(config)
+        stack.callback(batches.close)
+        run = stack.enter_context(open_folder(config, resume))
         checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints)
         stack.enter_context(checkpoints)
         if checkpoints.latest() is None:
@@ -102,6 +104,7 @@ def train(config: Config, resume: bool = False) -> Summary:
                     found = evaluate(state.params, validation)
                 progress.report_evaluation(done, found)
             if saves:
+                metrics.flush()
                 checkpoints.save(state, batches, config)
             if stop and done < steps:
                 checkpoints.wait()
@@ -162,7 +165,11 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     def note(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
-        os.write(2, b"\nfinishing this step, then saving; once more stops at once\n")
+        os.write(
+            2,
+            b"\nfinishing this step, then saving; once more stops at once, and --resume goes on "
+            b"from the last checkpoint\n",
+        )
 
     previous: dict[int, Any] = {
         number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
@@ -179,11 +186,25 @@ def _full_disk_told(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         started = RunFolder(config.training.folder).holds_run()
         command = resume_command(config) if started else "the same command"
         raise InputError(
             f"the disk is full while writing {error.filename or config.training.folder}; what was "
             f"saved before is intact: free some space, then go on with {command}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _full_memory_told() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(
+            "there is too little memory for this training: lower data.batch_size, raise "
+            "training.accumulation or set training.layerwise = true; scripts/memory.py tells what "
+            "a configuration needs."
         ) from error

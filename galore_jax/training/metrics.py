@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,8 @@ class Metrics:
     """metrics.jsonl and, on request, TensorBoard events.
 
     Opening a run at `step` drops the lines of later steps, which a killed run may have left: the
-    step's own number is below `step`, an evaluation's at most `step` (it counts updates made).
+    step's own number is below `step`, an evaluation's at most `step` (it counts updates made). So
+    it drops a last line of which a power cut left only a part.
 
     Args:
       run: the run's folder.
@@ -76,13 +78,13 @@ class Metrics:
       tensorboard: whether to write events too.
 
     Raises:
-      InputError: tensorboardX is wanted and missing.
+      InputError: a line before the last is damaged, or tensorboardX is wanted and missing.
     """
 
     def __init__(self, run: RunFolder, step: int, tensorboard: bool):
         self._path = run.metrics
-        self._events = _events(run.tensorboard, step) if tensorboard else None
         self.lines = [line for line in read_metrics(self._path) if _is_before(line, step)]
+        self._events = _events(run.tensorboard, step) if tensorboard else None
         if self._path.exists():
             with written_whole(self._path) as path:
                 path.write_text(_json_lines(self.lines), encoding="utf-8")
@@ -95,6 +97,11 @@ class Metrics:
             file.write(_json_lines(lines))
         self.lines.extend(lines)
         self._add_events(lines)
+
+    def flush(self) -> None:
+        """Returns once the lines are on the disk: before a checkpoint, which counts on them."""
+        with self._path.open("a") as file:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Ends the events file."""
@@ -110,14 +117,39 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, null as NaN; none where there is no file."""
+    """The complete lines of a metrics.jsonl, null as NaN; none where there is no file.
+
+    The last line is left out where it is not complete: it is being written, or a power cut came.
+
+    Raises:
+      InputError: another line is damaged.
+    """
     if not path.exists():
         return []
-    complete = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [
-        {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-        for line in complete
-    ]
+    texts = path.read_bytes().splitlines(keepends=True)
+    lines = []
+    for number, text in enumerate(texts, 1):
+        line = _parsed(text)
+        if line is not None:
+            lines.append(line)
+        elif number < len(texts):
+            raise InputError(
+                f"{path}, line {number} is damaged: delete this line, and the curves lack its step."
+            )
+    return lines
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """A line's values, or None if it is not one that `Metrics` wrote in full."""
+    try:
+        values = json.loads(text) if text.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return None
+    if not all(value is None or type(value) in (int, float) for value in values.values()):
+        return None
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def write_summary(run: RunFolder, summary: Summary) -> None:
@@ -128,12 +160,21 @@ def write_summary(run: RunFolder, summary: Summary) -> None:
 
 
 def read_summary(run: RunFolder) -> Summary:
-    """The inverse of `write_summary`."""
-    values: dict[str, Any] = json.loads(run.summary.read_text(encoding="utf-8"))
-    for name, value in values.items():
-        if value is None and name != "bigram_loss":
-            values[name] = math.nan
-    return Summary(**values)
+    """The inverse of `write_summary`.
+
+    Raises:
+      InputError: the file is damaged.
+    """
+    try:
+        values: dict[str, Any] = json.loads(run.summary.read_bytes())
+        for name, value in values.items():
+            if value is None and name != "bigram_loss":
+                values[name] = math.nan
+        return Summary(**values)
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(
+            f"{run.summary} is damaged: delete it and resume the run, which writes it again."
+        ) from None
 
 
 def format_bytes(number: float) -> str:

@@ -121,6 +121,12 @@ class Progress:
                 f"the loss at step {line['step']:,} is not finite; a lower "
                 "optimizer.learning_rate or an optimizer.clip_norm may help",
             )
+        if not line["targets"]:
+            self._warn_once(
+                "targets",
+                f"the batch of step {line['step']:,} has no two tokens of one document, so there "
+                "was nothing to learn; are many documents of data.source empty?",
+            )
         if line.get("skipped", 0) > self._skipped:
             self._warn_once(
                 "skipped",

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from galore_jax.errors import InputError
 from galore_jax.kernels import KERNELS
 from galore_jax.projection import MOMENTS, PROJ_TYPES
@@ -126,8 +128,9 @@ class OptimizerConfig:
         _require(1 <= gap <= MAX_GAP, "optimizer.update_proj_gap", gap, in_range)
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            holds = value is None or 0 <= value < 1
-            _require(holds, f"optimizer.{name}", value, "at least 0 and below 1")
+            # The nearest float32 counts: with a decay of 1, bias corrections divide by 0.
+            holds = value is None or 0 <= float(np.float32(value)) < 1
+            _require(holds, f"optimizer.{name}", value, "at least 0 and below 1 in float32")
         _require(0 <= self.floor <= 1, "optimizer.floor", self.floor, "between 0 and 1")
         _require(
             self.lazy_overlap is None or 0 < self.lazy_overlap <= 1,
@@ -193,6 +196,7 @@ class TrainingConfig:
         for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):
             value = getattr(self, name)
             _require(value >= 1, f"training.{name}", value, "at least 1")
+        _require(self.steps < 2**31, "training.steps", self.steps, "below 2147483648")
         for name in ("evaluate_every", "evaluation_tokens", "checkpoint_every"):
             value = getattr(self, name)
             _require(value >= 0, f"training.{name}", value, "0 or more")

@@ -28,14 +28,23 @@ def write_text(
       tokens: how many to write at most.
       temperature: divides the logits; 0 takes the likeliest token.
       top_k: sample among the k likeliest tokens only; 0: among all.
-      seed: of the sampling.
+      seed: of the sampling, in 0 … 2³² - 1.
 
     Returns:
       The prompt and its continuation.
 
     Raises:
-      InputError: there is no checkpoint or no prompt, or more tokens than the model takes.
+      InputError: there is no checkpoint or no prompt, the prompt is not text, more tokens than the
+        model takes, or a seed or temperature out of range.
     """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}: it must lie between 0 and {2**32 - 1}.")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"the prompt {prompt!a} is not UTF-8: convert it, or set the terminal to UTF-8."
+        ) from None
     config, params, _ = load_for_inference(folder)
     tokenizer = load_tokenizer(config.data.tokenizer)
     given = tokenizer.encode(prompt)

@@ -1,0 +1,56 @@
+"""One training at a time in a folder."""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from galore_jax.errors import InputError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows, where nothing guards the folder
+    fcntl = None
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on the file `path`, in which it says who holds it and since when.
+
+    The lock belongs to the open file, so the system releases it however this process ends. Where a
+    file system or a platform has no such locks, there is none.
+
+    Raises:
+      InputError: another process holds it; the message names its id, its host and the time.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise InputError(_refusal(path)) from None
+                # Such as ENOLCK or EOPNOTSUPP: no locks here.
+        os.ftruncate(descriptor, 0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, {now}\n".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _refusal(path: Path) -> str:
+    holder, _, since = path.read_text(errors="replace").strip().partition(", ")
+    return (
+        f"{holder or 'another process'} is training in {path.parent}"
+        f"{f' since {since}' if since else ''}: let it finish or stop it, or name another "
+        "training.folder."
+    )

@@ -1,0 +1,58 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from galore_jax.errors import InputError
+from galore_jax.training import lock
+from galore_jax.training.lock import locked
+
+HOLD = """
+import sys, runpy
+from pathlib import Path
+with runpy.run_path(sys.argv[1])["locked"](Path(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_holder_is_refused_by_the_firsts_process_host_and_time(tmp_path):
+    with locked(tmp_path / "lock"):
+        holder = rf"process {os.getpid()} on {socket.gethostname()} is training in {tmp_path} since"
+        with pytest.raises(InputError, match=rf"^{holder} 2\d\d\d-.*name another training\.folder"):
+            locked(tmp_path / "lock").__enter__()
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_a_lock_ends_with_its_killed_process(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, lock.__file__, str(tmp_path / "lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=f"process {holder.pid} on "):
+            locked(tmp_path / "lock").__enter__()
+        holder.send_signal(signal.SIGKILL)
+    assert f"process {holder.pid}" in (tmp_path / "lock").read_text()
+    with locked(tmp_path / "lock"):
+        assert f"process {os.getpid()}" in (tmp_path / "lock").read_text()
+
+
+def test_a_holder_that_has_not_yet_said_who_it_is_is_another_process(tmp_path):
+    with locked(tmp_path / "lock"):
+        (tmp_path / "lock").write_text("")
+        with pytest.raises(InputError, match=f"another process is training in {tmp_path}: let it"):
+            locked(tmp_path / "lock").__enter__()
+
+
+def test_without_locks_of_the_system_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "fcntl", None)
+    with locked(tmp_path / "lock"), locked(tmp_path / "lock"):
+        pass
