@@ -8,13 +8,22 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.chain import init
+from galore_jax.check import projection_report
+from galore_jax.gradients import Loss
 from galore_jax.matrices import named_leaves
 from galore_jax.state import bases_of, galore_states
 
 PyTree = Any
 
 
-def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
+def describe(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    loss: Loss | None = None,
+    *batch: Any,
+    has_aux: bool = False,
+    **unsplit: Any,
+) -> str:
     """What `tx` does with each parameter: its path, view, side, rank and the bytes saved.
 
     Saved is what the optimizer's state keeps of the parameter, bases and counters included, against
@@ -23,6 +32,12 @@ def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
     Args:
       params: the parameters or their shapes.
       tx: a transformation with galore in it.
+      loss: where given, as for `value_and_grad`, a column more says how the gradient of each
+        projected parameter comes about there: "projected" in the backward pass, "partly" or "full",
+        and where it is not, which primitives in which lines of the source are the reason.
+      *batch: the other arguments of the loss, or their shapes.
+      has_aux: whether the loss returns a pair.
+      **unsplit: keyword arguments of the loss.
 
     Returns:
       A table as text, a line a leaf and a last one with the sums.
@@ -40,8 +55,13 @@ def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
     bases = bases_of(galore_states(state, inside_chains=True))
     projections = {basis.projection.path: basis.projection for basis in bases}
     kept = _bytes_kept(tx, state, params)
+    gradients: dict[str, str] = {}
+    if loss is not None:
+        report = projection_report(loss, params, state, *batch, has_aux=has_aux, **unsplit)
+        for name, uses in report.items():
+            gradients[name] = ": ".join(filter(None, (uses.gradient, ", ".join(uses.reasons))))
 
-    rows = [("path", "matrices", "side", "rank", "bytes saved")]
+    rows = [("path", "matrices", "side", "rank", "bytes saved", "gradient" if gradients else "")]
     total = 0
     for (names, leaf), own in zip(named_leaves(params), kept, strict=True):
         saved = 2 * 4 * math.prod(jnp.shape(leaf)) - own
@@ -51,8 +71,9 @@ def describe(params: PyTree, tx: optax.GradientTransformation) -> str:
             view, rank = projections[names].view, str(projections[names].rank)
             sizes = " x ".join(str(size) for size in (*view.batch, view.rows, view.columns))
             side = "+".join(projections[names].sides)
-        rows.append(("/".join(names), sizes, side, rank, f"{saved:,}"))
-    rows.append(("total", "", "", "", f"{total:,}"))
+        name = "/".join(names)
+        rows.append((name, sizes, side, rank, f"{saved:,}", gradients.get(name, "")))
+    rows.append(("total", "", "", "", f"{total:,}", ""))
     return _table(rows)
 
 
@@ -76,7 +97,8 @@ def _bytes_kept(tx: optax.GradientTransformation, state: PyTree, params: PyTree)
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for path, matrices, side, rank, saved in rows:
+    for path, matrices, side, rank, saved, gradient in rows:
         left = f"{path:<{widths[0]}}  {matrices:<{widths[1]}}  {side:<{widths[2]}}"
-        lines.append(f"{left}  {rank:>{widths[3]}}  {saved:>{widths[4]}}")
+        right = f"{rank:>{widths[3]}}  {saved:>{widths[4]}}  {gradient}"
+        lines.append(f"{left}  {right}".rstrip())
     return "\n".join(lines)

@@ -103,7 +103,7 @@ def make_step(
     Args:
       model: see `LayeredModel`.
       tx: the optimizer.
-      projected: gradients are born projected; False: full gradients, of one layer at a time, for
+      projected: the backward pass projects gradients; False: full ones, of one layer at a time, for
         optimizers that want them and for those without galore.
       refreshes: of projected gradients, make new bases where they are due, in the same visit of a
         layer. Such a step is compiled apart, for use where `refresh_due(state)` says so. Full

@@ -248,14 +248,23 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, ran
         yield range(start[0], i), range(start[1], j)
 
 
+# The parameter with the sizes of what is selected.
+SIZES = {
+    "slice": "limit_indices",
+    "dynamic_slice": "slice_sizes",
+    "gather": "slice_sizes",
+    "broadcast_in_dim": "shape",
+}
+
+
 def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     """What selects, moves or repeats whole matrices.
 
     Which ones is seen by applying the equation to the numbers of the matrices, with sides of one.
     """
-    value, *others = operands
+    name, (value, *others) = equation.primitive.name, operands
     arrays, shape = _bind(equation, [value.array, *others]), value.array.shape
-    sources = _sources(equation.primitive.name, params, len(shape), arrays[0].ndim)
+    sources = _sources(name, params, len(shape), arrays[0].ndim)
     sides = {i for i, axis in enumerate(value.axes) if kind(axis) != BATCH}
     after = {source: i for i, source in enumerate(sources) if source in sides}
     for i in sides:
@@ -265,14 +274,11 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
 
     count = math.prod(value.coordinates.shape[:-2])
     numbers = np.arange(count).reshape([1 if i in sides else n for i, n in enumerate(shape)])
-    ones = {"limit_indices": sides, "slice_sizes": sides, "shape": {*after.values()}}
-    sizes = {
-        name: tuple(1 if i in axes else n for i, n in enumerate(params[name]))
-        for name, axes in ones.items()
-        if name in params
-    }
-    outside = {"fill_value": count} if "fill_value" in params else {}
-    smaller = equation.replace(params={**params, **sizes, **outside})
+    own: dict[str, Any] = {"fill_value": count} if name == "gather" else {}
+    if (sizes := SIZES.get(name)) is not None:
+        ones = {*after.values()} if name == "broadcast_in_dim" else sides
+        own[sizes] = tuple(1 if i in ones else n for i, n in enumerate(params[sizes]))
+    smaller = equation.replace(params={**params, **own})
     if others:
         selections = _bind(smaller, [numbers, *others])
     else:

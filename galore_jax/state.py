@@ -113,9 +113,9 @@ def check_gradient(gradient: Any, projection: Projection) -> None:
             f"galore: the gradient of {projection.name}, which is projected, is None: give zeros, "
             "or start the optimizer without this parameter."
         )
-    born = is_coordinates(gradient)
-    shape = jnp.shape(gradient.value if born else gradient)
-    wanted = projection.coordinates_shape if born else projection.view.shape
+    projected = is_coordinates(gradient)
+    shape = jnp.shape(gradient.value if projected else gradient)
+    wanted = projection.coordinates_shape if projected else projection.view.shape
     if shape != wanted:
         raise ValueError(
             f"galore: the gradient of {projection.name} has the shape {shape} in place of "

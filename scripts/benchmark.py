@@ -36,6 +36,12 @@ sketch: energy that bases from sketches capture at every refresh of a training r
     tokenizer=data/spiece4096.model  likewise
     steps=1000           of training
     rate=0.005           its learning rate
+dead: time of a step of a mixture of experts, refreshes included, where one gets no tokens or
+  another kernel is frozen, over that where all have gradients.
+    experts=8            of two kernels each
+    width=256            of these
+    tokens=256           that each expert gets
+    steps=100            of each
 
 With --json the rows go to a file too: {"bench": ..., "rows": [{"name": ..., "seconds": ...}, ...]}.
 """
@@ -46,7 +52,7 @@ from pathlib import Path
 
 from galore_jax.errors import InputError, exit_with_one_sentence
 
-BENCHES = ("refresh", "step", "state", "accumulate", "tokens", "sketch")
+BENCHES = ("refresh", "step", "state", "accumulate", "tokens", "sketch", "dead")
 
 
 def main() -> None:

@@ -117,3 +117,23 @@ def test_boxed_parameters_and_variables_have_the_names_of_their_boxes():
             found = rows(params, tx)
             assert found["dense/kernel"] == projected()
             assert found["dense/bias"] == WHOLE
+
+
+def test_with_a_loss_it_says_how_each_gradient_comes_about_and_why():
+    params = {"penalised": KERNEL, "plain": KERNEL, "bias": BIAS, "squared": KERNEL}
+
+    def loss(params, x, *, weight):
+        y = x @ params["penalised"] + x @ params["plain"] + params["bias"]
+        penalty = jnp.sum(jnp.abs(params["penalised"])) + jnp.sum(params["squared"] ** 2)
+        return jnp.sum(y) + weight * penalty
+
+    shape = jax.ShapeDtypeStruct((5, 64), jnp.float32)
+    for batch in (jnp.zeros((5, 64)), shape):
+        lines = describe(params, ADAM, loss, batch, weight=2.0).splitlines()
+        found = {line.split()[0]: line for line in lines}
+        assert found["path"].endswith("bytes saved  gradient")
+        assert found["plain"].endswith(f"{SAVED:,}  projected")
+        assert "  partly: abs at " in found["penalised"]
+        assert "  full: integer_pow at " in found["squared"]
+        assert "test_describe.py:" in found["squared"]
+        assert found["bias"].endswith("  0")

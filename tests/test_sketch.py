@@ -327,7 +327,7 @@ def test_wrappers_that_cannot_take_coordinates_are_refused_in_a_sentence(around)
         apply_gradients(tx, grads, state, params)
 
 
-def test_what_has_no_layer_to_be_born_in_is_refreshed_by_its_update():
+def test_what_no_product_multiplies_by_is_refreshed_by_its_update():
     model = nn.Conv(16, (3,))
     x = jax.random.normal(jax.random.key(1), (2, 9, 12))
     kernels = model.init(jax.random.key(0), x)["params"]

@@ -55,7 +55,7 @@ def predict(config: Config) -> Parts:
     arrays that XLA is known to keep on GPUs, without gaps between them. On CPUs it keeps more, and
     much in float32 that is bfloat16 elsewhere.
 
-    * `gradients`: float32 coordinates where they are born projected;
+    * `gradients`: float32 coordinates where the backward pass projects them;
     * `activations`: of the forward pass for the backward pass, and what one block adds to them;
     * `logits`: with their gradient;
     * `update`: what is beside gradients when weights change, and one layer's weights cut out.
@@ -119,7 +119,7 @@ def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
       sharding: of a card to compile for, from `galore_jax.devices.target`; None: the device here.
 
     Returns:
-      Of `train_step` and, where gradients are born projected, of `refresh_step`, which makes new
+      Of `train_step` and, with projected gradients, of `refresh_step`, which makes new
       bases before its update: `arguments`, `outputs`, those of them `aliased` with arguments,
       `temporaries`, and `total`, all that the step needs.
     """

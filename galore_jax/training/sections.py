@@ -152,7 +152,7 @@ class OptimizerConfig:
 
     @property
     def are_projected(self) -> bool:
-        """Whether gradients are born projected."""
+        """Whether the backward pass projects gradients."""
         return self.has_galore and self.gradients == "projected"
 
 

@@ -143,7 +143,8 @@ def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradient
 
     Returns:
       A function of parameters, optimizer's state and batch. It returns gradients in float32,
-      `Coordinates` where they are born projected, and `{"loss", "targets"}`, float32 scalars.
+      `Coordinates` where the backward pass projects them; and `{"loss", "targets"}`, float32
+      scalars.
     """
     loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
     projected = galore_jax.value_and_grad(loss, tx, has_aux=True, micro_batches=number)

@@ -76,7 +76,7 @@ def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Contesta
 
 
 def galore_projected(rank: int) -> Contestant:
-    """galore_jax.adamw from gradients that are born projected, refreshed by sketches."""
+    """galore_jax.adamw from projected gradients, refreshed by sketches."""
     tx = galore_jax.adamw(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
 
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
