@@ -44,10 +44,11 @@ class _Parameters(dict):
     def __missing__(self, name: str) -> Any:
         raise NoRule
 
-    def without(self, *names: str) -> dict[str, Any]:
-        """The others; these there have to be."""
-        own = {name: self[name] for name in names}
-        return {name: value for name, value in self.items() if name not in own}
+    def settings(self, names: set[str], *, besides: set[str]) -> dict[str, Any]:
+        """Those of these names, to pass on; there must be no others besides."""
+        if self.keys() != names | besides:
+            raise NoRule
+        return {name: self[name] for name in names}
 
 
 class Program:
@@ -121,15 +122,23 @@ def _used_otherwise(equation: Any, operands: Sequence[Any], report: Report) -> l
     dtypes = [getattr(var.aval, "dtype", jnp.float32) for var in equation.outvars]
     flows = equation.effects or any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
     if flows and not equation.primitive.name.startswith("debug_"):
-        place = source_info_util.summarize(equation.source_info)
         for value in operands:
             if isinstance(value, Tracked):
+                place = source_info_util.summarize(equation.source_info)
                 report(value.leaf, f"{equation.primitive.name} at {place}")
     return _plain(operands)
 
 
-def _plain(operands: Sequence[Any]) -> list[Any]:
-    return [value.array if isinstance(value, Tracked) else value for value in operands]
+def _plain(values: Sequence[Any]) -> list[Any]:
+    return [value.array if isinstance(value, Tracked) else value for value in values]
+
+
+def _with_arrays(values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+    """Other arrays in place of those of the values, which are tracked as before."""
+    return [
+        replace(value, array=array) if isinstance(value, Tracked) else array
+        for value, array in zip(values, arrays, strict=True)
+    ]
 
 
 def _bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
@@ -181,10 +190,7 @@ def _marked_product(params: Any) -> Any:
 
 
 def _unchanged(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    return [
-        replace(value, array=output) if isinstance(value, Tracked) else output
-        for value, output in zip(operands, _bind(equation, _plain(operands)), strict=True)
-    ]
+    return _with_arrays(operands, _bind(equation, _plain(operands)))
 
 
 def _cast(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -335,14 +341,11 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
 
     def constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
         # Of a jit that is inlined nothing else keeps them.
-        arrays = [
-            lax.with_sharding_constraint(array, own) if isinstance(own, Sharding) else array
-            for array, own in zip(_plain(values), shardings, strict=True)
-        ]
-        return [
-            replace(value, array=array) if isinstance(value, Tracked) else array
-            for value, array in zip(values, arrays, strict=True)
-        ]
+        pairs = zip(_plain(values), shardings, strict=True)
+        constrain = lax.with_sharding_constraint
+        return _with_arrays(
+            values, [constrain(a, own) if isinstance(own, Sharding) else a for a, own in pairs]
+        )
 
     place = source_info_util.summarize(equation.source_info)
 
@@ -359,24 +362,20 @@ def _call(equation: Any, params: Any, operands: list[Any], report: Report) -> li
 
 
 def _remat(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    settings = params.without("jaxpr", "differentiated")
-    if settings.keys() != {"policy", "prevent_cse"}:
-        raise NoRule
+    settings = params.settings({"policy", "prevent_cse"}, besides={"jaxpr", "differentiated"})
     inside = lambda *operands: _inside(params["jaxpr"], operands, report)  # noqa: E731
     return jax.checkpoint(inside, **settings)(*operands)
 
 
 def _scan(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     if "ft_in" in params:  # from JAX 0.12 on
-        parts = params["ft_in"].update(operands).unpack()
-        settings = params.without("jaxpr", "ft_in", "ft_out")
+        parts, others = params["ft_in"].update(operands).unpack(), {"ft_in", "ft_out"}
     else:
         ends = params["num_consts"], params["num_consts"] + params["num_carry"]
         parts = operands[: ends[0]], operands[ends[0] : ends[1]], operands[ends[1] :]
-        settings = params.without("jaxpr", "num_consts", "num_carry")
+        others = {"num_consts", "num_carry"}
     consts, carry, xs = map(list, parts)
-    if settings.keys() != {"length", "reverse", "unroll"}:
-        raise NoRule
+    settings = params.settings({"length", "reverse", "unroll"}, besides={"jaxpr", *others})
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
         outputs = _inside(params["jaxpr"], (*consts, *carry, *xs), report)
@@ -400,16 +399,14 @@ def _cond(equation: Any, params: Any, operands: list[Any], report: Report) -> li
     def branch(jaxpr: Any, *operands: Any) -> list[Any]:
         return _used_otherwise(equation, _inside(jaxpr, operands, report), report)
 
+    params.settings(set(), besides={"branches"})
     branches = [partial(branch, jaxpr) for jaxpr in params["branches"]]
-    if params.without("branches"):
-        raise NoRule
     return lax.switch(operands[0], branches, *operands[1:])
 
 
 def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    settings = params.without("jaxpr", "newly_manual_axes")
-    if settings.keys() != {"mesh", "in_specs", "out_specs", "check_vma"}:
-        raise NoRule
+    names = {"mesh", "in_specs", "out_specs", "check_vma"}
+    settings = params.settings(names, besides={"jaxpr", "newly_manual_axes"})
     # A shard has all of a parameter and of its coordinates, or plain rows of it.
     operands = [
         value if not any(spec) else _used_otherwise(equation, [value], report)[0]
