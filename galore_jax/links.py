@@ -1,6 +1,6 @@
 """Links of chains: transformations that know coordinates, and what stands around them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -109,8 +109,11 @@ def finite_squares(tree: PyTree) -> jax.Array:
     So norms of 2^40 or more count as 2^40: of these the square would soon overflow float32, and
     that of a gradient scaled down by them underflow.
     """
-    squares, large_norm = _squares_and_large_norm(tree)
-    return jnp.where(large_norm > 0, _LARGE**2, jnp.minimum(squares, _LARGE**2))
+    squares = jnp.float32(0)
+    for part, finite in _parts(tree):
+        # One reduction, so that XLA keeps no array for it: larger numbers count as the bound.
+        squares += jnp.sum(jnp.minimum(jnp.where(finite, part, 0) ** 2, _LARGE**2))
+    return jnp.minimum(squares, _LARGE**2)
 
 
 # Numbers from `_LARGE` on are scaled down before they are squared, for float32 ends at 2^128.
@@ -120,16 +123,20 @@ _LARGE, _SCALE = 2.0**40, 2.0**-80
 def _squares_and_large_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:
     """Of the finite numbers in a tree: the sum of the squares below `_LARGE`, the others' norm."""
     squares = large = jnp.float32(0)
+    for part, finite in _parts(tree):
+        is_large = jnp.abs(part) >= _LARGE
+        squares += jnp.sum(jnp.where(finite & ~is_large, part, 0) ** 2)
+        large += jnp.sum(jnp.where(finite & is_large, part * _SCALE, 0) ** 2)
+    return squares, jnp.sqrt(large) / _SCALE
+
+
+def _parts(tree: PyTree) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """The numbers of each leaf, real and imaginary parts apart, and which numbers are finite."""
     for leaf in jax.tree.leaves(tree):
         # Flat, for zeros in the shape of a leaf XLA might keep as an array.
         flat = leaf.reshape(-1)
-        finite = jnp.isfinite(flat)
         for part in (flat.real, flat.imag) if jnp.iscomplexobj(flat) else (flat,):
-            part = part.astype(jnp.float32)
-            is_large = jnp.abs(part) >= _LARGE
-            squares += jnp.sum(jnp.where(finite & ~is_large, part, 0) ** 2)
-            large += jnp.sum(jnp.where(finite & is_large, part * _SCALE, 0) ** 2)
-    return squares, jnp.sqrt(large) / _SCALE
+            yield part.astype(jnp.float32), jnp.isfinite(flat)
 
 
 class FactoredState(NamedTuple):
