@@ -23,7 +23,7 @@ CONFIG = Config(
         max_length=8,
     ),
     DataConfig(sequence_length=8, batch_size=4),
-    OptimizerConfig(warmup_steps=0),
+    OptimizerConfig(name="adamw", warmup_steps=0),
     TrainingConfig(steps=1),
 )
 
