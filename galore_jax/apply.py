@@ -15,6 +15,7 @@ from galore_jax.projection import Basis, is_coordinates
 from galore_jax.quantization import stochastic_round
 from galore_jax.state import (
     GaLoreState,
+    boxed_as,
     check_gradient,
     galore_states,
     map_bases,
@@ -86,7 +87,7 @@ def apply_gradients(
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
-    return _with_rest(new, all_params), state
+    return _with_rest(boxed_as(params, new), all_params), state
 
 
 def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:

@@ -17,6 +17,7 @@ from galore_jax.state import (
     ChainState,
     GaLoreState,
     bases_of,
+    boxed_as,
     galore_states,
     is_low_rank,
     map_bases,
@@ -24,6 +25,7 @@ from galore_jax.state import (
     start_coordinates,
     with_galore_states,
     with_gradient,
+    without_boxes,
 )
 
 PyTree = Any
@@ -67,7 +69,9 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     with and fed coordinates, of the parameters too where they read them. So `optax.adamw` there
     decays only the part of the weights inside the subspace: `galore_jax.adamw` decays them
     whole. Transformations that keep a copy of the parameters (schedule-free, lookahead, averages)
-    do not belong after galore; wrap the whole chain in them.
+    do not belong after galore; wrap the whole chain in them. Where the parameters are in Flax's
+    boxes, masks and labels for optax's transformations after galore are functions, or trees without
+    boxes.
 
     With `galore(moments="reset")` those that keep moments run once for each matrix, with a count of
     its own: what they do across leaves, such as a clip by global norm inside an `optax.chain`, they
@@ -223,6 +227,7 @@ def update_low_rank(
                 "away, or use full gradients, by jax.value_and_grad."
             ) from error
     try:
+        updates = without_boxes(updates, old)
         coordinates = None if params is None else project(params, old)
         _, probe = tx.update(updates, state, coordinates, **extra_args)
     except (AttributeError, TypeError, ValueError) as error:
@@ -273,7 +278,7 @@ def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
 
     for state in states:
         updates = map_bases(lifted, state.bases, updates, like, otherwise=updates)
-    return jax.tree.map(cast, updates, like)
+    return jax.tree.map(cast, boxed_as(like, updates), like)
 
 
 def _refuse_after_decay(updates: PyTree) -> None:

@@ -10,7 +10,7 @@ import optax
 from galore_jax.chain import init
 from galore_jax.check import projection_report
 from galore_jax.gradients import Loss
-from galore_jax.matrices import named_leaves
+from galore_jax.matrices import is_box, named_leaves
 from galore_jax.state import bases_of, galore_states
 
 PyTree = Any
@@ -79,7 +79,7 @@ def describe(
 
 def _bytes_kept(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> list[int]:
     """By parameter, the bytes of all that a state keeps in its place."""
-    kept = {path: 0 for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    kept = {path: 0 for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)}
 
     def count(copy: PyTree) -> PyTree:
         """Of a tree like the parameters."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.matrices import unboxed
 from galore_jax.micro_batches import check_micro_batches, mean_over
 from galore_jax.product import track
 from galore_jax.projection import Basis, Coordinates, is_basis
@@ -134,6 +135,7 @@ class TracedLoss:
 
         self._program = Program(pair, params)
         self._leaves, self._tree = jax.tree.flatten(params)
+        self._unboxed_tree = jax.tree.structure(unboxed(params))
         self._bases, self._has_aux = self._by_leaf(bases), has_aux
         self.uses = self._find_uses()
 
@@ -155,7 +157,7 @@ class TracedLoss:
         return {g.projection.path: g.value for g in gradients if isinstance(g, Coordinates)}
 
     def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
-        found = enumerate(self._tree.flatten_up_to(bases))
+        found = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))
         return {i: basis for i, basis in found if is_basis(basis)}
 
     def _find_uses(self) -> dict[Path, Uses]:

@@ -19,7 +19,7 @@ from galore_jax.chain import init as init_optimizer
 from galore_jax.gradients import TracedLoss, bases_in
 from galore_jax.kernels import Kernels
 from galore_jax.links import finite_squares
-from galore_jax.matrices import path_names
+from galore_jax.matrices import is_box, path_names
 from galore_jax.rewrite import dependencies
 from galore_jax.sketch import refresh
 from galore_jax.slices import LAYERS, Slices
@@ -309,12 +309,15 @@ class _Parts(NamedTuple):
     def tied(self, tree: PyTree) -> PyTree:
         """What both read, of a tree like the parameters; `optax.MaskedNode()` elsewhere."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf if path in self.shared else optax.MaskedNode(), tree
+            lambda path, leaf: leaf if path in self.shared else optax.MaskedNode(),
+            tree,
+            is_leaf=is_box,
         )
 
 
 def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
+    leaves = jax.tree.leaves(params)
 
     def reads(f: Callable[..., Any], *inputs: Any) -> tuple[set, set, tuple]:
         """The paths that each of two results of `f(params, *inputs)` depends on; their shapes."""

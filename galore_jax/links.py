@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.matrices import unboxed
 from galore_jax.projection import Coordinates, is_coordinates
 
 PyTree = Any
@@ -62,7 +63,7 @@ def decay_weights(
             return update * (1 - fraction) - fraction * param
 
         decays = True if mask is None else mask(_full_shapes(params)) if callable(mask) else mask
-        decays = jax.tree.broadcast(decays, updates, is_leaf=is_coordinates)
+        decays = jax.tree.broadcast(unboxed(decays), updates, is_leaf=is_coordinates)
         updates = jax.tree.map(decay, updates, params, decays, is_leaf=is_coordinates)
         return updates, DecayWeightsState(optax.safe_increment(state.count))
 

@@ -139,7 +139,11 @@ def named_leaves(
     A parameter that Flax boxes, in a variable of NNX or with the names of its axes, has the name of
     its box.
     """
-    stops = lambda node: _is_box(node) or (is_leaf is not None and is_leaf(node))  # noqa: E731
+
+    def stops(node: Any) -> bool:
+        is_variable = _is_of_flax("Variable", node)
+        return is_box(node) or is_variable or (is_leaf is not None and is_leaf(node))
+
     return [
         (path_names(path), leaf)
         for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops)
@@ -147,11 +151,24 @@ def named_leaves(
     ]
 
 
-def _is_box(node: Any) -> bool:
+def is_box(node: Any) -> bool:
+    """Whether a node is a box of Flax around an array, with the names of its axes."""
+    return _is_of_flax("AxisMetadata", node)
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """A tree without its boxes; unlike Flax's own function this constrains no sharding."""
+
+    def content(node: Any) -> Any:
+        return jax.tree.leaves(node, lambda inside: inside is not node)[0] if is_box(node) else node
+
+    return jax.tree.map(content, tree, is_leaf=is_box)
+
+
+def _is_of_flax(name: str, node: Any) -> bool:
     # By name, for flax is not imported here.
     return any(
-        kind.__name__ in ("AxisMetadata", "Variable") and kind.__module__.startswith("flax.")
-        for kind in type(node).__mro__
+        kind.__name__ == name and kind.__module__.startswith("flax.") for kind in type(node).__mro__
     )
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.bases import Lazy
+from galore_jax.matrices import unboxed
 from galore_jax.projection import Basis, Coordinates, Projection, is_basis, is_coordinates
 
 PyTree = Any
@@ -83,13 +84,29 @@ def is_low_rank(state: GaLoreState) -> bool:
 
 
 def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: PyTree) -> PyTree:
-    """`f(basis, *subtrees of rest)` at the projected leaves; what `otherwise` has at the others."""
+    """`f(basis, *subtrees of rest)` at the projected leaves; what `otherwise` has at the others.
+
+    What a box of Flax holds is given to `f` without it, and what `f` returns stands in its place.
+    """
 
     def at_leaf(basis: Any, otherwise: Any, *subtrees: Any) -> Any:
-        return f(basis, *subtrees) if is_basis(basis) else otherwise
+        return f(basis, *map(unboxed, subtrees)) if is_basis(basis) else otherwise
 
     is_leaf = lambda node: is_basis(node) or isinstance(node, optax.MaskedNode)  # noqa: E731
     return jax.tree.map(at_leaf, bases, otherwise, *rest, is_leaf=is_leaf)
+
+
+def without_boxes(tree: PyTree, states: list[GaLoreState]) -> PyTree:
+    """A tree like the parameters without boxes where one of these galores has a basis."""
+    for state in states:
+        tree = map_bases(lambda _, node: node, state.bases, tree, otherwise=tree)
+    return tree
+
+
+def boxed_as(like: PyTree, tree: PyTree) -> PyTree:
+    """A tree with the leaves of `like`, one for one, in the boxes that are there."""
+    structure = jax.tree.structure(like, is_leaf=is_coordinates)
+    return jax.tree.unflatten(structure, jax.tree.leaves(tree, is_leaf=is_coordinates))
 
 
 def with_gradient(params: PyTree, gradients: PyTree) -> PyTree:

@@ -19,6 +19,7 @@ import optax
 from galore_jax.bases import Lazy, count_update, refresh_basis, start_basis
 from galore_jax.chain import GaLore
 from galore_jax.flax_serialization import register_where_flax_is
+from galore_jax.matrices import unboxed
 from galore_jax.projection import (
     MOMENTS,
     Basis,
@@ -38,7 +39,14 @@ from galore_jax.rules import (
     rule_for,
     warn_of_no_projection,
 )
-from galore_jax.state import GaLoreState, check_gradient, is_low_rank, map_bases, to_float32
+from galore_jax.state import (
+    GaLoreState,
+    boxed_as,
+    check_gradient,
+    is_low_rank,
+    map_bases,
+    to_float32,
+)
 
 PyTree = Any
 BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)))
@@ -177,6 +185,8 @@ def galore(
             )
             bases.append(basis)
         count = jnp.zeros([], jnp.int32)
+        # Without boxes, whose names are those of a parameter's axes and not of a basis'.
+        tree = jax.tree.structure(unboxed(params), is_leaf=is_coordinates)
         return GaLoreState(count, jax.tree.unflatten(tree, bases), *settings())
 
     def settings() -> tuple[Lazy, jax.Array]:
@@ -216,7 +226,8 @@ def galore(
         pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
         whole = to_float32(updates) if low_rank else updates
-        updates = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=whole)
+        new = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=whole)
+        updates = new if low_rank else boxed_as(updates, new)
         return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
     tx = GaLore(init_fn, update_fn)
