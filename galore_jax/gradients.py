@@ -9,7 +9,7 @@ import optax
 
 from galore_jax.matrices import unboxed
 from galore_jax.micro_batches import check_micro_batches, mean_over
-from galore_jax.product import track
+from galore_jax.product import track, varying_as
 from galore_jax.projection import Basis, Coordinates, is_basis
 from galore_jax.rewrite import Program
 from galore_jax.state import galore_states, is_low_rank, map_bases
@@ -171,7 +171,7 @@ class TracedLoss:
                 reasons[leaf][reason] = None
 
         def evaluate() -> jax.Array:
-            leaves = self._tracked(self._leaves, self._bases, _zeros(self._bases))
+            leaves = self._tracked(self._leaves, self._bases, self._zeros(self._bases))
             return self._program.number(leaves, report)
 
         jax.eval_shape(evaluate)
@@ -192,7 +192,7 @@ class TracedLoss:
 
         free = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
         differentiated = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-        pair, (full, coordinates) = differentiated(free, _zeros(bases))
+        pair, (full, coordinates) = differentiated(free, self._zeros(bases))
 
         def gradient(i: int) -> Any:
             if i not in bases:
@@ -211,9 +211,12 @@ class TracedLoss:
         own = {i: track(i, leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
         return [own.get(i, leaf) for i, leaf in enumerate(leaves)]
 
+    def _zeros(self, bases: dict[int, Basis]) -> dict[int, jax.Array]:
+        def zeros(leaf: Any, basis: Basis) -> jax.Array:
+            coordinates = jnp.zeros(basis.projection.coordinates_shape, jnp.float32)
+            return varying_as(coordinates, leaf)  # Its derivative is summed where the leaf's is.
 
-def _zeros(bases: dict[int, Basis]) -> dict[int, jax.Array]:
-    return {i: jnp.zeros(b.projection.coordinates_shape, jnp.float32) for i, b in bases.items()}
+        return {i: zeros(self._leaves[i], basis) for i, basis in bases.items()}
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:

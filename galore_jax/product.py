@@ -80,11 +80,11 @@ def projected_product(
       kernel_first: whether the axes of the kernel precede those of x in the result.
 
     Returns:
-      The product; None if it does not contract the in side or the out side of the kernel, all of it
-      and nothing else.
+      The product; None if it does not contract all of the in side or of the out side of the kernel,
+      and nothing of the other.
     """
     (x_contracting, contracting), (x_batch, batch) = numbers
-    summed = sorted(kernel.axes[i] for i in contracting)
+    summed = sorted(kernel.axes[i] for i in contracting if kind(kernel.axes[i]) != BATCH)
     sides = [[axis for axis in sorted(kernel.axes) if kind(axis) == side] for side in (IN, OUT)]
     if summed not in sides or any(kind(kernel.axes[i]) != BATCH for i in batch):
         return None
@@ -134,7 +134,7 @@ def _backward(dot, layout, saved, upstream):
     dtype = jnp.promote_types(*wide)
     inner = _matrices(x.astype(dtype), layout.x_axes)
     outer = _matrices(upstream.astype(dtype), layout.y_axes)
-    batch = outer[1]  # A batch axis of the kernel that x lacks is one of the result.
+    batch = "".join(sorted({*inner[1], *outer[1]}))  # Each is in x, in the result, or in both.
     rows, columns = (inner, outer) if layout.contracts_in else (outer, inner)
     if "left" in vectors:
         rows = _in_basis(*rows, vectors["left"], batch)

@@ -109,9 +109,13 @@ def _apply(equation: Any, operands: list[Any], report: Report) -> list[Any]:
     if is_tracked and rule is not None:
         source = equation.source_info
         scope = source_info_util.current_name_stack() + source.name_stack
+        # In its scope it needs none of its own.
+        inner = equation.replace(
+            source_info=source.replace(name_stack=source_info_util.new_name_stack())
+        )
         try:
             with source_info_util.user_context(source.traceback, name_stack=scope):
-                return rule(equation, _Parameters(equation.params), operands, report)
+                return rule(inner, _Parameters(equation.params), operands, report)
         except NoRule:
             pass
     return _bind(equation, _used_otherwise(equation, operands, report))
@@ -261,6 +265,9 @@ SIZES = {
     "gather": "slice_sizes",
     "broadcast_in_dim": "shape",
 }
+OUTSIDE = {
+    lax.GatherScatterMode.PROMISE_IN_BOUNDS: lax.GatherScatterMode.FILL_OR_DROP,
+}
 
 
 def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -280,7 +287,10 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
 
     count = math.prod(value.coordinates.shape[:-2])
     numbers = np.arange(count).reshape([1 if i in sides else n for i, n in enumerate(shape)])
-    own: dict[str, Any] = {"fill_value": count} if name == "gather" else {}
+    own: dict[str, Any] = {}
+    if name == "gather":
+        # Indices out of range have no gradient, also where they are promised not to be.
+        own = {"fill_value": count, "mode": OUTSIDE.get(params["mode"], params["mode"])}
     if (sizes := SIZES.get(name)) is not None:
         ones = {*after.values()} if name == "broadcast_in_dim" else sides
         own[sizes] = tuple(1 if i in ones else n for i, n in enumerate(params[sizes]))
@@ -433,7 +443,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "cond": _cond,
     "shard_map": _shard_map,
     **dict.fromkeys(("slice", "dynamic_slice", "gather", "split", "unstack"), _select),
-    **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim"), _select),
+    **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim", "tile"), _select),
     **dict.fromkeys(("copy", "name", "sharding_constraint", "device_put"), _unchanged),
-    **dict.fromkeys(("optimization_barrier", "pvary"), _unchanged),
+    **dict.fromkeys(("optimization_barrier", "pvary", "reshard"), _unchanged),
 }

@@ -26,8 +26,8 @@ README = ROOT / "README.md"
 SEVEN_B = ROOT / "configs" / "llama_7b_24gb.toml"
 FIGURES = {"arguments", "outputs", "aliased", "temporaries", "total"}
 LAYERS, ROWS, LENGTH = 2, 2, 16
-# Of 7 bases: four counters and an overlap a layer and a scale; beside them counts, step and norm.
-COUNTERS = 7 * (5 * 4 * LAYERS + 4) + 64
+# Of 7 bases: five counters and an overlap a layer, a scale and an interval; counts, step and norm.
+COUNTERS = 7 * (6 * 4 * LAYERS + 2 * 4) + 64
 
 
 def tiny(**optimizer) -> Config:

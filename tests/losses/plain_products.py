@@ -313,3 +313,33 @@ def kernels_projected_on_their_larger_sides(params, x):
 @loss(partly="w1 w2", proj_type="full")
 def a_penalty_on_kernels_projected_on_both_sides(params, x):
     return squared(network(params, x)) + sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
+
+
+def heads():
+    """Kernels of two heads, which the default view takes for a batch of matrices."""
+    return {"w": normal(2, 6, 8)}
+
+
+@loss(projected="w", params=heads, batch=lambda: (inputs(5, 2, 6),))
+def a_sum_over_heads_whose_kernels_are_a_batch(params, x):
+    return squared(jnp.einsum("tnh,nhd->td", x, params["w"]))
+
+
+@loss(projected="w", params=heads, batch=lambda: (inputs(5, 2, 6),), proj_type="full")
+def a_sum_over_heads_projected_on_both_sides(params, x):
+    return squared(jnp.einsum("tnh,nhd->td", x, params["w"]))
+
+
+@loss(projected="w", params=heads, batch=lambda: (inputs(5, 2, 6), inputs(5, 2)))
+def a_weighted_sum_of_experts(params, x, weights):
+    return squared(jnp.einsum("tkf,kfd,tk->td", x, params["w"], weights))
+
+
+@loss(projected="w", params=heads)
+def tiled_layers(params, x):
+    return sum(squared(x @ layer) for layer in jnp.tile(params["w"], (2, 1, 1)))
+
+
+@loss(projected="w", params=heads, batch=lambda: (inputs(4, 6),))
+def indices_out_of_range_that_have_no_gradient(params, x):
+    return squared(jnp.einsum("td,tdf->tf", x, params["w"][jnp.array([1, 1, 9, 0])]))
