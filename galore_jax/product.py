@@ -95,7 +95,7 @@ def projected_product(
     y_axes = [kernel.axes[i] for i in batch] + (own + tokens if kernel_first else tokens + own)
     layout = _Layout("".join(x_axes), "".join(y_axes), contracts_in=summed == sides[0])
     coordinates = varying_as(kernel.coordinates, x, kernel.array)
-    return _product(dot, layout, x, lax.stop_gradient(kernel.array), kernel.vectors, coordinates)
+    return _product(dot, layout, x, kernel.array, kernel.vectors, coordinates)
 
 
 def varying_as(array: jax.Array, *others: Any) -> jax.Array:

@@ -55,6 +55,33 @@ def test_all_of_that_loss_is_projected():
     assert compared(loss, params(), inputs(5, 12)) == {"stack", "last"}
 
 
+def scans(jaxpr):
+    """Every scan in a jaxpr, however deep."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from scans(inner)
+
+
+def test_a_scan_over_layers_keeps_no_copy_of_their_kernels():
+    kernels = {"stack": inputs(3, 12, 12)}
+
+    def scanned(params, x):
+        x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
+        return jnp.mean(x**2)
+
+    tx, state = started(kernels)
+    jaxpr = jax.make_jaxpr(value_and_grad(scanned, tx))(kernels, state, inputs(5, 12))
+    found = list(scans(jaxpr.jaxpr))
+    assert len(found) == 2  # forwards and backwards
+    outputs = [var.aval.shape for scan in found for var in scan.outvars]
+    assert (3, 12, 12) not in outputs
+    assert (3, 4, 12) in outputs  # coordinates
+
+
 def test_scopes_of_the_loss_name_the_products_of_the_backward_pass():
     def scoped(params, x):
         with jax.named_scope("outer"):
