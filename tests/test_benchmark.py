@@ -12,7 +12,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402
-from benchmarks import accumulate, refresh, sketch, state, step, tokens  # noqa: E402
+from benchmarks import accumulate, dead, refresh, sketch, state, step, tokens  # noqa: E402
 
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
@@ -150,7 +150,7 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch.",
+            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch, dead.",
         ),
         (["state", "repeats=3"], "the setting repeats is unknown; this bench has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
@@ -177,11 +177,11 @@ def test_the_script_ends_with_that_sentence_alone():
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    benches = "refresh, step, state, accumulate, tokens, sketch"
+    benches = "refresh, step, state, accumulate, tokens, sketch, dead"
     assert done.stderr == f"error: there is no bench stap; there are {benches}.\n"
 
 
 def test_every_setting_is_in_the_help():
-    for bench in (refresh, step, state, accumulate, tokens, sketch):
+    for bench in (refresh, step, state, accumulate, tokens, sketch, dead):
         defaults = vars(bench.Settings())
         assert all(f"    {key}={value} " in benchmark.__doc__ for key, value in defaults.items())
