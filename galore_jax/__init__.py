@@ -1,19 +1,19 @@
 """GaLore in JAX: memory-efficient full-parameter training as an optax transformation."""
 
-from galore_jax import layerwise
-from galore_jax.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
-from galore_jax.apply import apply_gradients
-from galore_jax.chain import chain, init
-from galore_jax.check import check_projection, projection_report
-from galore_jax.describe import describe
-from galore_jax.gradients import value_and_grad
-from galore_jax.links import clip_by_finite_norm, decay_weights, scale_by_factored_rms
-from galore_jax.optimizers import adafactor, adamw, lion
-from galore_jax.projection import Basis, Coordinates
-from galore_jax.rules import Rule
-from galore_jax.sketch import refresh, refresh_due
-from galore_jax.state import ChainState, GaLoreState
-from galore_jax.transform import galore
+from galore_jax.grads import layerwise
+from galore_jax.grads.check import check_projection, projection_report
+from galore_jax.grads.describe import describe
+from galore_jax.grads.sketch import refresh, refresh_due
+from galore_jax.grads.value_and_grad import value_and_grad
+from galore_jax.optim.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
+from galore_jax.optim.aliases import adafactor, adamw, lion
+from galore_jax.optim.apply import apply_gradients
+from galore_jax.optim.chain import chain, init
+from galore_jax.optim.galore import galore
+from galore_jax.optim.state import ChainState, GaLoreState
+from galore_jax.optim.transforms import clip_by_finite_norm, decay_weights, scale_by_factored_rms
+from galore_jax.subspace.projection import Basis, Coordinates
+from galore_jax.subspace.rules import Rule
 
 __all__ = [
     "Basis",

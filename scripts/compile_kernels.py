@@ -22,15 +22,15 @@ def main() -> None:
     ).parse_args()
     import jax
 
-    from galore_jax import devices
+    from galore_jax.training import compile_targets
 
     print(f"{'kernel':14}{'target':10}{'shape':16}{'variant':32}{'temporary':>10}{'seconds':>9}")
-    for target in devices.TARGETS:
-        with devices.target(target) as sharding:
+    for target in compile_targets.TARGETS:
+        with compile_targets.target(target) as sharding:
             for name, shape, variant, kernel, arguments, donated in kernels():
                 start = time.perf_counter()
                 function = jax.jit(kernel, donate_argnums=donated)
-                compiled = function.lower(*devices.place(arguments, sharding)).compile()
+                compiled = function.lower(*compile_targets.place(arguments, sharding)).compile()
                 seconds = time.perf_counter() - start
                 analysis = compiled.memory_analysis()
                 assert analysis is not None
@@ -46,13 +46,13 @@ def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tupl
     import jax
     import jax.numpy as jnp
 
-    from galore_jax.kernels import triton
-    from galore_jax.quantization import quantize
+    from galore_jax.ops import pallas_triton
+    from galore_jax.ops.quantization import quantize
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    adam = functools.partial(triton.adam_8bit, b1=0.9, b2=0.999, eps=1e-8)
+    adam = functools.partial(pallas_triton.adam_8bit, b1=0.9, b2=0.999, eps=1e-8)
     for shape in ((RANK, 4096), (RANK, 11008)):
         for dtype in (jnp.float32, jnp.bfloat16):
             mu, nu = (
@@ -73,7 +73,9 @@ def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tupl
                 factors = array(1, rows, RANK), array(1, columns, RANK, dtype=basis)
             else:
                 factors = array(1, rows, RANK, dtype=basis), array(1, RANK, columns)
-            one = functools.partial(triton.lift_and_add, right_is_transposed=right_is_transposed)
+            one = functools.partial(
+                pallas_triton.lift_and_add, right_is_transposed=right_is_transposed
+            )
             lift = jax.vmap(one, (0, 0, 0, None, 0, None if seed is None else 0))
             arguments = (weights, *factors, array(), array(1), seed)
             side = "right" if right_is_transposed else "left"

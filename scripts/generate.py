@@ -29,7 +29,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from galore_jax.training.writing import write_text
+    from galore_jax.training.sample import write_text
 
     print(
         write_text(

@@ -56,7 +56,7 @@ def main() -> None:
 
     import jax
 
-    from galore_jax.devices import TARGETS, target
+    from galore_jax.training.compile_targets import TARGETS, target
     from galore_jax.training.config import load_config
     from galore_jax.training.memory import compiled, contestants, predict
     from galore_jax.training.step import refuse_missing_gpu

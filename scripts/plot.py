@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--out", default="curves.png", help="the PNG to write")
     arguments = parser.parse_args()
 
-    from galore_jax.training.curves import plot_curves
+    from galore_jax.training.plots import plot_curves
 
     plot_curves(arguments.runs, arguments.out)
 

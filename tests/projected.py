@@ -7,8 +7,8 @@ import numpy as np
 import optax
 
 from galore_jax import chain, galore, projection_report, value_and_grad
-from galore_jax.projection import is_coordinates
-from galore_jax.state import galore_states
+from galore_jax.optim.state import galore_states
+from galore_jax.subspace.projection import is_coordinates
 
 DENSE = (((1,), (0,)), ((), ()))
 # Bounds of the largest difference over the largest coordinate.

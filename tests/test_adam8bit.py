@@ -11,9 +11,9 @@ from trees import loss, random_params
 
 import galore_jax
 from galore_jax import adam8bit, adamw8bit, apply_gradients, chain, galore, scale_by_adam8bit
-from galore_jax.kernels import triton
-from galore_jax.projection import Coordinates, is_coordinates
-from galore_jax.quantization import Quantized, dequantize, quantize
+from galore_jax.ops import pallas_triton
+from galore_jax.ops.quantization import Quantized, dequantize, quantize
+from galore_jax.subspace.projection import Coordinates, is_coordinates
 
 SHAPES = {"stack": (3, 72, 300), "tall": (300, 72), "bias": (300,)}
 MOMENTS = ("keep", "rotate", "reset")
@@ -70,8 +70,8 @@ def test_leaves_whose_scales_would_take_what_codes_save_keep_float32_moments():
 
 @pytest.mark.parametrize("kernels", ["xla", "pallas"])
 def test_a_gradient_whose_square_is_infinite_leaves_the_moments_finite(kernels, monkeypatch):
-    interpreted = functools.partial(triton.adam_8bit, interpret=True)
-    monkeypatch.setattr(triton, "adam_8bit", interpreted)
+    interpreted = functools.partial(pallas_triton.adam_8bit, interpret=True)
+    monkeypatch.setattr(pallas_triton, "adam_8bit", interpreted)
     params = {"kernel": jnp.zeros((16, 512))}
     tx = scale_by_adam8bit(kernels=kernels)
     state = tx.init(params)
@@ -240,8 +240,8 @@ def test_kernels_of_another_name_are_refused():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_steps_with_kernels_are_those_without(monkeypatch, moments, dtype):
     for name in ("adam_8bit", "lift_and_add"):
-        kernel = functools.partial(getattr(triton, name), interpret=True)
-        monkeypatch.setattr(triton, name, kernel)
+        kernel = functools.partial(getattr(pallas_triton, name), interpret=True)
+        monkeypatch.setattr(pallas_triton, name, kernel)
     params, key = random_params(SHAPES, dtype=dtype), jax.random.key(0)
     ends = []
     for kernels in ("xla", "pallas"):

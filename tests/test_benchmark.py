@@ -150,7 +150,7 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch, dead.",
+            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch",
         ),
         (["state", "repeats=3"], "the setting repeats is unknown; this bench has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),

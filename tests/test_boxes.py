@@ -17,7 +17,7 @@ from trees import max_difference
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore, layerwise
-from galore_jax.layerwise import LayeredModel
+from galore_jax.grads.layerwise import LayeredModel
 
 BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partitioning}
 TARGET = np.sin(np.arange(16.0, dtype=np.float32))

@@ -5,7 +5,7 @@ import pytest
 from galore_jax.errors import InputError
 from galore_jax.training.compare import compare, table
 from galore_jax.training.config import from_dict
-from galore_jax.training.writing import write_text
+from galore_jax.training.sample import write_text
 
 RATES = (0.01, 0.0001)
 

@@ -9,20 +9,23 @@ import optax
 import pytest
 from jax.extend.random import threefry_2x32
 
-from galore_jax.kernels import adam, lift, triton
-from galore_jax.kernels.random import noise, threefry
-from galore_jax.quantization import decode, dequantize, quantize, round_with
+from galore_jax.ops import adam8bit, lift, pallas_triton
+from galore_jax.ops.quantization import decode, dequantize, quantize, round_with
+from galore_jax.ops.threefry import noise, threefry
 
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
 # Fractions of two, of which float32 has the powers nearly exactly.
 B1, B2, EPS, COUNT = 0.875, 0.96875, 1e-8, 10
 SEED = jnp.array([3, 5], jnp.uint32)
 
-adam_plain = jax.jit(functools.partial(adam.adam_8bit, b1=B1, b2=B2, eps=EPS))
-adam_kernel = jax.jit(functools.partial(triton.adam_8bit, b1=B1, b2=B2, eps=EPS, interpret=True))
+adam_plain = jax.jit(functools.partial(adam8bit.adam_8bit, b1=B1, b2=B2, eps=EPS))
+adam_kernel = jax.jit(
+    functools.partial(pallas_triton.adam_8bit, b1=B1, b2=B2, eps=EPS, interpret=True)
+)
 lift_plain = jax.jit(lift.lift_and_add, static_argnames="right_is_transposed")
 lift_kernel = jax.jit(
-    functools.partial(triton.lift_and_add, interpret=True), static_argnames="right_is_transposed"
+    functools.partial(pallas_triton.lift_and_add, interpret=True),
+    static_argnames="right_is_transposed",
 )
 both_adams = pytest.mark.parametrize("step", [adam_plain, adam_kernel], ids=["plain", "kernel"])
 both_lifts = pytest.mark.parametrize("add", [lift_plain, lift_kernel], ids=["plain", "kernel"])
@@ -104,8 +107,8 @@ def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
 def test_adam_by_parts_of_its_rows_is_adam_of_the_whole(monkeypatch, shape):
     arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
     whole = adam_plain(*arguments)
-    monkeypatch.setattr(adam, "MOST_AT_A_TIME", 1000)
-    step = functools.partial(adam.adam_8bit, b1=B1, b2=B2, eps=EPS)
+    monkeypatch.setattr(adam8bit, "MOST_AT_A_TIME", 1000)
+    step = functools.partial(adam8bit.adam_8bit, b1=B1, b2=B2, eps=EPS)
     assert "scan" in str(jax.make_jaxpr(step)(*arguments))
     update, *moments = jax.jit(step)(*arguments)
     np.testing.assert_allclose(update, whole[0], rtol=1e-6)

@@ -12,8 +12,8 @@ from trees import max_difference
 
 import galore_jax
 from galore_jax import layerwise
-from galore_jax.layerwise import LayeredModel, LayerwiseState
-from galore_jax.models import by_layer
+from galore_jax.grads.layerwise import LayeredModel, LayerwiseState
+from galore_jax.models import llama_layerwise
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 
@@ -22,7 +22,7 @@ GAP = 5
 
 
 def model_of(config):
-    functions = (by_layer.embed, by_layer.block, by_layer.head_loss)
+    functions = (llama_layerwise.embed, llama_layerwise.block, llama_layerwise.head_loss)
     return LayeredModel(*(functools.partial(f, config) for f in functions))
 
 

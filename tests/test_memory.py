@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from galore_jax.errors import exit_with_one_sentence
-from galore_jax.state import bases_of, galore_states
+from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.training.config import Config, from_dict, load_config, to_toml
 from galore_jax.training.memory import PARTS, contestants, predict
 from galore_jax.training.step import init_state, tree_bytes

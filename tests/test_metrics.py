@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 
 from galore_jax.errors import InputError
-from galore_jax.training.curves import plot_curves
-from galore_jax.training.folder import RunFolder
 from galore_jax.training.metrics import (
     Metrics,
     Summary,
@@ -18,7 +16,9 @@ from galore_jax.training.metrics import (
     read_summary,
     write_summary,
 )
+from galore_jax.training.plots import plot_curves
 from galore_jax.training.progress import Progress
+from galore_jax.training.run_folder import RunFolder
 
 SUMMARY = Summary(
     name="run",

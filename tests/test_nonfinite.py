@@ -10,8 +10,8 @@ import pytest
 
 import galore_jax
 from galore_jax import apply_gradients, chain, clip_by_finite_norm, galore, init
-from galore_jax.projection import is_coordinates
-from galore_jax.subspace import NEVER
+from galore_jax.subspace.methods import NEVER
+from galore_jax.subspace.projection import is_coordinates
 
 STEPS, GAP, RANK = 300, 7, 3
 SHAPES = {"stack": (4, 8, 12), "tall": (12, 8), "square": (8, 8), "bias": (12,)}

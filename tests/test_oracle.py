@@ -14,9 +14,9 @@ from trees import PLAIN, STACKED, max_difference, random_params
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
-from galore_jax.matrixwise import MatrixwiseState
-from galore_jax.projection import MOMENTS, PROJ_TYPES, is_basis, is_coordinates
-from galore_jax.subspace import REFRESH
+from galore_jax.optim.per_matrix import MatrixwiseState
+from galore_jax.subspace.methods import REFRESH
+from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES, is_basis, is_coordinates
 
 GAP, RANK = 5, 4
 SETTINGS = {"learning_rate": 0.05, "scale": 0.5, "weight_decay": 0.1}

@@ -12,7 +12,7 @@ from flax import nnx
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
-from galore_jax.subspace import REFRESH
+from galore_jax.subspace.methods import REFRESH
 
 RANK, GAP = 2, 2
 SHAPES = {"stack": (2, 6, 8), "bias": (8,)}

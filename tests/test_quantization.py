@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from galore_jax.quantization import (
+from galore_jax.ops.quantization import (
     Quantized,
     decode,
     dequantize,

@@ -12,9 +12,9 @@ import optax
 import pytest
 
 from galore_jax import apply_gradients, chain, galore, refresh, refresh_due, value_and_grad
-from galore_jax.sketch import updates_until_refresh
-from galore_jax.state import bases_of, galore_states
-from galore_jax.subspace import NEVER
+from galore_jax.grads.sketch import updates_until_refresh
+from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.subspace.methods import NEVER
 
 GAP = 16
 

@@ -12,7 +12,7 @@ from optax.contrib import GaLoreDimensionNumbers
 
 import galore_jax
 from galore_jax import Rule, chain, galore, init
-from galore_jax.rules import projections
+from galore_jax.subspace.rules import projections
 
 PARAMS = {
     "embed": {"embedding": jnp.zeros((30, 12))},

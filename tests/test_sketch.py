@@ -20,11 +20,11 @@ from galore_jax import (
     refresh_due,
     value_and_grad,
 )
+from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.models.llama import Llama, LlamaConfig
-from galore_jax.moments import rotated
-from galore_jax.sketch import updates_until_refresh
-from galore_jax.state import bases_of, galore_states
-from galore_jax.subspace import subspace_iteration
+from galore_jax.optim.moments import rotated
+from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.subspace.methods import subspace_iteration
 from galore_jax.training.step import batch_loss
 
 CONFIG = LlamaConfig(97, 32, 56, 3, 2, max_length=16)
@@ -245,7 +245,7 @@ def counted(tx, params, state):
 
 
 def projected_zeros(state, zeros):
-    from galore_jax.state import start_coordinates
+    from galore_jax.optim.state import start_coordinates
 
     return start_coordinates(zeros, galore_states(state, inside_chains=True))
 

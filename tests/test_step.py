@@ -9,9 +9,8 @@ import pytest
 import galore_jax
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
-from galore_jax.state import bases_of, galore_states
+from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.training.config import Config
-from galore_jax.training.diagnostics import diagnose, movement
 from galore_jax.training.sections import OptimizerConfig, TrainingConfig
 from galore_jax.training.step import (
     init_state,
@@ -22,6 +21,7 @@ from galore_jax.training.step import (
     tree_bytes,
     tree_size,
 )
+from galore_jax.training.subspace_metrics import diagnose, movement
 
 CONFIG = Config(
     LlamaConfig(

@@ -10,7 +10,7 @@ from test_step import changed, initial
 
 import galore_jax
 from galore_jax.errors import InputError
-from galore_jax.sketch import refresh_due
+from galore_jax.grads.sketch import refresh_due
 from galore_jax.training.step import Stepper, batch_loss, make_optimizer, make_train_step
 
 CONFIG = changed(optimizer={"gradients": "projected", "clip_norm": 0.5})

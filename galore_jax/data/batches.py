@@ -8,7 +8,7 @@ import grain
 import numpy as np
 
 from galore_jax.data.packing import PackedRows, Rows, pack
-from galore_jax.data.python_text import standard_library_texts
+from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer
 from galore_jax.errors import InputError
 

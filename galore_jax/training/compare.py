@@ -12,11 +12,11 @@ from pathlib import Path
 from galore_jax.data.batches import documents
 from galore_jax.files import written_whole
 from galore_jax.training.config import Config, load_config
-from galore_jax.training.curves import plot_curves
-from galore_jax.training.folder import RunFolder, refuse_other_run
 from galore_jax.training.loop import train
 from galore_jax.training.metrics import Summary, format_bytes, read_summary
-from galore_jax.training.writing import write_text
+from galore_jax.training.plots import plot_curves
+from galore_jax.training.run_folder import RunFolder, refuse_other_run
+from galore_jax.training.sample import write_text
 
 SAMPLE_TOKENS = 400
 PROMPT_CHARACTERS = 40  # of a held-out document

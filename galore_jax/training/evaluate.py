@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from galore_jax.errors import InputError
-from galore_jax.micro_batches import split
+from galore_jax.grads.micro_batches import split
 from galore_jax.training.config import Config
 from galore_jax.training.step import Batch, batch_loss
 

@@ -16,16 +16,21 @@ from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
-from galore_jax.training.curves import plot_curves
 from galore_jax.training.evaluate import (
     bigram_loss,
     check_bigram_vocabulary,
     make_evaluate,
     perplexity,
 )
-from galore_jax.training.folder import RunFolder, open_folder, refuse_wrong_start, resume_command
 from galore_jax.training.metrics import Metrics, Summary, format_bytes, write_summary
+from galore_jax.training.plots import plot_curves
 from galore_jax.training.progress import Progress
+from galore_jax.training.run_folder import (
+    RunFolder,
+    open_folder,
+    refuse_wrong_start,
+    resume_command,
+)
 from galore_jax.training.step import Stepper, init_state, tree_bytes, tree_size
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from galore_jax.devices import place
-from galore_jax.matrices import path_names
 from galore_jax.models.layers import LEAST_QUERIES, MOST_BLOCKS
 from galore_jax.models.loss import COLUMNS
-from galore_jax.state import galore_states, start_coordinates
+from galore_jax.optim.state import galore_states, start_coordinates
+from galore_jax.subspace.matrix_view import path_names
+from galore_jax.training.compile_targets import place
 from galore_jax.training.config import Config
 from galore_jax.training.sections import OptimizerConfig
 from galore_jax.training.step import (
@@ -116,7 +116,7 @@ def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
 
     Args:
       config: of the run.
-      sharding: of a card to compile for, from `galore_jax.devices.target`; None: the device here.
+      sharding: of a card to compile for, from `compile_targets.target`; None: the device here.
 
     Returns:
       Of `train_step` and, with projected gradients, of `refresh_step`, which makes new

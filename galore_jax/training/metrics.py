@@ -12,7 +12,7 @@ from typing import Any
 
 from galore_jax.errors import InputError
 from galore_jax.files import written_whole
-from galore_jax.training.folder import RunFolder
+from galore_jax.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from galore_jax.errors import InputError
-from galore_jax.kernels import KERNELS
-from galore_jax.projection import MOMENTS, PROJ_TYPES
-from galore_jax.subspace import MAX_GAP, REFRESH
+from galore_jax.ops.implementation import KERNELS
+from galore_jax.subspace.methods import MAX_GAP, REFRESH
+from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES
 
 OPTIMIZERS = (
     "adamw",

@@ -12,17 +12,17 @@ import numpy as np
 import optax
 
 import galore_jax
-from galore_jax import layerwise
 from galore_jax.errors import InputError
-from galore_jax.micro_batches import mean_over
-from galore_jax.models import by_layer
+from galore_jax.grads import layerwise
+from galore_jax.grads.micro_batches import mean_over
+from galore_jax.grads.sketch import updates_until_refresh
+from galore_jax.models import llama_layerwise
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
-from galore_jax.sketch import updates_until_refresh
-from galore_jax.state import galore_states, project
+from galore_jax.optim.state import galore_states, project
 from galore_jax.training.config import Config
-from galore_jax.training.diagnostics import diagnose, movement
 from galore_jax.training.sections import OptimizerConfig
+from galore_jax.training.subspace_metrics import diagnose, movement
 
 PyTree = Any
 Batch = dict[str, Any]
@@ -230,9 +230,9 @@ def _make_layerwise_step(
     choices: dict[str, Any] = {"clip_by": optimizer.clip_by, "kernels": optimizer.kernels}
     step = layerwise.make_step(
         layerwise.LayeredModel(
-            embed=functools.partial(by_layer.embed, config.model),
-            block=functools.partial(by_layer.block, config.model),
-            head_loss=functools.partial(by_layer.head_loss, config.model),
+            embed=functools.partial(llama_layerwise.embed, config.model),
+            block=functools.partial(llama_layerwise.block, config.model),
+            head_loss=functools.partial(llama_layerwise.head_loss, config.model),
         ),
         make_optimizer(optimizer, config.training.steps, clips=False),
         projected=optimizer.are_projected,

@@ -11,7 +11,7 @@ from benchmarks.models import init_llama
 from benchmarks.report import Row
 from benchmarks.state import of_every_size
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.state import galore_states, start_coordinates
+from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.training.step import tree_bytes, tree_size
 
 

@@ -10,8 +10,8 @@ import optax
 from optax.contrib import GaLoreDimensionNumbers
 
 import galore_jax
-from galore_jax.matrices import is_named_whole, is_no_weight, path_names
-from galore_jax.projection import is_basis
+from galore_jax.subspace.matrix_view import is_named_whole, is_no_weight, path_names
+from galore_jax.subspace.projection import is_basis
 
 PyTree = Any
 Loss = Callable[[PyTree, PyTree], jax.Array]

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from benchmarks.report import Row, require, require_choice
 from benchmarks.timing import interleaved
 from galore_jax.data.batches import DataConfig, train_batches
-from galore_jax.data.python_text import standard_library_texts
+from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.state import galore_states
-from galore_jax.subspace import REFRESH
+from galore_jax.optim.state import galore_states
+from galore_jax.subspace.methods import REFRESH
 from galore_jax.training.config import Config
 from galore_jax.training.sections import OptimizerConfig, TrainingConfig
 from galore_jax.training.step import init_state, make_gradients, make_optimizer, make_train_step

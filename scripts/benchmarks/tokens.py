@@ -15,7 +15,7 @@ from benchmarks.timing import interleaved, seconds
 from galore_jax.files import written_whole
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import load_config
-from galore_jax.training.curves import COLOURS
+from galore_jax.training.plots import COLOURS
 
 ROW_LENGTH = 256
 NAMES = ("adamw", "galore_full", "galore_projected")

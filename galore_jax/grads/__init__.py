@@ -1,0 +1,1 @@
+"""Projected gradients: losses rewritten so that their backward pass gives coordinates."""

@@ -1,0 +1,104 @@
+"""How a loss uses projected parameters, and whether their coordinates are then right."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.grads.value_and_grad import Loss, TracedLoss, Uses, bases_in
+from galore_jax.optim.galore import galore
+from galore_jax.optim.state import map_bases
+from galore_jax.subspace.projection import Basis, is_coordinates
+from galore_jax.subspace.rules import Rank
+
+PyTree = Any
+
+
+def projection_report(
+    loss: Loss,
+    params: PyTree,
+    opt_state: PyTree,
+    *batch: Any,
+    has_aux: bool = False,
+    **unsplit: Any,
+) -> dict[str, Uses]:
+    """How the gradient of each projected parameter comes about in `value_and_grad`.
+
+    Args:
+      loss: as for `value_and_grad`.
+      params: the parameters or their shapes.
+      opt_state: of an optimizer with galore, or its shapes.
+      *batch: as for `value_and_grad`, or shapes.
+      has_aux: as there.
+      **unsplit: as there.
+
+    Returns:
+      By path ("layers/mlp/kernel") the `Uses` of the parameter: whether its gradient is "projected"
+      in the backward pass, "partly" or "full", and the primitives that are the reason, with the
+      lines of the source that they come from.
+
+    Raises:
+      ValueError: as `value_and_grad`.
+    """
+    leaves, tree = jax.tree.flatten(batch)
+    shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+    found: dict[str, Uses] = {}
+
+    def trace(params: PyTree, opt_state: PyTree, arrays: dict[int, jax.Array]) -> None:
+        batch = tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+        bases = bases_in(params, opt_state)
+        traced = TracedLoss(loss, params, bases, batch, unsplit, has_aux)
+        found.update({"/".join(path): uses for path, uses in traced.uses.items()})
+
+    jax.eval_shape(trace, params, opt_state, shapes)
+    return found
+
+
+def check_projection(
+    loss: Loss,
+    params: PyTree,
+    *batch: Any,
+    has_aux: bool = False,
+    rank: Rank = 0.25,
+    **settings: Any,
+) -> dict[str, float]:
+    """Compares the gradients of `value_and_grad` with full ones, in random bases.
+
+    Args:
+      loss: as for `value_and_grad`.
+      params: the parameters.
+      *batch: the other arguments of the loss.
+      has_aux: whether the loss returns a pair.
+      rank: of the bases, as for `galore`.
+      **settings: others of `galore` that say what is projected, such as `rules`.
+
+    Returns:
+      For each parameter whose gradient is "projected" or "partly" so, by its path, the largest
+      difference of its coordinates from those of the full gradient, over the largest of these.
+
+    Raises:
+      ValueError: a gradient that is not finite, or coordinates that differ by more than their dtype
+        allows. It names the leaf.
+    """
+    state: Any = galore(rank, **settings).init(params)
+    _, gradients = TracedLoss(loss, params, state.bases, batch, {}, has_aux).value_and_grad()
+    full = jax.grad(loss, has_aux=has_aux)(params, *batch)
+    errors: dict[str, float] = {}
+
+    def compare(basis: Basis, found: Any, gradient: jax.Array) -> None:
+        name = basis.projection.name
+        if not jnp.all(jnp.isfinite(gradient)):
+            raise ValueError(f"check_projection: the gradient of {name} is not finite.")
+        if not is_coordinates(found):
+            return
+        wanted = basis.projection.project(basis.vectors, gradient)
+        largest = jnp.maximum(jnp.max(jnp.abs(wanted)), jnp.finfo(jnp.float32).tiny)
+        errors[name] = error = float(jnp.max(jnp.abs(found.value - wanted)) / largest)
+        if not error <= float(jnp.finfo(gradient.dtype).eps) ** 0.5:
+            raise ValueError(
+                f"check_projection: the coordinates of {name} differ from those of its full "
+                f"gradient by {error:.1e} of the largest: give it the rule None."
+            )
+
+    map_bases(compare, state.bases, gradients, full[0] if has_aux else full, otherwise=state.bases)
+    return errors

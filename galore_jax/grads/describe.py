@@ -1,0 +1,104 @@
+"""A table of what is projected and what that saves."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.grads.check import projection_report
+from galore_jax.grads.value_and_grad import Loss
+from galore_jax.optim.chain import init
+from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.subspace.matrix_view import is_box, named_leaves
+
+PyTree = Any
+
+
+def describe(
+    params: PyTree,
+    tx: optax.GradientTransformation,
+    loss: Loss | None = None,
+    *batch: Any,
+    has_aux: bool = False,
+    **unsplit: Any,
+) -> str:
+    """What `tx` does with each parameter: its path, view, side, rank and the bytes saved.
+
+    Saved is what the optimizer's state keeps of the parameter, bases and counters included, against
+    two float32 moments of its shape, as Adam keeps. Nothing is computed.
+
+    Args:
+      params: the parameters or their shapes.
+      tx: a transformation with galore in it.
+      loss: where given, as for `value_and_grad`, a column more says how the gradient of each
+        projected parameter comes about there: "projected" in the backward pass, "partly" or "full",
+        and where it is not, which primitives in which lines of the source are the reason.
+      *batch: the other arguments of the loss, or their shapes.
+      has_aux: whether the loss returns a pair.
+      **unsplit: keyword arguments of the loss.
+
+    Returns:
+      A table as text, a line a leaf and a last one with the sums.
+
+    Example:
+      >>> import galore_jax, jax.numpy as jnp, optax
+      >>> params = {"bias": jnp.zeros(256), "kernel": jnp.zeros((2, 64, 256))}
+      >>> print(describe(params, galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))))
+      path    matrices      side  rank  bytes saved
+      bias    -             -        -            0
+      kernel  2 x 64 x 256  left     8      225,224
+      total                                 225,224
+    """
+    state = jax.eval_shape(lambda params: init(tx, params), params)
+    bases = bases_of(galore_states(state, inside_chains=True))
+    projections = {basis.projection.path: basis.projection for basis in bases}
+    kept = _bytes_kept(tx, state, params)
+    gradients: dict[str, str] = {}
+    if loss is not None:
+        report = projection_report(loss, params, state, *batch, has_aux=has_aux, **unsplit)
+        for name, uses in report.items():
+            gradients[name] = ": ".join(filter(None, (uses.gradient, ", ".join(uses.reasons))))
+
+    rows = [("path", "matrices", "side", "rank", "bytes saved", "gradient" if gradients else "")]
+    total = 0
+    for (names, leaf), own in zip(named_leaves(params), kept, strict=True):
+        saved = 2 * 4 * math.prod(jnp.shape(leaf)) - own
+        total += saved
+        sizes = side = rank = "-"
+        if names in projections:
+            view, rank = projections[names].view, str(projections[names].rank)
+            sizes = " x ".join(str(size) for size in (*view.batch, view.rows, view.columns))
+            side = "+".join(projections[names].sides)
+        name = "/".join(names)
+        rows.append((name, sizes, side, rank, f"{saved:,}", gradients.get(name, "")))
+    rows.append(("total", "", "", "", f"{total:,}", ""))
+    return _table(rows)
+
+
+def _bytes_kept(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> list[int]:
+    """By parameter, the bytes of all that a state keeps in its place."""
+    kept = {path: 0 for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)}
+
+    def count(copy: PyTree) -> PyTree:
+        """Of a tree like the parameters."""
+        pieces = jax.tree_util.tree_leaves_with_path(
+            copy, is_leaf=lambda path, _: path in kept, is_leaf_takes_path=True
+        )
+        for path, piece in pieces:
+            kept[path] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(piece))
+        return copy
+
+    optax.tree.map_params(tx, count, state, is_leaf=lambda _: True)
+    return list(kept.values())
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for path, matrices, side, rank, saved, gradient in rows:
+        left = f"{path:<{widths[0]}}  {matrices:<{widths[1]}}  {side:<{widths[2]}}"
+        right = f"{rank:>{widths[3]}}  {saved:>{widths[4]}}  {gradient}"
+        lines.append(f"{left}  {right}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""Refreshes without a full gradient: the subspace iteration by two backward passes a round.
+
+For a left basis P the first pass gives the coordinates `R = PᵀG`, hence `A = orth(Rᵀ)`, and a
+second one over the same batch `Y = G A`, in the way of coordinates in a right basis A; then
+`P = orth(Y)`. For a right basis the sides change places. A basis that no gradient has shaped yet
+takes three rounds.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
+from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
+from galore_jax.ops.quantization import as_float32
+from galore_jax.optim.moments import Turn, rotate
+from galore_jax.optim.state import (
+    GaLoreState,
+    bases_of,
+    galore_states,
+    map_bases,
+    with_galore_states,
+)
+from galore_jax.subspace.methods import NEVER, for_each, orthonormalise, span
+from galore_jax.subspace.projection import Basis, Side, is_basis
+from galore_jax.subspace.refresh import Sketch, refresh_basis, updates_left
+
+# Coordinates of the gradient in given bases, by a backward pass.
+Backward = Callable[[dict[Path, Basis]], dict[Path, jax.Array]]
+AxisName = str | tuple[str, ...]
+OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
+
+
+def updates_until_refresh(opt_state: PyTree) -> jax.Array:
+    """The least number of updates, int32 scalar, after which a refresh can be due; 0: it is now."""
+    return _least_left(bases_of(galore_states(opt_state, inside_chains=True)))
+
+
+@jax.jit
+def _least_left(bases: list[Basis]) -> jax.Array:
+    left = [jnp.min(updates_left(basis), initial=2**30) for basis in bases]
+    return jnp.maximum(jnp.min(jnp.stack(left)), 0) if left else jnp.asarray(2**30, jnp.int32)
+
+
+def refresh_due(opt_state: PyTree) -> jax.Array:
+    """Whether the basis of a matrix is due for a refresh, a boolean scalar."""
+    return updates_until_refresh(opt_state) == 0
+
+
+def refresh(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    micro_batches: int = 1,
+    axis_name: AxisName | None = None,
+) -> Callable[..., PyTree]:
+    """New bases where they are due, from backward passes that never form a full gradient.
+
+    Call it before `value_and_grad` where `refresh_due(opt_state)` says so, with the same batch. A
+    matrix whose gradient is zero or not finite keeps its basis; the next try is due after 1, 2, 4,
+    … more finite updates, at most `update_proj_gap`. What only full gradients can refresh (see
+    `value_and_grad`) is refreshed by its update. The moments are treated as `galore(moments=…)`
+    says; no update is counted.
+
+    Args:
+      loss: as for `value_and_grad`, with its other arguments.
+      tx: the optimizer.
+      has_aux: as there.
+      micro_batches: as there; each pass goes over all of them before the next begins.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split: the
+        gradients are averaged over them, so that all devices get the same bases; `()`: over none.
+
+    Returns:
+      A function `(params, opt_state, *batch, **unsplit)` that returns the new state.
+
+    Raises:
+      ValueError: a refresh method that needs full gradients, naming the leaf; no `axis_name` inside
+        `jax.pmap` or `jax.shard_map`; and as `value_and_grad`.
+    """
+    del tx  # The state says all; the signature is that of `value_and_grad`.
+    check_micro_batches(micro_batches)
+
+    def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
+        _check_axis_name(axis_name)
+        bases = bases_in(params, opt_state)
+        traced = lambda *batch: TracedLoss(loss, params, bases, batch, unsplit, has_aux)  # noqa: E731
+        first = traced(*first_part(batch, micro_batches))
+
+        def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
+            def chosen(basis: Basis, param: jax.Array) -> Any:
+                if basis.projection.path not in given:
+                    return optax.MaskedNode()
+                basis = given[basis.projection.path]
+                # In the dtype of the products already, so that no wider ones are kept for them.
+                vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
+                return dataclasses.replace(basis, vectors=vectors)
+
+            own = map_bases(chosen, bases, params, otherwise=bases)
+            one = lambda *part: (first if micro_batches == 1 else traced(*part)).coordinates(own)  # noqa: E731
+            found = mean_over(one, micro_batches, *batch)
+            return lax.pmean(found, axis_name) if axis_name else found
+
+        found = {
+            basis.projection.path: basis
+            for basis in jax.tree.leaves(bases, is_leaf=is_basis)
+            if first.uses[basis.projection.path].gradient != "full"
+        }
+        return _refreshed(opt_state, _sketches(backward, found)) if found else opt_state
+
+    return run
+
+
+def _check_axis_name(axis_name: AxisName | None) -> None:
+    axes = jax.sharding.get_abstract_mesh().manual_axes
+    if axes and axis_name is None:
+        raise ValueError(
+            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))} each "
+            "device would make bases of its own: name the batch's axes, refresh(…, axis_name=…)."
+        )
+
+
+def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
+    """A sketch for each basis; where none is due nothing is computed."""
+    due = [jnp.any(updates_left(basis) <= 0) for basis in bases.values()]
+    new = [jnp.any((updates_left(basis) <= 0) & (basis.age >= NEVER)) for basis in bases.values()]
+    rounds = jnp.where(jnp.any(jnp.stack(new)), 3, jnp.any(jnp.stack(due)).astype(jnp.int32))
+    most_sides = max(len(basis.projection.sides) for basis in bases.values())
+
+    def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
+        # The second side of a two-sided basis takes passes of its own.
+        for place in range(most_sides):
+            sides: dict[Path, Side] = {
+                path: basis.projection.sides[place]
+                for path, basis in bases.items()
+                if place < len(basis.projection.sides)
+            }
+            sketches = _half_round(backward, bases, sides, sketches)
+        return sketches
+
+    start = {
+        path: Sketch(
+            {side: as_float32(stack) for side, stack in basis.vectors.items()},
+            jnp.ones(basis.age.shape, bool),
+        )
+        for path, basis in bases.items()
+    }
+    return lax.fori_loop(0, rounds, one_round, start)
+
+
+def _half_round(
+    backward: Backward,
+    bases: dict[Path, Basis],
+    sides: dict[Path, Side],
+    sketches: dict[Path, Sketch],
+) -> dict[Path, Sketch]:
+    """New vectors on one side of each of the bases named in `sides`."""
+
+    def passed(side_of: dict[Path, Side], vectors: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+        return backward(
+            {path: _one_sided(bases[path], side, vectors[path]) for path, side in side_of.items()}
+        )
+
+    old = {path: sketches[path].vectors[side] for path, side in sides.items()}
+    first = passed(sides, old)
+    across = {
+        path: _where_due(bases[path], span, _columns(first[path], sides[path])) for path in sides
+    }
+    second = passed({path: OPPOSITE[side] for path, side in sides.items()}, across)
+    done = dict(sketches)
+    for path, side in sides.items():
+        columns = _columns(second[path], OPPOSITE[side])
+        new = _where_due(bases[path], orthonormalise, columns, old[path])
+        # As of a full gradient: not finite in its squares, or zero, it shapes no basis.
+        finite = jnp.isfinite(jnp.sum(columns**2, axis=(-2, -1)))
+        usable = sketches[path].usable & finite & jnp.any(columns != 0, axis=(-2, -1))
+        vectors: dict[Side, Any] = {**sketches[path].vectors, side: new}
+        done[path] = Sketch(vectors, usable)
+    return done
+
+
+def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
+    projection = dataclasses.replace(basis.projection, sides=(side,))
+    return dataclasses.replace(basis, vectors={side: vectors}, projection=projection)
+
+
+def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
+    """`PᵀG` (r, out) as r columns, or `G P` (in, r) as it is."""
+    return coordinates.mT if side == "left" else coordinates
+
+
+def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """`f` of the matrices that are due, shaped as the first array; the others as they are."""
+    batch = basis.age.ndim
+    flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
+
+    def one(i: jax.Array, done: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return done.at[i].set(f(*(array[i] for array in arrays)))
+
+    stacks = tuple(map(flat, arrays))
+    due = (updates_left(basis) <= 0).reshape(-1)
+    return for_each(due, one, stacks[0], stacks).reshape(arrays[0].shape)
+
+
+def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
+    """The state with the bases that the sketches make, and its moments in them."""
+    turns = {}
+
+    def renew(state: GaLoreState) -> GaLoreState:
+        def at_leaf(basis: Basis) -> Basis:
+            path = basis.projection.path
+            if path not in sketches:
+                return basis
+            new = refresh_basis(
+                basis, sketches[path], state.lazy, seed=state.seed, count=state.count
+            )
+            turns[path] = Turn(basis, new, new.age < basis.age)
+            return new
+
+        return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
+
+    new = [renew(state) for state in galore_states(opt_state, inside_chains=True)]
+    return with_galore_states(rotate(opt_state, turns), new, inside_chains=True)

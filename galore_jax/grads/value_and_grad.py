@@ -1,0 +1,243 @@
+"""`value_and_grad` for training with galore: gradients that the backward pass projects."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.grads.jaxpr import Program
+from galore_jax.grads.micro_batches import check_micro_batches, mean_over
+from galore_jax.grads.product import track, varying_as
+from galore_jax.optim.state import galore_states, is_low_rank, map_bases
+from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.projection import Basis, Coordinates, is_basis
+
+PyTree = Any
+Path = tuple[str, ...]
+Loss = Callable[..., Any]
+
+
+def value_and_grad(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    micro_batches: int = 1,
+) -> Callable[..., tuple[Any, PyTree]]:
+    """`jax.value_and_grad` with gradients that the backward pass projects; for `apply_gradients`.
+
+    The gradients of projected parameters are `Coordinates`, float32, equal to projected full ones
+    up to rounding. Where the loss multiplies by a parameter they take
+    `r · (in + out) / (in · out)` of the work, and the full gradient is never formed. Any other use
+    of the parameter contributes its full gradient, which is then projected and added. A projected
+    parameter that the loss multiplies by nowhere, as that of a convolution, has a full gradient in
+    place of coordinates, which galore then projects. `describe(params, tx, loss, *batch)` shows
+    which is which, and why.
+
+    The bases do not change by it: without `refresh` they stay the random ones they start as.
+
+    Args:
+      loss: a function of the parameters and a batch, in any framework. It is traced, as under
+        `jax.jit`.
+      tx: the optimizer.
+      has_aux: whether the loss returns a pair, the second of which is not differentiated.
+      micro_batches: into how many parts each array of the batch is split along its first axis; all
+        that is returned is then the mean over them, accumulated in float32: of gradients only the
+        coordinates, of aux too.
+
+    Returns:
+      A function `(params, opt_state, *batch, **unsplit)` that returns the loss (with has_aux the
+      pair) and the gradients, shaped as the parameters.
+
+    Raises:
+      ValueError: the optimizer has no galore, or was started with full-size moments; the batch
+        cannot be split.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from galore_jax import apply_gradients, chain, galore, refresh, refresh_due
+      >>> from galore_jax import value_and_grad
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+      >>> params, x = {"w": jnp.ones((8, 16))}, jnp.ones((4, 8))
+      >>> tx = chain(galore(rank=2), optax.adam(1e-3))
+      >>> state = tx.init(params)
+      >>> if refresh_due(state):
+      ...     state = refresh(loss, tx)(params, state, x)
+      >>> value, grads = value_and_grad(loss, tx)(params, state, x)
+      >>> grads["w"].value.shape
+      (2, 16)
+      >>> params, state = apply_gradients(tx, grads, state, params)
+    """
+    del tx  # The state says all; the signature is that of `refresh`.
+    check_micro_batches(micro_batches)
+
+    def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
+        bases = bases_in(params, opt_state)
+
+        def one(*batch: Any) -> tuple[Any, PyTree]:
+            return TracedLoss(loss, params, bases, batch, unsplit, has_aux).value_and_grad()
+
+        return mean_over(one, micro_batches, *batch)
+
+    return run
+
+
+class Uses(NamedTuple):
+    """How a loss uses a projected parameter.
+
+    Attributes:
+      products: whether it multiplies by it, so that the backward pass projects that gradient.
+      reasons: why another part of the gradient is not projected there: the primitives that use the
+        parameter, and their lines of the source.
+    """
+
+    products: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def gradient(self) -> str:
+        """How the gradient comes about: "projected" in the backward pass, "partly", or "full"."""
+        if not self.reasons:
+            return "projected"
+        return "partly" if self.products else "full"
+
+
+class TracedLoss:
+    """A loss at some parameters and a batch, traced.
+
+    Args:
+      loss: as for `value_and_grad`.
+      params: the parameters.
+      bases: a tree like the parameters, `optax.MaskedNode()` where nothing is projected.
+      batch: other arguments of the loss.
+      unsplit: its keyword arguments.
+      has_aux: whether it returns a pair.
+
+    Attributes:
+      uses: how the loss uses each projected parameter, by path.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: PyTree,
+        bases: PyTree,
+        batch: Sequence[Any],
+        unsplit: Mapping[str, Any],
+        has_aux: bool,
+    ):
+        def pair(params: PyTree) -> tuple[Any, Any]:
+            returned = loss(params, *batch, **unsplit)
+            value, aux = returned if has_aux else (returned, None)
+            return value, aux
+
+        self._program = Program(pair, params)
+        self._leaves, self._tree = jax.tree.flatten(params)
+        self._unboxed_tree = jax.tree.structure(unboxed(params))
+        self._bases, self._has_aux = self._by_leaf(bases), has_aux
+        self.uses = self._find_uses()
+
+    def value_and_grad(self) -> tuple[Any, PyTree]:
+        """What the loss returns, and its gradients.
+
+        They are `Coordinates` at the parameters with a basis, but full where the loss multiplies by
+        such a parameter nowhere.
+        """
+        pair, gradients = self._differentiate(self._bases, set(range(len(self._leaves))))
+        return pair if self._has_aux else pair[0], self._tree.unflatten(gradients)
+
+    def coordinates(self, bases: PyTree) -> dict[Path, jax.Array]:
+        """By path the coordinates in these bases, a part of its own ones or others in their place.
+
+        There are none of a parameter that the loss multiplies by nowhere.
+        """
+        _, gradients = self._differentiate(self._by_leaf(bases), set())
+        return {g.projection.path: g.value for g in gradients if isinstance(g, Coordinates)}
+
+    def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
+        found = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))
+        return {i: basis for i, basis in found if is_basis(basis)}
+
+    def _find_uses(self) -> dict[Path, Uses]:
+        products: set[int] = set()
+        reasons: dict[int, dict[str, None]] = {i: {} for i in self._bases}
+
+        def report(leaf: int, reason: str | None) -> None:
+            if reason is None:
+                products.add(leaf)
+            else:
+                reasons[leaf][reason] = None
+
+        def evaluate() -> jax.Array:
+            leaves = self._tracked(self._leaves, self._bases, self._zeros(self._bases))
+            return self._program.number(leaves, report)
+
+        jax.eval_shape(evaluate)
+        return {
+            basis.projection.path: Uses(i in products, tuple(reasons[i]))
+            for i, basis in self._bases.items()
+        }
+
+    def _differentiate(self, bases: dict[int, Basis], wanted: set[int]) -> tuple[tuple, list[Any]]:
+        """The loss's pair, and the gradients of leaves with a basis and of those wanted."""
+        uses = {i: self.uses[basis.projection.path] for i, basis in bases.items()}
+        bases = {i: basis for i, basis in bases.items() if uses[i].gradient != "full"}
+        used_otherwise = {i for i in bases if uses[i].reasons}
+
+        def value(free: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
+            leaves = [free.get(i, leaf) for i, leaf in enumerate(self._leaves)]
+            return self._program(self._tracked(leaves, bases, coordinates), lambda *_: None)
+
+        free = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
+        differentiated = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+        pair, (full, coordinates) = differentiated(free, self._zeros(bases))
+
+        def gradient(i: int) -> Any:
+            if i not in bases:
+                return full.get(i)
+            projection, own = bases[i].projection, coordinates[i]
+            if i in full:
+                own += projection.project(bases[i].vectors, full[i])
+            return Coordinates(own, projection)
+
+        return pair, [gradient(i) for i in range(len(self._leaves))]
+
+    @staticmethod
+    def _tracked(
+        leaves: list[Any], bases: dict[int, Basis], coordinates: dict[int, Any]
+    ) -> list[Any]:
+        own = {i: track(i, leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
+        return [own.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+    def _zeros(self, bases: dict[int, Basis]) -> dict[int, jax.Array]:
+        def zeros(leaf: Any, basis: Basis) -> jax.Array:
+            coordinates = jnp.zeros(basis.projection.coordinates_shape, jnp.float32)
+            return varying_as(coordinates, leaf)  # Its derivative is summed where the leaf's is.
+
+        return {i: zeros(self._leaves[i], basis) for i, basis in bases.items()}
+
+
+def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
+    """Every basis in a state, in one tree like the parameters, `optax.MaskedNode()` elsewhere.
+
+    Raises:
+      ValueError: there is no galore, or it was started with full-size moments.
+    """
+    states = galore_states(opt_state, inside_chains=True)
+    if not states:
+        raise ValueError(
+            "value_and_grad and refresh need the state of an optimizer with galore in it; use "
+            "jax.value_and_grad for others."
+        )
+    if not all(map(is_low_rank, states)):
+        raise ValueError(
+            "galore was started with tx.init(params), so the optimizer after it wants full "
+            "gradients: use galore_jax.chain in place of optax.chain, or start with "
+            "galore_jax.init(tx, params)."
+        )
+    bases = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    for state in states:
+        bases = map_bases(lambda basis: basis, state.bases, otherwise=bases)
+    return bases

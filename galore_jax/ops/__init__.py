@@ -1,0 +1,1 @@
+"""Operations on arrays, unaware of optimizers: 8-bit codes, 8-bit Adam, the lift, GPU kernels."""

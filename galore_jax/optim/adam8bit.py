@@ -1,0 +1,184 @@
+"""Adam and AdamW with moments in 8 bits (arXiv 2110.02861), with GaLore or without."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.ops.implementation import Kernels, adam_8bit_of
+from galore_jax.ops.quantization import Quantized, zeros_like
+from galore_jax.optim.flax_serialization import register_where_flax_is
+from galore_jax.subspace.projection import Coordinates, is_coordinates
+
+PyTree = Any
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+
+# Leaves of fewer numbers keep float32 moments, as in arXiv 2110.02861's implementation, and so do
+# those with a shorter last axis, for which scales would take up what codes save.
+LEAST_QUANTIZED, LEAST_WIDTH = 4096, 16
+
+
+class ScaleByAdam8bitState(NamedTuple):
+    """State of `scale_by_adam8bit`.
+
+    Attributes:
+      count: int32 scalar, updates so far.
+      mu: first moments, `Quantized` in place of an array, by "signed" codes; of small leaves
+        float32.
+      nu: second moments, by "unsigned" codes.
+    """
+
+    count: jax.typing.ArrayLike
+    mu: PyTree
+    nu: PyTree
+
+
+def scale_by_adam8bit(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, kernels: Kernels = "xla"
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with moments in block-wise dynamic 8-bit codes (arXiv 2110.02861).
+
+    An update comes from the moments in float32, before they are rounded to their codes. Moments
+    take 2.03 bytes a number in place of 8 (2.5 where the last axis is as short as 16). Leaves of
+    fewer than 4,096 numbers, of a matrix each after `galore(moments="reset")`, or with a last axis
+    below 16 keep float32 ones.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment, after the bias correction.
+      kernels: see `ops.implementation`.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: no such kernels; at init, a complex parameter.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from galore_jax import scale_by_adam8bit
+      >>> state = scale_by_adam8bit().init({"kernel": jnp.ones((64, 512)), "bias": jnp.ones(512)})
+      >>> state.mu["kernel"].codes.dtype, state.mu["kernel"].scales.shape, state.mu["bias"].dtype
+      (dtype('uint8'), (64, 2), dtype('float32'))
+    """
+
+    step = adam_8bit_of(kernels)
+
+    def init_fn(params: PyTree) -> ScaleByAdam8bitState:
+        register_where_flax_is()
+
+        def zeros(code: Any) -> PyTree:
+            def at_leaf(path: Any, param: Any) -> Any:
+                if jnp.iscomplexobj(param):
+                    raise ValueError(
+                        f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, of which "
+                        "there are no 8-bit moments: use optax.adam for it, by optax.partition."
+                    )
+                if jnp.size(param) < LEAST_QUANTIZED or param.shape[-1] < LEAST_WIDTH:
+                    return jnp.zeros_like(param, jnp.float32)
+                return zeros_like(param, code)
+
+            return jax.tree_util.tree_map_with_path(at_leaf, params)
+
+        return ScaleByAdam8bitState(jnp.zeros([], jnp.int32), zeros("signed"), zeros("unsigned"))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None):
+        del params
+        count = optax.safe_increment(state.count)
+
+        def at_leaf(update: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
+            if is_coordinates(update):
+                new, mu, nu = (
+                    Coordinates(part, update.projection)
+                    for part in at_leaf(update.value, mu.value, nu.value)
+                )
+                return new, mu, nu
+            if isinstance(mu, Quantized):
+                new, mu, nu = step(update, mu, nu, count, b1=b1, b2=b2, eps=eps)
+                return new.astype(update.dtype), mu, nu
+            adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+            state_of_leaf = optax.ScaleByAdamState(state.count, mu, nu)
+            new, kept = adam.update(update.astype(jnp.float32), state_of_leaf)
+            return new.astype(update.dtype), kept.mu, kept.nu
+
+        leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
+        moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
+        found = [at_leaf(*parts) for parts in zip(leaves, *moments, strict=True)]
+        new, mu, nu = (jax.tree.unflatten(tree, [parts[i] for parts in found]) for i in range(3))
+        return new, ScaleByAdam8bitState(count, mu, nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def adam8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    kernels: Kernels = "xla",
+) -> optax.GradientTransformation:
+    """`optax.adam` with moments in 8 bits: see `scale_by_adam8bit`.
+
+    `chain(galore(rank=128), adam8bit(1e-3))` is 8-bit GaLore.
+
+    Args:
+      learning_rate: a number, or a schedule of the update's number.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      kernels: see `ops.implementation`.
+
+    Returns:
+      An optax transformation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from galore_jax import adam8bit, chain, galore
+      >>> state = chain(galore(rank=8), adam8bit(1e-3)).init({"kernel": jnp.ones((64, 512))})
+    """
+    return optax.chain(
+        scale_by_adam8bit(b1, b2, eps, kernels=kernels), optax.scale_by_learning_rate(learning_rate)
+    )
+
+
+def adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    weight_decay: float | jax.Array = 1e-4,
+    mask: Mask = None,
+    kernels: Kernels = "xla",
+) -> optax.GradientTransformation:
+    """`optax.adamw` with moments in 8 bits: see `scale_by_adam8bit`.
+
+    After `galore` it decays the coordinates alone, as `optax.adamw` does;
+    `galore_jax.adamw(..., eight_bit=True)` decays whole weights.
+
+    Args:
+      learning_rate: a number, or a schedule of the update's number.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled, times the learning rate.
+      mask: as for `optax.adamw`: which leaves decay.
+      kernels: see `ops.implementation`.
+
+    Returns:
+      An optax transformation.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from galore_jax import adamw8bit
+      >>> state = adamw8bit(1e-3).init({"kernel": jnp.ones((64, 512))})
+    """
+    return optax.chain(
+        scale_by_adam8bit(b1, b2, eps, kernels=kernels),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )

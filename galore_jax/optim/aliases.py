@@ -1,0 +1,178 @@
+"""Ready-made chains: AdamW, Adafactor and Lion in low-rank coordinates."""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import optax
+
+from galore_jax.ops.implementation import Kernels
+from galore_jax.optim.adam8bit import Mask, scale_by_adam8bit
+from galore_jax.optim.chain import Chain, chain
+from galore_jax.optim.galore import galore
+from galore_jax.optim.transforms import clip_by_matrix_rms, decay_weights, scale_by_factored_rms
+from galore_jax.subspace.rules import Rank
+
+Make = TypeVar("Make", bound=Callable[..., Chain])
+
+
+def _with_settings_of_galore(make: Make) -> Make:
+    """Names the settings of galore in the signature, where the function has `**settings`.
+
+    `optax.inject_hyperparams` reads the signature for what may be a hyperparameter.
+    """
+    settings = inspect.signature(galore).parameters.values()
+    signature = inspect.signature(make)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own += [p for p in settings if p.kind is p.KEYWORD_ONLY]
+    make.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return make
+
+
+@_with_settings_of_galore
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    eight_bit: bool = False,
+    kernels: Kernels = "xla",
+    **settings: Any,
+) -> Chain:
+    """AdamW on the coordinates, with weight decay in the full space (arXiv 2403.03507, section 4).
+
+    Projected leaves move by `lr · scale · lift(Adam(R))`, all others by `lr · Adam(G)`; then every
+    weight shrinks by `lr · weight_decay` of itself. The defaults are the reference's; `eps` is
+    added after the bias correction, as in optax, where the reference adds it before.
+
+    Args:
+      learning_rate: a number, or a schedule of the update's number.
+      rank: as are `update_proj_gap` and `scale`: see `galore`.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled, times the learning rate, not times `scale`.
+      mask: as for `optax.adamw`: which leaves decay, a tree of booleans or a function from the
+        parameters (their shapes) to one; None: all.
+      eight_bit: keep the moments in 8 bits: see `scale_by_adam8bit`.
+      kernels: of 8-bit moments: see `ops.implementation`.
+      **settings: the others of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
+
+    Returns:
+      A `chain`; put a clip in front by `chain(clip, adamw(...))`. Nothing may come after it.
+
+    Raises:
+      ValueError: kernels without 8-bit moments; as `galore`.
+
+    Example:
+      >>> import galore_jax, jax.numpy as jnp
+      >>> tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
+      >>> state = tx.init({"kernel": jnp.ones((8, 16))})
+    """
+    if kernels != "xla" and not eight_bit:
+        raise ValueError("adamw: kernels are of 8-bit moments: give eight_bit=True with them.")
+    adam = partial(scale_by_adam8bit, kernels=kernels) if eight_bit else optax.scale_by_adam
+    return chain(
+        galore(rank, update_proj_gap, scale, **settings),
+        adam(b1=b1, b2=b2, eps=eps),
+        optax.scale_by_learning_rate(learning_rate),
+        decay_weights(learning_rate, weight_decay, mask),
+    )
+
+
+@_with_settings_of_galore
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    *,
+    b1: float | None = 0.9,
+    decay_rate: float = 0.8,
+    eps: float = 1e-30,
+    clipping_threshold: float = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    **settings: Any,
+) -> Chain:
+    """Adafactor on the coordinates, as the reference has it beside AdamW (arXiv 2403.03507).
+
+    The second moment of the coordinates is factored into rows and columns (arXiv 1804.04235), the
+    update clipped by its root mean square, and averaged over time after the learning rate. The
+    learning rate is absolute, not relative to the size of the weights.
+
+    Args:
+      learning_rate: a number, or a schedule of the update's number.
+      rank: as are `update_proj_gap` and `scale`: see `galore`.
+      b1: decay of the first moment; None: none is kept.
+      decay_rate: see `scale_by_factored_rms`.
+      eps: added to the squares of the gradient.
+      clipping_threshold: root mean square to which the update of a matrix is scaled down.
+      weight_decay: as for `adamw`, and so is `mask`.
+      mask: which leaves decay.
+      **settings: the others of `galore`.
+
+    Returns:
+      A `chain`.
+
+    Example:
+      >>> import galore_jax, jax.numpy as jnp
+      >>> tx = galore_jax.adafactor(1e-2, rank=4)
+      >>> state = tx.init({"kernel": jnp.ones((8, 16))})
+    """
+    return chain(
+        galore(rank, update_proj_gap, scale, **settings),
+        scale_by_factored_rms(decay_rate, eps),
+        clip_by_matrix_rms(clipping_threshold),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.identity() if b1 is None else optax.ema(b1, debias=False),
+        decay_weights(learning_rate, weight_decay, mask),
+    )
+
+
+@_with_settings_of_galore
+def lion(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    **settings: Any,
+) -> Chain:
+    """Lion (arXiv 2302.06675) on the coordinates: the sign of a first moment, and no second one.
+
+    Args:
+      learning_rate: a number, or a schedule of the update's number.
+      rank: as are `update_proj_gap` and `scale`: see `galore`.
+      b1: weight of the moment in the update.
+      b2: decay of the moment.
+      weight_decay: as for `adamw`, and so is `mask`.
+      mask: which leaves decay.
+      **settings: the others of `galore`.
+
+    Returns:
+      A `chain`.
+
+    Example:
+      >>> import galore_jax, jax.numpy as jnp
+      >>> tx = galore_jax.lion(1e-4, rank=4)
+      >>> state = tx.init({"kernel": jnp.ones((8, 16))})
+    """
+    return chain(
+        galore(rank, update_proj_gap, scale, **settings),
+        optax.scale_by_lion(b1=b1, b2=b2),
+        optax.scale_by_learning_rate(learning_rate),
+        decay_weights(learning_rate, weight_decay, mask),
+    )

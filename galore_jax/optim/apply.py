@@ -1,0 +1,147 @@
+"""Parameters updated from coordinates in place, leaf by leaf and layer by layer."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from galore_jax.ops.implementation import Kernels, lift_and_add_of
+from galore_jax.ops.quantization import stochastic_round
+from galore_jax.optim.chain import Chain, update_low_rank
+from galore_jax.optim.state import (
+    GaLoreState,
+    boxed_as,
+    check_gradient,
+    galore_states,
+    map_bases,
+    with_gradient,
+)
+from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.subspace.projection import Basis, is_coordinates
+
+PyTree = Any
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    *,
+    key: jax.Array | None = None,
+    kernels: Kernels = "xla",
+    **extra_args: Any,
+) -> tuple[PyTree, PyTree]:
+    """One step: `tx.update` and `optax.apply_updates` in one, for any transformation.
+
+    Call it under `jax.jit` with the parameters and the state donated. Coordinates are then lifted
+    and added in place, one matrix at a time: no lifted update of a whole stacked leaf exists. (A
+    wrapper around a `chain`, such as `optax.inject_hyperparams`, hands out lifted updates.)
+
+    Args:
+      tx: any transformation.
+      grads: full gradients, or `Coordinates` where leaves are projected.
+      state: from `init(tx, params)`, or from `tx.init(params)` for a `chain`.
+      params: the parameters; where the gradients are None they stay, whatever they are.
+      key: where given, bfloat16 parameters are rounded stochastically. Rounding to nearest swallows
+        updates below 1/512 of a weight; a stochastic one keeps them on average.
+      kernels: of the lift: see `ops.implementation`.
+      **extra_args: for the transformations, as those of `tx.update`.
+
+    Returns:
+      The new parameters and the new state.
+
+    Raises:
+      ValueError: a gradient of another shape than its parameter, naming it; a part of a stock
+        transformation cannot work on coordinates; no such kernels.
+    """
+    lift_and_add_of(kernels)  # Whether it is one of those is not to depend on the parameters.
+    all_params, params = params, with_gradient(params, grads)
+    _check_shapes(grads, params, galore_states(state, inside_chains=True))
+    if isinstance(tx, Chain):
+        updates, state = tx.update_coordinates(grads, state, params, **extra_args)
+        states = galore_states(state.links)
+    else:
+        updates, state, _ = update_low_rank(tx, grads, state, params, **extra_args)
+        states = galore_states(state)
+    leaves, tree = jax.tree.flatten(params)
+    keys = tree.unflatten(
+        [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
+    )
+
+    def add(update: Any, param: jax.Array, key: Any) -> Any:
+        if is_coordinates(update):
+            return update
+        param = jnp.asarray(param)
+        return _rounded(_at_least_float32(param) + update, param.dtype, key)
+
+    def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
+        if not is_coordinates(update):
+            return update
+        return _lift_and_add(basis, update, param, key, kernels)
+
+    # Unprojected leaves first; then each galore puts its new parameters where coordinates stand.
+    new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
+    for galore_state in states:
+        new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
+    return _with_rest(boxed_as(params, new), all_params), state
+
+
+def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:
+    for galore_state in states:
+        check = lambda basis, grad: check_gradient(grad, basis.projection)  # noqa: E731
+        map_bases(check, galore_state.bases, grads, otherwise=galore_state.bases)
+    leaves = zip(named_leaves(grads, is_coordinates), jax.tree.leaves(params), strict=True)
+    for (names, grad), param in leaves:
+        if not is_coordinates(grad) and jnp.shape(grad) != jnp.shape(param):
+            raise ValueError(
+                f"apply_gradients: the gradient of {'/'.join(names)} has the shape "
+                f"{jnp.shape(grad)}, but the parameter {jnp.shape(param)}: give gradients of the "
+                "parameters' own shapes."
+            )
+
+
+def _with_rest(new: PyTree, params: PyTree) -> PyTree:
+    """The new parameters, and the old ones where there is none."""
+    pick = lambda new, old: old if new is None else new  # noqa: E731
+    return jax.tree.map(pick, new, params, is_leaf=lambda node: node is None)
+
+
+@partial(jax.jit, static_argnames="kernels")
+def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any, kernels: Kernels) -> Any:
+    projection, batch = basis.projection, basis.age.ndim
+    flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
+    decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
+    seeds = None if key is None else jax.random.bits(key, (basis.age.size, 2), jnp.uint32)
+    vectors, value, decay = jax.tree.map(flat, (basis.vectors, update.value, decay))
+
+    def one(weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any) -> jax.Array:
+        left, right, is_transposed = projection.factors(vectors, value)
+        add = partial(lift_and_add_of(kernels), right_is_transposed=is_transposed)
+        return add(weights, left, right, basis.scale, decay, seed)
+
+    def one_of(i: jax.Array, matrices: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda stack: stack[i], (vectors, value, decay, seeds))
+        return matrices.at[i].set(one(matrices[i], *own))
+
+    matrices = projection.view.to_matrices(param)
+    if kernels == "pallas":  # It works in place on a stack, but from a loop gets copies.
+        new = jax.vmap(one)(flat(matrices), vectors, value, decay, seeds)
+    else:
+        new = lax.fori_loop(0, basis.age.size, one_of, flat(matrices))
+    return projection.view.from_matrices(new.reshape(matrices.shape))
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _rounded(x: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:
+    if key is None or dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    return stochastic_round(x, key)

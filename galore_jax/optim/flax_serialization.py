@@ -1,0 +1,42 @@
+"""What `flax.serialization` has to know of this package, for states as bytes."""
+
+import dataclasses
+import sys
+from functools import cache
+from typing import Any
+
+from galore_jax.ops.quantization import Quantized
+from galore_jax.subspace.projection import Basis, Coordinates
+
+
+def register_where_flax_is() -> None:
+    """Registers the nodes of optimizer states with Flax, if somebody has imported it.
+
+    Done where a state is started: whoever writes it has imported Flax by then, and whoever reads
+    one needs such a state as the target.
+    """
+    if "flax.serialization" in sys.modules:
+        _register()
+
+
+@cache
+def _register() -> None:
+    from flax import serialization
+
+    def register(kind: type) -> None:
+        names = [f.name for f in dataclasses.fields(kind) if not f.metadata.get("static")]
+
+        def to_dict(node: Any) -> dict[str, Any]:
+            return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
+
+        def from_dict(node: Any, state: dict[str, Any]) -> Any:
+            own = {
+                name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
+                for name in names
+            }
+            return dataclasses.replace(node, **own)
+
+        serialization.register_serialization_state(kind, to_dict, from_dict)
+
+    for kind in (Basis, Coordinates, Quantized):
+        register(kind)

@@ -1,0 +1,256 @@
+"""GaLore as an optax transformation (arXiv 2403.03507).
+
+`galore` turns the gradient of each matrix into its coordinates in a low-rank basis; whatever optax
+transformation comes after it works on the coordinates, so its state is low-rank; the end lifts
+the result back. One mechanism carries it: a `Coordinates` node stands in the tree where the
+parameter's leaf stood, in what `init` hands to the transformations and in what `galore` emits.
+"""
+
+import dataclasses
+import math
+import warnings
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.optim.chain import GaLore
+from galore_jax.optim.flax_serialization import register_where_flax_is
+from galore_jax.optim.state import (
+    GaLoreState,
+    boxed_as,
+    check_gradient,
+    is_low_rank,
+    map_bases,
+    to_float32,
+)
+from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.projection import (
+    MOMENTS,
+    Basis,
+    Coordinates,
+    Moments,
+    Projection,
+    ProjType,
+    is_coordinates,
+)
+from galore_jax.subspace.refresh import Lazy, count_update, refresh_basis, start_basis
+from galore_jax.subspace.rules import (
+    Rank,
+    Rule,
+    Rules,
+    check_gap,
+    check_number,
+    projections,
+    rule_for,
+    warn_of_no_projection,
+)
+
+PyTree = Any
+BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)))
+
+
+def galore(
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    *,
+    proj_type: ProjType = "std",
+    refresh: str = "subspace_iteration",
+    weight_dimension_numbers: PyTree = None,
+    rules: Rules | None = None,
+    moments: Moments = "keep",
+    stagger: bool = False,
+    lazy_overlap: float | None = None,
+    max_gap: int | None = None,
+    basis_dtype: Any = None,
+    seed: int = 0,
+) -> GaLore:
+    """Projects gradients into low-rank bases (arXiv 2403.03507, algorithm 2).
+
+    Matrices are the last two axes of a leaf, axes before them a batch; biases, scales, embeddings,
+    heads and norms stay whole, by name, and so does a leaf whose smaller side is not larger than
+    the rank. Each matrix has a basis of its own, made anew at updates 0, T, 2T, … from that
+    update's gradient. A matrix whose gradient is not finite, or so large that its squares are not
+    in float32, is left out of the update: its weights, moments and basis stay as they are, and a
+    refresh that was due takes place at the next finite one.
+
+    What leaves galore is float32: `Coordinates` of projected leaves, `(*batch, r, out)` for a left
+    basis, `(*batch, in, r)` for a right one; other gradients whole.
+
+    Args:
+      rank: number of basis vectors r; or a fraction of the smaller side, or a function of the
+        matrix's shape (in, out) that returns a number.
+      update_proj_gap: finite updates between refreshes, the paper's T.
+      scale: factor of the lifted update, the paper's α.
+      proj_type: "std" (the paper) projects the smaller side, of a square kernel the in side;
+        "reverse_std" the other one; "left" the in axis, "right" the out axis (of Flax kernels,
+        (in, out): those of the reference, for torch's (out, in), flip); "full" both (with an exact
+        method the coordinates are diagonal at a refresh, up to rounding, which Adam then follows).
+      refresh: "subspace_iteration" (matmuls only, warm-started), "eigh" (exact, from the smaller
+        Gram matrix), "svd" (exact, slow) or "random" (whatever the gradient).
+      weight_dimension_numbers: which axes are in and out, as in `optax.contrib.galore`, for
+        kernels with heads or of convolutions; see `matrices.matrix_views`. Leaves named here are
+        projected whatever their name is.
+      rules: by pattern of the path, a glob or a compiled regular expression, a `Rule` for the
+        leaves it matches, or None to leave them whole. The first match wins, and a leaf that a
+        `Rule` matches is projected even if it is an embedding, a head or of a norm.
+      moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
+        "keep" (the reference), "reset" (start anew, with bias correction by the basis' own age),
+        or "rotate" (into the new basis; see `moments.rotated`).
+      stagger: spread the refreshes after update 0 evenly over the interval, so that no later step
+        has to do them all.
+      lazy_overlap: where the mean squared cosine of the principal angles between the old and the
+        new subspace is at least this, the matrix's own gap doubles, else it is T again (Q-GaLore,
+        arXiv 2407.08296, compares single vectors). None: every gap is T.
+      max_gap: the bound of a doubled gap; None: 8 T.
+      basis_dtype: of the stored bases: float32 (None), bfloat16, float16; int8: block-wise codes
+        (`quantization`).
+      seed: of the bases before the first gradient, and of "random".
+
+    Returns:
+      A transformation for `chain`, or for `optax.chain` with `init` and `apply_gradients`.
+
+    Raises:
+      ValueError: a setting out of range; at init, a rule without a leaf, or a rank, a rule or
+        dimension numbers that do not fit the leaf that is named; at an update, a gradient of a
+        projected leaf that is None or of another shape.
+
+    Warns:
+      UserWarning: at init, there are matrices, but none is projected.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from galore_jax import apply_gradients, chain, galore
+      >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}
+      >>> tx = chain(galore(rank=8), optax.adam(1e-3))  # or galore(rank=8)(optax.adam(1e-3))
+      >>> state = tx.init(params)
+      >>> optax.tree.get(state, "mu")["kernel"].value.shape
+      (8, 128)
+      >>> params, state = apply_gradients(tx, jax.tree.map(jnp.ones_like, params), state, params)
+    """
+    default = Rule(rank, proj_type, scale, update_proj_gap, refresh)
+    rules = dict(rules or {})
+    if moments not in MOMENTS:
+        raise ValueError(f"galore: moments must be one of {', '.join(MOMENTS)}, not {moments!r}.")
+    for pattern, rule in rules.items():
+        if not isinstance(rule, Rule | None):
+            raise ValueError(
+                f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None to "
+                "leave its leaves whole."
+            )
+    if jnp.dtype(basis_dtype or jnp.float32) not in BASIS_DTYPES:
+        names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
+        raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
+    check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
+    check_gap("max_gap", max_gap)
+
+    def complete(projection: Projection) -> Rule:
+        return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
+
+    def init_fn(params: PyTree) -> GaLoreState:
+        register_where_flax_is()
+        leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
+        if not leaves:  # As from `optax.tree.map_params`, which looks where parameters would be.
+            return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
+        found = projections(params, default, rules, weight_dimension_numbers)
+        found = tree.flatten_up_to(found)
+        total = sum(math.prod(p.view.batch) for p in found if p is not None)
+        if not total:
+            warn_of_no_projection(params, rules, weight_dimension_numbers)
+        before, bases = 0, []
+        for leaf, projection in zip(leaves, found, strict=True):
+            if projection is None:
+                bases.append(optax.MaskedNode())
+                continue
+            rule, batch = complete(projection), projection.view.batch
+            gap = rule.update_proj_gap
+            if stagger:
+                places = before + jnp.arange(math.prod(batch)).reshape(batch)
+                # places * gap // total, which might overflow.
+                gap = gap - places * (gap // total) - places * (gap % total) // total
+            before += math.prod(batch)
+            basis = start_basis(
+                projection,
+                scale=rule.scale,
+                interval=rule.update_proj_gap,
+                gap=gap,
+                method=str(rule.refresh),
+                moments=moments,
+                full_size=not is_coordinates(leaf),
+                dtype=basis_dtype or jnp.float32,
+                seed=seed,
+            )
+            bases.append(basis)
+        count = jnp.zeros([], jnp.int32)
+        # Without boxes, whose names are those of a parameter's axes and not of a basis'.
+        tree = jax.tree.structure(unboxed(params), is_leaf=is_coordinates)
+        return GaLoreState(count, jax.tree.unflatten(tree, bases), *settings())
+
+    def settings() -> tuple[Lazy, jax.Array]:
+        # In the state, for `refresh`, which works without galore itself.
+        number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)  # noqa: E731
+        lazy = Lazy(number(lazy_overlap, jnp.float32), number(max_gap, jnp.int32))
+        return lazy, jnp.asarray(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
+        del params, extra_args
+        low_rank = is_low_rank(state)
+        if not low_rank:
+            _refuse_full_size(moments)
+        lazy, seed = settings()
+
+        def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
+            projection, rule = basis.projection, complete(basis.projection)
+            check_gradient(gradient, projection)
+            basis = dataclasses.replace(
+                basis,
+                scale=jnp.asarray(rule.scale, jnp.float32),
+                interval=jnp.asarray(rule.update_proj_gap, jnp.int32),
+            )
+            if is_coordinates(gradient):
+                value = gradient.value
+            else:
+                basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
+                value = projection.project(basis.vectors, gradient)
+            # What is not finite in G shows in R; squares that are not would end in second moments.
+            finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))
+            value = jnp.where(finite[..., None, None], value, 0)
+            update = Coordinates(value, projection)
+            if basis.full_size:
+                update = projection.lift(basis.vectors, value).astype(gradient.dtype)
+            return update, count_update(basis, finite)
+
+        pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
+        bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
+        whole = to_float32(updates) if low_rank else updates
+        new = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=whole)
+        updates = new if low_rank else boxed_as(updates, new)
+        return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
+
+    tx = GaLore(init_fn, update_fn)
+    tx.moments = moments
+    return tx
+
+
+def _refuse_full_size(moments: Moments) -> None:
+    if moments != "keep":
+        raise ValueError(
+            f'galore: moments="{moments}" needs low-rank moments, but galore was started with '
+            "tx.init(params): use galore_jax.chain in place of optax.chain, or start with "
+            "galore_jax.init(tx, params)."
+        )
+    _warn_of_full_size()
+
+
+@cache
+def _warn_of_full_size() -> None:
+    """Once a process."""
+    warnings.warn(
+        "galore was started with tx.init(params), so the optimizer after it keeps full-size "
+        "moments. For low-rank ones use galore_jax.chain in place of optax.chain, or start with "
+        "galore_jax.init(tx, params) and step with galore_jax.apply_gradients.",
+        stacklevel=2,
+    )

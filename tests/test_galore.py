@@ -1,0 +1,239 @@
+"""The optax face: galore, chain, init, apply_gradients."""
+
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from trees import PLAIN, STACKED, loss, max_difference, random_params
+
+import galore_jax
+from galore_jax import Coordinates, apply_gradients, chain, galore, init
+from galore_jax.optim.galore import _warn_of_full_size
+
+
+def test_chain_holds_low_rank_adam_moments():
+    params = random_params(PLAIN)
+    state = chain(galore(rank=8), optax.adam(1e-3)).init(params)
+    shapes = jax.tree.map(jnp.shape, optax.tree.get(state, "nu"))
+    assert shapes["wide"]["kernel"].value == (8, 20)
+    assert shapes["tall"]["kernel"].value == (20, 8)
+    assert shapes["square"]["kernel"].value == (8, 16)
+    assert shapes["bias"]["bias"] == (12,)
+
+
+def test_the_called_form_is_the_chain():
+    params, target = random_params(PLAIN), random_params(PLAIN, seed=1)
+    results = []
+    for tx in (galore(rank=8)(optax.adam(1e-2)), chain(galore(rank=8), optax.adam(1e-2))):
+        grads = jax.grad(loss)(params, target)
+        results.append(tx.update(grads, tx.init(params), params)[0])
+    assert max_difference(*results) == 0
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [optax.adam(1e-2), optax.adamw(1e-2, weight_decay=0.1), optax.sgd(0.1, momentum=0.9)],
+    ids=["adam", "adamw", "momentum"],
+)
+def test_the_stock_chain_started_with_init_gives_the_same_parameters_as_chain(inner):
+    target = random_params(STACKED, seed=1)
+    runs = []
+    for tx in (
+        chain(galore(rank=8, update_proj_gap=2), inner),
+        optax.chain(galore(rank=8, update_proj_gap=2), inner),
+    ):
+        params = random_params(STACKED)
+        state = init(tx, params)
+        step = jax.jit(lambda p, s, tx=tx: apply_gradients(tx, jax.grad(loss)(p, target), s, p))
+        for _ in range(5):
+            params, state = step(params, state)
+        runs.append((params, state))
+    (params, state), (stock_params, stock_state) = runs
+    assert jax.tree.structure(state.links) == jax.tree.structure(stock_state)
+    shapes = [jax.tree.map(jnp.shape, jax.tree.leaves(s)) for s in (state, stock_state)]
+    assert shapes[0] == shapes[1]
+    assert max_difference(params, stock_params) <= 1e-6
+
+
+def test_a_bare_init_trains_with_full_size_moments_and_warns_once_with_both_remedies():
+    _warn_of_full_size.cache_clear()
+    params, target = random_params(PLAIN), random_params(PLAIN, seed=1)
+    tx = optax.chain(galore(rank=8), optax.adam(3e-2))
+    state = tx.init(params)
+    assert jax.tree.map(jnp.shape, optax.tree.get(state, "mu")) == jax.tree.map(jnp.shape, params)
+    before = loss(params, target)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            updates, state = tx.update(jax.grad(loss)(params, target), state, params)
+            params = optax.apply_updates(params, updates)
+    (warning,) = caught
+    assert "galore_jax.chain" in str(warning.message)
+    assert "galore_jax.init(tx, params)" in str(warning.message)
+    assert loss(params, target) < 0.7 * before
+
+
+def test_a_bare_init_hands_on_the_gradient_projected_in_its_full_shape():
+    _warn_of_full_size.cache_clear()
+    params = random_params({"wide": (12, 20)})
+    tx = galore(rank=5)
+    with pytest.warns(UserWarning, match="full-size"):
+        updates, state = tx.update(params, tx.init(params), params)
+    basis = state.bases["wide"]["kernel"].vectors["left"]
+    expected = basis @ basis.T @ params["wide"]["kernel"]
+    np.testing.assert_allclose(updates["wide"]["kernel"], expected, atol=1e-5)
+
+
+def test_update_and_apply_gradients_agree():
+    params, target = random_params(STACKED), random_params(STACKED, seed=1)
+    tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
+    grads, state = jax.grad(loss)(params, target), tx.init(params)
+    updates, _ = tx.update(grads, state, params)
+    applied, _ = apply_gradients(tx, grads, state, params)
+    assert max_difference(optax.apply_updates(params, updates), applied) <= 1e-6
+
+
+def test_transformations_before_galore_see_full_gradients():
+    params, target = random_params(PLAIN), random_params(PLAIN, seed=1)
+    tx = chain(optax.trace(0.9), optax.clip_by_global_norm(1.0), galore(rank=8), optax.identity())
+    state = tx.init(params)
+    grads = jax.grad(loss)(params, target)
+    updates, state = tx.update(grads, state, params)
+    assert max_difference(state.links[0].trace, grads) == 0
+    clipped = grads["bias"]["bias"] / optax.tree.norm(grads)
+    np.testing.assert_allclose(updates["bias"]["bias"], clipped, rtol=1e-5)
+
+
+def test_a_ready_made_chain_can_be_extended_in_front():
+    tx = chain(optax.clip_by_global_norm(1.0), galore_jax.adamw(1e-2, rank=4))
+    params = random_params(PLAIN)
+    assert optax.tree.get(tx.init(params), "mu")["wide"]["kernel"].value.shape == (4, 20)
+    assert len(tx.init(params).links) == 5
+
+
+def test_what_enters_the_inner_optimizer_is_float32_and_updates_leave_in_the_parameters_dtype():
+    seen = {}
+
+    def update(updates, state, params=None):
+        seen["updates"], seen["params"] = updates, params
+        return updates, state
+
+    probe = optax.GradientTransformation(lambda params: seen.update(start=params), update)
+    params = random_params(PLAIN, dtype=jnp.bfloat16)
+    tx = chain(galore(rank=4), probe)
+    updates, _ = tx.update(params, tx.init(params), params)
+    for name in ("start", "updates", "params"):
+        assert {leaf.dtype for leaf in jax.tree.leaves(seen[name])} == {jnp.dtype("float32")}
+        assert seen[name]["wide"]["kernel"].value.shape == (4, 20)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "inner",
+    [optax.adamw(1e-2), optax.lion(1e-3), optax.sgd(0.1, momentum=0.9), optax.adafactor(1e-2)],
+    ids=["adamw", "lion", "momentum", "adafactor"],
+)
+def test_the_state_keeps_its_structure_and_dtypes_over_steps(inner, dtype):
+    params = random_params({"wide": (12, 20), "bias": (12,)}, dtype=dtype)
+    tx = chain(galore(rank=4), inner)
+
+    def step(carry, _):
+        params, state = carry
+        return apply_gradients(tx, params, state, params), None
+
+    (after, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
+    assert jax.tree.map(jnp.result_type, after) == jax.tree.map(jnp.result_type, params)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_basis_and_is_retried_at_the_next_update():
+    params = random_params(STACKED)
+    tx = galore(rank=4, update_proj_gap=10)
+    state = init(tx, params)
+    bad = jax.tree.map(lambda x: x, params)
+    bad["wide"]["kernel"] = bad["wide"]["kernel"].at[1, 0, 0].set(jnp.nan)
+    _, after = tx.update(bad, state, params)
+    old, new = (s.bases["wide"]["kernel"].vectors["left"] for s in (state, after))
+    assert bool((old[1] == new[1]).all())
+    assert not bool((old[0] == new[0]).all())
+    _, retried = tx.update(params, after, params)
+    newest = retried.bases["wide"]["kernel"].vectors["left"]
+    assert not bool((new[1] == newest[1]).all())
+    assert bool((new[0] == newest[0]).all())
+    assert retried.bases["wide"]["kernel"].age.tolist() == [2, 1, 2]
+
+
+def test_coordinates_that_come_as_such_pass_through():
+    params = random_params({"wide": (12, 20)})
+    tx = chain(galore(rank=4), optax.sgd(1.0))
+    state = tx.init(params)
+    projection = state.links[0].bases["wide"]["kernel"].projection
+    grads = {"wide": {"kernel": Coordinates(jnp.ones((4, 20)), projection)}}
+    updates, state = tx.update(grads, state, params)
+    basis = state.links[0].bases["wide"]["kernel"].vectors["left"]
+    np.testing.assert_allclose(
+        updates["wide"]["kernel"], -0.25 * basis @ jnp.ones((4, 20)), atol=1e-6
+    )
+
+
+def test_the_second_step_does_not_recompile_and_donated_buffers_are_reused():
+    tx = galore_jax.adamw(1e-2, rank=4)
+    params = random_params(STACKED)
+    state = tx.init(params)
+    step = jax.jit(lambda p, s, g: apply_gradients(tx, g, s, p), donate_argnums=(0, 1))
+    grads = random_params(STACKED, seed=2)
+    memory = step.lower(params, state, grads).compile().memory_analysis()
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
+    # Scales and intervals of three leaves, and the seed: set anew from settings, not carried over.
+    settings = 3 * (4 + 4) + 4
+    assert memory.alias_size_in_bytes == held - settings
+    for _ in range(3):
+        params, state = step(params, state, grads)
+    assert step._cache_size() == 1
+
+
+def test_no_lifted_update_of_a_whole_stacked_leaf_exists():
+    params = {"kernel": jnp.zeros((16, 128, 256))}
+    tx = galore_jax.adamw(1e-2, rank=4)
+    step = jax.jit(lambda p, s, g: apply_gradients(tx, g, s, p), donate_argnums=(0, 1))
+    memory = step.lower(params, tx.init(params), params).compile().memory_analysis()
+    # A few matrices of the sixteen, and coordinates of 1/32 of the size.
+    assert memory.temp_size_in_bytes < params["kernel"].nbytes / 4
+
+
+def test_integers_and_scalars_are_updated_as_optax_does():
+    params = {"count": jnp.int32(2**24 + 1), "number": 1.0, "kernel": jnp.ones((12, 20))}
+    tx = chain(galore(4), optax.set_to_zero())
+    new, _ = apply_gradients(tx, params, tx.init(params), params)
+    assert int(new["count"]) == 2**24 + 1
+    assert float(new["number"]) == 1.0
+
+
+def test_bases_have_the_dtype_and_the_seed_that_are_asked_for():
+    params = random_params({"wide": (12, 20)})
+
+    def start(**settings):
+        return init(galore(4, **settings), params).bases["wide"]["kernel"].vectors["left"]
+
+    assert start(basis_dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    assert bool((start(seed=3) == start(seed=3)).all())
+    assert not bool((start(seed=3) == start(seed=4)).any())
+
+
+def test_every_refresh_runs_with_64_bits_enabled():
+    code = """
+import jax, jax.numpy as jnp, galore_jax
+jax.config.update("jax_enable_x64", True)
+for method in ("subspace_iteration", "eigh", "svd"):
+    for dtype in (jnp.float32, jnp.float64):
+        params = {"w": jnp.ones((12, 20), dtype)}
+        tx = galore_jax.adamw(0.1, rank=4, refresh=method)
+        new, _ = galore_jax.apply_gradients(tx, params, tx.init(params), params)
+        assert new["w"].dtype == dtype
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

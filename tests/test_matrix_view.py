@@ -1,0 +1,211 @@
+"""Matrix views, and the names that keep a leaf whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from optax.contrib import GaLoreDimensionNumbers
+
+from galore_jax.subspace.matrix_view import (
+    MatrixView,
+    is_named_whole,
+    is_no_weight,
+    matrix_views,
+    named_leaves,
+    path_names,
+)
+
+
+@pytest.mark.parametrize(
+    ("view", "sizes"),
+    [
+        (MatrixView((6, 8), (0,), (1,)), ((), 6, 8)),
+        (MatrixView((3, 6, 8), (1,), (2,)), ((3,), 6, 8)),
+        (MatrixView((3, 6, 2, 4), (1,), (2, 3)), ((3,), 6, 8)),
+        (MatrixView((2, 4, 6), (0, 1), (2,)), ((), 8, 6)),
+        (MatrixView((5, 6, 7), (2,), (0,)), ((6,), 7, 5)),
+    ],
+)
+def test_a_view_reads_an_array_as_matrices_and_back(view, sizes):
+    assert (view.batch, view.rows, view.columns) == sizes
+    array = jnp.arange(np.prod(view.shape)).reshape(view.shape)
+    matrices = view.to_matrices(array)
+    assert matrices.shape == (*sizes[0], *sizes[1:])
+    np.testing.assert_array_equal(view.from_matrices(matrices), array)
+
+
+def views_of(params, numbers=None):
+    """The views by name, of the leaves that have one."""
+    views = jax.tree_util.tree_leaves_with_path(matrix_views(params, numbers))
+    return {"/".join(path_names(path)): view for path, view in views}
+
+
+def test_matrices_are_the_last_two_axes_of_floating_leaves():
+    params = {
+        "wide": {"kernel": jnp.zeros((9, 64))},
+        "stacked": {"kernel": jnp.zeros((3, 64, 16))},
+        "half": jnp.zeros((16, 64), jnp.bfloat16),
+        "counts": jnp.zeros((64, 64), jnp.int32),
+        "vector": jnp.zeros(64),
+        "scalar": 1.0,
+    }
+    views = views_of(params)
+    assert set(views) == {"wide/kernel", "stacked/kernel", "half"}
+    assert views["wide/kernel"] == MatrixView((9, 64), (0,), (1,))
+    assert views["stacked/kernel"] == MatrixView((3, 64, 16), (1,), (2,))
+
+
+def stays_whole(names):
+    return is_no_weight(names) or is_named_whole(names)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "layers/mlp/bias",
+        "layers/norm_1/scale",
+        "ln_1/offset",
+        "ln_1/gamma",
+        "ln_1/beta",
+        "embed_tokens/table",
+        "wte/embedding",
+        "lm_head/kernel",
+        "Embed_0/x",
+        "LayerNorm_3/w",
+        "head/kernel",
+        "input_norm/kernel",
+        "RMSNorm_0/kernel",
+    ],
+)
+def test_names_of_embeddings_heads_norms_biases_and_scales_stay_whole(path):
+    assert stays_whole(tuple(path.split("/")))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "bias/kernel", "scaled"],
+)
+def test_only_whole_words_count(path):
+    assert not stays_whole(tuple(path.split("/")))
+
+
+def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(32, name="lm_head")(nn.MultiHeadDotProductAttention(num_heads=4)(x))
+
+    params = Model().init(jax.random.key(0), jnp.zeros((1, 5, 32)))["params"]
+    views = jax.tree_util.tree_leaves_with_path(matrix_views(params))
+    projected = {path_names(path) for path, _ in views if not stays_whole(path_names(path))}
+    assert {names[-2] for names in projected} == {"query", "key", "value", "out"}
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_flax_attention_kernels_are_read_across_their_heads(stacked):
+    attention = nn.MultiHeadDotProductAttention(num_heads=4)
+    x = jnp.zeros((1, 5, 32))
+    params = attention.init(jax.random.key(0), x)["params"]
+    if stacked:
+        params = jax.tree.map(lambda leaf: jnp.stack([leaf] * 6), params)
+    views = views_of(params)
+    for name in ("query", "key", "value", "out"):
+        view = views[f"{name}/kernel"]
+        assert (view.batch, view.rows, view.columns) == ((6,) if stacked else (), 32, 32)
+    assert len(views["query/kernel"].out_axes) == 2
+    assert len(views["out/kernel"].in_axes) == 2
+
+
+def test_stacked_dense_layers_named_like_attention_are_plain_matrices():
+    params = {name: {"kernel": jnp.zeros((6, 32, 48))} for name in ("query", "key", "value")}
+    params["out"] = {"kernel": jnp.zeros((6, 48, 32))}
+    assert {view.batch for view in views_of(params).values()} == {(6,)}
+
+
+def test_the_path_of_a_leaf_is_its_names_with_or_without_the_wrapping_of_nnx():
+    params = {"layers": [{"kernel": 0.0}, {"kernel": 0.0}], "value": 0.0}
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    names = [names for names, _ in named_leaves(params)]
+    assert names == [("layers", "0", "kernel"), ("layers", "1", "kernel"), ("value",)]
+    assert [names for names, _ in named_leaves(state)] == [("bias",), ("kernel",)]
+
+
+@pytest.mark.parametrize("weight", ["w", "kernel"])
+@pytest.mark.parametrize("kernel", [(32,), (3, 3, 32)], ids=["linear", "convolution"])
+def test_the_stacked_b_of_a_layer_is_a_bias(weight, kernel):
+    layers = {"layer": {weight: jnp.zeros((6, *kernel, 48)), "b": jnp.zeros((6, 48))}}
+    assert set(views_of(layers)) == {f"layer/{weight}"}
+
+
+def test_a_matrix_called_b_beside_matrices_is_one():
+    assert set(views_of({"a": jnp.zeros((32, 8)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
+    assert set(views_of({"a": jnp.zeros((3, 8, 48)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
+    assert set(views_of({"b": jnp.zeros((8, 48))})) == {"b"}
+
+
+DENSE = GaLoreDimensionNumbers(reduction_axis=-2, output_axis=-1)
+CONVOLUTION = GaLoreDimensionNumbers(reduction_axis=(0, 1, 2), output_axis=3)
+LEAVES = {
+    "convolution": {"kernel": jnp.zeros((3, 3, 4, 8)), "bias": jnp.zeros(8)},
+    "dense": {"first": jnp.zeros((5, 6, 7)), "second": jnp.zeros((6, 7))},
+}
+AS_CONVOLUTION = MatrixView((3, 3, 4, 8), (0, 1, 2), (3,))
+AS_DENSE = MatrixView((5, 6, 7), (1,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "expected"),
+    [
+        (
+            {
+                "convolution": {"kernel": CONVOLUTION, "bias": None},
+                "dense": {"first": DENSE, "second": None},
+            },
+            {"convolution/kernel": AS_CONVOLUTION, "dense/first": AS_DENSE},
+        ),
+        (
+            {"convolution": CONVOLUTION, "dense": None},
+            {"convolution/kernel": AS_CONVOLUTION},
+        ),
+        (
+            DENSE,
+            {
+                "convolution/kernel": MatrixView((3, 3, 4, 8), (2,), (3,)),
+                "dense/first": AS_DENSE,
+                "dense/second": MatrixView((6, 7), (0,), (1,)),
+            },
+        ),
+        (
+            lambda params: jax.tree.map(lambda p: CONVOLUTION if p.ndim == 4 else None, params),
+            {"convolution/kernel": AS_CONVOLUTION},
+        ),
+        (
+            lambda params: dict.fromkeys(params) | {"convolution": CONVOLUTION},
+            {"convolution/kernel": AS_CONVOLUTION},
+        ),
+    ],
+    ids=["tree", "prefix tree", "single", "function to a tree", "function to a prefix tree"],
+)  # fmt: skip
+def test_dimension_numbers_are_a_tree_a_prefix_of_one_or_a_function_to_these(numbers, expected):
+    assert views_of(LEAVES, numbers) == expected
+    shapes = jax.eval_shape(lambda: LEAVES)
+    assert views_of(shapes, numbers) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"dense": DENSE}, "has nothing for convolution/bias"),
+        ({"convolution": CONVOLUTION, "dense": (0, 1)}, "has nothing for dense/first"),
+        ({"convolution": None, "dense": CONVOLUTION}, "dense/first has 3 axes, shape .5, 6, 7."),
+        ({"convolution": GaLoreDimensionNumbers(0, (0, 1)), "dense": None}, "name each axis once"),
+        ({"convolution": GaLoreDimensionNumbers(0, -4), "dense": None}, "name each axis once"),
+        ({"convolution": GaLoreDimensionNumbers((), 1), "dense": None}, "at least one for in"),
+        ({"convolution": None, "dense": "std"}, "the dimension numbers of dense/first are 'std'"),
+    ],
+)
+def test_wrong_dimension_numbers_are_refused_and_name_the_leaf(numbers, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        matrix_views(LEAVES, numbers)

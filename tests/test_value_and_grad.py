@@ -1,0 +1,269 @@
+"""Gradients that the backward pass projects, against full ones that are projected afterwards."""
+
+import functools
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from projected import DENSE, MLP, compared, inputs, squared, started
+
+import galore_jax
+from galore_jax import (
+    Rule,
+    apply_gradients,
+    check_projection,
+    galore,
+    refresh,
+    refresh_due,
+    value_and_grad,
+)
+from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.optim.state import galore_states
+from galore_jax.training.step import batch_loss
+
+
+def llama(**settings):
+    """A LLaMA's configuration, parameters and a packed batch of 4 rows."""
+    config = LlamaConfig(97, 32, 56, 3, 2, max_length=20, **settings)
+    key = jax.random.key(0)
+    tokens = jax.random.randint(key, (4, 20), 0, 97)
+    segments = jnp.where(jnp.arange(20) < 7, 1, 2) * jnp.ones_like(tokens)
+    positions = jnp.where(jnp.arange(20) < 7, 0, -7) + jnp.arange(20) + jnp.zeros_like(tokens)
+    batch = {"tokens": tokens, "segments": segments, "positions": positions}
+    return config, Llama(config).init(key, tokens)["params"], batch
+
+
+LLAMA_KERNELS = {
+    *(f"layers/attention/{name}_proj/kernel" for name in "qkvo"),
+    *(f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+def test_coordinates_of_the_whole_llama_equal_projected_gradients(dtype, remat, proj_type):
+    config, params, batch = llama(dtype=dtype, remat=remat)
+    loss = functools.partial(batch_loss, config)
+    projected = compared(loss, params, batch, dtype=dtype, proj_type=proj_type, has_aux=True)
+    assert projected == LLAMA_KERNELS
+
+
+def test_micro_batches_give_the_mean():
+    config, params, batch = llama()
+
+    def loss(params, batch):
+        total, targets = batch_loss(config, params, batch)
+        return total / targets  # Every row has as many targets.
+
+    assert compared(loss, params, batch, micro_batches=4) == LLAMA_KERNELS
+
+
+@pytest.mark.parametrize("proj_type", ["left", "right", "full"])
+def test_products_in_plain_jax_are_projected_also_along_the_out_axis(proj_type):
+    params = {"in_out": inputs(16, 12), "out_in": inputs(10, 12), "plain": inputs(10, 8)}
+
+    def loss(params, x):
+        x = jnp.sin(jax.lax.dot_general(x, params["in_out"], DENSE))
+        x = jnp.sin(jax.lax.dot_general(x, params["out_in"], (((1,), (1,)), ((), ()))))
+        return jnp.mean((x @ params["plain"]) ** 2)
+
+    projected = compared(loss, params, inputs(5, 16), proj_type=proj_type)
+    assert projected == {"in_out", "out_in", "plain"}
+
+
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(16, name="second")(nn.tanh(nn.Dense(16, name="first")(x)))
+
+
+def test_products_of_a_kernel_outside_its_layer_are_projected_too():
+    model = Two()
+    params = model.init(jax.random.key(0), inputs(5, 16))["params"]
+
+    def loss(params, x):
+        kernel = nn.meta.unbox(params["second"]["kernel"])
+        return jnp.mean((model.apply({"params": params}, x) @ kernel.T) ** 2)
+
+    assert compared(loss, params, inputs(5, 16)) == {"first/kernel", "second/kernel"}
+
+
+def test_a_penalty_on_all_weights_is_projected_apart_and_added():
+    loss, params = squared(MLP(), inputs(5, 16))
+
+    def penalised(params, x):
+        return loss(params, x) + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+    assert compared(penalised, params, inputs(5, 16)) == set()
+
+
+@pytest.mark.parametrize(
+    "change", [lambda a: 2 * a, lambda a: a * jnp.float32(0.5), lambda a: a + 1e-3]
+)
+def test_parameters_that_are_mapped_before_their_use_get_full_gradients(change):
+    loss, params = squared(MLP(), inputs(5, 16))
+    mapped = lambda params, x: loss(jax.tree.map(change, params), x)  # noqa: E731
+    assert compared(mapped, params, inputs(5, 16)) == set()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16"])
+def test_activations_of_another_type_than_the_kernel_do_not_round_its_gradient(dtype):
+    params = {"w": inputs(16, 12)}
+    loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]) ** 2)  # noqa: E731
+    x = (2 * inputs(5, 16)).astype(dtype)
+    assert compared(loss, params, x) == {"w"}
+
+
+def test_check_projection_measures_how_well_coordinates_agree():
+    config, params, batch = llama()
+    loss = functools.partial(batch_loss, config)
+    errors = check_projection(loss, params, batch, has_aux=True)
+    assert set(errors) == LLAMA_KERNELS
+    assert max(errors.values()) <= 1e-5
+
+
+def test_what_is_cast_before_the_model_still_gets_its_coordinates():
+    loss, params = squared(MLP(), inputs(5, 16))
+
+    def in_bfloat16(params, x):
+        return loss(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), x)
+
+    projected = compared(in_bfloat16, params, inputs(5, 16), dtype="bfloat16")
+    assert projected == {"Dense_0/kernel", "first/kernel"}
+
+
+def test_a_batch_is_split_and_keywords_are_not():
+    loss, params = squared(MLP(), inputs(6, 16))
+    tx, state = started(params)
+    scaled = lambda params, x, *, scale: scale * loss(params, x)  # noqa: E731
+    one, _ = value_and_grad(loss, tx)(params, state, inputs(6, 16))
+    mean, _ = value_and_grad(scaled, tx, micro_batches=3)(
+        params, state, inputs(6, 16), scale=jnp.float32(2)
+    )
+    np.testing.assert_allclose(mean, 2 * one, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"shape \(6, 16\), cannot be split into 4"):
+        value_and_grad(loss, tx, micro_batches=4)(params, state, inputs(6, 16))
+
+
+def test_optimizers_that_want_full_gradients_are_refused():
+    loss, params = squared(MLP(), inputs(5, 16))
+    adam = optax.adam(1e-3)
+    with pytest.raises(ValueError, match="need the state of an optimizer with galore"):
+        value_and_grad(loss, adam)(params, adam.init(params), inputs(5, 16))
+    stock = optax.chain(galore(4), adam)
+    with pytest.raises(ValueError, match=r"started with tx.init\(params\)"):
+        value_and_grad(loss, stock)(params, stock.init(params), inputs(5, 16))
+
+
+def test_an_update_with_coordinates_leaves_a_basis_that_is_due_as_it_is_and_due():
+    loss, params = squared(MLP(), inputs(5, 16))
+    tx, state = started(params, update_proj_gap=2)
+    before = galore_states(state, inside_chains=True)[0].bases
+    for _ in range(3):
+        _, grads = value_and_grad(loss, tx)(params, state, inputs(5, 16))
+        params, state = apply_gradients(tx, grads, state, params)
+    after = galore_states(state, inside_chains=True)[0]
+    assert int(after.count) == 3
+    assert bool(refresh_due(state))
+    np.testing.assert_array_equal(
+        after.bases["first"]["kernel"].vectors["left"], before["first"]["kernel"].vectors["left"]
+    )
+
+
+def dots(text):
+    """Of every dot in an HLO text: the sizes of its result, and the product of those it sums over.
+
+    Yields pairs of a sorted tuple of sizes without ones, and a number.
+    """
+    for computation in text.split("\n}"):
+        shapes = {
+            name: tuple(map(int, filter(None, sizes.split(","))))
+            for name, sizes in re.findall(r"%(\S+) = \w+\[([\d,]*)\]", computation)
+        }
+        pattern = (
+            r"%\S+ = \w+\[([\d,]*)\]\S* dot\(%?([\w.-]+), .*?lhs_contracting_dims=\{([\d,]*)\}"
+        )
+        for sizes, left, summed in re.findall(pattern, computation):
+            result = tuple(sorted(int(n) for n in sizes.split(",") if n and n != "1"))
+            yield result, math.prod(shapes[left][int(axis)] for axis in summed.split(","))
+
+
+def weight_gradients(kernels, tokens, step, *arguments):
+    """The number of products over so many tokens as large as one of the kernels."""
+    text = jax.jit(step).lower(*arguments).compile().as_text()
+    assert "dot(" in text
+    return sum(result in kernels and summed == tokens for result, summed in dots(text))
+
+
+def linen_llama():
+    """A loss, its parameters and a batch; shapes of kernels, the number of tokens, and rules."""
+    config, params, batch = llama()
+    loss = lambda params, batch: batch_loss(config, params, batch)[0]  # noqa: E731
+    rules = {"lm_head/*": Rule(rank=7)}
+    return loss, params, batch, {(32, 32), (32, 56), (32, 97)}, 80, rules
+
+
+def nnx_attention():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            self.attend = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
+            self.up, self.down = nnx.Linear(32, 56, rngs=rngs), nnx.Linear(56, 32, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(nnx.gelu(self.up(x + self.attend(x))))
+
+    graph, params = nnx.split(Layer(nnx.Rngs(0)), nnx.Param)
+    loss = lambda params, x: jnp.mean(nnx.merge(graph, params)(x) ** 2)  # noqa: E731
+    return loss, params, inputs(4, 20, 32), {(32, 32), (32, 56), (4, 8, 32)}, 80, None
+
+
+def equinox_mlp():
+    equinox = pytest.importorskip("equinox")
+    model = equinox.nn.MLP(32, 32, 56, 2, key=jax.random.key(0))
+    params, static = equinox.partition(model, equinox.is_array)
+    loss = lambda params, x: jnp.mean(jax.vmap(equinox.combine(params, static))(x) ** 2)  # noqa: E731
+    return loss, params, inputs(80, 32), {(32, 56), (56, 56)}, 80, None
+
+
+@pytest.mark.parametrize("model", [linen_llama, nnx_attention, equinox_mlp])
+def test_no_product_over_tokens_is_as_large_as_a_projected_kernel(model):
+    loss, params, batch, kernels, tokens, rules = model()
+    tx = galore_jax.adamw(1e-3, rank=7, rules=rules)
+    state = tx.init(params)
+
+    def projected(params, state, batch):
+        _, grads = value_and_grad(loss, tx)(params, state, batch)
+        return apply_gradients(tx, grads, state, params)
+
+    def full(params, state, batch):
+        return apply_gradients(tx, jax.grad(loss)(params, batch), state, params)
+
+    count = functools.partial(weight_gradients, kernels, tokens)
+    assert count(projected, params, state, batch) == 0
+    assert count(refresh(loss, tx), params, state, batch) == 0
+    assert count(full, params, state, batch) >= 3
+
+
+def test_a_training_step_holds_no_factorisation():
+    config, params, batch = llama()
+    loss = functools.partial(batch_loss, config)
+    tx = galore_jax.adamw(1e-3, rank=8)
+    state = tx.init(params)
+
+    def projected(params, state, batch):
+        _, grads = value_and_grad(loss, tx, has_aux=True)(params, state, batch)
+        return apply_gradients(tx, grads, state, params)
+
+    def primitives(step):
+        return str(jax.make_jaxpr(step)(params, state, batch))
+
+    factorisations = re.compile(r"= (cholesky|svd|eigh|qr|geqrf|triangular_solve|cond)\[")
+    assert not factorisations.search(primitives(projected))
+    assert factorisations.search(primitives(refresh(loss, tx, has_aux=True)))
