@@ -16,7 +16,7 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message names the thing and the remedy."""
 
 
-def exit_with_one_sentence(main: Callable[[], None]) -> None:
+def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; what the user can mend exits with status 2 and one line.
 
     That is an `InputError`, a full disk, or a path that cannot be read or written. Ctrl-C exits

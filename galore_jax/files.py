@@ -9,7 +9,7 @@ UNFINISHED = ".unfinished"
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary sibling to write to; it takes the name `path` only if the block succeeds.
 
     After an exception the sibling is removed. A process killed in the middle leaves one behind

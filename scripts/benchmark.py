@@ -1,4 +1,4 @@
-"""Benchmarks of the optimizer: a table each, all contestants in one process, medians of repeats.
+"""Benchmarks of the optimizer: a table each, all baselines in one process, medians of repeats.
 
 python scripts/benchmark.py refresh --json refresh.json
 python scripts/benchmark.py step model=llama layers=2 repeats=3
@@ -15,10 +15,10 @@ step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 2
     model=blocks       blocks alone, or llama: with embedding and head
     layers=0           0: 4 of blocks, 24 of llama
     leaves=separate    every layer's apart, as optax.contrib.galore needs them to project them; or
-                       stacked, as galore_jax's models have them, without that contestant
+                       stacked, as galore_jax's models have them, without that baseline
     dense=flax         layers with the derivative that JAX makes; or galore_jax: the one written by
                        hand in galore_jax's models, by which AdamW too is faster on CPUs
-    repeats=7          of each contestant
+    repeats=7          of each baseline
     intervals=1        with staggered refreshes, of each step the median; 0: not measured
 state: bytes of the optimizer's state, by part, for every size in configs/; nothing is allocated.
 accumulate: bytes that micro-batches accumulate, of the blocks and in all, for every size likewise.
@@ -27,7 +27,7 @@ tokens: time of a step of stacked blocks over AdamW's at several sizes of a step
     tokens=256,512,1024,2048,4096,8192  multiples of 256
     layers=1             blocks
     dense=flax           as of step
-    repeats=3            of each contestant
+    repeats=3            of each baseline
     picture=tokens.png   where it is drawn
 sketch: energy that bases from sketches capture at every refresh of a training run, of every matrix
   against the singular vectors of the same gradient.
@@ -50,7 +50,7 @@ import argparse
 import json
 from pathlib import Path
 
-from galore_jax.errors import InputError, exit_with_one_sentence
+from galore_jax.errors import InputError, run_cli
 
 BENCHES = ("refresh", "step", "state", "accumulate", "tokens", "sketch", "dead")
 
@@ -83,4 +83,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

@@ -12,7 +12,7 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from galore_jax.errors import InputError, exit_with_one_sentence
+from galore_jax.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -49,4 +49,4 @@ def _numbers(text: str, kind: type) -> list:
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from galore_jax.errors import exit_with_one_sentence
+from galore_jax.errors import run_cli
 
 RANK = 1024
 WEIGHTS = ((4096, 4096), (4096, 11008), (11008, 4096))
@@ -85,4 +85,4 @@ def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tupl
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

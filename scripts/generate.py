@@ -7,7 +7,7 @@ The run's latest checkpoint is read. The text ends early where the model ends it
 
 import argparse
 
-from galore_jax.errors import exit_with_one_sentence
+from galore_jax.errors import run_cli
 
 
 def main() -> None:
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

@@ -19,8 +19,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from galore_jax.errors import InputError, exit_with_one_sentence
-from galore_jax.files import written_whole
+from galore_jax.errors import InputError, run_cli
+from galore_jax.files import atomic_write
 
 GIB = 2**30
 # What JAX allocates of a card's memory when nothing is set.
@@ -58,8 +58,8 @@ def main() -> None:
 
     from galore_jax.training.compile_targets import TARGETS, target
     from galore_jax.training.config import load_config
-    from galore_jax.training.memory import compiled, contestants, predict
-    from galore_jax.training.step import refuse_missing_gpu
+    from galore_jax.training.memory import baselines, compiled, predict
+    from galore_jax.training.step import check_gpu
 
     if arguments.device not in ("cpu", *TARGETS):
         names = ", ".join(("cpu", *TARGETS))
@@ -68,13 +68,13 @@ def main() -> None:
     card = TARGETS.get(arguments.device)
     if card is None:
         jax.config.update("jax_platforms", "cpu")
-        refuse_missing_gpu(config)
+        check_gpu(config)
     with nullcontext() if card is None else target(arguments.device) as sharding:
         predicted = predict(config)
         name = "a CPU" if card is None else card.name
         print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)
         steps = compiled(config, sharding)
-        others = contestants(config) if arguments.picture else {}
+        others = baselines(config) if arguments.picture else {}
 
     print(table(predicted, steps))
     if card is None:
@@ -83,7 +83,7 @@ def main() -> None:
         print(f"\nCompiled for a card that is not here, {card.name}: nothing was run.")
         print(fit(max(step["total"] for step in steps.values()), card.memory))
     if arguments.json:
-        with written_whole(arguments.json) as path:
+        with atomic_write(arguments.json) as path:
             path.write_text(
                 json.dumps({"predicted": predicted, "compiled": steps}, indent=1) + "\n"
             )
@@ -95,14 +95,14 @@ def main() -> None:
 
 
 def own_name(config: Any) -> str:
-    """Of a configuration among the contestants."""
+    """Of a configuration among the baselines."""
     bits = "8-bit " if config.optimizer.name.endswith("8bit") else ""
     return f"{bits}{'GaLore' if config.optimizer.has_galore else 'Adam'}, here"
 
 
 def table(predicted: Parts, steps: dict[str, Parts]) -> str:
     """Predicted parts to the left, what was compiled to the right, in GiB."""
-    gib = lambda size: f"{size / GIB:.3f}"  # noqa: E731
+    gib = lambda size: f"{size / GIB:.3f}"
     left = [("predicted", "GiB"), *((part, gib(size)) for part, size in predicted.items())]
     right = [("compiled, GiB", *steps)]
     for key in next(iter(steps.values())):
@@ -131,16 +131,16 @@ def fit(needed: int, memory: int) -> str:
 
 
 def draw(
-    contestants: dict[str, Parts],
+    baselines: dict[str, Parts],
     compiled: int,
     title: str,
     card: Any,
     picture: Path,
 ) -> None:
-    """Draws the parts of each contestant as a bar; nothing where matplotlib is missing.
+    """Draws the parts of each baseline as a bar; nothing where matplotlib is missing.
 
     Args:
-      contestants: by name, the last of which was compiled too.
+      baselines: by name, the last of which was compiled too.
       compiled: the total of that.
       title: of the picture.
       card: the `GpuTarget` whose memory is marked, or None.
@@ -154,8 +154,8 @@ def draw(
         return
     figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
-    longest = max(parts["total"] for parts in contestants.values()) / GIB
-    for row, parts in enumerate(contestants.values()):
+    longest = max(parts["total"] for parts in baselines.values()) / GIB
+    for row, parts in enumerate(baselines.values()):
         start = 0.0
         for part, colour in COLOURS.items():
             size = parts[part] / GIB
@@ -168,12 +168,12 @@ def draw(
                 axes.text(start + size / 2, row, f"{size:.1f}", **where)
             start += size
         total = f"{start:.1f} GiB"
-        if row == len(contestants) - 1:
+        if row == len(baselines) - 1:
             total += f"\n(compiled: {compiled / GIB:.1f})"
         behind = {"color": "white", "pad": 1.5}
         place = (start + 0.008 * longest, row)
         axes.text(*place, total, va="center", fontsize=11, fontweight="bold", bbox=behind)
-    axes.set_yticks(range(len(contestants)), [name.replace(", ", ",\n") for name in contestants])
+    axes.set_yticks(range(len(baselines)), [name.replace(", ", ",\n") for name in baselines])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * longest)
     if card is not None and card.memory / GIB < 1.14 * longest:
@@ -191,9 +191,9 @@ def draw(
     axes.set_xlabel("GiB, predicted by formula; the last one compiled too, the others not measured")
     figure.suptitle(title, fontsize=12, fontweight="bold")
     figure.legend(loc="outside lower center", frameon=False, ncols=len(COLOURS), fontsize=10)
-    with written_whole(picture) as path:
+    with atomic_write(picture) as path:
         FigureCanvasAgg(figure).print_png(path)
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

@@ -5,7 +5,7 @@ python scripts/plot.py runs/galore runs/adamw --out curves.png
 
 import argparse
 
-from galore_jax.errors import exit_with_one_sentence
+from galore_jax.errors import run_cli
 
 
 def main() -> None:
@@ -21,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Turns the json.gz files of allenai/c4 into a TFDS `c4/en` dataset that training reads.
+"""BasisUpdates the json.gz files of allenai/c4 into a TFDS `c4/en` dataset that training reads.
 
     python scripts/prepare_c4.py INPUT_FOLDER --out data
 
@@ -10,7 +10,7 @@ import argparse
 import os
 
 from galore_jax.data.c4 import open_c4, prepare_c4
-from galore_jax.errors import InputError, exit_with_one_sentence
+from galore_jax.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -40,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

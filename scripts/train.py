@@ -13,7 +13,7 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from galore_jax.errors import exit_with_one_sentence
+from galore_jax.errors import run_cli
 
 
 def main() -> None:
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from galore_jax.data.batches import DataConfig, documents
 from galore_jax.data.tokenizers import train_sentencepiece
-from galore_jax.errors import InputError, exit_with_one_sentence
-from galore_jax.files import written_whole
+from galore_jax.errors import InputError, run_cli
+from galore_jax.files import atomic_write
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"--out is {out}: {error.strerror}.") from error
     model = train_sentencepiece(_spread(texts, arguments.limit), arguments.vocab_size)
-    with written_whole(out) as unfinished:
+    with atomic_write(out) as unfinished:
         unfinished.write_bytes(model)
     print(f"{out} holds {arguments.vocab_size:,} pieces.")
 
@@ -60,4 +60,4 @@ def _spread(texts: Sequence[str], limit: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    exit_with_one_sentence(main)
+    run_cli(main)

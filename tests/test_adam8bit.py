@@ -68,12 +68,12 @@ def test_leaves_whose_scales_would_take_what_codes_save_keep_float32_moments():
     assert isinstance(state.mu["wide"], Quantized)
 
 
-@pytest.mark.parametrize("kernels", ["xla", "pallas"])
-def test_a_gradient_whose_square_is_infinite_leaves_the_moments_finite(kernels, monkeypatch):
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_a_gradient_whose_square_is_infinite_leaves_the_moments_finite(implementation, monkeypatch):
     interpreted = functools.partial(pallas_triton.adam_8bit, interpret=True)
     monkeypatch.setattr(pallas_triton, "adam_8bit", interpreted)
     params = {"kernel": jnp.zeros((16, 512))}
-    tx = scale_by_adam8bit(kernels=kernels)
+    tx = scale_by_adam8bit(implementation=implementation)
     state = tx.init(params)
     for size in (1.0, 1e30, 1.0, 1.0):
         grads = {"kernel": jnp.ones((16, 512)).at[3, 5].set(size)}
@@ -208,7 +208,7 @@ def test_int8_bases_are_nearly_orthonormal_and_capture_what_float32_ones_do():
     for dtype in (jnp.float32, jnp.int8):
         tx = chain(galore(16, basis_dtype=dtype), optax.adam(1e-3))
         _, state = tx.update(grads, tx.init(params), params)
-        basis = state.links[0].bases["tall"]["kernel"]
+        basis = state.inner_states[0].bases["tall"]["kernel"]
         vectors = dequantize(basis.vectors["right"])
         energies.append(float(jnp.sum((gradient @ vectors) ** 2)))
     assert basis.vectors["right"].codes.dtype == jnp.int8
@@ -232,8 +232,8 @@ def test_it_works_under_tree_map_params_and_does_not_compile_again():
 
 
 def test_kernels_of_another_name_are_refused():
-    with pytest.raises(ValueError, match="kernels must be one of xla, pallas, not 'cuda'"):
-        scale_by_adam8bit(kernels="cuda")
+    with pytest.raises(ValueError, match="implementation must be one of xla, pallas, not 'cuda'"):
+        scale_by_adam8bit(implementation="cuda")
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
@@ -244,9 +244,11 @@ def test_steps_with_kernels_are_those_without(monkeypatch, moments, dtype):
         monkeypatch.setattr(pallas_triton, name, kernel)
     params, key = random_params(SHAPES, dtype=dtype), jax.random.key(0)
     ends = []
-    for kernels in ("xla", "pallas"):
-        tx = eight_bit(moments, basis_dtype=jnp.int8, kernels=kernels)
-        apply = jax.jit(functools.partial(apply_gradients, tx, key=key, kernels=kernels))
+    for implementation in ("xla", "pallas"):
+        tx = eight_bit(moments, basis_dtype=jnp.int8, implementation=implementation)
+        apply = jax.jit(
+            functools.partial(apply_gradients, tx, key=key, implementation=implementation)
+        )
         new, state = params, tx.init(params)
         for seed in range(2):
             new, state = apply(random_params(SHAPES, seed), state, new)

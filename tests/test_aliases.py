@@ -54,7 +54,7 @@ def test_a_mask_says_which_leaves_decay(mask):
 
 def test_a_schedule_sets_the_rate_of_the_update_and_of_the_decay():
     params, grads = params_and_grads()
-    schedule = lambda count: jnp.where(count == 0, 0.0, 0.1)  # noqa: E731
+    schedule = lambda count: jnp.where(count == 0, 0.0, 0.1)
     tx = galore_jax.adamw(schedule, rank=4, weight_decay=0.5)
     after_one, state = step(tx, params, grads)
     np.testing.assert_array_equal(after_one["kernel"], params["kernel"])
@@ -71,7 +71,7 @@ def test_the_update_of_a_matrix_lies_in_its_subspace_and_carries_the_scale():
     params, grads = params_and_grads()
     tx = galore_jax.adamw(1.0, rank=4, scale=0.5)
     updates, state = tx.update(grads, tx.init(params), params)
-    basis = state.links[0].bases["kernel"].vectors["left"]
+    basis = state.inner_states[0].bases["kernel"].vectors["left"]
     np.testing.assert_allclose(basis @ (basis.T @ updates["kernel"]), updates["kernel"], atol=1e-5)
     # Adam's first update is the sign: 4 x 20 ones, lifted by orthonormal vectors, times the scale.
     np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 0.5 * 80**0.5, rtol=1e-4)

@@ -46,7 +46,7 @@ def trained(tx, params, losses, steps):
 )
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_a_quadratic_and_a_low_rank_regression_are_solved(name, method, moments):
-    random = lambda key, shape: 0.5 * jax.random.normal(key, shape)  # noqa: E731
+    random = lambda key, shape: 0.5 * jax.random.normal(key, shape)
     keys = iter(jax.random.split(jax.random.key(0), 9))
     target = {"stack": random(next(keys), (2, 12, 20)), "bias": random(next(keys), (12,))}
     inputs = random(next(keys), (64, 20))

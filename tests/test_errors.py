@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from galore_jax.errors import InputError, exit_with_one_sentence
+from galore_jax.errors import InputError, run_cli
 
 
 def told(capsys, error):
@@ -13,7 +13,7 @@ def told(capsys, error):
         raise error
 
     with pytest.raises(SystemExit) as stopped:
-        exit_with_one_sentence(main)
+        run_cli(main)
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
@@ -37,4 +37,4 @@ def test_an_error_of_the_program_keeps_its_traceback(error):
         raise error
 
     with pytest.raises(type(error)):
-        exit_with_one_sentence(main)
+        run_cli(main)

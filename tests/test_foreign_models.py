@@ -111,7 +111,7 @@ def test_dimension_numbers_say_how_a_kernel_of_many_axes_is_read(proj_type):
 
 def test_an_unmodified_nnx_layer_multiplies_by_projected_kernels():
     graph, params = nnx.split(nnx.Linear(16, 12, rngs=nnx.Rngs(0)))
-    loss = lambda params, x: jnp.mean(jnp.sin(nnx.merge(graph, params)(x)) ** 2)  # noqa: E731
+    loss = lambda params, x: jnp.mean(jnp.sin(nnx.merge(graph, params)(x)) ** 2)
     assert compared(loss, params, inputs(5, 16)) == {"kernel"}
 
 

@@ -54,7 +54,7 @@ def test_the_stock_chain_started_with_init_gives_the_same_parameters_as_chain(in
             params, state = step(params, state)
         runs.append((params, state))
     (params, state), (stock_params, stock_state) = runs
-    assert jax.tree.structure(state.links) == jax.tree.structure(stock_state)
+    assert jax.tree.structure(state.inner_states) == jax.tree.structure(stock_state)
     shapes = [jax.tree.map(jnp.shape, jax.tree.leaves(s)) for s in (state, stock_state)]
     assert shapes[0] == shapes[1]
     assert max_difference(params, stock_params) <= 1e-6
@@ -104,7 +104,7 @@ def test_transformations_before_galore_see_full_gradients():
     state = tx.init(params)
     grads = jax.grad(loss)(params, target)
     updates, state = tx.update(grads, state, params)
-    assert max_difference(state.links[0].trace, grads) == 0
+    assert max_difference(state.inner_states[0].trace, grads) == 0
     clipped = grads["bias"]["bias"] / optax.tree.norm(grads)
     np.testing.assert_allclose(updates["bias"]["bias"], clipped, rtol=1e-5)
 
@@ -113,7 +113,7 @@ def test_a_ready_made_chain_can_be_extended_in_front():
     tx = chain(optax.clip_by_global_norm(1.0), galore_jax.adamw(1e-2, rank=4))
     params = random_params(PLAIN)
     assert optax.tree.get(tx.init(params), "mu")["wide"]["kernel"].value.shape == (4, 20)
-    assert len(tx.init(params).links) == 5
+    assert len(tx.init(params).inner_states) == 5
 
 
 def test_what_enters_the_inner_optimizer_is_float32_and_updates_leave_in_the_parameters_dtype():
@@ -172,10 +172,10 @@ def test_coordinates_that_come_as_such_pass_through():
     params = random_params({"wide": (12, 20)})
     tx = chain(galore(rank=4), optax.sgd(1.0))
     state = tx.init(params)
-    projection = state.links[0].bases["wide"]["kernel"].projection
+    projection = state.inner_states[0].bases["wide"]["kernel"].projection
     grads = {"wide": {"kernel": Coordinates(jnp.ones((4, 20)), projection)}}
     updates, state = tx.update(grads, state, params)
-    basis = state.links[0].bases["wide"]["kernel"].vectors["left"]
+    basis = state.inner_states[0].bases["wide"]["kernel"].vectors["left"]
     np.testing.assert_allclose(
         updates["wide"]["kernel"], -0.25 * basis @ jnp.ones((4, 20)), atol=1e-6
     )

@@ -99,7 +99,7 @@ def test_a_jit_that_is_inlined_keeps_its_shardings():
     mesh = Mesh(jax.devices()[:1], ("data",))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     product = jax.jit(lambda x, w: jnp.sin(x @ w), in_shardings=(rows, None), out_shardings=rows)
-    sharded = lambda params, x: jnp.mean(product(x, params["last"]) ** 2)  # noqa: E731
+    sharded = lambda params, x: jnp.mean(product(x, params["last"]) ** 2)
     tx, state = started(last())
     step = value_and_grad(sharded, tx)
     jaxpr = jax.make_jaxpr(step)(last(), state, inputs(5, 12))
@@ -144,7 +144,7 @@ def test_a_derivative_of_ones_own_is_kept_and_its_kernel_full():
     doubled.defvjp(
         lambda x, w: (x @ w, (x, w)), lambda saved, dy: (dy @ saved[1].T, 2 * saved[0].T @ dy)
     )
-    own = lambda params, x: jnp.mean(jnp.sin(doubled(x, params["last"])) ** 2)  # noqa: E731
+    own = lambda params, x: jnp.mean(jnp.sin(doubled(x, params["last"])) ** 2)
     assert compared(own, last(), inputs(5, 12)) == set()
 
 

@@ -107,7 +107,7 @@ def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
 def test_adam_by_parts_of_its_rows_is_adam_of_the_whole(monkeypatch, shape):
     arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
     whole = adam_plain(*arguments)
-    monkeypatch.setattr(adam8bit, "MOST_AT_A_TIME", 1000)
+    monkeypatch.setattr(adam8bit, "MAX_CHUNK", 1000)
     step = functools.partial(adam8bit.adam_8bit, b1=B1, b2=B2, eps=EPS)
     assert "scan" in str(jax.make_jaxpr(step)(*arguments))
     update, *moments = jax.jit(step)(*arguments)
@@ -186,7 +186,7 @@ def test_the_lift_is_its_formula_and_rounded_once(add, dtype, transposed, shape,
 def test_a_lift_by_parts_of_the_rows_is_that_of_the_whole(monkeypatch, rows):
     arguments = (*matrices(rows, 70, 9, False, BFLOAT16), 0.25, 0.125, SEED)
     whole = lift_plain(*arguments)
-    monkeypatch.setattr(lift, "MOST_AT_A_TIME", 1000)
+    monkeypatch.setattr(lift, "MAX_CHUNK", 1000)
     parts = jax.jit(functools.partial(lift.lift_and_add))(*arguments)
     # Products of fewer rows may add up in another order, which rounding then makes a neighbour.
     apart = whole.view(jnp.int16).astype(int) - parts.view(jnp.int16).astype(int)

@@ -146,7 +146,7 @@ def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():
 def test_a_first_pass_clips_as_an_ordinary_clip_does(projected):
     clip = galore_jax.clip_by_finite_norm(0.3)
     plain = galore_jax.adamw(0.003, 8, GAP)
-    first, *rest = plain.links
+    first, *rest = plain.transforms
     clipping = galore_jax.chain(*((first, clip, *rest) if projected else (clip, first, *rest)))
     ordinary = Ordinary(clipping, projected)
     steps = layerwise_steps(plain, projected=projected, clip_norm=0.3, clip_by="first_pass")
@@ -155,15 +155,15 @@ def test_a_first_pass_clips_as_an_ordinary_clip_does(projected):
     for t in range(7):
         due = projected and bool(galore_jax.refresh_due(state))
         found = steps[due](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
-        links = list(state.links)
+        links = list(state.inner_states)
         links.insert(1 if projected else 0, optax.EmptyState())
-        with_clip = state._replace(links=tuple(links))
+        with_clip = state._replace(inner_states=tuple(links))
         params, with_clip, *_ = ordinary.step(params, with_clip, batch_of(t))
         assert found.state.norm > 0.3  # It is clipped.
         assert max_difference(found.params, params) <= 1e-5
-        links = list(with_clip.links)
+        links = list(with_clip.inner_states)
         del links[1 if projected else 0]
-        state = state._replace(links=tuple(links))
+        state = state._replace(inner_states=tuple(links))
 
 
 def test_the_previous_step_clips_by_its_own_norm_and_the_first_step_not_at_all():
@@ -200,7 +200,7 @@ def test_a_layer_whose_gradient_is_not_finite_is_left_out_with_all_its_state():
     kernels = [tree["layers"]["mlp"]["down_proj"]["kernel"] for tree in (broken, after.params)]
     np.testing.assert_array_equal(kernels[0][1], kernels[1][1])
     assert (kernels[0][0] != kernels[1][0]).any()
-    basis = after.state.inner.links[0].bases["layers"]["mlp"]["down_proj"]["kernel"]
+    basis = after.state.inner.inner_states[0].bases["layers"]["mlp"]["down_proj"]["kernel"]
     np.testing.assert_array_equal(basis.skipped, [0, 1, 0])
     assert jnp.isfinite(after.state.norm)
 
@@ -282,8 +282,8 @@ def patches(is_read_by_the_head):
             x = x @ getattr(patch, "kernel", patch).T
         return jnp.mean(jnp.square(x - 1))
 
-    block = lambda params, x, _: x + jnp.tanh(x @ params["kernel"])  # noqa: E731
-    embed = lambda params, batch: (batch @ params["patch"], None)  # noqa: E731
+    block = lambda params, x, _: x + jnp.tanh(x @ params["kernel"])
+    embed = lambda params, batch: (batch @ params["patch"], None)
     return LayeredModel(embed, block, head_loss), params, loss
 
 

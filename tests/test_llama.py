@@ -68,7 +68,7 @@ def numpy_llama(config: LlamaConfig, params, tokens: np.ndarray) -> np.ndarray:
     def norm(x, scale):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_epsilon) * scale
 
-    def turned(head, position):
+    def basis_updates(head, position):
         half = config.head_size // 2
         angle = position * config.rope_theta ** (-np.arange(half) / half)
         pairs = (head[:half] + 1j * head[half:]) * np.exp(1j * angle)
@@ -87,8 +87,10 @@ def numpy_llama(config: LlamaConfig, params, tokens: np.ndarray) -> np.ndarray:
         mixed = np.zeros_like(q)
         for t in range(len(tokens)):
             for head in range(config.num_heads):
-                query = turned(q[t, head], t)
-                scores = np.array([query @ turned(k[s, head // group], s) for s in range(t + 1)])
+                query = basis_updates(q[t, head], t)
+                scores = np.array(
+                    [query @ basis_updates(k[s, head // group], s) for s in range(t + 1)]
+                )
                 weights = np.exp(scores / np.sqrt(config.head_size))
                 mixed[t, head] = weights @ v[: t + 1, head // group] / weights.sum()
         x = x + mixed.reshape(len(tokens), -1) @ kernels["o_proj"]

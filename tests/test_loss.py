@@ -12,7 +12,7 @@ from galore_jax.models.loss import next_token_loss, next_token_loss_of
 @pytest.mark.parametrize("vocabulary", [20, 32, 33, 64, 97])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_values_and_gradients_by_parts_are_those_of_all_logits(monkeypatch, vocabulary, dtype):
-    monkeypatch.setattr(loss, "COLUMNS", 32)
+    monkeypatch.setattr(loss, "VOCAB_CHUNK", 32)
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (3, 10, 16), dtype)
     head = jax.random.normal(keys[1], (16, vocabulary), dtype)

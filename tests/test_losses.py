@@ -65,7 +65,7 @@ def is_coordinates(node) -> bool:
 
 
 def bases_by_name(state) -> dict[str, galore_jax.Basis]:
-    is_basis = lambda node: isinstance(node, galore_jax.Basis)  # noqa: E731
+    is_basis = lambda node: isinstance(node, galore_jax.Basis)
     bases = filter(is_basis, jax.tree.leaves(state, is_leaf=is_basis))
     return {basis.projection.name: basis for basis in bases}
 

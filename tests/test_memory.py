@@ -11,10 +11,10 @@ from typing import NamedTuple
 import optax
 import pytest
 
-from galore_jax.errors import exit_with_one_sentence
+from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.training.config import Config, from_dict, load_config, to_toml
-from galore_jax.training.memory import PARTS, contestants, predict
+from galore_jax.training.memory import PARTS, baselines, predict
 from galore_jax.training.step import init_state, tree_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def run_script(folder: Path, config: Config, *arguments: str) -> None:
     file.write_text(to_toml(config))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["memory.py", "--config", str(file), *arguments])
-        exit_with_one_sentence(memory.main)
+        run_cli(memory.main)
 
 
 @pytest.fixture(scope="module", params=COMPILED)
@@ -166,14 +166,14 @@ def test_7b_layer_by_layer_is_predicted_within_5_percent_of_what_was_compiled_fo
 @pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", 0.785), ("int8", 0.82)])
 def test_the_optimizer_state_of_8_bit_galore_at_7b_is_a_fifth_of_bf16_adams(dtype, saved):
     config = load_config(SEVEN_B, [f"optimizer.basis_dtype={dtype}"])
-    predicted, adam = predict(config), contestants(config)["BF16 Adam"]
+    predicted, adam = predict(config), baselines(config)["BF16 Adam"]
     assert adam["moments"] == 2 * predicted["weights"]
     assert predicted["bases"] + predicted["moments"] <= (1 - saved) * adam["moments"]
 
 
 def test_the_other_contestants_keep_all_activations_and_only_adam_all_gradients():
     config = load_config(SEVEN_B)
-    others, here = contestants(config), predict(config)
+    others, here = baselines(config), predict(config)
     assert [*others][:2] == ["BF16 Adam", "8-bit Adam"]
     adam, adam8, galore = others.values()
     assert adam["total"] > adam8["total"] > galore["total"] > here["total"]
@@ -195,7 +195,10 @@ def test_a_step_fits_a_card_or_misses_some_gib():
     [
         (["--device", "rtx9999"], "no device rtx9999: take one of cpu, a100, rtx4090, h100."),
         (["data.batchsize=4"], "data.batchsize is unknown; did you mean batch_size?"),
-        (["optimizer.kernels=pallas"], 'optimizer.kernels = "pallas" needs an NVIDIA GPU'),
+        (
+            ["optimizer.implementation=pallas"],
+            'optimizer.implementation = "pallas" needs an NVIDIA GPU',
+        ),
         (["--json", "missing/memory.json"], "there is no folder missing for --json"),
         (["--picture", "missing/memory.png"], "there is no folder missing for --picture"),
     ],

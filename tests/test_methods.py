@@ -11,7 +11,7 @@ from hypothesis import strategies
 
 from galore_jax.subspace.matrix_view import MatrixView
 from galore_jax.subspace.methods import (
-    NEVER,
+    AGE_UNINITIALIZED,
     REFRESH,
     orthonormalise,
     overlap,
@@ -56,7 +56,7 @@ def start(shape, sides, count=COUNT):
     return {side: random_basis(jax.random.key(1), (count, sizes[side], RANK)) for side in sides}
 
 
-def refreshed(gradients, method, sides, vectors=None, age=NEVER, number=0):
+def refreshed(gradients, method, sides, vectors=None, age=AGE_UNINITIALIZED, number=0):
     """New bases of a stack `(n, in, out)` of gradients, all of the given age."""
     count, *shape = gradients.shape
     vectors = start(shape, sides, count) if vectors is None else vectors
@@ -117,7 +117,7 @@ def hostile_matrices(draw, rows, columns):
 def test_a_basis_stays_orthonormal_through_hostile_gradients(shape, sides, method, data):
     stacks = strategies.lists(hostile_matrices(*shape), min_size=COUNT, max_size=COUNT)
     vectors = start(shape, sides)
-    for number, age in enumerate((NEVER, GAP)):
+    for number, age in enumerate((AGE_UNINITIALIZED, GAP)):
         stack = np.stack(data.draw(stacks))
         vectors, new, kept = refreshed(stack, method, sides, vectors, age, number)
         squares = np.sum(stack.astype(np.float64) ** 2, axis=(1, 2))
@@ -189,7 +189,7 @@ def test_a_stack_is_refreshed_like_its_matrices_one_by_one(method):
     together, _, _ = refreshed(gradients, method, ("left",))
     one_by_one = start(SHAPE, ("left",))
     for i in range(COUNT):
-        ages = jnp.zeros(COUNT, jnp.int32).at[i].set(NEVER)
+        ages = jnp.zeros(COUNT, jnp.int32).at[i].set(AGE_UNINITIALIZED)
         one_by_one, new, _ = refreshed(gradients, method, ("left",), one_by_one, ages)
         assert new.tolist() == [j == i for j in range(COUNT)]
     np.testing.assert_array_equal(together["left"], one_by_one["left"])
@@ -199,7 +199,10 @@ def test_a_stack_is_refreshed_like_its_matrices_one_by_one(method):
 def test_only_matrices_that_are_due_change(sides):
     gradients = jax.random.normal(jax.random.key(1), (COUNT, *SHAPE))
     old = start(SHAPE, sides)
-    ages, gaps = jnp.array([3, 10, 9, 12, 0, 1, NEVER]), jnp.array([10, 10, 9, 13, 1, 1, 10])
+    ages, gaps = (
+        jnp.array([3, 10, 9, 12, 0, 1, AGE_UNINITIALIZED]),
+        jnp.array([10, 10, 9, 13, 1, 1, 10]),
+    )
     vectors, new, kept = refresh_where_due(
         old, ages, gaps, gradients, (0, 0, 0), "subspace_iteration"
     )
@@ -224,7 +227,7 @@ def test_a_gradient_whose_squares_are_not_finite_never_reaches_a_basis(method, b
 def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
     def bases(*key_data, gradient=1):
         stack = jnp.full((COUNT, *SHAPE), gradient, jnp.float32)
-        ages, gaps = jnp.full(COUNT, NEVER), jnp.full(COUNT, GAP)
+        ages, gaps = jnp.full(COUNT, AGE_UNINITIALIZED), jnp.full(COUNT, GAP)
         old = start(SHAPE, ("left",))
         return refresh_where_due(old, ages, gaps, stack, key_data, "random")[0]["left"]
 

@@ -10,7 +10,7 @@ import pytest
 
 import galore_jax
 from galore_jax import apply_gradients, chain, clip_by_finite_norm, galore, init
-from galore_jax.subspace.methods import NEVER
+from galore_jax.subspace.methods import AGE_UNINITIALIZED
 from galore_jax.subspace.projection import is_coordinates
 
 STEPS, GAP, RANK = 300, 7, 3
@@ -87,7 +87,7 @@ def corrupted(gradient, fault, place):
 
 def parts(params, state):
     """The galore's bases, and by leaf all arrays that belong to its matrices."""
-    galore_state, *inner = getattr(state, "links", state)
+    galore_state, *inner = getattr(state, "inner_states", state)
     bases = {name: galore_state.bases[name]["kernel"] for name in FAULTY}
     moments = filter(is_coordinates, jax.tree.leaves(inner, is_leaf=is_coordinates))
     arrays = {name: [params[name]["kernel"], *bases[name].vectors.values()] for name in FAULTY}
@@ -191,12 +191,12 @@ def test_a_refresh_that_was_not_possible_takes_place_at_the_next_good_gradient(r
     _, faulty = runs
     for name in FAULTY:
         bad = bad_steps(faults, name)
-        gap, age = faulty.gaps[name], np.full(bad.shape[1:], NEVER)
+        gap, age = faulty.gaps[name], np.full(bad.shape[1:], AGE_UNINITIALIZED)
         expected = np.zeros_like(bad)
         for step in range(STEPS):
             good = ~bad[step] & (faults[name][0][step] != ZEROS)
             expected[step] = good & (age >= gap)
-            gap = np.where(expected[step] & (age < NEVER), GAP, gap)
+            gap = np.where(expected[step] & (age < AGE_UNINITIALIZED), GAP, gap)
             age = np.where(expected[step], 0, age) + ~bad[step]
             np.testing.assert_array_equal(faulty.ages[name][step], age)
         renewed = faulty.bases[name][1:] != faulty.bases[name][:-1]
@@ -225,7 +225,7 @@ def test_behind_a_clip_by_finite_norm_the_others_go_as_if_a_bad_matrix_were_zero
     grads = random_params(jax.random.key(0))
     absent, _ = updates_behind(clip_by_finite_norm(1.0), without(grads, 0))
     bad, state = updates_behind(clip_by_finite_norm(1.0), without(grads, value))
-    assert state.links[1].bases["stack"]["kernel"].skipped.tolist() == [0, 1, 0, 0]
+    assert state.inner_states[1].bases["stack"]["kernel"].skipped.tolist() == [0, 1, 0, 0]
     assert not bad["stack"]["kernel"][1].any()
     for one, other in zip(jax.tree.leaves(absent), jax.tree.leaves(bad), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -247,5 +247,5 @@ def test_behind_a_clip_by_global_norm_one_bad_matrix_spoils_all():
     grads = random_params(jax.random.key(0))
     updates, state = updates_behind(optax.clip_by_global_norm(1.0), without(grads, jnp.nan))
     for name in FAULTY:
-        assert (state.links[1].bases[name]["kernel"].skipped == 1).all()
+        assert (state.inner_states[1].bases[name]["kernel"].skipped == 1).all()
     assert not jnp.isfinite(updates["bias"]["bias"]).any()

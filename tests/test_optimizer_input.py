@@ -138,6 +138,8 @@ def test_tree_map_params_knows_the_parameters_of_an_optimizer_with_rules():
     tx = galore_jax.adamw(0.1, 4, rules={"wide/*": galore_jax.Rule(2), "tall/*": None})
     state = tx.init(params)
     doubled = optax.tree.map_params(tx, lambda leaf: 2 * leaf, state)
-    basis, other = (s.links[0].bases["wide"]["kernel"].vectors["left"] for s in (state, doubled))
+    basis, other = (
+        s.inner_states[0].bases["wide"]["kernel"].vectors["left"] for s in (state, doubled)
+    )
     np.testing.assert_array_equal(other, 2 * basis)
-    assert doubled.links[0].count == state.links[0].count
+    assert doubled.inner_states[0].count == state.inner_states[0].count

@@ -14,7 +14,7 @@ from trees import PLAIN, STACKED, max_difference, random_params
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
-from galore_jax.optim.per_matrix import MatrixwiseState
+from galore_jax.optim.per_matrix import PerMatrixState
 from galore_jax.subspace.methods import REFRESH
 from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES, is_basis, is_coordinates
 
@@ -69,7 +69,7 @@ def random_gradients(params, seed):
 def matrices(optimizer, params, gradients, state):
     """All that the trees hold, leaf by leaf and in each layer by layer."""
     tree = jax.tree.structure(params)
-    parts = [tree.flatten_up_to(part) for part in (params, gradients, state.links[0].bases)]
+    parts = [tree.flatten_up_to(part) for part in (params, gradients, state.inner_states[0].bases)]
     found = []
     for leaf, (weight, gradient, basis) in enumerate(zip(*parts, strict=True)):
         vectors, due, size = {}, np.zeros(1, bool), weight.shape
@@ -91,8 +91,8 @@ def moments_of(optimizer, tree, state, leaf, i, like):
     values, counts = {}, set()
     for name, zeros in like.values.items():
         link, field = FIELDS[optimizer][name]
-        own = state.links[link]
-        if isinstance(own, MatrixwiseState):
+        own = state.inner_states[link]
+        if isinstance(own, PerMatrixState):
             alone = tree.flatten_up_to(own.matrices)[leaf]
             own = own.whole if isinstance(alone, optax.MaskedNode) else alone
         node = getattr(own, field)
@@ -225,12 +225,12 @@ def test_rotated_first_moments_are_those_of_the_full_space_while_the_subspace_st
     for seed in range(5):
         noise = np.random.default_rng(seed).normal(size=(12, 20))
         gradient = reference.lift(reference.project(noise, spans), spans)
-        old = state.links[0].bases["kernel"].vectors
+        old = state.inner_states[0].bases["kernel"].vectors
         _, state = update({"kernel": jnp.asarray(gradient, jnp.float32)}, state)
-        bases = state.links[0].bases["kernel"].vectors
+        bases = state.inner_states[0].bases["kernel"].vectors
         assert all(float(jnp.abs(bases[side] - old[side]).max()) > 0.1 for side in bases)
         average = 0.9 * average + 0.1 * gradient
-        lifted = reference.lift(state.links[1].ema["kernel"].value, bases)
+        lifted = reference.lift(state.inner_states[1].ema["kernel"].value, bases)
         np.testing.assert_allclose(lifted, average, atol=1e-5)
 
 
@@ -244,7 +244,7 @@ def test_a_refresh_that_finds_the_same_basis_leaves_rotated_moments(optimizer):
         state, update = tx.init(params), jax.jit(tx.update)
         for _ in range(4):
             _, state = update(gradients, state, params)
-        states.append(state.links[1:])
+        states.append(state.inner_states[1:])
     assert max_difference(*states) <= 1e-5
 
 

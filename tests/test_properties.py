@@ -99,7 +99,7 @@ def test_later_steps_do_not_recompile_and_donated_buffers_are_reused(case):
 
 
 def test_shapes_are_known_without_computing(case):
-    shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]  # noqa: E731
+    shapes = lambda tree: [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
     state = jax.eval_shape(case.tx.init, case.params)
     _, after = jax.eval_shape(case.tx.update, case.grads[0], state, case.params)
     for tree in (state, after):
@@ -143,8 +143,8 @@ def test_map_params_reaches_moments_and_bases_but_not_counts(case):
     state = case.tx.init(case.params)
     mapped = optax.tree.map_params(case.tx, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    galore_state, *_ = state.links
-    mapped_galore, *_ = mapped.links
+    galore_state, *_ = state.inner_states
+    mapped_galore, *_ = mapped.inner_states
     assert mapped_galore.count == galore_state.count
     for side, vectors in galore_state.bases["stack"].vectors.items():
         np.testing.assert_array_equal(mapped_galore.bases["stack"].vectors[side], vectors + 1)

@@ -43,7 +43,7 @@ def test_the_training_loop_of_projected_gradients_refreshes_and_learns():
     names |= {"params": params, "state": tx.init(params), "batches": 8 * [batch]}
     exec(example, names)
     assert loss(names["params"], batch) < 0.9 * loss(params, batch)
-    assert int(names["state"].links[0].bases["kernel"].age) == 3
+    assert int(names["state"].inner_states[0].bases["kernel"].age) == 3
 
 
 def test_the_example_of_rules_runs_on_the_parameters_it_speaks_of():
@@ -84,6 +84,6 @@ def test_the_layer_by_layer_loop_refreshes_and_learns():
     }
     exec(example, names)
     assert names["loss"] < 2
-    basis = names["state"].inner.links[0].bases["layers"]["kernel"]
+    basis = names["state"].inner.inner_states[0].bases["layers"]["kernel"]
     np.testing.assert_array_equal(basis.age, [3, 3])
     assert basis.vectors["left"].shape == (2, 1040, 1024)

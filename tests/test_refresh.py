@@ -14,7 +14,7 @@ import pytest
 from galore_jax import apply_gradients, chain, galore, refresh, refresh_due, value_and_grad
 from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.optim.state import bases_of, galore_states
-from galore_jax.subspace.methods import NEVER
+from galore_jax.subspace.methods import AGE_UNINITIALIZED
 
 GAP = 16
 
@@ -64,7 +64,7 @@ def test_a_dead_expert_is_retried_after_twice_as_many_updates_up_to_the_gap():
     assert tried == [0, 1, 2, 4, 8, 16, 32, 48, 64]
     alive, dead = np.asarray(bases(state)["experts"].age)
     assert alive == GAP
-    assert dead >= NEVER
+    assert dead >= AGE_UNINITIALIZED
 
 
 def test_an_expert_that_wakes_up_gets_its_basis_at_the_next_try():
@@ -77,7 +77,7 @@ def test_an_expert_that_wakes_up_gets_its_basis_at_the_next_try():
 
 def test_a_kernel_that_the_loss_does_not_use_does_not_keep_the_others_refreshing():
     params, x = start()
-    frozen = lambda params, x: experts({**params, "experts": start()[0]["experts"]}, x, 1.0)  # noqa: E731
+    frozen = lambda params, x: experts({**params, "experts": start()[0]["experts"]}, x, 1.0)
     tx = chain(galore(3, GAP), optax.sgd(1e-3))
     state = refresh(frozen, tx)(params, tx.init(params), x)
     assert int(updates_until_refresh(state)) == 1

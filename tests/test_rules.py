@@ -169,7 +169,7 @@ def weights_and_basis(grads, numbers=None):
 
     params = {"w": jnp.zeros(grads.shape[1:])}
     (params, state), _ = jax.lax.scan(step, (params, tx.init(params)), grads)
-    return params["w"], state.links[0].bases["w"]
+    return params["w"], state.inner_states[0].bases["w"]
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_scale_of_a_rule_is_that_of_its_updates():
 def test_the_gap_and_the_refresh_of_a_rule_are_those_of_its_bases():
     params = {"a": jnp.zeros((12, 20)), "b": jnp.zeros((3, 20, 12))}
     rules = {"b": Rule(update_proj_gap=3, refresh="random")}
-    grads = lambda count: random_grads(params, count)  # noqa: E731
+    grads = lambda count: random_grads(params, count)
     ruled = run_galore(galore(4, 5, rules=rules), params, grads, 11)
     alone = run_galore(galore(4, 3, refresh="random"), params, grads, 11)
     assert np.flatnonzero(refreshes(ruled["a"])).tolist() == [0, 5, 10]

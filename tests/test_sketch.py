@@ -289,7 +289,7 @@ def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
         tx = optax.chain(galore(6, 4), optax.adam(1e-2))
         state = init(tx, params)
     elif form == "injected":
-        inner = lambda learning_rate: chain(galore(6, 4), optax.adam(learning_rate))  # noqa: E731
+        inner = lambda learning_rate: chain(galore(6, 4), optax.adam(learning_rate))
         tx = optax.inject_hyperparams(inner)(learning_rate=1e-2)
         state = tx.init(params)
     else:
@@ -331,7 +331,7 @@ def test_what_no_product_multiplies_by_is_refreshed_by_its_update():
     model = nn.Conv(16, (3,))
     x = jax.random.normal(jax.random.key(1), (2, 9, 12))
     kernels = model.init(jax.random.key(0), x)["params"]
-    filtered = lambda kernels, x: jnp.mean(model.apply({"params": kernels}, x) ** 2)  # noqa: E731
+    filtered = lambda kernels, x: jnp.mean(model.apply({"params": kernels}, x) ** 2)
     tx = chain(galore(3), optax.adam(1e-3))
     state = tx.init(kernels)
     unchanged = refresh(filtered, tx)(kernels, state, x)

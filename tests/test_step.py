@@ -21,7 +21,7 @@ from galore_jax.training.step import (
     tree_bytes,
     tree_size,
 )
-from galore_jax.training.subspace_metrics import diagnose, movement
+from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 
 CONFIG = Config(
     LlamaConfig(
@@ -161,7 +161,7 @@ def test_galore_keeps_a_smaller_state_than_adamw(params):
 
 
 def bases(opt_state):
-    return bases_of(galore_states(opt_state.links))
+    return bases_of(galore_states(opt_state.inner_states))
 
 
 def test_every_setting_of_galore_reaches_it(batch):
@@ -215,7 +215,7 @@ def test_a_gradient_that_is_not_finite_costs_its_own_matrix_the_step_and_no_othe
     assert all(0 < distance < 0.1 for distance in jax.tree.leaves(moved))
     old, new = (tree["layers"]["mlp"]["up_proj"]["kernel"] for tree in (params, after))
     np.testing.assert_array_equal(new[0], old[0])
-    assert movement(opt_state)["skipped"] == 1
+    assert subspace_metrics(opt_state)["skipped"] == 1
 
 
 def test_refreshes_saved_are_counted_over_all_matrices(batch):
@@ -248,7 +248,7 @@ def test_diagnostics_are_the_energy_in_the_bases_and_the_weights_relative_step(b
         ((side, vectors),) = basis.vectors.items()
         vectors, projected = np.asarray(vectors), np.asarray(projected)
         held += squares(vectors.mT @ projected if side == "left" else projected @ vectors)
-    kernels = lambda tree: (tree["layers"]["attention"], tree["layers"]["mlp"])  # noqa: E731
+    kernels = lambda tree: (tree["layers"]["attention"], tree["layers"]["mlp"])
     energy = held / squares(kernels(found))
     assert 0.3 < energy < 1
     np.testing.assert_allclose(measured["captured_energy"], energy, rtol=1e-5)
@@ -262,8 +262,8 @@ def test_diagnostics_leave_out_gradients_that_are_not_finite(params):
     random = np.random.default_rng(0)
     gradients = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), params)
     bad, without = (with_first_up_proj(gradients, factor) for factor in (jnp.inf, 0))
-    expected = diagnose(opt_state, without, params, params)
-    assert diagnose(opt_state, bad, params, params) == expected
+    expected = energy_metrics(opt_state, without, params, params)
+    assert energy_metrics(opt_state, bad, params, params) == expected
     # Random bases of 8 out of 32 dimensions; 4 deviations of a sum of 4,352 squares.
     np.testing.assert_allclose(expected["captured_energy"], 8 / 32, rtol=4 * (2 / 4352) ** 0.5)
     assert expected["update_ratio"] == 0

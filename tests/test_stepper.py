@@ -156,6 +156,8 @@ def test_what_a_layerwise_run_cannot_do_is_refused_in_a_sentence(section, settin
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_kernels_for_a_gpu_are_refused_where_there_is_none():
-    config = changed(CONFIG, optimizer={"kernels": "pallas"})
-    with pytest.raises(InputError, match=r'optimizer.kernels = "pallas" needs an NVIDIA GPU'):
+    config = changed(CONFIG, optimizer={"implementation": "pallas"})
+    with pytest.raises(
+        InputError, match=r'optimizer.implementation = "pallas" needs an NVIDIA GPU'
+    ):
         Stepper(config, initial(config))

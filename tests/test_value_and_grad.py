@@ -109,14 +109,14 @@ def test_a_penalty_on_all_weights_is_projected_apart_and_added():
 )
 def test_parameters_that_are_mapped_before_their_use_get_full_gradients(change):
     loss, params = squared(MLP(), inputs(5, 16))
-    mapped = lambda params, x: loss(jax.tree.map(change, params), x)  # noqa: E731
+    mapped = lambda params, x: loss(jax.tree.map(change, params), x)
     assert compared(mapped, params, inputs(5, 16)) == set()
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16"])
 def test_activations_of_another_type_than_the_kernel_do_not_round_its_gradient(dtype):
     params = {"w": inputs(16, 12)}
-    loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]) ** 2)  # noqa: E731
+    loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]) ** 2)
     x = (2 * inputs(5, 16)).astype(dtype)
     assert compared(loss, params, x) == {"w"}
 
@@ -142,7 +142,7 @@ def test_what_is_cast_before_the_model_still_gets_its_coordinates():
 def test_a_batch_is_split_and_keywords_are_not():
     loss, params = squared(MLP(), inputs(6, 16))
     tx, state = started(params)
-    scaled = lambda params, x, *, scale: scale * loss(params, x)  # noqa: E731
+    scaled = lambda params, x, *, scale: scale * loss(params, x)
     one, _ = value_and_grad(loss, tx)(params, state, inputs(6, 16))
     mean, _ = value_and_grad(scaled, tx, micro_batches=3)(
         params, state, inputs(6, 16), scale=jnp.float32(2)
@@ -205,7 +205,7 @@ def weight_gradients(kernels, tokens, step, *arguments):
 def linen_llama():
     """A loss, its parameters and a batch; shapes of kernels, the number of tokens, and rules."""
     config, params, batch = llama()
-    loss = lambda params, batch: batch_loss(config, params, batch)[0]  # noqa: E731
+    loss = lambda params, batch: batch_loss(config, params, batch)[0]
     rules = {"lm_head/*": Rule(rank=7)}
     return loss, params, batch, {(32, 32), (32, 56), (32, 97)}, 80, rules
 
@@ -220,7 +220,7 @@ def nnx_attention():
             return self.down(nnx.gelu(self.up(x + self.attend(x))))
 
     graph, params = nnx.split(Layer(nnx.Rngs(0)), nnx.Param)
-    loss = lambda params, x: jnp.mean(nnx.merge(graph, params)(x) ** 2)  # noqa: E731
+    loss = lambda params, x: jnp.mean(nnx.merge(graph, params)(x) ** 2)
     return loss, params, inputs(4, 20, 32), {(32, 32), (32, 56), (4, 8, 32)}, 80, None
 
 
@@ -228,7 +228,7 @@ def equinox_mlp():
     equinox = pytest.importorskip("equinox")
     model = equinox.nn.MLP(32, 32, 56, 2, key=jax.random.key(0))
     params, static = equinox.partition(model, equinox.is_array)
-    loss = lambda params, x: jnp.mean(jax.vmap(equinox.combine(params, static))(x) ** 2)  # noqa: E731
+    loss = lambda params, x: jnp.mean(jax.vmap(equinox.combine(params, static))(x) ** 2)
     return loss, params, inputs(80, 32), {(32, 56), (56, 56)}, 80, None
 
 

@@ -18,7 +18,7 @@ def random_params(shapes, seed=0, dtype=jnp.float32):
 def loss(params, target):
     """A quadratic with one steep and many flat directions, so that subspaces are well defined."""
     errors = jax.tree.map(lambda p, t: p - t, params, target)
-    decay = lambda e: e * 0.6 ** jnp.arange(e.shape[-1])  # noqa: E731
+    decay = lambda e: e * 0.6 ** jnp.arange(e.shape[-1])
     return sum(jnp.sum(decay(e) ** 2) for e in jax.tree.leaves(errors))
 
 

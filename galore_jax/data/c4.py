@@ -29,7 +29,7 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from tqdm import tqdm
 
 from galore_jax.errors import InputError
-from galore_jax.files import UNFINISHED, written_whole
+from galore_jax.files import UNFINISHED, atomic_write
 
 # Their classes are made at import, where no type checker sees them.
 _example_pb2: Any = tf_example_pb2
@@ -171,7 +171,7 @@ def _claim(target: Path, inputs: Mapping[str, str]) -> None:
             f"{target} holds files that are not from prepare_c4: choose another --out."
         )
     else:
-        with written_whole(note) as unfinished:
+        with atomic_write(note) as unfinished:
             unfinished.write_text(json.dumps(inputs, indent=1))
 
 
@@ -231,7 +231,7 @@ def _report(more_bytes: int) -> None:
 
 def _write_shard(file: Path, shard: Path) -> None:
     """Converts one json.gz file into one array_record shard."""
-    with written_whole(shard) as unfinished:
+    with atomic_write(shard) as unfinished:
         try:
             writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
             try:
@@ -337,7 +337,7 @@ def _write_metadata(target: Path, data_dir: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         info.write_to_directory(scratch)
         for name in sorted(os.listdir(scratch), key=lambda name: name == _METADATA):
-            with written_whole(target / name) as unfinished:
+            with atomic_write(target / name) as unfinished:
                 unfinished.write_bytes(Path(scratch, name).read_bytes())
 
 

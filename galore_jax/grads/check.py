@@ -10,8 +10,7 @@ from galore_jax.optim.galore import galore
 from galore_jax.optim.state import map_bases
 from galore_jax.subspace.projection import Basis, is_coordinates
 from galore_jax.subspace.rules import Rank
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 def projection_report(

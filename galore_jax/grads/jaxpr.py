@@ -23,8 +23,8 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Sharding
 
 from galore_jax.grads.product import BATCH, Tracked, kind, projected_product
+from galore_jax.types import PyTree
 
-PyTree = Any
 # Told the number of a parameter's leaf and how it is used: None is a projected product, a text says
 # which primitive, in which line of the source, takes the plain array.
 Report = Callable[[int, str | None], None]
@@ -56,7 +56,7 @@ class Program:
 
     def __init__(self, f: Callable[[PyTree], tuple[Any, Any]], params: PyTree):
         leaves, tree = jax.tree.flatten(params)
-        of = lambda *leaves: f(tree.unflatten(leaves))  # noqa: E731
+        of = lambda *leaves: f(tree.unflatten(leaves))
         closed, shapes = jax.make_jaxpr(of, return_shape=True)(*leaves)
         self._jaxpr, self._consts, self._outputs = *_opened(closed), jax.tree.structure(shapes)
 
@@ -75,7 +75,7 @@ class Program:
 def dependencies(f: Callable[..., tuple], *arguments: PyTree) -> tuple[list[list[bool]], tuple]:
     """For each part of the tuple `f(*arguments)`, which leaves it depends on; and its shapes."""
     leaves, tree = jax.tree.flatten(arguments)
-    of = lambda *leaves: f(*tree.unflatten(leaves))  # noqa: E731
+    of = lambda *leaves: f(*tree.unflatten(leaves))
     closed, shapes = jax.make_jaxpr(of, return_shape=True)(*leaves)
     owners = [i for i, part in enumerate(shapes) for _ in jax.tree.leaves(part)]
     wanted = [[owner == i for owner in owners] for i in range(len(shapes))]
@@ -86,7 +86,7 @@ def _evaluate(
     jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], report: Report
 ) -> list[Any]:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
-    read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]  # noqa: E731
+    read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
     for equation in jaxpr.eqns:
         outputs = _apply(equation, [read(atom) for atom in equation.invars], report)
         values.update(zip(equation.outvars, outputs, strict=True))
@@ -167,7 +167,7 @@ def _dot_general(equation: Any, params: Any, operands: list[Any], report: Report
     if isinstance(x, Tracked):
         raise NoRule
     contracting, batch = params["dimension_numbers"]
-    dot = lambda *pair: _bind(equation, pair[order])[0]  # noqa: E731
+    dot = lambda *pair: _bind(equation, pair[order])[0]
     product = projected_product(dot, x, kernel, (contracting[order], batch[order]), first)
     if product is None:
         raise NoRule
@@ -216,7 +216,7 @@ def _moved(
     of a side in the order of the given texts, which begin with a letter of that side.
     """
     order = {i: (kind(axis), i if kind(axis) == BATCH else axis) for i, axis in enumerate(axes)}
-    before = lambda i, j: order[j][0] == order[i][0] and order[j] < order[i]  # noqa: E731
+    before = lambda i, j: order[j][0] == order[i][0] and order[j] < order[i]
     letters = [chr(ord(order[i][0]) + sum(before(i, j) for j in order)) for i in order]
     vectors, coordinates = jax.tree.map(change, (value.vectors, value.coordinates))
     return Tracked(array, vectors, coordinates, "".join(letters), value.leaf)
@@ -226,7 +226,7 @@ def _transpose(equation: Any, params: Any, operands: list[Any], report: Report) 
     [value] = operands
     axes = [value.axes[axis] for axis in params["permutation"]]
     batch = [ord(axis) - ord(BATCH) for axis in axes if kind(axis) == BATCH]
-    change = lambda stack: stack.transpose(*batch, len(batch), len(batch) + 1)  # noqa: E731
+    change = lambda stack: stack.transpose(*batch, len(batch), len(batch) + 1)
     return [_moved(value, _bind(equation, [value.array])[0], axes, change)]
 
 
@@ -243,7 +243,7 @@ def _reshape(equation: Any, params: Any, operands: list[Any], report: Report) ->
             raise NoRule
         axes += [f"{group[0]}{i:03}" for i in after]
     batch = [new[i] for i, axis in enumerate(axes) if kind(axis) == BATCH]
-    change = lambda stack: stack.reshape(*batch, *stack.shape[-2:])  # noqa: E731
+    change = lambda stack: stack.reshape(*batch, *stack.shape[-2:])
     return [_moved(value, _bind(equation, [value.array])[0], axes, change)]
 
 
@@ -373,7 +373,7 @@ def _call(equation: Any, params: Any, operands: list[Any], report: Report) -> li
 
 def _remat(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     settings = params.settings({"policy", "prevent_cse"}, besides={"jaxpr", "differentiated"})
-    inside = lambda *operands: _inside(params["jaxpr"], operands, report)  # noqa: E731
+    inside = lambda *operands: _inside(params["jaxpr"], operands, report)
     return jax.checkpoint(inside, **settings)(*operands)
 
 

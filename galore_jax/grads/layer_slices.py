@@ -15,8 +15,8 @@ from jax import lax
 
 from galore_jax.subspace.matrix_view import MatrixView
 from galore_jax.subspace.projection import Basis, Coordinates, is_basis, is_coordinates
+from galore_jax.types import PyTree
 
-PyTree = Any
 KeyPath = tuple[Hashable, ...]
 
 LAYERS = "layers"
@@ -69,7 +69,7 @@ class Slices:
         def at_piece(path: KeyPath, *pieces: Any) -> Any:
             return f(place(path), *pieces)
 
-        is_piece = lambda path, _: place(path) is not None  # noqa: E731
+        is_piece = lambda path, _: place(path) is not None
         return jax.tree_util.tree_map_with_path(
             at_piece, tree, *rest, is_leaf=is_piece, is_leaf_takes_path=True
         )
@@ -113,7 +113,7 @@ def _is_flat(piece: Any) -> bool:
 
 def _without_layers(piece: Any) -> Any:
     """A piece whose bases and coordinates know that the first axis of their parameter is gone."""
-    is_leaf = lambda node: is_basis(node) or is_coordinates(node)  # noqa: E731
+    is_leaf = lambda node: is_basis(node) or is_coordinates(node)
 
     def at_node(node: Any) -> Any:
         if not isinstance(node, Basis | Coordinates):
@@ -124,7 +124,7 @@ def _without_layers(piece: Any) -> Any:
                 f"{node.projection.name} is projected across its layers: its dimension numbers "
                 "must leave the first axis, of layers, out."
             )
-        less = lambda axes: tuple(axis - 1 for axis in axes)  # noqa: E731
+        less = lambda axes: tuple(axis - 1 for axis in axes)
         view = MatrixView(view.shape[1:], less(view.in_axes), less(view.out_axes))
         projection = dataclasses.replace(node.projection, view=view)
         return dataclasses.replace(node, projection=projection)

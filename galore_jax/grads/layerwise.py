@@ -18,14 +18,14 @@ from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.sketch import refresh
 from galore_jax.grads.value_and_grad import TracedLoss, bases_in
-from galore_jax.ops.implementation import Kernels
+from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import init as init_optimizer
 from galore_jax.optim.state import galore_states, to_float32
 from galore_jax.optim.transforms import finite_squares
 from galore_jax.subspace.matrix_view import is_box, path_names
+from galore_jax.types import PyTree
 
-PyTree = Any
 ClipBy = Literal["first_pass", "previous_step"]
 HEAD, EMBEDDING = "head", "embedding"
 
@@ -87,7 +87,7 @@ def make_step(
     refreshes: bool = False,
     clip_norm: float = 0.0,
     clip_by: ClipBy = "first_pass",
-    kernels: Kernels = "xla",
+    implementation: Implementation = "xla",
 ) -> Callable[..., Step]:
     """A whole training step, layer by layer; call it under `jax.jit`, parameters and state donated.
 
@@ -115,7 +115,7 @@ def make_step(
         and backward pass of its own, exact, for nearly twice the time. "previous_step": the norm of
         the step before stands in for it, free of cost; the first step is not clipped, and an
         outlier clips the step after it.
-      kernels: of the lift: see `ops.implementation`.
+      implementation: of the lift: see `ops.implementation`.
 
     Returns:
       A function `(params, state, batch, key=None)` of a `LayerwiseState` and, for stochastic
@@ -146,7 +146,7 @@ def make_step(
             visit = _Visit(tx, projected, refreshes, update=None)
             _, inner, squares, _ = _backward(model, parts, visit, params, inner, batch, once)
             factor, refreshes_now = _clip_factor(jnp.sqrt(squares), clip_norm), False
-        visit = _Visit(tx, projected, refreshes_now, _Update(factor, key, kernels))
+        visit = _Visit(tx, projected, refreshes_now, _Update(factor, key, implementation))
         params, inner, squares, found = _backward(model, parts, visit, params, inner, batch, once)
         norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
         return Step(params, LayerwiseState(inner, norm), *found)
@@ -155,11 +155,11 @@ def make_step(
 
 
 class _Update(NamedTuple):
-    """How leaves are updated: their gradients' factor, the key of the rounding, and the kernels."""
+    """How leaves are updated: their gradients' factor, the rounding's key, the implementation."""
 
     factor: jax.Array
     key: jax.Array | None
-    kernels: Kernels
+    implementation: Implementation
 
 
 class _Visit(NamedTuple):
@@ -187,7 +187,7 @@ class _Visit(NamedTuple):
         """
         if self.projected and self.refreshes:
             state = refresh(loss, self.tx, has_aux=True)(params, state, x, *rest)
-        of = lambda free, *rest: loss(free["params"], free["x"], *rest)  # noqa: E731
+        of = lambda free, *rest: loss(free["params"], free["x"], *rest)
         free = {"params": params, "x": x}
         if self.projected:
             nothing = jax.tree.map(lambda _: optax.MaskedNode(), x)
@@ -202,8 +202,9 @@ class _Visit(NamedTuple):
         if self.update is not None:
             key = self.update.key
             key = None if key is None else jax.random.fold_in(key, number)
-            kernels = self.update.kernels
-            params, state = apply_gradients(self.tx, own, state, params, key=key, kernels=kernels)
+            params, state = apply_gradients(
+                self.tx, own, state, params, key=key, implementation=self.update.implementation
+            )
         return (params, state), gradients["x"], squares, found
 
 
@@ -269,7 +270,7 @@ def _backward(
         return trees, layer(jnp.maximum(i - 1, 0), trees), upstream, squares + more
 
     tied = parts.tied(slices.group(params, EMBEDDING))
-    at_head = lambda own: visit(head_loss, *own, (x, tied), number=last)  # noqa: E731
+    at_head = lambda own: visit(head_loss, *own, (x, tied), number=last)
     head, (upstream, share), squares, (_, found) = _as_one(at_head, group(HEAD), once)
     params, state = with_part(HEAD, head)
     start = (params, state), layer(last - 1, (params, state)), upstream, squares

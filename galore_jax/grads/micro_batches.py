@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.grads.product import varying_as
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 def check_micro_batches(micro_batches: Any) -> None:

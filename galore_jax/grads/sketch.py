@@ -18,7 +18,7 @@ from jax import lax
 from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
 from galore_jax.ops.quantization import as_float32
-from galore_jax.optim.moments import Turn, rotate
+from galore_jax.optim.moments import BasisUpdate, rotate
 from galore_jax.optim.state import (
     GaLoreState,
     bases_of,
@@ -26,7 +26,7 @@ from galore_jax.optim.state import (
     map_bases,
     with_galore_states,
 )
-from galore_jax.subspace.methods import NEVER, for_each, orthonormalise, span
+from galore_jax.subspace.methods import AGE_UNINITIALIZED, for_each, orthonormalise, span
 from galore_jax.subspace.projection import Basis, Side, is_basis
 from galore_jax.subspace.refresh import Sketch, refresh_basis, updates_left
 
@@ -89,7 +89,7 @@ def refresh(
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
         _check_axis_name(axis_name)
         bases = bases_in(params, opt_state)
-        traced = lambda *batch: TracedLoss(loss, params, bases, batch, unsplit, has_aux)  # noqa: E731
+        traced = lambda *batch: TracedLoss(loss, params, bases, batch, unsplit, has_aux)
         first = traced(*first_part(batch, micro_batches))
 
         def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
@@ -102,7 +102,7 @@ def refresh(
                 return dataclasses.replace(basis, vectors=vectors)
 
             own = map_bases(chosen, bases, params, otherwise=bases)
-            one = lambda *part: (first if micro_batches == 1 else traced(*part)).coordinates(own)  # noqa: E731
+            one = lambda *part: (first if micro_batches == 1 else traced(*part)).coordinates(own)
             found = mean_over(one, micro_batches, *batch)
             return lax.pmean(found, axis_name) if axis_name else found
 
@@ -128,7 +128,10 @@ def _check_axis_name(axis_name: AxisName | None) -> None:
 def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
     """A sketch for each basis; where none is due nothing is computed."""
     due = [jnp.any(updates_left(basis) <= 0) for basis in bases.values()]
-    new = [jnp.any((updates_left(basis) <= 0) & (basis.age >= NEVER)) for basis in bases.values()]
+    new = [
+        jnp.any((updates_left(basis) <= 0) & (basis.age >= AGE_UNINITIALIZED))
+        for basis in bases.values()
+    ]
     rounds = jnp.where(jnp.any(jnp.stack(new)), 3, jnp.any(jnp.stack(due)).astype(jnp.int32))
     most_sides = max(len(basis.projection.sides) for basis in bases.values())
 
@@ -197,7 +200,7 @@ def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
 def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """`f` of the matrices that are due, shaped as the first array; the others as they are."""
     batch = basis.age.ndim
-    flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
+    flat = lambda array: array.reshape(-1, *array.shape[batch:])
 
     def one(i: jax.Array, done: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
         return done.at[i].set(f(*(array[i] for array in arrays)))
@@ -209,7 +212,7 @@ def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) ->
 
 def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
     """The state with the bases that the sketches make, and its moments in them."""
-    turns = {}
+    basis_updates = {}
 
     def renew(state: GaLoreState) -> GaLoreState:
         def at_leaf(basis: Basis) -> Basis:
@@ -219,10 +222,10 @@ def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
             new = refresh_basis(
                 basis, sketches[path], state.lazy, seed=state.seed, count=state.count
             )
-            turns[path] = Turn(basis, new, new.age < basis.age)
+            basis_updates[path] = BasisUpdate(basis, new, new.age < basis.age)
             return new
 
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
 
     new = [renew(state) for state in galore_states(opt_state, inside_chains=True)]
-    return with_galore_states(rotate(opt_state, turns), new, inside_chains=True)
+    return with_galore_states(rotate(opt_state, basis_updates), new, inside_chains=True)

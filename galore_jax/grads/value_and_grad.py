@@ -13,8 +13,8 @@ from galore_jax.grads.product import track, varying_as
 from galore_jax.optim.state import galore_states, is_low_rank, map_bases
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import Basis, Coordinates, is_basis
+from galore_jax.types import PyTree
 
-PyTree = Any
 Path = tuple[str, ...]
 Loss = Callable[..., Any]
 

@@ -37,14 +37,14 @@ def rotation_at(positions: jax.Array, head_size: int, theta: float) -> Rotation:
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turns heads `x` (batch, length, heads, head); pair i is the components i and i + head/2.
+    """Rotates heads `x` (batch, length, heads, head); pair i is the components i and i + head/2.
 
     This is the half-split convention of the LLaMA checkpoints in Hugging Face format.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation
-    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def attention_mask(segments: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ def attention_mask(segments: jax.Array) -> jax.Array:
 
 
 # Of attention by blocks of queries: shorter ones save little, more of them take long to compile.
-LEAST_QUERIES, MOST_BLOCKS = 128, 8
+MIN_QUERIES, MAX_BLOCKS = 128, 8
 
 
 def causal_attention(
@@ -81,7 +81,7 @@ def causal_attention(
     groups = keys.shape[2]
     queries = queries.reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
     keys, values = (x.transpose(0, 2, 1, 3)[:, :, None] for x in (keys, values))
-    step = -(-length // min(MOST_BLOCKS, -(-length // LEAST_QUERIES)))
+    step = -(-length // min(MAX_BLOCKS, -(-length // MIN_QUERIES)))
     blocks = []
     for start in range(0, length, step):
         end = min(start + step, length)

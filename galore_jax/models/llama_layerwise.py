@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from galore_jax.models.layers import Block, Rotation, attention_mask, rotation_at
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.models.loss import next_token_loss_of
+from galore_jax.types import PyTree
 
-PyTree = Any
 Batch = dict[str, jax.Array]
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 # Columns of the head whose logits `next_token_loss_of` computes at a time.
-COLUMNS = 4096
+VOCAB_CHUNK = 4096
 
 
 def next_token_loss(
@@ -106,7 +106,7 @@ _losses.defvjp(_losses_forward, _losses_backward)
 
 
 def _parts(head: jax.Array) -> jax.Array:
-    return jnp.arange(-(-head.shape[1] // COLUMNS))
+    return jnp.arange(-(-head.shape[1] // VOCAB_CHUNK))
 
 
 def _logits(x: jax.Array, head: jax.Array, part: jax.Array) -> tuple[jax.Array, ...]:
@@ -114,7 +114,7 @@ def _logits(x: jax.Array, head: jax.Array, part: jax.Array) -> tuple[jax.Array, 
 
     The last part overlaps with the one before it where the vocabulary is no multiple.
     """
-    size = min(COLUMNS, head.shape[1])
+    size = min(VOCAB_CHUNK, head.shape[1])
     start = jnp.minimum(part * size, head.shape[1] - size)
     columns = start + jnp.arange(size)
     logits = _dot(x, lax.dynamic_slice_in_dim(head, start, size, axis=1), 1, 0)

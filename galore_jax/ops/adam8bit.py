@@ -11,7 +11,7 @@ from galore_jax.ops.quantization import BLOCK, Quantized, dequantize, quantize
 
 LARGEST = float(jnp.finfo(jnp.float32).max)
 # Numbers whose moments exist in float32 at a time.
-MOST_AT_A_TIME = 2**20
+MAX_CHUNK = 2**20
 
 
 class Factors(NamedTuple):
@@ -61,7 +61,7 @@ def adam_8bit(
         return step(gradient, mu, nu, numbers)
 
     # The update takes the place of the gradient.
-    new = by_parts(part, as_rows(given), MOST_AT_A_TIME)
+    new = by_parts(part, as_rows(given), MAX_CHUNK)
     return jax.tree.map(lambda new, old: new.reshape(old.shape), new, given)
 
 

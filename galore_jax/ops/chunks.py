@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 def by_parts(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, most: int) -> PyTree:
@@ -35,9 +35,9 @@ def by_parts(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, most: int) -> P
         new = f(start, old)
         if rows % size:
             todo = start + jnp.arange(size) >= i * size
-            pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)  # noqa: E731
+            pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)
             new = jax.tree.map(pick, new, old)
-        put = lambda all, own: lax.dynamic_update_slice_in_dim(all, own, start, axis=0)  # noqa: E731
+        put = lambda all, own: lax.dynamic_update_slice_in_dim(all, own, start, axis=0)
         return jax.tree.map(put, arrays, new)
 
     return lax.fori_loop(0, -(-rows // size), part, arrays)

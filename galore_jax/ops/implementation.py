@@ -12,24 +12,26 @@ from typing import Any, Literal, get_args
 
 from galore_jax.ops import adam8bit, lift
 
-Kernels = Literal["xla", "pallas"]
-KERNELS: tuple[str, ...] = get_args(Kernels)
+Implementation = Literal["xla", "pallas"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 
-def adam_8bit_of(kernels: Kernels) -> Callable[..., Any]:
+def adam_8bit_of(implementation: Implementation) -> Callable[..., Any]:
     """`adam8bit.adam_8bit` or its Triton kernel."""
-    return _triton().adam_8bit if _is_pallas(kernels) else adam8bit.adam_8bit
+    return _triton().adam_8bit if _is_pallas(implementation) else adam8bit.adam_8bit
 
 
-def lift_and_add_of(kernels: Kernels) -> Callable[..., Any]:
+def lift_and_add_of(implementation: Implementation) -> Callable[..., Any]:
     """`lift.lift_and_add` or its Triton kernel."""
-    return _triton().lift_and_add if _is_pallas(kernels) else lift.lift_and_add
+    return _triton().lift_and_add if _is_pallas(implementation) else lift.lift_and_add
 
 
-def _is_pallas(kernels: Kernels) -> bool:
-    if kernels not in KERNELS:
-        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, not {kernels!r}.")
-    return kernels == "pallas"
+def _is_pallas(implementation: Implementation) -> bool:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}."
+        )
+    return implementation == "pallas"
 
 
 def _triton() -> Any:

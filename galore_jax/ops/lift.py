@@ -11,7 +11,7 @@ from galore_jax.ops.quantization import round_with
 from galore_jax.ops.threefry import noise
 
 # Numbers of the lifted update that exist at a time.
-MOST_AT_A_TIME = 2**22
+MAX_CHUNK = 2**22
 
 
 def lift_and_add(
@@ -47,7 +47,7 @@ def lift_and_add(
         lifted = product(own, right, right_is_transposed)
         return add(weights, lifted, scale, decay, seed, (start, 0))
 
-    return by_parts(part, weights, MOST_AT_A_TIME)
+    return by_parts(part, weights, MAX_CHUNK)
 
 
 def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax.Array:

@@ -54,7 +54,7 @@ def adam_8bit(
         interpret=interpret,
         name="adam_8bit",
     )(numbers, gradient, flat_mu, flat_nu)
-    back = lambda new, old: new.reshape(old.shape)  # noqa: E731
+    back = lambda new, old: new.reshape(old.shape)
     return update.reshape(shape), jax.tree.map(back, new_mu, mu), jax.tree.map(back, new_nu, nu)
 
 

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.ops.implementation import Kernels, adam_8bit_of
+from galore_jax.ops.implementation import Implementation, adam_8bit_of
 from galore_jax.ops.quantization import Quantized, zeros_like
 from galore_jax.optim.flax_serialization import register_where_flax_is
 from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.types import PyTree
 
-PyTree = Any
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
 # Leaves of fewer numbers keep float32 moments, as in arXiv 2110.02861's implementation, and so do
 # those with a shorter last axis, for which scales would take up what codes save.
-LEAST_QUANTIZED, LEAST_WIDTH = 4096, 16
+MIN_QUANTIZED_SIZE, MIN_QUANTIZED_WIDTH = 4096, 16
 
 
 class ScaleByAdam8bitState(NamedTuple):
@@ -36,7 +36,7 @@ class ScaleByAdam8bitState(NamedTuple):
 
 
 def scale_by_adam8bit(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, kernels: Kernels = "xla"
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, *, implementation: Implementation = "xla"
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with moments in block-wise dynamic 8-bit codes (arXiv 2110.02861).
 
@@ -49,13 +49,13 @@ def scale_by_adam8bit(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment, after the bias correction.
-      kernels: see `ops.implementation`.
+      implementation: see `ops.implementation`.
 
     Returns:
       An optax transformation.
 
     Raises:
-      ValueError: no such kernels; at init, a complex parameter.
+      ValueError: no such implementation; at init, a complex parameter.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,7 +65,7 @@ def scale_by_adam8bit(
       (dtype('uint8'), (64, 2), dtype('float32'))
     """
 
-    step = adam_8bit_of(kernels)
+    step = adam_8bit_of(implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
         register_where_flax_is()
@@ -77,7 +77,7 @@ def scale_by_adam8bit(
                         f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, of which "
                         "there are no 8-bit moments: use optax.adam for it, by optax.partition."
                     )
-                if jnp.size(param) < LEAST_QUANTIZED or param.shape[-1] < LEAST_WIDTH:
+                if jnp.size(param) < MIN_QUANTIZED_SIZE or param.shape[-1] < MIN_QUANTIZED_WIDTH:
                     return jnp.zeros_like(param, jnp.float32)
                 return zeros_like(param, code)
 
@@ -119,7 +119,7 @@ def adam8bit(
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
-    kernels: Kernels = "xla",
+    implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
     """`optax.adam` with moments in 8 bits: see `scale_by_adam8bit`.
 
@@ -130,7 +130,7 @@ def adam8bit(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
-      kernels: see `ops.implementation`.
+      implementation: see `ops.implementation`.
 
     Returns:
       An optax transformation.
@@ -141,7 +141,8 @@ def adam8bit(
       >>> state = chain(galore(rank=8), adam8bit(1e-3)).init({"kernel": jnp.ones((64, 512))})
     """
     return optax.chain(
-        scale_by_adam8bit(b1, b2, eps, kernels=kernels), optax.scale_by_learning_rate(learning_rate)
+        scale_by_adam8bit(b1, b2, eps, implementation=implementation),
+        optax.scale_by_learning_rate(learning_rate),
     )
 
 
@@ -153,7 +154,7 @@ def adamw8bit(
     *,
     weight_decay: float | jax.Array = 1e-4,
     mask: Mask = None,
-    kernels: Kernels = "xla",
+    implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
     """`optax.adamw` with moments in 8 bits: see `scale_by_adam8bit`.
 
@@ -167,7 +168,7 @@ def adamw8bit(
       eps: added to the root of the second moment.
       weight_decay: decoupled, times the learning rate.
       mask: as for `optax.adamw`: which leaves decay.
-      kernels: see `ops.implementation`.
+      implementation: see `ops.implementation`.
 
     Returns:
       An optax transformation.
@@ -178,7 +179,7 @@ def adamw8bit(
       >>> state = adamw8bit(1e-3).init({"kernel": jnp.ones((64, 512))})
     """
     return optax.chain(
-        scale_by_adam8bit(b1, b2, eps, kernels=kernels),
+        scale_by_adam8bit(b1, b2, eps, implementation=implementation),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )

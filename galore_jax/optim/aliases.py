@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import optax
 
-from galore_jax.ops.implementation import Kernels
+from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.adam8bit import Mask, scale_by_adam8bit
 from galore_jax.optim.chain import Chain, chain
 from galore_jax.optim.galore import galore
@@ -44,7 +44,7 @@ def adamw(
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
     eight_bit: bool = False,
-    kernels: Kernels = "xla",
+    implementation: Implementation = "xla",
     **settings: Any,
 ) -> Chain:
     """AdamW on the coordinates, with weight decay in the full space (arXiv 2403.03507, section 4).
@@ -63,23 +63,29 @@ def adamw(
       mask: as for `optax.adamw`: which leaves decay, a tree of booleans or a function from the
         parameters (their shapes) to one; None: all.
       eight_bit: keep the moments in 8 bits: see `scale_by_adam8bit`.
-      kernels: of 8-bit moments: see `ops.implementation`.
+      implementation: of 8-bit moments: see `ops.implementation`.
       **settings: the others of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
 
     Returns:
       A `chain`; put a clip in front by `chain(clip, adamw(...))`. Nothing may come after it.
 
     Raises:
-      ValueError: kernels without 8-bit moments; as `galore`.
+      ValueError: an implementation without 8-bit moments; as `galore`.
 
     Example:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
-    if kernels != "xla" and not eight_bit:
-        raise ValueError("adamw: kernels are of 8-bit moments: give eight_bit=True with them.")
-    adam = partial(scale_by_adam8bit, kernels=kernels) if eight_bit else optax.scale_by_adam
+    if implementation != "xla" and not eight_bit:
+        raise ValueError(
+            "adamw: implementation is that of 8-bit moments: give eight_bit=True with it."
+        )
+    adam = (
+        partial(scale_by_adam8bit, implementation=implementation)
+        if eight_bit
+        else optax.scale_by_adam
+    )
     return chain(
         galore(rank, update_proj_gap, scale, **settings),
         adam(b1=b1, b2=b2, eps=eps),

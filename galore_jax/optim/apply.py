@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.ops.implementation import Kernels, lift_and_add_of
+from galore_jax.ops.implementation import Implementation, lift_and_add_of
 from galore_jax.ops.quantization import stochastic_round
 from galore_jax.optim.chain import Chain, update_low_rank
 from galore_jax.optim.state import (
@@ -21,8 +21,7 @@ from galore_jax.optim.state import (
 )
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.projection import Basis, is_coordinates
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 def apply_gradients(
@@ -32,7 +31,7 @@ def apply_gradients(
     params: PyTree,
     *,
     key: jax.Array | None = None,
-    kernels: Kernels = "xla",
+    implementation: Implementation = "xla",
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
     """One step: `tx.update` and `optax.apply_updates` in one, for any transformation.
@@ -48,7 +47,7 @@ def apply_gradients(
       params: the parameters; where the gradients are None they stay, whatever they are.
       key: where given, bfloat16 parameters are rounded stochastically. Rounding to nearest swallows
         updates below 1/512 of a weight; a stochastic one keeps them on average.
-      kernels: of the lift: see `ops.implementation`.
+      implementation: of the lift: see `ops.implementation`.
       **extra_args: for the transformations, as those of `tx.update`.
 
     Returns:
@@ -56,14 +55,16 @@ def apply_gradients(
 
     Raises:
       ValueError: a gradient of another shape than its parameter, naming it; a part of a stock
-        transformation cannot work on coordinates; no such kernels.
+        transformation cannot work on coordinates; no such implementation.
     """
-    lift_and_add_of(kernels)  # Whether it is one of those is not to depend on the parameters.
+    lift_and_add_of(
+        implementation
+    )  # Whether it is one of those is not to depend on the parameters.
     all_params, params = params, with_gradient(params, grads)
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
     if isinstance(tx, Chain):
         updates, state = tx.update_coordinates(grads, state, params, **extra_args)
-        states = galore_states(state.links)
+        states = galore_states(state.inner_states)
     else:
         updates, state, _ = update_low_rank(tx, grads, state, params, **extra_args)
         states = galore_states(state)
@@ -81,7 +82,7 @@ def apply_gradients(
     def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
         if not is_coordinates(update):
             return update
-        return _lift_and_add(basis, update, param, key, kernels)
+        return _lift_and_add(basis, update, param, key, implementation)
 
     # Unprojected leaves first; then each galore puts its new parameters where coordinates stand.
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
@@ -92,7 +93,7 @@ def apply_gradients(
 
 def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:
     for galore_state in states:
-        check = lambda basis, grad: check_gradient(grad, basis.projection)  # noqa: E731
+        check = lambda basis, grad: check_gradient(grad, basis.projection)
         map_bases(check, galore_state.bases, grads, otherwise=galore_state.bases)
     leaves = zip(named_leaves(grads, is_coordinates), jax.tree.leaves(params), strict=True)
     for (names, grad), param in leaves:
@@ -106,21 +107,23 @@ def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> N
 
 def _with_rest(new: PyTree, params: PyTree) -> PyTree:
     """The new parameters, and the old ones where there is none."""
-    pick = lambda new, old: old if new is None else new  # noqa: E731
+    pick = lambda new, old: old if new is None else new
     return jax.tree.map(pick, new, params, is_leaf=lambda node: node is None)
 
 
-@partial(jax.jit, static_argnames="kernels")
-def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any, kernels: Kernels) -> Any:
+@partial(jax.jit, static_argnames="implementation")
+def _lift_and_add(
+    basis: Basis, update: Any, param: jax.Array, key: Any, implementation: Implementation
+) -> Any:
     projection, batch = basis.projection, basis.age.ndim
-    flat = lambda array: array.reshape(-1, *array.shape[batch:])  # noqa: E731
+    flat = lambda array: array.reshape(-1, *array.shape[batch:])
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
     seeds = None if key is None else jax.random.bits(key, (basis.age.size, 2), jnp.uint32)
     vectors, value, decay = jax.tree.map(flat, (basis.vectors, update.value, decay))
 
     def one(weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any) -> jax.Array:
         left, right, is_transposed = projection.factors(vectors, value)
-        add = partial(lift_and_add_of(kernels), right_is_transposed=is_transposed)
+        add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
         return add(weights, left, right, basis.scale, decay, seed)
 
     def one_of(i: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -128,7 +131,7 @@ def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any, kernels
         return matrices.at[i].set(one(matrices[i], *own))
 
     matrices = projection.view.to_matrices(param)
-    if kernels == "pallas":  # It works in place on a stack, but from a loop gets copies.
+    if implementation == "pallas":  # It works in place on a stack, but from a loop gets copies.
         new = jax.vmap(one)(flat(matrices), vectors, value, decay, seeds)
     else:
         new = lax.fori_loop(0, basis.age.size, one_of, flat(matrices))

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.optim.moments import (
-    Turns,
+    BasisUpdates,
     check_rotation,
+    compare_bases,
     is_moment,
     keep_skipped,
     rotate,
     skip,
-    turns,
 )
-from galore_jax.optim.per_matrix import MatrixwiseState, init_matrixwise, update_matrixwise
+from galore_jax.optim.per_matrix import PerMatrixState, init_per_matrix, update_per_matrix
 from galore_jax.optim.state import (
     ChainState,
     GaLoreState,
@@ -35,8 +35,7 @@ from galore_jax.optim.state import (
 )
 from galore_jax.subspace.matrix_view import MatrixView
 from galore_jax.subspace.projection import Basis, Coordinates, Moments, Projection, is_coordinates
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 # States that keep a copy of the parameters, which would mix coordinates of different bases.
 _KEEP_COPIES = frozenset(
@@ -54,7 +53,7 @@ _KEEP_COPIES = frozenset(
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
-    """What `galore` returns: a link for `chain`, or called with what shall come after it."""
+    """What `galore` returns: a transformation for `chain`, or called with what comes after it."""
 
     moments: Moments
 
@@ -66,7 +65,7 @@ class GaLore(optax.GradientTransformationExtraArgs):
 class Chain(optax.GradientTransformationExtraArgs):
     """What `chain` returns: an optax transformation that also offers its update before the lift."""
 
-    links: tuple[optax.GradientTransformation, ...]
+    transforms: tuple[optax.GradientTransformation, ...]
     update_coordinates: Callable[..., tuple[PyTree, ChainState]]
 
 
@@ -83,7 +82,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     With `galore(moments="reset")` those that keep moments run once for each matrix, with a count of
     its own: what they do across leaves, such as a clip by global norm inside an `optax.chain`, they
-    then do within one. Give it a link of its own.
+    then do within one. Make it an argument of its own.
 
     Args:
       *transforms: as for `optax.chain`; a `chain` among them is laid open, so that a clip can be
@@ -104,54 +103,58 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
       >>> optax.tree.get(tx.init({"kernel": jnp.ones((64, 128))}), "mu")["kernel"].value.shape
       (8, 128)
     """
-    links = tuple(
-        link for tx in transforms for link in (tx.links if isinstance(tx, Chain) else (tx,))
+    transforms = tuple(
+        inner for tx in transforms for inner in (tx.transforms if isinstance(tx, Chain) else (tx,))
     )
-    if sum(isinstance(link, GaLore) for link in links) > 1:
+    if sum(isinstance(tx, GaLore) for tx in transforms) > 1:
         raise ValueError("chain: there is more than one galore; leave only one.")
 
     def init_fn(params: PyTree) -> ChainState:
         states, bases, resets = [], [], False
-        for link in links:
-            if resets and _keeps_moments(link):
-                states.append(init_matrixwise(link, params))
+        for tx in transforms:
+            if resets and _keeps_moments(tx):
+                states.append(init_per_matrix(tx, params))
             else:
-                states.append(init(link, params))
+                states.append(init(tx, params))
             check_rotation(states[-1], bases)
             if bases:
                 _warn_of_copies(states[-1])
-            resets |= isinstance(link, GaLore) and link.moments == "reset"
+            resets |= isinstance(tx, GaLore) and tx.moments == "reset"
             found = galore_states(states[-1])
             bases += bases_of(found)
             params = start_coordinates(params, found)
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
-        states, turned = [], {}
+        states, basis_updates = [], {}
         params = None if params is None else with_gradient(params, updates)
-        for link, old in zip(links, state.links, strict=True):
-            _refuse_after_decay(updates)
-            if isinstance(old, MatrixwiseState):
-                updates, new = update_matrixwise(link, updates, old, params, turned, **extra_args)
-            elif turned:
-                old = rotate(old, turned)
-                tx = optax.with_extra_args_support(link)
-                updates, new = tx.update(updates, old, params, **extra_args)
-                new = keep_skipped(old, new, turned)
+        for tx, old in zip(transforms, state.inner_states, strict=True):
+            _check_not_after_decay(updates)
+            if isinstance(old, PerMatrixState):
+                updates, new = update_per_matrix(
+                    tx, updates, old, params, basis_updates, **extra_args
+                )
+            elif basis_updates:
+                old = rotate(old, basis_updates)
+                extended = optax.with_extra_args_support(tx)
+                updates, new = extended.update(updates, old, params, **extra_args)
+                new = keep_skipped(old, new, basis_updates)
             else:
-                updates, new, turned = update_low_rank(link, updates, old, params, **extra_args)
+                updates, new, basis_updates = update_low_rank(
+                    tx, updates, old, params, **extra_args
+                )
                 if params is not None:
                     params = project(params, galore_states(new))
             states.append(new)
-        return skip(updates, turned), ChainState(tuple(states))
+        return skip(updates, basis_updates), ChainState(tuple(states))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         coordinates, state = update_coordinates(updates, state, params, **extra_args)
         like = updates if params is None else with_gradient(params, updates)
-        return _lift(coordinates, galore_states(state.links), like), state
+        return _lift(coordinates, galore_states(state.inner_states), like), state
 
     tx = Chain(init_fn, update_fn)
-    tx.links, tx.update_coordinates = links, update_coordinates
+    tx.transforms, tx.update_coordinates = transforms, update_coordinates
     return tx
 
 
@@ -196,7 +199,7 @@ def update_low_rank(
     state: PyTree,
     params: PyTree,
     **extra_args: Any,
-) -> tuple[PyTree, PyTree, Turns]:
+) -> tuple[PyTree, PyTree, BasisUpdates]:
     """`tx.update` with the parameters' coordinates in the bases of this very update.
 
     A stock chain hands the same `params` to all its parts, so they must be projected before it
@@ -222,7 +225,7 @@ def update_low_rank(
     if isinstance(tx, GaLore):
         updates, state = tx.update(updates, state, params, **extra_args)
         new = galore_states(state)
-        return updates, state, turns(old, new) if all(map(is_low_rank, old)) else {}
+        return updates, state, compare_bases(old, new) if all(map(is_low_rank, old)) else {}
     if not old or not all(map(is_low_rank, old)):
         try:
             return *tx.update(updates, state, params, **extra_args), {}
@@ -244,28 +247,28 @@ def update_low_rank(
             f"({error}): use galore_jax.chain in place of optax.chain, inside all wrappers."
         ) from error
     new = galore_states(probe)
-    turned = turns(old, new)
+    basis_updates = compare_bases(old, new)
     fresh = [_with_age_zero(state) for state in new]
-    ready = rotate(with_galore_states(state, fresh), turned)
+    ready = rotate(with_galore_states(state, fresh), basis_updates)
     coordinates = None if params is None else project(params, fresh)
     updates, after = tx.update(updates, ready, coordinates, **extra_args)
-    after = keep_skipped(ready, after, turned)
-    return skip(updates, turned), with_galore_states(after, new), turned
+    after = keep_skipped(ready, after, basis_updates)
+    return skip(updates, basis_updates), with_galore_states(after, new), basis_updates
 
 
-def _keeps_moments(link: optax.GradientTransformation) -> bool:
+def _keeps_moments(tx: optax.GradientTransformation) -> bool:
     """Whether it keeps something for each parameter, found without any: for `optax.tree`."""
     view = MatrixView((2, 3), (0,), (1,))
     sample = Coordinates(jnp.zeros((1, 3)), Projection((), view, ("left",), 1))
     try:
-        state = jax.eval_shape(link.init, sample)
+        state = jax.eval_shape(tx.init, sample)
     except (AttributeError, TypeError, ValueError):
-        return True  # It wants a whole tree; `init_matrixwise` will say which leaf is refused.
+        return True  # It wants a whole tree; `init_per_matrix` will say which leaf is refused.
     return any(map(is_moment, jax.tree.leaves(state, is_leaf=is_coordinates)))
 
 
 def _with_age_zero(state: GaLoreState) -> GaLoreState:
-    young = lambda basis: dataclasses.replace(basis, age=jnp.zeros_like(basis.age))  # noqa: E731
+    young = lambda basis: dataclasses.replace(basis, age=jnp.zeros_like(basis.age))
     return state._replace(bases=map_bases(young, state.bases, otherwise=state.bases))
 
 
@@ -289,7 +292,7 @@ def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
     return jax.tree.map(cast, boxed_as(like, updates), like)
 
 
-def _refuse_after_decay(updates: PyTree) -> None:
+def _check_not_after_decay(updates: PyTree) -> None:
     for update in jax.tree.leaves(updates, is_leaf=is_coordinates):
         if is_coordinates(update) and update.decay is not None:
             raise ValueError(
@@ -299,7 +302,7 @@ def _refuse_after_decay(updates: PyTree) -> None:
 
 
 def _warn_of_copies(state: PyTree) -> None:
-    keeps_copies = lambda node: type(node).__name__ in _KEEP_COPIES  # noqa: E731
+    keeps_copies = lambda node: type(node).__name__ in _KEEP_COPIES
     for node in jax.tree.leaves(state, is_leaf=keeps_copies):
         if keeps_copies(node):
             warnings.warn(

@@ -47,8 +47,8 @@ from galore_jax.subspace.rules import (
     rule_for,
     warn_of_no_projection,
 )
+from galore_jax.types import PyTree
 
-PyTree = Any
 BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)))
 
 
@@ -191,7 +191,7 @@ def galore(
 
     def settings() -> tuple[Lazy, jax.Array]:
         # In the state, for `refresh`, which works without galore itself.
-        number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)  # noqa: E731
+        number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
         lazy = Lazy(number(lazy_overlap, jnp.float32), number(max_gap, jnp.int32))
         return lazy, jnp.asarray(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
 
@@ -199,7 +199,7 @@ def galore(
         del params, extra_args
         low_rank = is_low_rank(state)
         if not low_rank:
-            _refuse_full_size(moments)
+            _check_low_rank(moments)
         lazy, seed = settings()
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
@@ -235,7 +235,7 @@ def galore(
     return tx
 
 
-def _refuse_full_size(moments: Moments) -> None:
+def _check_low_rank(moments: Moments) -> None:
     if moments != "keep":
         raise ValueError(
             f'galore: moments="{moments}" needs low-rank moments, but galore was started with '

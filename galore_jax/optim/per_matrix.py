@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.optim.moments import Turns
+from galore_jax.optim.moments import BasisUpdates
 from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.types import PyTree
 
-PyTree = Any
 
-
-class MatrixwiseState(NamedTuple):
+class PerMatrixState(NamedTuple):
     """State of a transformation that runs once for each matrix and once for what is whole.
 
     Attributes:
@@ -29,7 +28,7 @@ class MatrixwiseState(NamedTuple):
     matrices: PyTree
 
 
-def init_matrixwise(tx: optax.GradientTransformation, params: PyTree) -> MatrixwiseState:
+def init_per_matrix(tx: optax.GradientTransformation, params: PyTree) -> PerMatrixState:
     """Starts `tx` from the parameters as they stand after galore.
 
     Raises:
@@ -49,17 +48,17 @@ def init_matrixwise(tx: optax.GradientTransformation, params: PyTree) -> Matrixw
             ) from error
 
     matrices = jax.tree.map(at_leaf, params, is_leaf=is_coordinates)
-    return MatrixwiseState(tx.init(_whole(params)), matrices)
+    return PerMatrixState(tx.init(_whole(params)), matrices)
 
 
-def update_matrixwise(
+def update_per_matrix(
     tx: optax.GradientTransformation,
     updates: PyTree,
-    state: MatrixwiseState,
+    state: PerMatrixState,
     params: PyTree,
-    turns: Turns,
+    basis_updates: BasisUpdates,
     **extra_args: Any,
-) -> tuple[PyTree, MatrixwiseState]:
+) -> tuple[PyTree, PerMatrixState]:
     """`tx.update` for each matrix, started anew where its basis is new.
 
     Anew starts what stands beside moments, Adam's count among it; the count of a schedule goes on.
@@ -67,9 +66,9 @@ def update_matrixwise(
     Args:
       tx: a transformation that treats each leaf by itself.
       updates: `Coordinates` where galore projects.
-      state: from `init_matrixwise`.
+      state: from `init_per_matrix`.
       params: as `updates`, or None.
-      turns: what this update did to the bases.
+      basis_updates: what this update did to the bases.
       **extra_args: for `tx.update`.
 
     Returns:
@@ -88,14 +87,14 @@ def update_matrixwise(
     for i, (update, param) in enumerate(zip(leaves, own_params, strict=True)):
         if not is_coordinates(update):
             continue
-        turn, flat = turns[update.projection.path], _flat(update)
+        basis_update, flat = basis_updates[update.projection.path], _flat(update)
         fresh = jax.vmap(tx.init)(jax.tree.map(jnp.zeros_like, flat))
-        start = _where(turn.is_first.reshape(-1), fresh, states[i])
+        start = _where(basis_update.is_first_update.reshape(-1), fresh, states[i])
         new, after = jax.vmap(one)(flat, start, None if param is None else _flat(param))
         done[i] = Coordinates(new.value.reshape(update.value.shape), update.projection)
-        states[i] = _where(turn.skipped.reshape(-1), start, after)
+        states[i] = _where(basis_update.skipped.reshape(-1), start, after)
     matrices = jax.tree.unflatten(tree, states)
-    return jax.tree.unflatten(tree, done), MatrixwiseState(whole_state, matrices)
+    return jax.tree.unflatten(tree, done), PerMatrixState(whole_state, matrices)
 
 
 def _where(flags: jax.Array, one: PyTree, other: PyTree) -> PyTree:
@@ -109,7 +108,7 @@ def _where(flags: jax.Array, one: PyTree, other: PyTree) -> PyTree:
     def at_node(one: Any, other: Any) -> Any:
         if not beside_moments(one):
             return other
-        pick = lambda a, b: jnp.where(flags.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)  # noqa: E731
+        pick = lambda a, b: jnp.where(flags.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
         return jax.tree.map(pick, one, other)
 
     return jax.tree.map(at_node, one, other, is_leaf=beside_moments)
@@ -120,5 +119,5 @@ def _flat(node: Any) -> Any:
 
 
 def _whole(tree: PyTree) -> PyTree:
-    masked = lambda leaf: optax.MaskedNode() if is_coordinates(leaf) else leaf  # noqa: E731
+    masked = lambda leaf: optax.MaskedNode() if is_coordinates(leaf) else leaf
     return jax.tree.map(masked, tree, is_leaf=is_coordinates)

@@ -10,8 +10,7 @@ import optax
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import Basis, Coordinates, Projection, is_basis, is_coordinates
 from galore_jax.subspace.refresh import Lazy
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 class GaLoreState(NamedTuple):
@@ -35,10 +34,10 @@ class ChainState(NamedTuple):
     """State of a `chain`, apart from a stock one's, for its galore needs no lifting by others.
 
     Attributes:
-      links: the states of its transformations.
+      inner_states: the states of its transformations.
     """
 
-    links: tuple
+    inner_states: tuple
 
 
 def galore_states(state: PyTree, *, inside_chains: bool = False) -> list[GaLoreState]:
@@ -92,7 +91,7 @@ def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: Py
     def at_leaf(basis: Any, otherwise: Any, *subtrees: Any) -> Any:
         return f(basis, *map(unboxed, subtrees)) if is_basis(basis) else otherwise
 
-    is_leaf = lambda node: is_basis(node) or isinstance(node, optax.MaskedNode)  # noqa: E731
+    is_leaf = lambda node: is_basis(node) or isinstance(node, optax.MaskedNode)
     return jax.tree.map(at_leaf, bases, otherwise, *rest, is_leaf=is_leaf)
 
 
@@ -115,7 +114,7 @@ def with_gradient(params: PyTree, gradients: PyTree) -> PyTree:
     def at_leaf(gradient: Any, param: Any) -> Any:
         return None if gradient is None else param
 
-    is_leaf = lambda node: node is None or is_coordinates(node)  # noqa: E731
+    is_leaf = lambda node: node is None or is_coordinates(node)
     return jax.tree.map(at_leaf, gradients, params, is_leaf=is_leaf)
 
 

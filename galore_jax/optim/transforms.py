@@ -9,8 +9,7 @@ import optax
 
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import Coordinates, is_coordinates
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 class DecayWeightsState(NamedTuple):
@@ -200,7 +199,7 @@ def scale_by_factored_rms(
         del params
         count = optax.safe_increment(state.count)
         decay = 1 - jnp.asarray(count, jnp.float32) ** -decay_rate
-        average = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)  # noqa: E731
+        average = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
 
         def at_matrix(update: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
             square = update**2 + eps

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from optax.contrib import GaLoreDimensionNumbers
 
-PyTree = Any
+from galore_jax.types import PyTree
 
 # A leaf with one of these last names, or with one of these words anywhere in its path, stays whole.
 # Biases and scales of norms are so called by Flax and Equinox, Haiku, and Keras.
@@ -179,7 +179,7 @@ def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
         return [_DEFAULT] * len(leaves)
     if callable(numbers):
         numbers = numbers(params)
-    is_leaf = lambda node: node is None or isinstance(node, GaLoreDimensionNumbers)  # noqa: E731
+    is_leaf = lambda node: node is None or isinstance(node, GaLoreDimensionNumbers)
     given = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     found, used = [], set()

@@ -13,9 +13,9 @@ from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.subspace.projection import Side
 
 # The age of a basis that no gradient has shaped yet; the next finite one does.
-NEVER = 2**30
-# Of updates between two refreshes: eight times it, a doubled gap's bound, is below `NEVER`, and
-# twice that in int32.
+AGE_UNINITIALIZED = 2**30
+# The largest number of updates between two refreshes: eight times it, the bound of a doubled gap,
+# is below `AGE_UNINITIALIZED`, and twice that fits int32.
 MAX_GAP = 10**8
 
 
@@ -188,7 +188,7 @@ def refresh_where_due(
         old: dict[Side, jax.Array] = {side: as_float32(own) for side, own in stored.items()}
 
         def renewed() -> dict[Side, jax.Array]:
-            rounds = jnp.where(age[i] >= NEVER, 3, 1)
+            rounds = jnp.where(age[i] >= AGE_UNINITIALIZED, 3, 1)
             key = jax.random.key(key_data[0])
             for number in (*key_data[1:], i):
                 key = jax.random.fold_in(key, number)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.ops.quantization import as_float32, quantize, stored_like
-from galore_jax.subspace.methods import NEVER, overlap, random_basis, refresh_where_due
+from galore_jax.subspace.methods import AGE_UNINITIALIZED, overlap, random_basis, refresh_where_due
 from galore_jax.subspace.projection import Basis, Moments, Projection, Side
 
 
@@ -76,7 +76,7 @@ def start_basis(
         vectors[side] = quantize(stack, "int8") if is_int8 else stack.astype(dtype)
     return Basis(
         vectors=vectors,
-        age=jnp.full(batch, NEVER, jnp.int32),
+        age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
         gap=jnp.full(batch, gap, jnp.int32),
         wait=jnp.zeros(batch, jnp.int32),
         skipped=jnp.zeros(batch, jnp.int32),
@@ -97,7 +97,7 @@ def updates_left(basis: Basis) -> jax.Array:
 
 
 def _overdue(basis: Basis) -> jax.Array:
-    return basis.age - jnp.where(basis.age >= NEVER, NEVER, basis.gap)
+    return basis.age - jnp.where(basis.age >= AGE_UNINITIALIZED, AGE_UNINITIALIZED, basis.gap)
 
 
 def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: Any) -> Basis:
@@ -132,7 +132,7 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
     else:
         matrices = basis.projection.view.to_matrices(gradient)
     batch = basis.age.shape
-    flat = lambda array: array.reshape(-1, *array.shape[len(batch) :])  # noqa: E731
+    flat = lambda array: array.reshape(-1, *array.shape[len(batch) :])
     vectors, new, overlaps = refresh_where_due(
         jax.tree.map(flat, basis.vectors),
         flat(basis.age),
@@ -150,7 +150,7 @@ def _from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
     new = (updates_left(basis) <= 0) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
 
     def chosen(new_vectors: jax.Array, old: Any) -> Any:
-        pick = lambda one, other: jnp.where(new[..., None, None], one, other)  # noqa: E731
+        pick = lambda one, other: jnp.where(new[..., None, None], one, other)
         return jax.tree.map(pick, stored_like(new_vectors, old), old)
 
     overlaps = [
@@ -167,7 +167,7 @@ def _renewed(basis: Basis, vectors: Any, new: jax.Array, overlaps: jax.Array, la
         doubled = jnp.minimum(2 * jnp.maximum(basis.gap, gap), bound)
         gap = jnp.where(overlaps >= lazy.overlap, doubled, gap)
     # The first interval is as long as it was started with.
-    gap = jnp.where(basis.age >= NEVER, basis.gap, gap)
+    gap = jnp.where(basis.age >= AGE_UNINITIALIZED, basis.gap, gap)
     # After a refresh that failed, as that of an expert without tokens, passes over the batch are
     # not worth their time at every update: the next tries are 1, 2, 4, … updates later.
     overdue = _overdue(basis)

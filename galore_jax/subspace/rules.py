@@ -28,8 +28,8 @@ from galore_jax.subspace.projection import (
     is_coordinates,
     projected_sides,
 )
+from galore_jax.types import PyTree
 
-PyTree = Any
 Rank = int | float | Callable[[tuple[int, int]], int]
 
 
@@ -100,7 +100,7 @@ def check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool
 def check_gap(name: str, gap: Any) -> None:
     """`check_number` for a number of updates between two refreshes."""
     wanted = f"a whole number from 1 to {MAX_GAP:,}"
-    in_range = lambda gap: isinstance(gap, Integral) and 1 <= int(gap) <= MAX_GAP  # noqa: E731
+    in_range = lambda gap: isinstance(gap, Integral) and 1 <= int(gap) <= MAX_GAP
     check_number(name, gap, wanted, in_range)
 
 
@@ -154,7 +154,7 @@ def projections(
             found.append(None)
         else:
             found.append(_projection(names, view, rule, rule.or_else(default)))
-    _refuse_unused(unused, ["/".join(names) for names, _ in leaves], rules)
+    _check_used(unused, ["/".join(names) for names, _ in leaves], rules)
     return jax.tree_util.tree_unflatten(tree, found)
 
 
@@ -204,7 +204,7 @@ def _projection(
     )
 
 
-def _refuse_unused(unused: Rules, names: list[str], rules: Rules) -> None:
+def _check_used(unused: Rules, names: list[str], rules: Rules) -> None:
     for pattern in unused:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
         matched = [name for name in names if rule_for((name,), {pattern: None})[0]]

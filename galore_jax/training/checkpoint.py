@@ -195,7 +195,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 @contextmanager
 def _full_disk_told(folder: Path) -> Iterator[None]:
-    """Turns TensorStore's ValueError about a full disk into the OSError that it is."""
+    """BasisUpdates TensorStore's ValueError about a full disk into the OSError that it is."""
     try:
         yield
     except ValueError as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from galore_jax.data.batches import documents
-from galore_jax.files import written_whole
+from galore_jax.files import atomic_write
 from galore_jax.training.config import Config, load_config
 from galore_jax.training.loop import train
 from galore_jax.training.metrics import Summary, format_bytes, read_summary
@@ -75,11 +75,11 @@ def compare(config: Config, seeds: Sequence[int], rates: Sequence[float] = ()) -
         rows.append(Row(name, rate, tuple(runs)))
     pictured = [folder / f"{row.name}-seed{seeds[0]}" for row in rows]
     plot_curves(pictured, folder / "comparison.png")
-    with written_whole(folder / "comparison.md") as path:
+    with atomic_write(folder / "comparison.md") as path:
         path.write_text(table(rows), encoding="utf-8")
     prompt = documents(config.data, "validation")[0][:PROMPT_CHARACTERS]
     sample = write_text(pictured[0], prompt, min(SAMPLE_TOKENS, config.model.max_length // 2))
-    with written_whole(folder / "sample.txt") as path:
+    with atomic_write(folder / "sample.txt") as path:
         path.write_text(sample, encoding="utf-8")
     return rows
 

@@ -8,15 +8,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from galore_jax.models.layers import LEAST_QUERIES, MOST_BLOCKS
-from galore_jax.models.loss import COLUMNS
+from galore_jax.models.layers import MAX_BLOCKS, MIN_QUERIES
+from galore_jax.models.loss import VOCAB_CHUNK
 from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.compile_targets import place
@@ -26,8 +26,8 @@ from galore_jax.training.step import (
     tree_bytes,
     tree_size,
 )
+from galore_jax.types import PyTree
 
-PyTree = Any
 Parts = dict[str, int]
 
 PARTS = ("weights", "gradients", "bases", "moments", "activations", "logits", "update")
@@ -72,7 +72,7 @@ def predict(config: Config) -> Parts:
     return _complete(kept | peak)
 
 
-def contestants(config: Config) -> dict[str, Parts]:
+def baselines(config: Config) -> dict[str, Parts]:
     """Predictions for a model and batch of other optimizers, as the paper compares them, by name.
 
     All have bfloat16 weights, hold all logits, and keep what this model's blocks keep without
@@ -169,7 +169,7 @@ def _itemsize(config: Config) -> int:
 def _queries_and_keys(config: Config) -> tuple[float, float]:
     """Of attention by blocks of queries, over T: scores a query, and keys of all blocks."""
     length = config.data.sequence_length
-    step = -(-length // min(MOST_BLOCKS, -(-length // LEAST_QUERIES)))
+    step = -(-length // min(MAX_BLOCKS, -(-length // MIN_QUERIES)))
     blocks = [
         (min(step, length - start), min(start + step, length)) for start in range(0, length, step)
     ]
@@ -257,7 +257,7 @@ def _layerwise_phases(config: Config, params: PyTree, opt_state: PyTree) -> list
             # As it comes, and in float32 for the update.
             "gradients": (itemsize + 4) * head,
             "activations": inputs,
-            "logits": _logits(config, min(COLUMNS, model.vocab_size)),
+            "logits": _logits(config, min(VOCAB_CHUNK, model.vocab_size)),
         },
         {
             "gradients": 4 * tree_size(gradients["layers"]) // model.num_layers,

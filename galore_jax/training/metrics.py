@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError
-from galore_jax.files import written_whole
+from galore_jax.files import atomic_write
 from galore_jax.training.run_folder import RunFolder
 
 
@@ -86,7 +86,7 @@ class Metrics:
         self.lines = [line for line in read_metrics(self._path) if _is_before(line, step)]
         self._events = _events(run.tensorboard, step) if tensorboard else None
         if self._path.exists():
-            with written_whole(self._path) as path:
+            with atomic_write(self._path) as path:
                 path.write_text(_json_lines(self.lines), encoding="utf-8")
         # The events' purge takes the evaluation at this very step away, too.
         self._add_events([line for line in self.lines if line["step"] == step])
@@ -155,7 +155,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 def write_summary(run: RunFolder, summary: Summary) -> None:
     """Writes summary.json, the mark of a finished run."""
     text = json.dumps(_finite(dataclasses.asdict(summary)), indent=2)
-    with written_whole(run.summary) as path:
+    with atomic_write(run.summary) as path:
         path.write_text(f"{text}\n", encoding="utf-8")
 
 

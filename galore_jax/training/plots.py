@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from galore_jax.errors import InputError
-from galore_jax.files import written_whole
+from galore_jax.files import atomic_write
 from galore_jax.training.metrics import read_metrics, read_summary
 from galore_jax.training.run_folder import RunFolder
 
@@ -82,7 +82,7 @@ def plot_curves(folders: Sequence[str | Path], picture: str | Path) -> None:
     above.legend(frameon=False)
     figure.align_ylabels()
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(picture) as path:
+    with atomic_write(picture) as path:
         FigureCanvasAgg(figure).print_png(path)
 
 

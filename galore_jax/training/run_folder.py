@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from galore_jax.errors import FULL_DISK, InputError
-from galore_jax.files import written_whole
+from galore_jax.files import atomic_write
 from galore_jax.training.config import Config, differences, load_config, to_dict, to_toml
 from galore_jax.training.lock import locked
 
@@ -124,7 +124,7 @@ def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
             stack.enter_context(locked(run.lock))
             # Another process may have been here since the first look.
             _refuse_wrong_start(config, resume)
-            with written_whole(run.config) as path:
+            with atomic_write(run.config) as path:
                 path.write_text(to_toml(config), encoding="utf-8")
         yield run
 

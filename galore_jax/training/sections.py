@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from galore_jax.errors import InputError
-from galore_jax.ops.implementation import KERNELS
+from galore_jax.ops.implementation import IMPLEMENTATIONS
 from galore_jax.subspace.methods import MAX_GAP, REFRESH
 from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES
 
@@ -61,7 +61,7 @@ class OptimizerConfig:
       max_gap: the bound of a doubled gap; None: 8 times `update_proj_gap`.
       basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"` or, in block-wise codes,
         `"int8"`.
-      kernels: of 8-bit moments and of the lift: `"xla"`, or on NVIDIA GPUs `"pallas"`.
+      implementation: of 8-bit moments and of the lift: `"xla"`, or on NVIDIA GPUs `"pallas"`.
       stochastic_rounding: round bfloat16 parameters up or down at random, so that their expectation
         is exact; rounding to the nearest loses every update below 1/512 of its weight.
     """
@@ -88,7 +88,7 @@ class OptimizerConfig:
     lazy_overlap: float | None = None
     max_gap: int | None = None
     basis_dtype: str = "float32"
-    kernels: str = "xla"
+    implementation: str = "xla"
     stochastic_rounding: bool = True
 
     def __post_init__(self):
@@ -100,7 +100,7 @@ class OptimizerConfig:
         _require_choice("optimizer.clip_norm_of", self.clip_norm_of, ("coordinates", "gradients"))
         _require_choice("optimizer.clip_by", self.clip_by, ("first_pass", "previous_step"))
         _require_choice("optimizer.basis_dtype", self.basis_dtype, BASIS_DTYPES)
-        _require_choice("optimizer.kernels", self.kernels, KERNELS)
+        _require_choice("optimizer.implementation", self.implementation, IMPLEMENTATIONS)
         if self.are_projected and self.refresh in ("eigh", "svd"):
             raise InputError(
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '

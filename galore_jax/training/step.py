@@ -22,9 +22,9 @@ from galore_jax.models.loss import next_token_loss
 from galore_jax.optim.state import galore_states, project
 from galore_jax.training.config import Config
 from galore_jax.training.sections import OptimizerConfig
-from galore_jax.training.subspace_metrics import diagnose, movement
+from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
+from galore_jax.types import PyTree
 
-PyTree = Any
 Batch = dict[str, Any]
 Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
 
@@ -86,13 +86,15 @@ def make_optimizer(
     """
     schedule = learning_rate_schedule(config, steps)
     b2 = {} if config.b2 is None else {"b2": config.b2}
-    kernels: Any = config.kernels
+    implementation: Any = config.implementation
     adam: dict[str, Any] = {"b1": config.b1, "eps": config.eps, **b2}
     common: dict[str, Any] = {"weight_decay": config.weight_decay}
     clip_norm = config.clip_norm if clips else 0.0
     if not config.has_galore:
         if config.name == "adamw8bit":
-            optimizer = galore_jax.adamw8bit(schedule, **adam, **common, kernels=kernels)
+            optimizer = galore_jax.adamw8bit(
+                schedule, **adam, **common, implementation=implementation
+            )
         else:
             optimizer = optax.adamw(schedule, **adam, **common)
         clip = optax.clip_by_global_norm(clip_norm)
@@ -100,7 +102,7 @@ def make_optimizer(
     common |= {name: getattr(config, name) for name in GALORE}
     if config.name in ("galore_adamw", "galore_adamw8bit"):
         is_8bit = config.name == "galore_adamw8bit"
-        bits = {"eight_bit": True, "kernels": kernels} if is_8bit else {}
+        bits = {"eight_bit": True, "implementation": implementation} if is_8bit else {}
         optimizer = galore_jax.adamw(schedule, **adam, **common, **bits)
     elif config.name == "galore_adafactor":
         optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **common)
@@ -111,7 +113,7 @@ def make_optimizer(
     clip = galore_jax.clip_by_finite_norm(clip_norm)
     if config.clip_norm_of == "gradients":
         return galore_jax.chain(clip, optimizer)
-    galore, *rest = optimizer.links
+    galore, *rest = optimizer.transforms
     return galore_jax.chain(galore, clip, *rest)
 
 
@@ -189,7 +191,7 @@ def make_train_step(
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     projected = config.optimizer.are_projected
-    kernels: Any = config.optimizer.kernels
+    implementation: Any = config.optimizer.implementation
     gradients_of = make_gradients(config, tx)
     full = dataclasses.replace(config.optimizer, gradients="full")
     full_gradients_of = make_gradients(dataclasses.replace(config, optimizer=full), tx)
@@ -204,9 +206,9 @@ def make_train_step(
         metrics["learning_rate"] = schedule(state.step)
         key = _rounding_key(config, state.step)
         params, opt_state = galore_jax.apply_gradients(
-            tx, gradients, state.opt_state, state.params, key=key, kernels=kernels
+            tx, gradients, state.opt_state, state.params, key=key, implementation=implementation
         )
-        metrics |= movement(opt_state)
+        metrics |= subspace_metrics(opt_state)
         if not projected:
             metrics["gradient_norm"] = optax.tree.norm(gradients)
         if config.optimizer.has_galore:
@@ -216,7 +218,7 @@ def make_train_step(
         if config.training.diagnostics:
             if projected:
                 gradients, _ = full_gradients_of(state.params, state.opt_state, batch)
-            metrics |= diagnose(opt_state, gradients, state.params, params)
+            metrics |= energy_metrics(opt_state, gradients, state.params, params)
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return jax.jit(train_step, donate_argnums=0)
@@ -227,7 +229,10 @@ def _make_layerwise_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     optimizer = config.optimizer
     schedule = learning_rate_schedule(optimizer, config.training.steps)
-    choices: dict[str, Any] = {"clip_by": optimizer.clip_by, "kernels": optimizer.kernels}
+    choices: dict[str, Any] = {
+        "clip_by": optimizer.clip_by,
+        "implementation": optimizer.implementation,
+    }
     step = layerwise.make_step(
         layerwise.LayeredModel(
             embed=functools.partial(llama_layerwise.embed, config.model),
@@ -250,7 +255,7 @@ def _make_layerwise_step(
             "targets": targets,
             "learning_rate": schedule(state.step),
             norm: opt_state.norm,
-            **movement(opt_state),
+            **subspace_metrics(opt_state),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -270,16 +275,16 @@ def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     return dict.fromkeys(("tokens", "segments", "positions"), leaf)
 
 
-def refuse_missing_gpu(config: Config) -> None:
-    """Ends a run whose kernels are for a GPU where there is none.
+def check_gpu(config: Config) -> None:
+    """Ends a run whose implementation is for a GPU where there is none.
 
     Raises:
       InputError: there is none.
     """
-    if config.optimizer.kernels == "pallas" and jax.default_backend() != "gpu":
+    if config.optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
         raise InputError(
-            'optimizer.kernels = "pallas" needs an NVIDIA GPU, which JAX does not find here: '
-            'set optimizer.kernels = "xla".'
+            'optimizer.implementation = "pallas" needs an NVIDIA GPU, and JAX finds none here: set '
+            'optimizer.implementation = "xla".'
         )
 
 
@@ -290,11 +295,11 @@ class Stepper:
     for the answer: only when as many steps have passed as the one nearest to its refresh had left.
 
     Raises:
-      InputError: kernels for a GPU where there is none.
+      InputError: an implementation for a GPU where there is none.
     """
 
     def __init__(self, config: Config, state: TrainState):
-        refuse_missing_gpu(config)
+        check_gpu(config)
         batch = batch_shapes(config)
         began = time.perf_counter()
         self._step = make_train_step(config).lower(state, batch).compile()

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 
 from galore_jax.optim.state import bases_of, galore_states, map_bases
 from galore_jax.subspace.projection import Basis
+from galore_jax.types import PyTree
 
-PyTree = Any
 
-
-def movement(opt_state: PyTree) -> dict[str, jax.Array]:
+def subspace_metrics(opt_state: PyTree) -> dict[str, jax.Array]:
     """`subspace_overlap`, `refreshes_saved`, `skipped`; nothing where nothing is projected."""
     bases = bases_of(galore_states(opt_state, inside_chains=True))
     if not bases:
@@ -42,7 +41,7 @@ def movement(opt_state: PyTree) -> dict[str, jax.Array]:
     }
 
 
-def diagnose(
+def energy_metrics(
     opt_state: PyTree, gradients: PyTree, old: PyTree, new: PyTree
 ) -> dict[str, jax.Array]:
     """`captured_energy` and `update_ratio`; nothing where nothing is projected.

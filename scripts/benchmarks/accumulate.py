@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 import galore_jax
-from benchmarks.contestants import LEARNING_RATE, PyTree
+from benchmarks.baselines import LEARNING_RATE, PyTree
 from benchmarks.models import init_llama
 from benchmarks.report import Row
 from benchmarks.state import of_every_size

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import galore_jax
-from benchmarks.contestants import GAP, LEARNING_RATE, PyTree
+from benchmarks.baselines import GAP, LEARNING_RATE, PyTree
 from benchmarks.report import Row, require
 from benchmarks.timing import seconds
 

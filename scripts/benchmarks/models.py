@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from galore_jax.models.layers import attention_mask, rotation_at
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
-
-PyTree = Any
+from galore_jax.types import PyTree
 
 
 def init_llama(config: LlamaConfig) -> PyTree:
@@ -39,8 +38,8 @@ def blocks_loss(config: LlamaConfig, params: PyTree, batch: tuple[jax.Array, jax
 def llama_loss(config: LlamaConfig, params: PyTree, tokens: jax.Array) -> jax.Array:
     """Mean cross-entropy of the next token."""
     model = Llama(config)
-    embed = lambda model, tokens: model.embed_tokens(tokens)  # noqa: E731
-    head = lambda model, x: model.lm_head(model.norm(x))  # noqa: E731
+    embed = lambda model, tokens: model.embed_tokens(tokens)
+    head = lambda model, x: model.lm_head(model.norm(x))
     x = model.apply({"params": params}, tokens, method=embed)
     x = _run_layers(config, params["layers"], x)
     logits: Any = model.apply({"params": params}, x, method=head)
@@ -91,7 +90,7 @@ def _run_layers(config: LlamaConfig, layers: PyTree, x: Any) -> Any:
         positions = jnp.arange(x.shape[1])[None]
         rotation = rotation_at(positions, config.head_size, config.rope_theta)
         mask = attention_mask(jnp.ones_like(positions))
-    run = lambda model, x: model.layers(x, rotation, mask, None, 0)[0]  # noqa: E731
+    run = lambda model, x: model.layers(x, rotation, mask, None, 0)[0]
     if isinstance(layers, list):
         config = replace(config, num_layers=1)
         stacks = [jax.tree.map(lambda leaf: leaf[None], layer) for layer in layers]

@@ -141,7 +141,9 @@ def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Arr
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), next(batches), next(batches))
     tx = make_optimizer(config.optimizer, config.training.steps)
     gradients, _ = jax.jit(make_gradients(config, tx))(state.params, state.opt_state, batch)
-    basis = galore_states(state.opt_state.links)[0].bases["layers"]["mlp"]["gate_proj"]["kernel"]
+    basis = galore_states(state.opt_state.inner_states)[0].bases["layers"]["mlp"]["gate_proj"][
+        "kernel"
+    ]
     return gradients["layers"]["mlp"]["gate_proj"]["kernel"][0], basis.vectors["left"][0]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 import galore_jax
-from benchmarks.contestants import PyTree
+from benchmarks.baselines import PyTree
 from benchmarks.report import Row, require
 from benchmarks.state import CONFIGS, require_size
 from galore_jax.data.batches import train_batches

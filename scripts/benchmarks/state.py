@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.contestants import contestants
+from benchmarks.baselines import baselines
 from benchmarks.models import init_llama, separate_layers
 from benchmarks.report import Row, require_choice
 from galore_jax.models.llama import LlamaConfig
@@ -33,7 +33,7 @@ def require_size(key: str, size: str) -> None:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size and contestant."""
+    """Rows of every size and baseline."""
     return of_every_size(measure_size)
 
 
@@ -48,21 +48,21 @@ def of_every_size(measure_size: Callable[[str, LlamaConfig, int], list[Row]]) ->
 
 
 def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
-    """Rows of every contestant, with `bytes` and those of bases, moments and the rest."""
+    """Rows of every baseline, with `bytes` and those of bases, moments and the rest."""
     stacked = jax.eval_shape(lambda: init_llama(replace(model, dtype="float32")))
     rows = []
-    for contestant in contestants(rank):
-        if contestant.refresh is not None:
+    for baseline in baselines(rank):
+        if baseline.refresh is not None:
             continue  # Its state is that of `galore_full`.
-        params = stacked if contestant.stacks else jax.eval_shape(separate_layers, stacked)
-        state = jax.eval_shape(contestant.init, params)
+        params = stacked if baseline.stacks else jax.eval_shape(separate_layers, stacked)
+        state = jax.eval_shape(baseline.init, params)
         rows.append(
             {
-                "name": contestant.name,
+                "name": baseline.name,
                 "size": size,
                 "parameters": tree_size(stacked),
                 "rank": rank,
-                "leaves": "stacked" if contestant.stacks else "separate",
+                "leaves": "stacked" if baseline.stacks else "separate",
                 **bytes_by_part(state),
                 "bytes": tree_bytes(state),
             }

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from benchmarks.contestants import GAP, Contestant, Loss, PyTree, contestants, galore_full
+from benchmarks.baselines import GAP, Contestant, Loss, PyTree, baselines, galore_full
 from benchmarks.models import (
     blocks_loss,
     init_llama,
@@ -55,17 +55,17 @@ class Settings:
 
 
 class Run:
-    """A contestant on its way: its parameters and state, which every step takes over (donates)."""
+    """A baseline on its way: its parameters and state, which every step takes over (donates)."""
 
-    def __init__(self, contestant: Contestant, loss: Loss, params: PyTree, batch: PyTree):
-        step = jax.jit(functools.partial(contestant.step, loss), donate_argnums=(0, 1))
+    def __init__(self, baseline: Contestant, loss: Loss, params: PyTree, batch: PyTree):
+        step = jax.jit(functools.partial(baseline.step, loss), donate_argnums=(0, 1))
         self._params = jax.tree.map(lambda leaf: leaf.copy(), params)
-        self._state = jax.jit(contestant.init)(params)
+        self._state = jax.jit(baseline.init)(params)
         self._batch = batch
         self._step = step.lower(self._params, self._state, batch).compile()
         self._refresh = None
-        if contestant.refresh is not None:
-            refresh = jax.jit(functools.partial(contestant.refresh, loss), donate_argnums=1)
+        if baseline.refresh is not None:
+            refresh = jax.jit(functools.partial(baseline.refresh, loss), donate_argnums=1)
             self._refresh = refresh.lower(self._params, self._state, batch).compile()
 
     @property
@@ -88,7 +88,7 @@ class Run:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every contestant, and of staggered refreshes."""
+    """Rows of every baseline, and of staggered refreshes."""
     layers = settings.layers or LAYERS[settings.model]
     model = load_config(CONFIGS / "llama_350m.toml").model
     return measure_model(replace(model, num_layers=layers, dtype="float32"), settings, BATCH, RANK)
@@ -110,7 +110,7 @@ def measure_model(
     if settings.leaves == "separate":
         params = separate_layers(params)
 
-    entrants = [c for c in contestants(rank) if c.stacks or settings.leaves == "separate"]
+    entrants = [c for c in baselines(rank) if c.stacks or settings.leaves == "separate"]
     runs = {c.name: Run(c, loss, params, batch) for c in entrants}
     first = {name: seconds(run) for name, run in tqdm(runs.items(), "steps with every refresh")}
     plain = interleaved(runs, settings.repeats, "steps")

@@ -1,4 +1,4 @@
-"""Seconds of contestants, interleaved: whatever else the machine does meets them all alike."""
+"""Seconds of baselines, interleaved: whatever else the machine does meets them all alike."""
 
 import statistics
 import time

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.contestants import contestants
+from benchmarks.baselines import baselines
 from benchmarks.models import blocks_loss, init_llama, with_dense
 from benchmarks.report import Row, require, require_choice
 from benchmarks.state import CONFIGS, require_size
 from benchmarks.step import DENSE, Run
 from benchmarks.timing import interleaved, seconds
-from galore_jax.files import written_whole
+from galore_jax.files import atomic_write
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import load_config
 from galore_jax.training.plots import COLOURS
@@ -48,7 +48,7 @@ class Settings:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size, number of tokens and contestant; and draws their ratios."""
+    """Rows of every size, number of tokens and baseline; and draws their ratios."""
     rows = []
     for size in settings.sizes.split(","):
         config = load_config(CONFIGS / f"llama_{size}.toml")
@@ -67,8 +67,8 @@ def measure_size(
     params = {"layers": init_llama(model)["layers"]}
     batch = jax.random.normal(jax.random.key(1), (2, *shape, model.hidden_size))
     loss = with_dense(settings.dense, functools.partial(blocks_loss, model))
-    chosen = [contestant for contestant in contestants(rank) if contestant.name in NAMES]
-    runs = {contestant.name: Run(contestant, loss, params, batch) for contestant in chosen}
+    chosen = [baseline for baseline in baselines(rank) if baseline.name in NAMES]
+    runs = {baseline.name: Run(baseline, loss, params, batch) for baseline in chosen}
     for run in runs.values():
         seconds(run)
     tokens = shape[0] * shape[1]
@@ -112,5 +112,5 @@ def draw(rows: list[Row], picture: Path) -> None:
     axes.set(xlabel="tokens a step", ylabel="time of a step over AdamW's", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2)
-    with written_whole(picture) as path:
+    with atomic_write(picture) as path:
         FigureCanvasAgg(figure).print_png(path)

@@ -52,7 +52,7 @@ def a_multilayer_perceptron_under_filter_jit():
 @model(projected=MLP)
 def a_multilayer_perceptron_in_bfloat16():
     def loss(module, x):
-        cast = lambda a: a.astype(jnp.bfloat16) if eqx.is_inexact_array(a) else a  # noqa: E731
+        cast = lambda a: a.astype(jnp.bfloat16) if eqx.is_inexact_array(a) else a
         return squared(jax.vmap(jax.tree.map(cast, module))(cast(x)))
 
     return example(mlp, inputs(5, 6), loss=loss, tolerance=2e-2)
@@ -100,8 +100,8 @@ def a_weight_replaced_by_tree_at():
 
 @model(projected=" ".join(f"{name}_proj/weight" for name in ("query", "key", "value", "output")))
 def attention():
-    make = lambda key: nn.MultiheadAttention(2, 6, key=key)  # noqa: E731
-    loss = lambda module, x: squared(jax.vmap(lambda x: module(x, x, x))(x))  # noqa: E731
+    make = lambda key: nn.MultiheadAttention(2, 6, key=key)
+    loss = lambda module, x: squared(jax.vmap(lambda x: module(x, x, x))(x))
     return example(make, inputs(2, 4, 6), loss=loss)
 
 
@@ -111,7 +111,7 @@ def a_recurrent_cell_in_a_scan():
         cell: nn.LSTMCell
 
         def __call__(self, xs):
-            step = lambda carry, x: (self.cell(x, carry), None)  # noqa: E731
+            step = lambda carry, x: (self.cell(x, carry), None)
             return jax.lax.scan(step, (jnp.zeros(6), jnp.zeros(6)), xs)[0][0]
 
     return example(lambda key: Net(nn.LSTMCell(6, 6, key=key)), inputs(2, 4, 6))
@@ -135,7 +135,7 @@ def layers_stacked_by_filter_vmap_and_scanned():
 
         def __call__(self, x):
             arrays, rest = eqx.partition(self.layers, eqx.is_array)
-            step = lambda x, one: (jnp.tanh(eqx.combine(one, rest)(x)), None)  # noqa: E731
+            step = lambda x, one: (jnp.tanh(eqx.combine(one, rest)(x)), None)
             return jax.lax.scan(step, x, arrays)[0]
 
     def make(key):
@@ -149,7 +149,7 @@ def layers_stacked_by_filter_vmap_and_scanned():
 def a_frozen_bias_by_partition():
     linear = nn.Linear(6, 8, key=jax.random.key(0))
     params, rest = eqx.partition(linear, jax.tree.map(lambda a: a.ndim > 1, linear))
-    loss = lambda params, x: squared(jax.vmap(eqx.combine(params, rest))(x))  # noqa: E731
+    loss = lambda params, x: squared(jax.vmap(eqx.combine(params, rest))(x))
     return loss, params, (inputs(5, 6),), {}
 
 

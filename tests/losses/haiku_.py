@@ -52,7 +52,7 @@ def a_penalty_on_the_weights_by_their_names():
 @model(full="mlp/~/linear_0/w", projected="mlp/~/linear_1/w")
 def parameters_mapped_by_their_module():
     def loss(apply, params, x):
-        double = lambda module, _, a: 2 * a if module.endswith("0") else a  # noqa: E731
+        double = lambda module, _, a: 2 * a if module.endswith("0") else a
         return squared(apply(hk.data_structures.map(double, params), x))
 
     return example(mlp, inputs(5, 6), loss=loss)
@@ -89,7 +89,7 @@ def a_gated_recurrent_unit_that_splits_its_kernel():
 @model(projected="layers/linear/w")
 def layers_by_layer_stack():
     def forward(x):
-        layer = lambda x: jnp.tanh(hk.Linear(6, name="linear")(x))  # noqa: E731
+        layer = lambda x: jnp.tanh(hk.Linear(6, name="linear")(x))
         return hk.experimental.layer_stack(3, name="layers")(layer)(x)
 
     return example(forward, inputs(5, 6))

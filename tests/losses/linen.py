@@ -17,7 +17,7 @@ def example(module, *batch, reads="params", loss=None, **settings):
     """Of a module that is applied to the batch; collections but the parameters are constants."""
     variables = filled(jax.eval_shape(module.init, jax.random.key(0), *batch))
     rest = {name: value for name, value in variables.items() if name != "params"}
-    apply = lambda params, *batch: module.apply({"params": params} | rest, *batch)  # noqa: E731
+    apply = lambda params, *batch: module.apply({"params": params} | rest, *batch)
     loss = loss or (lambda apply, params, *batch: squared(apply(params, *batch)))
     return functools.partial(loss, apply), variables["params"], batch, settings
 
@@ -68,7 +68,7 @@ def a_penalty_on_all_weights():
 @model(full="first/kernel", projected="second/kernel")
 def parameters_scaled_by_their_path():
     def loss(apply, params, x):
-        double = lambda path, a: 2 * a if "first" in jax.tree_util.keystr(path) else a  # noqa: E731
+        double = lambda path, a: 2 * a if "first" in jax.tree_util.keystr(path) else a
         return squared(apply(jax.tree_util.tree_map_with_path(double, params), x))
 
     return example(MLP(), inputs(5, 6), loss=loss)
@@ -342,7 +342,7 @@ def dropout_with_a_key_in_the_batch():
 
     module, x = Net(), inputs(5, 6)
     params = filled(jax.eval_shape(MLP().init, jax.random.key(0), x))["params"]
-    loss = lambda params, x, key: squared(  # noqa: E731
+    loss = lambda params, x, key: squared(
         module.apply({"params": params}, x, rngs={"dropout": key})
     )
     return loss, params, (x, jax.random.key(1)), {}

@@ -111,7 +111,7 @@ class Stack(nnx.Module):
         self.layers = make(jax.random.split(jax.random.key(0), 3))
 
     def __call__(self, x):
-        layer = lambda x, layer: nnx.tanh(layer(x))  # noqa: E731
+        layer = lambda x, layer: nnx.tanh(layer(x))
         scanned = nnx.scan(layer, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         return scanned(x, self.layers)
 

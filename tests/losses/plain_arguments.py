@@ -30,7 +30,7 @@ def auxiliary_parameters_themselves(params, x):
 
 @loss(projected="w1 w2", has_aux=True)
 def an_auxiliary_gradient_by_the_inputs(params, x):
-    value = lambda x: squared(network(params, x))  # noqa: E731
+    value = lambda x: squared(network(params, x))
     return value(x), jax.grad(value)(x)
 
 

@@ -83,7 +83,7 @@ def a_vmap_over_the_batch(params, x):
 
 @loss(projected="w1 w2", batch=lambda: (inputs(2, 5, 6),))
 def a_vmap_with_an_axis_name(params, x):
-    mean = lambda x: network(params, x) - jax.lax.pmean(network(params, x), "row")  # noqa: E731
+    mean = lambda x: network(params, x) - jax.lax.pmean(network(params, x), "row")
     return squared(jax.vmap(mean, axis_name="row")(x))
 
 
@@ -315,8 +315,8 @@ def a_stop_gradient_on_the_output_of_a_layer(params, x):
 
 @loss(partly="w1", projected="w2")
 def an_iteration_to_convergence_under_stop_gradient(params, x):
-    power = lambda v: v @ params["w1"].T @ params["w1"]  # noqa: E731
-    unit = lambda v: v / jnp.linalg.norm(v)  # noqa: E731
+    power = lambda v: v @ params["w1"].T @ params["w1"]
+    unit = lambda v: v / jnp.linalg.norm(v)
     v = jax.lax.while_loop(
         lambda pair: jnp.sum((pair[0] - pair[1]) ** 2) > 1e-2,
         lambda pair: (unit(power(pair[0])), pair[0]),
@@ -342,9 +342,9 @@ def a_shard_map_over_the_batch(params, x):
 
 @loss(full="w", params=square)
 def a_fixed_point_by_custom_root(params, x):
-    solve = lambda f, z: jax.lax.fori_loop(0, 20, lambda _, z: z + f(z), z)  # noqa: E731
-    solve_linear = lambda g, y: solve(lambda v: g(v) - y, jnp.zeros_like(y))  # noqa: E731
-    residual = lambda z: jnp.tanh(0.3 * z @ params["w"] + x) - z  # noqa: E731
+    solve = lambda f, z: jax.lax.fori_loop(0, 20, lambda _, z: z + f(z), z)
+    solve_linear = lambda g, y: solve(lambda v: g(v) - y, jnp.zeros_like(y))
+    residual = lambda z: jnp.tanh(0.3 * z @ params["w"] + x) - z
     return squared(jax.lax.custom_root(residual, jnp.zeros_like(x), solve, solve_linear))
 
 

@@ -28,7 +28,7 @@ def a_gradient_penalty_alone(params, x):
 @loss(projected="w1 w2")
 def the_residual_of_a_pinn(params, x):
     def laplacian(x):
-        second = lambda e: jax.jvp(jax.grad(energy, argnums=1), (params, x), (zeros, e))[1] @ e  # noqa: E731
+        second = lambda e: jax.jvp(jax.grad(energy, argnums=1), (params, x), (zeros, e))[1] @ e
         zeros = jax.tree.map(jnp.zeros_like, params)
         return sum(second(e) for e in jnp.eye(6)[:2])
 
@@ -39,7 +39,7 @@ def the_residual_of_a_pinn(params, x):
 @loss(projected="w1 w2")
 def a_second_derivative_by_nested_jvp(params, x):
     direction = jnp.ones_like(x)
-    slope = lambda x: jax.jvp(lambda x: network(params, x), (x,), (direction,))[1]  # noqa: E731
+    slope = lambda x: jax.jvp(lambda x: network(params, x), (x,), (direction,))[1]
     value, second = jax.jvp(slope, (x,), (direction,))
     return squared(value) + squared(second)
 
@@ -100,7 +100,7 @@ def a_vjp_with_a_cotangent_of_the_loss(params, x):
 
 @loss(projected="w1 w2")
 def score_matching(params, x):
-    score = lambda x: network(params, x)  # noqa: E731
+    score = lambda x: network(params, x)
     trace = jax.vmap(lambda x: jnp.trace(jax.jacfwd(score)(x)))(x)
     return jnp.mean(trace + 0.5 * jnp.sum(score(x) ** 2, axis=-1))
 
@@ -119,7 +119,7 @@ def an_adversarial_step_of_the_inputs(params, x):
 
 @loss(projected="w1", params=lambda: {"w1": normal(6, 8), "b1": normal(8)})
 def a_contractive_autoencoder_with_tied_kernels(params, x):
-    encode = lambda x: jnp.tanh(x @ params["w1"] + params["b1"])  # noqa: E731
+    encode = lambda x: jnp.tanh(x @ params["w1"] + params["b1"])
     contraction = jax.vmap(jax.jacrev(encode))(x)
     return squared(encode(x) @ params["w1"].T - x) + 0.1 * jnp.sum(contraction**2)
 
@@ -136,9 +136,7 @@ def a_gradient_penalty_through_unrolled_layers(params, x):
 
 @loss(projected="ws", params=stack(3))
 def a_jvp_through_scanned_layers(params, x):
-    layers = lambda x: jax.lax.scan(  # noqa: E731
-        lambda h, w: (jnp.tanh(h @ w), None), x, params["ws"]
-    )[0]
+    layers = lambda x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["ws"])[0]
     y, slope = jax.jvp(layers, (x,), (jnp.cos(x),))
     return squared(y) + squared(slope)
 
@@ -182,7 +180,7 @@ def a_penalty_on_the_gradient_by_the_parameters(params, x):
 
 @loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.tree.map(jnp.cos, mlp())))
 def a_hessian_vector_product_in_the_parameters(params, x, direction):
-    slope = lambda params: jax.grad(inner_loss)(params, x)  # noqa: E731
+    slope = lambda params: jax.grad(inner_loss)(params, x)
     _, product = jax.jvp(slope, (params,), (direction,))
     return sum(jnp.sum(g**2) for g in jax.tree.leaves(product))
 
@@ -217,24 +215,24 @@ def maml_with_two_inner_steps(params, x):
 
 @loss(partly="w1 w2")
 def first_order_maml(params, x):
-    gradient = lambda params, x: jax.lax.stop_gradient(jax.grad(inner_loss)(params, x))  # noqa: E731
+    gradient = lambda params, x: jax.lax.stop_gradient(jax.grad(inner_loss)(params, x))
     return squared(network(adapted(params, x[:2], gradient=gradient), x[2:]))
 
 
 @loss(full="w1 w2")
 def maml_with_inner_steps_in_a_scan(params, x):
-    step = lambda params, x: (adapted(params, x), None)  # noqa: E731
+    step = lambda params, x: (adapted(params, x), None)
     params, _ = jax.lax.scan(step, params, jnp.stack([x[:2], x[1:3]]))
     return squared(network(params, x[2:]))
 
 
 @loss(partly="w1 w2")
 def maml_over_a_batch_of_tasks(params, x):
-    task = lambda x: squared(network(adapted(params, x[:2]), x[2:]))  # noqa: E731
+    task = lambda x: squared(network(adapted(params, x[:2]), x[2:]))
     return jnp.mean(jax.vmap(task)(jnp.stack([x, jnp.cos(x)])))
 
 
 @loss(projected="w1 w2", params=lambda: mlp() | {"c": normal(6)})
 def an_inner_gradient_by_parameters_that_are_not_projected(params, x):
-    offset = lambda c: squared(network(params, x) + c)  # noqa: E731
+    offset = lambda c: squared(network(params, x) + c)
     return offset(params["c"] - 0.3 * jax.grad(offset)(params["c"]))

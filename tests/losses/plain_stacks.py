@@ -185,14 +185,14 @@ def layers_scanned_and_scaled_inside(params, x):
 
 @loss(projected="ws w", params=lambda: stack(3)() | {"w": normal(6, 6)})
 def layers_scanned_next_to_a_kernel_that_all_share(params, x):
-    body = lambda h, w: (layer(layer(h, w), params["w"]), None)  # noqa: E731
+    body = lambda h, w: (layer(layer(h, w), params["w"]), None)
     return squared(jax.lax.scan(body, x, params["ws"])[0])
 
 
 @loss(projected="ws", params=stack(2, 2))
 def nested_scans(params, x):
-    inner = lambda h, ws: jax.lax.scan(scanned, h, ws)  # noqa: E731
-    outer = lambda h, ws: (inner(h, ws)[0], None)  # noqa: E731
+    inner = lambda h, ws: jax.lax.scan(scanned, h, ws)
+    outer = lambda h, ws: (inner(h, ws)[0], None)
     return squared(jax.lax.scan(outer, x, params["ws"])[0])
 
 
@@ -210,7 +210,7 @@ def two_layer_axes_merged_by_a_reshape(params, x):
 
 @loss(projected="ws", params=stack(4))
 def layers_grouped_by_a_reshape(params, x):
-    body = lambda h, pair: (layer(layer(h, pair[0]), pair[1]), None)  # noqa: E731
+    body = lambda h, pair: (layer(layer(h, pair[0]), pair[1]), None)
     return squared(jax.lax.scan(body, x, params["ws"].reshape(2, 2, 6, 6))[0])
 
 
@@ -236,14 +236,14 @@ def layers_on_the_last_axis_unrolled(params, x):
 
 @loss(projected="ws", params=stack(2, 3))
 def two_layer_axes_transposed_before_nested_scans(params, x):
-    inner = lambda h, ws: jax.lax.scan(scanned, h, ws)  # noqa: E731
-    outer = lambda h, ws: (inner(h, ws)[0], None)  # noqa: E731
+    inner = lambda h, ws: jax.lax.scan(scanned, h, ws)
+    outer = lambda h, ws: (inner(h, ws)[0], None)
     return squared(jax.lax.scan(outer, x, params["ws"].swapaxes(0, 1))[0])
 
 
 @loss(projected="ws", params=stack(3))
 def layers_that_are_scanned_and_indexed(params, x):
-    body = lambda h, w: (layer(h, w) @ params["ws"][0], None)  # noqa: E731
+    body = lambda h, w: (layer(h, w) @ params["ws"][0], None)
     return squared(jax.lax.scan(body, x, params["ws"])[0])
 
 
@@ -255,7 +255,7 @@ def layers_that_a_scan_returns_scaled(params, x):
 
 @loss(full="ws", params=stack(3))
 def a_kernel_in_the_carry_of_a_scan(params, x):
-    body = lambda carry, w: ((layer(carry[0], carry[1]), w), None)  # noqa: E731
+    body = lambda carry, w: ((layer(carry[0], carry[1]), w), None)
     (x, w), _ = jax.lax.scan(body, (x, jnp.eye(6)), params["ws"])
     return squared(x @ w)
 
@@ -283,7 +283,7 @@ def a_mixture_of_experts_weighted_by_a_router(params, x):
 
 @loss(projected="ws vs", params=lambda: {"ws": normal(3, 6, 8), "vs": normal(3, 8, 6)})
 def experts_of_two_kernels_by_vmap(params, x):
-    expert = lambda w, v: layer(x, w) @ v  # noqa: E731
+    expert = lambda w, v: layer(x, w) @ v
     return squared(jax.vmap(expert)(params["ws"], params["vs"]))
 
 

@@ -18,7 +18,7 @@ def kernels_scaled_by_their_number_of_axes(params, x):
 
 @loss(full="w1", projected="w2")
 def a_kernel_scaled_by_its_path(params, x):
-    double = lambda path, a: 2 * a if path[-1].key == "w1" else a  # noqa: E731
+    double = lambda path, a: 2 * a if path[-1].key == "w1" else a
     return squared(network(jax.tree_util.tree_map_with_path(double, params), x))
 
 
@@ -29,7 +29,7 @@ def biases_scaled_by_their_number_of_axes(params, x):
 
 @loss(full="w1 w2")
 def kernels_pruned_by_their_size(params, x):
-    prune = lambda a: jnp.where(jnp.abs(a) > 0.2, a, 0)  # noqa: E731
+    prune = lambda a: jnp.where(jnp.abs(a) > 0.2, a, 0)
     return squared(network(jax.tree.map(prune, params), x))
 
 
@@ -45,7 +45,7 @@ def absolute_kernels(params, x):
 
 @loss(full="w1 w2", tolerance=2e-2)
 def kernels_cast_to_bfloat16_and_scaled(params, x):
-    half = lambda a: a.astype(jnp.bfloat16) * jnp.bfloat16(0.5)  # noqa: E731
+    half = lambda a: a.astype(jnp.bfloat16) * jnp.bfloat16(0.5)
     return squared(network(jax.tree.map(half, params), x.astype(jnp.bfloat16)))
 
 
@@ -82,7 +82,7 @@ def weight_standardisation(params, x):
 
 @loss(full="w1 w2", params=lambda: mlp() | {"g1": normal(8), "g2": normal(6)})
 def weight_normalisation(params, x):
-    unit = lambda w: w / jnp.linalg.norm(w, axis=0)  # noqa: E731
+    unit = lambda w: w / jnp.linalg.norm(w, axis=0)
     kernels = {name: params["g" + name[1]] * unit(params[name]) for name in ("w1", "w2")}
     return squared(network(params | kernels, x))
 
@@ -100,13 +100,13 @@ def spectral_normalisation_by_power_iteration(params, x):
 
 @loss(full="w1 w2", batch=lambda: (inputs(5, 6), jax.random.key(0)))
 def dropout_on_kernels(params, x, key):
-    drop = lambda a: jnp.where(jax.random.bernoulli(key, 0.8, a.shape), a / 0.8, 0)  # noqa: E731
+    drop = lambda a: jnp.where(jax.random.bernoulli(key, 0.8, a.shape), a / 0.8, 0)
     return squared(network(jax.tree.map(drop, params), x))
 
 
 @loss(full="w1 w2", batch=lambda: (inputs(5, 6), jax.random.key(0)))
 def noise_on_kernels(params, x, key):
-    noisy = lambda a: a + 0.1 * jax.random.normal(key, a.shape)  # noqa: E731
+    noisy = lambda a: a + 0.1 * jax.random.normal(key, a.shape)
     return squared(network(jax.tree.map(noisy, params), x))
 
 

@@ -36,7 +36,7 @@ def parameters_that_are_kept_in_bfloat16(params, x):
 
 @loss(projected="w1 w2", tolerance=2e-2)
 def a_cast_to_bfloat16_and_back(params, x):
-    back = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)  # noqa: E731
+    back = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)
     return squared(network(jax.tree.map(back, params), x))
 
 

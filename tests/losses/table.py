@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from galore_jax.types import PyTree
+
 Example = tuple[Callable, PyTree, tuple, dict[str, Any]]
 
 

@@ -1,4 +1,4 @@
-"""The optimizers that benches compare; one more is one more `Contestant` in `contestants`."""
+"""The optimizers that benches compare; one more is one more `Contestant` in `baselines`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ from optax.contrib import GaLoreDimensionNumbers
 import galore_jax
 from galore_jax.subspace.matrix_view import is_named_whole, is_no_weight, path_names
 from galore_jax.subspace.projection import is_basis
+from galore_jax.types import PyTree
 
-PyTree = Any
 Loss = Callable[[PyTree, PyTree], jax.Array]
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.1
@@ -39,7 +39,7 @@ class Contestant:
     refresh: Callable[[Loss, PyTree, PyTree, PyTree], PyTree] | None = None
 
 
-def contestants(rank: int) -> list[Contestant]:
+def baselines(rank: int) -> list[Contestant]:
     """All of them: equal settings, and the same matrices projected to the same rank."""
     adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     contrib = optax.contrib.galore(
