@@ -59,7 +59,7 @@ def main() -> None:
     from galore_jax.training.compile_targets import TARGETS, target
     from galore_jax.training.config import load_config
     from galore_jax.training.memory import baselines, compiled, predict
-    from galore_jax.training.step import check_gpu
+    from galore_jax.training.stepper import check_gpu
 
     if arguments.device not in ("cpu", *TARGETS):
         names = ", ".join(("cpu", *TARGETS))

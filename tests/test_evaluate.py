@@ -11,7 +11,8 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config
 from galore_jax.training.evaluate import bigram_loss, make_evaluate, perplexity
 from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import batch_loss, init_state
+from galore_jax.training.state import init_state
+from galore_jax.training.step import batch_loss
 
 CONFIG = Config(
     LlamaConfig(

@@ -15,7 +15,7 @@ from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.training.config import Config, from_dict, load_config, to_toml
 from galore_jax.training.memory import PARTS, baselines, predict
-from galore_jax.training.step import init_state, tree_bytes
+from galore_jax.training.state import init_state, tree_bytes
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))

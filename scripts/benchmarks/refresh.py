@@ -28,8 +28,10 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states
 from galore_jax.subspace.methods import REFRESH
 from galore_jax.training.config import Config
+from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import init_state, make_gradients, make_optimizer, make_train_step
+from galore_jax.training.state import init_state
+from galore_jax.training.step import make_gradients, make_train_step
 
 ROW_LENGTH = 256
 GAP = 50  # updates

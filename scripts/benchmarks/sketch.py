@@ -18,13 +18,9 @@ from galore_jax.grads.sketch import refresh_due
 from galore_jax.optim.state import galore_states, map_bases
 from galore_jax.subspace.projection import Basis
 from galore_jax.training.config import Config, load_config
-from galore_jax.training.step import (
-    batch_loss,
-    init_state,
-    make_gradients,
-    make_optimizer,
-    make_train_step,
-)
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.state import init_state
+from galore_jax.training.step import batch_loss, make_gradients, make_train_step
 
 ENERGIES = ("energy", "exact", "relative_energy")
 
