@@ -1,8 +1,10 @@
 """Bad input, full disks and unusable paths end in one sentence, not in a traceback."""
 
+import difflib
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # What is wrong with a path that the user can choose or change.
@@ -14,6 +16,28 @@ _UNUSABLE = (
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message names the thing and the remedy."""
+
+
+def require(name: str, value: Any, holds: bool, wanted: str) -> None:
+    """Raises an `InputError` unless the condition on a setting `holds`."""
+    if not holds:
+        raise InputError(f"{name} must be {wanted}, not {value}.")
+
+
+def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises an `InputError` unless a setting has one of the values that it can have."""
+    choices = list(choices)
+    if value not in choices:
+        raise InputError(f"{name} = {value!r} is unknown{suggestion(value, choices)}")
+
+
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """Ends a sentence about an unknown name: the valid names close to it, or all of them."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there are {', '.join(valid)}." if valid else "."
 
 
 def run_cli(main: Callable[[], None]) -> None:

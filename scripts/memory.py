@@ -57,7 +57,7 @@ def main() -> None:
     import jax
 
     from galore_jax.training.compile_targets import TARGETS, target
-    from galore_jax.training.config import load_config
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.memory import baselines, compiled, predict
     from galore_jax.training.stepper import check_gpu
 

@@ -13,7 +13,8 @@ import pytest
 
 from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
-from galore_jax.training.config import Config, from_dict, load_config, to_toml
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import from_dict, load_config, to_toml
 from galore_jax.training.memory import PARTS, baselines, predict
 from galore_jax.training.state import init_state, tree_bytes
 

@@ -17,8 +17,7 @@ from galore_jax.models.loss import VOCAB_CHUNK
 from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.compile_targets import place
-from galore_jax.training.config import Config
-from galore_jax.training.sections import OptimizerConfig
+from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.state import batch_shapes, init_state, tree_bytes, tree_size
 from galore_jax.training.step import make_train_step
 from galore_jax.types import PyTree

@@ -5,22 +5,8 @@ from typing import Any
 import optax
 
 import galore_jax
+from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.schedule import learning_rate_schedule
-from galore_jax.training.sections import OptimizerConfig
-
-# The arguments of `galore_jax.galore` that `OptimizerConfig` has.
-GALORE = (
-    "rank",
-    "update_proj_gap",
-    "scale",
-    "proj_type",
-    "refresh",
-    "moments",
-    "stagger",
-    "lazy_overlap",
-    "max_gap",
-    "basis_dtype",
-)
 
 
 def make_optimizer(
@@ -46,7 +32,7 @@ def make_optimizer(
             optimizer = optax.adamw(schedule, **adam, **common)
         clip = optax.clip_by_global_norm(clip_norm)
         return galore_jax.chain(clip, optimizer) if clip_norm else optimizer
-    common |= {name: getattr(config, name) for name in GALORE}
+    common |= config.galore_settings
     if config.name in ("galore_adamw", "galore_adamw8bit"):
         is_8bit = config.name == "galore_adamw8bit"
         bits = {"eight_bit": True, "implementation": implementation} if is_8bit else {}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.training.sections import OptimizerConfig
+from galore_jax.training.config import OptimizerConfig
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -8,13 +8,14 @@ import jax
 
 from benchmarks.baselines import baselines
 from benchmarks.models import blocks_loss, init_llama, with_dense
-from benchmarks.report import Row, require, require_choice
+from benchmarks.report import Row
 from benchmarks.state import CONFIGS, require_size
 from benchmarks.step import DENSE, Run
 from benchmarks.timing import interleaved, seconds
+from galore_jax.errors import require, require_choice
 from galore_jax.files import atomic_write
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.plots import COLOURS
 
 ROW_LENGTH = 256
