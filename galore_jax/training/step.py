@@ -37,28 +37,28 @@ def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Ar
 def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradients:
     """Gradients of the mean loss per target, over all micro-batches.
 
-    Sums are divided by the targets of the whole batch, so the number of micro-batches changes the
-    rounding and nothing else, however the targets are spread over them.
+    The number of micro-batches changes the rounding and nothing else, however the targets are
+    spread over them.
 
     Returns:
-      A function of parameters, optimizer's state and batch. It returns gradients in float32,
-      `Coordinates` where the backward pass projects them; and `{"loss", "targets"}`, float32
-      scalars.
+      A function of the parameters, the optimizer's state and a batch. It returns the gradients in
+      float32, `Coordinates` where the backward pass projects them, and float32 scalars: `loss`, in
+      nats per target, and `targets`, how many there are.
     """
     loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
     projected = galore_jax.value_and_grad(loss, tx, has_aux=True, micro_batches=number)
-    whole = jax.value_and_grad(loss, has_aux=True)
+    full = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
+        # Sums over the targets of a micro-batch, averaged over the micro-batches. The ratio of two
+        # such averages is that of the sums over the batch.
         if config.optimizer.are_projected:
-            means, found = projected(params, opt_state, batch)
+            (loss_sum, targets), sums = projected(params, opt_state, batch)
         else:
-            means, found = mean_over(functools.partial(whole, params), number, batch)
-        loss_sum, targets = (number * mean for mean in means)
-        targets = jnp.round(targets)  # A whole number; its mean need not be.
-        divisor = jnp.maximum(targets, 1)
-        found = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (number / divisor), found)
-        return found, {"loss": loss_sum / divisor, "targets": targets}
+            (loss_sum, targets), sums = mean_over(functools.partial(full, params), number, batch)
+        divisor = jnp.where(targets > 0, targets, 1)
+        means = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (1 / divisor), sums)
+        return means, {"loss": loss_sum / divisor, "targets": jnp.round(number * targets)}
 
     return gradients
 
