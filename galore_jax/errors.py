@@ -4,6 +4,7 @@ import difflib
 import errno
 import sys
 from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from typing import Any
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -12,6 +13,16 @@ _UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 )
+# Modules that come with an extra of this package.
+_EXTRAS = {
+    "train": (
+        *("flax", "orbax", "tensorflow_datasets", "array_record", "grain"),
+        *("sentencepiece", "tokenizers", "tqdm"),
+    ),
+    "plots": ("matplotlib",),
+    "tensorboard": ("tensorboardX",),
+}
+_EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}
 
 
 class InputError(ValueError):
@@ -40,29 +51,50 @@ def suggestion(name: str, valid: Iterable[str]) -> str:
     return f"; there are {', '.join(valid)}." if valid else "."
 
 
-def run_cli(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; what the user can mend exits with status 2 and one line.
+def check_installed(*modules: str) -> None:
+    """Looks for modules of this package's extras.
 
-    That is an `InputError`, a full disk, or a path that cannot be read or written. Ctrl-C exits
-    with status 130, as in a shell.
+    Raises:
+      ModuleNotFoundError: one is missing; the message names the extra to install.
+    """
+    for module in modules:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(_install_hint(module), name=module)
+
+
+def _install_hint(module: str) -> str:
+    command = f'pip install "galore-jax[{_EXTRA_OF[module]}]"'
+    return f"this needs {module}, which is not installed: {command}"
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; errors that the user can fix exit with status 2 and one line.
+
+    These are an `InputError`, a missing extra, a full disk, and a path that cannot be read or
+    written. Ctrl-C exits with status 130, as in a shell.
     """
     try:
         main()
     except InputError as error:
-        sys.exit(_told(str(error)))
+        sys.exit(_report(str(error)))
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRA_OF:
+            raise
+        sys.exit(_report(_install_hint(module)))
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         place = f" while writing {error.filename}" if error.filename else ""
         if error.errno in FULL_DISK:
             remedy = "free some space and run the same command again."
-            sys.exit(_told(f"the disk is full{place}: {remedy}"))
+            sys.exit(_report(f"the disk is full{place}: {remedy}"))
         if error.errno not in _UNUSABLE or error.filename is None:
             raise
-        remedy = "name another path, or change what it is."
-        sys.exit(_told(f"{error.filename} cannot be used ({error.strerror}): {remedy}"))
+        remedy = "name another path, or change this one."
+        sys.exit(_report(f"{error.filename} cannot be used ({error.strerror}): {remedy}"))
 
 
-def _told(sentence: str) -> int:
+def _report(sentence: str) -> int:
     print(f"error: {sentence}", file=sys.stderr)
     return 2
