@@ -41,7 +41,7 @@ def describe(
     Returns:
       A table as text, a line a leaf and a last one with the sums.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp, optax
       >>> params = {"bias": jnp.zeros(256), "kernel": jnp.zeros((2, 64, 256))}
       >>> print(describe(params, galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))))

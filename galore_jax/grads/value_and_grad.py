@@ -55,7 +55,7 @@ def value_and_grad(
       ValueError: the optimizer has no galore, or was started with full-size moments; the batch
         cannot be split.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from galore_jax import apply_gradients, chain, galore, refresh, refresh_due
       >>> from galore_jax import value_and_grad
