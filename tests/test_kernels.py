@@ -10,7 +10,8 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from galore_jax.ops import adam8bit, lift, pallas_triton
-from galore_jax.ops.quantization import decode, dequantize, quantize, round_with
+from galore_jax.ops.quantization import decode, dequantize, quantize
+from galore_jax.ops.rounding import round_with
 from galore_jax.ops.threefry import noise, threefry
 
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16

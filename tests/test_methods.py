@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from galore_jax.subspace.basis import AGE_UNINITIALIZED
 from galore_jax.subspace.matrix_view import MatrixView
-from galore_jax.subspace.methods import (
-    AGE_UNINITIALIZED,
-    REFRESH,
-    orthonormalise,
-    overlap,
-    random_basis,
-    refresh_where_due,
-)
+from galore_jax.subspace.methods import REFRESH, orthonormalise, overlap, random_basis
 from galore_jax.subspace.projection import Projection
+from galore_jax.subspace.refresh import refresh_where_due
 
 SHAPE, RANK, GAP = (24, 40), 8, 10
 SIDES = [("left",), ("right",), ("left", "right")]

@@ -13,10 +13,10 @@ from galore_jax.ops.quantization import (
     dequantize,
     encode,
     quantize,
-    stochastic_round,
     stored_like,
     zeros_like,
 )
+from galore_jax.ops.rounding import stochastic_round
 
 CODES = ("signed", "unsigned", "int8")
 

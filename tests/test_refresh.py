@@ -14,7 +14,7 @@ import pytest
 from galore_jax import apply_gradients, chain, galore, refresh, refresh_due, value_and_grad
 from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.optim.state import bases_of, galore_states
-from galore_jax.subspace.methods import AGE_UNINITIALIZED
+from galore_jax.subspace.basis import AGE_UNINITIALIZED
 
 GAP = 16
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from galore_jax.grads.value_and_grad import Loss, TracedLoss, Uses, bases_in
 from galore_jax.optim.galore import galore
 from galore_jax.optim.state import map_bases
-from galore_jax.subspace.projection import Basis, is_coordinates
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import PyTree
 

@@ -13,8 +13,9 @@ import jax
 import optax
 from jax import lax
 
+from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import MatrixView
-from galore_jax.subspace.projection import Basis, Coordinates, is_basis, is_coordinates
+from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
 KeyPath = tuple[Hashable, ...]

@@ -21,8 +21,8 @@ from galore_jax.grads.value_and_grad import TracedLoss, bases_in
 from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import init as init_optimizer
+from galore_jax.optim.clipping import finite_squares
 from galore_jax.optim.state import galore_states, to_float32
-from galore_jax.optim.transforms import finite_squares
 from galore_jax.subspace.matrix_view import is_box, path_names
 from galore_jax.types import PyTree
 

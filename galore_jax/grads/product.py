@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.ops.quantization import dequantize
-from galore_jax.subspace.projection import Basis, Side
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import Side
 
 BATCH, IN, OUT, TOKEN = "A", "a", "m", "_"
 # As `lax.dot_general` has them, of x and the kernel: (contracting, contracting), (batch, batch).

@@ -17,6 +17,7 @@ from jax import lax
 
 from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
+from galore_jax.ops.loops import for_each
 from galore_jax.ops.quantization import as_float32
 from galore_jax.optim.moments import BasisUpdate, rotate
 from galore_jax.optim.state import (
@@ -26,9 +27,10 @@ from galore_jax.optim.state import (
     map_bases,
     with_galore_states,
 )
-from galore_jax.subspace.methods import AGE_UNINITIALIZED, for_each, orthonormalise, span
-from galore_jax.subspace.projection import Basis, Side, is_basis
-from galore_jax.subspace.refresh import Sketch, refresh_basis, updates_left
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
+from galore_jax.subspace.methods import orthonormalise, span
+from galore_jax.subspace.projection import Side
+from galore_jax.subspace.refresh import Sketch, refresh_basis
 
 # Coordinates of the gradient in given bases, by a backward pass.
 Backward = Callable[[dict[Path, Basis]], dict[Path, jax.Array]]

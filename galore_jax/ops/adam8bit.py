@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.ops.chunks import by_parts
+from galore_jax.ops.loops import by_parts
 from galore_jax.ops.quantization import BLOCK, Quantized, dequantize, quantize
 
 LARGEST = float(jnp.finfo(jnp.float32).max)

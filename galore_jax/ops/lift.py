@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.ops.chunks import by_parts
-from galore_jax.ops.quantization import round_with
+from galore_jax.ops.loops import by_parts
+from galore_jax.ops.rounding import round_with
 from galore_jax.ops.threefry import noise
 
 # Numbers of the lifted update that exist at a time.

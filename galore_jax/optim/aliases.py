@@ -11,8 +11,10 @@ import optax
 from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.adam8bit import Mask, scale_by_adam8bit
 from galore_jax.optim.chain import Chain, chain
+from galore_jax.optim.clipping import clip_by_matrix_rms
+from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
-from galore_jax.optim.transforms import clip_by_matrix_rms, decay_weights, scale_by_factored_rms
+from galore_jax.optim.weight_decay import decay_weights
 from galore_jax.subspace.rules import Rank
 
 Make = TypeVar("Make", bound=Callable[..., Chain])

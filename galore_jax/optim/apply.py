@@ -9,7 +9,7 @@ import optax
 from jax import lax
 
 from galore_jax.ops.implementation import Implementation, lift_and_add_of
-from galore_jax.ops.quantization import stochastic_round
+from galore_jax.ops.rounding import stochastic_round
 from galore_jax.optim.chain import Chain, update_low_rank
 from galore_jax.optim.state import (
     GaLoreState,
@@ -19,8 +19,9 @@ from galore_jax.optim.state import (
     map_bases,
     with_gradient,
 )
+from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.subspace.projection import Basis, is_coordinates
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
 

@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 from galore_jax.ops.quantization import Quantized
-from galore_jax.subspace.projection import Basis, Coordinates
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import Coordinates
 
 
 def register_where_flax_is() -> None:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.projection import Basis, Coordinates, Projection, is_basis, is_coordinates
+from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
 from galore_jax.subspace.refresh import Lazy
 from galore_jax.types import PyTree
 

@@ -9,14 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.subspace.projection import Side
-
-# The age of a basis that no gradient has shaped yet; the next finite one does.
-AGE_UNINITIALIZED = 2**30
-# The largest number of updates between two refreshes: eight times it, the bound of a doubled gap,
-# is below `AGE_UNINITIALIZED`, and twice that fits int32.
-MAX_GAP = 10**8
 
 
 def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:
@@ -134,86 +127,6 @@ REFRESH: dict[str, Callable[[jax.Array, Side, jax.Array, Any, Any], jax.Array]] 
 def overlap(old: jax.Array, new: jax.Array) -> jax.Array:
     """Mean squared cosine of the principal angles between subspaces, `‖P_oldᵀP_new‖² / r`."""
     return jnp.sum((old.mT @ new) ** 2, axis=(-2, -1)) / old.shape[-1]
-
-
-def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:
-    """`carry = body(i, carry, operands)` for each i whose flag `(n,)` is set.
-
-    A loop over what is due, not a vmap of a cond, which would pay for every matrix every step; it
-    costs nothing where none is. What `body` reads must come by `operands`, not by its closure.
-    """
-    order = jnp.argsort(~flags)
-
-    def one(n: jax.Array, carry: Any) -> Any:
-        # Of a single matrix i is always 0: without the barrier XLA takes what follows from it and
-        # the operands alone out of the loop, and pays for it at every step.
-        return body(*lax.optimization_barrier((order[n], carry, operands)))
-
-    return lax.fori_loop(0, flags.sum(), one, carry)
-
-
-@partial(jax.jit, static_argnames="method")
-def refresh_where_due(
-    vectors: dict[Side, Any],
-    age: jax.Array,
-    gap: jax.Array,
-    matrices: jax.Array,
-    key_data: tuple[Any, ...],
-    method: str,
-) -> tuple[dict[Side, Any], jax.Array, jax.Array]:
-    """New bases for the matrices whose age has reached their gap; the others cost nothing.
-
-    A matrix whose gradient is zero, as that of an expert without tokens, or not finite in its
-    squares keeps its basis, so that the next good gradient refreshes it. Where a method has rounds,
-    the first basis takes three of them.
-
-    Args:
-      vectors: by side, `(n, in or out, r)`, or these `Quantized`.
-      age: `(n,)` int32.
-      gap: `(n,)` int32.
-      matrices: `(n, in, out)`, gradients.
-      key_data: whole numbers that make the random key, the seed first.
-      method: a name in `REFRESH`.
-
-    Returns:
-      The vectors, which of the matrices have new ones `(n,)`, and the `overlap` with the old ones
-      `(n,)`, of two sides the smaller, 0 where there are none.
-    """
-
-    def refresh_one(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array], matrices: jax.Array):
-        vectors, refreshed, overlaps = carry
-        matrix = matrices[i].astype(jnp.float32)
-        largest = jnp.max(jnp.abs(matrix))
-        stored = jax.tree.map(lambda stack: stack[i], vectors)
-        old: dict[Side, jax.Array] = {side: as_float32(own) for side, own in stored.items()}
-
-        def renewed() -> dict[Side, jax.Array]:
-            rounds = jnp.where(age[i] >= AGE_UNINITIALIZED, 3, 1)
-            key = jax.random.key(key_data[0])
-            for number in (*key_data[1:], i):
-                key = jax.random.fold_in(key, number)
-            return {
-                side: REFRESH[method](
-                    matrix / largest, side, basis, rounds, jax.random.fold_in(key, number)
-                )
-                for number, (side, basis) in enumerate(old.items())
-            }
-
-        usable = jnp.isfinite(jnp.sum(matrix**2)) & (largest > 0)
-        new = lax.cond(usable, renewed, lambda: old)
-        good = usable & jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in new.values()]))
-        least = jnp.min(jnp.stack([overlap(old[side], new[side]) for side in new]))
-        written = {side: stored_like(new[side], own) for side, own in stored.items()}
-        kept = jax.tree.map(
-            lambda stack, new, old: stack.at[i].set(jnp.where(good, new, old)),
-            vectors,
-            written,
-            stored,
-        )
-        return kept, refreshed.at[i].set(good), overlaps.at[i].set(jnp.where(good, least, 0))
-
-    nothing = jnp.zeros(age.shape, bool), jnp.zeros(age.shape, jnp.float32)
-    return for_each(age >= gap, refresh_one, (vectors, *nothing), matrices)
 
 
 def _with_side_first(matrix: jax.Array, side: Side) -> jax.Array:

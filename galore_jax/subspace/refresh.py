@@ -1,16 +1,19 @@
-"""The basis of one parameter over its life: started, refreshed when due, its updates counted."""
+"""How a basis is renewed: which matrices are due, their new vectors, and the gap after that."""
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from galore_jax.ops.quantization import as_float32, quantize, stored_like
-from galore_jax.subspace.methods import AGE_UNINITIALIZED, overlap, random_basis, refresh_where_due
-from galore_jax.subspace.projection import Basis, Moments, Projection, Side
+from galore_jax.ops.loops import for_each
+from galore_jax.ops.quantization import as_float32, stored_like
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, overdue, path_number, updates_left
+from galore_jax.subspace.methods import REFRESH, overlap
+from galore_jax.subspace.projection import Side
 
 
 class Lazy(NamedTuple):
@@ -37,67 +40,6 @@ class Sketch:
 
     vectors: dict[Side, Any]
     usable: Any
-
-
-def start_basis(
-    projection: Projection,
-    *,
-    scale: Any,
-    interval: Any,
-    gap: Any,
-    method: str,
-    moments: Moments,
-    full_size: bool,
-    dtype: Any,
-    seed: Any,
-) -> Basis:
-    """A random basis, which the first finite gradient replaces.
-
-    Args:
-      projection: of the parameter.
-      scale: factor of the lift.
-      interval: updates between refreshes.
-      gap: updates from the first refresh to the second, a number or an array `(*batch,)`.
-      method: of refreshes.
-      moments: what happens to the moments at a refresh.
-      full_size: see `Basis`.
-      dtype: of the vectors; int8 stores them as `Quantized`.
-      seed: of the random numbers.
-
-    Returns:
-      The basis.
-    """
-    batch = projection.view.batch
-    key = jax.random.fold_in(jax.random.key(seed), _number(projection))
-    vectors: dict[Side, Any] = {}
-    for i, (side, shape) in enumerate(projection.basis_shapes.items()):
-        stack = random_basis(jax.random.fold_in(key, i), shape)
-        is_int8 = jnp.dtype(dtype) == jnp.int8
-        vectors[side] = quantize(stack, "int8") if is_int8 else stack.astype(dtype)
-    return Basis(
-        vectors=vectors,
-        age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
-        gap=jnp.full(batch, gap, jnp.int32),
-        wait=jnp.zeros(batch, jnp.int32),
-        skipped=jnp.zeros(batch, jnp.int32),
-        saved=jnp.zeros(batch, jnp.int32),
-        overlap=jnp.zeros(batch, jnp.float32),
-        scale=jnp.asarray(scale, jnp.float32),
-        interval=jnp.asarray(interval, jnp.int32),
-        projection=projection,
-        method=method,
-        moments=moments,
-        full_size=full_size,
-    )
-
-
-def updates_left(basis: Basis) -> jax.Array:
-    """`(*batch,)` int32, updates until the next try of a refresh; 0 or less: it is due."""
-    return basis.wait - _overdue(basis)
-
-
-def _overdue(basis: Basis) -> jax.Array:
-    return basis.age - jnp.where(basis.age >= AGE_UNINITIALIZED, AGE_UNINITIALIZED, basis.gap)
 
 
 def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: Any) -> Basis:
@@ -138,7 +80,7 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
         flat(basis.age),
         flat(basis.gap),
         flat(matrices),
-        (seed, count, _number(basis.projection)),
+        (seed, count, path_number(basis.projection)),
         basis.method,
     )
     vectors = jax.tree.map(lambda new, old: new.reshape(old.shape), vectors, basis.vectors)
@@ -170,8 +112,8 @@ def _renewed(basis: Basis, vectors: Any, new: jax.Array, overlaps: jax.Array, la
     gap = jnp.where(basis.age >= AGE_UNINITIALIZED, basis.gap, gap)
     # After a refresh that failed, as that of an expert without tokens, passes over the batch are
     # not worth their time at every update: the next tries are 1, 2, 4, … updates later.
-    overdue = _overdue(basis)
-    later = overdue + jnp.clip(overdue, 1, basis.interval)
+    late = overdue(basis)
+    later = late + jnp.clip(late, 1, basis.interval)
     wait = jnp.where(updates_left(basis) <= 0, later, basis.wait)
     return dataclasses.replace(
         basis,
@@ -183,15 +125,65 @@ def _renewed(basis: Basis, vectors: Any, new: jax.Array, overlaps: jax.Array, la
     )
 
 
-def count_update(basis: Basis, finite: jax.Array) -> Basis:
-    """The basis after an update whose gradient was finite for these matrices, `(*batch,)`."""
-    age = basis.age + finite
-    saved = finite & (age < basis.gap) & (age % basis.interval == 0)
-    return dataclasses.replace(
-        basis, age=age, skipped=basis.skipped + ~finite, saved=basis.saved + saved
-    )
+@partial(jax.jit, static_argnames="method")
+def refresh_where_due(
+    vectors: dict[Side, Any],
+    age: jax.Array,
+    gap: jax.Array,
+    matrices: jax.Array,
+    key_data: tuple[Any, ...],
+    method: str,
+) -> tuple[dict[Side, Any], jax.Array, jax.Array]:
+    """New bases for the matrices whose age has reached their gap; the others cost nothing.
 
+    A matrix whose gradient is zero, as that of an expert without tokens, or not finite in its
+    squares keeps its basis, so that the next good gradient refreshes it. Where a method has rounds,
+    the first basis takes three of them.
 
-def _number(projection: Projection) -> int:
-    """A number of 31 bits for the path, that tells its random numbers from those of others."""
-    return zlib.crc32(projection.name.encode()) & 0x7FFFFFFF
+    Args:
+      vectors: by side, `(n, in or out, r)`, or these `Quantized`.
+      age: `(n,)` int32.
+      gap: `(n,)` int32.
+      matrices: `(n, in, out)`, gradients.
+      key_data: whole numbers that make the random key, the seed first.
+      method: a name in `REFRESH`.
+
+    Returns:
+      The vectors, which of the matrices have new ones `(n,)`, and the `overlap` with the old ones
+      `(n,)`, of two sides the smaller, 0 where there are none.
+    """
+
+    def refresh_one(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array], matrices: jax.Array):
+        vectors, refreshed, overlaps = carry
+        matrix = matrices[i].astype(jnp.float32)
+        largest = jnp.max(jnp.abs(matrix))
+        stored = jax.tree.map(lambda stack: stack[i], vectors)
+        old: dict[Side, jax.Array] = {side: as_float32(own) for side, own in stored.items()}
+
+        def renewed() -> dict[Side, jax.Array]:
+            rounds = jnp.where(age[i] >= AGE_UNINITIALIZED, 3, 1)
+            key = jax.random.key(key_data[0])
+            for number in (*key_data[1:], i):
+                key = jax.random.fold_in(key, number)
+            return {
+                side: REFRESH[method](
+                    matrix / largest, side, basis, rounds, jax.random.fold_in(key, number)
+                )
+                for number, (side, basis) in enumerate(old.items())
+            }
+
+        usable = jnp.isfinite(jnp.sum(matrix**2)) & (largest > 0)
+        new = lax.cond(usable, renewed, lambda: old)
+        good = usable & jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in new.values()]))
+        least = jnp.min(jnp.stack([overlap(old[side], new[side]) for side in new]))
+        written = {side: stored_like(new[side], own) for side, own in stored.items()}
+        kept = jax.tree.map(
+            lambda stack, new, old: stack.at[i].set(jnp.where(good, new, old)),
+            vectors,
+            written,
+            stored,
+        )
+        return kept, refreshed.at[i].set(good), overlaps.at[i].set(jnp.where(good, least, 0))
+
+    nothing = jnp.zeros(age.shape, bool), jnp.zeros(age.shape, jnp.float32)
+    return for_each(age >= gap, refresh_one, (vectors, *nothing), matrices)

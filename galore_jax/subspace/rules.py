@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from galore_jax.subspace.basis import MAX_GAP
 from galore_jax.subspace.matrix_view import (
     MatrixView,
     is_named_whole,
@@ -20,7 +21,7 @@ from galore_jax.subspace.matrix_view import (
     matrix_views,
     named_leaves,
 )
-from galore_jax.subspace.methods import MAX_GAP, REFRESH
+from galore_jax.subspace.methods import REFRESH
 from galore_jax.subspace.projection import (
     PROJ_TYPES,
     Projection,

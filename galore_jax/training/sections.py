@@ -9,7 +9,8 @@ import numpy as np
 
 from galore_jax.errors import InputError
 from galore_jax.ops.implementation import IMPLEMENTATIONS
-from galore_jax.subspace.methods import MAX_GAP, REFRESH
+from galore_jax.subspace.basis import MAX_GAP
+from galore_jax.subspace.methods import REFRESH
 from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES
 
 OPTIMIZERS = (

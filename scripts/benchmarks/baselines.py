@@ -10,8 +10,8 @@ import optax
 from optax.contrib import GaLoreDimensionNumbers
 
 import galore_jax
+from galore_jax.subspace.basis import is_basis
 from galore_jax.subspace.matrix_view import is_named_whole, is_no_weight, path_names
-from galore_jax.subspace.projection import is_basis
 from galore_jax.types import PyTree
 
 Loss = Callable[[PyTree, PyTree], jax.Array]

@@ -16,7 +16,7 @@ from galore_jax.data.batches import train_batches
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.grads.sketch import refresh_due
 from galore_jax.optim.state import galore_states, map_bases
-from galore_jax.subspace.projection import Basis
+from galore_jax.subspace.basis import Basis
 from galore_jax.training.config import Config, load_config
 from galore_jax.training.step import (
     batch_loss,

@@ -20,7 +20,7 @@ from benchmarks.report import Row, require, require_choice
 from benchmarks.state import CONFIGS
 from benchmarks.timing import interleaved, seconds
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.subspace.projection import is_basis
+from galore_jax.subspace.basis import is_basis
 from galore_jax.training.config import load_config
 
 LAYERS = {"blocks": 4, "llama": 24}

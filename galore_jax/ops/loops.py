@@ -1,4 +1,4 @@
-"""Large arrays by parts: XLA keeps in memory what a kernel would not, so it is given less."""
+"""Loops over parts of large arrays, and over the matrices of a stack that need work."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,3 +41,19 @@ def by_parts(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, most: int) -> P
         return jax.tree.map(put, arrays, new)
 
     return lax.fori_loop(0, -(-rows // size), part, arrays)
+
+
+def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:
+    """`carry = body(i, carry, operands)` for each i whose flag `(n,)` is set.
+
+    A loop over what is due, not a vmap of a cond, which would pay for every matrix every step; it
+    costs nothing where none is. What `body` reads must come by `operands`, not by its closure.
+    """
+    order = jnp.argsort(~flags)
+
+    def one(n: jax.Array, carry: Any) -> Any:
+        # Of a single matrix i is always 0: without the barrier XLA takes what follows from it and
+        # the operands alone out of the loop, and pays for it at every step.
+        return body(*lax.optimization_barrier((order[n], carry, operands)))
+
+    return lax.fori_loop(0, flags.sum(), one, carry)
