@@ -200,7 +200,7 @@ def test_every_file_configuration_and_target_that_a_page_names_exists(page):
     named = r"(?<![\w/.])((?:scripts|configs|tests|docs|galore_jax)/[\w./-]*\w)"
     paths = set(re.findall(named, read(page)))
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    targets = set(re.findall(r"(?:^|`)make (\w+)", read(page), re.MULTILINE))
+    targets = set(re.findall(r"(?:^|`)make ([\w-]+)", read(page), re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8") if targets else ""
     assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
 
