@@ -138,16 +138,15 @@ def make_step(
         _check(state, projected)
         parts, inner = _parts(model, params, batch), state.inner
         factor, refreshes_now = jnp.float32(1), refreshes
-        once = jnp.where(state.norm < 0, 0, 1)  # It never is.
         if clip_norm and clip_by == "previous_step":
             factor = _clip_factor(state.norm, clip_norm)
         elif clip_norm:
             # Bases are new from the first pass on, for the norm is that of coordinates in them.
             visit = _Visit(tx, projected, refreshes, update=None)
-            _, inner, squares, _ = _backward(model, parts, visit, params, inner, batch, once)
+            _, inner, squares, _ = _backward(model, parts, visit, params, inner, batch)
             factor, refreshes_now = _clip_factor(jnp.sqrt(squares), clip_norm), False
         visit = _Visit(tx, projected, refreshes_now, _Update(factor, key, implementation))
-        params, inner, squares, found = _backward(model, parts, visit, params, inner, batch, once)
+        params, inner, squares, found = _backward(model, parts, visit, params, inner, batch)
         norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
         return Step(params, LayerwiseState(inner, norm), *found)
 
@@ -215,7 +214,6 @@ def _backward(
     params: PyTree,
     state: PyTree,
     batch: PyTree,
-    once: jax.Array,
 ) -> tuple[PyTree, PyTree, jax.Array, Any]:
     """A forward pass, then visits of the head, of each layer from the last on, of the embedding.
 
@@ -271,7 +269,8 @@ def _backward(
 
     tied = parts.tied(slices.group(params, EMBEDDING))
     at_head = lambda own: visit(head_loss, *own, (x, tied), number=last)
-    head, (upstream, share), squares, (_, found) = _as_one(at_head, group(HEAD), once)
+    # XLA may postpone an update that nothing waits for, and would keep its gradient until then.
+    head, (upstream, share), squares, (_, found) = lax.optimization_barrier(at_head(group(HEAD)))
     params, state = with_part(HEAD, head)
     start = (params, state), layer(last - 1, (params, state)), upstream, squares
     (params, state), _, upstream, squares = lax.fori_loop(0, last, at_layer, start)
@@ -282,23 +281,6 @@ def _backward(
     # What is shared, such as counts, moves on once all have seen it as it was.
     params, state = with_part(None, head)
     return params, state, (squares + more) / factor**2, found
-
-
-def _as_one(visit: Callable[[Any], tuple], own: Any, once: jax.Array) -> tuple:
-    """`visit(own)`, whose first result is the new `own`, done before anything needs a part of it.
-
-    XLA is free to put off an update that nothing waits for, and keeps its gradient meanwhile. A
-    loop ends as a whole. That it runs once must not be known when it is compiled.
-    """
-    _, *rest = jax.eval_shape(visit, own)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(rest))
-
-    def body(_: Any, carry: Any) -> Any:
-        new, *rest = visit(carry[0])
-        return new, tuple(rest)
-
-    own, rest = lax.fori_loop(0, once, body, (own, nothing))
-    return own, *rest
 
 
 class _Parts(NamedTuple):

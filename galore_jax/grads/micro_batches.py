@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.grads.product import varying_as
+from galore_jax.grads.projected_product import varying_as
 from galore_jax.types import PyTree
 
 

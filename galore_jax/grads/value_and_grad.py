@@ -9,7 +9,8 @@ import optax
 
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
-from galore_jax.grads.product import track, varying_as
+from galore_jax.grads.projected_product import varying_as
+from galore_jax.grads.tracked import track
 from galore_jax.optim.state import galore_states, is_low_rank, map_bases
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
