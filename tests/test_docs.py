@@ -189,10 +189,9 @@ def test_the_readme_keeps_within_its_limits():
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
-def test_lines_have_at_most_100_columns_outside_of_tables(page):
-    assert [
-        line for line in read(page).splitlines() if len(line) > 100 and not line.startswith("|")
-    ] == []
+def test_lines_have_at_most_100_columns_but_for_tables_in_docs(page):
+    long = [line for line in read(page).splitlines() if len(line) > 100]
+    assert [line for line in long if page == README or not line.startswith("|")] == []
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
