@@ -11,7 +11,7 @@ from jax.extend.random import threefry_2x32
 
 from galore_jax.ops import adam8bit, lift, pallas_triton
 from galore_jax.ops.quantization import decode, dequantize, quantize
-from galore_jax.ops.rounding import round_with
+from galore_jax.ops.rounding import round_with_noise
 from galore_jax.ops.threefry import noise, threefry
 
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
@@ -174,7 +174,7 @@ def test_the_lift_is_its_formula_and_rounded_once(add, dtype, transposed, shape,
     def rounded(number):
         number = jnp.asarray(number, FLOAT32)
         if dtype == BFLOAT16 and seed is not None:
-            number = round_with(number, noise(seed, 0, 0, weights.shape))
+            number = round_with_noise(number, noise(seed, 0, 0, weights.shape))
         return float64(number.astype(dtype))
 
     assert new.dtype == dtype

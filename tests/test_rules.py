@@ -118,13 +118,13 @@ def test_a_rule_without_a_rank_leaves_what_is_too_small_for_the_common_one():
 @pytest.mark.parametrize(
     ("rules", "sentence"),
     [
-        ({"*/q_prj/kernel": Rule(2)}, f"'*/q_prj/kernel' has no leaf .* {QUERY}"),
+        ({"*/q_prj/kernel": Rule(2)}, f"'*/q_prj/kernel' applies to no leaf: .* {QUERY}"),
         (
             {re.compile("^q_proj"): None},
-            "'^q_proj' has no leaf of its own: no leaf has such a path",
+            "'^q_proj' applies to no leaf: it matches no path",
         ),
-        ({"layers/*/kernel": Rule(2), UP: None}, f"'{UP}' has no leaf of its own: .* earlier rule"),
-        ({UP: Rule(12)}, f"gives {UP}, a matrix of 12 x 32, the rank 12: give less than 12"),
+        ({"layers/*/kernel": Rule(2), UP: None}, f"'{UP}' applies to no leaf: .* earlier rule"),
+        ({UP: Rule(12)}, f"gives {UP}, a matrix of 12 x 32, the rank 12: choose a rank below 12"),
         ({UP: Rule(lambda shape: 0.5)}, f"returned 0.5 for {UP}, a matrix of 12 x 32"),
     ],
     ids=["unmatched glob", "unmatched expression", "shadowed", "rank", "function"],

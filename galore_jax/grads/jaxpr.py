@@ -227,6 +227,11 @@ def _reshape(equation: Any, params: Any, operands: list[Any], report: Report) ->
     return [moved(value, _bind(equation, [value.array])[0], axes, change)]
 
 
+# By primitive, the parameter that holds the sizes of the selection.
+SIZES = {"slice": "limit_indices", "broadcast_in_dim": "shape"}
+SIZES |= dict.fromkeys(("dynamic_slice", "gather"), "slice_sizes")
+
+
 def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     """Selects, moves or repeats entire matrices.
 
@@ -252,7 +257,7 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
         promised = mode is modes.PROMISE_IN_BOUNDS
         changed = {"fill_value": count, "mode": modes.FILL_OR_DROP if promised else mode}
     ones = {*after.values()} if name == "broadcast_in_dim" else sides
-    for sizes in params.keys() & {"limit_indices", "slice_sizes", "shape"}:
+    if (sizes := SIZES.get(name)) is not None:
         changed[sizes] = tuple(1 if i in ones else n for i, n in enumerate(params[sizes]))
     smaller = equation.replace(params={**params, **changed})
     if others:
@@ -314,10 +319,6 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
 
     operands = constrained(operands, params["in_shardings"])
     return constrained(_evaluate_inner(params["jaxpr"], operands, placed), params["out_shardings"])
-
-
-def _call(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    return _evaluate_inner(params["call_jaxpr"], operands, report)
 
 
 def _remat(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -387,7 +388,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "transpose": _transpose,
     "reshape": _reshape,
     "jit": _jit,
-    "closed_call": _call,
+    "closed_call": lambda _, params, *rest: _evaluate_inner(params["call_jaxpr"], *rest),
     "remat2": _remat,
     "scan": _scan,
     "cond": _cond,

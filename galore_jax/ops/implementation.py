@@ -1,10 +1,11 @@
-"""What XLA cannot fuse, in one pass over memory: 8-bit moments, lift and weight update.
+"""Chooses between plain JAX and GPU kernels for 8-bit Adam and for the lift with its weight update.
 
-`adam` and `lift` are in plain JAX, for every backend. `triton` has the same functions, with the
-same arguments, for NVIDIA GPUs: each is a loop over tiles around the formula that `adam` or `lift`
-has. Which of them are used is a setting, "xla" or "pallas". The latter is compiled for real cards,
-and in Pallas' interpreter gives what the former does up to rounding, but has not been timed on one;
-so it is not the default.
+XLA does not fuse these operations into one pass over memory. `adam8bit` and `lift` implement them
+in plain JAX, for every backend ("xla"); `pallas_triton` has the same functions with the same
+arguments as kernels for NVIDIA GPUs ("pallas"), which loop over tiles and apply the formulas of
+`adam8bit` and `lift` to each. The kernels compile for real cards, and in Pallas' interpreter their
+results agree with plain JAX up to rounding, but they have not been timed on a card; so "xla" is the
+default.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def _is_pallas(implementation: Implementation) -> bool:
 
 
 def _triton() -> Any:
-    # Pallas is imported by those who use it.
+    # Imported here so that only users of the kernels import Pallas.
     from galore_jax.ops import pallas_triton
 
     return pallas_triton

@@ -1,4 +1,4 @@
-"""Loops over parts of large arrays, and over the matrices of a stack that need work."""
+"""Loops over chunks of large arrays, and over the matrices of a stack that need work."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,26 +10,30 @@ from jax import lax
 from galore_jax.types import PyTree
 
 
-def by_parts(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, most: int) -> PyTree:
-    """`f(0, arrays)` for a function of each row by itself, in place of the arrays.
+def map_chunks(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, max_size: int) -> PyTree:
+    """Computes `f(0, arrays)` chunk by chunk, in place, for a function that acts row by row.
 
     Args:
-      f: of the number of the first row, and some rows of each array; returns these rows anew.
-      arrays: a tree of arrays that have their first axis in common.
-      most: numbers of the first array in a part, up to eight times fewer for equal parts.
+      f: takes the index of the first row and a chunk of rows of each array, and returns the new
+        rows, with the same shapes.
+      arrays: a tree of arrays with the same first axis.
+      max_size: maximum number of elements of the first array in a chunk. Chunks may be up to eight
+        times smaller if that makes them equal in size.
 
     Returns:
       The new arrays.
     """
+    # Choose the number of rows per chunk, preferably a divisor of all rows.
     first = jax.tree.leaves(arrays)[0]
-    rows, fewest = first.shape[0], -(-first.size // most)
-    if fewest <= 1:
+    rows, min_chunks = first.shape[0], -(-first.size // max_size)
+    if min_chunks <= 1:
         return f(0, arrays)
-    near = (n for n in range(fewest, 8 * fewest) if rows % n == 0)
-    size = -(-rows // next(near, min(fewest, rows)))
+    divisors = (n for n in range(min_chunks, 8 * min_chunks) if rows % n == 0)
+    size = -(-rows // next(divisors, min(min_chunks, rows)))
 
-    def part(i: jax.Array, arrays: PyTree) -> PyTree:
-        # The last of unequal parts begins within the one before: of a remainder XLA copies all.
+    def update_chunk(i: jax.Array, arrays: PyTree) -> PyTree:
+        # A last chunk that is too short starts inside the one before it, and the rows that are
+        # already done are kept: for a separate remainder XLA would copy the arrays.
         start = jnp.minimum(i * size, rows - size)
         old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), arrays)
         new = f(start, old)
@@ -37,23 +41,24 @@ def by_parts(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, most: int) -> P
             todo = start + jnp.arange(size) >= i * size
             pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)
             new = jax.tree.map(pick, new, old)
-        put = lambda all, own: lax.dynamic_update_slice_in_dim(all, own, start, axis=0)
-        return jax.tree.map(put, arrays, new)
+        write = lambda x, chunk: lax.dynamic_update_slice_in_dim(x, chunk, start, axis=0)
+        return jax.tree.map(write, arrays, new)
 
-    return lax.fori_loop(0, -(-rows // size), part, arrays)
+    return lax.fori_loop(0, -(-rows // size), update_chunk, arrays)
 
 
 def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:
-    """`carry = body(i, carry, operands)` for each i whose flag `(n,)` is set.
+    """Runs `carry = body(i, carry, operands)` for each i whose flag `(n,)` is set.
 
-    A loop over what is due, not a vmap of a cond, which would pay for every matrix every step; it
-    costs nothing where none is. What `body` reads must come by `operands`, not by its closure.
+    The loop runs over the flagged matrices only, so it costs nothing if there are none; a vmap of a
+    cond would pay for every matrix at every step. Arrays that `body` reads must be passed as
+    `operands`, not through its closure.
     """
     order = jnp.argsort(~flags)
 
-    def one(n: jax.Array, carry: Any) -> Any:
-        # Of a single matrix i is always 0: without the barrier XLA takes what follows from it and
-        # the operands alone out of the loop, and pays for it at every step.
+    def run_body(n: jax.Array, carry: Any) -> Any:
+        # For a single matrix i is always 0. Without the barrier XLA would hoist everything that
+        # depends only on i and the operands out of the loop, and pay for it at every step.
         return body(*lax.optimization_barrier((order[n], carry, operands)))
 
-    return lax.fori_loop(0, flags.sum(), one, carry)
+    return lax.fori_loop(0, flags.sum(), run_body, carry)

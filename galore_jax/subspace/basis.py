@@ -1,4 +1,4 @@
-"""The basis of one parameter: its vectors, when they are due for a refresh, updates counted."""
+"""The basis of one parameter: its vectors, its refresh schedule and its counters."""
 
 import dataclasses
 import zlib
@@ -12,34 +12,37 @@ from galore_jax.ops.quantization import quantize
 from galore_jax.subspace.methods import random_basis
 from galore_jax.subspace.projection import Moments, Projection, Side
 
-# The age of a basis that no gradient has shaped yet; the next finite one does.
+# The age of a random initial basis, which the next finite gradient replaces.
 AGE_UNINITIALIZED = 2**30
-# The largest number of updates between two refreshes: eight times it, the bound of a doubled gap,
-# is below `AGE_UNINITIALIZED`, and twice that fits int32.
+# The largest number of updates between two refreshes: the default bound of a doubled gap, eight
+# times as large, is still below `AGE_UNINITIALIZED`, and twice that bound fits in int32.
 MAX_GAP = 10**8
 
 
 @jax.tree_util.register_dataclass
 @dataclass(eq=False)
 class Basis:
-    """The basis of one projected parameter, and what is known of it; each matrix has its own.
+    """The basis of one projected parameter and its state; each matrix of a batch has its own.
 
     Attributes:
-      vectors: by side, orthonormal columns, `projection.basis_shapes`; or these `Quantized`.
-      age: int32 `(*batch,)`, finite updates since the basis was made.
-      gap: int32 `(*batch,)`, updates after which the next one is made.
-      wait: int32 `(*batch,)`, by how many updates more that is put off after refreshes that failed.
-      skipped: int32 `(*batch,)`, updates left out because the gradient was not finite.
-      saved: int32 `(*batch,)`, refreshes that a gap longer than `update_proj_gap` has saved.
+      vectors: for each side, orthonormal columns of shape `projection.basis_shapes`, possibly
+        `Quantized`.
+      age: int32 `(*batch,)`, number of finite updates since the last refresh; at least
+        `AGE_UNINITIALIZED` before the first.
+      gap: int32 `(*batch,)`, the age at which the next refresh is due.
+      wait: int32 `(*batch,)`, after failed refreshes, the number of updates between the one at
+        which the refresh became due and the next attempt.
+      skipped: int32 `(*batch,)`, number of updates skipped because the gradient was not finite.
+      saved: int32 `(*batch,)`, number of refreshes avoided by gaps longer than `update_proj_gap`.
       overlap: float32 `(*batch,)`, the mean squared cosine of the principal angles between the
-        last two bases: 1 where the subspace stayed; of two sides the smaller.
-      scale: float32 scalar, the factor of the lift.
+        last two bases, 1 if the subspace did not change; the minimum over the projected sides.
+      scale: float32 scalar, factor of the lifted update.
       interval: int32 scalar, `update_proj_gap`.
       projection: static.
-      method: static; how a refresh finds the vectors, see `subspace.REFRESH`.
-      moments: static; what happens to the moments at a refresh.
-      full_size: static; True where the transformations after galore were started with full
-        parameters, so that the gradient must reach them as `P PᵀG` in its full shape.
+      method: static; how a refresh computes the vectors, a name in `methods.REFRESH`.
+      moments: static; what a refresh does with the moments.
+      full_size: static; True if the transformations after galore were initialised with the full
+        parameters, so that they must receive the gradient in its full shape, as `P PᵀG`.
     """
 
     vectors: dict[Side, Any]
@@ -58,7 +61,7 @@ class Basis:
 
 
 def is_basis(node: Any) -> bool:
-    """For `is_leaf` of tree maps over bases."""
+    """Whether a node is a `Basis`, for the argument `is_leaf` of tree maps."""
     return isinstance(node, Basis)
 
 
@@ -74,29 +77,32 @@ def start_basis(
     dtype: Any,
     seed: Any,
 ) -> Basis:
-    """A random basis, which the first finite gradient replaces.
+    """Creates a random basis, which the first finite gradient replaces.
 
     Args:
-      projection: of the parameter.
-      scale: factor of the lift.
-      interval: updates between refreshes.
-      gap: updates from the first refresh to the second, a number or an array `(*batch,)`.
-      method: of refreshes.
-      moments: what happens to the moments at a refresh.
+      projection: how the parameter is projected.
+      scale: factor of the lifted update.
+      interval: number of updates between refreshes.
+      gap: number of updates from the first refresh to the second, a number or an array `(*batch,)`.
+      method: how refreshes compute the vectors, a name in `methods.REFRESH`.
+      moments: what a refresh does with the moments.
       full_size: see `Basis`.
-      dtype: of the vectors; int8 stores them as `Quantized`.
-      seed: of the random numbers.
+      dtype: dtype of the vectors; int8 stores them as `Quantized`.
+      seed: seed of the random vectors.
 
     Returns:
       The basis.
     """
+    # Draw the vectors.
     batch = projection.view.batch
-    key = jax.random.fold_in(jax.random.key(seed), path_number(projection))
+    key = jax.random.fold_in(jax.random.key(seed), path_hash(projection))
     vectors: dict[Side, Any] = {}
     for i, (side, shape) in enumerate(projection.basis_shapes.items()):
-        stack = random_basis(jax.random.fold_in(key, i), shape)
+        columns = random_basis(jax.random.fold_in(key, i), shape)
         is_int8 = jnp.dtype(dtype) == jnp.int8
-        vectors[side] = quantize(stack, "int8") if is_int8 else stack.astype(dtype)
+        vectors[side] = quantize(columns, "int8") if is_int8 else columns.astype(dtype)
+
+    # Start the schedule and the counters.
     return Basis(
         vectors=vectors,
         age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
@@ -115,17 +121,26 @@ def start_basis(
 
 
 def updates_left(basis: Basis) -> jax.Array:
-    """`(*batch,)` int32, updates until the next try of a refresh; 0 or less: it is due."""
-    return basis.wait - overdue(basis)
+    """Number of updates until the next attempt at a refresh, int32 `(*batch,)`; due if <= 0."""
+    return basis.wait - updates_overdue(basis)
 
 
-def overdue(basis: Basis) -> jax.Array:
-    """`(*batch,)` int32, updates since the refresh became due, negative before that."""
+def updates_overdue(basis: Basis) -> jax.Array:
+    """Number of updates since the refresh became due, int32 `(*batch,)`; negative before that."""
     return basis.age - jnp.where(basis.age >= AGE_UNINITIALIZED, AGE_UNINITIALIZED, basis.gap)
 
 
 def count_update(basis: Basis, finite: jax.Array) -> Basis:
-    """The basis after an update whose gradient was finite for these matrices, `(*batch,)`."""
+    """Counts one update of each matrix.
+
+    Args:
+      basis: before the update.
+      finite: bool `(*batch,)`, whether the gradient of the matrix was finite; if not, the update
+        was skipped.
+
+    Returns:
+      The basis with its counters advanced.
+    """
     age = basis.age + finite
     saved = finite & (age < basis.gap) & (age % basis.interval == 0)
     return dataclasses.replace(
@@ -133,6 +148,6 @@ def count_update(basis: Basis, finite: jax.Array) -> Basis:
     )
 
 
-def path_number(projection: Projection) -> int:
-    """A number of 31 bits for the path, that tells its random numbers from those of others."""
+def path_hash(projection: Projection) -> int:
+    """A 31-bit hash of the parameter's path, so that parameters get different random numbers."""
     return zlib.crc32(projection.name.encode()) & 0x7FFFFFFF

@@ -11,7 +11,7 @@ from optax.contrib import GaLoreDimensionNumbers
 
 import galore_jax
 from galore_jax.subspace.basis import is_basis
-from galore_jax.subspace.matrix_view import is_named_whole, is_no_weight, path_names
+from galore_jax.subspace.matrix_view import is_bias_or_scale, is_unprojected_by_name, path_names
 from galore_jax.types import PyTree
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
@@ -104,7 +104,7 @@ def _stock_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree,
 def _matrices_that_galore_jax_projects(params: PyTree) -> PyTree:
     def numbers(path: Any, leaf: Any) -> GaLoreDimensionNumbers | None:
         names = path_names(path)
-        is_whole = leaf.ndim != 2 or is_no_weight(names) or is_named_whole(names)
-        return None if is_whole else GaLoreDimensionNumbers()
+        excluded = is_bias_or_scale(names) or is_unprojected_by_name(names)
+        return None if leaf.ndim != 2 or excluded else GaLoreDimensionNumbers()
 
     return jax.tree_util.tree_map_with_path(numbers, params)
