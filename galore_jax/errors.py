@@ -1,6 +1,7 @@
 """Bad input, full disks and unusable paths end in one sentence, not in a traceback."""
 
 import errno
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,28 @@ _UNUSABLE = (
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message names the thing and the remedy."""
+
+
+class MissingExtraError(InputError, ImportError):
+    """A dependency is not installed; the message has the command that installs it."""
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Checks that the modules an optional part of the package needs are installed.
+
+    Args:
+      extra: the name in `pip install "galore-jax[...]"` that brings them.
+      *modules: names of top-level modules; none of them is imported.
+
+    Raises:
+      MissingExtraError: a module is not installed.
+    """
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"this needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
+            f'installed: pip install "galore-jax[{extra}]"'
+        )
 
 
 def run_cli(main: Callable[[], None]) -> None:

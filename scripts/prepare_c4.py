@@ -9,7 +9,6 @@ in `en/`. A run that was interrupted goes on with the same command; finished sha
 import argparse
 import os
 
-from galore_jax.data.c4 import open_c4, prepare_c4
 from galore_jax.errors import InputError, run_cli
 
 
@@ -29,6 +28,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.workers < 1:
         raise InputError(f"--workers is {arguments.workers}: at least 1 is needed.")
+
+    from galore_jax.data.c4 import open_c4, prepare_c4
+
     try:
         prepare_c4(arguments.folder, arguments.out, arguments.workers)
     except KeyboardInterrupt:
