@@ -59,6 +59,7 @@ def run_without(module, *arguments):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "module", "extra"),
     [
@@ -77,6 +78,7 @@ def test_a_script_without_an_extra_ends_with_the_command_that_installs_it(argume
     assert done.returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["galore_jax.models.llama", "galore_jax.training.step"])
 def test_an_import_without_an_extra_names_it_too(tmp_path, name):
     (tmp_path / "script.py").write_text(f"import {name}")
