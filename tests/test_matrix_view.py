@@ -37,7 +37,7 @@ def test_a_view_reads_an_array_as_matrices_and_back(view, sizes):
 
 
 def views_of(params, numbers=None):
-    """The views by name, of the leaves that have one."""
+    """The views of the leaves that have one, by name."""
     views = jax.tree_util.tree_leaves_with_path(matrix_views(params, numbers))
     return {"/".join(path_names(path)): view for path, view in views}
 
@@ -87,13 +87,19 @@ def test_names_of_embeddings_heads_norms_biases_and_scales_are_not_projected(pat
     "path",
     ["q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "bias/kernel", "scaled"],
 )
-def test_only_whole_words_count(path):
+def test_only_complete_words_count(path):
     assert not is_unprojected(tuple(path.split("/")))
 
 
+<<<<<<< HEAD
 def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it(linen):
     class Model(linen.Module):
         @linen.compact
+=======
+def test_flax_attention_is_recognised_by_its_default_name():
+    class Model(nn.Module):
+        @nn.compact
+>>>>>>> words
         def __call__(self, x):
             attention = linen.MultiHeadDotProductAttention(num_heads=4)
             return linen.Dense(32, name="lm_head")(attention(x))
@@ -140,7 +146,7 @@ def test_the_stacked_b_of_a_layer_is_a_bias(weight, kernel):
     assert set(views_of(layers)) == {f"layer/{weight}"}
 
 
-def test_a_matrix_called_b_beside_matrices_is_one():
+def test_a_matrix_called_b_next_to_matrices_is_a_matrix():
     assert set(views_of({"a": jnp.zeros((32, 8)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
     assert set(views_of({"a": jnp.zeros((3, 8, 48)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
     assert set(views_of({"b": jnp.zeros((8, 48))})) == {"b"}

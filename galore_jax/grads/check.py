@@ -33,9 +33,9 @@ def projection_report(
       **unsplit: keyword arguments of the loss.
 
     Returns:
-      The `Uses` of each projected parameter by path ("layers/mlp/kernel"): whether its gradient is
-      "projected" in the backward pass, "partly" or "full", and the primitives that are the reason,
-      each with its line of the source.
+      A dictionary from the path of each projected parameter, such as "layers/mlp/kernel", to its
+      `Uses`, which say whether the gradient is "projected" in the backward pass, "partly" or
+      "full", and which primitives, with their lines of the source, are the reason.
 
     Raises:
       ValueError: as `value_and_grad`.

@@ -1,9 +1,9 @@
-"""Refreshes without a full gradient: the subspace iteration by two backward passes a round.
+"""Refreshes without full gradients: a round of subspace iteration is two backward passes.
 
-For a left basis P the first pass gives the coordinates `R = PᵀG`, hence `A = orth(Rᵀ)`, and a
-second one over the same batch `Y = G A`, in the way of coordinates in a right basis A; then
-`P = orth(Y)`. For a right basis the sides change places. A basis that no gradient has shaped yet
-takes three rounds.
+For a left basis P, the first pass gives the coordinates `R = PᵀG` and hence `A = orth(Rᵀ)`. The
+second one, over the same batch, gives `Y = G A`, the coordinates in the right basis A; then
+`P = orth(Y)`. For a right basis the sides are swapped. The first refresh of a basis takes three
+rounds.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
 
 
 def updates_until_refresh(opt_state: PyTree) -> jax.Array:
-    """The least number of updates, int32 scalar, after which a refresh can be due; 0: it is now."""
+    """The smallest number of updates, int32 scalar, until a refresh is due; 0 if one is due now."""
     return _least_left(bases_of(galore_states(opt_state, inside_chains=True)))
 
 
@@ -50,7 +50,7 @@ def _least_left(bases: list[Basis]) -> jax.Array:
 
 
 def refresh_due(opt_state: PyTree) -> jax.Array:
-    """Whether the basis of a matrix is due for a refresh, a boolean scalar."""
+    """Whether any basis is due for a refresh, a boolean scalar."""
     return updates_until_refresh(opt_state) == 0
 
 
@@ -62,30 +62,32 @@ def refresh(
     micro_batches: int = 1,
     axis_name: AxisName | None = None,
 ) -> Callable[..., PyTree]:
-    """New bases where they are due, from backward passes that never form a full gradient.
+    """Refreshes the bases that are due, by backward passes that never form a full gradient.
 
-    Call it before `value_and_grad` where `refresh_due(opt_state)` says so, with the same batch. A
-    matrix whose gradient is zero or not finite keeps its basis; the next try is due after 1, 2, 4,
-    … more finite updates, at most `update_proj_gap`. What only full gradients can refresh (see
-    `value_and_grad`) is refreshed by its update. The moments are treated as `galore(moments=…)`
-    says; no update is counted.
+    Call it before `value_and_grad`, with the same batch, when `refresh_due(opt_state)` is true. A
+    matrix whose gradient is zero or not finite keeps its basis and is retried after 1, 2, 4, … more
+    finite updates, at most `update_proj_gap`. Parameters whose gradient is full in `value_and_grad`
+    are refreshed by `apply_gradients` instead. Moments are kept, rotated or reset as chosen by
+    `galore(moments=…)`. A refresh does not count as an update.
 
     Args:
-      loss: as for `value_and_grad`, with its other arguments.
+      loss: as for `value_and_grad`.
       tx: the optimizer.
-      has_aux: as there.
-      micro_batches: as there; each pass goes over all of them before the next begins.
-      axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split: the
-        gradients are averaged over them, so that all devices get the same bases; `()`: over none.
+      has_aux: as for `value_and_grad`.
+      micro_batches: as for `value_and_grad`; each pass covers all micro-batches before the next one
+        begins.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split.
+        Gradients are averaged over them, so that all devices compute the same bases. Pass `()` to
+        average over none.
 
     Returns:
       A function `(params, opt_state, *batch, **unsplit)` that returns the new state.
 
     Raises:
       ValueError: a refresh method that needs full gradients, naming the leaf; no `axis_name` inside
-        `jax.pmap` or `jax.shard_map`; and as `value_and_grad`.
+        `jax.pmap` or `jax.shard_map`; and as for `value_and_grad`.
     """
-    del tx  # The state says all; the signature is that of `value_and_grad`.
+    del tx  # The state holds everything needed; the signature matches `value_and_grad`.
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
@@ -99,21 +101,24 @@ def refresh(
                 if basis.projection.path not in given:
                     return optax.MaskedNode()
                 basis = given[basis.projection.path]
-                # In the dtype of the products already, so that no wider ones are kept for them.
+                # Already in the dtype of the products, so that no wider copies are stored.
                 vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
                 return dataclasses.replace(basis, vectors=vectors)
 
-            own = map_bases(chosen, bases, params, otherwise=bases)
-            one = lambda *part: (first if micro_batches == 1 else traced(*part)).coordinates(own)
-            found = mean_over(one, micro_batches, *batch)
-            return lax.pmean(found, axis_name) if axis_name else found
+            chosen_bases = map_bases(chosen, bases, params, otherwise=bases)
 
-        found = {
+            def coordinates(*part: Any) -> dict[Path, jax.Array]:
+                return (first if micro_batches == 1 else traced(*part)).coordinates(chosen_bases)
+
+            mean = mean_over(coordinates, micro_batches, *batch)
+            return lax.pmean(mean, axis_name) if axis_name else mean
+
+        projected = {
             basis.projection.path: basis
             for basis in jax.tree.leaves(bases, is_leaf=is_basis)
             if first.uses[basis.projection.path].gradient != "full"
         }
-        return _refreshed(opt_state, _sketches(backward, found)) if found else opt_state
+        return _refreshed(opt_state, _sketches(backward, projected)) if projected else opt_state
 
     return run
 
@@ -122,13 +127,13 @@ def _check_axis_name(axis_name: AxisName | None) -> None:
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if axes and axis_name is None:
         raise ValueError(
-            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))} each "
-            "device would make bases of its own: name the batch's axes, refresh(…, axis_name=…)."
+            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))}, each "
+            "device would compute bases of its own: name the batch's axes, refresh(…, axis_name=…)."
         )
 
 
 def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
-    """A sketch for each basis; where none is due nothing is computed."""
+    """A sketch for each basis; nothing is computed if none is due."""
     due = [jnp.any(updates_left(basis) <= 0) for basis in bases.values()]
     new = [
         jnp.any((updates_left(basis) <= 0) & (basis.age >= AGE_UNINITIALIZED))
@@ -138,7 +143,7 @@ def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch
     most_sides = max(len(basis.projection.sides) for basis in bases.values())
 
     def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
-        # The second side of a two-sided basis takes passes of its own.
+        # The second side of a two-sided basis takes two more passes.
         for place in range(most_sides):
             sides: dict[Path, Side] = {
                 path: basis.projection.sides[place]
@@ -164,29 +169,31 @@ def _half_round(
     sides: dict[Path, Side],
     sketches: dict[Path, Sketch],
 ) -> dict[Path, Sketch]:
-    """New vectors on one side of each of the bases named in `sides`."""
+    """New vectors on one side of each basis in `sides`, by two backward passes."""
 
-    def passed(side_of: dict[Path, Side], vectors: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+    def coordinates(
+        side_of: dict[Path, Side], vectors: dict[Path, jax.Array]
+    ) -> dict[Path, jax.Array]:
         return backward(
             {path: _one_sided(bases[path], side, vectors[path]) for path, side in side_of.items()}
         )
 
     old = {path: sketches[path].vectors[side] for path, side in sides.items()}
-    first = passed(sides, old)
-    across = {
+    first = coordinates(sides, old)
+    opposite = {
         path: _where_due(bases[path], span, _columns(first[path], sides[path])) for path in sides
     }
-    second = passed({path: OPPOSITE[side] for path, side in sides.items()}, across)
-    done = dict(sketches)
+    second = coordinates({path: OPPOSITE[side] for path, side in sides.items()}, opposite)
+    new_sketches = dict(sketches)
     for path, side in sides.items():
         columns = _columns(second[path], OPPOSITE[side])
         new = _where_due(bases[path], orthonormalise, columns, old[path])
-        # As of a full gradient: not finite in its squares, or zero, it shapes no basis.
+        # As for full gradients: a zero gradient, or one whose squares overflow, is not used.
         finite = jnp.isfinite(jnp.sum(columns**2, axis=(-2, -1)))
         usable = sketches[path].usable & finite & jnp.any(columns != 0, axis=(-2, -1))
         vectors: dict[Side, Any] = {**sketches[path].vectors, side: new}
-        done[path] = Sketch(vectors, usable)
-    return done
+        new_sketches[path] = Sketch(vectors, usable)
+    return new_sketches
 
 
 def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
@@ -200,23 +207,23 @@ def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
 
 
 def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`f` of the matrices that are due, shaped as the first array; the others as they are."""
+    """`f` applied to the matrices that are due; the others are those of the first array."""
     batch = basis.age.ndim
     flat = lambda array: array.reshape(-1, *array.shape[batch:])
 
-    def one(i: jax.Array, done: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
-        return done.at[i].set(f(*(array[i] for array in arrays)))
+    def apply_to(i: jax.Array, result: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return result.at[i].set(f(*(array[i] for array in arrays)))
 
     stacks = tuple(map(flat, arrays))
     due = (updates_left(basis) <= 0).reshape(-1)
-    return for_each(due, one, stacks[0], stacks).reshape(arrays[0].shape)
+    return for_each(due, apply_to, stacks[0], stacks).reshape(arrays[0].shape)
 
 
 def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
-    """The state with the bases that the sketches make, and its moments in them."""
+    """The state with bases renewed from the sketches, and with its moments in them."""
     basis_updates = {}
 
-    def renew(state: GaLoreState) -> GaLoreState:
+    def renewed(state: GaLoreState) -> GaLoreState:
         def at_leaf(basis: Basis) -> Basis:
             path = basis.projection.path
             if path not in sketches:
@@ -229,5 +236,5 @@ def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
 
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
 
-    new = [renew(state) for state in galore_states(opt_state, inside_chains=True)]
+    new = [renewed(state) for state in galore_states(opt_state, inside_chains=True)]
     return with_galore_states(rotate(opt_state, basis_updates), new, inside_chains=True)

@@ -1,4 +1,4 @@
-"""Adam and AdamW with moments in 8 bits (arXiv 2110.02861), with GaLore or without."""
+"""Adam and AdamW with 8-bit moments (arXiv 2110.02861), with or without GaLore."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from galore_jax.types import PyTree
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
-# Leaves of fewer numbers keep float32 moments, as in arXiv 2110.02861's implementation, and so do
-# those with a shorter last axis, for which scales would take up what codes save.
+# Smaller leaves keep float32 moments, as in the implementation of arXiv 2110.02861, and so do those
+# with a shorter last axis, whose scales would use up what the codes save.
 MIN_QUANTIZED_SIZE, MIN_QUANTIZED_WIDTH = 4096, 16
 
 
@@ -24,10 +24,9 @@ class ScaleByAdam8bitState(NamedTuple):
     """State of `scale_by_adam8bit`.
 
     Attributes:
-      count: int32 scalar, updates so far.
-      mu: first moments, `Quantized` in place of an array, by "signed" codes; of small leaves
-        float32.
-      nu: second moments, by "unsigned" codes.
+      count: int32 scalar, number of updates so far.
+      mu: first moments, `Quantized` with "signed" codes; float32 arrays for small leaves.
+      nu: second moments, likewise with "unsigned" codes.
     """
 
     count: jax.typing.ArrayLike
@@ -40,22 +39,22 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with moments in block-wise dynamic 8-bit codes (arXiv 2110.02861).
 
-    An update comes from the moments in float32, before they are rounded to their codes. Moments
-    take 2.03 bytes a number in place of 8 (2.5 where the last axis is as short as 16). Leaves of
-    fewer than 4,096 numbers, of a matrix each after `galore(moments="reset")`, or with a last axis
-    below 16 keep float32 ones.
+    Updates are computed from the moments in float32, before they are rounded to codes. The two
+    moments take 2.03 bytes per parameter instead of 8 (2.5 if the last axis is as short as 16).
+    Leaves with fewer than 4,096 elements (per matrix after `galore(moments="reset")`) or with a
+    last axis shorter than 16 keep float32 moments.
 
     Args:
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment, after the bias correction.
-      implementation: see `ops.implementation`.
+      eps: added to the square root of the second moment, after the bias correction.
+      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
 
     Returns:
       An optax transformation.
 
     Raises:
-      ValueError: no such implementation; at init, a complex parameter.
+      ValueError: an unknown implementation; at init, a complex parameter.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -74,8 +73,8 @@ def scale_by_adam8bit(
             def at_leaf(path: Any, param: Any) -> Any:
                 if jnp.iscomplexobj(param):
                     raise ValueError(
-                        f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, of which "
-                        "there are no 8-bit moments: use optax.adam for it, by optax.partition."
+                        f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, for which "
+                        "there are no 8-bit moments: use optax.adam for it, with optax.partition."
                     )
                 if jnp.size(param) < MIN_QUANTIZED_SIZE or param.shape[-1] < MIN_QUANTIZED_WIDTH:
                     return jnp.zeros_like(param, jnp.float32)
@@ -121,16 +120,16 @@ def adam8bit(
     *,
     implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
-    """`optax.adam` with moments in 8 bits: see `scale_by_adam8bit`.
+    """`optax.adam` with 8-bit moments; see `scale_by_adam8bit`.
 
     `chain(galore(rank=128), adam8bit(1e-3))` is 8-bit GaLore.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
+      learning_rate: a number, or a schedule of the update count.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      implementation: see `ops.implementation`.
+      eps: added to the square root of the second moment.
+      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
 
     Returns:
       An optax transformation.
@@ -156,19 +155,19 @@ def adamw8bit(
     mask: Mask = None,
     implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
-    """`optax.adamw` with moments in 8 bits: see `scale_by_adam8bit`.
+    """`optax.adamw` with 8-bit moments; see `scale_by_adam8bit`.
 
-    After `galore` it decays the coordinates alone, as `optax.adamw` does;
-    `galore_jax.adamw(..., eight_bit=True)` decays whole weights.
+    After `galore` it decays only the coordinates, as `optax.adamw` does;
+    `galore_jax.adamw(..., eight_bit=True)` decays full weights.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
+      learning_rate: a number, or a schedule of the update count.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      weight_decay: decoupled, times the learning rate.
-      mask: as for `optax.adamw`: which leaves decay.
-      implementation: see `ops.implementation`.
+      eps: added to the square root of the second moment.
+      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      mask: which leaves decay, as for `optax.adamw`.
+      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
 
     Returns:
       An optax transformation.

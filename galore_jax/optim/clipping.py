@@ -12,18 +12,18 @@ from galore_jax.types import PyTree
 
 
 def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` in which numbers that are not finite do not count.
+    """`optax.clip_by_global_norm` by the norm of the finite elements.
 
-    With the stock one a single NaN makes the norm NaN and with it every gradient. Here the others
-    are scaled as if it were not there, and it goes on as it is, for galore to leave its matrix out.
-    Finite numbers stay finite, however large: those whose squares overflow float32 count too, and
-    are scaled down like the rest.
+    With the stock transformation a single NaN makes the norm, and with it every gradient, NaN. Here
+    the finite elements are clipped as if the others were zero. The others are passed on unchanged,
+    so that galore skips their matrices. Finite elements stay finite, however large: those whose
+    squares overflow float32 count too, and are scaled down like the rest.
 
     Args:
-      max_norm: the gradients are scaled down to this global norm where theirs is larger.
+      max_norm: gradients with a larger global norm are scaled down to this one.
 
     Returns:
-      An optax transformation, to stand in front of galore.
+      An optax transformation, to be put in front of galore.
     """
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
@@ -37,24 +37,24 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def finite_squares(tree: PyTree) -> jax.Array:
-    """The sum of the squares of all finite numbers in a tree, a float32 scalar of at most 2^80.
+    """The sum of squares of all finite elements of a tree, a float32 scalar of at most 2^80.
 
-    So norms of 2^40 or more count as 2^40: of these the square would soon overflow float32, and
-    that of a gradient scaled down by them underflow.
+    Norms above 2^40 thus count as 2^40: the square of a larger norm may overflow float32, and the
+    square of a gradient divided by it underflow.
     """
     squares = jnp.float32(0)
     for part, finite in _parts(tree):
-        # One reduction, so that XLA keeps no array for it: larger numbers count as the bound.
+        # A single reduction, for which XLA stores no array; larger elements count as the bound.
         squares += jnp.sum(jnp.minimum(jnp.where(finite, part, 0) ** 2, _LARGE**2))
     return jnp.minimum(squares, _LARGE**2)
 
 
-# Numbers from `_LARGE` on are scaled down before they are squared, for float32 ends at 2^128.
+# Elements from `_LARGE` on are scaled down before they are squared: float32 overflows at 2^128.
 _LARGE, _SCALE = 2.0**40, 2.0**-80
 
 
 def _squares_and_large_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:
-    """Of the finite numbers in a tree: the sum of the squares below `_LARGE`, the others' norm."""
+    """The sum of squares of finite elements below `_LARGE`, and the norm of the larger ones."""
     squares = large = jnp.float32(0)
     for part, finite in _parts(tree):
         is_large = jnp.abs(part) >= _LARGE
@@ -64,22 +64,22 @@ def _squares_and_large_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:
 
 
 def _parts(tree: PyTree) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """The numbers of each leaf, real and imaginary parts apart, and which numbers are finite."""
+    """The elements of each leaf, real and imaginary parts separately, and which are finite."""
     for leaf in jax.tree.leaves(tree):
-        # Flat, for zeros in the shape of a leaf XLA might keep as an array.
+        # Flattened: zeros in the shape of the leaf might be stored by XLA.
         flat = leaf.reshape(-1)
         for part in (flat.real, flat.imag) if jnp.iscomplexobj(flat) else (flat,):
             yield part.astype(jnp.float32), jnp.isfinite(flat)
 
 
 def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
-    """Scales each matrix of coordinates, each other leaf as a whole, down to a root mean square.
+    """Clips the root mean square of each matrix of coordinates and of each unprojected leaf.
 
-    Adafactor's update clipping (arXiv 1804.04235, section 6); `optax.clip_by_block_rms` takes all
+    Adafactor's update clipping (arXiv 1804.04235, section 6). `optax.clip_by_block_rms` treats all
     matrices of a stack together.
 
     Args:
-      threshold: of the root mean square.
+      threshold: the largest root mean square.
 
     Returns:
       An optax transformation.

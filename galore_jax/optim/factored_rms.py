@@ -11,14 +11,14 @@ from galore_jax.types import PyTree
 
 
 class FactoredState(NamedTuple):
-    """State of `scale_by_factored_rms`, of a leaf `(*batch, in, out)`.
+    """State of `scale_by_factored_rms`; shapes are those for a leaf `(*batch, in, out)`.
 
     Attributes:
-      count: int32 scalar, updates so far.
+      count: int32 scalar, number of updates so far.
       rows: second moments averaged over the out axis, `(*batch, in)`.
-      columns: averaged over the in axis, `(*batch, out)`.
-      nu: the second moments of the leaves that are not factored; each leaf is a
-        `optax.MaskedNode()` either here or in the two others.
+      columns: second moments averaged over the in axis, `(*batch, out)`.
+      nu: full second moments of the leaves that are not factored. Each leaf is an
+        `optax.MaskedNode()` either here or in `rows` and `columns`.
     """
 
     count: jax.typing.ArrayLike
@@ -32,13 +32,14 @@ def scale_by_factored_rms(
 ) -> optax.GradientTransformation:
     """Divides by the root of factored second moments (Adafactor, arXiv 1804.04235, algorithm 4).
 
-    As `optax.scale_by_factored_rms`, but each matrix of a stack has factors of its own, along the
-    last two axes; and coordinates are always factored, however small their rank.
+    It differs from `optax.scale_by_factored_rms` in that each matrix of a stack has factors of its
+    own, along the last two axes, and that coordinates are always factored, whatever their rank.
 
     Args:
       decay_rate: the decay at update t, counted from 1, is `1 − t^−decay_rate`.
-      eps: added to the squares.
-      min_size_to_factor: other leaves are factored where both of their last two axes are this long.
+      eps: added to the squared gradient.
+      min_size_to_factor: other leaves are factored if both of their last two axes are at least this
+        long.
 
     Returns:
       An optax transformation.
@@ -75,7 +76,7 @@ def scale_by_factored_rms(
         def at_matrix(update: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
             square = update**2 + eps
             rows, columns = average(rows, square.mean(-1)), average(columns, square.mean(-2))
-            # Root by root: of zeros in a row and a column the product of factors underflows.
+            # Separate roots: the product of two tiny factors would underflow.
             of_rows = (rows.mean(axis=-1, keepdims=True) ** 0.5 * rows**-0.5)[..., None]
             return update * of_rows * columns[..., None, :] ** -0.5, rows, columns
 
@@ -93,8 +94,10 @@ def scale_by_factored_rms(
 
         leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
         kept = [tree.flatten_up_to(part) for part in (state.rows, state.columns, state.nu)]
-        done = [at_leaf(*parts) for parts in zip(leaves, *kept, strict=True)]
-        new, *factors = (jax.tree.unflatten(tree, [parts[i] for parts in done]) for i in range(4))
+        results = [at_leaf(*parts) for parts in zip(leaves, *kept, strict=True)]
+        new, *factors = (
+            jax.tree.unflatten(tree, [parts[i] for parts in results]) for i in range(4)
+        )
         return new, FactoredState(count, *factors)
 
     return optax.GradientTransformation(init_fn, update_fn)

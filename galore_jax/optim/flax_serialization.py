@@ -1,4 +1,4 @@
-"""What `flax.serialization` has to know of this package, for states as bytes."""
+"""Registers the nodes of optimizer states with `flax.serialization`."""
 
 import dataclasses
 import sys

@@ -13,7 +13,7 @@ from galore_jax.types import PyTree
 
 
 class DecayWeightsState(NamedTuple):
-    """State of `decay_weights`: count, int32 scalar, updates so far."""
+    """State of `decay_weights`: count, int32 scalar, number of updates so far."""
 
     count: jax.typing.ArrayLike
 
@@ -23,15 +23,15 @@ def decay_weights(
     weight_decay: float | jax.Array,
     mask: PyTree | Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-    """Decoupled decay of whole weights, the last link of a chain with galore; nothing comes after.
+    """Decoupled decay of full weights, as the last transformation of a chain with galore.
 
-    With update u the weight becomes `(W + u) · (1 − lr · weight_decay)`, the reference's order.
-    For a projected leaf the part of W outside the subspace decays too: the `Coordinates` carry the
-    fraction to the lift.
+    With the update u, a weight becomes `(W + u) · (1 − lr · weight_decay)`, in the order of the
+    reference. For a projected leaf the component of W outside the subspace decays too: the
+    `Coordinates` carry the fraction to the lift.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
-      weight_decay: per update and unit of learning rate.
+      learning_rate: a number, or a schedule of the update count.
+      weight_decay: fraction by which weights decay per update, divided by the learning rate.
       mask: which leaves decay, a tree of booleans or a function from the parameters (their shapes)
         to one; None: all.
 

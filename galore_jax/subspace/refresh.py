@@ -167,8 +167,8 @@ def refresh_where_due(
 
     The other matrices cost nothing. If the gradient of a matrix is zero, for example that of an
     expert without tokens, or if its squares are not finite, the matrix keeps its basis and is
-    refreshed from the next usable gradient. Iterative methods take three iterations for the first
-    basis and one for later ones.
+    refreshed from the next usable gradient. Subspace iteration runs for three iterations at the
+    first refresh and for one at later ones.
 
     Args:
       vectors: for each side, `(n, in or out, r)`, possibly `Quantized`.

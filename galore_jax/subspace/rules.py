@@ -133,8 +133,9 @@ def projections(
     Args:
       params: any pytree of arrays or of their shapes; `Coordinates` in it keep their projection.
       default: settings for leaves that no pattern matches, and for whatever a rule leaves out.
-      rules: maps patterns of the path, globs in which * also matches / or compiled regular
-        expressions to search for, to a `Rule`, or to None not to project. The first match wins.
+      rules: a mapping from patterns of the path to a `Rule`, or to None not to project. A pattern
+        is a glob, in which * also matches /, or a compiled regular expression to search for. The
+        first match wins.
       weight_dimension_numbers: see `matrix_views`.
 
     Returns:
