@@ -91,15 +91,9 @@ def test_only_complete_words_count(path):
     assert not is_unprojected(tuple(path.split("/")))
 
 
-<<<<<<< HEAD
-def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it(linen):
+def test_flax_attention_is_recognised_by_its_default_name(linen):
     class Model(linen.Module):
         @linen.compact
-=======
-def test_flax_attention_is_recognised_by_its_default_name():
-    class Model(nn.Module):
-        @nn.compact
->>>>>>> words
         def __call__(self, x):
             attention = linen.MultiHeadDotProductAttention(num_heads=4)
             return linen.Dense(32, name="lm_head")(attention(x))
