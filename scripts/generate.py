@@ -29,10 +29,10 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from galore_jax.training.sample import write_text
+    from galore_jax.training.sample import generate_text
 
     print(
-        write_text(
+        generate_text(
             arguments.folder,
             arguments.prompt,
             arguments.tokens,
