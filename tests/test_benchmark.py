@@ -1,4 +1,4 @@
-"""The benches of scripts/benchmark.py, at tiny sizes: their rows, not their times."""
+"""The benchmarks of scripts/benchmark.py at tiny sizes: their rows, not their times."""
 
 import dataclasses
 import json
@@ -152,11 +152,11 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch",
+            "there is no benchmark stap; there are refresh, step, state, accumulate, tokens, ",
         ),
-        (["state", "repeats=3"], "the setting repeats is unknown; this bench has none."),
+        (["state", "repeats=3"], "the setting repeats is unknown; this benchmark has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
-        (["step", "repeats"], "'repeats' is no setting: write key=value, as in repeats=5."),
+        (["step", "repeats"], "'repeats' is not a setting: write key=value, as in repeats=5."),
         (["step", "repeats=many"], "repeats must be a whole number, not 'many'."),
         (["step", "repeats=200"], "repeats must be at least 1 and below 200"),
         (["step", "model=gpt"], "model = 'gpt' is unknown; there are blocks, llama."),
@@ -183,7 +183,7 @@ def test_the_script_prints_only_that_sentence():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     benches = "refresh, step, state, accumulate, tokens, sketch, dead"
-    assert done.stderr == f"error: there is no bench stap; there are {benches}.\n"
+    assert done.stderr == f"error: there is no benchmark stap; there are {benches}.\n"
 
 
 def test_every_setting_is_in_the_help():

@@ -61,7 +61,7 @@ MIN_QUERIES, MAX_BLOCKS = 128, 8
 def causal_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """`softmax(q kᵀ / √head) v` by blocks of queries, each against the keys up to its own end.
+    """`softmax(q kᵀ / √head) v` by blocks of queries, each with the keys up to its end.
 
     Beyond 128 positions a quarter to nearly half of the scores are never computed. The axis of
     heads precedes that of positions, so that every product is a plain matrix product, and the

@@ -192,7 +192,7 @@ def _activations(config: Config, params: PyTree) -> int:
 
 
 def _kept_for_backward(f: Callable[..., Any], *arguments: PyTree) -> int:
-    """Bytes that `jax.vjp` keeps for the derivative by the first argument, beside the arguments."""
+    """Bytes that `jax.vjp` by the first argument keeps, without the arguments themselves."""
 
     def residuals(*arguments: PyTree) -> list[jax.Array]:
         _, backward = jax.vjp(lambda first: f(first, *arguments[1:]), arguments[0])
