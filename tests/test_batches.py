@@ -217,7 +217,9 @@ def test_a_value_out_of_range_is_named(changes, message):
 
 
 def test_a_batch_size_that_is_not_a_multiple_of_the_processes_is_refused(texts):
-    with pytest.raises(InputError, match=r"batch_size is 4: .* multiple of the 3 processes"):
+    with pytest.raises(
+        InputError, match=r"batch_size is 4: .* multiple of the number of processes, 3"
+    ):
         train_batches(config(), TOKENIZER, 0, 3)
 
 

@@ -132,7 +132,7 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch, optimizer):
         assert_equal(actual.params, state.params, atol=1e-5)
         for name in measured:
             np.testing.assert_allclose(measured[name], expected[name], rtol=1e-4)
-    norm = "coordinates_norm" if config.optimizer.are_projected else "gradient_norm"
+    norm = "coordinates_norm" if config.optimizer.has_projected_gradients else "gradient_norm"
     assert {"loss", "targets", "learning_rate", norm} <= set(measured)
 
 

@@ -129,12 +129,12 @@ class OptimizerConfig:
             self.max_gap is None or self.max_gap >= gap,
             f"at least optimizer.update_proj_gap, {gap}",
         )
-        if self.are_projected and self.refresh in ("eigh", "svd"):
+        if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
             raise InputError(
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
                 'optimizer.gradients = "full", or optimizer.refresh = "subspace_iteration".'
             )
-        if self.are_projected and self.clip_norm and self.clip_norm_of == "gradients":
+        if self.has_projected_gradients and self.clip_norm and self.clip_norm_of == "gradients":
             raise InputError(
                 'optimizer.clip_norm_of = "gradients" needs full gradients: set '
                 'optimizer.gradients = "full", or optimizer.clip_norm_of = "coordinates".'
@@ -162,7 +162,7 @@ class OptimizerConfig:
         return self.name.startswith("galore_")
 
     @property
-    def are_projected(self) -> bool:
+    def has_projected_gradients(self) -> bool:
         """Whether the backward pass projects gradients."""
         return self.has_galore and self.gradients == "projected"
 
@@ -271,7 +271,7 @@ class Config:
                 'subspace: choose "subspace_iteration".'
             )
         clips_coordinates = optimizer.clip_norm and optimizer.clip_norm_of == "coordinates"
-        if optimizer.has_galore and not optimizer.are_projected and clips_coordinates:
+        if optimizer.has_galore and not optimizer.has_projected_gradients and clips_coordinates:
             raise InputError(
                 "training.layerwise with full gradients clips by their norm: set "
                 'optimizer.clip_norm_of = "gradients".'

@@ -128,7 +128,7 @@ def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
     if sharding is not None:
         arguments = place(arguments, sharding)
     steps = {"train_step": False}
-    if config.optimizer.are_projected:
+    if config.optimizer.has_projected_gradients:
         steps["refresh_step"] = True
     return {
         name: _assigned(make_train_step(config, refreshes=refreshes).lower(*arguments).compile())
@@ -158,7 +158,7 @@ def _coordinates(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def _gradients(config: Config, params: PyTree, opt_state: PyTree) -> int:
-    is_projected = config.optimizer.are_projected
+    is_projected = config.optimizer.has_projected_gradients
     gradients = _coordinates(params, opt_state) if is_projected else params
     if config.training.layerwise:
         layer = tree_bytes(gradients["layers"]) // config.model.num_layers

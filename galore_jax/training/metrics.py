@@ -135,7 +135,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             lines.append(line)
         elif number < len(texts):
             raise InputError(
-                f"{path}, line {number} is damaged: delete it; the curves will lack its step."
+                f"{path}, line {number} is damaged: delete this line, and the curves lack its step."
             )
     return lines
 

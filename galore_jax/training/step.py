@@ -52,7 +52,7 @@ def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradient
     def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
         # Sums over the targets of a micro-batch, averaged over the micro-batches. The ratio of two
         # such averages is that of the sums over the batch.
-        if config.optimizer.are_projected:
+        if config.optimizer.has_projected_gradients:
             (loss_sum, targets), sums = projected(params, opt_state, batch)
         else:
             (loss_sum, targets), sums = mean_over(functools.partial(full, params), number, batch)
@@ -87,7 +87,7 @@ def make_train_step(
         return _make_layerwise_step(config, refreshes)
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    projected = config.optimizer.are_projected
+    projected = config.optimizer.has_projected_gradients
     implementation: Any = config.optimizer.implementation
     gradients_of = make_gradients(config, tx)
     full = dataclasses.replace(config.optimizer, gradients="full")
@@ -140,7 +140,7 @@ def _make_layerwise_step(
             head_loss=functools.partial(llama_layerwise.head_loss, config.model),
         ),
         make_optimizer(optimizer, config.training.steps, clips=False),
-        projected=optimizer.are_projected,
+        projected=optimizer.has_projected_gradients,
         refreshes=refreshes,
         clip_norm=optimizer.clip_norm,
         **options,
@@ -149,7 +149,7 @@ def _make_layerwise_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = _rounding_key(config, state.step)
         params, opt_state, loss, targets = step(state.params, state.opt_state, batch, key)
-        norm = "coordinates_norm" if optimizer.are_projected else "gradient_norm"
+        norm = "coordinates_norm" if optimizer.has_projected_gradients else "gradient_norm"
         metrics = {
             "loss": loss,
             "targets": targets,

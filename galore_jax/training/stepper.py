@@ -47,7 +47,7 @@ class Stepper:
         start = time.perf_counter()
         self._step = make_train_step(config).lower(state, batch).compile()
         self._refreshing_step = None
-        if config.optimizer.are_projected:
+        if config.optimizer.has_projected_gradients:
             refreshing = make_train_step(config, refreshes=True)
             self._refreshing_step = refreshing.lower(state, batch).compile()
         self._steps_left = 0
