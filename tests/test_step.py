@@ -43,9 +43,14 @@ def changed(config=CONFIG, **sections):
     )
 
 
+@functools.cache
+def compiled_init(config):
+    return jax.jit(lambda: init_state(config))
+
+
 def initial(config):
-    """A state that may be donated."""
-    return jax.jit(lambda: init_state(config))()
+    """A state that may be donated; each configuration is compiled once for all tests."""
+    return compiled_init(config)()
 
 
 @functools.cache
