@@ -113,16 +113,17 @@ def baselines(config: Config) -> dict[str, Parts]:
 
 
 def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
-    """Bytes of the compiled step, as XLA assigned them; nothing is allocated, and nothing run.
+    """Bytes of the compiled steps, as assigned by XLA; nothing is allocated or run.
 
     Args:
-      config: of the run.
-      sharding: of a card to compile for, from `compile_targets.target`; None: the device here.
+      config: the configuration of the run.
+      sharding: a sharding from `compile_targets.target`, for a card to compile for; None: the
+        default device.
 
     Returns:
-      Of `train_step` and, with projected gradients, of `refresh_step`, which makes new
-      bases before its update: `arguments`, `outputs`, those of them `aliased` with arguments,
-      `temporaries`, and `total`, all that the step needs.
+      Parts of `train_step` and, with projected gradients, of `refresh_step`, which refreshes the
+      bases before its update: `arguments`, `outputs`, `aliased` (outputs that share the memory of
+      arguments), `temporaries`, and the `total` that the step needs.
     """
     arguments = jax.eval_shape(lambda: init_state(config)), batch_shapes(config)
     if sharding is not None:
