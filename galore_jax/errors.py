@@ -1,4 +1,4 @@
-"""Bad input, full disks and unusable paths end in one sentence, not in a traceback."""
+"""Errors that the user can fix end in one sentence instead of a traceback."""
 
 import difflib
 import errno
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-# What is wrong with a path that the user can choose or change.
+# Problems with a path, which the user can choose or change.
 _UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -26,7 +26,7 @@ _EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in m
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names the thing and the remedy."""
+    """Input that cannot be used; the message names the problem and the remedy."""
 
 
 def require(name: str, value: Any, holds: bool, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""Draws the curves of one or several runs into one picture.
+"""Draws the curves of one or more runs into one picture.
 
 python scripts/plot.py runs/galore runs/adamw --out curves.png
 """

@@ -1,4 +1,4 @@
-"""The benches of scripts/benchmark.py, at tiny sizes: their rows, not their times."""
+"""The benchmarks of scripts/benchmark.py at tiny sizes: their rows, not their times."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
     assert rows["random"]["relative_energy"] < 0.9
 
 
-def test_a_step_has_a_row_of_every_contestant_with_refreshes_and_without(step_rows):
+def test_a_step_has_a_row_of_every_baseline_with_refreshes_and_without(step_rows):
     *rows, staggered = step_rows
     assert [(row["name"], row["amortised"]) for row in rows] == [
         (name, amortised) for name in NAMES for amortised in (False, True)
@@ -60,7 +60,7 @@ def test_a_step_has_a_row_of_every_contestant_with_refreshes_and_without(step_ro
     assert staggered["slowest"] >= 1
 
 
-def test_stacked_leaves_of_a_whole_model_are_without_the_contestant_that_does_not_project_them():
+def test_stacked_leaves_are_without_the_baseline_that_does_not_project_them():
     settings = step.Settings(model="llama", leaves="stacked", repeats=1)
     rows = step.measure_model(TINY, settings, (2, 8), RANK)
     names = ["adamw", "galore_full", "galore_projected"]
@@ -74,9 +74,11 @@ def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():
     rows = {row["name"]: row for row in state.measure_size("tiny", model, RANK)}
     assert tuple(rows) == NAMES[:3]
     hidden, ffn = TINY.hidden_size, TINY.intermediate_size
-    whole = 2 * TINY.vocab_size * hidden + hidden + layers * 2 * hidden  # embedding, head, norms
+    unprojected = (
+        2 * TINY.vocab_size * hidden + hidden + layers * 2 * hidden
+    )  # embedding, head, norms
     matrices = 4 * hidden**2 + 3 * hidden * ffn
-    # Of a matrix the smaller side is projected, by optax.contrib.galore the larger one.
+    # The smaller side of a matrix is projected, and the larger one by optax.contrib.galore.
     smaller, larger = RANK * layers * 7 * hidden, RANK * layers * (4 * hidden + 3 * ffn)
     for name, bases, coordinates in (
         ("adamw", 0, layers * matrices),
@@ -84,9 +86,9 @@ def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():
         ("optax.contrib.galore", larger, smaller),
     ):
         row = rows[name]
-        assert row["parameters"] == whole + layers * matrices
+        assert row["parameters"] == unprojected + layers * matrices
         assert row["bases"] == 4 * bases
-        assert row["moments"] == 2 * 4 * (whole + coordinates)
+        assert row["moments"] == 2 * 4 * (unprojected + coordinates)
         assert row["bytes"] == row["bases"] + row["moments"] + row["rest"]
         assert row["rest"] < 100 * layers * 7
 
@@ -97,8 +99,8 @@ def test_accumulators_of_projected_gradients_are_as_small_as_the_rank():
     assert full["bytes"] == 4 * (4 * hidden**2 + 3 * hidden * ffn + 2 * hidden)
     assert projected["bytes"] == 4 * (RANK * (4 * hidden + 3 * ffn) + 2 * hidden)
     assert projected["of_full"] == projected["bytes"] / full["bytes"]
-    whole = 4 * (2 * TINY.vocab_size * hidden + hidden)
-    assert projected["all_bytes"] == projected["bytes"] + whole
+    unprojected = 4 * (2 * TINY.vocab_size * hidden + hidden)
+    assert projected["all_bytes"] == projected["bytes"] + unprojected
 
 
 def test_ratios_over_tokens_are_measured_and_drawn(tmp_path):
@@ -150,11 +152,11 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch",
+            "there is no benchmark stap; there are refresh, step, state, accumulate, tokens, ",
         ),
-        (["state", "repeats=3"], "the setting repeats is unknown; this bench has none."),
+        (["state", "repeats=3"], "the setting repeats is unknown; this benchmark has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
-        (["step", "repeats"], "'repeats' is no setting: write key=value, as in repeats=5."),
+        (["step", "repeats"], "'repeats' is not a setting: write key=value, as in repeats=5."),
         (["step", "repeats=many"], "repeats must be a whole number, not 'many'."),
         (["step", "repeats=200"], "repeats must be at least 1 and below 200"),
         (["step", "model=gpt"], "model = 'gpt' is unknown; there are blocks, llama."),
@@ -169,19 +171,19 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
         (["state", "--json", "/nowhere/a.json"], "there is no folder /nowhere for --json"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(arguments, sentence, monkeypatch):
+def test_bad_input_ends_in_one_sentence(arguments, sentence, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(InputError) as refusal:
         benchmark.main()
     assert str(refusal.value).startswith(sentence)
 
 
-def test_the_script_ends_with_that_sentence_alone():
+def test_the_script_prints_only_that_sentence():
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     benches = "refresh, step, state, accumulate, tokens, sketch, dead"
-    assert done.stderr == f"error: there is no bench stap; there are {benches}.\n"
+    assert done.stderr == f"error: there is no benchmark stap; there are {benches}.\n"
 
 
 def test_every_setting_is_in_the_help():

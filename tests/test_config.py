@@ -58,8 +58,8 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ),
         ("model.zzz=1", "model.zzz is unknown; there are vocab_size, hidden_size"),
         ("optimiser.rank=1", "there is no section [optimiser]; did you mean optimizer?"),
-        ("rank=1", "'rank=1' is no override: write section.key=value"),
-        ("model.num_layers", "'model.num_layers' is no override"),
+        ("rank=1", "'rank=1' is not an override: write section.key=value"),
+        ("model.num_layers", "'model.num_layers' is not an override"),
         (
             "optimizer.name=adam",
             "optimizer.name = 'adam' is unknown; did you mean adamw or adamw8bit?",
@@ -155,7 +155,7 @@ def test_a_missing_file_is_refused_with_the_nearest_names(small):
     ["[model\n", "model = 3\n", "steps = 3\n", "x = " + "[" * 10_000, "x = " + "9" * 5000, "\0"],
     ids=len,
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, text):
     path = tmp_path / "broken.toml"
     path.write_text(text)
     with pytest.raises(InputError):

@@ -9,7 +9,7 @@ import pytest
 from galore_jax.errors import InputError, run_cli
 
 
-def told(capsys, error):
+def error_line(capsys, error):
     """The line that a script prints which ends in this error, after checking its status."""
 
     def main():
@@ -23,15 +23,15 @@ def told(capsys, error):
     return printed
 
 
-def test_bad_input_is_told(capsys):
-    assert told(capsys, InputError("x is 3: give 4.")) == "error: x is 3: give 4.\n"
+def test_bad_input_ends_in_one_line(capsys):
+    assert error_line(capsys, InputError("x is 3: give 4.")) == "error: x is 3: give 4.\n"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP])
-def test_a_path_that_cannot_be_used_is_told_by_name_and_reason(capsys, number):
+def test_an_unusable_path_is_reported_with_its_name_and_the_reason(capsys, number):
     error = OSError(number, os.strerror(number), "some/path")
     expected = f"error: some/path cannot be used ({os.strerror(number)}): name another path"
-    assert told(capsys, error).startswith(expected)
+    assert error_line(capsys, error).startswith(expected)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EBADF, "x", "path"), OSError("x"), TypeError("x")])

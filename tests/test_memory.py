@@ -206,7 +206,7 @@ def test_a_step_fits_a_card_or_misses_some_gib():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected"),
     [
         (["--device", "rtx9999"], "no device rtx9999: take one of cpu, a100, rtx4090, h100."),
         (["data.batchsize=4"], "data.batchsize is unknown; did you mean batch_size?"),
@@ -218,11 +218,11 @@ def test_a_step_fits_a_card_or_misses_some_gib():
         (["--picture", "missing/memory.png"], "there is no folder missing for --picture"),
     ],
 )
-def test_a_wrong_argument_is_told_in_one_sentence(tmp_path, capsys, arguments, told):
+def test_a_wrong_argument_ends_in_one_sentence(tmp_path, capsys, arguments, expected):
     with pytest.raises(SystemExit) as end:
         run_script(tmp_path, tiny(), *arguments)
     assert end.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
-    assert told in message
+    assert expected in message

@@ -1,1 +1,1 @@
-"""Configuration, training step, loop, evaluation, checkpoints and metrics."""
+"""The LLaMA trainer: configuration, step, loop, evaluation, checkpoints and metrics."""

@@ -28,45 +28,49 @@ OPTIMIZERS = (
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """`[optimizer]`: which one, in full or in a low-rank subspace, and its learning rate over time.
+    """`[optimizer]`: the optimizer and its learning-rate schedule.
 
-    From `rank` to `max_gap` they are arguments of `galore_jax.galore`, of no use to plain AdamW.
+    `rank` to `basis_dtype` are arguments of `galore_jax.galore`; plain AdamW does not use them.
 
     Attributes:
-      name: `"adamw"`, `"galore_adamw"`, either of them with `8bit` behind it for moments in 8 bits,
+      name: `"adamw"` or `"galore_adamw"`, either with the suffix `8bit` for moments in 8 bits,
         `"galore_adafactor"` or `"galore_lion"`.
       learning_rate: the peak, reached after the warm-up.
       warmup_steps: updates of linear warm-up.
       floor: the last update's learning rate, as a fraction of the peak.
-      b1: decay of the first moment, which Adafactor does not keep at 0; Lion's weight of it.
+      b1: decay of the first moment (with 0 Adafactor keeps none); for Lion its weight in the
+        update.
       b2: decay of AdamW's second moment, None: 0.999; of Lion's only moment, None: 0.99.
       eps: added to the root of the second moment (AdamW).
-      weight_decay: decoupled, in the full space, times the learning rate.
-      gradients: with GaLore, `"projected"`: only coordinates are ever computed, and sketches
-        refresh the bases; or `"full"`.
-      clip_norm: the largest global norm; 0 does not clip. GaLore's clip leaves numbers that are not
-        finite out of the norm.
-      clip_norm_of: what GaLore clips: `"coordinates"`, with the unprojected gradients; or full
-        `"gradients"`.
-      clip_by: how `training.layerwise` knows the norm before it updates the first layer: by a
-        `"first_pass"` over all layers, exact, for nearly twice the time; or from the
-        `"previous_step"`, free of cost, so that the first step is not clipped and an outlier
+      weight_decay: decoupled weight decay in the full space, times the learning rate.
+      gradients: with GaLore, `"projected"`: the backward pass computes coordinates only, and
+        sketches refresh the bases; or `"full"`.
+      clip_norm: the largest global norm; 0 does not clip. With GaLore, numbers that are not finite
+        do not count.
+      clip_norm_of: what is clipped with GaLore: `"coordinates"` together with the unprojected
+        gradients, or full `"gradients"`.
+      clip_by: where `training.layerwise` gets the norm from before it updates the first layer:
+        `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
+        time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
         clips the step after it.
-      rank: columns of each basis, or the fraction of a matrix's smaller side that they are.
+      rank: columns of each basis, or their number as a fraction of a matrix's smaller side.
       update_proj_gap: steps between two refreshes of the bases.
-      scale: factor on the lifted update.
+      scale: factor of the lifted update.
       proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
-      refresh: how a basis is found: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`.
+      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`.
       moments: what a refresh does with the moments: `"keep"`, `"reset"` or `"rotate"`.
-      stagger: spread the refreshes over the gap.
-      lazy_overlap: the overlap of a new subspace with the old one from which its gap doubles; None:
-        no gap does.
-      max_gap: the bound of a doubled gap; None: 8 times `update_proj_gap`.
+      stagger: spread the refreshes of the matrices over the gap.
+      lazy_overlap: the gap of a matrix doubles if its new subspace overlaps the old one at least
+        this much; None: gaps are constant.
+      max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
       basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"`, `"float16"` or, as
         block-wise quantized codes, `"int8"`.
-      implementation: of 8-bit moments and of the lift: `"xla"`, or on NVIDIA GPUs `"pallas"`.
-      stochastic_rounding: round bfloat16 parameters up or down at random, so that their expectation
-        is exact; rounding to the nearest loses every update below 1/512 of its weight.
+      implementation: of 8-bit moments and of the lift: `"xla"` or, on NVIDIA GPUs, `"pallas"`.
+      stochastic_rounding: round bfloat16 parameters stochastically, which is unbiased; rounding to
+        nearest loses every update below 1/512 of its weight.
+
+    Raises:
+      InputError: a value out of range, or settings that exclude each other.
     """
 
     name: str = "galore_adamw"
@@ -125,12 +129,12 @@ class OptimizerConfig:
             self.max_gap is None or self.max_gap >= gap,
             f"at least optimizer.update_proj_gap, {gap}",
         )
-        if self.are_projected and self.refresh in ("eigh", "svd"):
+        if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
             raise InputError(
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
                 'optimizer.gradients = "full", or optimizer.refresh = "subspace_iteration".'
             )
-        if self.are_projected and self.clip_norm and self.clip_norm_of == "gradients":
+        if self.has_projected_gradients and self.clip_norm and self.clip_norm_of == "gradients":
             raise InputError(
                 'optimizer.clip_norm_of = "gradients" needs full gradients: set '
                 'optimizer.gradients = "full", or optimizer.clip_norm_of = "coordinates".'
@@ -154,35 +158,38 @@ class OptimizerConfig:
 
     @property
     def has_galore(self) -> bool:
-        """Whether it works in low-rank subspaces."""
+        """Whether the optimizer works in low-rank subspaces."""
         return self.name.startswith("galore_")
 
     @property
-    def are_projected(self) -> bool:
+    def has_projected_gradients(self) -> bool:
         """Whether the backward pass projects gradients."""
         return self.has_galore and self.gradients == "projected"
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """`[training]`: how long, how often to look and to save, and where.
+    """`[training]`: the length of the run, evaluation, checkpoints and output.
 
     Attributes:
-      steps: updates in all.
-      seed: of the initial parameters and of stochastic rounding.
-      accumulation: micro-batches a step; memory for activations shrinks by this factor.
-      layerwise: update each layer as soon as the backward pass has its gradient, so that no more
-        than one layer's gradient and update exist: see layerwise.py.
-      evaluate_every: updates between two evaluations; 0 evaluates at the end only.
-      evaluation_tokens: targets to evaluate on; 0 takes the whole validation split.
-      checkpoint_every: updates between two checkpoints; 0 saves at the end only.
-      keep_checkpoints: how many of the latest checkpoints stay on disk.
-      log_every: updates between two looks at the device: each brings the losses of all its steps.
-      folder: of the run: config.toml, metrics.jsonl, checkpoints/, curves.png, summary.json.
-      diagnostics: with GaLore, measure `captured_energy` and `update_ratio` too at every step: see
-        diagnostics.py.
-      tensorboard: write TensorBoard events too, into the folder's tensorboard/.
-      bigram: at the end, also fit a bigram model to the tokens the run saw, and print its loss.
+      steps: number of updates.
+      seed: random seed of the initial parameters and of stochastic rounding.
+      accumulation: micro-batches per step; memory for activations shrinks by this factor.
+      layerwise: update each layer as soon as the backward pass has its gradient, so that only one
+        layer's gradient and update exist at a time: see grads/layerwise.py.
+      evaluate_every: updates between evaluations; 0 evaluates at the end only.
+      evaluation_tokens: number of targets to evaluate on; 0 evaluates on the full validation split.
+      checkpoint_every: updates between checkpoints; 0 saves at the end only.
+      keep_checkpoints: how many of the latest checkpoints are kept on disk.
+      log_every: updates between reads of the metrics from the device; every step has its line.
+      folder: folder of the run: config.toml, metrics.jsonl, checkpoints/, curves.png, summary.json.
+      diagnostics: with GaLore, also measure `captured_energy` and `update_ratio` at every step: see
+        subspace_metrics.py.
+      tensorboard: also write TensorBoard events, into the folder's tensorboard/.
+      bigram: at the end, fit a bigram model to the training tokens of the run and print its loss.
+
+    Raises:
+      InputError: a value out of range, or settings that exclude each other.
     """
 
     steps: int = 10_000
@@ -210,13 +217,13 @@ class TrainingConfig:
         require("training.seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 4294967295")
         if self.layerwise and self.diagnostics:
             raise InputError(
-                "training.diagnostics compares whole gradients, which training.layerwise never "
+                "training.diagnostics compares full gradients, which training.layerwise never "
                 "has: turn one of them off."
             )
         if self.layerwise and self.accumulation > 1:
             raise InputError(
-                "training.layerwise is done with a layer's gradient before the next micro-batch: "
-                "set training.accumulation = 1, or training.layerwise = false, which accumulates "
+                "training.layerwise discards a layer's gradient before the next micro-batch: set "
+                "training.accumulation = 1, or training.layerwise = false, which accumulates "
                 "coordinates."
             )
         require("training.folder", repr(self.folder), bool(self.folder), "the name of a folder")
@@ -224,11 +231,12 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run: the sections of a configuration file.
+    """The configuration of a run, one attribute for each section of the file.
 
     Raises:
-      InputError: sections that do not fit together: a sequence longer than the model takes,
-        micro-batches that do not divide the batch, a warm-up longer than the training.
+      InputError: the sections do not fit together: a sequence longer than the model takes,
+        micro-batches that do not divide the batch, a warm-up longer than the training, or settings
+        that a layer-wise step cannot have.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -240,7 +248,7 @@ class Config:
         if self.data.sequence_length > self.model.max_length:
             raise InputError(
                 f"data.sequence_length is {self.data.sequence_length}, but model.max_length is "
-                f"only {self.model.max_length}: shorten the one or raise the other."
+                f"only {self.model.max_length}: shorten the sequences or raise model.max_length."
             )
         if self.data.batch_size % self.training.accumulation:
             raise InputError(
@@ -263,7 +271,7 @@ class Config:
                 'subspace: choose "subspace_iteration".'
             )
         clips_coordinates = optimizer.clip_norm and optimizer.clip_norm_of == "coordinates"
-        if optimizer.has_galore and not optimizer.are_projected and clips_coordinates:
+        if optimizer.has_galore and not optimizer.has_projected_gradients and clips_coordinates:
             raise InputError(
                 "training.layerwise with full gradients clips by their norm: set "
                 'optimizer.clip_norm_of = "gradients".'

@@ -19,21 +19,21 @@ import numpy as np
 from galore_jax.errors import InputError, suggestion
 from galore_jax.training.config import Config
 
-# Of the normal float32 numbers: devices take smaller ones for 0.
+# The range of normal float32 numbers: devices flush smaller ones to 0.
 _SMALLEST, _LARGEST = (
     float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max)
 )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, then the overrides, each `section.key=value` with the value as in TOML.
+    """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
 
-    A value that is no TOML is taken as the text it is, so `optimizer.name=adamw` needs no quotes.
-    Without `training.folder`, the run goes to `runs/<the file's name>`.
+    A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
+    `training.folder` defaults to `runs/<name of the file>`.
 
     Raises:
-      InputError: a missing or broken file, an unknown section or key, a value of the wrong type or
-        out of range.
+      InputError: the file is missing or damaged, a section or key is unknown, or a value has the
+        wrong type or is out of range.
     """
     path = Path(path)
     try:
@@ -45,7 +45,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path} is a folder: give the TOML file of a configuration.") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:  # TOML, UTF-8, or a number of 5,000 digits
+    except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, or a number of 5,000 digits
         raise InputError(f"{path} is not a TOML file: {error}.") from None
     for section in table:
         _check_section(section, table[section])
@@ -57,10 +57,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(table: Mapping[str, Any]) -> Config:
-    """Builds a `Config` from `{section: {key: value}}`, as TOML and JSON give it.
+    """Builds a `Config` from `{section: {key: value}}`, as read from TOML or JSON.
 
     Raises:
-      InputError: as `load_config`.
+      InputError: a section or key is unknown, or a value has the wrong type or is out of range.
     """
     kinds = typing.get_type_hints(Config)
     sections = {}
@@ -76,7 +76,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration as a TOML file; keys that are None are left out: TOML has none."""
+    """The configuration as the text of a TOML file, without the keys that are None."""
     lines = []
     for section, values in to_dict(config).items():
         lines.append(f"[{section}]")
@@ -86,14 +86,14 @@ def to_toml(config: Config) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`{"section.key": (old, new)}` for every key in which two results of `to_dict` differ."""
-    found = {}
+    """`{"section.key": (old, new)}` for each key in which two results of `to_dict` differ."""
+    changed = {}
     for section in dict.fromkeys([*old, *new]):
         before, after = old.get(section, {}), new.get(section, {})
         for key in dict.fromkeys([*before, *after]):
             if before.get(key) != after.get(key):
-                found[f"{section}.{key}"] = (before.get(key), after.get(key))
-    return found
+                changed[f"{section}.{key}"] = (before.get(key), after.get(key))
+    return changed
 
 
 def _check_section(section: str, values: Any) -> None:
@@ -109,7 +109,7 @@ def _parse_override(override: str) -> tuple[str, str, Any]:
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
         raise InputError(
-            f"{override!r} is no override: write section.key=value, as in training.steps=100."
+            f"{override!r} is not an override: write section.key=value, as in training.steps=100."
         )
     _check_section(section, {})
     try:
@@ -155,7 +155,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
 
 
 def _is_writable(text: str) -> bool:
-    """Whether files can hold it and be named so; bytes of the command line need be no UTF-8."""
+    """Whether a file can contain the text, and have it as its name.
+
+    Arguments of the command line may hold bytes that are not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -113,22 +113,23 @@ def baselines(config: Config) -> dict[str, Parts]:
 
 
 def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
-    """Bytes of the compiled step, as XLA assigned them; nothing is allocated, and nothing run.
+    """Bytes of the compiled steps, as assigned by XLA; nothing is allocated or run.
 
     Args:
-      config: of the run.
-      sharding: of a card to compile for, from `compile_targets.target`; None: the device here.
+      config: the configuration of the run.
+      sharding: a sharding from `compile_targets.target`, for a card to compile for; None: the
+        default device.
 
     Returns:
-      Of `train_step` and, with projected gradients, of `refresh_step`, which makes new
-      bases before its update: `arguments`, `outputs`, those of them `aliased` with arguments,
-      `temporaries`, and `total`, all that the step needs.
+      Parts of `train_step` and, with projected gradients, of `refresh_step`, which refreshes the
+      bases before its update: `arguments`, `outputs`, `aliased` (outputs that share the memory of
+      arguments), `temporaries`, and the `total` that the step needs.
     """
     arguments = jax.eval_shape(lambda: init_state(config)), batch_shapes(config)
     if sharding is not None:
         arguments = place(arguments, sharding)
     steps = {"train_step": False}
-    if config.optimizer.are_projected:
+    if config.optimizer.has_projected_gradients:
         steps["refresh_step"] = True
     return {
         name: _assigned(make_train_step(config, refreshes=refreshes).lower(*arguments).compile())
@@ -158,7 +159,7 @@ def _coordinates(params: PyTree, opt_state: PyTree) -> PyTree:
 
 
 def _gradients(config: Config, params: PyTree, opt_state: PyTree) -> int:
-    is_projected = config.optimizer.are_projected
+    is_projected = config.optimizer.has_projected_gradients
     gradients = _coordinates(params, opt_state) if is_projected else params
     if config.training.layerwise:
         layer = tree_bytes(gradients["layers"]) // config.model.num_layers
@@ -192,7 +193,7 @@ def _activations(config: Config, params: PyTree) -> int:
 
 
 def _kept_for_backward(f: Callable[..., Any], *arguments: PyTree) -> int:
-    """Bytes that `jax.vjp` keeps for the derivative by the first argument, beside the arguments."""
+    """Bytes that `jax.vjp` by the first argument keeps, without the arguments themselves."""
 
     def residuals(*arguments: PyTree) -> list[jax.Array]:
         _, backward = jax.vjp(lambda first: f(first, *arguments[1:]), arguments[0])

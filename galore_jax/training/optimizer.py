@@ -1,4 +1,4 @@
-"""The optimizer that a configuration names."""
+"""The optimizer of a training, made from its configuration."""
 
 from typing import Any
 
@@ -12,10 +12,15 @@ from galore_jax.training.schedule import learning_rate_schedule
 def make_optimizer(
     config: OptimizerConfig, steps: int, *, clips: bool = True
 ) -> optax.GradientTransformation:
-    """The transformation named by `config.name`, with a clip by global norm if one is set.
+    """The optimizer called `config.name`, with a clip by global norm if one is set.
 
-    With GaLore that clips coordinates, or stands in front and clips full gradients. A layer-wise
-    step clips by itself, and wants none: `clips=False`.
+    With GaLore the clip comes after the projection and clips coordinates, or in front of it and
+    clips full gradients.
+
+    Args:
+      config: the section `[optimizer]`.
+      steps: updates of the training, for the learning-rate schedule.
+      clips: False leaves the clip out, for a layer-wise step, which clips by itself.
     """
     schedule = learning_rate_schedule(config, steps)
     b2 = {} if config.b2 is None else {"b2": config.b2}

@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a training."""
+"""The learning-rate schedule of a training."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ from galore_jax.training.config import OptimizerConfig
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then half a cosine down to `floor` times the peak.
 
-    The rate at t (counted from 0) is `peak · (t + 1) / warmup` for t < warmup, so no update is lost
-    to a rate of 0; the last one, t = steps - 1, is at the floor if another one is between it and
-    the warm-up.
+    In the warm-up the rate at update t, counted from 0, is `peak · (t + 1) / warmup`, so that no
+    update has a rate of 0. The last update, t = steps - 1, is at the floor if there is another one
+    between it and the warm-up.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     descent = max(steps - 1 - warmup, 1)

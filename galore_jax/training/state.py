@@ -1,4 +1,4 @@
-"""What a training step takes: the state that it changes, and a batch; and the sizes of both."""
+"""The state of a training, the shapes of a batch, and the sizes of trees."""
 
 from typing import Any, NamedTuple
 
@@ -17,12 +17,12 @@ Batch = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """All that a step changes.
+    """Everything that a training step changes.
 
     Attributes:
       params: the model's parameters, in config.model.dtype.
       opt_state: the optimizer's state.
-      step: int32 scalar, updates made so far.
+      step: int32 scalar, the number of updates so far.
     """
 
     params: PyTree
@@ -31,29 +31,29 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    """The state before the first step; a pure function of the configuration."""
+    """The state before the first step, determined by the configuration alone."""
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Llama(config.model).init(jax.random.key(config.training.seed), tokens)["params"]
     is_layerwise = config.training.layerwise
     tx = make_optimizer(config.optimizer, config.training.steps, clips=not is_layerwise)
-    # As galore's, the moments of plain AdamW are float32 whatever the parameters are.
-    started = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    opt_state = (layerwise if is_layerwise else galore_jax).init(tx, started)
+    # The moments of every optimizer are float32, whatever the dtype of the parameters.
+    in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    opt_state = (layerwise if is_layerwise else galore_jax).init(tx, in_float32)
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 
 def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of the arrays of a batch, in this process."""
+    """The shapes of a batch in this process: `tokens`, `segments`, `positions`, int32 (B, T)."""
     rows = config.data.batch_size // jax.process_count()
     leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
     return dict.fromkeys(("tokens", "segments", "positions"), leaf)
 
 
 def tree_size(tree: PyTree) -> int:
-    """Elements in all leaves."""
+    """The number of elements in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def tree_bytes(tree: PyTree) -> int:
-    """Bytes in all leaves."""
+    """The number of bytes in all leaves."""
     return sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -27,7 +27,7 @@ Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
 
 
 def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The sum of the losses in nats, and the number of targets, over a batch of (B, T) arrays."""
+    """The sum of the losses in nats, and the number of targets, of a batch of (B, T) arrays."""
     logits: Any = Llama(model).apply(
         {"params": params}, batch["tokens"], batch["segments"], batch["positions"]
     )
@@ -52,7 +52,7 @@ def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradient
     def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
         # Sums over the targets of a micro-batch, averaged over the micro-batches. The ratio of two
         # such averages is that of the sums over the batch.
-        if config.optimizer.are_projected:
+        if config.optimizer.has_projected_gradients:
             (loss_sum, targets), sums = projected(params, opt_state, batch)
         else:
             (loss_sum, targets), sums = mean_over(functools.partial(full, params), number, batch)
@@ -66,28 +66,28 @@ def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradient
 def make_train_step(
     config: Config, *, refreshes: bool = False
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
-    """The jitted step, which takes over (donates) the state it is given.
+    """The jitted training step; the state that it is given is donated.
 
-    bfloat16 parameters are rounded stochastically unless `optimizer.stochastic_rounding` is off:
-    the sum in float32 goes up or down to a neighbouring bfloat16 with odds by its distance to
-    each. The odds come from the seed and the step alone, so a resumed run draws the same.
+    bfloat16 parameters are rounded stochastically, which is unbiased, unless
+    `optimizer.stochastic_rounding` is off. The random bits depend on the seed and the step alone,
+    so a resumed run draws the same.
 
     Args:
-      config: of the run.
-      refreshes: of projected gradients, before the update: make new bases where they are due.
+      config: the configuration of the run.
+      refreshes: with projected gradients, refresh the bases that are due before the update.
 
     Returns:
       A function of a state and a batch (`tokens`, `segments`, `positions`: int32 (B, T)) that
-      returns the next state and scalars: `loss` before the update, `targets`, `learning_rate`,
-      before any clipping `gradient_norm`, of full gradients, and with GaLore `coordinates_norm`, in
-      which coordinates stand for the projected ones, and those of `diagnostics`. A step of
-      projected gradients knows no full ones.
+      returns the next state and a dictionary of scalars: `loss` (before the update), `targets`,
+      `learning_rate`, those of `subspace_metrics`, and norms before clipping: `gradient_norm` if
+      there are full gradients, and with GaLore `coordinates_norm`, the norm of the coordinates and
+      the unprojected gradients. With `training.diagnostics` also those of `energy_metrics`.
     """
     if config.training.layerwise:
         return _make_layerwise_step(config, refreshes)
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    projected = config.optimizer.are_projected
+    projected = config.optimizer.has_projected_gradients
     implementation: Any = config.optimizer.implementation
     gradients_of = make_gradients(config, tx)
     full = dataclasses.replace(config.optimizer, gradients="full")
@@ -96,15 +96,18 @@ def make_train_step(
     refresh = galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        # New bases where they are due.
         if refreshes and projected:
             opt_state = refresh(state.params, state.opt_state, batch)
             state = state._replace(opt_state=opt_state)
+        # Gradients and the update.
         gradients, metrics = gradients_of(state.params, state.opt_state, batch)
-        metrics["learning_rate"] = schedule(state.step)
         key = _rounding_key(config, state.step)
         params, opt_state = galore_jax.apply_gradients(
             tx, gradients, state.opt_state, state.params, key=key, implementation=implementation
         )
+        # Metrics.
+        metrics["learning_rate"] = schedule(state.step)
         metrics |= subspace_metrics(opt_state)
         if not projected:
             metrics["gradient_norm"] = optax.tree.norm(gradients)
@@ -126,7 +129,7 @@ def _make_layerwise_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     optimizer = config.optimizer
     schedule = learning_rate_schedule(optimizer, config.training.steps)
-    choices: dict[str, Any] = {
+    options: dict[str, Any] = {
         "clip_by": optimizer.clip_by,
         "implementation": optimizer.implementation,
     }
@@ -137,16 +140,16 @@ def _make_layerwise_step(
             head_loss=functools.partial(llama_layerwise.head_loss, config.model),
         ),
         make_optimizer(optimizer, config.training.steps, clips=False),
-        projected=optimizer.are_projected,
+        projected=optimizer.has_projected_gradients,
         refreshes=refreshes,
         clip_norm=optimizer.clip_norm,
-        **choices,
+        **options,
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = _rounding_key(config, state.step)
         params, opt_state, loss, targets = step(state.params, state.opt_state, batch, key)
-        norm = "coordinates_norm" if optimizer.are_projected else "gradient_norm"
+        norm = "coordinates_norm" if optimizer.has_projected_gradients else "gradient_norm"
         metrics = {
             "loss": loss,
             "targets": targets,

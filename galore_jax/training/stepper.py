@@ -12,48 +12,55 @@ from galore_jax.training.step import make_train_step
 
 
 def check_gpu(config: Config) -> None:
-    """Ends a run whose implementation is for a GPU where there is none.
+    """Checks that there is a GPU if the configured implementation needs one.
 
     Raises:
       InputError: there is none.
     """
     if config.optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
         raise InputError(
-            'optimizer.implementation = "pallas" needs an NVIDIA GPU, and JAX finds none here: set '
+            'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none: set '
             'optimizer.implementation = "xla".'
         )
 
 
 class Stepper:
-    """Steps of training, compiled ahead: those that refresh bases apart from the others.
+    """Training steps, compiled ahead of time: one that refreshes the bases, and one that does not.
 
-    The device is not asked at every step whether a basis is due, since the host would have to wait
-    for the answer: only when as many steps have passed as the one nearest to its refresh had left.
+    To know whether a refresh is due, the host has to wait for the device. So it does not ask at
+    every step, but only after as many steps as the next refresh was away when it last asked.
+
+    Args:
+      config: the configuration of the run.
+      state: the state at the first step, or its shapes.
+
+    Attributes:
+      compile_seconds: the time that compilation took.
 
     Raises:
-      InputError: an implementation for a GPU where there is none.
+      InputError: the configured implementation needs a GPU and there is none.
     """
 
     def __init__(self, config: Config, state: TrainState):
         check_gpu(config)
         batch = batch_shapes(config)
-        began = time.perf_counter()
+        start = time.perf_counter()
         self._step = make_train_step(config).lower(state, batch).compile()
         self._refreshing_step = None
-        if config.optimizer.are_projected:
+        if config.optimizer.has_projected_gradients:
             refreshing = make_train_step(config, refreshes=True)
             self._refreshing_step = refreshing.lower(state, batch).compile()
         self._steps_left = 0
-        self.compile_seconds = time.perf_counter() - began
+        self.compile_seconds = time.perf_counter() - start
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        """As the function of `make_train_step`."""
+        """One step; arguments and results are those of the function from `make_train_step`."""
         if self._refreshing_step is not None and self._steps_left == 0:
             self._steps_left = int(updates_until_refresh(state.opt_state))
             if self._steps_left == 0:
-                state, measured = self._refreshing_step(state, batch)
-                # 0 where a basis could not be refreshed: it is tried again at the next step.
+                state, metrics = self._refreshing_step(state, batch)
+                # 0 if a basis could not be refreshed: the next step tries again.
                 self._steps_left = int(updates_until_refresh(state.opt_state))
-                return state, measured
+                return state, metrics
         self._steps_left -= 1
         return self._step(state, batch)

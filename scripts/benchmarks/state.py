@@ -1,4 +1,4 @@
-"""`state`: bytes of the optimizer's state by part, float32, from shapes alone."""
+"""`state`: bytes of the optimizer's state by part, float32, from shapes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,17 +24,13 @@ class Settings:
 
 
 def require_size(key: str, size: str) -> None:
-    """Refuses a size that has no configuration.
-
-    Raises:
-      InputError: so it is.
-    """
+    """Raises an `InputError` unless there is a configuration of this size."""
     sizes = sorted(path.stem.removeprefix("llama_") for path in CONFIGS.glob("llama_*.toml"))
     require_choice(key, size, sizes)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size and baseline."""
+    """The rows of every size and baseline."""
     return of_every_size(measure_size)
 
 
