@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     from galore_jax.training.compare import compare, table
-    from galore_jax.training.config import load_config
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.loop import Interrupted
 
     config = load_config(arguments.config, arguments.overrides)

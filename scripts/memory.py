@@ -19,7 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from galore_jax.errors import InputError, run_cli
+from galore_jax.errors import InputError, check_installed, run_cli
 from galore_jax.files import atomic_write
 
 GIB = 2**30
@@ -31,10 +31,8 @@ COLOURS = {
     "bases": "#009E73",
     "moments": "#56B4E9",
     "activations": "#E69F00",
-    "logits": "#CC79A7",
-    "update": "#777777",
 }
-LIGHT = ("moments", "activations", "logits")
+LIGHT = ("moments", "activations")
 Parts = dict[str, int]
 
 
@@ -53,13 +51,15 @@ def main() -> None:
         file = getattr(arguments, option)
         if file and not file.parent.is_dir():
             raise InputError(f"there is no folder {file.parent} for --{option}: make it first.")
+    if arguments.picture:
+        check_installed("matplotlib")
 
     import jax
 
     from galore_jax.training.compile_targets import TARGETS, target
-    from galore_jax.training.config import load_config
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.memory import baselines, compiled, predict
-    from galore_jax.training.step import check_gpu
+    from galore_jax.training.stepper import check_gpu
 
     if arguments.device not in ("cpu", *TARGETS):
         names = ", ".join(("cpu", *TARGETS))
@@ -137,7 +137,7 @@ def draw(
     card: Any,
     picture: Path,
 ) -> None:
-    """Draws the parts of each baseline as a bar; nothing where matplotlib is missing.
+    """Draws the parts of each baseline as a bar.
 
     Args:
       baselines: by name, the last of which was compiled too.
@@ -146,12 +146,9 @@ def draw(
       card: the `GpuTarget` whose memory is marked, or None.
       picture: the PNG.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print(f'{picture} is left out, it needs matplotlib: pip install "galore-jax[plots]"')
-        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
     longest = max(parts["total"] for parts in baselines.values()) / GIB

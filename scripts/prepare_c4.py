@@ -1,4 +1,4 @@
-"""BasisUpdates the json.gz files of allenai/c4 into a TFDS `c4/en` dataset that training reads.
+"""Converts the json.gz files of allenai/c4 into a TFDS `c4/en` dataset that training reads.
 
     python scripts/prepare_c4.py INPUT_FOLDER --out data
 
@@ -9,7 +9,6 @@ in `en/`. A run that was interrupted goes on with the same command; finished sha
 import argparse
 import os
 
-from galore_jax.data.c4 import open_c4, prepare_c4
 from galore_jax.errors import InputError, run_cli
 
 
@@ -29,6 +28,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.workers < 1:
         raise InputError(f"--workers is {arguments.workers}: at least 1 is needed.")
+
+    from galore_jax.data.c4 import open_c4, prepare_c4
+
     try:
         prepare_c4(arguments.folder, arguments.out, arguments.workers)
     except KeyboardInterrupt:

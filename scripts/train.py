@@ -25,7 +25,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     # A wrong argument is told before JAX takes its second to load.
-    from galore_jax.training.config import load_config
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.loop import Interrupted, train
 
     config = load_config(arguments.config, arguments.overrides)

@@ -9,10 +9,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from galore_jax.data.batches import DataConfig, documents
-from galore_jax.data.tokenizers import train_sentencepiece
 from galore_jax.errors import InputError, run_cli
 from galore_jax.files import atomic_write
 
@@ -41,6 +37,10 @@ def main() -> None:
         raise InputError(f"--out is {out}: its name should end in .model.")
     if arguments.limit < 1:
         raise InputError(f"--limit is {arguments.limit}: at least 1 document is needed.")
+
+    from galore_jax.data.batches import DataConfig, documents
+    from galore_jax.data.tokenizers import train_sentencepiece
+
     texts = documents(DataConfig(source=arguments.source), "train")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +53,8 @@ def main() -> None:
 
 
 def _spread(texts: Sequence[str], limit: int) -> Iterator[str]:
+    from tqdm import tqdm
+
     count = min(limit, len(texts))
     for index in tqdm(range(count), unit=" documents", desc="reading"):
         yield texts[index * len(texts) // count]

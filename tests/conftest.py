@@ -18,3 +18,15 @@ def programs_of_a_file_end_with_it():
 
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="session")
+def linen():
+    """Flax Linen, for tests of the optimizer that need Flax where others of the file do not."""
+    return pytest.importorskip("flax.linen")
+
+
+@pytest.fixture(scope="session")
+def nnx():
+    """Flax NNX, likewise."""
+    return pytest.importorskip("flax.nnx")

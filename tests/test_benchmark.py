@@ -16,7 +16,7 @@ from benchmarks import accumulate, dead, refresh, sketch, state, step, tokens  #
 
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
-from galore_jax.training.config import load_config  # noqa: E402
+from galore_jax.training.config_file import load_config  # noqa: E402
 
 NAMES = ("adamw", "optax.contrib.galore", "galore_full", "galore_projected")
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
@@ -156,13 +156,16 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
         (["step", "repeats"], "'repeats' is no setting: write key=value, as in repeats=5."),
         (["step", "repeats=many"], "repeats must be a whole number, not 'many'."),
-        (["step", "repeats=200"], "repeats is 200: it must be at least 1 and below 200"),
+        (["step", "repeats=200"], "repeats must be at least 1 and below 200"),
         (["step", "model=gpt"], "model = 'gpt' is unknown; there are blocks, llama."),
         (["step", "dense=torch"], "dense = 'torch' is unknown; there are flax, galore_jax."),
-        (["tokens", "sizes=3m"], "sizes = '3m' is unknown; there are 130m, 1b, 20m, 250m"),
-        (["tokens", "tokens=300"], "tokens is 300: it must be multiples of 256"),
+        (["tokens", "sizes=3m"], "sizes = '3m' is unknown; did you mean "),
+        (
+            ["tokens", "tokens=300"],
+            "tokens must be multiples of 256, with commas between, not 300.",
+        ),
         (["refresh", "sizes=3"], "sizes = '3' is unknown; there are 512, 1024, 2048."),
-        (["refresh", "tokens=300"], "tokens is 300: it must be a multiple of 256."),
+        (["refresh", "tokens=300"], "tokens must be a multiple of 256, not 300."),
         (["state", "--json", "/nowhere/a.json"], "there is no folder /nowhere for --json"),
     ],
 )

@@ -14,9 +14,9 @@ from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
-from galore_jax.training.config import Config
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import Stepper, init_state
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.state import init_state
+from galore_jax.training.stepper import Stepper
 
 CONFIG = Config(
     LlamaConfig(

@@ -4,7 +4,7 @@ import pytest
 
 from galore_jax.errors import InputError
 from galore_jax.training.compare import compare, table
-from galore_jax.training.config import from_dict
+from galore_jax.training.config_file import from_dict
 from galore_jax.training.sample import write_text
 
 RATES = (0.01, 0.0001)

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import equinox as eqx
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 
 import galore_jax
 from galore_jax import chain, describe, galore
@@ -101,16 +99,13 @@ def test_a_field_that_is_called_value_has_its_name():
     assert list(rows(params)) == paths
 
 
-class Partitioned(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
-        return nn.Dense(256, kernel_init=init, name="dense")(x)
-
-
-def test_boxed_parameters_and_variables_have_the_names_of_their_boxes():
-    boxed = Partitioned().init(jax.random.key(0), jnp.zeros((1, 64)))["params"]
-    assert isinstance(boxed["dense"]["kernel"], nn.Partitioned)
+def test_boxed_parameters_and_variables_have_the_names_of_their_boxes(linen, nnx):
+    boxed = {
+        "dense": {
+            "kernel": linen.Partitioned(jnp.zeros((64, 256)), ("in", "out")),
+            "bias": jnp.zeros(256),
+        }
+    }
     variables = {"dense": nnx.state(nnx.Linear(64, 256, rngs=nnx.Rngs(0)))}
     for params in (boxed, variables):
         for tx in (ADAM, galore_jax.adamw(1e-3, RANK, moments="rotate")):

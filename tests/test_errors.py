@@ -1,5 +1,8 @@
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,4 +40,56 @@ def test_an_error_of_the_program_keeps_its_traceback(error):
         raise error
 
     with pytest.raises(type(error)):
+        run_cli(main)
+
+
+HIDE = """
+import runpy, sys
+sys.modules[sys.argv[1]] = None
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without(module, *arguments):
+    """Runs a script in an environment that lacks a module."""
+    command = [sys.executable, "-c", HIDE, module, *arguments]
+    return subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "module", "extra"),
+    [
+        (("scripts/train.py", "--config", "configs/demo.toml"), "flax", "train"),
+        (("scripts/generate.py", "runs/x", "--prompt", "x"), "orbax", "train"),
+        (("scripts/train_tokenizer.py",), "sentencepiece", "train"),
+        (("scripts/prepare_c4.py", "inputs"), "tensorflow_datasets", "train"),
+        (("scripts/plot.py", "runs/x"), "matplotlib", "plots"),
+    ],
+)
+def test_a_script_without_an_extra_ends_with_the_command_that_installs_it(arguments, module, extra):
+    done = run_without(module, *arguments)
+    assert done.stderr == (
+        f'error: this needs {module}, which is not installed: pip install "galore-jax[{extra}]"\n'
+    )
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["galore_jax.models.llama", "galore_jax.training.step"])
+def test_an_import_without_an_extra_names_it_too(tmp_path, name):
+    (tmp_path / "script.py").write_text(f"import {name}")
+    done = run_without("flax", str(tmp_path / "script.py"))
+    sentence = 'this needs flax, which is not installed: pip install "galore-jax[train]"'
+    assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: {sentence}"
+
+
+def test_a_missing_module_of_no_extra_keeps_its_traceback():
+    def main():
+        raise ModuleNotFoundError("No module named 'x'", name="x")
+
+    with pytest.raises(ModuleNotFoundError):
         run_cli(main)

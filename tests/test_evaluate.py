@@ -8,10 +8,10 @@ import pytest
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.evaluate import bigram_loss, make_evaluate, perplexity
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import batch_loss, init_state
+from galore_jax.training.state import init_state
+from galore_jax.training.step import batch_loss
 
 CONFIG = Config(
     LlamaConfig(

@@ -31,8 +31,8 @@ def cases_of(module: str) -> list:
     """The cases of a module; one that is skipped where its framework is not installed."""
     framework, *_ = module.split("_")
     try:
-        if module in ("equinox_", "haiku_"):
-            pytest.importorskip(framework)
+        if framework != "plain":
+            pytest.importorskip({"linen": "flax", "nnx": "flax"}.get(framework, framework))
     except pytest.skip.Exception as absent:
         return [pytest.param(None, id=framework, marks=pytest.mark.skip(reason=str(absent)))]
     cases = importlib.import_module(f"losses.{module}").CASES

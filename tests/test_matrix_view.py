@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
 from optax.contrib import GaLoreDimensionNumbers
 
 from galore_jax.subspace.matrix_view import (
@@ -93,11 +91,12 @@ def test_only_complete_words_count(path):
     assert not is_unprojected(tuple(path.split("/")))
 
 
-def test_flax_attention_is_recognised_by_its_default_name():
-    class Model(nn.Module):
-        @nn.compact
+def test_flax_attention_is_recognised_by_its_default_name(linen):
+    class Model(linen.Module):
+        @linen.compact
         def __call__(self, x):
-            return nn.Dense(32, name="lm_head")(nn.MultiHeadDotProductAttention(num_heads=4)(x))
+            attention = linen.MultiHeadDotProductAttention(num_heads=4)
+            return linen.Dense(32, name="lm_head")(attention(x))
 
     params = Model().init(jax.random.key(0), jnp.zeros((1, 5, 32)))["params"]
     views = jax.tree_util.tree_leaves_with_path(matrix_views(params))
@@ -106,8 +105,8 @@ def test_flax_attention_is_recognised_by_its_default_name():
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-def test_flax_attention_kernels_are_read_across_their_heads(stacked):
-    attention = nn.MultiHeadDotProductAttention(num_heads=4)
+def test_flax_attention_kernels_are_read_across_their_heads(linen, stacked):
+    attention = linen.MultiHeadDotProductAttention(num_heads=4)
     x = jnp.zeros((1, 5, 32))
     params = attention.init(jax.random.key(0), x)["params"]
     if stacked:
@@ -126,7 +125,7 @@ def test_stacked_dense_layers_named_like_attention_are_plain_matrices():
     assert {view.batch for view in views_of(params).values()} == {(6,)}
 
 
-def test_the_path_of_a_leaf_is_its_names_with_or_without_the_wrapping_of_nnx():
+def test_the_path_of_a_leaf_is_its_names_with_or_without_the_wrapping_of_nnx(nnx):
     params = {"layers": [{"kernel": 0.0}, {"kernel": 0.0}], "value": 0.0}
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
     names = [names for names, _ in named_leaves(params)]

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
@@ -178,7 +177,7 @@ def test_trees_without_a_matrix_are_trained_too(case, params):
         assert jnp.all(one < other)
 
 
-def test_an_ensemble_of_nnx_states_is_trained_under_vmap_like_a_dict_alone(case):
+def test_an_ensemble_of_nnx_states_is_trained_under_vmap_like_a_dict_alone(case, nnx):
     def member(tree, factor):
         return nnx.State({name: nnx.Param(factor * leaf) for name, leaf in tree.items()})
 

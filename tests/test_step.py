@@ -10,17 +10,11 @@ import galore_jax
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.state import bases_of, galore_states
-from galore_jax.training.config import Config
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import (
-    init_state,
-    learning_rate_schedule,
-    make_gradients,
-    make_optimizer,
-    make_train_step,
-    tree_bytes,
-    tree_size,
-)
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.schedule import learning_rate_schedule
+from galore_jax.training.state import init_state, tree_bytes, tree_size
+from galore_jax.training.step import make_gradients, make_train_step
 from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 
 CONFIG = Config(

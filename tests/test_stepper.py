@@ -11,7 +11,9 @@ from test_step import changed, initial
 import galore_jax
 from galore_jax.errors import InputError
 from galore_jax.grads.sketch import refresh_due
-from galore_jax.training.step import Stepper, batch_loss, make_optimizer, make_train_step
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.step import batch_loss, make_train_step
+from galore_jax.training.stepper import Stepper
 
 CONFIG = changed(optimizer={"gradients": "projected", "clip_norm": 0.5})
 

@@ -15,7 +15,7 @@ import pytest
 
 from galore_jax.errors import InputError
 from galore_jax.training import loop
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.lock import locked
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import nnx
 from trees import PLAIN, loss, max_difference, random_params
 
 import galore_jax
@@ -79,7 +78,7 @@ def test_tree_get_finds_the_bases():
     assert optax.tree.get(state, "bases")["wide"]["kernel"].vectors["left"].shape == (12, 4)
 
 
-def test_trains_an_nnx_model():
+def test_trains_an_nnx_model(nnx):
     model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model, nnx.Param)
     tx = chain(galore(rank=4), optax.adam(1e-1))
@@ -97,7 +96,7 @@ def test_trains_an_nnx_model():
     assert fit(params) < 0.5 * before
 
 
-def test_trains_with_the_optimizer_of_nnx():
+def test_trains_with_the_optimizer_of_nnx(nnx):
     tx = galore_jax.adamw(1e-1, rank=4)
     # NNX wraps each array of a state in a variable, so the state must be started from pure arrays.
     pure = optax.GradientTransformationExtraArgs(lambda p: tx.init(nnx.as_pure(p)), tx.update)

@@ -1,1 +1,7 @@
 """Text, tokens and batches."""
+
+from galore_jax.errors import check_installed
+
+check_installed(
+    "grain", "sentencepiece", "tokenizers", "tensorflow_datasets", "array_record", "tqdm"
+)

@@ -23,9 +23,14 @@ def embed(config: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array,
 
 
 def block(
-    config: LlamaConfig, params: PyTree, x: jax.Array, beside: tuple[Rotation, jax.Array]
+    config: LlamaConfig,
+    params: PyTree,
+    x: jax.Array,
+    block_inputs: tuple[Rotation, jax.Array],
+    *,
+    remat_halves: bool = True,
 ) -> jax.Array:
-    """One block, of parameters without a layer axis."""
+    """One block, with parameters that have no layer axis; see `Block` for `remat_halves`."""
     layer = Block(
         num_heads=config.num_heads,
         num_kv_heads=config.kv_heads,
@@ -33,9 +38,9 @@ def block(
         norm_epsilon=config.norm_epsilon,
         initializer_range=config.initializer_range,
         dtype=config.dtype,
-        remat_halves=True,
+        remat_halves=remat_halves,
     )
-    return layer.apply({"params": params}, x, *beside)[0]
+    return layer.apply({"params": params}, x, *block_inputs)[0]
 
 
 def head_loss(

@@ -57,7 +57,7 @@ def scale_by_adam8bit(
     Raises:
       ValueError: no such implementation; at init, a complex parameter.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from galore_jax import scale_by_adam8bit
       >>> state = scale_by_adam8bit().init({"kernel": jnp.ones((64, 512)), "bias": jnp.ones(512)})
@@ -135,7 +135,7 @@ def adam8bit(
     Returns:
       An optax transformation.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from galore_jax import adam8bit, chain, galore
       >>> state = chain(galore(rank=8), adam8bit(1e-3)).init({"kernel": jnp.ones((64, 512))})
@@ -173,7 +173,7 @@ def adamw8bit(
     Returns:
       An optax transformation.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from galore_jax import adamw8bit
       >>> state = adamw8bit(1e-3).init({"kernel": jnp.ones((64, 512))})

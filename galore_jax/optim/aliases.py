@@ -74,7 +74,7 @@ def adamw(
     Raises:
       ValueError: an implementation without 8-bit moments; as `galore`.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
@@ -131,7 +131,7 @@ def adafactor(
     Returns:
       A `chain`.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.adafactor(1e-2, rank=4)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
@@ -173,7 +173,7 @@ def lion(
     Returns:
       A `chain`.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.lion(1e-4, rank=4)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})

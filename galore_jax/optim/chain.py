@@ -98,7 +98,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
       ValueError: more than one galore; at init, moments that cannot be rotated, naming the leaf;
         at an update, a transformation after the decay of full weights.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from galore_jax import chain, galore
       >>> tx = chain(optax.clip_by_global_norm(1.0), galore(rank=8), optax.lion(1e-4))

@@ -130,7 +130,7 @@ def galore(
     Warns:
       UserWarning: at init, there are matrices, but none is projected.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from galore_jax import apply_gradients, chain, galore
       >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}

@@ -24,9 +24,10 @@ import orbax.checkpoint as ocp
 
 from galore_jax.errors import InputError
 from galore_jax.training.checksum import json_checksum, tree_checksum
-from galore_jax.training.config import Config, from_dict, to_dict
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import from_dict, to_dict
 from galore_jax.training.run_folder import RunFolder, refuse_other_run
-from galore_jax.training.step import TrainState, init_state
+from galore_jax.training.state import TrainState, init_state
 
 
 class Checkpoints:

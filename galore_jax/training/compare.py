@@ -11,7 +11,8 @@ from pathlib import Path
 
 from galore_jax.data.batches import documents
 from galore_jax.files import atomic_write
-from galore_jax.training.config import Config, load_config
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.loop import train
 from galore_jax.training.metrics import Summary, format_bytes, read_summary
 from galore_jax.training.plots import plot_curves

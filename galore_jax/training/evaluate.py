@@ -14,7 +14,8 @@ from jax import lax
 from galore_jax.errors import InputError
 from galore_jax.grads.micro_batches import split
 from galore_jax.training.config import Config
-from galore_jax.training.step import Batch, batch_loss
+from galore_jax.training.state import Batch
+from galore_jax.training.step import batch_loss
 
 BIGRAM_VOCABULARY = 8192
 

@@ -31,7 +31,8 @@ from galore_jax.training.run_folder import (
     refuse_wrong_start,
     resume_command,
 )
-from galore_jax.training.step import Stepper, init_state, tree_bytes, tree_size
+from galore_jax.training.state import init_state, tree_bytes, tree_size
+from galore_jax.training.stepper import Stepper
 
 
 class Interrupted(KeyboardInterrupt):

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.files import atomic_write
-from galore_jax.training.config import Config, differences, load_config, to_dict, to_toml
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
 from galore_jax.training.lock import locked
 
 MAY_CHANGE = frozenset(

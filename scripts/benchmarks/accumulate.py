@@ -12,7 +12,7 @@ from benchmarks.report import Row
 from benchmarks.state import of_every_size
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states, start_coordinates
-from galore_jax.training.step import tree_bytes, tree_size
+from galore_jax.training.state import tree_bytes, tree_size
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 import galore_jax
 from benchmarks.baselines import GAP, LEARNING_RATE, PyTree
-from benchmarks.report import Row, require
+from benchmarks.report import Row
 from benchmarks.timing import seconds
+from galore_jax.errors import require
 
 RANK = 32
 

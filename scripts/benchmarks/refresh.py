@@ -19,17 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.report import Row, require, require_choice
+from benchmarks.report import Row
 from benchmarks.timing import interleaved
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states
 from galore_jax.subspace.methods import REFRESH
-from galore_jax.training.config import Config
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import init_state, make_gradients, make_optimizer, make_train_step
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.state import init_state
+from galore_jax.training.step import make_gradients, make_train_step
 
 ROW_LENGTH = 256
 GAP = 50  # updates

@@ -1,7 +1,7 @@
 """What benches share: settings from the command line, and a table of the rows."""
 
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from galore_jax.errors import InputError
@@ -29,26 +29,6 @@ def read_settings(kind: type[Settings], overrides: Sequence[str]) -> Settings:
         except ValueError:
             raise InputError(f"{key} must be a whole number, not {text!r}.") from None
     return kind(**values)
-
-
-def require(key: str, value: Any, holds: bool, wanted: str) -> None:
-    """Refuses the value of a setting.
-
-    Raises:
-      InputError: it does not hold.
-    """
-    if not holds:
-        raise InputError(f"{key} is {value}: it must be {wanted}.")
-
-
-def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
-    """Refuses a value that is not among the choices.
-
-    Raises:
-      InputError: so it is.
-    """
-    if value not in choices:
-        raise InputError(f"{key} = {value!r} is unknown; there are {', '.join(choices)}.")
 
 
 def table(rows: Sequence[Row]) -> str:

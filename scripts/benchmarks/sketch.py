@@ -10,21 +10,19 @@ from tqdm import tqdm
 
 import galore_jax
 from benchmarks.baselines import PyTree
-from benchmarks.report import Row, require
+from benchmarks.report import Row
 from benchmarks.state import CONFIGS, require_size
 from galore_jax.data.batches import train_batches
 from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.errors import require
 from galore_jax.grads.sketch import refresh_due
 from galore_jax.optim.state import galore_states, map_bases
 from galore_jax.subspace.basis import Basis
-from galore_jax.training.config import Config, load_config
-from galore_jax.training.step import (
-    batch_loss,
-    init_state,
-    make_gradients,
-    make_optimizer,
-    make_train_step,
-)
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import load_config
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.state import init_state
+from galore_jax.training.step import batch_loss, make_gradients, make_train_step
 
 ENERGIES = ("energy", "exact", "relative_energy")
 

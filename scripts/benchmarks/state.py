@@ -8,11 +8,12 @@ import jax
 
 from benchmarks.baselines import baselines
 from benchmarks.models import init_llama, separate_layers
-from benchmarks.report import Row, require_choice
+from benchmarks.report import Row
+from galore_jax.errors import require_choice
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.memory import bytes_by_part
-from galore_jax.training.step import tree_bytes, tree_size
+from galore_jax.training.state import tree_bytes, tree_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -16,12 +16,13 @@ from benchmarks.models import (
     separate_layers,
     with_dense,
 )
-from benchmarks.report import Row, require, require_choice
+from benchmarks.report import Row
 from benchmarks.state import CONFIGS
 from benchmarks.timing import interleaved, seconds
+from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.basis import is_basis
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 
 LAYERS = {"blocks": 4, "llama": 24}
 DENSE = ("flax", "galore_jax")

@@ -8,13 +8,14 @@ import jax
 
 from benchmarks.baselines import baselines
 from benchmarks.models import blocks_loss, init_llama, with_dense
-from benchmarks.report import Row, require, require_choice
+from benchmarks.report import Row
 from benchmarks.state import CONFIGS, require_size
 from benchmarks.step import DENSE, Run
 from benchmarks.timing import interleaved, seconds
+from galore_jax.errors import check_installed, require, require_choice
 from galore_jax.files import atomic_write
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.plots import COLOURS
 
 ROW_LENGTH = 256
@@ -49,6 +50,7 @@ class Settings:
 
 def measure(settings: Settings) -> list[Row]:
     """Rows of every size, number of tokens and baseline; and draws their ratios."""
+    check_installed("matplotlib")
     rows = []
     for size in settings.sizes.split(","):
         config = load_config(CONFIGS / f"llama_{size}.toml")
@@ -88,13 +90,10 @@ def measure_size(
 
 
 def draw(rows: list[Row], picture: Path) -> None:
-    """The ratios to AdamW over the tokens, into one PNG; nothing where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print(f'{picture} is left out, it needs matplotlib: pip install "galore-jax[plots]"')
-        return
+    """The ratios to AdamW over the tokens, into one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.5, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="#444444", linewidth=1)

@@ -1,0 +1,39 @@
+# Everything here needs Python 3.11 or later and installs the rest into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-slow lint docs
+help:
+	@echo "make demo       train a small LLaMA with GaLore and with AdamW, and compare the two"
+	@echo "make test       run the tests, but for the slow ones"
+	@echo "make test-slow  run the slow tests: processes, disks, minutes"
+	@echo "make lint       check format, lint, types and import contracts"
+	@echo "make docs       build the documentation into site/"
+
+demo: $(VENV)/installed
+	$(BIN)/python scripts/compare.py --config configs/demo.toml
+
+test: $(VENV)/installed
+	$(BIN)/pytest
+
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
+
+# Made anew whenever the dependencies may have changed.
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: galore_jax needs Python 3.11 or later, and $(PYTHON) is not:" \
+	    "name another one, as in make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[all,docs,test]"
+	@touch $@
