@@ -1,19 +1,36 @@
 """Settings of all tests."""
 
+import atexit
 import gc
+import importlib.metadata
 import os
+import shutil
+import tempfile
 
 import pytest
 
-# Tests compile many small programs and run each a few times: half the time goes into optimising.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile many small programs and run each a few times, so that optimising them does not pay.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # halves the time; later ones have no other
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+
+# What one test has compiled, no later one compiles anew, nor does a process that it starts. Each
+# process of pytest-xdist has its own cache, as JAX writes entries where another could read halves.
+_cache = tempfile.mkdtemp(prefix="galore_jax-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": _cache,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_of_a_file_end_with_it():
     """Each compiled program maps a few pages, and Linux grants a process 65,530 maps."""
     yield
-    # JAX is imported late, so that the flags above are set before.
+    # JAX is imported late, so that the settings above are set before.
     import jax
 
     jax.clear_caches()

@@ -26,7 +26,7 @@ class LlamaConfig:
       rope_theta: base of the rotary wavelengths.
       norm_epsilon: added to the mean square in RMSNorm.
       initializer_range: standard deviation of the initial kernels and embedding.
-      dtype: of parameters and computation, "float32" or "bfloat16".
+      dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
       remat: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:

@@ -65,7 +65,8 @@ class OptimizerConfig:
       max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
       basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"`, `"float16"` or, as
         block-wise quantized codes, `"int8"`.
-      implementation: of 8-bit moments and of the lift: `"xla"` or, on NVIDIA GPUs, `"pallas"`.
+      implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
+        `"pallas"`.
       stochastic_rounding: round bfloat16 parameters stochastically, which is unbiased; rounding to
         nearest loses every update below 1/512 of its weight.
 

@@ -22,34 +22,36 @@ def make_optimizer(
       steps: updates of the training, for the learning-rate schedule.
       clips: False leaves the clip out, for a layer-wise step, which clips by itself.
     """
-    schedule = learning_rate_schedule(config, steps)
-    b2 = {} if config.b2 is None else {"b2": config.b2}
-    implementation: Any = config.implementation
-    adam: dict[str, Any] = {"b1": config.b1, "eps": config.eps, **b2}
-    common: dict[str, Any] = {"weight_decay": config.weight_decay}
-    clip_norm = config.clip_norm if clips else 0.0
-    if not config.has_galore:
-        if config.name == "adamw8bit":
-            optimizer = galore_jax.adamw8bit(
-                schedule, **adam, **common, implementation=implementation
-            )
-        else:
-            optimizer = optax.adamw(schedule, **adam, **common)
-        clip = optax.clip_by_global_norm(clip_norm)
-        return galore_jax.chain(clip, optimizer) if clip_norm else optimizer
-    common |= config.galore_settings
-    if config.name in ("galore_adamw", "galore_adamw8bit"):
-        is_8bit = config.name == "galore_adamw8bit"
-        bits = {"eight_bit": True, "implementation": implementation} if is_8bit else {}
-        optimizer = galore_jax.adamw(schedule, **adam, **common, **bits)
-    elif config.name == "galore_adafactor":
-        optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **common)
-    else:
-        optimizer = galore_jax.lion(schedule, b1=config.b1, **b2, **common)
-    if not clip_norm:
+    optimizer = _unclipped(config, learning_rate_schedule(config, steps))
+    if not clips or not config.clip_norm:
         return optimizer
-    clip = galore_jax.clip_by_finite_norm(clip_norm)
+    if not config.has_galore:
+        return galore_jax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    clip = galore_jax.clip_by_finite_norm(config.clip_norm)
     if config.clip_norm_of == "gradients":
         return galore_jax.chain(clip, optimizer)
     galore, *rest = optimizer.transforms
     return galore_jax.chain(galore, clip, *rest)
+
+
+def _unclipped(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
+    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
+    galore: dict[str, Any] = decay | config.galore_settings
+    b2 = {} if config.b2 is None else {"b2": config.b2}
+    adam: dict[str, Any] = {"b1": config.b1, "eps": config.eps, **b2}
+    implementation: Any = config.implementation
+    match config.name:
+        case "adamw":
+            return optax.adamw(schedule, **adam, **decay)
+        case "adamw8bit":
+            return galore_jax.adamw8bit(schedule, **adam, **decay, implementation=implementation)
+        case "galore_adamw":
+            return galore_jax.adamw(schedule, **adam, **galore)
+        case "galore_adamw8bit":
+            return galore_jax.adamw(
+                schedule, **adam, **galore, eight_bit=True, implementation=implementation
+            )
+        case "galore_adafactor":
+            return galore_jax.adafactor(schedule, b1=config.b1 or None, **galore)
+        case _:
+            return galore_jax.lion(schedule, b1=config.b1, **b2, **galore)
