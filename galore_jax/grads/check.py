@@ -78,8 +78,8 @@ def check_projection(
       divided by the largest of the latter.
 
     Raises:
-      ValueError: a gradient that is not finite, or coordinates that differ by more than the
-        rounding of their dtype explains; names the leaf.
+      ValueError: a gradient is not finite, or the relative difference is above the square root of
+        the machine epsilon of the gradient's dtype; the message names the leaf.
     """
     state: Any = galore(rank, **settings).init(params)
     _, gradients = TracedLoss(loss, params, state.bases, batch, {}, has_aux).value_and_grad()

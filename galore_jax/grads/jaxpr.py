@@ -3,7 +3,7 @@
 The loss is traced once, with plain arrays. Its jaxpr is then evaluated equation by equation, with a
 `Tracked` value for each projected parameter. An equation that has a rule passes tracked values on
 or makes projected products. Any other equation receives plain arrays, which are differentiated in
-the ordinary way, and is reported. So what is not recognised is exact, and merely costs more.
+the ordinary way, and is reported. Unrecognised equations thus give exact gradients, at more cost.
 
 This is the only file that knows about jaxprs.
 """
@@ -53,7 +53,7 @@ class _Parameters(dict):
 
 
 class Program:
-    """A traced function of parameters that returns a pair, a number and any other arrays."""
+    """A traced function of parameters that returns `(scalar, pytree of arrays)`."""
 
     def __init__(self, f: Callable[[PyTree], tuple[Any, Any]], params: PyTree):
         leaves, tree = jax.tree.flatten(params)
@@ -167,9 +167,9 @@ def _dot_general(equation: Any, params: Any, operands: list[Any], report: Report
     contracting, batch = params["dimension_numbers"]
     numbers = contracting[order], batch[order]
     dot = lambda *pair: _bind(equation, pair[order])[0]
-    if isinstance(x, Tracked) or (
-        (product := projected_product(dot, x, parameter, numbers, parameter_first)) is None
-    ):
+    tracked = isinstance(x, Tracked)
+    product = None if tracked else projected_product(dot, x, parameter, numbers, parameter_first)
+    if product is None:
         raise NoRule
     report(parameter.leaf, None)
     return [product]
@@ -233,11 +233,8 @@ SIZES |= dict.fromkeys(("dynamic_slice", "gather"), "slice_sizes")
 
 
 def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    """Selects, moves or repeats entire matrices.
-
-    Applying the equation to the indices of the matrices, as matrices of one element each, shows
-    which ones.
-    """
+    """Selects, moves or repeats entire matrices; applied to their indices, it shows which ones."""
+    # The sides must be kept in full.
     name, (value, *others) = equation.primitive.name, operands
     arrays, shape = _bind(equation, [value.array, *others]), value.array.shape
     sources = _sources(name, params, len(shape), arrays[0].ndim)
@@ -248,6 +245,7 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
         if shape[i] > 1 and not kept:
             raise NoRule
 
+    # The same equation for the indices, as matrices of one element each.
     count = math.prod(value.coordinates.shape[:-2])
     indices = np.arange(count).reshape([1 if i in sides else n for i, n in enumerate(shape)])
     changed: dict[str, Any] = {}

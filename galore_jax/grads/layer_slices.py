@@ -98,7 +98,7 @@ class Slices:
         return tree.unflatten([update(*pair) for pair in pairs])
 
     def _rows_per_layer(self, stack: jax.Array) -> int | None:
-        """Size of a layer's slice of the first axis; None for an array that has no layers."""
+        """Rows per layer of the first axis; None for a scalar or if `layers` does not divide it."""
         if not stack.ndim or stack.shape[0] % self.layers:
             return None
         return stack.shape[0] // self.layers

@@ -93,10 +93,9 @@ def make_step(
 
     Up to rounding it equals `value_and_grad` (after `refresh`) and `apply_gradients` for optimizers
     that treat each number or matrix separately, such as schedules, weight decay and everything in
-    `galore_jax.adamw`. What `tx` does across a stack, like Adafactor's clipping of norm scales, or
-    across leaves, like a clip by global norm, happens within a layer here; for the latter use
-    `clip_norm`. Functions in `tx` that select leaves, such as masks, see the leaves of one layer,
-    without the layer axis, so let them select by name. Gradients cannot be accumulated over
+    `galore_jax.adamw`. Operations in `tx` that combine layers or leaves act within one layer here:
+    use `clip_norm` for a clip by global norm, and select leaves in masks by name, because the layer
+    axis is absent. Gradients cannot be accumulated over
     micro-batches, because those of a layer are gone before the next layer's are known; accumulate
     coordinates with `value_and_grad(micro_batches=…)`.
 
@@ -107,8 +106,8 @@ def make_step(
         a time, for methods that need them and for optimizers without galore.
       refreshes: with projected gradients, whether bases that are due are refreshed first, layer by
         layer. Compile such a step separately and use it when `refresh_due(state)` is true. With
-        full gradients, galore refreshes by itself. `refresh="random"` would draw the same subspace
-        for all layers.
+        full gradients, galore refreshes by itself. Note that `galore(refresh="random")` then draws
+        the same subspace for all layers.
       clip_norm: gradients are scaled down to this global norm, of coordinates where gradients are
         projected; 0: no clipping.
       clip_by: how the norm is known before the first layer is updated. "first_pass": from an extra
@@ -203,7 +202,7 @@ class _PartStep(NamedTuple):
         else:
             pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
         grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients["params"])
-        # The norm comes first, so that updates can be made in place of gradients.
+        # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
         grads, squares = lax.optimization_barrier((grads, finite_squares(grads)))
 
         # The update.
@@ -238,7 +237,7 @@ def _backward(
     def head_loss(head: PyTree, inputs: tuple[jax.Array, PyTree]) -> tuple[jax.Array, Any]:
         x, tied = inputs
         pair = model.head_loss(slices.with_group(tied, HEAD, head), x, batch)
-        # All gradients are proportional to this one, so only this one is scaled.
+        # Scaling this loss scales every gradient, since all are computed from this one.
         return pair[0] * factor, pair
 
     def block_loss(layer: PyTree, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:

@@ -34,7 +34,7 @@ def projected_product(
     Args:
       dot: the product; it is differentiated with respect to x. The coordinates are those of the
         plain product, from which it may differ by rounding only.
-      x: activations.
+      x: activations, with any axes of tokens besides those that the product contracts or batches.
       parameter: the projected parameter.
       numbers: dimension numbers of the product.
       parameter_first: whether the axes of the parameter precede those of x in the result.
@@ -95,6 +95,7 @@ def _backward(dot, layout, residuals, dy):
 
     # The coordinates, from x and dy as batches of matrices of tokens.
     x, dy = lax.optimization_barrier((x, dy))
+    # Float8 operands are multiplied in float32.
     wide = [one.dtype if one.dtype.itemsize > 1 else jnp.float32 for one in (x, array)]
     dtype = jnp.promote_types(*wide)
     inputs = _matrices(x.astype(dtype), layout.x_axes)

@@ -2,8 +2,8 @@
 
 For a left basis P, the first pass gives the coordinates `R = PᵀG` and hence `A = orth(Rᵀ)`. The
 second one, over the same batch, gives `Y = G A`, the coordinates in the right basis A; then
-`P = orth(Y)`. For a right basis the sides are swapped. The first refresh of a basis takes three
-rounds.
+`P = orth(Y)`. For a right basis the sides are swapped. There are three rounds if a basis that is
+due has never been refreshed, otherwise one.
 """
 
 import dataclasses
@@ -39,7 +39,10 @@ OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
 
 
 def updates_until_refresh(opt_state: PyTree) -> jax.Array:
-    """The smallest number of updates, int32 scalar, until a refresh is due; 0 if one is due now."""
+    """The smallest number of updates until a refresh is due, int32 scalar.
+
+    It is 0 if one is due now, and 2**30 if nothing is projected.
+    """
     return _least_left(bases_of(galore_states(opt_state, inside_chains=True)))
 
 
@@ -65,10 +68,10 @@ def refresh(
     """Refreshes the bases that are due, by backward passes that never form a full gradient.
 
     Call it before `value_and_grad`, with the same batch, when `refresh_due(opt_state)` is true. A
-    matrix whose gradient is zero or not finite keeps its basis and is retried after 1, 2, 4, … more
-    finite updates, at most `update_proj_gap`. Parameters whose gradient is full in `value_and_grad`
-    are refreshed by `apply_gradients` instead. Moments are kept, rotated or reset as chosen by
-    `galore(moments=…)`. A refresh does not count as an update.
+    matrix whose gradient is zero or not finite keeps its basis and is retried 1, 2, 4, 8, … finite
+    updates after it became due, with at most `update_proj_gap` between attempts. Parameters whose
+    gradient is full in `value_and_grad` are refreshed by `apply_gradients` instead. Moments are
+    kept, rotated or reset as chosen by `galore(moments=…)`. A refresh does not count as an update.
 
     Args:
       loss: as for `value_and_grad`.
@@ -133,34 +136,38 @@ def _check_axis_name(axis_name: AxisName | None) -> None:
 
 
 def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
-    """A sketch for each basis; nothing is computed if none is due."""
-    due = [jnp.any(updates_left(basis) <= 0) for basis in bases.values()]
-    new = [
-        jnp.any((updates_left(basis) <= 0) & (basis.age >= AGE_UNINITIALIZED))
-        for basis in bases.values()
-    ]
-    rounds = jnp.where(jnp.any(jnp.stack(new)), 3, jnp.any(jnp.stack(due)).astype(jnp.int32))
-    most_sides = max(len(basis.projection.sides) for basis in bases.values())
+    """A sketch for each basis; nothing is computed if none is due.
 
-    def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
-        # The second side of a two-sided basis takes two more passes.
-        for place in range(most_sides):
-            sides: dict[Path, Side] = {
-                path: basis.projection.sides[place]
-                for path, basis in bases.items()
-                if place < len(basis.projection.sides)
-            }
-            sketches = _half_round(backward, bases, sides, sketches)
-        return sketches
-
-    start = {
+    Only subspace iteration needs backward passes: random bases are drawn later, and the methods
+    that need full gradients are refused later.
+    """
+    sketches = {
         path: Sketch(
             {side: as_float32(stack) for side, stack in basis.vectors.items()},
             jnp.ones(basis.age.shape, bool),
         )
         for path, basis in bases.items()
     }
-    return lax.fori_loop(0, rounds, one_round, start)
+    iterated = {path: b for path, b in bases.items() if b.method == "subspace_iteration"}
+    if not iterated:
+        return sketches
+
+    def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
+        # The second side of a two-sided basis takes two more passes.
+        for place in range(max(len(basis.projection.sides) for basis in iterated.values())):
+            sides: dict[Path, Side] = {
+                path: basis.projection.sides[place]
+                for path, basis in iterated.items()
+                if place < len(basis.projection.sides)
+            }
+            sketches = _half_round(backward, iterated, sides, sketches)
+        return sketches
+
+    due = {path: updates_left(basis) <= 0 for path, basis in iterated.items()}
+    first = [jnp.any(due[path] & (b.age >= AGE_UNINITIALIZED)) for path, b in iterated.items()]
+    any_due = jnp.any(jnp.stack([jnp.any(flags) for flags in due.values()]))
+    rounds = jnp.where(jnp.any(jnp.stack(first)), 3, any_due.astype(jnp.int32))
+    return lax.fori_loop(0, rounds, one_round, sketches)
 
 
 def _half_round(

@@ -41,8 +41,8 @@ def value_and_grad(
     It does not change the bases: without `refresh` they stay the random ones they start as.
 
     Args:
-      loss: a function of the parameters and a batch, in any framework. It is traced, as under
-        `jax.jit`.
+      loss: a function of the parameters and a batch that JAX can trace, as under `jax.jit`, with a
+        model in Flax, Equinox, Haiku or plain JAX.
       tx: the optimizer.
       has_aux: whether the loss returns a pair, the second part of which is not differentiated.
       micro_batches: number of equal parts into which each array of the batch is split along its

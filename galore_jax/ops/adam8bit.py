@@ -10,7 +10,7 @@ from galore_jax.ops.loops import map_chunks
 from galore_jax.ops.quantization import BLOCK, Quantized, dequantize, quantize
 
 MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
-# At most this many elements have their moments in float32 at the same time.
+# About this many elements have their moments in float32 at the same time.
 MAX_CHUNK = 2**20
 
 

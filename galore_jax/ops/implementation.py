@@ -3,9 +3,7 @@
 XLA does not fuse these operations into one pass over memory. `adam8bit` and `lift` implement them
 in plain JAX, for every backend ("xla"); `pallas_triton` has the same functions with the same
 arguments as kernels for NVIDIA GPUs ("pallas"), which loop over tiles and apply the formulas of
-`adam8bit` and `lift` to each. The kernels compile for real cards, and in Pallas' interpreter their
-results agree with plain JAX up to rounding, but they have not been timed on a card; so "xla" is the
-default.
+`adam8bit` and `lift` to each.
 """
 
 from collections.abc import Callable
@@ -15,6 +13,14 @@ from galore_jax.ops import adam8bit, lift
 
 Implementation = Literal["xla", "pallas"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises a ValueError unless there is such an implementation."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}."
+        )
 
 
 def adam_8bit_of(implementation: Implementation) -> Callable[..., Any]:
@@ -28,10 +34,7 @@ def lift_and_add_of(implementation: Implementation) -> Callable[..., Any]:
 
 
 def _is_pallas(implementation: Implementation) -> bool:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}."
-        )
+    check_implementation(implementation)
     return implementation == "pallas"
 
 

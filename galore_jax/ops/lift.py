@@ -1,4 +1,4 @@
-"""Lifts a low-rank update to full size and adds it to the weights."""
+"""Lifts a low-rank update and adds it to the weights (see also `Projection.lift`)."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from galore_jax.ops.loops import map_chunks
 from galore_jax.ops.rounding import round_with_noise
 from galore_jax.ops.threefry import noise
 
-# At most this many elements of the lifted update exist at the same time.
+# About this many elements of the lifted update exist at the same time.
 MAX_CHUNK = 2**22
 
 

@@ -17,8 +17,8 @@ def map_chunks(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, max_size: int
       f: takes the index of the first row and a chunk of rows of each array, and returns the new
         rows, with the same shapes.
       arrays: a tree of arrays with the same first axis.
-      max_size: maximum number of elements of the first array in a chunk. Chunks may be up to eight
-        times smaller if that makes them equal in size.
+      max_size: approximate maximum number of elements of the first array in a chunk, which has at
+        least one row. Chunks may be up to eight times smaller if that makes them equal in size.
 
     Returns:
       The new arrays.
@@ -53,6 +53,15 @@ def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: A
     The loop runs over the flagged matrices only, so it costs nothing if there are none; a vmap of a
     cond would pay for every matrix at every step. Arrays that `body` reads must be passed as
     `operands`, not through its closure.
+
+    Args:
+      flags: bool `(n,)`.
+      body: takes an index, the carry and the operands, and returns the new carry.
+      carry: a tree of arrays.
+      operands: a tree of arrays.
+
+    Returns:
+      The final carry.
     """
     order = jnp.argsort(~flags)
 

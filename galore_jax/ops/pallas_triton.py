@@ -18,8 +18,8 @@ from galore_jax.ops import adam8bit, lift
 from galore_jax.ops.quantization import BLOCK, Quantized
 
 ADAM_ROWS = 8
-# Rows, columns and ranks per tile of the lift. Of three pipeline stages two are held in shared
-# memory, which takes 64 KiB in float32; a thread block has 99 KiB on an RTX 4090.
+# Rows, columns and ranks per tile of the lift. Two of the three pipeline stages reside in shared
+# memory: 64 KiB in float32, below the 99 KiB that a thread block has on an RTX 4090.
 LIFT_TILE = (128, 128, 32)
 LIFT_STAGES = 3
 

@@ -9,8 +9,7 @@ import optax
 
 from galore_jax.ops.implementation import Implementation, adam_8bit_of
 from galore_jax.ops.quantization import Quantized, zeros_like
-from galore_jax.optim.flax_serialization import register_where_flax_is
-from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.types import PyTree
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
@@ -67,7 +66,7 @@ def scale_by_adam8bit(
     step = adam_8bit_of(implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
-        register_where_flax_is()
+        register_if_flax_imported()
 
         def zeros(code: Any) -> PyTree:
             def at_leaf(path: Any, param: Any) -> Any:
@@ -89,12 +88,6 @@ def scale_by_adam8bit(
         count = optax.safe_increment(state.count)
 
         def at_leaf(update: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
-            if is_coordinates(update):
-                new, mu, nu = (
-                    Coordinates(part, update.projection)
-                    for part in at_leaf(update.value, mu.value, nu.value)
-                )
-                return new, mu, nu
             if isinstance(mu, Quantized):
                 new, mu, nu = step(update, mu, nu, count, b1=b1, b2=b2, eps=eps)
                 return new.astype(update.dtype), mu, nu
@@ -103,10 +96,10 @@ def scale_by_adam8bit(
             new, kept = adam.update(update.astype(jnp.float32), state_of_leaf)
             return new.astype(update.dtype), kept.mu, kept.nu
 
-        leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
+        leaves, tree = jax.tree.flatten(updates)
         moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
-        found = [at_leaf(*parts) for parts in zip(leaves, *moments, strict=True)]
-        new, mu, nu = (jax.tree.unflatten(tree, [parts[i] for parts in found]) for i in range(3))
+        results = [at_leaf(*parts) for parts in zip(leaves, *moments, strict=True)]
+        new, mu, nu = (jax.tree.unflatten(tree, [parts[i] for parts in results]) for i in range(3))
         return new, ScaleByAdam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)

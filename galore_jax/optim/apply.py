@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.ops.implementation import Implementation, lift_and_add_of
+from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
 from galore_jax.ops.rounding import stochastic_round
 from galore_jax.optim.chain import Chain, update_low_rank
 from galore_jax.optim.state import (
@@ -59,9 +59,7 @@ def apply_gradients(
       ValueError: a gradient whose shape differs from its parameter's, naming the parameter; a stock
         transformation that cannot work on coordinates; an unknown implementation.
     """
-    lift_and_add_of(
-        implementation
-    )  # Whether it is one of those is not to depend on the parameters.
+    check_implementation(implementation)
     all_params, params = params, with_gradient(params, grads)
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
     if isinstance(tx, Chain):

@@ -1,4 +1,4 @@
-"""Chains that know galore: started with coordinates, run on them, lifted at the end."""
+"""`optax.chain` with support for galore: what comes after it works on coordinates."""
 
 import dataclasses
 import warnings
@@ -55,7 +55,7 @@ _STATES_WITH_COPIES = frozenset(
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
-    """What `galore` returns: a transformation for `chain`, or called with what comes after it."""
+    """The result of `galore`. Put it in `chain`, or call it with the inner transformation."""
 
     moments: Moments
 
@@ -72,15 +72,15 @@ class Chain(optax.GradientTransformationExtraArgs):
 
 
 def chain(*transforms: optax.GradientTransformation) -> Chain:
-    """`optax.chain` that knows galore: what comes after it works on coordinates, then is lifted.
+    """`optax.chain` with galore in it: what comes after it works on coordinates, then is lifted.
 
-    Transformations before `galore` see full gradients and parameters. Those after it are started
-    with coordinates and receive coordinates, of the parameters too where they read them; so
-    `optax.adamw` after galore decays only the component of the weights inside the subspace, while
-    `galore_jax.adamw` decays full weights. Transformations that keep a copy of the parameters
-    (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain in them.
-    If the parameters are in Flax's boxes, masks and labels for optax's transformations after galore
-    must be functions, or trees without boxes.
+    Transformations before `galore` see full gradients and parameters. Those after it are
+    initialised with coordinates, and receive coordinates in place of updates and, if they use them,
+    of parameters; so `optax.adamw` after galore decays only the component of the weights inside the
+    subspace, while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the
+    parameters (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain
+    in them. If the parameters are in Flax's boxes, masks and labels for optax's transformations
+    after galore must be functions, or trees without boxes.
 
     With `galore(moments="reset")` a transformation that keeps moments runs once per matrix, with a
     count of its own. If it is itself an `optax.chain` with a clip by global norm, that clip then
@@ -128,6 +128,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
+        # `basis_updates` is empty until galore has been reached.
         states, basis_updates = [], {}
         params = None if params is None else with_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
@@ -136,7 +137,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 updates, new = update_per_matrix(
                     tx, updates, old, params, basis_updates, **extra_args
                 )
-            elif basis_updates:  # It comes after galore.
+            elif basis_updates:
                 old = rotate(old, basis_updates)
                 update = optax.with_extra_args_support(tx).update
                 updates, new = update(updates, old, params, **extra_args)
@@ -265,9 +266,9 @@ def update_low_rank(
 
 
 def _keeps_moments(tx: optax.GradientTransformation) -> bool:
-    """Whether it keeps something per parameter, found on one small matrix.
+    """Whether a transformation keeps per-parameter state.
 
-    It must not depend on the parameters: `optax.tree.map_params` starts chains without any.
+    Decided on a dummy matrix, because `optax.tree.map_params` calls init without parameters.
     """
     view = MatrixView((2, 3), (0,), (1,))
     sample = Coordinates(jnp.zeros((1, 3)), Projection((), view, ("left",), 1))

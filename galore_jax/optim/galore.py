@@ -8,7 +8,7 @@ The paper's algorithm, and where each line of it is:
     Adam (or any optimizer) on R, with moments of R's shape    what comes after galore in the chain
     W ← W + η · α P N                                          optim.apply, or chain's own lift
 
-One mechanism carries it: a `Coordinates` node replaces the parameter's leaf in the trees that
+The mechanism: a `Coordinates` node replaces the parameter's leaf in the trees that
 transformations after galore are initialised with and update, so their state is low-rank. The
 algorithm in plain NumPy, which the tests compare with step by step, is `tests/reference.py`.
 """
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.optim.chain import GaLore
-from galore_jax.optim.flax_serialization import register_where_flax_is
+from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.optim.nonfinite import zero_nonfinite
 from galore_jax.optim.state import (
     GaLoreState,
@@ -53,7 +53,7 @@ from galore_jax.subspace.rules import (
     check_number,
     projections,
     rule_for,
-    warn_of_no_projection,
+    warn_if_nothing_projected,
 )
 from galore_jax.types import PyTree
 
@@ -81,16 +81,16 @@ def galore(
     The last two axes of a leaf are matrices, the axes before them a batch. Biases, scales,
     embeddings, heads and norms, recognised by name, are not projected, nor is a leaf whose smaller
     side is not larger than the rank. Each matrix has a basis of its own, computed anew at updates
-    0, T, 2T, … from that update's gradient. A matrix whose gradient is not finite, or so large that
-    its squares overflow float32, is skipped: its weights, moments and basis stay as they are, and a
-    refresh that was due takes place at the next finite gradient.
+    0, T, 2T, … from that update's gradient. A matrix is skipped if its gradient is not finite or
+    the sum of squares of its coordinates overflows float32: its weights, moments and basis stay as
+    they are, and a refresh that was due takes place at the next finite gradient.
 
     The updates that leave galore are float32: `Coordinates` for projected leaves, `(*batch, r,
     out)` with a left basis, `(*batch, in, r)` with a right one; full gradients for the others.
 
     Args:
-      rank: number of basis vectors r; or a fraction of the smaller side, or a function from the
-        matrix's shape (in, out) to a number.
+      rank: number of basis vectors r, an integer; or a fraction of the smaller side, or a function
+        from the matrix's shape (in, out) to an integer.
       update_proj_gap: number of finite updates between refreshes, the paper's T.
       scale: factor of the lifted update, the paper's α.
       proj_type: "std" (the paper) projects the smaller side, for a square kernel the in side;
@@ -123,9 +123,9 @@ def galore(
       A transformation for `chain`, or for `optax.chain` with `init` and `apply_gradients`.
 
     Raises:
-      ValueError: a setting out of range; at init, a rule without a leaf, or a rank, a rule or
-        dimension numbers that do not fit the leaf that is named; at an update, a gradient of a
-        projected leaf that is None or of another shape.
+      ValueError: a setting out of range; at init, a rule that matches no leaf, or a rank, a rule or
+        dimension numbers that do not fit a leaf (the message names it); at an update, a gradient of
+        a projected leaf that is None or has the wrong shape.
 
     Warns:
       UserWarning: at init, there are matrices, but none is projected.
@@ -160,17 +160,19 @@ def galore(
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
 
     def init_fn(params: PyTree) -> GaLoreState:
-        register_where_flax_is()
+        register_if_flax_imported()
         leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
         if not leaves:  # A placeholder, as `optax.tree.map_params` uses.
             return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
-        found = projections(params, default, rules, weight_dimension_numbers)
-        found = tree.flatten_up_to(found)
-        total = sum(math.prod(p.view.batch) for p in found if p is not None)
+        # What is projected.
+        tree_of_projections = projections(params, default, rules, weight_dimension_numbers)
+        leaf_projections = tree.flatten_up_to(tree_of_projections)
+        total = sum(math.prod(p.view.batch) for p in leaf_projections if p is not None)
         if not total:
-            warn_of_no_projection(params, rules, weight_dimension_numbers)
+            warn_if_nothing_projected(params, rules, weight_dimension_numbers)
+        # A random basis for each projected leaf, with staggered gaps if asked for.
         before, bases = 0, []
-        for leaf, projection in zip(leaves, found, strict=True):
+        for leaf, projection in zip(leaves, leaf_projections, strict=True):
             if projection is None:
                 bases.append(optax.MaskedNode())
                 continue
@@ -178,7 +180,7 @@ def galore(
             gap = rule.update_proj_gap
             if stagger:
                 places = before + jnp.arange(math.prod(batch)).reshape(batch)
-                # Subtracts places * gap // total, which might overflow.
+                # gap - places * gap // total, split so that the product does not overflow int32.
                 gap = gap - places * (gap // total) - places * (gap % total) // total
             before += math.prod(batch)
             basis = start_basis(

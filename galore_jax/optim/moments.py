@@ -1,7 +1,7 @@
 """What a refresh does to the moments of the optimizer that works in the subspace.
 
-Moments are found wherever an optimizer keeps them: as `Coordinates` in its state, which know their
-parameter. `galore(moments=…)` chooses what happens to those of a matrix with a new basis:
+A moment is any `Coordinates` node in an optimizer's state; it records the path of its parameter.
+`galore(moments=…)` chooses what happens to the moments of a matrix with a new basis:
 
 * "keep": nothing (the reference).
 * "rotate": they are expressed in the new basis (`rotate`, `rotated`).
@@ -64,6 +64,7 @@ def compare_bases(old: list[GaLoreState], new: list[GaLoreState]) -> BasisUpdate
     """What happened between two states of the same galores, by the path of the parameter."""
 
     def compare(old: Basis, new: Basis) -> BasisUpdate:
+        # A refresh sets the age to 0 before the update is counted.
         counted = new.skipped == old.skipped
         return BasisUpdate(old, new, new.age - counted < old.age)
 
@@ -87,7 +88,7 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
       bases: the bases of galore.
 
     Raises:
-      ValueError: a moment that is neither a first nor a second one; names the leaf.
+      ValueError: a moment is neither a first nor a second one; the message names the leaf.
     """
     rotates = {basis.projection.path for basis in bases if basis.moments == "rotate"}
     for names, node in named_leaves(state, is_coordinates):
@@ -104,7 +105,7 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
 
 
 def rotate(state: PyTree, basis_updates: BasisUpdates) -> PyTree:
-    """A state with its moments expressed in the new bases, where `galore(moments="rotate")`."""
+    """Rotates the moments of parameters whose basis has `moments="rotate"` into the new bases."""
 
     def at_moment(names: tuple[str, ...], node: Any) -> Any:
         basis_update = basis_updates.get(node.projection.path) if is_moment(node) else None
@@ -126,9 +127,9 @@ def rotated(value: jax.Array, rotation: dict[Side, jax.Array], kind: str) -> jax
     covariance if coordinates are uncorrelated. That is LDAdam's estimate (arXiv 2410.16103, section
     3.2) without its term in the mean, which needs the bias corrections of both moments. For a new
     direction that the old basis covers only in part, `Σⱼ Cᵢⱼ² < 1`, the rest is filled with the
-    mean over the old directions. LDAdam, which rotates a little at every step, leaves that out;
-    after hundreds of steps without a rotation the moment would nearly vanish, and the next step be
-    many times too large.
+    mean over the old directions. LDAdam, which rotates a little at every step, leaves that out.
+    Here a second moment that was not rotated for hundreds of steps would nearly vanish without it,
+    and the next step would be far too large.
 
     Args:
       value: `(rows, columns)` of the coordinates' shape; for a factored second moment its means
@@ -206,7 +207,7 @@ def init_per_matrix(tx: optax.GradientTransformation, params: PyTree) -> PerMatr
     """Starts `tx` for each matrix, from the parameters as they are after galore.
 
     Raises:
-      ValueError: it cannot run on one matrix alone; names the leaf.
+      ValueError: `tx` cannot run on one matrix alone; the message names the leaf.
     """
 
     def at_leaf(param: Any) -> PyTree:

@@ -32,7 +32,9 @@ class GaLoreState(NamedTuple):
 
 
 class ChainState(NamedTuple):
-    """State of a `chain`, whose type tells it from a stock chain: it lifts its updates itself.
+    """State of a `chain`.
+
+    It is a separate type so that `galore_states` can skip chains, which lift their own updates.
 
     Attributes:
       inner_states: the states of its transformations.

@@ -31,7 +31,7 @@ def decay_weights(
 
     Args:
       learning_rate: a number, or a schedule of the update count.
-      weight_decay: fraction by which weights decay per update, divided by the learning rate.
+      weight_decay: the coefficient: an update shrinks weights by the fraction `lr · weight_decay`.
       mask: which leaves decay, a tree of booleans or a function from the parameters (their shapes)
         to one; None: all.
 

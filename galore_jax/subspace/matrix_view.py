@@ -238,7 +238,7 @@ def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixV
 def _is_bias_of_layer(
     names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]
 ) -> bool:
-    """Whether a leaf is named `b` and its module has a weight: its axes, and in axes before out."""
+    """Whether a leaf is a bias of Haiku: named `b`, `(*batch, out)`, next to `(*batch, …, out)`."""
     if names[-1:] != ("b",):
         return False
     *batch, out = shapes[names]

@@ -17,9 +17,9 @@ def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:
 
     Four passes of shifted Cholesky-QR are applied to columns normalised to length 1. Without the
     shift Cholesky-QR fails if the Gram matrix is singular to working precision. A small multiple of
-    `generic` supplies the directions that the columns lack. The shifts are relative to an upper
-    bound on the largest eigenvalue, which for parallel columns is r times the mean eigenvalue; a
-    shift below its rounding error would have no effect.
+    `generic` supplies the directions that the columns lack. Shifts scale with an upper bound on
+    the largest eigenvalue, not with the mean: for parallel columns the mean is r times smaller, and
+    the shift would be lost to rounding.
 
     Args:
       columns: `(n, r)` float32, finite, of any rank and scale.
@@ -27,7 +27,8 @@ def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:
         random numbers.
 
     Returns:
-      Q `(n, r)` with the span of the columns and `‖QᵀQ − I‖∞` of about 1e-6.
+      Q `(n, r)` with `‖QᵀQ − I‖∞` of about 1e-6. Its span differs from that of well-conditioned
+      columns by about 1e-4.
     """
     return _cholesky_qr(_normalise(columns) + 1e-4 * generic, passes=4)
 

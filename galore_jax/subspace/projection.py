@@ -108,9 +108,13 @@ class Projection:
     ) -> tuple[jax.Array, jax.Array, bool]:
         """Two factors whose product is the lifted coordinates of one matrix.
 
+        Args:
+          vectors: for each side, `(in or out, r)`.
+          value: the coordinates N of the matrix.
+
         Returns:
-          `P` and `N` (left), `N` and `P` (right), or `P` and `N Qᵀ` (both sides); and whether the
-          second factor must be transposed.
+          `P` (in, r) and `N` (r, out) for left; `N` (in, r) and `P` (out, r) for right; `P` (in, r)
+          and `N Qᵀ` (r, out) for both sides; and whether the second factor must be transposed.
         """
         vectors = {side: dequantize(stored) for side, stored in vectors.items()}
         if "left" not in vectors:

@@ -80,7 +80,7 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
                 'gradient, which galore_jax.refresh never computes: use "subspace_iteration" or '
                 '"random", or full gradients from jax.value_and_grad.'
             )
-        # The random method only checks that they are finite and not zero.
+        # "random" ignores the gradient; ones pass the check for usable gradients.
         matrices = jnp.ones((*basis.age.shape, 1, 1))
     else:
         matrices = basis.projection.view.to_matrices(gradient)
@@ -101,6 +101,7 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
 
 
 def _refresh_from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
+    """Takes the vectors of a sketch for the matrices that are due and have usable ones."""
     finite = [jnp.all(jnp.isfinite(v), axis=(-2, -1)) for v in sketch.vectors.values()]
     refreshed = (updates_left(basis) <= 0) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
 
@@ -140,7 +141,7 @@ def _apply_refresh(
     gap = jnp.where(basis.age >= AGE_UNINITIALIZED, basis.gap, gap)
 
     # After a failed refresh, for example of an expert without tokens, retrying at every update is
-    # not worth the passes over the batch: the next attempts are 1, 2, 4, … updates later.
+    # not worth the passes over the batch: attempts follow 1, 2, 4, 8, … updates after the due one.
     overdue = updates_overdue(basis)
     backoff = overdue + jnp.clip(overdue, 1, basis.interval)
     wait = jnp.where(updates_left(basis) <= 0, backoff, basis.wait)
@@ -166,9 +167,9 @@ def refresh_where_due(
     """Computes new vectors for the matrices whose age has reached their gap.
 
     The other matrices cost nothing. If the gradient of a matrix is zero, for example that of an
-    expert without tokens, or if its squares are not finite, the matrix keeps its basis and is
-    refreshed from the next usable gradient. Subspace iteration runs for three iterations at the
-    first refresh and for one at later ones.
+    expert without tokens, or if the sum of its squares is not finite, the matrix keeps its basis
+    and is refreshed from the next usable gradient. Subspace iteration runs for three iterations at
+    the first refresh and for one at later ones.
 
     Args:
       vectors: for each side, `(n, in or out, r)`, possibly `Quantized`.

@@ -120,9 +120,15 @@ def rule_for(path: tuple[str, ...], rules: Rules) -> tuple[str | re.Pattern[str]
     """The first pattern that matches a path, and its rule; ("", Rule()) if none matches."""
     name = "/".join(path)
     for pattern, rule in rules.items():
-        if pattern.search(name) if isinstance(pattern, re.Pattern) else fnmatchcase(name, pattern):
+        if _matches(pattern, name):
             return pattern, rule
     return "", Rule()
+
+
+def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(name) is not None
+    return fnmatchcase(name, pattern)
 
 
 def projections(
@@ -172,7 +178,9 @@ def projections(
     return jax.tree_util.tree_unflatten(tree, result)
 
 
-def warn_of_no_projection(params: PyTree, rules: Rules, weight_dimension_numbers: PyTree) -> None:
+def warn_if_nothing_projected(
+    params: PyTree, rules: Rules, weight_dimension_numbers: PyTree
+) -> None:
     """Warns that no parameter is projected, if there are any matrices that could be.
 
     Matrices for which a rule or the dimension numbers are None do not count.
@@ -222,7 +230,7 @@ def _projection(
 def _check_all_used(unused: Rules, names: list[str], rules: Rules) -> None:
     for pattern in unused:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        matched = [name for name in names if rule_for((name,), {pattern: None})[0]]
+        matched = [name for name in names if _matches(pattern, name)]
         similar = get_close_matches(text, names, n=3, cutoff=0.3)
         if not matched:
             reason = f"it matches no path; existing paths include {', '.join(similar or names[:3])}"
