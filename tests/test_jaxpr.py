@@ -153,6 +153,6 @@ def test_matrices_that_are_not_consecutive_are_gathered():
     stack = inputs(4, 2, 3)
     indices = np.array([[3, 1], [0, 0]])
     np.testing.assert_array_equal(take_matrices(indices, stack), stack[indices])
-    np.testing.assert_array_equal(jaxpr._take(np.arange(1, 3), stack), stack[1:3])
-    outside = jax.jit(jaxpr._take)(jnp.array([3, 4]), stack)
+    np.testing.assert_array_equal(take_matrices(np.arange(1, 3), stack), stack[1:3])
+    outside = jax.jit(take_matrices)(jnp.array([3, 4]), stack)
     np.testing.assert_array_equal(outside, np.stack([stack[3], np.zeros((2, 3))]))

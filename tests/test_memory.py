@@ -170,7 +170,7 @@ def test_the_script_prints_all_parts_and_draws_a_png(run):
     assert names == {"tiny.toml", "memory.json", "memory.png"}
 
 
-@pytest.mark.parametrize(("rows", "compiled"), [(2, 18.77), (16, 20.11)])
+@pytest.mark.parametrize(("rows", "compiled"), [(2, 18.79), (16, 20.11)])
 def test_7b_layer_by_layer_is_predicted_within_5_percent_of_what_was_compiled_for_a_card(
     rows, compiled
 ):
