@@ -49,6 +49,7 @@ def test_more_than_one_galore_is_refused():
         ({"rank": 4, "scale": float("nan")}, "scale must be positive and finite, not nan"),
         ({"rank": True}, "rank must be an integer of at least 1.* not True"),
         ({"rank": 4, "basis_dtype": "uint8"}, r"basis_dtype must be one of .* int8, not 'uint8'"),
+        ({"rank": 4, "basis_dtype": "foo"}, r"basis_dtype must be one of .* int8, not 'foo'"),
         ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
     ],
 )

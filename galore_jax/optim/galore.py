@@ -150,7 +150,11 @@ def galore(
                 f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None "
                 "not to project its leaves."
             )
-    if jnp.dtype(basis_dtype or jnp.float32) not in BASIS_DTYPES:
+    try:
+        known = basis_dtype is None or jnp.dtype(basis_dtype) in BASIS_DTYPES
+    except TypeError:  # not a dtype
+        known = False
+    if not known:
         names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
         raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)

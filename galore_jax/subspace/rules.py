@@ -61,10 +61,11 @@ class Rule:
         is_integer = isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1
         is_fraction = isinstance(rank, float) and 0 < rank < 1
         if not (rank is None or is_integer or is_fraction or callable(rank)):
+            is_injected = isinstance(rank, jax.Array | np.ndarray)
+            hint = '; optax.inject_hyperparams needs static_args="rank"' if is_injected else ""
             raise ValueError(
-                f"galore: rank must be an integer of at least 1, a fraction of the smaller side or "
-                f"a function of the shape, not {rank!r}; optax.inject_hyperparams needs "
-                'static_args="rank".'
+                "galore: rank must be an integer of at least 1, a fraction of the smaller side or "
+                f"a function of the shape, not {rank!r}{hint}."
             )
         if self.proj_type not in (None, *PROJ_TYPES):
             raise ValueError(
