@@ -17,7 +17,7 @@ from jax import lax
 
 from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
-from galore_jax.ops.loops import for_each
+from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.quantization import as_float32
 from galore_jax.optim.moments import BasisUpdate, rotate
 from galore_jax.optim.state import (
@@ -215,13 +215,11 @@ def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
 
 def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """`f` applied to the matrices that are due; the others are those of the first array."""
-    batch = basis.age.ndim
-    flat = lambda array: array.reshape(-1, *array.shape[batch:])
 
     def apply_to(i: jax.Array, result: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
         return result.at[i].set(f(*(array[i] for array in arrays)))
 
-    stacks = tuple(map(flat, arrays))
+    stacks = flatten_batch(arrays, basis.age.ndim)
     due = (updates_left(basis) <= 0).reshape(-1)
     return for_each(due, apply_to, stacks[0], stacks).reshape(arrays[0].shape)
 

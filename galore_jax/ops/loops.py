@@ -1,4 +1,4 @@
-"""Loops over chunks of large arrays, and over the matrices of a stack that need work."""
+"""Loops over chunks of large arrays, and over those matrices of a stack that need work."""
 
 from collections.abc import Callable
 from typing import Any
@@ -71,3 +71,8 @@ def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: A
         return body(*lax.optimization_barrier((order[n], carry, operands)))
 
     return lax.fori_loop(0, flags.sum(), run_body, carry)
+
+
+def flatten_batch(tree: PyTree, ndim: int) -> PyTree:
+    """Merges the first `ndim` axes of each array into one; for 0 adds an axis of size 1."""
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[ndim:]), tree)

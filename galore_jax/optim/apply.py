@@ -9,6 +9,7 @@ import optax
 from jax import lax
 
 from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
+from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.rounding import stochastic_round
 from galore_jax.optim.chain import Chain, update_low_rank
 from galore_jax.optim.state import (
@@ -116,10 +117,9 @@ def _lift_and_add(
     basis: Basis, update: Any, param: jax.Array, key: Any, implementation: Implementation
 ) -> Any:
     projection, batch = basis.projection, basis.age.ndim
-    flat = lambda array: array.reshape(-1, *array.shape[batch:])
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
     seeds = None if key is None else jax.random.bits(key, (basis.age.size, 2), jnp.uint32)
-    vectors, value, decay = jax.tree.map(flat, (basis.vectors, update.value, decay))
+    vectors, value, decay = flatten_batch((basis.vectors, update.value, decay), batch)
 
     def update_one(
         weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any
@@ -133,11 +133,12 @@ def _lift_and_add(
         return matrices.at[i].set(update_one(matrices[i], *arguments))
 
     matrices = projection.view.to_matrices(param)
+    stack = flatten_batch(matrices, batch)
     # A GPU kernel updates a stack in place, but inside a loop it would be given copies.
     if implementation == "pallas":
-        new = jax.vmap(update_one)(flat(matrices), vectors, value, decay, seeds)
+        new = jax.vmap(update_one)(stack, vectors, value, decay, seeds)
     else:
-        new = lax.fori_loop(0, basis.age.size, update_at, flat(matrices))
+        new = lax.fori_loop(0, basis.age.size, update_at, stack)
     return projection.view.from_matrices(new.reshape(matrices.shape))
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.ops.loops import for_each
+from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.optim.state import GaLoreState, bases_of
 from galore_jax.subspace.basis import Basis
@@ -157,8 +157,7 @@ def _spread(c: jax.Array, value: jax.Array) -> jax.Array:
 
 def _rotated_where_refreshed(value: Any, basis_update: BasisUpdate, kind: Any) -> Any:
     batch = basis_update.new.age.ndim
-    flat = lambda array: array.reshape(-1, *array.shape[batch:])
-    old, new = (jax.tree.map(flat, basis.vectors) for basis in (basis_update.old, basis_update.new))
+    old, new = flatten_batch((basis_update.old.vectors, basis_update.new.vectors), batch)
 
     def rotate_one(i: jax.Array, values: Any, vectors: Any) -> Any:
         stored, (old, new) = jax.tree.map(lambda stack: stack[i], (values, vectors))
@@ -166,7 +165,7 @@ def _rotated_where_refreshed(value: Any, basis_update: BasisUpdate, kind: Any) -
         result = stored_like(rotated(as_float32(stored), c, kind), stored)
         return jax.tree.map(lambda stack, new: stack.at[i].set(new), values, result)
 
-    flags, stacks = basis_update.refreshed.reshape(-1), jax.tree.map(flat, value)
+    flags, stacks = basis_update.refreshed.reshape(-1), flatten_batch(value, batch)
     result = for_each(flags, rotate_one, stacks, (old, new))
     return jax.tree.map(lambda new, old: new.reshape(old.shape), result, value)
 

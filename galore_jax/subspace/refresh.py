@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.ops.loops import for_each
+from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.subspace.basis import (
     AGE_UNINITIALIZED,
@@ -87,12 +87,9 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
 
     # Compute new vectors, with the batch axes flattened.
     batch = basis.age.shape
-    flatten = lambda array: array.reshape(-1, *array.shape[len(batch) :])
+    stacks = flatten_batch((basis.vectors, basis.age, basis.gap, matrices), len(batch))
     vectors, refreshed, overlaps = refresh_where_due(
-        jax.tree.map(flatten, basis.vectors),
-        flatten(basis.age),
-        flatten(basis.gap),
-        flatten(matrices),
+        *stacks,
         (seed, count, path_hash(basis.projection)),
         basis.method,
     )
