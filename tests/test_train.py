@@ -94,6 +94,7 @@ def uninterrupted(place):
     return finished, place / "uninterrupted"
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_configuration_metrics_summary_and_picture(uninterrupted):
     finished, folder = uninterrupted
     read = lines(folder)
@@ -154,6 +155,7 @@ def kill_before_the_first(process, checkpoints):
     process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill", [kill_between, kill_during, kill_right_after, kill_before_the_first]
 )
@@ -175,6 +177,7 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(place, uninterrupt
     assert lines(place / name) == lines(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_and_prints_the_command_to_go_on(place, uninterrupted, number):
     _, expected = uninterrupted
@@ -202,6 +205,7 @@ def test_an_interrupted_run_saves_and_prints_the_command_to_go_on(place, uninter
     assert lines(place / name) == lines(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "compare.py"])
 def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     process = subprocess.Popen(
@@ -224,6 +228,7 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     assert told == ""
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, uninterrupted):
     _, expected = uninterrupted
     disk = place / "disk"
@@ -325,10 +330,12 @@ def test_too_little_memory_is_told_with_what_lowers_the_need(place, monkeypatch,
         loop.train(config)
 
 
+@pytest.mark.slow
 def test_a_second_start_into_a_run_is_refused(told, uninterrupted):
     assert "already holds a run: go on with it by --resume" in told(name="uninterrupted")
 
 
+@pytest.mark.slow
 def test_checkpoints_without_metrics_are_a_run_too(told, uninterrupted):
     _, folder = uninterrupted
     aside = [folder / "metrics.jsonl", folder / "summary.json"]
@@ -343,10 +350,12 @@ def test_checkpoints_without_metrics_are_a_run_too(told, uninterrupted):
             path.with_suffix(".aside").replace(path)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_resumed(told, uninterrupted):
     assert "is finished, there is nothing to resume" in told("--resume", name="uninterrupted")
 
 
+@pytest.mark.slow
 def test_only_what_changes_no_result_may_change_on_resume(told, place, uninterrupted):
     """Refusals come before the summary is looked at, so a finished run serves after losing it."""
     _, folder = uninterrupted
