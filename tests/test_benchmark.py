@@ -34,6 +34,7 @@ def step_rows():
     return step.measure_model(TINY, step.Settings(repeats=1), (2, 8), RANK)
 
 
+@pytest.mark.slow
 def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
     rows = {row["name"]: row for row in refresh_rows}
     assert list(rows) == ["subspace_iteration", "eigh", "svd", "random"]
@@ -46,6 +47,7 @@ def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
     assert rows["random"]["relative_energy"] < 0.9
 
 
+@pytest.mark.slow
 def test_a_step_has_a_row_of_every_baseline_with_refreshes_and_without(step_rows):
     *rows, staggered = step_rows
     assert [(row["name"], row["amortised"]) for row in rows] == [
@@ -60,6 +62,7 @@ def test_a_step_has_a_row_of_every_baseline_with_refreshes_and_without(step_rows
     assert staggered["slowest"] >= 1
 
 
+@pytest.mark.slow
 def test_stacked_leaves_are_without_the_baseline_that_does_not_project_them():
     settings = step.Settings(model="llama", leaves="stacked", repeats=1)
     rows = step.measure_model(TINY, settings, (2, 8), RANK)
@@ -103,6 +106,7 @@ def test_accumulators_of_projected_gradients_are_as_small_as_the_rank():
     assert projected["all_bytes"] == projected["bytes"] + unprojected
 
 
+@pytest.mark.slow
 def test_ratios_over_tokens_are_measured_and_drawn(tmp_path):
     settings = tokens.Settings(repeats=1)
     rows = tokens.measure_size("tiny", TINY, RANK, (2, 8), settings)
@@ -114,6 +118,7 @@ def test_ratios_over_tokens_are_measured_and_drawn(tmp_path):
     assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_sketch_along_a_run_captures_what_an_exact_basis_does(tmp_path):
     config = load_config(
         SCRIPTS.parent / "configs" / "demo.toml",
@@ -178,6 +183,7 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence, monkeypatch):
     assert str(refusal.value).startswith(sentence)
 
 
+@pytest.mark.slow
 def test_the_script_prints_only_that_sentence():
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -186,6 +186,7 @@ def test_boxes_change_no_number_of_a_layerwise_step(projected):
     assert max_difference(*runs) == 0
 
 
+@pytest.mark.slow
 def test_specs_of_the_boxes_shard_a_state_on_a_mesh_and_training():
     done = subprocess.run(
         [sys.executable, __file__], cwd=Path(__file__).parent, capture_output=True, text=True

@@ -94,6 +94,7 @@ def test_preparing_again_changes_nothing(prepared):
     assert before == after
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_continues_where_it_was(tmp_path):
     texts = write_inputs(tmp_path / "inputs", train_files=16, documents_per_file=1000)
     out = tmp_path / "data"
@@ -126,6 +127,7 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_sentence_and_the_preparation_can_be_resumed(tmp_path, tiny_disk):
     texts = write_inputs(tmp_path / "inputs", documents_per_file=600)
     arguments = (tmp_path / "inputs", "--out", tiny_disk / "data", "--workers", 1)
@@ -270,6 +272,7 @@ def test_a_corrupt_shard_is_named_with_its_record(prepared, tmp_path):
         open_c4(str(tmp_path), "train")[600]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("GALORE_JAX_TEST_DATA" not in os.environ, reason="needs real data")
 def test_real_c4_is_prepared_text_by_text(tmp_path):
     folder = Path(os.environ["GALORE_JAX_TEST_DATA"], "c4")

@@ -273,6 +273,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported_and_the_previous_checkpoint_survives(small_disk, state, batches):
     def fail_to_save(checkpoints):
         checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)

@@ -10,6 +10,8 @@ from galore_jax import apply_gradients
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 
+pytestmark = pytest.mark.slow
+
 RANK, GAP, STEPS = 4, 10, 300
 # Each coordinate moves by about the rate at a step: at most 15 over all steps, a third of them in
 # any direction. The targets' largest singular values are near 4, 4 / √20 a coordinate.

@@ -26,8 +26,13 @@ def model_of(config):
     return LayeredModel(*(functools.partial(f, config) for f in functions))
 
 
-def params_of(config):
+def initial(config):
     return Llama(config).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+@functools.cache
+def params_of(config):
+    return jax.jit(initial, static_argnums=0)(config)
 
 
 def batch_of(seed, rows=4, length=24):
@@ -81,24 +86,49 @@ def layerwise_steps(tx, model=None, **settings):
     }
 
 
+# It clips a stack of norm scales as a whole, a layer-wise step each by itself.
+ADAFACTOR = (galore_jax.adafactor, {"clipping_threshold": 1e9})
 CASES = {
     "adamw keep": (galore_jax.adamw, {"moments": "keep", "weight_decay": 0.1}),
     "adamw rotate stagger": (galore_jax.adamw, {"moments": "rotate", "stagger": True}),
     "adamw reset": (galore_jax.adamw, {"moments": "reset", "weight_decay": 0.1}),
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
-    # It clips a stack of norm scales as a whole, a layer-wise step each by itself.
-    "adafactor": (galore_jax.adafactor, {"clipping_threshold": 1e9}),
+    "adafactor": ADAFACTOR,
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
+}
+# Of full gradients every value of a setting, of projected ones also every pair of these.
+FULL_CASES = {
+    "adamw reset": (galore_jax.adamw, {"moments": "reset", "weight_decay": 0.1}),
+    "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
+    "adafactor": ADAFACTOR,
+    "lion rotate stagger": (galore_jax.lion, {"moments": "rotate", "stagger": True}),
 }
 
 
-@pytest.mark.parametrize("projected", [True, False], ids=["coordinates", "full gradient"])
-@pytest.mark.parametrize("case", CASES)
-def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(case, projected):
-    make, settings = CASES[case]
+# Here each optimizer occurs, and each way to treat moments. The other cases are slow.
+QUICK = (
+    "adamw rotate stagger-coordinates",
+    "adafactor-coordinates",
+    "adamw reset-full",
+    "lion rotate stagger-full",
+)
+
+
+def run_cases():
+    for gradients, cases in (("coordinates", CASES), ("full", FULL_CASES)):
+        for name, case in cases.items():
+            marks = () if f"{name}-{gradients}" in QUICK else pytest.mark.slow
+            projected = gradients == "coordinates"
+            yield pytest.param(*case, projected, id=f"{name}-{gradients}", marks=marks)
+
+
+@pytest.mark.parametrize(("make", "settings", "projected"), list(run_cases()))
+def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, settings, projected):
     schedule = optax.linear_schedule(0.003, 0.001, 20)
     tx = make(schedule, 8, GAP, **settings)
     ordinary, steps = Ordinary(tx, projected), layerwise_steps(tx, projected=projected)
+    if not projected:
+        del steps[True]  # Full gradients are refreshed from in every step: it is the same program.
     params = params_of(CONFIG)
     state, refreshes = galore_jax.init(tx, params), 0
     for t in range(20):
@@ -115,9 +145,17 @@ def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(case, pro
             np.testing.assert_allclose(one, other, atol=2e-5)
         np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
         # Where nothing is due, the step that refreshes is the one that does not.
-        if not due:
+        if projected and not due:
             assert max_difference(after[True].params, after[False].params) <= 1e-6
     assert refreshes >= 4 or not projected
+
+
+def test_full_gradients_have_one_step_whether_it_refreshes_or_not():
+    model, params, _ = tied()
+    tx = galore_jax.adamw(0.01, 4)
+    arguments = params, layerwise.init(tx, params), jnp.arange(12).reshape(3, 4)
+    steps = layerwise_steps(tx, model, projected=False)
+    assert len({str(jax.make_jaxpr(step)(*arguments)) for step in steps.values()}) == 1
 
 
 def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():
@@ -385,7 +423,7 @@ def test_temporary_memory_grows_with_depth_only_by_the_inputs_of_layers(refreshe
     depths, sizes = np.array([2, 4, 8, 16]), []
     for depth in depths:
         config = LlamaConfig(97, hidden, 352, int(depth), 4, max_length=length)
-        params = jax.eval_shape(functools.partial(params_of, config))
+        params = jax.eval_shape(functools.partial(initial, config))
         state = jax.eval_shape(functools.partial(layerwise.init, tx), params)
         step = layerwise.make_step(model_of(config), tx, refreshes=refreshes)
         sizes.append(memory(step, params, state, batch).temp_size_in_bytes)

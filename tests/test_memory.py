@@ -59,7 +59,7 @@ CHOICES = {
     "int8 bases": {"name": "galore_adamw8bit", "basis_dtype": "int8"},
     "8-bit adamw": {"name": "adamw8bit"},
 }
-COMPILED = ("galore", "adamw", "layerwise")
+COMPILED = (pytest.param("galore", marks=pytest.mark.slow), "adamw", "layerwise")
 
 
 class Run(NamedTuple):

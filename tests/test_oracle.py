@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, product
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from pairwise import pairwise
 from trees import PLAIN, STACKED, max_difference, random_params
 
 import galore_jax
@@ -119,20 +119,11 @@ def is_well_conditioned(case):
     return proj_type != "full" or refresh not in ("svd", "eigh")
 
 
-def pairwise(*options):
-    """A few combinations in which every two values of different options meet."""
-    every = [case for case in product(*options) if is_well_conditioned(case)]
-    pairs = {case: set(combinations(enumerate(case), 2)) for case in every}
-    chosen, missing = [], set().union(*pairs.values())
-    while missing:
-        chosen.append(max(every, key=lambda case: len(pairs[case] & missing)))
-        missing -= pairs[chosen[-1]]
-    return chosen
-
-
 @pytest.mark.parametrize(
     ("optimizer", "proj_type", "moments", "refresh", "leaves", "stagger"),
-    pairwise(FIELDS, PROJ_TYPES, MOMENTS, REFRESH, LEAVES, (False, True)),
+    pairwise(
+        *(FIELDS, PROJ_TYPES, MOMENTS, REFRESH, LEAVES, (False, True)), where=is_well_conditioned
+    ),
 )
 def test_every_step_over_three_refreshes_agrees_with_the_numpy_reference(
     optimizer, proj_type, moments, refresh, leaves, stagger

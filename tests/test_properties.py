@@ -1,5 +1,6 @@
 """What every ready-made optimizer keeps to, with every refresh and whatever becomes of moments."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pairwise import pairwise
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
 from galore_jax.subspace.methods import REFRESH
+from galore_jax.subspace.projection import MOMENTS
 
 RANK, GAP = 2, 2
 SHAPES = {"stack": (2, 6, 8), "bias": (8,)}
@@ -27,10 +30,13 @@ OPTIMIZERS = {
     "lion": galore_jax.lion,
     "momentum": momentum,
 }
-CASES = [
-    *((name, method, "keep") for name in ("adamw", "adafactor", "lion") for method in REFRESH),
-    *((name, "eigh", moments) for name in OPTIMIZERS for moments in ("rotate", "reset")),
-]
+CASES = pairwise(OPTIMIZERS, REFRESH, MOMENTS)
+TREES = {
+    "empty": {},
+    "number": {"number": 1.0},
+    "scalar": {"scalar": jnp.float32(1), "none": None},
+    "array": jnp.ones(3),
+}
 
 
 class Case(NamedTuple):
@@ -67,13 +73,13 @@ def assert_close(one, other, atol=1e-5):
         np.testing.assert_allclose(a, b, atol=atol)
 
 
+def make_optimizer(name, method, moments, rate=0.1, scale=0.5):
+    return OPTIMIZERS[name](rate, RANK, GAP, scale, refresh=method, moments=moments)
+
+
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request):
-    name, method, moments = request.param
-
-    def make(rate=0.1, scale=0.5):
-        settings = {"refresh": method, "moments": moments}
-        return OPTIMIZERS[name](rate, RANK, GAP, scale, **settings)
+    make = functools.partial(make_optimizer, *request.param)
 
     @jax.jit(donate_argnums=(0, 1))
     def step(params, state, grads):
@@ -164,13 +170,12 @@ def test_bfloat16_parameters_keep_their_dtype_and_have_a_float32_state(case):
 
 
 @pytest.mark.parametrize(
-    "params",
-    [{}, {"number": 1.0}, {"scalar": jnp.float32(1), "none": None}, jnp.ones(3)],
-    ids=["empty", "number", "scalar", "array"],
+    ("tree", "name", "method", "moments"), pairwise(TREES, OPTIMIZERS, REFRESH, MOMENTS)
 )
-def test_trees_without_a_matrix_are_trained_too(case, params):
+def test_trees_without_a_matrix_are_trained_too(tree, name, method, moments):
+    params, tx = TREES[tree], make_optimizer(name, method, moments)
     grads = jax.tree.map(jnp.ones_like, params)
-    after, _ = apply_gradients(case.tx, grads, case.tx.init(params), params)
+    after, _ = apply_gradients(tx, grads, tx.init(params), params)
     assert jax.tree.structure(after) == jax.tree.structure(params)
     # Down the gradient, which is 1.
     for one, other in zip(jax.tree.leaves(after), jax.tree.leaves(params), strict=True):

@@ -231,6 +231,7 @@ def on_four_devices():
             mapped(lambda *arguments: refresh(loss, tx)(*arguments))
 
 
+@pytest.mark.slow
 def test_on_several_devices_sketches_are_reduced_over_the_axis_or_refused():
     source = textwrap.dedent(inspect.getsource(on_four_devices)) + "\non_four_devices()\n"
     done = subprocess.run(

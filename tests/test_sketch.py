@@ -51,9 +51,30 @@ def bases(state):
     return {basis.projection.name: basis for basis in found}
 
 
-def refreshed(tx, params, state, *batch, **settings):
-    """The state after a refresh, compiled."""
-    return jax.jit(refresh(loss, tx, **settings))(params, state, *batch)
+full_gradients = jax.jit(jax.grad(loss))
+iterated = jax.jit(subspace_iteration, static_argnums=(1, 3, 4))
+
+
+@functools.cache
+def compiled_refresh(tx, micro_batches=1):
+    return jax.jit(refresh(loss, tx, micro_batches=micro_batches))
+
+
+def refreshed(tx, params, state, tokens, **settings):
+    """The state after a refresh."""
+    return compiled_refresh(tx, **settings)(params, state, tokens)
+
+
+@functools.cache
+def compiled_step(tx):
+    """An update by projected gradients, which it returns too."""
+
+    @jax.jit
+    def step(params, state, tokens):
+        _, grads = value_and_grad(loss, tx)(params, state, tokens)
+        return *apply_gradients(tx, grads, state, params), grads
+
+    return step
 
 
 def leaf(tree, name):
@@ -83,13 +104,13 @@ def test_a_sketch_spans_what_the_iteration_on_the_full_gradient_spans(proj_type,
     for rounds in (3, 1):  # From random bases, and once they are due again.
         old = bases(state)
         state = refreshed(tx, params, state, tokens, micro_batches=micro_batches)
-        gradients = jax.grad(loss)(params, tokens)
+        gradients = full_gradients(params, tokens)
         for name, basis in bases(state).items():
             assert np.all(np.asarray(basis.age) == 0)
             matrices = basis.projection.view.to_matrices(leaf(gradients, name))
             for side, vectors in basis.vectors.items():
                 for layer in range(3):
-                    wanted = subspace_iteration(
+                    wanted = iterated(
                         matrices[layer], side, old[name].vectors[side][layer], rounds, None
                     )
                     assert largest_angle(wanted, vectors[layer]) <= 1e-3
@@ -97,8 +118,7 @@ def test_a_sketch_spans_what_the_iteration_on_the_full_gradient_spans(proj_type,
                     own = np.asarray(vectors[layer], np.float64)
                     np.testing.assert_allclose(own.T @ own, identity, atol=1e-5)
         for _ in range(2):
-            _, grads = value_and_grad(loss, tx)(params, state, tokens)
-            params, state = apply_gradients(tx, grads, state, params)
+            params, state, _ = compiled_step(tx)(params, state, tokens)
         assert bool(refresh_due(state))
 
 
@@ -109,23 +129,17 @@ def test_steps_of_projected_and_of_full_gradients_agree_along_a_run(moments):
     state = tx.init(params)
 
     @jax.jit
-    def projected(params, state, tokens):
-        _, grads = value_and_grad(loss, tx)(params, state, tokens)
-        return apply_gradients(tx, grads, state, params)
-
-    @jax.jit
     def full(params, state, tokens):
         return apply_gradients(tx, jax.grad(loss)(params, tokens), state, params)
 
-    renew = jax.jit(refresh(loss, tx))
     refreshes = 0
     for step in range(20):
         batch = jnp.roll(tokens, step, axis=1)
         if refresh_due(state):
-            state = renew(params, state, batch)
+            state = refreshed(tx, params, state, batch)
             refreshes += 1
         other, _ = full(params, state, batch)
-        params, state = projected(params, state, batch)
+        params, state, _ = compiled_step(tx)(params, state, batch)
         for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(one, two, atol=1e-5)
     assert refreshes == 3
@@ -137,8 +151,7 @@ def test_a_refresh_rotates_the_moments_and_counts_no_update():
     tx = galore_jax.adamw(1e-2, 6, 2, moments="rotate")
     state = refreshed(tx, params, tx.init(params), tokens)
     for _ in range(2):
-        _, grads = value_and_grad(loss, tx)(params, state, tokens)
-        params, state = apply_gradients(tx, grads, state, params)
+        params, state, _ = compiled_step(tx)(params, state, tokens)
     after = refreshed(tx, params, state, jnp.roll(tokens, 1, axis=1))
     for old, new in zip(
         galore_states(state, inside_chains=True),
@@ -165,9 +178,8 @@ def test_a_reset_starts_moments_anew_at_the_first_update_in_a_new_basis():
     for _ in range(4):
         if refresh_due(state):
             state = refreshed(tx, params, state, tokens)
-        _, grads = value_and_grad(loss, tx)(params, state, tokens)
-        coordinates = leaf(grads, "layers/mlp/up_proj/kernel").value
-        params, state = apply_gradients(tx, grads, state, params)
+        params, state, grads = compiled_step(tx)(params, state, tokens)
+    coordinates = leaf(grads, "layers/mlp/up_proj/kernel").value
     # The fourth update is the first in its basis: its moment is that of its own gradient alone.
     moment = optax.tree.get_all_with_path(state, "mu")
     found = [m for _, tree in moment for m in [tree] if hasattr(tree, "value")]
@@ -208,7 +220,7 @@ def test_only_what_is_due_is_refreshed():
     steps = []
     for step in range(43):
         if refresh_due(state):
-            before, state = state, refreshed_once(tx, params, state, tokens)
+            before, state = state, refreshed(tx, params, state, tokens)
             changed = 0
             for name, old in bases(before).items():
                 due = np.asarray(old.age >= old.gap)
@@ -219,15 +231,6 @@ def test_only_what_is_due_is_refreshed():
         state = counted(tx, params, state)
     # 21 matrices, one a step, over an interval of 21 updates; then each again after 21 more.
     assert steps == [(step, 1) for step in range(1, 43)]
-
-
-@functools.cache
-def compiled_refresh(tx):
-    return jax.jit(refresh(loss, tx))
-
-
-def refreshed_once(tx, params, state, tokens):
-    return compiled_refresh(tx)(params, state, tokens)
 
 
 @functools.cache
@@ -255,7 +258,7 @@ def test_a_lazy_gap_doubles_where_the_subspace_stays():
     tx = galore_jax.adamw(1e-2, 6, 2, lazy_overlap=0.5, max_gap=4)
     state = tx.init(params)
     for _ in range(2):
-        state = refreshed_once(tx, params, state, tokens)
+        state = refreshed(tx, params, state, tokens)
         for _ in range(2):
             state = counted(tx, params, state)
     # The same gradient again: the second refresh finds what the first one had.
@@ -280,11 +283,13 @@ def test_exact_methods_are_refused_by_the_name_of_a_leaf_and_random_ones_work():
         assert largest_angle(first_vectors(basis)[0], first_vectors(bases(state)[name])[0]) > 0.1
 
 
+PLAIN = chain(galore(6, 4), optax.adam(1e-2))
+
+
 @pytest.mark.parametrize("form", ["stock", "injected", "clipped", "clipped by optax", "decayed"])
 def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
     params, tokens = start()
-    plain = chain(galore(6, 4), optax.adam(1e-2))
-    wanted = refreshed(plain, params, plain.init(params), tokens)
+    wanted = refreshed(PLAIN, params, PLAIN.init(params), tokens)
     if form == "stock":
         tx = optax.chain(galore(6, 4), optax.adam(1e-2))
         state = init(tx, params)
@@ -298,7 +303,7 @@ def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
             "clipped by optax": optax.clip_by_global_norm(1e-3),
             "decayed": optax.add_decayed_weights(0.1),
         }
-        tx = chain(front[form], plain)
+        tx = chain(front[form], PLAIN)
         state = tx.init(params)
     state = refreshed(tx, params, state, tokens)
     assert not refresh_due(state)
@@ -309,8 +314,7 @@ def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
         )
     if form == "decayed":
         return  # Whole weights cannot be added to coordinates.
-    _, grads = value_and_grad(loss, tx)(params, state, tokens)
-    after, state = apply_gradients(tx, grads, state, params)
+    after, state, _ = compiled_step(tx)(params, state, tokens)
     assert loss(after, tokens) < loss(params, tokens)
 
 
@@ -322,9 +326,8 @@ def test_wrappers_that_cannot_take_coordinates_are_refused_in_a_sentence(around)
     tx = around(chain(galore(6), optax.adam(1e-2)))
     state = tx.init(params)
     sentence = "a wrapper around a chain with galore, .* cannot work on gradients that are coord"
-    _, grads = value_and_grad(loss, tx)(params, state, tokens)
     with pytest.raises(ValueError, match=sentence):
-        apply_gradients(tx, grads, state, params)
+        compiled_step(tx)(params, state, tokens)
 
 
 def test_what_no_product_multiplies_by_is_refreshed_by_its_update():

@@ -126,6 +126,7 @@ def run_script(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_script_trains_on_some_documents_of_the_standard_library(tmp_path):
     out = tmp_path / "new" / "spiece.model"
     result = run_script("--limit", 8, "--vocab-size", 400, "--out", out)
@@ -134,6 +135,7 @@ def test_the_script_trains_on_some_documents_of_the_standard_library(tmp_path):
     assert os.listdir(out.parent) == ["spiece.model"]
 
 
+@pytest.mark.slow
 def test_the_script_refuses_a_folder_that_is_not_c4_in_one_sentence(tmp_path):
     result = run_script("--source", tmp_path, "--out", tmp_path / "spiece.model")
     assert result.returncode == 2

@@ -94,6 +94,7 @@ def uninterrupted(place):
     return finished, place / "uninterrupted"
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_configuration_metrics_summary_and_picture(uninterrupted):
     finished, folder = uninterrupted
     read = lines(folder)
@@ -154,6 +155,7 @@ def kill_before_the_first(process, checkpoints):
     process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill", [kill_between, kill_during, kill_right_after, kill_before_the_first]
 )
@@ -175,6 +177,7 @@ def test_a_killed_run_resumes_and_equals_an_uninterrupted_one(place, uninterrupt
     assert lines(place / name) == lines(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_saves_and_prints_how_to_resume(place, uninterrupted, number):
     _, expected = uninterrupted
@@ -202,6 +205,7 @@ def test_an_interrupted_run_saves_and_prints_how_to_resume(place, uninterrupted,
     assert lines(place / name) == lines(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train.py", "compare.py"])
 def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     process = subprocess.Popen(
@@ -224,6 +228,7 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     assert errors == ""
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_a_sentence_and_the_run_resumes(place, uninterrupted):
     _, expected = uninterrupted
     disk = place / "disk"
@@ -325,6 +330,7 @@ def test_too_little_memory_ends_with_the_settings_that_need_less(place, monkeypa
         loop.train(config)
 
 
+@pytest.mark.slow
 def test_a_second_start_into_a_run_is_refused(error_of, uninterrupted):
     assert "already holds a run: continue it with --resume" in error_of(name="uninterrupted")
 
@@ -343,6 +349,7 @@ def test_checkpoints_without_metrics_are_a_run_too(error_of, uninterrupted):
             path.with_suffix(".aside").replace(path)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_resumed(error_of, uninterrupted):
     assert "is finished, there is nothing to resume" in error_of("--resume", name="uninterrupted")
 

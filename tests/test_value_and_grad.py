@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from pairwise import pairwise
 from projected import DENSE, MLP, compared, inputs, squared, started
 
 import galore_jax
@@ -45,9 +46,10 @@ LLAMA_KERNELS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+@pytest.mark.parametrize(
+    ("proj_type", "dtype", "remat"),
+    pairwise(("std", "reverse_std", "full"), ("float32", "bfloat16"), (False, True)),
+)
 def test_coordinates_of_the_whole_llama_equal_projected_gradients(dtype, remat, proj_type):
     config, params, batch = llama(dtype=dtype, remat=remat)
     loss = functools.partial(batch_loss, config)
