@@ -9,10 +9,13 @@ from galore_jax.optim.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from galore_jax.optim.aliases import adafactor, adamw, lion
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import chain, init
+from galore_jax.optim.clipping import clip_by_finite_norm
+from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
 from galore_jax.optim.state import ChainState, GaLoreState
-from galore_jax.optim.transforms import clip_by_finite_norm, decay_weights, scale_by_factored_rms
-from galore_jax.subspace.projection import Basis, Coordinates
+from galore_jax.optim.weight_decay import decay_weights
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import Coordinates
 from galore_jax.subspace.rules import Rule
 
 __all__ = [

@@ -1,67 +1,100 @@
-"""Bad input, full disks and unusable paths end in one sentence, not in a traceback."""
+"""Errors that the user can fix end in one sentence instead of a traceback."""
 
+import difflib
 import errno
-import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-# What is wrong with a path that the user can choose or change.
+# Problems with a path, which the user can choose or change.
 _UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 )
+# Modules that come with an extra of this package.
+_EXTRAS = {
+    "train": (
+        *("flax", "orbax", "tensorflow_datasets", "array_record", "grain"),
+        *("sentencepiece", "tokenizers", "tqdm"),
+    ),
+    "plots": ("matplotlib",),
+    "tensorboard": ("tensorboardX",),
+}
+_EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names the thing and the remedy."""
+    """Input that cannot be used; the message names the problem and the remedy."""
 
 
-class MissingExtraError(InputError, ImportError):
-    """A dependency is not installed; the message has the command that installs it."""
+def require(name: str, value: Any, holds: bool, wanted: str) -> None:
+    """Raises an `InputError` unless the condition on a setting `holds`."""
+    if not holds:
+        raise InputError(f"{name} must be {wanted}, not {value}.")
 
 
-def require_extra(extra: str, *modules: str) -> None:
-    """Checks that the modules an optional part of the package needs are installed.
+def require_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises an `InputError` unless a setting has one of the values that it can have."""
+    choices = list(choices)
+    if value not in choices:
+        raise InputError(f"{name} = {value!r} is unknown{suggestion(value, choices)}")
 
-    Args:
-      extra: the name in `pip install "galore-jax[...]"` that brings them.
-      *modules: names of top-level modules; none of them is imported.
+
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """Ends a sentence about an unknown name: the valid names close to it, or all of them."""
+    valid = list(valid)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.6)
+    if close:
+        return f"; did you mean {' or '.join(close)}?"
+    return f"; there are {', '.join(valid)}." if valid else "."
+
+
+def check_installed(*modules: str) -> None:
+    """Looks for modules of this package's extras.
 
     Raises:
-      MissingExtraError: a module is not installed.
+      ModuleNotFoundError: one is missing; the message names the extra to install.
     """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(
-            f"this needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f'installed: pip install "galore-jax[{extra}]"'
-        )
+    for module in modules:
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(_install_hint(module), name=module)
+
+
+def _install_hint(module: str) -> str:
+    command = f'pip install "galore-jax[{_EXTRA_OF[module]}]"'
+    return f"this needs {module}, which is not installed: {command}"
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; what the user can mend exits with status 2 and one line.
+    """Runs a script's `main`; errors that the user can fix exit with status 2 and one line.
 
-    That is an `InputError`, a full disk, or a path that cannot be read or written. Ctrl-C exits
-    with status 130, as in a shell.
+    These are an `InputError`, a missing extra, a full disk, and a path that cannot be read or
+    written. Ctrl-C exits with status 130, as in a shell.
     """
     try:
         main()
     except InputError as error:
-        sys.exit(_told(str(error)))
+        sys.exit(_report(str(error)))
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in _EXTRA_OF:
+            raise
+        sys.exit(_report(_install_hint(module)))
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         place = f" while writing {error.filename}" if error.filename else ""
         if error.errno in FULL_DISK:
             remedy = "free some space and run the same command again."
-            sys.exit(_told(f"the disk is full{place}: {remedy}"))
+            sys.exit(_report(f"the disk is full{place}: {remedy}"))
         if error.errno not in _UNUSABLE or error.filename is None:
             raise
-        remedy = "name another path, or change what it is."
-        sys.exit(_told(f"{error.filename} cannot be used ({error.strerror}): {remedy}"))
+        remedy = "name another path, or change this one."
+        sys.exit(_report(f"{error.filename} cannot be used ({error.strerror}): {remedy}"))
 
 
-def _told(sentence: str) -> int:
+def _report(sentence: str) -> int:
     print(f"error: {sentence}", file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all."""
+"""Atomic writes: files that appear complete or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ UNFINISHED = ".unfinished"
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary sibling to write to; it takes the name `path` only if the block succeeds.
+    """Yields a temporary path to write to; it is renamed to `path` only if the block succeeds.
 
-    After an exception the sibling is removed. A process killed in the middle leaves one behind
-    whose name ends in `UNFINISHED`.
+    After an exception the temporary file is removed. A process that is killed leaves it behind;
+    its name ends in `UNFINISHED`.
     """
-    sibling = Path(f"{os.fspath(path)}{UNFINISHED}")
+    temporary = Path(f"{os.fspath(path)}{UNFINISHED}")
     try:
-        yield sibling
-        # Else a power cut may leave the name, but not the content.
-        with sibling.open("rb") as file:
+        yield temporary
+        # Otherwise a power cut may leave the name without the content.
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(sibling, path)
+        os.replace(temporary, path)
     finally:
-        sibling.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Trains with GaLore and with AdamW and compares them: a table and a picture.
+"""Compares training with GaLore and with AdamW: a table and a picture.
 
 python scripts/compare.py --config configs/demo.toml
 python scripts/compare.py --config configs/llama_5m.toml --seeds 0,1,2 --rates 0.0025,0.005,0.01
@@ -8,7 +8,7 @@ import argparse
 import signal
 import sys
 
-# Until training saves on Ctrl-C, and when it comes once more, the process ends without a traceback.
+# Before training handles Ctrl-C, and at a second Ctrl-C, the process ends without a traceback.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -21,15 +21,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
-    parser.add_argument("--seeds", default="0", help="a run each, as 0,1,2 (default: %(default)s)")
     parser.add_argument(
-        "--rates", default="", help="as 0.005,0.01: each optimizer chooses one by short runs"
+        "--seeds", default="0", help="one run for each, as in 0,1,2 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rates", default="", help="as in 0.005,0.01: short runs choose one for each optimizer"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
     from galore_jax.training.compare import compare, table
-    from galore_jax.training.config import load_config
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.loop import Interrupted
 
     config = load_config(arguments.config, arguments.overrides)
@@ -37,7 +39,7 @@ def main() -> None:
     try:
         rows = compare(config, seeds, rates)
     except Interrupted:
-        sys.exit("stopped, all saved: run the same command again to go on.")
+        sys.exit("stopped, all saved: run the same command again to continue.")
     print(table(rows), end="")
 
 
@@ -45,7 +47,7 @@ def _numbers(text: str, kind: type) -> list:
     try:
         return [kind(number) for number in text.split(",") if number]
     except ValueError:
-        raise InputError(f"{text!r} is no list of numbers: write them as 1,2,3.") from None
+        raise InputError(f"{text!r} is not a list of numbers: write them as in 1,2,3.") from None
 
 
 if __name__ == "__main__":

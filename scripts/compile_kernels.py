@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs, at the shapes of LLaMA-7B, where there is no GPU.
+"""Compiles the Pallas kernels for GPUs, at the shapes of LLaMA-7B, on a machine without one.
 
 python scripts/compile_kernels.py
 """
@@ -16,7 +16,7 @@ WEIGHTS = ((4096, 4096), (4096, 11008), (11008, 4096))
 
 
 def main() -> None:
-    """Compiles each kernel for each target, and prints a line of each."""
+    """Compiles each kernel for each target and prints a line about it."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tuple[int, ...]]]:
-    """Name, shape, variant, the kernel, shapes of its arguments, and which of them are donated."""
+    """Name, shape, variant, kernel, shapes of its arguments and indices of the donated ones."""
     import functools
 
     import jax
@@ -63,7 +63,7 @@ def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tupl
             arguments = (gradient, mu, nu, array(dtype=jnp.int32))
             yield "adam_8bit", shape, jnp.dtype(dtype).name, adam, arguments, (1, 2)
 
-    # As `apply_gradients` calls it, of a stack of matrices, here one; int8 bases come in float32.
+    # As `apply_gradients` calls it, for a stack of one matrix; int8 bases are passed as float32.
     for rows, columns in WEIGHTS:
         for right_is_transposed, basis, seed in itertools.product(
             (False, True), (jnp.bfloat16, jnp.float32), (None, array(1, 2, dtype=jnp.uint32))

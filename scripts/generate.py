@@ -1,8 +1,8 @@
-"""Writes text with the model of a training run.
+"""Generates text with the model of a training run.
 
     python scripts/generate.py RUN_FOLDER --prompt "import os" --tokens 200 --top-k 40
 
-The run's latest checkpoint is read. The text ends early where the model ends its document.
+It reads the run's latest checkpoint. The text ends early if the model ends its document.
 """
 
 import argparse
@@ -17,22 +17,27 @@ def main() -> None:
     )
     parser.add_argument("folder", metavar="RUN_FOLDER", help="folder of a training run")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--tokens", type=int, default=200, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the likeliest (default: %(default)s)"
+        "--tokens", type=int, default=200, help="how many to generate (default: 200)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=0, help="sample among the k likeliest; 0: all (the default)"
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0 takes the most likely (default: 0.8)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the sampling (default: %(default)s)"
+        "--top-k", type=int, default=0, help="sample among the k most likely; 0: all (the default)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the sampling (default: %(default)s)"
     )
     arguments = parser.parse_args()
 
-    from galore_jax.training.sample import write_text
+    from galore_jax.training.sample import generate_text
 
     print(
-        write_text(
+        generate_text(
             arguments.folder,
             arguments.prompt,
             arguments.tokens,

@@ -1,14 +1,14 @@
-"""Bytes of a training step, predicted and as compiled, for a CPU or for a card that is not there.
+"""Bytes of a training step, predicted and as compiled, for a CPU or for a GPU that is absent.
 
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
 python scripts/memory.py --config configs/llama_60m.toml --json memory.json data.batch_size=16
 
-A card is only a target of the compiler: that needs galore-jax[cuda] but no card.
+A GPU is only a target of the compiler: that needs galore-jax[cuda], but no GPU.
 
-With --json the figures, in bytes, go to a file too: {"predicted": {part: ..., "total": ...},
+With --json a file gets the figures, in bytes, too: {"predicted": {part: ..., "total": ...},
 "compiled": {"train_step": {"arguments", "outputs", "aliased", "temporaries", "total"},
-"refresh_step": ...}}. With --picture the predicted parts are drawn beside those of other
-optimizers of the same model and batch.
+"refresh_step": ...}}. --picture draws the predicted parts together with those of other optimizers
+for the same model and batch.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from galore_jax.errors import InputError, run_cli
+from galore_jax.errors import InputError, check_installed, run_cli
 from galore_jax.files import atomic_write
 
 GIB = 2**30
-# What JAX allocates of a card's memory when nothing is set.
+# The fraction of a card's memory that JAX allocates by default.
 JAX_FRACTION = 0.75
 COLOURS = {
     "weights": "#0072B2",
@@ -31,10 +31,8 @@ COLOURS = {
     "bases": "#009E73",
     "moments": "#56B4E9",
     "activations": "#E69F00",
-    "logits": "#CC79A7",
-    "update": "#777777",
 }
-LIGHT = ("moments", "activations", "logits")
+LIGHT = ("moments", "activations")
 Parts = dict[str, int]
 
 
@@ -45,7 +43,9 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/llama_60m.toml")
     parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the figures to this file too"
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the parts into this PNG")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
@@ -53,13 +53,15 @@ def main() -> None:
         file = getattr(arguments, option)
         if file and not file.parent.is_dir():
             raise InputError(f"there is no folder {file.parent} for --{option}: make it first.")
+    if arguments.picture:
+        check_installed("matplotlib")
 
     import jax
 
     from galore_jax.training.compile_targets import TARGETS, target
-    from galore_jax.training.config import load_config
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.memory import baselines, compiled, predict
-    from galore_jax.training.step import check_gpu
+    from galore_jax.training.stepper import check_gpu
 
     if arguments.device not in ("cpu", *TARGETS):
         names = ", ".join(("cpu", *TARGETS))
@@ -78,9 +80,9 @@ def main() -> None:
 
     print(table(predicted, steps))
     if card is None:
-        print("\nThe prediction is of a GPU; a CPU needs more: it computes bfloat16 in float32.")
+        print("\nThe prediction is for a GPU; a CPU needs more: it computes bfloat16 in float32.")
     else:
-        print(f"\nCompiled for a card that is not here, {card.name}: nothing was run.")
+        print(f"\nCompiled for {card.name}, without such a card: nothing was run.")
         print(fit(max(step["total"] for step in steps.values()), card.memory))
     if arguments.json:
         with atomic_write(arguments.json) as path:
@@ -88,27 +90,27 @@ def main() -> None:
                 json.dumps({"predicted": predicted, "compiled": steps}, indent=1) + "\n"
             )
     if arguments.picture:
-        shape = f"{config.data.batch_size} × {config.data.sequence_length} tokens a step"
+        shape = f"{config.data.batch_size} × {config.data.sequence_length} tokens per step"
         title = f"{Path(arguments.config).stem}, {shape}"
-        others[own_name(config)] = predicted
+        others[name_of(config)] = predicted
         draw(others, steps["train_step"]["total"], title, card, arguments.picture)
 
 
-def own_name(config: Any) -> str:
-    """Of a configuration among the baselines."""
+def name_of(config: Any) -> str:
+    """The name of a configuration among the baselines."""
     bits = "8-bit " if config.optimizer.name.endswith("8bit") else ""
     return f"{bits}{'GaLore' if config.optimizer.has_galore else 'Adam'}, here"
 
 
 def table(predicted: Parts, steps: dict[str, Parts]) -> str:
-    """Predicted parts to the left, what was compiled to the right, in GiB."""
+    """The predicted parts on the left and the compiled figures on the right, in GiB."""
     gib = lambda size: f"{size / GIB:.3f}"
     left = [("predicted", "GiB"), *((part, gib(size)) for part, size in predicted.items())]
     right = [("compiled, GiB", *steps)]
     for key in next(iter(steps.values())):
         right.append((key, *(gib(step[key]) for step in steps.values())))
-    apart = 100 * (predicted["total"] / steps["train_step"]["total"] - 1)
-    right.append(("prediction is off by", f"{apart:+.1f}%"))
+    error = 100 * (predicted["total"] / steps["train_step"]["total"] - 1)
+    right.append(("prediction is off by", f"{error:+.1f}%"))
     lines = []
     for (part, size), (key, *sizes) in zip_longest(left, right, fillvalue=("", "")):
         line = f"{part:<12}{size:>8}    {key:<24}" + "".join(f"{size:>14}" for size in sizes)
@@ -121,13 +123,13 @@ def fit(needed: int, memory: int) -> str:
     left = (memory - needed) / GIB
     if left < 0:
         return f"It does not fit the card's {memory / GIB:.1f} GiB: {-left:.1f} are missing."
-    told = f"It fits the card's {memory / GIB:.1f} GiB: {left:.1f} are left."
+    sentence = f"It fits the card's {memory / GIB:.1f} GiB: {left:.1f} are left."
     if needed > JAX_FRACTION * memory:
-        told += (
-            f"\nBut JAX takes only {JAX_FRACTION:.0%} of a card unless it is told to take more: "
+        sentence += (
+            f"\nBut JAX takes only {JAX_FRACTION:.0%} of a card by default: "
             "set XLA_CLIENT_MEM_FRACTION=0.95."
         )
-    return told
+    return sentence
 
 
 def draw(
@@ -137,21 +139,18 @@ def draw(
     card: Any,
     picture: Path,
 ) -> None:
-    """Draws the parts of each baseline as a bar; nothing where matplotlib is missing.
+    """Draws the parts of each baseline as a bar.
 
     Args:
-      baselines: by name, the last of which was compiled too.
-      compiled: the total of that.
-      title: of the picture.
+      baselines: the parts by name; the last one was compiled too.
+      compiled: the compiled total of the last one.
+      title: title of the picture.
       card: the `GpuTarget` whose memory is marked, or None.
-      picture: the PNG.
+      picture: the PNG to write.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print(f'{picture} is left out, it needs matplotlib: pip install "galore-jax[plots]"')
-        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
     longest = max(parts["total"] for parts in baselines.values()) / GIB
@@ -188,7 +187,7 @@ def draw(
         )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0, labelsize=11)
-    axes.set_xlabel("GiB, predicted by formula; the last one compiled too, the others not measured")
+    axes.set_xlabel("GiB, predicted from shapes; only the last one was compiled too")
     figure.suptitle(title, fontsize=12, fontweight="bold")
     figure.legend(loc="outside lower center", frameon=False, ncols=len(COLOURS), fontsize=10)
     with atomic_write(picture) as path:

@@ -1,11 +1,11 @@
-"""Draws the curves of one or several runs into one picture.
+"""Draws the curves of one or more runs into one picture.
 
 python scripts/plot.py runs/galore runs/adamw --out curves.png
 """
 
 import argparse
 
-from galore_jax.errors import run_cli
+from galore_jax.errors import check_installed, run_cli
 
 
 def main() -> None:
@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", default="curves.png", help="the PNG to write")
     arguments = parser.parse_args()
+    check_installed("matplotlib")
 
     from galore_jax.training.plots import plot_curves
 

@@ -1,9 +1,9 @@
-"""BasisUpdates the json.gz files of allenai/c4 into a TFDS `c4/en` dataset that training reads.
+"""Converts the json.gz files of allenai/c4 to a TFDS `c4/en` dataset that training reads.
 
     python scripts/prepare_c4.py INPUT_FOLDER --out data
 
 INPUT_FOLDER holds c4-train.*.json.gz and c4-validation.*.json.gz (all or some of them), directly or
-in `en/`. A run that was interrupted goes on with the same command; finished shards are kept.
+in `en/`. The same command continues an interrupted preparation; finished shards are kept.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from galore_jax.errors import InputError, run_cli
 
 
 def main() -> None:
-    """Prepares C4 as the arguments say."""
+    """Reads the arguments and prepares C4."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,18 +23,18 @@ def main() -> None:
         "--workers",
         type=int,
         default=os.cpu_count() or 1,
-        help="shards converted at the same time (default: the number of cores)",
+        help="shards converted in parallel (default: the number of cores)",
     )
     arguments = parser.parse_args()
     if arguments.workers < 1:
-        raise InputError(f"--workers is {arguments.workers}: at least 1 is needed.")
+        raise InputError(f"--workers is {arguments.workers}: it must be at least 1.")
 
     from galore_jax.data.c4 import open_c4, prepare_c4
 
     try:
         prepare_c4(arguments.folder, arguments.out, arguments.workers)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on from here.") from None
+        raise SystemExit("interrupted: run the same command again to continue.") from None
     counts = (
         f"{len(open_c4(arguments.out, split)):,} {split}" for split in ("train", "validation")
     )

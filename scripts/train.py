@@ -1,4 +1,4 @@
-"""Trains a LLaMA as a configuration says.
+"""Trains a LLaMA from a configuration file.
 
 python scripts/train.py --config configs/demo.toml
 python scripts/train.py --config configs/llama_60m.toml data.source=data training.steps=1000
@@ -9,7 +9,7 @@ import argparse
 import signal
 import sys
 
-# Until training saves on Ctrl-C, and when it comes once more, the process ends without a traceback.
+# Before training handles Ctrl-C, and at a second Ctrl-C, the process ends without a traceback.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -18,14 +18,14 @@ from galore_jax.errors import run_cli
 
 def main() -> None:
     """Reads the arguments and trains."""
-    parser = argparse.ArgumentParser(description="Trains a LLaMA as a configuration says.")
+    parser = argparse.ArgumentParser(description="Trains a LLaMA from a configuration file.")
     parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in its folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
-    # A wrong argument is told before JAX takes its second to load.
-    from galore_jax.training.config import load_config
+    # Imported late, so that a wrong argument is reported before JAX takes its second to load.
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.loop import Interrupted, train
 
     config = load_config(arguments.config, arguments.overrides)

@@ -1,4 +1,4 @@
-"""Trains a SentencePiece vocabulary on the training split, for those who have none.
+"""Trains a SentencePiece vocabulary on the training split.
 
     python scripts/train_tokenizer.py --source data --vocab-size 4096 --out data/spiece.model
 
@@ -14,7 +14,7 @@ from galore_jax.files import atomic_write
 
 
 def main() -> None:
-    """Trains a vocabulary as the arguments say."""
+    """Reads the arguments and trains a vocabulary."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,14 +29,14 @@ def main() -> None:
         "--limit",
         type=int,
         default=200_000,
-        help="documents to learn from, spread evenly over the split (default: 200000)",
+        help="documents to use, spread evenly over the split (default: 200000)",
     )
     arguments = parser.parse_args()
     out = Path(arguments.out)
     if out.suffix != ".model":
-        raise InputError(f"--out is {out}: its name should end in .model.")
+        raise InputError(f"--out is {out}: its name must end in .model.")
     if arguments.limit < 1:
-        raise InputError(f"--limit is {arguments.limit}: at least 1 document is needed.")
+        raise InputError(f"--limit is {arguments.limit}: it must be at least 1.")
 
     from galore_jax.data.batches import DataConfig, documents
     from galore_jax.data.tokenizers import train_sentencepiece

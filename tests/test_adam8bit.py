@@ -1,4 +1,4 @@
-"""Adam with 8-bit moments: against Adam, with GaLore, and in every chain that GaLore knows."""
+"""Adam with 8-bit moments: compared with Adam, combined with GaLore, and in chains."""
 
 import functools
 
@@ -27,7 +27,7 @@ def as_float(state):
     return jax.tree.map(dequantize, state, is_leaf=is_stored)
 
 
-def test_one_step_is_adams_from_the_moments_it_stores():
+def test_one_step_equals_adam_from_the_stored_moments():
     params = random_params(SHAPES)
     grads = [random_params(SHAPES, seed) for seed in (1, 2, 3)]
     tx, plain = scale_by_adam8bit(0.9, 0.99, 1e-8), optax.scale_by_adam(0.9, 0.99, 1e-8)
@@ -41,7 +41,7 @@ def test_one_step_is_adams_from_the_moments_it_stores():
         for name, code in (("mu", "signed"), ("nu", "unsigned")):
             stored = getattr(state, name)["stack"]["kernel"]
             rounded = quantize(getattr(after, name)["stack"]["kernel"], code)
-            # A moment near the middle between two values may go either way.
+            # A moment near the midpoint of two values may be rounded either way.
             steps = np.abs(stored.codes.astype(int) - rounded.codes.astype(int))
             assert steps.max() <= 1
             assert (steps > 0).mean() < 1e-3
@@ -49,7 +49,7 @@ def test_one_step_is_adams_from_the_moments_it_stores():
     assert int(state.count) == 3
 
 
-def test_small_leaves_keep_float32_moments_and_are_adams_own():
+def test_small_leaves_keep_float32_moments_and_equal_adam():
     params = {"small": jnp.zeros(4095), "large": jnp.zeros(4096)}
     grads = {"small": jnp.linspace(-1, 1, 4095), "large": jnp.linspace(-1, 1, 4096)}
     tx, plain = scale_by_adam8bit(), optax.scale_by_adam()
@@ -62,7 +62,7 @@ def test_small_leaves_keep_float32_moments_and_are_adams_own():
     np.testing.assert_allclose(state.nu["small"], other.nu["small"], rtol=2**-20)
 
 
-def test_leaves_whose_scales_would_take_what_codes_save_keep_float32_moments():
+def test_leaves_whose_scales_would_outweigh_the_codes_keep_float32_moments():
     state = scale_by_adam8bit().init({"narrow": jnp.zeros((999, 15)), "wide": jnp.zeros((999, 16))})
     assert state.mu["narrow"].dtype == jnp.float32
     assert isinstance(state.mu["wide"], Quantized)
@@ -212,8 +212,8 @@ def test_int8_bases_are_nearly_orthonormal_and_capture_what_float32_ones_do():
         vectors = dequantize(basis.vectors["right"])
         energies.append(float(jnp.sum((gradient @ vectors) ** 2)))
     assert basis.vectors["right"].codes.dtype == jnp.int8
-    # A row of 16 numbers is a block. Its largest is below 0.5, so numbers are off by 0.001 at
-    # random, a column of 72 by 0.01 at most.
+    # A row of 16 numbers is a block. Its largest magnitude is below 0.5, so each number has a
+    # random error of about 0.001, and a column of 72 numbers one of at most 0.01.
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(16), atol=0.02)
     np.testing.assert_allclose(*energies, rtol=0.01)
 
@@ -231,14 +231,14 @@ def test_it_works_under_tree_map_params_and_does_not_compile_again():
     assert step._cache_size() == 1
 
 
-def test_kernels_of_another_name_are_refused():
+def test_another_implementation_is_refused():
     with pytest.raises(ValueError, match="implementation must be one of xla, pallas, not 'cuda'"):
         scale_by_adam8bit(implementation="cuda")
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_steps_with_kernels_are_those_without(monkeypatch, moments, dtype):
+def test_steps_with_kernels_equal_those_without(monkeypatch, moments, dtype):
     for name in ("adam_8bit", "lift_and_add"):
         kernel = functools.partial(getattr(pallas_triton, name), interpret=True)
         monkeypatch.setattr(pallas_triton, name, kernel)
@@ -255,9 +255,9 @@ def test_steps_with_kernels_are_those_without(monkeypatch, moments, dtype):
         ends.append(new)
     for one, other, old in zip(*map(jax.tree.leaves, (*ends, params)), strict=True):
         assert one.dtype == dtype
-        moved = np.abs(one.astype(np.float32) - old.astype(np.float32)).max()
-        apart = np.abs(one.astype(np.float32) - other.astype(np.float32))
-        # A code at a tie moves its number by 1/127 of the block's largest, few at all.
-        assert moved > 0.001
-        assert apart.max() <= 0.05 * moved + (2**-7 * 4 if dtype == jnp.bfloat16 else 0)
-        assert (apart > 1e-5).mean() <= 0.01
+        change = np.abs(one.astype(np.float32) - old.astype(np.float32)).max()
+        difference = np.abs(one.astype(np.float32) - other.astype(np.float32))
+        # Ties are rare, but move a number by 1/127 of the block's largest magnitude.
+        assert change > 0.001
+        assert difference.max() <= 0.05 * change + (2**-7 * 4 if dtype == jnp.bfloat16 else 0)
+        assert (difference > 1e-5).mean() <= 0.01

@@ -79,8 +79,8 @@ def test_packed_training_rows_hold_no_padding_and_every_token_of_an_epoch(texts)
     tokens = np.concatenate([batch["tokens"].ravel() for batch in drawn])
     assert all((batch["segments"] > 0).all() for batch in drawn)
     counts = np.bincount(tokens, minlength=TOKENIZER.vocab_size)
-    once = np.bincount(np.concatenate(stream), minlength=TOKENIZER.vocab_size)
-    missing = 3 * once - counts  # of three epochs the last part of a batch is not drawn
+    per_epoch = np.bincount(np.concatenate(stream), minlength=TOKENIZER.vocab_size)
+    missing = 3 * per_epoch - counts  # of three epochs the last part of a batch is not drawn
     assert missing.min() >= 0
     assert missing.sum() == 3 * epoch - len(tokens)
 
@@ -109,7 +109,7 @@ def test_a_document_row_is_truncated_with_its_eos_or_padded(texts):
     assert positions[3].tolist() == [0, 1, 2] + [0] * (LENGTH - 3)
 
 
-def test_every_epoch_has_all_documents_in_an_order_of_its_own(texts):
+def test_every_epoch_has_all_documents_in_a_different_order(texts):
     iterator = train_batches(config("documents", batch_size=50), TOKENIZER)
     epochs = [[tuple(row[:2]) for row in batch["tokens"].tolist()] for batch in take(iterator, 3)]
     assert all(len(set(epoch)) == 50 for epoch in epochs)
@@ -142,7 +142,7 @@ def test_an_iterator_resumes_exactly_at_any_batch(texts, rows):
 
 
 @BOTH_ROWS
-def test_an_iterator_can_go_back_in_place(texts, rows):
+def test_an_iterator_can_be_set_back(texts, rows):
     iterator = train_batches(config(rows), TOKENIZER)
     take(iterator, 3)
     state = iterator.get_state()
@@ -157,16 +157,16 @@ def test_processes_share_the_training_documents_without_overlap(texts):
         iterator = train_batches(
             config("documents", batch_size=3), TOKENIZER, process_index=process, process_count=3
         )
-        own = len(range(process, 50, 3))
-        rows = [batch["tokens"][0] for batch in take(iterator, own)]
+        count = len(range(process, 50, 3))
+        rows = [batch["tokens"][0] for batch in take(iterator, count)]
         seen += [TOKENIZER.decode(row[:2].tolist()) for row in rows]
     assert sorted(seen) == [f"{index:02d}" for index in range(50)]
 
 
 @BOTH_ROWS
 def test_validation_covers_the_split_once_in_order_as_often_as_it_is_read(texts, rows):
-    whole = validation_batches(config(rows), TOKENIZER)
-    drawn = list(whole)
+    batches = validation_batches(config(rows), TOKENIZER)
+    drawn = list(batches)
     expected = [[*TOKENIZER.encode(text), TOKENIZER.eos_id] for text in texts["validation"]]
     if rows == "documents":
         expected = [
@@ -181,18 +181,18 @@ def test_validation_covers_the_split_once_in_order_as_often_as_it_is_read(texts,
     assert len(drawn) == math.ceil(num_rows / 4)
     assert all(values.shape == (4, LENGTH) for batch in drawn for values in batch.values())
     assert not drawn[-1]["segments"][num_rows % 4 or 4 :].any()
-    assert_equal(drawn, list(whole))
+    assert_equal(drawn, list(batches))
 
 
 @BOTH_ROWS
 def test_validation_batches_of_processes_make_up_the_global_batch(texts, rows):
-    whole = list(validation_batches(config(rows), TOKENIZER))
+    batches = list(validation_batches(config(rows), TOKENIZER))
     halves = [list(validation_batches(config(rows), TOKENIZER, index, 2)) for index in (0, 1)]
     joined = [
         {name: np.concatenate([first[name], second[name]]) for name in first}
         for first, second in zip(*halves, strict=True)
     ]
-    assert_equal(joined, whole)
+    assert_equal(joined, batches)
 
 
 def test_the_default_corpus_is_the_standard_library():
@@ -216,8 +216,10 @@ def test_a_value_out_of_range_is_named(changes, message):
         config(**changes)
 
 
-def test_a_batch_that_does_not_divide_among_the_processes_is_refused(texts):
-    with pytest.raises(InputError, match=r"batch_size is 4: .* multiple of the 3 processes"):
+def test_a_batch_size_that_is_not_a_multiple_of_the_processes_is_refused(texts):
+    with pytest.raises(
+        InputError, match=r"batch_size is 4: .* multiple of the number of processes, 3"
+    ):
         train_batches(config(), TOKENIZER, 0, 3)
 
 

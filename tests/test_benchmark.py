@@ -1,4 +1,4 @@
-"""The benches of scripts/benchmark.py, at tiny sizes: their rows, not their times."""
+"""The benchmarks of scripts/benchmark.py at tiny sizes: their rows, not their times."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from benchmarks import accumulate, dead, refresh, sketch, state, step, tokens  #
 
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
-from galore_jax.training.config import load_config  # noqa: E402
+from galore_jax.training.config_file import load_config  # noqa: E402
 
 NAMES = ("adamw", "optax.contrib.galore", "galore_full", "galore_projected")
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
@@ -48,7 +48,7 @@ def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
 
 
 @pytest.mark.slow
-def test_a_step_has_a_row_of_every_contestant_with_refreshes_and_without(step_rows):
+def test_a_step_has_a_row_of_every_baseline_with_refreshes_and_without(step_rows):
     *rows, staggered = step_rows
     assert [(row["name"], row["amortised"]) for row in rows] == [
         (name, amortised) for name in NAMES for amortised in (False, True)
@@ -63,7 +63,7 @@ def test_a_step_has_a_row_of_every_contestant_with_refreshes_and_without(step_ro
 
 
 @pytest.mark.slow
-def test_stacked_leaves_of_a_whole_model_are_without_the_contestant_that_does_not_project_them():
+def test_stacked_leaves_are_without_the_baseline_that_does_not_project_them():
     settings = step.Settings(model="llama", leaves="stacked", repeats=1)
     rows = step.measure_model(TINY, settings, (2, 8), RANK)
     names = ["adamw", "galore_full", "galore_projected"]
@@ -77,9 +77,11 @@ def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():
     rows = {row["name"]: row for row in state.measure_size("tiny", model, RANK)}
     assert tuple(rows) == NAMES[:3]
     hidden, ffn = TINY.hidden_size, TINY.intermediate_size
-    whole = 2 * TINY.vocab_size * hidden + hidden + layers * 2 * hidden  # embedding, head, norms
+    unprojected = (
+        2 * TINY.vocab_size * hidden + hidden + layers * 2 * hidden
+    )  # embedding, head, norms
     matrices = 4 * hidden**2 + 3 * hidden * ffn
-    # Of a matrix the smaller side is projected, by optax.contrib.galore the larger one.
+    # The smaller side of a matrix is projected, and the larger one by optax.contrib.galore.
     smaller, larger = RANK * layers * 7 * hidden, RANK * layers * (4 * hidden + 3 * ffn)
     for name, bases, coordinates in (
         ("adamw", 0, layers * matrices),
@@ -87,9 +89,9 @@ def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():
         ("optax.contrib.galore", larger, smaller),
     ):
         row = rows[name]
-        assert row["parameters"] == whole + layers * matrices
+        assert row["parameters"] == unprojected + layers * matrices
         assert row["bases"] == 4 * bases
-        assert row["moments"] == 2 * 4 * (whole + coordinates)
+        assert row["moments"] == 2 * 4 * (unprojected + coordinates)
         assert row["bytes"] == row["bases"] + row["moments"] + row["rest"]
         assert row["rest"] < 100 * layers * 7
 
@@ -100,8 +102,8 @@ def test_accumulators_of_projected_gradients_are_as_small_as_the_rank():
     assert full["bytes"] == 4 * (4 * hidden**2 + 3 * hidden * ffn + 2 * hidden)
     assert projected["bytes"] == 4 * (RANK * (4 * hidden + 3 * ffn) + 2 * hidden)
     assert projected["of_full"] == projected["bytes"] / full["bytes"]
-    whole = 4 * (2 * TINY.vocab_size * hidden + hidden)
-    assert projected["all_bytes"] == projected["bytes"] + whole
+    unprojected = 4 * (2 * TINY.vocab_size * hidden + hidden)
+    assert projected["all_bytes"] == projected["bytes"] + unprojected
 
 
 @pytest.mark.slow
@@ -155,23 +157,26 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no bench stap; there are refresh, step, state, accumulate, tokens, sketch",
+            "there is no benchmark stap; there are refresh, step, state, accumulate, tokens, ",
         ),
-        (["state", "repeats=3"], "the setting repeats is unknown; this bench has none."),
+        (["state", "repeats=3"], "the setting repeats is unknown; this benchmark has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
-        (["step", "repeats"], "'repeats' is no setting: write key=value, as in repeats=5."),
+        (["step", "repeats"], "'repeats' is not a setting: write key=value, as in repeats=5."),
         (["step", "repeats=many"], "repeats must be a whole number, not 'many'."),
-        (["step", "repeats=200"], "repeats is 200: it must be at least 1 and below 200"),
+        (["step", "repeats=200"], "repeats must be at least 1 and below 200"),
         (["step", "model=gpt"], "model = 'gpt' is unknown; there are blocks, llama."),
         (["step", "dense=torch"], "dense = 'torch' is unknown; there are flax, galore_jax."),
-        (["tokens", "sizes=3m"], "sizes = '3m' is unknown; there are 130m, 1b, 20m, 250m"),
-        (["tokens", "tokens=300"], "tokens is 300: it must be multiples of 256"),
+        (["tokens", "sizes=3m"], "sizes = '3m' is unknown; did you mean "),
+        (
+            ["tokens", "tokens=300"],
+            "tokens must be multiples of 256, with commas between, not 300.",
+        ),
         (["refresh", "sizes=3"], "sizes = '3' is unknown; there are 512, 1024, 2048."),
-        (["refresh", "tokens=300"], "tokens is 300: it must be a multiple of 256."),
+        (["refresh", "tokens=300"], "tokens must be a multiple of 256, not 300."),
         (["state", "--json", "/nowhere/a.json"], "there is no folder /nowhere for --json"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(arguments, sentence, monkeypatch):
+def test_bad_input_ends_in_one_sentence(arguments, sentence, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
     with pytest.raises(InputError) as refusal:
         benchmark.main()
@@ -179,12 +184,12 @@ def test_bad_input_is_told_in_one_sentence(arguments, sentence, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_script_ends_with_that_sentence_alone():
+def test_the_script_prints_only_that_sentence():
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     benches = "refresh, step, state, accumulate, tokens, sketch, dead"
-    assert done.stderr == f"error: there is no bench stap; there are {benches}.\n"
+    assert done.stderr == f"error: there is no benchmark stap; there are {benches}.\n"
 
 
 def test_every_setting_is_in_the_help():

@@ -95,7 +95,7 @@ def test_preparing_again_changes_nothing(prepared):
 
 
 @pytest.mark.slow
-def test_a_killed_preparation_goes_on_where_it_was(tmp_path):
+def test_a_killed_preparation_continues_where_it_was(tmp_path):
     texts = write_inputs(tmp_path / "inputs", train_files=16, documents_per_file=1000)
     out = tmp_path / "data"
     process = script_process(tmp_path / "inputs", "--out", out, "--workers", 2)
@@ -106,7 +106,7 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path):
     process.communicate(timeout=60)  # returns when its workers, which share its stderr, have ended
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("c4-*-of-*[0-9]")}
     assert 3 <= len(finished) < 17
-    with pytest.raises(InputError, match=r"only half prepared: run scripts/prepare_c4\.py again"):
+    with pytest.raises(InputError, match=r"only partly prepared: run scripts/prepare_c4\.py again"):
         open_c4(str(out), "train")
 
     assert run_script(tmp_path / "inputs", "--out", out, "--workers", 2)[0] == 0
@@ -128,7 +128,7 @@ def tiny_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_in_one_sentence_and_the_rest_follows_later(tmp_path, tiny_disk):
+def test_a_full_disk_ends_in_one_sentence_and_the_preparation_can_be_resumed(tmp_path, tiny_disk):
     texts = write_inputs(tmp_path / "inputs", documents_per_file=600)
     arguments = (tmp_path / "inputs", "--out", tiny_disk / "data", "--workers", 1)
     code, message = run_script(*arguments)
@@ -148,7 +148,7 @@ def test_a_broken_file_keeps_the_other_shards_and_can_be_replaced(tmp_path):
     write_inputs(tmp_path / "inputs")
     broken = tmp_path / "inputs" / "c4-train.00001-of-01024.json.gz"
     broken.write_bytes(broken.read_bytes()[:-500])
-    with pytest.raises(InputError, match=f"{broken} is cut short in line "):
+    with pytest.raises(InputError, match=f"{broken} is truncated in line "):
         prepare_c4(str(tmp_path / "inputs"), str(tmp_path / "data"))
     assert sorted(path.name for path in tmp_path.rglob("c4-*array_record*")) == [
         "c4-train.array_record-00000-of-00002",
@@ -174,14 +174,14 @@ zipped = functools.partial(gzip.compress, mtime=0)
         (zipped(GOOD * 2 + b"\xff\xfe"), "line 3: not JSON"),
         (zipped(GOOD + b'{"url": "a"}\n' + GOOD), 'line 2: no document with a "text"'),
         (zipped(GOOD + b'["text"]\n'), 'line 2: no document with a "text"'),
-        (zipped(GOOD * 3 + b'{"text": "\\ud800"}\n'), "line 4: half a character"),
+        (zipped(GOOD * 3 + b'{"text": "\\ud800"}\n'), "line 4: an unpaired surrogate"),
         (zipped(GOOD + b"[" * 100_000), "line 2: not JSON"),
         (zipped(GOOD + b'{"text": ["a"]}'), 'line 2: no document with a "text"'),
         (zipped(GOOD + b'{"text": "a", "url": {}, "timestamp": 3}'), "line 2: a .timestamp"),
-        (random.Random(0).randbytes(1000), "not intact gzip at line 1"),
-        (zipped(GOOD)[:-9], "cut short in line "),
-        (GOOD, "not intact gzip at line 1"),
-        (zipped(GOOD * 9)[:-8] + b"\0" * 8, "not intact gzip at line 10"),
+        (random.Random(0).randbytes(1000), "corrupt gzip at line 1"),
+        (zipped(GOOD)[:-9], "truncated in line "),
+        (GOOD, "corrupt gzip at line 1"),
+        (zipped(GOOD * 9)[:-8] + b"\0" * 8, "corrupt gzip at line 10"),
     ],
 )
 def test_a_broken_shard_is_named_with_its_line(tmp_path, content, message):
@@ -207,7 +207,7 @@ def test_a_folder_without_the_files_is_refused(tmp_path):
         prepare_c4(str(tmp_path), str(tmp_path / "data"))
 
 
-def test_a_folder_made_from_other_files_is_left_alone(prepared, tmp_path):
+def test_a_folder_made_from_other_files_is_not_touched(prepared, tmp_path):
     data_dir, _ = prepared
     write_inputs(tmp_path, train_files=3)
     before = files_of(data_dir)
@@ -216,7 +216,7 @@ def test_a_folder_made_from_other_files_is_left_alone(prepared, tmp_path):
     assert files_of(data_dir) == before
 
 
-def test_a_damaged_note_of_the_input_files_is_named(tmp_path):
+def test_a_damaged_record_of_the_input_files_is_named(tmp_path):
     write_inputs(tmp_path)
     note = tmp_path / "data/c4/en/3.1.0/inputs.json"
     note.parent.mkdir(parents=True)
@@ -225,7 +225,7 @@ def test_a_damaged_note_of_the_input_files_is_named(tmp_path):
         prepare_c4(str(tmp_path), str(tmp_path / "data"))
 
 
-def test_a_foreign_dataset_folder_is_left_alone(tmp_path):
+def test_a_folder_with_another_dataset_is_not_touched(tmp_path):
     write_inputs(tmp_path)
     foreign = tmp_path / "data/c4/en/3.1.0/c4-train.tfrecord-00000-of-00001"
     foreign.parent.mkdir(parents=True)

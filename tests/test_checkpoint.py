@@ -14,9 +14,9 @@ from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
-from galore_jax.training.config import Config
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import Stepper, init_state
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.state import init_state
+from galore_jax.training.stepper import Stepper
 
 CONFIG = Config(
     LlamaConfig(
@@ -69,7 +69,7 @@ def saved(tmp_path, state, batches):
     return tmp_path
 
 
-def test_state_and_data_come_back_bit_for_bit(tmp_path, state, batches):
+def test_state_and_data_are_restored_bit_for_bit(tmp_path, state, batches):
     next(batches)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest() is None
@@ -83,7 +83,7 @@ def test_state_and_data_come_back_bit_for_bit(tmp_path, state, batches):
     assert_same(next(again), following)
 
 
-def test_codes_of_8_bits_and_the_norm_of_a_layerwise_run_come_back_bit_for_bit(tmp_path, batches):
+def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tmp_path, batches):
     optimizer = dataclasses.replace(
         CONFIG.optimizer, name="galore_adamw8bit", basis_dtype="int8", clip_by="previous_step"
     )
@@ -106,7 +106,7 @@ def test_codes_of_8_bits_and_the_norm_of_a_layerwise_run_come_back_bit_for_bit(t
     assert_same(stepper(restored, batch)[0], Stepper(config, state)(state, batch)[0])
 
 
-def test_a_save_holds_the_state_of_its_own_step_while_training_goes_on(tmp_path, state, batches):
+def test_a_checkpoint_holds_its_step_while_training_continues(tmp_path, state, batches):
     later = jax.jit(
         lambda state: jax.tree.map(lambda leaf: (leaf + 1).astype(leaf.dtype), state),
         donate_argnums=0,
@@ -197,16 +197,14 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
         (
             "data/process_0-of-1.json",
             raise_a_digit,
-            "the place in the data differs from what was saved",
+            "the position in the data differs from what was saved",
         ),
         ("meta/metadata", flip_middle, "is damaged"),
         ("meta/metadata", halve, "is damaged"),
         ("meta/metadata", raise_a_digit, "differs from what was saved"),
     ],
 )
-def test_damage_outside_the_parameters_is_told_and_the_checkpoint_before_is_named(
-    saved, state, file, damage, named
-):
+def test_other_damage_is_reported_with_the_previous_checkpoint(saved, state, file, damage, named):
     later = train_batches(CONFIG.data, ByteTokenizer())
     next(later)
     with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
@@ -214,11 +212,11 @@ def test_damage_outside_the_parameters_is_told_and_the_checkpoint_before_is_name
         checkpoints.wait()
         place = saved / "checkpoints" / "1" / file
         damage(largest_file(place) if place.is_dir() else place)
-        with pytest.raises(InputError, match=f"{named}.*: move it out of .* to go on from 0"):
+        with pytest.raises(InputError, match=f"{named}.*: move it out of .* to resume from 0"):
             checkpoints.restore(CONFIG, later)
 
 
-def test_a_checkpoint_moved_out_of_the_folder_leaves_the_one_before(saved, state, batches):
+def test_without_the_latest_checkpoint_the_previous_one_is_restored(saved, state, batches):
     with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
         checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
     (saved / "checkpoints" / "1").rename(saved / "damaged")
@@ -226,7 +224,7 @@ def test_a_checkpoint_moved_out_of_the_folder_leaves_the_one_before(saved, state
         assert checkpoints.restore(CONFIG, batches).step == 0
 
 
-def test_checkpoints_from_before_there_were_checksums_are_still_read(saved, state, batches):
+def test_old_checkpoints_without_checksums_are_still_read(saved, state, batches):
     meta = saved / "checkpoints" / "0" / "meta" / "metadata"
     recorded = json.loads(meta.read_text())
     del recorded["checksums"]
@@ -245,11 +243,11 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_a_save(tmp_path, m
         Checkpoints(tmp_path / "file", keep=2)
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(saved, monkeypatch):
+def test_an_unreadable_file_is_not_reported_as_damaged(saved, monkeypatch):
     file = saved / "checkpoints" / "0" / "meta" / "metadata"
     file.write_text("")  # root may read anything
     monkeypatch.setattr(os, "access", lambda path, mode: path != file)
-    with pytest.raises(InputError, match=f"{file} may not be read: change its permissions"):
+    with pytest.raises(InputError, match=f"{file} is not readable: change its permissions"):
         load_for_inference(saved)
 
 
@@ -263,7 +261,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own with 16 MB."""
+    """A separate file system of 16 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
@@ -276,7 +274,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_told_and_leaves_the_checkpoint_before_intact(small_disk, state, batches):
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_survives(small_disk, state, batches):
     def fail_to_save(checkpoints):
         checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
         checkpoints.wait()

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from galore_jax import apply_gradients, chain, clip_by_finite_norm, galore
-from galore_jax.optim.transforms import finite_squares
+from galore_jax.optim.clipping import finite_squares
 
 squares_of = jax.jit(finite_squares)  # Compiled, for XLA rearranges formulas.
 

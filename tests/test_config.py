@@ -5,16 +5,8 @@ from pathlib import Path
 import pytest
 
 from galore_jax.errors import InputError
-from galore_jax.training.config import (
-    Config,
-    OptimizerConfig,
-    TrainingConfig,
-    differences,
-    from_dict,
-    load_config,
-    to_dict,
-    to_toml,
-)
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config_file import differences, from_dict, load_config, to_dict, to_toml
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -66,32 +58,50 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ),
         ("model.zzz=1", "model.zzz is unknown; there are vocab_size, hidden_size"),
         ("optimiser.rank=1", "there is no section [optimiser]; did you mean optimizer?"),
-        ("rank=1", "'rank=1' is no override: write section.key=value"),
-        ("model.num_layers", "'model.num_layers' is no override"),
+        ("rank=1", "'rank=1' is not an override: write section.key=value"),
+        ("model.num_layers", "'model.num_layers' is not an override"),
         (
             "optimizer.name=adam",
             "optimizer.name = 'adam' is unknown; did you mean adamw or adamw8bit?",
         ),
         (
             "optimizer.refresh=qr",
-            "optimizer.refresh = 'qr' is unknown; there are subspace_iteration, ",
+            "optimizer.refresh must be one of subspace_iteration, eigh, svd, random, not 'qr'.",
         ),
-        ("optimizer.rank=0", "optimizer.rank must be a whole number from 1 on or a fraction"),
-        ("optimizer.rank=64.0", "or a fraction between 0 and 1, not 64.0."),
+        ("optimizer.rank=0", "optimizer.rank must be an integer of at least 1, a fraction"),
+        (
+            "optimizer.rank=64.0",
+            "a fraction of the smaller side or a function of the shape, not 64.0",
+        ),
         ("optimizer.rank=half", "optimizer.rank must be a number, not 'half'."),
-        ("optimizer.proj_type=lef", "optimizer.proj_type = 'lef' is unknown; did you mean left?"),
-        ("optimizer.moments=drop", "optimizer.moments = 'drop' is unknown; there are keep, reset,"),
+        (
+            "optimizer.proj_type=lef",
+            "optimizer.proj_type must be one of std, reverse_std, left, right, full, not 'lef'.",
+        ),
+        (
+            "optimizer.moments=drop",
+            "optimizer.moments must be one of keep, reset, rotate, not 'drop'.",
+        ),
+        ("optimizer.scale=0", "optimizer.scale must be positive and finite, not 0.0."),
+        ("optimizer.scale=-1", "optimizer.scale must be positive and finite, not -1.0."),
+        ("optimizer.update_proj_gap=0", "optimizer.update_proj_gap must be a whole number from 1"),
+        ("optimizer.basis_dtype=int4", "optimizer.basis_dtype = 'int4' is unknown; did you mean"),
+        ("optimizer.basis_dtype=half", "optimizer.basis_dtype = 'half' is unknown; there are"),
+        ("optimizer.implementation=cuda", "optimizer.implementation = 'cuda' is unknown; there"),
         ("optimizer.stagger=1", "optimizer.stagger must be true or false, not 1."),
         ("optimizer.lazy_overlap=1.5", "optimizer.lazy_overlap must be above 0 and at most 1, not"),
         (
             "optimizer.max_gap=100",
-            "optimizer.max_gap must be at least optimizer.update_proj_gap, 200, and at most",
+            "optimizer.max_gap must be at least optimizer.update_proj_gap, 200, not 100.",
         ),
         (
             "optimizer.update_proj_gap=2147483648",
-            "must be between 1 and 100000000, not 2147483648.",
+            "must be a whole number from 1 to 100,000,000, not 2147483648.",
         ),
-        ("optimizer.max_gap=2147483648", "and at most 100000000, not 2147483648."),
+        (
+            "optimizer.max_gap=2147483648",
+            "optimizer.max_gap must be a whole number from 1 to 100,000,000, not 2147483648.",
+        ),
         ("training.steps=1e4", "training.steps must be a whole number, not 10000.0."),
         ("training.steps=true", "training.steps must be a whole number, not True."),
         ("training.steps=0", "training.steps must be at least 1, not 0."),
@@ -128,6 +138,11 @@ def test_a_bad_override_is_refused_in_a_sentence_that_names_what_is_valid(
     assert "\n" not in str(refused.value)
 
 
+def test_the_settings_of_galore_are_validated_for_plain_adamw_too(small):
+    with pytest.raises(InputError, match=r"^optimizer\.rank must be an integer"):
+        load_config(small, ["optimizer.name=adamw", "optimizer.rank=0"])
+
+
 def test_a_missing_file_is_refused_with_the_nearest_names(small):
     with pytest.raises(
         InputError, match=r"there is no file .*smal\.toml; did you mean small\.toml\?"
@@ -140,7 +155,7 @@ def test_a_missing_file_is_refused_with_the_nearest_names(small):
     ["[model\n", "model = 3\n", "steps = 3\n", "x = " + "[" * 10_000, "x = " + "9" * 5000, "\0"],
     ids=len,
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path, text):
+def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, text):
     path = tmp_path / "broken.toml"
     path.write_text(text)
     with pytest.raises(InputError):

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from galore_jax.errors import InputError, require_extra, run_cli
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from galore_jax.errors import InputError, run_cli
 
 
-def told(capsys, error):
+def error_line(capsys, error):
     """The line that a script prints which ends in this error, after checking its status."""
 
     def main():
@@ -25,15 +23,15 @@ def told(capsys, error):
     return printed
 
 
-def test_bad_input_is_told(capsys):
-    assert told(capsys, InputError("x is 3: give 4.")) == "error: x is 3: give 4.\n"
+def test_bad_input_ends_in_one_line(capsys):
+    assert error_line(capsys, InputError("x is 3: give 4.")) == "error: x is 3: give 4.\n"
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP])
-def test_a_path_that_cannot_be_used_is_told_by_name_and_reason(capsys, number):
+def test_an_unusable_path_is_reported_with_its_name_and_the_reason(capsys, number):
     error = OSError(number, os.strerror(number), "some/path")
     expected = f"error: some/path cannot be used ({os.strerror(number)}): name another path"
-    assert told(capsys, error).startswith(expected)
+    assert error_line(capsys, error).startswith(expected)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EBADF, "x", "path"), OSError("x"), TypeError("x")])
@@ -45,40 +43,53 @@ def test_an_error_of_the_program_keeps_its_traceback(error):
         run_cli(main)
 
 
-def test_a_missing_extra_is_one_sentence_with_the_command_that_brings_it(capsys):
-    require_extra("train", "json", "math")
-    with pytest.raises(ImportError) as caught:
-        require_extra("train", "json", "no_such_module")
-    expected = 'this needs no_such_module, which is not installed: pip install "galore-jax[train]"'
-    assert str(caught.value) == expected
-    assert told(capsys, caught.value) == f"error: {expected}\n"
+HIDE = """
+import runpy, sys
+sys.modules[sys.argv[1]] = None
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without(module, *arguments):
+    """Runs a script in an environment that lacks a module."""
+    command = [sys.executable, "-c", HIDE, module, *arguments]
+    return subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "module", "extra"),
     [
-        ("train.py", "--config", "configs/demo.toml"),
-        ("compare.py", "--config", "configs/demo.toml"),
-        ("generate.py", "runs/demo", "--prompt", "a"),
-        ("plot.py", "runs/demo"),
-        ("memory.py", "--config", "configs/demo.toml"),
-        ("prepare_c4.py", "some/folder"),
-        ("train_tokenizer.py",),
+        (("scripts/train.py", "--config", "configs/demo.toml"), "flax", "train"),
+        (("scripts/generate.py", "runs/x", "--prompt", "x"), "orbax", "train"),
+        (("scripts/train_tokenizer.py",), "sentencepiece", "train"),
+        (("scripts/prepare_c4.py", "inputs"), "tensorflow_datasets", "train"),
+        (("scripts/plot.py", "runs/x"), "matplotlib", "plots"),
     ],
-    ids=lambda arguments: arguments[0],
 )
-def test_each_script_names_the_extra_it_needs(arguments):
-    name, *rest = arguments
-    code = (
-        "import importlib.util, runpy, sys\n"
-        "found = importlib.util.find_spec\n"
-        "hidden = ('flax', 'grain')\n"
-        "importlib.util.find_spec = lambda name: None if name in hidden else found(name)\n"
-        f"runpy.run_path({str(SCRIPTS / name)!r}, run_name='__main__')"
+def test_a_script_without_an_extra_ends_with_the_command_that_installs_it(arguments, module, extra):
+    done = run_without(module, *arguments)
+    assert done.stderr == (
+        f'error: this needs {module}, which is not installed: pip install "galore-jax[{extra}]"\n'
     )
-    command = [sys.executable, "-c", code, *rest]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=SCRIPTS.parent)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert 'pip install "galore-jax[train]"' in done.stderr
+    assert done.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["galore_jax.models.llama", "galore_jax.training.step"])
+def test_an_import_without_an_extra_names_it_too(tmp_path, name):
+    (tmp_path / "script.py").write_text(f"import {name}")
+    done = run_without("flax", str(tmp_path / "script.py"))
+    sentence = 'this needs flax, which is not installed: pip install "galore-jax[train]"'
+    assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: {sentence}"
+
+
+def test_a_missing_module_of_no_extra_keeps_its_traceback():
+    def main():
+        raise ModuleNotFoundError("No module named 'x'", name="x")
+
+    with pytest.raises(ModuleNotFoundError):
+        run_cli(main)

@@ -8,10 +8,11 @@ import pytest
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import Config
-from galore_jax.training.evaluate import bigram_loss, make_evaluate, perplexity
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import batch_loss, init_state
+from galore_jax.training.bigram import bigram_loss
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.evaluate import make_evaluate, perplexity
+from galore_jax.training.state import init_state
+from galore_jax.training.step import batch_loss
 
 CONFIG = Config(
     LlamaConfig(
@@ -29,7 +30,7 @@ CONFIG = Config(
 
 
 def make_batches(number, seed=0):
-    """Batches of which the later ones hold ever fewer targets."""
+    """Batches with fewer and fewer targets."""
     random = np.random.default_rng(seed)
     batches = []
     for i in range(number):
@@ -61,18 +62,18 @@ def sums(params):
 def test_the_loss_is_weighted_by_tokens(params, sums, accumulation):
     training = dataclasses.replace(CONFIG.training, accumulation=accumulation)
     config = dataclasses.replace(CONFIG, training=training)
-    found = make_evaluate(config)(params, make_batches(3))
+    evaluation = make_evaluate(config)(params, make_batches(3))
     losses, targets = sums.sum(0)
-    assert found.targets == targets == 4 * (7 + 5 + 3)
-    np.testing.assert_allclose(found.loss, losses / targets, rtol=1e-6)
-    np.testing.assert_allclose(found.perplexity, np.exp(losses / targets), rtol=1e-5)
+    assert evaluation.targets == targets == 4 * (7 + 5 + 3)
+    np.testing.assert_allclose(evaluation.loss, losses / targets, rtol=1e-6)
+    np.testing.assert_allclose(evaluation.perplexity, np.exp(losses / targets), rtol=1e-5)
 
 
 def test_the_reference_loss_divides_batch_means_by_one_batch_too_many(params, sums):
-    found = make_evaluate(CONFIG)(params, make_batches(3))
+    evaluation = make_evaluate(CONFIG)(params, make_batches(3))
     means = sums[:, 0] / sums[:, 1]
-    np.testing.assert_allclose(found.reference_loss, means.sum() / 4, rtol=1e-6)
-    np.testing.assert_allclose(found.reference_perplexity, np.exp(means.sum() / 4), rtol=1e-5)
+    np.testing.assert_allclose(evaluation.reference_loss, means.sum() / 4, rtol=1e-6)
+    np.testing.assert_allclose(evaluation.reference_perplexity, np.exp(means.sum() / 4), rtol=1e-5)
 
 
 def test_evaluation_tokens_stop_after_the_batch_that_completes_them(params):

@@ -48,7 +48,7 @@ def greedy_without_cache(config, params, prompt, num_tokens):
 
 
 @pytest.mark.parametrize("kv_heads", [2, None])
-def test_cached_generation_equals_the_likeliest_tokens_of_full_forward_passes(kv_heads):
+def test_cached_generation_equals_the_most_likely_tokens_of_full_forward_passes(kv_heads):
     config = dataclasses.replace(TINY, num_kv_heads=kv_heads)
     params = initial(config)
     written = generate(config, params, PROMPT, 15, jax.random.key(0), temperature=0.0)
@@ -70,7 +70,7 @@ def test_extending_a_cache_in_two_pieces_gives_the_logits_of_one_pass(params):
     np.testing.assert_allclose(second, expected[:, 5:], atol=1e-5, rtol=1e-5)
 
 
-def test_top_k_of_one_takes_the_likeliest_token(params):
+def test_top_k_of_one_takes_the_most_likely_token(params):
     sampled = generate(TINY, params, PROMPT, 15, jax.random.key(5), temperature=3.0, top_k=1)
     greedy = generate(TINY, params, PROMPT, 15, jax.random.key(6), temperature=0.0)
     np.testing.assert_array_equal(sampled, greedy)
@@ -88,7 +88,7 @@ def test_samples_follow_the_softmax_of_the_logits_at_the_temperature(params):
     assert set(np.unique(tokens)) <= set(np.flatnonzero(np.isfinite(kept)))
 
 
-def test_the_same_key_writes_the_same_tokens_and_another_key_others(params):
+def test_the_key_determines_the_tokens(params):
     first, again, other = (
         generate(TINY, params, PROMPT, 16, jax.random.key(seed)) for seed in (1, 1, 2)
     )

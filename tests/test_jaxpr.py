@@ -9,6 +9,7 @@ from projected import compared, inputs, started
 
 from galore_jax import projection_report, value_and_grad
 from galore_jax.grads import jaxpr
+from galore_jax.grads.tracked import take_matrices
 from galore_jax.models.layers import matmul
 
 
@@ -148,10 +149,10 @@ def test_a_derivative_of_ones_own_is_kept_and_its_kernel_full():
     assert compared(own, last(), inputs(5, 12)) == set()
 
 
-def test_numbers_of_matrices_that_do_not_follow_each_other_are_gathered():
+def test_matrices_that_are_not_consecutive_are_gathered():
     stack = inputs(4, 2, 3)
-    numbers = np.array([[3, 1], [0, 0]])
-    np.testing.assert_array_equal(jaxpr._take(numbers, stack), stack[numbers])
-    np.testing.assert_array_equal(jaxpr._take(np.arange(1, 3), stack), stack[1:3])
-    outside = jax.jit(jaxpr._take)(jnp.array([3, 4]), stack)
+    indices = np.array([[3, 1], [0, 0]])
+    np.testing.assert_array_equal(take_matrices(indices, stack), stack[indices])
+    np.testing.assert_array_equal(take_matrices(np.arange(1, 3), stack), stack[1:3])
+    outside = jax.jit(take_matrices)(jnp.array([3, 4]), stack)
     np.testing.assert_array_equal(outside, np.stack([stack[3], np.zeros((2, 3))]))

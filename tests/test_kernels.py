@@ -1,4 +1,4 @@
-"""The kernels, interpreted on the CPU, and what they are in plain JAX, against float64 formulas."""
+"""The GPU kernels, interpreted on the CPU, and plain JAX, both against formulas in float64."""
 
 import functools
 
@@ -10,11 +10,12 @@ import pytest
 from jax.extend.random import threefry_2x32
 
 from galore_jax.ops import adam8bit, lift, pallas_triton
-from galore_jax.ops.quantization import decode, dequantize, quantize, round_with
+from galore_jax.ops.quantization import decode, dequantize, quantize
+from galore_jax.ops.rounding import round_with_noise
 from galore_jax.ops.threefry import noise, threefry
 
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
-# Fractions of two, of which float32 has the powers nearly exactly.
+# Dyadic fractions, whose powers float32 represents almost exactly.
 B1, B2, EPS, COUNT = 0.875, 0.96875, 1e-8, 10
 SEED = jnp.array([3, 5], jnp.uint32)
 
@@ -41,27 +42,27 @@ def gradient_and_moments(shape, dtype):
 
 
 def assert_nearest_codes(moment, numbers, terms):
-    """Codes are of the nearest values.
+    """Asserts that each number has the code of the nearest value.
 
     Args:
-      moment: what was quantised.
-      numbers: float64.
-      terms: the sum of the sizes of what was added to each number. Up to 1e-6 of it a number may
-        lie beyond halfway to the next value.
+      moment: the quantised moment.
+      numbers: the exact moment, float64.
+      terms: for each number, the sum of the magnitudes of its terms. A number may be past the
+        midpoint to the next value by 1e-6 of it.
     """
     values = float64(decode(jnp.arange(256), signed=moment.code == "signed"))
     size = min(256, numbers.shape[-1])
     for block in range(moment.scales.shape[-1]):
-        own = (..., slice(block * size, (block + 1) * size))
-        largest = np.abs(numbers[own]).max(axis=-1, keepdims=True)
+        index = (..., slice(block * size, (block + 1) * size))
+        largest = np.abs(numbers[index]).max(axis=-1, keepdims=True)
         np.testing.assert_allclose(moment.scales[..., block : block + 1], largest, rtol=1e-6)
-        codes = np.asarray(moment.codes[own], np.int64)
+        codes = np.asarray(moment.codes[index], np.int64)
         middle = (values[1:] + values[:-1]) / 2
         above = np.append(middle, np.inf)[codes] * largest
         below = np.append(-np.inf, middle)[codes] * largest
-        slack = 1e-6 * (terms[own] + largest * np.abs(values[codes]))
-        assert (numbers[own] <= above + slack).all()
-        assert (numbers[own] >= below - slack).all()
+        slack = 1e-6 * (terms[index] + largest * np.abs(values[codes]))
+        assert (numbers[index] <= above + slack).all()
+        assert (numbers[index] >= below - slack).all()
 
 
 @both_adams
@@ -96,7 +97,7 @@ def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
     plain, kernel = adam_plain(*arguments), adam_kernel(*arguments)
     for expected, moment in zip(plain[1:], kernel[1:], strict=True):
         assert moment.codes.dtype == jnp.uint8
-        # Of numbers that lie halfway the last bit of a product decides.
+        # The code of a number at a midpoint depends on the last bit of a product.
         codes = np.asarray(moment.codes, np.int32) - np.asarray(expected.codes, np.int32)
         assert np.count_nonzero(codes) <= 1e-3 * codes.size
         assert np.abs(codes).max() <= 1
@@ -104,15 +105,15 @@ def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", [(131, 70), (128, 70), (3, 43, 70), (2560,)])
-def test_adam_by_parts_of_its_rows_is_adam_of_the_whole(monkeypatch, shape):
+def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape):
     arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
-    whole = adam_plain(*arguments)
+    expected_update, *expected_moments = adam_plain(*arguments)
     monkeypatch.setattr(adam8bit, "MAX_CHUNK", 1000)
     step = functools.partial(adam8bit.adam_8bit, b1=B1, b2=B2, eps=EPS)
     assert "scan" in str(jax.make_jaxpr(step)(*arguments))
     update, *moments = jax.jit(step)(*arguments)
-    np.testing.assert_allclose(update, whole[0], rtol=1e-6)
-    for moment, expected in zip(moments, whole[1:], strict=True):
+    np.testing.assert_allclose(update, expected_update, rtol=1e-6)
+    for moment, expected in zip(moments, expected_moments, strict=True):
         assert (moment.codes != expected.codes).mean() <= 1e-3
         np.testing.assert_allclose(moment.scales, expected.scales, rtol=1e-6)
 
@@ -147,7 +148,7 @@ def test_a_number_that_is_not_finite_spoils_the_moments_of_its_block_alone(step,
 
 
 def matrices(m, n, r, transposed, dtype):
-    """Weights, and the factors of an update in the dtypes of a basis and of coordinates."""
+    """Weights, and the two factors of an update, with the dtypes of a basis and of coordinates."""
     keys = jax.random.split(jax.random.key(0), 3)
     weights = jax.random.normal(keys[0], (m, n), dtype)
     left = jax.random.normal(keys[1], (m, r), FLOAT32 if transposed else BFLOAT16)
@@ -173,25 +174,25 @@ def test_the_lift_is_its_formula_and_rounded_once(add, dtype, transposed, shape,
     def rounded(number):
         number = jnp.asarray(number, FLOAT32)
         if dtype == BFLOAT16 and seed is not None:
-            number = round_with(number, noise(seed, 0, 0, weights.shape))
+            number = round_with_noise(number, noise(seed, 0, 0, weights.shape))
         return float64(number.astype(dtype))
 
     assert new.dtype == dtype
-    # Rounding keeps the order of numbers.
+    # Rounding is monotonic.
     assert (float64(new) >= rounded(expected - slack)).all()
     assert (float64(new) <= rounded(expected + slack)).all()
 
 
 @pytest.mark.parametrize("rows", [128, 131])
-def test_a_lift_by_parts_of_the_rows_is_that_of_the_whole(monkeypatch, rows):
+def test_a_lift_on_chunks_of_rows_equals_that_of_the_matrix(monkeypatch, rows):
     arguments = (*matrices(rows, 70, 9, False, BFLOAT16), 0.25, 0.125, SEED)
-    whole = lift_plain(*arguments)
+    expected = lift_plain(*arguments)
     monkeypatch.setattr(lift, "MAX_CHUNK", 1000)
-    parts = jax.jit(functools.partial(lift.lift_and_add))(*arguments)
-    # Products of fewer rows may add up in another order, which rounding then makes a neighbour.
-    apart = whole.view(jnp.int16).astype(int) - parts.view(jnp.int16).astype(int)
-    assert np.abs(apart).max() <= 1
-    assert (apart != 0).mean() <= 1e-3
+    chunked = jax.jit(functools.partial(lift.lift_and_add))(*arguments)
+    # Products of fewer rows may be summed in another order, and then round to a neighbour.
+    spacings = expected.view(jnp.int16).astype(int) - chunked.view(jnp.int16).astype(int)
+    assert np.abs(spacings).max() <= 1
+    assert (spacings != 0).mean() <= 1e-3
 
 
 @both_lifts
@@ -212,19 +213,19 @@ def test_the_lift_kernel_runs_over_stacked_matrices():
         np.testing.assert_array_equal(new[i], expected)
 
 
-def test_stochastic_rounding_is_right_on_average():
-    # 0.3 of the way from 1 to its neighbour; 65,536 draws: standard error 0.46/256.
+def test_stochastic_rounding_is_unbiased():
+    # 1 plus 0.3 of the spacing; 65,536 draws: standard error 0.46/256.
     weights = jnp.ones((256, 256), BFLOAT16)
     left = jnp.full((256, 1), 0.3 * 2.0**-7)
     new = lift_plain(weights, left, jnp.ones((1, 256)), 1.0, 0.0, SEED)
     assert abs(float((new > 1).mean()) - 0.3) < 5 * 0.46 / 256
 
 
-def test_noise_depends_on_the_place_and_not_on_the_tile():
-    whole = noise(SEED, 0, 0, (30, 21))
-    np.testing.assert_array_equal(noise(SEED, 8, 4, (5, 9)), whole[8:13, 4:13])
-    assert int(whole.max()) < 2**16
-    assert len(np.unique(whole)) > 600
+def test_noise_depends_on_the_position_and_not_on_the_tile():
+    bits = noise(SEED, 0, 0, (30, 21))
+    np.testing.assert_array_equal(noise(SEED, 8, 4, (5, 9)), bits[8:13, 4:13])
+    assert int(bits.max()) < 2**16
+    assert len(np.unique(bits)) > 600
 
 
 @pytest.mark.parametrize(

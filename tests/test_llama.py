@@ -182,7 +182,7 @@ def test_gradients_are_those_of_finite_differences(params):
         np.testing.assert_allclose(measured, predicted, atol=5e-4, rtol=5e-3)
 
 
-def test_grouped_heads_equal_full_heads_with_repeated_kernels(params):
+def test_grouped_heads_equal_full_heads_with_repeated_weights(params):
     group = TINY.num_heads // TINY.kv_heads
     full = dataclasses.replace(TINY, num_kv_heads=None)
 
@@ -229,11 +229,11 @@ def test_the_embedding_gradient_sums_many_occurrences_in_float32():
 
 
 def test_parameters_have_the_agreed_names_and_stacked_shapes(params):
-    found = {
+    actual = {
         "/".join(key.key for key in path): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    assert found == {
+    assert actual == {
         "embed_tokens/embedding": (61, 32),
         "layers/input_norm/scale": (3, 32),
         "layers/attention/q_proj/kernel": (3, 32, 32),
@@ -264,15 +264,15 @@ def test_loss_counts_targets_inside_a_segment_only():
     tokens = jnp.asarray([[1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 1]])
     segments = jnp.asarray([[1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1]])
     total, count = next_token_loss(logits, tokens, segments)
-    wanted = [(0, 0, 2), (0, 2, 4), *((1, t, int(tokens[1, t + 1])) for t in range(5))]
-    expected = -sum(jax.nn.log_softmax(logits)[at] for at in wanted)
-    assert count == len(wanted)
+    targets_at = [(0, 0, 2), (0, 2, 4), *((1, t, int(tokens[1, t + 1])) for t in range(5))]
+    expected = -sum(jax.nn.log_softmax(logits)[at] for at in targets_at)
+    assert count == len(targets_at)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
     gradient = jax.grad(lambda x: next_token_loss(x, tokens, segments)[0])(logits)
     probabilities = jax.nn.softmax(logits)
     for row in range(2):
         for t in range(6):
-            target = next((v for r, s, v in wanted if (r, s) == (row, t)), None)
+            target = next((v for r, s, v in targets_at if (r, s) == (row, t)), None)
             slope = 0 if target is None else probabilities[row, t] - jax.nn.one_hot(target, 5)
             np.testing.assert_allclose(gradient[row, t], slope, atol=1e-6)
 
@@ -308,6 +308,6 @@ def test_a_row_longer_than_the_model_is_refused(params):
         logits_of(params, random_tokens(1, 33))
 
 
-def assert_trees_close(found, expected, tolerance: float):
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+def assert_trees_close(actual, expected, tolerance: float):
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance)

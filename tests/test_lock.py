@@ -19,7 +19,7 @@ with runpy.run_path(sys.argv[1])["locked"](Path(sys.argv[2])):
 """
 
 
-def test_a_second_holder_is_refused_by_the_firsts_process_host_and_time(tmp_path):
+def test_a_second_process_is_refused_with_the_holder_its_host_and_the_time(tmp_path):
     with locked(tmp_path / "lock"):
         holder = rf"process {os.getpid()} on {socket.gethostname()} is training in {tmp_path} since"
         with pytest.raises(InputError, match=rf"^{holder} 2\d\d\d-.*name another training\.folder"):
@@ -45,14 +45,14 @@ def test_a_lock_ends_with_its_killed_process(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / "lock").read_text()
 
 
-def test_a_holder_that_has_not_yet_said_who_it_is_is_another_process(tmp_path):
+def test_an_empty_lock_file_is_held_by_another_process(tmp_path):
     with locked(tmp_path / "lock"):
         (tmp_path / "lock").write_text("")
         with pytest.raises(InputError, match=f"another process is training in {tmp_path}: let it"):
             locked(tmp_path / "lock").__enter__()
 
 
-def test_without_locks_of_the_system_there_is_none(tmp_path, monkeypatch):
+def test_a_system_without_locks_locks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
     with locked(tmp_path / "lock"), locked(tmp_path / "lock"):
         pass

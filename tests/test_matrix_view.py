@@ -1,4 +1,6 @@
-"""Matrix views, and the names that keep a leaf whole."""
+"""Matrix views, and the names of leaves that are not projected."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ from optax.contrib import GaLoreDimensionNumbers
 
 from galore_jax.subspace.matrix_view import (
     MatrixView,
-    is_named_whole,
-    is_no_weight,
+    is_bias_or_scale,
+    is_unprojected_by_name,
     matrix_views,
     named_leaves,
     path_names,
@@ -35,7 +37,7 @@ def test_a_view_reads_an_array_as_matrices_and_back(view, sizes):
 
 
 def views_of(params, numbers=None):
-    """The views by name, of the leaves that have one."""
+    """The views of the leaves that have one, by name."""
     views = jax.tree_util.tree_leaves_with_path(matrix_views(params, numbers))
     return {"/".join(path_names(path)): view for path, view in views}
 
@@ -55,8 +57,8 @@ def test_matrices_are_the_last_two_axes_of_floating_leaves():
     assert views["stacked/kernel"] == MatrixView((3, 64, 16), (1,), (2,))
 
 
-def stays_whole(names):
-    return is_no_weight(names) or is_named_whole(names)
+def is_unprojected(names):
+    return is_bias_or_scale(names) or is_unprojected_by_name(names)
 
 
 @pytest.mark.parametrize(
@@ -77,19 +79,19 @@ def stays_whole(names):
         "RMSNorm_0/kernel",
     ],
 )
-def test_names_of_embeddings_heads_norms_biases_and_scales_stay_whole(path):
-    assert stays_whole(tuple(path.split("/")))
+def test_names_of_embeddings_heads_norms_biases_and_scales_are_not_projected(path):
+    assert is_unprojected(tuple(path.split("/")))
 
 
 @pytest.mark.parametrize(
     "path",
     ["q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "bias/kernel", "scaled"],
 )
-def test_only_whole_words_count(path):
-    assert not stays_whole(tuple(path.split("/")))
+def test_only_complete_words_count(path):
+    assert not is_unprojected(tuple(path.split("/")))
 
 
-def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it(linen):
+def test_flax_attention_is_recognised_by_its_default_name(linen):
     class Model(linen.Module):
         @linen.compact
         def __call__(self, x):
@@ -98,7 +100,7 @@ def test_flax_attention_is_recognised_under_the_name_that_flax_gives_it(linen):
 
     params = Model().init(jax.random.key(0), jnp.zeros((1, 5, 32)))["params"]
     views = jax.tree_util.tree_leaves_with_path(matrix_views(params))
-    projected = {path_names(path) for path, _ in views if not stays_whole(path_names(path))}
+    projected = {path_names(path) for path, _ in views if not is_unprojected(path_names(path))}
     assert {names[-2] for names in projected} == {"query", "key", "value", "out"}
 
 
@@ -138,10 +140,17 @@ def test_the_stacked_b_of_a_layer_is_a_bias(weight, kernel):
     assert set(views_of(layers)) == {f"layer/{weight}"}
 
 
-def test_a_matrix_called_b_beside_matrices_is_one():
+def test_a_matrix_called_b_next_to_matrices_is_a_matrix():
     assert set(views_of({"a": jnp.zeros((32, 8)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
     assert set(views_of({"a": jnp.zeros((3, 8, 48)), "b": jnp.zeros((8, 48))})) == {"a", "b"}
     assert set(views_of({"b": jnp.zeros((8, 48))})) == {"b"}
+
+
+class DimensionNumbers(NamedTuple):
+    """Not optax's class, but with its attributes."""
+
+    reduction_axis: tuple[int, ...]
+    output_axis: int
 
 
 DENSE = GaLoreDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -177,6 +186,10 @@ AS_DENSE = MatrixView((5, 6, 7), (1,), (2,))
             },
         ),
         (
+            {"convolution": DimensionNumbers((0, 1, 2), 3), "dense": None},
+            {"convolution/kernel": AS_CONVOLUTION},
+        ),
+        (
             lambda params: jax.tree.map(lambda p: CONVOLUTION if p.ndim == 4 else None, params),
             {"convolution/kernel": AS_CONVOLUTION},
         ),
@@ -185,7 +198,10 @@ AS_DENSE = MatrixView((5, 6, 7), (1,), (2,))
             {"convolution/kernel": AS_CONVOLUTION},
         ),
     ],
-    ids=["tree", "prefix tree", "single", "function to a tree", "function to a prefix tree"],
+    ids=[
+        "tree", "prefix tree", "single", "another class", "function to a tree",
+        "function to a prefix tree",
+    ],
 )  # fmt: skip
 def test_dimension_numbers_are_a_tree_a_prefix_of_one_or_a_function_to_these(numbers, expected):
     assert views_of(LEAVES, numbers) == expected
@@ -196,12 +212,18 @@ def test_dimension_numbers_are_a_tree_a_prefix_of_one_or_a_function_to_these(num
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
-        ({"dense": DENSE}, "has nothing for convolution/bias"),
-        ({"convolution": CONVOLUTION, "dense": (0, 1)}, "has nothing for dense/first"),
+        ({"dense": DENSE}, "has no entry for convolution/bias"),
+        ({"convolution": CONVOLUTION, "dense": (0, 1)}, "has no entry for dense/first"),
         ({"convolution": None, "dense": CONVOLUTION}, "dense/first has 3 axes, shape .5, 6, 7."),
-        ({"convolution": GaLoreDimensionNumbers(0, (0, 1)), "dense": None}, "name each axis once"),
-        ({"convolution": GaLoreDimensionNumbers(0, -4), "dense": None}, "name each axis once"),
-        ({"convolution": GaLoreDimensionNumbers((), 1), "dense": None}, "at least one for in"),
+        (
+            {"convolution": GaLoreDimensionNumbers(0, (0, 1)), "dense": None},
+            "name each axis at most once",
+        ),
+        (
+            {"convolution": GaLoreDimensionNumbers(0, -4), "dense": None},
+            "name each axis at most once",
+        ),
+        ({"convolution": GaLoreDimensionNumbers((), 1), "dense": None}, "and at least one for in"),
         ({"convolution": None, "dense": "std"}, "the dimension numbers of dense/first are 'std'"),
     ],
 )

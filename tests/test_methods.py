@@ -1,4 +1,4 @@
-"""Bases: orthonormal whatever comes in, and spanning what they should."""
+"""Bases are orthonormal for any gradient, and span the subspace that their method defines."""
 
 import itertools
 
@@ -9,23 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from galore_jax.subspace.basis import AGE_UNINITIALIZED
 from galore_jax.subspace.matrix_view import MatrixView
-from galore_jax.subspace.methods import (
-    AGE_UNINITIALIZED,
-    REFRESH,
-    orthonormalise,
-    overlap,
-    random_basis,
-    refresh_where_due,
-)
+from galore_jax.subspace.methods import REFRESH, orthonormalise, overlap, random_basis
 from galore_jax.subspace.projection import Projection
+from galore_jax.subspace.refresh import refresh_where_due
 
 SHAPE, RANK, GAP = (24, 40), 8, 10
 SIDES = [("left",), ("right",), ("left", "right")]
 EXACT = ("eigh", "svd")
 BY_GRADIENT = (*EXACT, "subspace_iteration")
 
-# Ours is to be within 1e-6, in float32; LAPACK's vectors are a few more units of rounding off.
+# In float32 `orthonormalise` reaches 1e-6; LAPACK's vectors have a few more rounding errors.
 ORTHONORMALITY = {"subspace_iteration": 1e-6, "random": 1e-6, "eigh": 5e-6, "svd": 5e-6}
 
 
@@ -37,7 +32,7 @@ def spectrum(rows, columns, singular_values, seed=0):
     return jnp.asarray(left * singular_values @ right.T, jnp.float32)
 
 
-# One stack of one shape, so that each method is compiled once for many tests.
+# One stack of matrices of one shape, so that each method is compiled once for many tests.
 GRADIENTS = {
     "zero": jnp.zeros(SHAPE),
     "rank deficient": spectrum(*SHAPE, np.ones(3)),
@@ -51,13 +46,13 @@ COUNT = len(GRADIENTS)
 
 
 def start(shape, sides, count=COUNT):
-    """Random bases of `count` matrices of this shape."""
+    """Random bases for `count` matrices of this shape."""
     sizes = dict(zip(("left", "right"), shape, strict=True))
     return {side: random_basis(jax.random.key(1), (count, sizes[side], RANK)) for side in sides}
 
 
 def refreshed(gradients, method, sides, vectors=None, age=AGE_UNINITIALIZED, number=0):
-    """New bases of a stack `(n, in, out)` of gradients, all of the given age."""
+    """Refreshes bases of the given age from a stack of gradients, `(n, in, out)`."""
     count, *shape = gradients.shape
     vectors = start(shape, sides, count) if vectors is None else vectors
     ages, gaps = jnp.broadcast_to(jnp.asarray(age), count), jnp.full(count, GAP)
@@ -80,7 +75,7 @@ def largest_angle(one, other):
 def test_bases_are_orthonormal_whatever_the_gradient(method, sides):
     vectors, new, _ = refreshed(jnp.stack(list(GRADIENTS.values())), method, sides)
     assert set(vectors) == set(sides)
-    # A zero says nothing of where to look.
+    # A gradient of zeros has no leading subspace.
     assert new.tolist() == [name != "zero" for name in GRADIENTS]
     for stack in vectors.values():
         errors = dict(zip(GRADIENTS, map(orthonormality_error, stack), strict=True))
@@ -89,7 +84,7 @@ def test_bases_are_orthonormal_whatever_the_gradient(method, sides):
 
 @strategies.composite
 def hostile_matrices(draw, rows, columns):
-    """A float32 matrix of any rank, scale and range, with equal columns or hardly a row."""
+    """A float32 matrix of any rank, scale and range, possibly with equal columns or few rows."""
     random = np.random.default_rng(draw(strategies.integers(0, 2**32 - 1)))
     rank = draw(strategies.integers(0, min(rows, columns)))
     matrix = random.standard_normal((rows, rank)) @ random.standard_normal((rank, columns))
@@ -130,7 +125,7 @@ def test_a_basis_stays_orthonormal_through_hostile_gradients(shape, sides, metho
 
 @pytest.mark.parametrize("columns", ["parallel", "three directions", "half of them zero"])
 def test_many_columns_in_few_directions_become_orthonormal(columns):
-    # The Gram matrix of r parallel columns of length 1 has the eigenvalue r, 256 times their mean.
+    # The Gram matrix of r parallel columns of length 1 has an eigenvalue r, 256 times the mean.
     n, rank = 320, 256
     random = np.random.default_rng(0)
     directions = 3 if columns == "three directions" else 1
@@ -139,14 +134,14 @@ def test_many_columns_in_few_directions_become_orthonormal(columns):
         given[:, ::2] = 0
     generic = random_basis(jax.random.key(0), (n, rank))
     basis = jax.jit(orthonormalise)(jnp.asarray(given, jnp.float32), generic)
-    # An entry of QᵀQ sums 320 products, each rounded by 6e-8 of about 1/320.
+    # An entry of QᵀQ is a sum of 320 products of about 1/320, each with a relative error of 6e-8.
     assert orthonormality_error(basis) <= 2e-6
     directions = np.linalg.qr(given[:, 1 : 1 + directions])[0]
     assert largest_angle(directions, basis) <= 1e-3
 
 
 def test_columns_that_nearly_cancel_what_is_added_to_them_become_orthonormal():
-    # Adding 1e-4 of the old basis to -1e-4 of it leaves columns as near to dependent as it gets.
+    # Adding 1e-4 of the old basis to -1e-4 of it leaves columns that are almost linearly dependent.
     generic = random_basis(jax.random.key(0), (320, 256))
     columns = generic @ (jnp.eye(256) - jnp.triu(jnp.ones((256, 256)), 1))
     assert orthonormality_error(jax.jit(orthonormalise)(columns, generic)) <= 2e-6
@@ -163,13 +158,13 @@ def test_a_basis_captures_the_energy_of_the_leading_singular_vectors(method, sha
     coordinates = projection.project(vectors, gradients)
     captured = np.sum(np.asarray(coordinates) ** 2, axis=(1, 2)) / np.sum(values[:RANK] ** 2)
     assert captured.max() <= 1 + 1e-5
-    # Exact methods reach the optimum. Three rounds on this spectrum lose at most two percent a
-    # side, and what the two sides lose adds up.
+    # Exact methods reach the optimum. Three iterations on this spectrum lose at most two percent of
+    # the energy per side, and the losses of both sides add up.
     assert captured.min() >= 1 - (1e-5 if method in EXACT else 0.02 * len(sides))
 
 
 def test_a_refresh_iterates_from_the_old_basis():
-    # A round shrinks the tangent of the angle to the leading subspace to (σ9/σ8)² of itself, 1/4.
+    # An iteration multiplies the tangent of the angle to the leading subspace by (σ9/σ8)² = 1/4.
     values = np.where(np.arange(24) < RANK, 1, 0.5)
     gradients = jnp.stack([spectrum(*SHAPE, values, seed) for seed in range(COUNT)])
     leading = np.linalg.svd(np.asarray(gradients, np.float64))[0][:, :, :RANK]
@@ -179,7 +174,7 @@ def test_a_refresh_iterates_from_the_old_basis():
         tangents.append(np.tan(np.arcsin(list(angles))))
         vectors, _, _ = refreshed(gradients, "subspace_iteration", ("left",), vectors, GAP)
     for before, after in itertools.pairwise(tangents):
-        # What orthonormalising adds is 1e-4 of each column.
+        # Orthonormalisation adds 1e-4 of a basis vector to each column.
         assert (after <= 0.25 * before * (1 + 1e-3) + 1e-3).all()
 
 
@@ -234,7 +229,7 @@ def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
     first = bases(0, 1, 2)
     np.testing.assert_array_equal(first, bases(0, 1, 2, gradient=3))
     stacks = first, bases(1, 1, 2), bases(0, 2, 2), bases(0, 1, 3)
-    # Of 24 dimensions 8 random ones leave some direction of 8 others by a large angle.
+    # Two random 8-dimensional subspaces of 24 dimensions have a large principal angle.
     for one, other in itertools.combinations(itertools.chain(*stacks), 2):
         assert largest_angle(one, other) > 0.5
 
@@ -243,11 +238,11 @@ def test_overlap_is_the_mean_squared_cosine_of_the_principal_angles():
     one, other = random_basis(jax.random.key(0), (2, 32, RANK))
     cosines = np.linalg.svd(np.asarray(one.T @ other, np.float64), compute_uv=False)
     np.testing.assert_allclose(overlap(one, other), np.mean(cosines**2), rtol=1e-5)
-    # The same subspace from other vectors: signs and order do not matter.
+    # Other vectors with the same span: signs and order do not matter.
     np.testing.assert_allclose(overlap(one, -one[:, ::-1]), 1, atol=1e-5)
 
 
-def test_of_two_sides_the_smaller_overlap_counts():
+def test_the_overlap_of_two_sides_is_the_smaller_one():
     gradients = jnp.stack([spectrum(*SHAPE, np.linspace(1, 0.5, RANK), i) for i in range(COUNT)])
     vectors, _, _ = refreshed(gradients, "svd", ("left", "right"))
     moved = vectors | start(SHAPE, ("right",))

@@ -61,11 +61,11 @@ def test_opening_at_a_step_drops_what_a_killed_run_left_after_it(tmp_path):
 @pytest.mark.parametrize("half", [b'{"step": 31, "lo', b"\0" * 100, b"\xc3", b"\0\0\n", b"{}\n"])
 def test_a_last_line_cut_by_a_power_failure_is_left_out_and_repaired_on_opening(tmp_path, half):
     run = a_run(tmp_path / "run", steps=3)
-    intact = run.metrics.read_bytes()
-    run.metrics.write_bytes(intact + half)
+    complete = run.metrics.read_bytes()
+    run.metrics.write_bytes(complete + half)
     assert [line["step"] for line in read_metrics(run.metrics)] == [0, 1, 2, 3]
     Metrics(run, 3, tensorboard=False).write([{"step": 3, "loss": 1.0}])
-    assert run.metrics.read_bytes() == intact + b'{"step": 3, "loss": 1.0}\n'
+    assert run.metrics.read_bytes() == complete + b'{"step": 3, "loss": 1.0}\n'
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def shown_by_tensorboard(folder):
     return shown
 
 
-def test_tensorboard_keeps_the_evaluation_at_the_step_where_a_run_goes_on(tmp_path):
+def test_tensorboard_keeps_the_evaluation_at_the_step_where_a_run_resumes(tmp_path):
     pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
     run = RunFolder(tmp_path)
     first = Metrics(run, 0, tensorboard=True)
@@ -170,7 +170,7 @@ def measured(loss=1.0, **others):
     return {name: np.asarray(number) for name, number in numbers.items()}
 
 
-def test_the_first_bad_step_of_each_kind_is_told_once(tmp_path, capsys):
+def test_each_kind_of_bad_step_is_reported_once(tmp_path, capsys):
     metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
     metrics.write([{"step": 0, "loss": 1.0, "skipped": 3}])
     with Progress(metrics, start=1, steps=9) as progress:
@@ -181,26 +181,26 @@ def test_the_first_bad_step_of_each_kind_is_told_once(tmp_path, capsys):
         progress.report()
         progress.add(5, measured(loss=math.inf, skipped=7))
         progress.report()
-    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(told) == 2
-    assert "the gradients of some matrices at step 2 are not finite" in told[0]
-    assert "the loss at step 3 is not finite" in told[1]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 2
+    assert "the gradients of some matrices at step 2 are not finite" in warnings[0]
+    assert "the loss at step 3 is not finite" in warnings[1]
     assert [line["skipped"] for line in read_metrics(tmp_path / "metrics.jsonl")][1:] == [
         *(3, 5, 6, 6, 7)
     ]
 
 
-def test_a_batch_without_a_target_is_told_once(tmp_path, capsys):
+def test_a_batch_without_targets_is_reported_once(tmp_path, capsys):
     with Progress(Metrics(RunFolder(tmp_path), 0, tensorboard=False), start=0, steps=3) as progress:
         for step in range(3):
             progress.add(step, measured(targets=9.0 if step == 0 else 0.0))
         progress.report()
-    told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(told) == 1
-    assert "the batch of step 1 has no two tokens of one document" in told[0]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "the batch of step 1 has no targets, since no two tokens are" in warnings[0]
 
 
-def test_a_line_has_what_was_measured_and_no_more(tmp_path):
+def test_a_line_has_exactly_the_metrics_of_its_step(tmp_path):
     metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
     with Progress(metrics, start=0, steps=1) as progress:
         progress.add(0, measured(update_ratio=0.01))
@@ -220,7 +220,7 @@ def test_the_summary_reads_back_and_its_table_is_aligned(tmp_path):
     assert all(row[column - 1] == " " and row[column] != " " for row in rows)
 
 
-def test_bytes_are_told_in_powers_of_ten():
+def test_bytes_are_formatted_in_powers_of_ten():
     sizes = [999, 1_500, 2_600_000, 24_310_000_000]
     assert [format_bytes(size) for size in sizes] == ["999 B", "1.5 kB", "2.6 MB", "24.31 GB"]
 

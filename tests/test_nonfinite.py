@@ -10,7 +10,7 @@ import pytest
 
 import galore_jax
 from galore_jax import apply_gradients, chain, clip_by_finite_norm, galore, init
-from galore_jax.subspace.methods import AGE_UNINITIALIZED
+from galore_jax.subspace.basis import AGE_UNINITIALIZED
 from galore_jax.subspace.projection import is_coordinates
 
 STEPS, GAP, RANK = 300, 7, 3

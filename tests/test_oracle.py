@@ -14,9 +14,10 @@ from trees import PLAIN, STACKED, max_difference, random_params
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
-from galore_jax.optim.per_matrix import PerMatrixState
+from galore_jax.optim.moments import PerMatrixState
+from galore_jax.subspace.basis import is_basis
 from galore_jax.subspace.methods import REFRESH
-from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES, is_basis, is_coordinates
+from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES, is_coordinates
 
 GAP, RANK = 5, 4
 SETTINGS = {"learning_rate": 0.05, "scale": 0.5, "weight_decay": 0.1}
@@ -93,8 +94,8 @@ def moments_of(optimizer, tree, state, leaf, i, like):
         link, field = FIELDS[optimizer][name]
         own = state.inner_states[link]
         if isinstance(own, PerMatrixState):
-            alone = tree.flatten_up_to(own.matrices)[leaf]
-            own = own.whole if isinstance(alone, optax.MaskedNode) else alone
+            alone = tree.flatten_up_to(own.projected)[leaf]
+            own = own.unprojected if isinstance(alone, optax.MaskedNode) else alone
         node = getattr(own, field)
         node = node if is_coordinates(node) else tree.flatten_up_to(node)[leaf]
         stack = exact(node.value if is_coordinates(node) else node, zeros.shape)

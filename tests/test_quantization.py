@@ -1,4 +1,4 @@
-"""Block-wise codes against a table made from their definition, and stochastic rounding."""
+"""Block-wise codes against a table computed from their definition, and stochastic rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ from galore_jax.ops.quantization import (
     dequantize,
     encode,
     quantize,
-    stochastic_round,
     stored_like,
     zeros_like,
 )
+from galore_jax.ops.rounding import stochastic_round
 
 CODES = ("signed", "unsigned", "int8")
 
@@ -47,7 +47,7 @@ def samples(code, number=20_000):
 def test_the_dynamic_codes_have_the_values_of_their_definition(code):
     values = decode(jnp.arange(256), signed=code == "signed")
     assert len(table(code)) == 256
-    # Three operations in float32.
+    # The values are the result of three operations in float32.
     np.testing.assert_allclose(values, table(code), rtol=4 * 2**-24, atol=0)
     np.testing.assert_array_equal(encode(values, signed=code == "signed"), np.arange(256))
 
@@ -55,7 +55,7 @@ def test_the_dynamic_codes_have_the_values_of_their_definition(code):
 @pytest.mark.parametrize("code", CODES)
 def test_a_number_gets_the_nearest_value(code):
     fractions = samples(code)
-    # One block: the first number is the largest.
+    # Each row is a block whose first number is the largest.
     scale = 3.7
     blocks = np.concatenate([np.ones((len(fractions) // 250, 1)), fractions.reshape(-1, 250)], 1)
     found = np.asarray(dequantize(quantize(jnp.asarray(blocks * scale), code)), np.float64)
@@ -63,7 +63,7 @@ def test_a_number_gets_the_nearest_value(code):
     if code == "unsigned":  # Only zero becomes zero.
         distances[blocks > 0, 0] = np.inf
     nearest = distances.min(axis=-1)
-    # Of numbers near the middle between two values, rounding of the fraction picks either.
+    # Rounding of the fraction decides for numbers near the midpoint of two values.
     assert (np.abs(found / scale - blocks) - nearest <= 2**-21 * np.abs(blocks)).all()
 
 
@@ -72,7 +72,7 @@ def test_a_number_gets_the_nearest_value(code):
     code=st.sampled_from(CODES),
     shape=st.sampled_from([(), (2, 2)]),
     length=st.sampled_from([1, 256, 600]),
-    exponent=st.integers(-30, 37),  # Fractions of smaller ones are no normal numbers.
+    exponent=st.integers(-30, 37),  # Fractions of smaller numbers are subnormal.
     seed=st.integers(0, 2**31),
 )
 def test_a_round_trip_keeps_shape_zeros_signs_and_the_bound_of_its_error(
@@ -91,7 +91,7 @@ def test_a_round_trip_keeps_shape_zeros_signs_and_the_bound_of_its_error(
     for start in range(0, length, 256):
         block, back = x[..., start : start + 256], found[..., start : start + 256]
         largest = np.abs(block).max(axis=-1, keepdims=True).astype(np.float64)
-        # Half the widest distance of two values: of the seventh decade 0.9 / 64, signed.
+        # Half the largest distance between values: 0.9 / 64 in the seventh decade of "signed".
         half = {"signed": 0.45 / 64, "unsigned": 0.45 / 128, "int8": 0.5 / 127}[code]
         assert (np.abs(back - block.astype(np.float64)) <= (half + 1e-6) * largest).all()
 
@@ -101,15 +101,15 @@ def test_small_numbers_of_a_dynamic_code_keep_digits(code):
     fractions = 10 ** np.linspace(-5, -1, 100)
     x = jnp.asarray(np.concatenate([[1.0], fractions]), jnp.float32)
     error = np.abs(np.asarray(dequantize(quantize(x, code)))[1:] / fractions - 1)
-    # In the decade from 1e-5 on two, unsigned four, values: at worst 0.45 / 2 of it off.
+    # The decade from 1e-5 has two values, four if unsigned: the error is at most 0.45 / 2 of 1e-4.
     bound = {"signed": 1.2, "unsigned": 0.6, "int8": np.inf}[code]
     assert error.max() < bound
     if code == "int8":
-        assert (error == 1).any()  # They are all zero below 1/254.
+        assert (error == 1).any()  # Fractions below 1/254 become zero.
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_a_block_with_a_number_that_is_not_finite_comes_back_as_nan_and_the_others_as_ever(code):
+def test_a_block_with_a_number_that_is_not_finite_becomes_nan_and_the_others_do_not_change(code):
     for bad in (np.nan, np.inf):
         x = np.ones((2, 600), np.float32)
         x[1, 300] = bad
@@ -119,8 +119,8 @@ def test_a_block_with_a_number_that_is_not_finite_comes_back_as_nan_and_the_othe
         np.testing.assert_array_equal(found, np.ones((2, 600)))
 
 
-def test_int8_rounds_stochastically_to_neighbours_and_right_on_average():
-    # A quarter of the way from code 40 to 41: 100,000 draws, standard error 0.433/316.
+def test_int8_rounds_stochastically_to_neighbours_and_without_bias():
+    # A quarter of the way from code 40 to 41; 100,000 draws: standard error 0.433/316.
     x = jnp.full((100_000,), 40.25 / 127).at[::256].set(1.0)
     found = np.asarray(quantize(x, "int8", jax.random.key(0)).codes)
     up = found[x < 1]
@@ -135,7 +135,7 @@ def test_a_key_for_a_dynamic_code_is_refused():
         quantize(jnp.ones(3), "signed", jax.random.key(0))
 
 
-def test_what_has_no_codes_is_refused():
+def test_unknown_codes_and_scalars_are_refused():
     with pytest.raises(ValueError, match=r"the code must be one of .* not 'int4'"):
         quantize(jnp.ones(3), "int4")
     with pytest.raises(ValueError, match="a scalar has no blocks"):
@@ -144,7 +144,7 @@ def test_what_has_no_codes_is_refused():
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("shape", [(3, 300), (70,), (2, 0), (0, 5)])
-def test_zeros_and_arrays_without_numbers_have_codes_too(shape, code):
+def test_zeros_and_empty_arrays_have_codes(shape, code):
     found, wanted = zeros_like(jnp.ones(shape), code), quantize(jnp.zeros(shape), code)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -160,11 +160,11 @@ def test_an_array_is_stored_as_another_one_is():
     assert stored_like(x, jnp.zeros((), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_numbers_that_bfloat16_holds_stay_as_they_are():
-    held = jax.random.normal(jax.random.key(0), (1000,)).astype(jnp.bfloat16)
-    held = jnp.concatenate([held, jnp.array([0.0, -0.0, jnp.inf, -jnp.inf], jnp.bfloat16)])
-    rounded = stochastic_round(held.astype(jnp.float32), jax.random.key(1))
-    np.testing.assert_array_equal(rounded.view(jnp.uint16), held.view(jnp.uint16))
+def test_numbers_that_bfloat16_represents_are_unchanged():
+    x = jax.random.normal(jax.random.key(0), (1000,)).astype(jnp.bfloat16)
+    x = jnp.concatenate([x, jnp.array([0.0, -0.0, jnp.inf, -jnp.inf], jnp.bfloat16)])
+    rounded = stochastic_round(x.astype(jnp.float32), jax.random.key(1))
+    np.testing.assert_array_equal(rounded.view(jnp.uint16), x.view(jnp.uint16))
 
 
 def test_nan_stays_nan():
@@ -174,7 +174,7 @@ def test_nan_stays_nan():
 def test_a_number_goes_to_one_of_its_two_neighbours():
     x = jax.random.normal(jax.random.key(0), (10_000,))
     rounded = stochastic_round(x, jax.random.key(1)).astype(jnp.float32)
-    # Neighbours lie 2^-7 of the power of two below x apart.
+    # The spacing of bfloat16 is 2^-7 times the largest power of two that is at most |x|.
     spacing = 2.0 ** (jnp.floor(jnp.log2(jnp.abs(x))) - 7)
     assert bool((jnp.abs(rounded - x) < spacing).all())
 

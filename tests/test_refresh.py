@@ -14,7 +14,7 @@ import pytest
 from galore_jax import apply_gradients, chain, galore, refresh, refresh_due, value_and_grad
 from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.optim.state import bases_of, galore_states
-from galore_jax.subspace.methods import AGE_UNINITIALIZED
+from galore_jax.subspace.basis import AGE_UNINITIALIZED
 
 GAP = 16
 
@@ -227,7 +227,7 @@ def on_four_devices():
         lambda f: jax.pmap(f, "data")(repeat(params), repeat(state), x.reshape(4, 4, 16)),
         lambda f: jax.shard_map(f, mesh=mesh, in_specs=parts, out_specs=jax.P())(params, state, x),
     ):
-        with pytest.raises(ValueError, match="each device would make bases of its own: name"):
+        with pytest.raises(ValueError, match="each device would compute bases of its own: name"):
             mapped(lambda *arguments: refresh(loss, tx)(*arguments))
 
 

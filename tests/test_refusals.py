@@ -49,6 +49,7 @@ def test_more_than_one_galore_is_refused():
         ({"rank": 4, "scale": float("nan")}, "scale must be positive and finite, not nan"),
         ({"rank": True}, "rank must be an integer of at least 1.* not True"),
         ({"rank": 4, "basis_dtype": "uint8"}, r"basis_dtype must be one of .* int8, not 'uint8'"),
+        ({"rank": 4, "basis_dtype": "foo"}, r"basis_dtype must be one of .* int8, not 'foo'"),
         ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
     ],
 )
@@ -77,7 +78,7 @@ def test_parameters_that_are_left_whole_by_a_rule_or_have_no_matrix_are_not_warn
 
 
 def test_kernels_that_nothing_would_use_are_refused():
-    with pytest.raises(ValueError, match="implementation is that of 8-bit moments"):
+    with pytest.raises(ValueError, match="implementation applies to 8-bit moments"):
         galore_jax.adamw(0.1, rank=4, implementation="pallas")
     params, tx = {"bias": random_params(PLAIN)["bias"]}, optax.sgd(0.1)
     with pytest.raises(ValueError, match="implementation must be one of xla, pallas, not 'cuda'"):

@@ -1,4 +1,4 @@
-"""Rules by path, dimension numbers, and what they and the intervals do in a run."""
+"""Rules by path, dimension numbers, and their effects and those of the gaps in a run."""
 
 import math
 import re
@@ -41,7 +41,7 @@ def ranks(*args, **settings):
     return {name: found.rank for name, found in projected(*args, **settings).items()}
 
 
-def test_without_rules_the_names_decide():
+def test_names_decide_without_rules():
     assert ranks() == {QUERY: 4, OUT: 4, UP: 4}
 
 
@@ -74,7 +74,7 @@ def test_a_rank_is_a_number_a_fraction_of_the_smaller_side_or_a_function_of_the_
         ("full", ("left", "right"), ("left", "right")),
     ],
 )
-def test_a_projection_type_says_which_sides_of_all_leaves_or_of_those_of_a_rule(
+def test_a_projection_type_selects_sides_for_all_leaves_or_for_those_of_a_rule(
     proj_type, wide, tall
 ):
     sides = {name: found.sides for name, found in projected(proj_type=proj_type).items()}
@@ -85,7 +85,7 @@ def test_a_projection_type_says_which_sides_of_all_leaves_or_of_those_of_a_rule(
     assert sides == {QUERY: wide, OUT: ("right",), UP: ("left",)}
 
 
-def test_of_a_square_kernel_std_projects_the_in_side():
+def test_std_projects_the_in_side_of_a_square_kernel():
     square = {"kernel": jnp.zeros((12, 12))}
     assert projected(params=square)["kernel"].sides == ("left",)
     assert projected(params=square, proj_type="reverse_std")["kernel"].sides == ("right",)
@@ -107,24 +107,24 @@ def test_of_a_square_kernel_std_projects_the_in_side():
         ({"*embedding": Rule(6)}, {QUERY: 4, OUT: 4, UP: 4, "embed/embedding": 6}),
     ],
 )
-def test_of_the_rules_that_match_a_path_the_first_decides(rules, expected):
+def test_the_first_rule_that_matches_a_path_applies(rules, expected):
     assert ranks(rules) == expected
 
 
-def test_a_rule_without_a_rank_leaves_what_is_too_small_for_the_common_one():
+def test_a_rule_without_a_rank_does_not_project_matrices_too_small_for_the_default_rank():
     assert ranks({"layers/*": Rule(scale=2.0)}, rank=12) == {}
 
 
 @pytest.mark.parametrize(
     ("rules", "sentence"),
     [
-        ({"*/q_prj/kernel": Rule(2)}, f"'*/q_prj/kernel' has no leaf .* {QUERY}"),
+        ({"*/q_prj/kernel": Rule(2)}, f"'*/q_prj/kernel' applies to no leaf: .* {QUERY}"),
         (
             {re.compile("^q_proj"): None},
-            "'^q_proj' has no leaf of its own: no leaf has such a path",
+            "'^q_proj' applies to no leaf: it matches no path",
         ),
-        ({"layers/*/kernel": Rule(2), UP: None}, f"'{UP}' has no leaf of its own: .* earlier rule"),
-        ({UP: Rule(12)}, f"gives {UP}, a matrix of 12 x 32, the rank 12: give less than 12"),
+        ({"layers/*/kernel": Rule(2), UP: None}, f"'{UP}' applies to no leaf: .* earlier rule"),
+        ({UP: Rule(12)}, f"gives {UP}, a matrix of 12 x 32, the rank 12: choose a rank below 12"),
         ({UP: Rule(lambda shape: 0.5)}, f"returned 0.5 for {UP}, a matrix of 12 x 32"),
     ],
     ids=["unmatched glob", "unmatched expression", "shadowed", "rank", "function"],
@@ -159,7 +159,7 @@ def test_a_rule_with_a_value_out_of_range_is_refused(settings, sentence):
 
 
 def weights_and_basis(grads, numbers=None):
-    """After steps of Adam from zero, whatever the leaf's shape; a refresh at every other one."""
+    """Weights and basis after steps of Adam from zero, with a refresh at every other step."""
     settings = {"refresh": "svd", "weight_dimension_numbers": numbers}
     tx = chain(galore(4, 2, **settings), optax.adam(0.1))
 
@@ -199,13 +199,13 @@ def test_a_leaf_is_trained_as_the_matrices_that_its_dimension_numbers_name(
     np.testing.assert_allclose(weights.transpose(order).reshape(matrices), expected, atol=1e-6)
 
 
-def test_dimension_numbers_reach_leaves_whose_names_would_keep_them_whole():
+def test_dimension_numbers_apply_to_leaves_that_their_names_would_exclude():
     numbers = {"embed": GaLoreDimensionNumbers(0, 1), "layers": None, "lm_head": None}
     assert ranks(numbers=numbers) == {"embed/embedding": 4}
 
 
 def run_galore(tx, params, grads, steps):
-    """What is known of the bases after each update; `grads` from the update's number."""
+    """The bases after each update; `grads` maps the update's number to gradients."""
 
     def step(state, count):
         _, state = tx.update(grads(count), state, params)
@@ -223,11 +223,11 @@ def random_grads(params, count):
 
 
 def refreshes(basis):
-    """Whether each update `(steps, *batch)` refreshed: then the age is 1 after it."""
+    """Whether each update refreshed, `(steps, *batch)`: the age is 1 after a refresh."""
     return np.asarray(basis.age) == 1
 
 
-def test_the_scale_of_a_rule_is_that_of_its_updates():
+def test_the_scale_of_a_rule_applies_to_its_updates():
     params = {"a": jnp.zeros((12, 20)), "b": jnp.zeros((3, 20, 12))}
     grads = random_grads(params, 0)
     plain, ruled = (
@@ -239,7 +239,7 @@ def test_the_scale_of_a_rule_is_that_of_its_updates():
     np.testing.assert_array_equal(ruled["b"], plain["b"])
 
 
-def test_the_gap_and_the_refresh_of_a_rule_are_those_of_its_bases():
+def test_the_gap_and_the_refresh_of_a_rule_apply_to_its_bases():
     params = {"a": jnp.zeros((12, 20)), "b": jnp.zeros((3, 20, 12))}
     rules = {"b": Rule(update_proj_gap=3, refresh="random")}
     grads = lambda count: random_grads(params, count)
@@ -288,7 +288,7 @@ def constant_grads(params):
 
 
 @pytest.mark.parametrize(("max_gap", "bound"), [(None, 8), (6, 2), (1, 1)])
-def test_where_the_subspace_stays_the_gap_doubles_up_to_its_bound(max_gap, bound):
+def test_the_gap_doubles_up_to_its_bound_if_the_subspace_does_not_change(max_gap, bound):
     params = {"a": jnp.zeros((2, 8, 12))}
     steps = 70
     lazy = run_galore(galore(2, max_gap=max_gap, **LAZY), params, constant_grads(params), steps)
@@ -306,13 +306,13 @@ def test_where_the_subspace_stays_the_gap_doubles_up_to_its_bound(max_gap, bound
     np.testing.assert_allclose(lazy["a"].overlap[-1], 1, atol=1e-5)
 
 
-def test_where_the_subspace_moves_the_gap_is_again_the_common_one():
+def test_the_gap_is_reset_if_the_subspace_moves():
     params = {"a": jnp.zeros((2, 8, 12))}
     constant = constant_grads(params)
 
     def grads(count):
         grads = random_grads(params, count)["a"]
-        # The first matrix rests until update T and then moves; the second never rests.
+        # The first matrix is constant until update T and changes from then on, the second always.
         return {"a": grads.at[0].set(jnp.where(count <= GAP, constant(count)["a"][0], grads[0]))}
 
     lazy = run_galore(galore(2, **LAZY), params, grads, 6 * GAP)
@@ -327,7 +327,7 @@ def test_a_lazy_gap_counts_finite_updates_only():
     constant = constant_grads(params)
 
     def grads(count):
-        # Of the first matrix every update with an odd number is not finite.
+        # Every odd update of the first matrix is not finite.
         bad = jnp.where(count % 2, jnp.nan, 1)
         return {"a": constant(count)["a"].at[0].multiply(bad)}
 

@@ -34,14 +34,14 @@ def test_the_splits_share_the_modules_without_tests_and_packages(library):
     assert standard_library_texts("train") == train
 
 
-def test_a_module_stays_in_its_split_when_others_come(library):
+def test_a_module_stays_in_its_split_when_others_are_added(library):
     write_library(library)
     before = standard_library_texts("validation")
     (library / "another.py").write_text("another = True\n")
     assert set(before) <= set(standard_library_texts("validation"))
 
 
-def test_a_python_without_source_is_told_what_to_do(library):
+def test_a_python_without_source_is_refused_with_a_remedy(library):
     with pytest.raises(InputError, match=r"no standard library source in .*prepare_c4"):
         standard_library_texts("train")
 

@@ -10,17 +10,11 @@ import galore_jax
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.state import bases_of, galore_states
-from galore_jax.training.config import Config
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import (
-    init_state,
-    learning_rate_schedule,
-    make_gradients,
-    make_optimizer,
-    make_train_step,
-    tree_bytes,
-    tree_size,
-)
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.schedule import learning_rate_schedule
+from galore_jax.training.state import init_state, tree_bytes, tree_size
+from galore_jax.training.step import make_gradients, make_train_step
 from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 
 CONFIG = Config(
@@ -49,14 +43,19 @@ def changed(config=CONFIG, **sections):
     )
 
 
+@functools.cache
+def compiled_init(config):
+    return jax.jit(lambda: init_state(config))
+
+
 def initial(config):
-    """A state that may be donated."""
-    return jax.jit(lambda: init_state(config))()
+    """A state that may be donated; each configuration is compiled once for all tests."""
+    return compiled_init(config)()
 
 
 @functools.cache
 def gradients(accumulation):
-    """Those of `make_gradients`, of parameters and a batch, compiled once for all tests."""
+    """A compiled function of parameters and batch, shared by all tests."""
     config = changed(training={"accumulation": accumulation})
     tx = make_optimizer(config.optimizer, config.training.steps)
     return jax.jit(lambda params, batch: make_gradients(config, tx)(params, None, batch))
@@ -100,10 +99,10 @@ def test_the_learning_rate_is_positive_in_the_shortest_runs(warmup, steps):
 
 
 def test_micro_batches_change_the_gradient_by_rounding_only(batch, params):
-    whole, measured = gradients(1)(params, batch)
+    full_batch, measured = gradients(1)(params, batch)
     parts, measured_in_parts = gradients(4)(params, batch)
-    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(whole))
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(full_batch))
+    for one, other in zip(jax.tree.leaves(full_batch), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * largest)
     np.testing.assert_allclose(measured_in_parts["loss"], measured["loss"], rtol=1e-5)
     assert measured["targets"] == measured_in_parts["targets"] == 4 * 2 + 3 * 15 + 14
@@ -126,16 +125,16 @@ def test_the_loss_is_the_mean_over_the_targets(batch, params):
 
 def test_a_batch_of_padding_alone_gives_zero_gradients(batch, params):
     batch["segments"][:] = 0
-    found, measured = gradients(1)(params, batch)
+    actual, measured = gradients(1)(params, batch)
     assert measured["targets"] == 0
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(actual))
 
 
 @pytest.mark.parametrize(
     ("name", "rate"),
     [("adamw", 0.01), ("galore_adamw", 0.01), ("galore_adafactor", 0.01), ("galore_lion", 0.003)],
 )
-def test_steps_learn_count_and_take_over_the_state(batch, name, rate):
+def test_steps_learn_count_and_donate_the_state(batch, name, rate):
     config = changed(optimizer={"name": name, "clip_norm": 1.0, "learning_rate": rate})
     step, state = make_train_step(config), initial(config)
     losses = []
@@ -173,12 +172,12 @@ def test_every_setting_of_galore_reaches_it(batch):
         "stagger": True,
     }
     config = changed(optimizer=settings)
-    found = bases(initial(config).opt_state)
-    assert all(basis.projection.rank == 8 for basis in found)
-    assert all(basis.projection.sides == ("left", "right") for basis in found)
-    assert all(basis.moments == "reset" for basis in found)
+    actual = bases(initial(config).opt_state)
+    assert all(basis.projection.rank == 8 for basis in actual)
+    assert all(basis.projection.sides == ("left", "right") for basis in actual)
+    assert all(basis.moments == "reset" for basis in actual)
     # The first gaps of 7 kernels of 2 layers, spread over one gap.
-    assert sorted(int(gap) for basis in found for gap in basis.gap) == list(range(1, 15))
+    assert sorted(int(gap) for basis in actual for gap in basis.gap) == list(range(1, 15))
 
 
 def test_adafactor_without_b1_and_lion_keep_less_than_adamw():
@@ -186,10 +185,10 @@ def test_adafactor_without_b1_and_lion_keep_less_than_adamw():
         config = changed(optimizer=settings)
         return tree_bytes(jax.eval_shape(lambda: init_state(config)).opt_state)
 
-    whole = size(name="galore_adamw")
+    adamw = size(name="galore_adamw")
     averaged = size(name="galore_adafactor")
-    assert size(name="galore_adafactor", b1=0.0) < averaged < whole
-    assert size(name="galore_lion") < whole
+    assert size(name="galore_adafactor", b1=0.0) < averaged < adamw
+    assert size(name="galore_lion") < adamw
 
 
 def with_first_up_proj(tree, factor):
@@ -202,7 +201,7 @@ def with_first_up_proj(tree, factor):
     return jax.tree_util.tree_map_with_path(at_leaf, tree)
 
 
-def test_a_gradient_that_is_not_finite_costs_its_own_matrix_the_step_and_no_other(params):
+def test_a_gradient_that_is_not_finite_skips_only_the_update_of_its_matrix(params):
     tx = make_optimizer(changed(optimizer={"clip_norm": 1.0}).optimizer, steps=10)
     gradients = with_first_up_proj(jax.tree.map(jnp.ones_like, params), jnp.nan)
 
@@ -236,20 +235,20 @@ def squares(tree):
     return sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(tree))
 
 
-def test_diagnostics_are_the_energy_in_the_bases_and_the_weights_relative_step(batch, params):
+def test_diagnostics_are_the_captured_energy_and_the_relative_update(batch, params):
     step = make_train_step(changed(training={"diagnostics": True}))
     state, measured = step(initial(CONFIG), batch)
-    found, _ = gradients(1)(params, batch)
+    actual, _ = gradients(1)(params, batch)
     held = 0.0
     for basis in bases(state.opt_state):
-        projected = found
+        projected = actual
         for name in basis.projection.path:
             projected = projected[name]
         ((side, vectors),) = basis.vectors.items()
         vectors, projected = np.asarray(vectors), np.asarray(projected)
         held += squares(vectors.mT @ projected if side == "left" else projected @ vectors)
     kernels = lambda tree: (tree["layers"]["attention"], tree["layers"]["mlp"])
-    energy = held / squares(kernels(found))
+    energy = held / squares(kernels(actual))
     assert 0.3 < energy < 1
     np.testing.assert_allclose(measured["captured_energy"], energy, rtol=1e-5)
     moved = jax.tree.map(lambda new, old: new - old, kernels(state.params), kernels(params))
@@ -257,7 +256,7 @@ def test_diagnostics_are_the_energy_in_the_bases_and_the_weights_relative_step(b
     np.testing.assert_allclose(measured["update_ratio"], ratio, rtol=1e-5)
 
 
-def test_diagnostics_leave_out_gradients_that_are_not_finite(params):
+def test_diagnostics_ignore_gradients_that_are_not_finite(params):
     opt_state = initial(CONFIG).opt_state
     random = np.random.default_rng(0)
     gradients = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), params)
@@ -295,7 +294,7 @@ def head_after_a_step(step, config, batch):
     return np.asarray(head, np.float32)
 
 
-def test_stochastic_rounding_keeps_on_average_what_the_nearest_loses(batch):
+def test_stochastic_rounding_keeps_on_average_what_rounding_to_nearest_loses(batch):
     config = rounded(stochastic=True)
     before = np.asarray(initial(config).params["lm_head"]["kernel"], np.float32)
     large = np.abs(before) > 0.01
@@ -310,7 +309,7 @@ def test_stochastic_rounding_keeps_on_average_what_the_nearest_loses(batch):
     np.testing.assert_array_equal(head_after_a_step(step, config, batch), after)
 
 
-def test_rounding_to_the_nearest_is_one_switch_away(batch):
+def test_rounding_to_nearest_can_be_chosen(batch):
     config = rounded(stochastic=False)
     before = np.asarray(initial(config).params["lm_head"]["kernel"], np.float32)
     after = head_after_a_step(make_train_step(config), config, batch)

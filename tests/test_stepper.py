@@ -11,7 +11,9 @@ from test_step import changed, initial
 import galore_jax
 from galore_jax.errors import InputError
 from galore_jax.grads.sketch import refresh_due
-from galore_jax.training.step import Stepper, batch_loss, make_optimizer, make_train_step
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.step import batch_loss, make_train_step
+from galore_jax.training.stepper import Stepper
 
 CONFIG = changed(optimizer={"gradients": "projected", "clip_norm": 0.5})
 
@@ -44,15 +46,15 @@ def test_bases_are_refreshed_before_the_steps_that_are_due(batch, accumulation):
         if refresh_due(other.opt_state):
             other = other._replace(opt_state=refresh(other.params, other.opt_state, batch))
             refreshed.append(t)
-        other, wanted = step(other, batch)
+        other, expected = step(other, batch)
         state, measured = stepper(state, batch)
-        assert_equal(measured, wanted)
+        assert_equal(measured, expected)
         assert_equal(state.params, other.params)
     assert refreshed == [0, 3, 6]
     assert measured["loss"] < 4.4 < np.log(97)
 
 
-def test_a_stepper_that_starts_in_the_middle_looks_first(batch):
+def test_a_resumed_stepper_asks_when_the_next_refresh_is_due(batch):
     one, state = Stepper(CONFIG, initial(CONFIG)), initial(CONFIG)
     for _ in range(4):
         state, _ = one(state, batch)
@@ -63,7 +65,7 @@ def test_a_stepper_that_starts_in_the_middle_looks_first(batch):
 
 
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "galore_lion"])
-def test_both_ways_of_gradients_make_the_same_step_and_clip_by_the_same_norm(batch, name):
+def test_full_and_projected_gradients_make_the_same_step_and_clip_by_the_same_norm(batch, name):
     settings = {"name": name, "learning_rate": 0.003, "update_proj_gap": 4}
     config = changed(CONFIG, optimizer=settings)
     full = changed(config, optimizer={"gradients": "full"})
@@ -87,10 +89,10 @@ def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
     full = changed(config, optimizer={"gradients": "full"})
     refresh, state = refresh_of(config), initial(config)
     state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
-    _, wanted = make_train_step(full)(jax.tree.map(jnp.copy, state), batch)
-    _, found = make_train_step(config)(state, batch)
+    _, expected = make_train_step(full)(jax.tree.map(jnp.copy, state), batch)
+    _, actual = make_train_step(config)(state, batch)
     for name in ("captured_energy", "update_ratio"):
-        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -119,26 +121,26 @@ def test_settings_that_need_full_gradients_are_refused(settings, sentence):
     ],
     ids=["projected, clipped", "full", "adamw"],
 )
-def test_a_layerwise_run_is_an_ordinary_one(batch, optimizer):
+def test_a_layerwise_step_equals_an_ordinary_one(batch, optimizer):
     # At this rate rounding does not grow in a few steps.
     config = changed(CONFIG, optimizer={"learning_rate": 1e-4, "warmup_steps": 0, **optimizer})
     other = changed(config, training={"layerwise": True})
     one, two = Stepper(config, initial(config)), Stepper(other, initial(other))
-    state, found = initial(config), initial(other)
+    state, actual = initial(config), initial(other)
     for _ in range(5):
-        (state, wanted), (found, measured) = one(state, batch), two(found, batch)
-        assert_equal(found.params, state.params, atol=1e-5)
+        (state, expected), (actual, measured) = one(state, batch), two(actual, batch)
+        assert_equal(actual.params, state.params, atol=1e-5)
         for name in measured:
-            np.testing.assert_allclose(measured[name], wanted[name], rtol=1e-4)
-    norm = "coordinates_norm" if config.optimizer.are_projected else "gradient_norm"
+            np.testing.assert_allclose(measured[name], expected[name], rtol=1e-4)
+    norm = "coordinates_norm" if config.optimizer.has_projected_gradients else "gradient_norm"
     assert {"loss", "targets", "learning_rate", norm} <= set(measured)
 
 
 @pytest.mark.parametrize(
     ("section", "settings", "sentence"),
     [
-        ("training", {"accumulation": 2}, "is done with a layer's gradient before the next micro"),
-        ("training", {"diagnostics": True}, "compares whole gradients, which training.layerwise"),
+        ("training", {"accumulation": 2}, "discards a layer's gradient before the next micro"),
+        ("training", {"diagnostics": True}, "compares full gradients, which training.layerwise"),
         (
             "optimizer",
             {"refresh": "random"},
@@ -155,7 +157,7 @@ def test_what_a_layerwise_run_cannot_do_is_refused_in_a_sentence(section, settin
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_kernels_for_a_gpu_are_refused_where_there_is_none():
+def test_the_implementation_for_a_gpu_is_refused_without_one():
     config = changed(CONFIG, optimizer={"implementation": "pallas"})
     with pytest.raises(
         InputError, match=r'optimizer.implementation = "pallas" needs an NVIDIA GPU'

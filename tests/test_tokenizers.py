@@ -93,7 +93,7 @@ def test_a_missing_tokenizer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json", "vocabulary.txt"])
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path, name):
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path, name):
     path = tmp_path / name
     path.write_text("{}")
     with pytest.raises(InputError, match=f"{name} is not a"):

@@ -1,4 +1,4 @@
-"""Whole runs through scripts/train.py: killed, interrupted, refused, and going on bit for bit."""
+"""Complete runs of scripts/train.py: killed, interrupted, refused, and resumed bit for bit."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from galore_jax.errors import InputError
 from galore_jax.training import loop
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.lock import locked
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +95,7 @@ def uninterrupted(place):
 
 
 @pytest.mark.slow
-def test_a_run_leaves_its_configuration_metrics_summary_and_picture(uninterrupted):
+def test_a_run_writes_its_configuration_metrics_summary_and_picture(uninterrupted):
     finished, folder = uninterrupted
     read = lines(folder)
     assert [line["step"] for line in read if "loss" in line] == list(range(STEPS))
@@ -114,7 +114,7 @@ def test_a_run_leaves_its_configuration_metrics_summary_and_picture(uninterrupte
 
 
 def kill_between(process, checkpoints):
-    """After step 25 is logged: checkpoints 10 and 20 lie there."""
+    """After step 25 is logged: checkpoints 10 and 20 exist."""
     metrics = checkpoints.parent / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 27:
         time.sleep(0.002)
@@ -159,7 +159,7 @@ def kill_before_the_first(process, checkpoints):
 @pytest.mark.parametrize(
     "kill", [kill_between, kill_during, kill_right_after, kill_before_the_first]
 )
-def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(place, uninterrupted, kill):
+def test_a_killed_run_resumes_and_equals_an_uninterrupted_one(place, uninterrupted, kill):
     _, expected = uninterrupted
     name = kill.__name__
     process = subprocess.Popen(
@@ -179,7 +179,7 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(place, uninterrupt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_saves_and_prints_the_command_to_go_on(place, uninterrupted, number):
+def test_an_interrupted_run_saves_and_prints_how_to_resume(place, uninterrupted, number):
     _, expected = uninterrupted
     name = f"interrupted by {number.name}"
     process = subprocess.Popen(
@@ -193,13 +193,13 @@ def test_an_interrupted_run_saves_and_prints_the_command_to_go_on(place, uninter
     while not metrics.exists() or metrics.read_text().count("\n") < 13:
         time.sleep(0.002)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in told
-    assert "all saved. Go on with" in told
+    assert "Traceback" not in errors
+    assert "all saved. Resume with" in errors
     done = len([line for line in lines(place / name) if "loss" in line])
     assert (place / name / "checkpoints" / str(done)).exists()
-    finished = finish(place, shlex.split(told.strip().splitlines()[-1]))
+    finished = finish(place, shlex.split(errors.strip().splitlines()[-1]))
     assert finished.returncode == 0, finished.stderr
     assert f"resumed at step {done}" in finished.stderr
     assert lines(place / name) == lines(expected)
@@ -223,13 +223,13 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     while "numpy" not in maps.read_text() and time.monotonic() < until:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode in (-signal.SIGINT, 130)
-    assert told == ""
+    assert errors == ""
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, uninterrupted):
+def test_a_full_disk_ends_in_a_sentence_and_the_run_resumes(place, uninterrupted):
     _, expected = uninterrupted
     disk = place / "disk"
     disk.mkdir()
@@ -243,8 +243,8 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, u
         full = finish(place, command(place, "disk/run"))
         assert full.returncode == 2
         assert "Traceback" not in full.stderr
-        told = full.stderr.strip().splitlines()[-1]
-        assert told.startswith("error: the disk is full while writing")
+        message = full.stderr.strip().splitlines()[-1]
+        assert message.startswith("error: the disk is full while writing")
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         finished = finish(place, command(place, "disk/run", "--resume"))
         assert finished.returncode == 0, finished.stderr
@@ -254,7 +254,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on_from_before(place, u
 
 
 @pytest.fixture
-def told(place, capfd, monkeypatch):
+def error_of(place, capfd, monkeypatch):
     """Runs the script in this process and returns the one line that it prints."""
     handler = signal.getsignal(signal.SIGINT)
 
@@ -272,28 +272,28 @@ def told(place, capfd, monkeypatch):
     signal.signal(signal.SIGINT, handler)
 
 
-def test_bad_input_is_told_in_one_sentence(told, place):
-    assert "optimizer.rnak is unknown; did you mean rank?" in told("optimizer.rnak=3")
-    assert "there is no tokenizer at nowhere.model" in told("data.tokenizer=nowhere.model")
-    assert "has 258 tokens, more than model.vocab_size, 100" in told("model.vocab_size=100")
-    assert "nothing to resume" in told("--resume")
+def test_bad_input_ends_in_one_sentence(error_of, place):
+    assert "optimizer.rnak is unknown; did you mean rank?" in error_of("optimizer.rnak=3")
+    assert "there is no tokenizer at nowhere.model" in error_of("data.tokenizer=nowhere.model")
+    assert "has 258 tokens, more than model.vocab_size, 100" in error_of("model.vocab_size=100")
+    assert "nothing to resume" in error_of("--resume")
     assert not (place / "refused").exists()
 
 
-def test_a_folder_that_is_a_file_is_told(told, place):
+def test_a_folder_that_is_a_file_is_refused(error_of, place):
     (place / "a file").write_text("")
-    assert "cannot be made" in told(name="a file/run")
+    assert "cannot be created" in error_of(name="a file/run")
 
 
-def test_a_folder_whose_name_cannot_be_is_told(told, place):
+def test_a_folder_with_an_impossible_name_is_refused(error_of, place):
     (place / "loop").symlink_to(place / "loop")
     for name in ("x" * 300, "/".join(["deep"] * 1500), "loop/run"):
-        refused = told(name=name)
+        refused = error_of(name=name)
         assert "training.folder = " in refused
-        assert "cannot be made or written to (" in refused
+        assert "cannot be created or written to (" in refused
 
 
-def test_a_folder_on_a_read_only_disk_is_told(told, place):
+def test_a_folder_on_a_read_only_disk_is_refused(error_of, place):
     disk = place / "read-only"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
@@ -302,16 +302,16 @@ def test_a_folder_on_a_read_only_disk_is_told(told, place):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("mounting a file system needs root")
     try:
-        assert "(Read-only file system): name another." in told(name="read-only/run")
+        assert "(Read-only file system): name another folder." in error_of(name="read-only/run")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_run_is_not_joined_by_a_second_process(told, place):
+def test_a_second_process_in_the_folder_is_refused(error_of, place):
     folder = place / "at work"
     folder.mkdir()
     with locked(folder / "lock"):
-        refused = told(name="at work")
+        refused = error_of(name="at work")
         assert f"process {os.getpid()} on " in refused
         assert f"is training in {folder} since" in refused
         assert [path.name for path in folder.iterdir()] == ["lock"]
@@ -320,7 +320,7 @@ def test_a_run_is_not_joined_by_a_second_process(told, place):
 @pytest.mark.parametrize(
     "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
 )
-def test_too_little_memory_is_told_with_what_lowers_the_need(place, monkeypatch, error):
+def test_too_little_memory_ends_with_the_settings_that_need_less(place, monkeypatch, error):
     def fail(folder, keep):
         raise error
 
@@ -331,19 +331,19 @@ def test_too_little_memory_is_told_with_what_lowers_the_need(place, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_second_start_into_a_run_is_refused(told, uninterrupted):
-    assert "already holds a run: go on with it by --resume" in told(name="uninterrupted")
+def test_a_second_start_into_a_run_is_refused(error_of, uninterrupted):
+    assert "already holds a run: continue it with --resume" in error_of(name="uninterrupted")
 
 
 @pytest.mark.slow
-def test_checkpoints_without_metrics_are_a_run_too(told, uninterrupted):
+def test_checkpoints_without_metrics_are_a_run_too(error_of, uninterrupted):
     _, folder = uninterrupted
     aside = [folder / "metrics.jsonl", folder / "summary.json"]
     for path in aside:
         path.rename(path.with_suffix(".aside"))
     try:
-        assert "already holds a run" in told(name="uninterrupted")
-        refused = told("--resume", name="uninterrupted")
+        assert "already holds a run" in error_of(name="uninterrupted")
+        refused = error_of("--resume", name="uninterrupted")
         assert "has its last checkpoint but no metrics.jsonl" in refused
     finally:
         for path in aside:
@@ -351,19 +351,19 @@ def test_checkpoints_without_metrics_are_a_run_too(told, uninterrupted):
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_not_resumed(told, uninterrupted):
-    assert "is finished, there is nothing to resume" in told("--resume", name="uninterrupted")
+def test_a_finished_run_is_not_resumed(error_of, uninterrupted):
+    assert "is finished, there is nothing to resume" in error_of("--resume", name="uninterrupted")
 
 
 @pytest.mark.slow
-def test_only_what_changes_no_result_may_change_on_resume(told, place, uninterrupted):
-    """Refusals come before the summary is looked at, so a finished run serves after losing it."""
+def test_only_settings_that_change_no_result_may_change_on_resume(error_of, place, uninterrupted):
+    """The check does not depend on a summary, so a finished run without one serves."""
     _, folder = uninterrupted
     (folder / "summary.json").rename(folder / "aside.json")
     try:
-        refused = told("--resume", "model.hidden_size=32", name="uninterrupted")
+        refused = error_of("--resume", "model.hidden_size=32", name="uninterrupted")
         assert "another model: model.hidden_size is 24 there and 32 here" in refused
-        refused = told("--resume", "optimizer.learning_rate=0.1", name="uninterrupted")
+        refused = error_of("--resume", "optimizer.learning_rate=0.1", name="uninterrupted")
         assert "other optimizer settings: optimizer.learning_rate is 0.01" in refused
         resumed = finish(place, command(place, "uninterrupted", "--resume", "training.log_every=5"))
         assert resumed.returncode == 0, resumed.stderr

@@ -1,13 +1,7 @@
 """Text, tokens and batches."""
 
-from galore_jax.errors import require_extra
+from galore_jax.errors import check_installed
 
-require_extra(
-    "train",
-    "array_record",
-    "grain",
-    "sentencepiece",
-    "tensorflow_datasets",
-    "tokenizers",
-    "tqdm",
+check_installed(
+    "grain", "sentencepiece", "tokenizers", "tensorflow_datasets", "array_record", "tqdm"
 )

@@ -12,10 +12,10 @@ from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer
 from galore_jax.errors import InputError
 
-_WINDOW_TOKENS = 2**20  # packed rows are shuffled among about as many tokens
-_READING = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
-_BATCHES_AHEAD = 8  # hides the reading of a window
-_DOCUMENTS_TRIED = 10_000
+_WINDOW_TOKENS = 2**20  # packed rows are shuffled within windows of about this many tokens
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
+_PREFETCHED_BATCHES = 8  # hides the time to read a window
+_DOCUMENTS_SAMPLED = 10_000
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,17 @@ class DataConfig:
     """Where the text comes from and how it becomes batches.
 
     Attributes:
-        source: "python", the text of the standard library; or a folder made by prepare_c4.py.
+        source: "python", the source text of the standard library; or a folder made by
+            prepare_c4.py.
         tokenizer: "bytes", or the path of a SentencePiece `.model` or a `tokenizer.json`.
-        rows: "packed", documents end to end without padding; or "documents", the reference's: one
-            document a row, truncated or padded, with an eos.
-        sequence_length: tokens a row.
-        batch_size: rows a step, over all processes.
-        seed: of the shuffle.
+        rows: "packed", documents end to end without padding; or "documents", one per row, truncated
+            or padded, with an eos token, as in the reference implementation.
+        sequence_length: tokens per row.
+        batch_size: rows per step, over all processes.
+        seed: random seed of the shuffle, from 0 to 2³² - 1.
+
+    Raises:
+        InputError: a value out of range.
     """
 
     source: str = "python"
@@ -44,16 +48,16 @@ class DataConfig:
             raise InputError(f'data.rows is "{self.rows}": choose "packed" or "documents".')
         if self.sequence_length < 2:
             raise InputError(
-                f"data.sequence_length is {self.sequence_length}: at least 2 is needed."
+                f"data.sequence_length is {self.sequence_length}: it must be at least 2."
             )
         if self.batch_size < 1:
-            raise InputError(f"data.batch_size is {self.batch_size}: at least 1 is needed.")
+            raise InputError(f"data.batch_size is {self.batch_size}: it must be at least 1.")
         if not 0 <= self.seed < 2**32:
-            raise InputError(f"data.seed is {self.seed}: it should lie in 0 … 2**32 - 1.")
+            raise InputError(f"data.seed is {self.seed}: it must be between 0 and {2**32 - 1}.")
 
 
 def documents(config: DataConfig, split: str) -> Sequence[str]:
-    """The texts of `split`, "train" or "validation", by index.
+    """The documents of `split`, "train" or "validation", by index.
 
     Raises:
         InputError: `config.source` is neither "python" nor a folder made by prepare_c4.py.
@@ -70,25 +74,25 @@ def train_batches(
 ) -> grain.DatasetIterator[Rows]:
     """Endless batches of the training split.
 
-    Every epoch has its own order, drawn from `config.seed`; a process sees every
+    Each epoch has a different order, drawn from `config.seed`; a process reads every
     `process_count`-th document. The iterator resumes exactly: `get_state` returns a few numbers
-    that JSON can hold, `set_state` on a new iterator of the same arguments continues with the
-    next batch.
+    that JSON can hold, and `set_state` on a new iterator with the same arguments continues with
+    the next batch.
 
     Args:
-        config: what to read and how.
+        config: what to read, and how to batch it.
         tokenizer: from `load_tokenizer(config.tokenizer)`.
-        process_index: this process, from 0.
-        process_count: processes that share the batch.
+        process_index: index of this process, from 0.
+        process_count: number of processes that share the batch.
 
     Returns:
         An iterator over {"tokens", "segments", "positions"}, int32 of shape
-        (batch_size / process_count, sequence_length). Segments count the documents of a row from
+        (batch_size / process_count, sequence_length). Segments number the documents of a row from
         1, 0 is padding; positions restart with each document.
 
     Raises:
-        InputError: the source is unusable, too small or almost without text, or the batch does not
-            divide.
+        InputError: the source is unusable, too small or almost without text, or the batch size is
+            not a multiple of the number of processes.
     """
     rows_per_process = _rows_per_process(config, process_count)
     texts = documents(config, "train")
@@ -98,38 +102,40 @@ def train_batches(
             f"{process_count} processes."
         )
     _check_text(config, texts, "train")
-    own = grain.MapDataset.source(texts)[process_index::process_count]
-    endless = own.seed(config.seed).shuffle().repeat()
+    shard = grain.MapDataset.source(texts)[process_index::process_count]
+    endless = shard.seed(config.seed).shuffle().repeat()
     window = max(1, _WINDOW_TOKENS // config.sequence_length)
     batches = _rows(endless, config, tokenizer, window, config.seed).batch(rows_per_process)
     return iter(
-        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
+        grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=_PREFETCHED_BATCHES
+        )
     )
 
 
 def validation_batches(
     config: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
 ) -> Iterable[Rows]:
-    """The whole validation split once, in its own order, each time it is iterated over.
+    """The complete validation split in order, once per iteration.
 
-    All processes go through the split together: batch i of every process is its part of the rows
-    of the global batch i, so they take the same number of steps and the union does not depend on
-    how many there are. The last batch is filled with rows of padding.
+    Batch i of each process holds its part of the rows of the global batch i, so all processes take
+    the same number of steps, and the union of their rows does not depend on how many there are.
+    The last batch is filled up with rows of padding.
 
-    Args, element type and errors are those of `train_batches`.
+    Arguments, element type and errors are those of `train_batches`.
     """
     rows_per_process = _rows_per_process(config, process_count)
     texts = documents(config, "validation")
     _check_text(config, texts, "validation")
-    own = slice(process_index * rows_per_process, (process_index + 1) * rows_per_process)
+    rows_here = slice(process_index * rows_per_process, (process_index + 1) * rows_per_process)
 
-    def part_of_whole_batch(rows: Sequence[Rows]) -> Rows:
+    def part_of_global_batch(rows: Sequence[Rows]) -> Rows:
         batch = grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
-        return {name: values[own] for name, values in batch.items()}
+        return {name: values[rows_here] for name, values in batch.items()}
 
     in_order = grain.MapDataset.source(texts)
     rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)
-    return rows.batch(config.batch_size, batch_fn=part_of_whole_batch)
+    return rows.batch(config.batch_size, batch_fn=part_of_global_batch)
 
 
 def _rows(
@@ -151,33 +157,33 @@ def _rows(
         return {name: values[0] for name, values in pack([tokens], length, pad_id).items()}
 
     if config.rows == "documents":
-        return texts.map(row_of_document).to_iter_dataset(_READING)
-    tokenised = texts.map(with_eos).to_iter_dataset(_READING)
+        return texts.map(row_of_document).to_iter_dataset(_READ_OPTIONS)
+    tokenised = texts.map(with_eos).to_iter_dataset(_READ_OPTIONS)
     return PackedRows(tokenised, length, pad_id, window, seed)
 
 
 def _check_text(config: DataConfig, texts: Sequence[str], split: str) -> None:
-    """Refuses documents of less than a letter on average, by a random sample of the split.
+    """Raises an `InputError` if a random sample of documents has less than one letter on average.
 
-    They are rows without a target, and where rows are packed, hours of reading for one window.
+    Such documents are rows without targets, and packed rows would take hours to fill a window.
     """
-    tried = min(len(texts), _DOCUMENTS_TRIED)
+    sampled = min(len(texts), _DOCUMENTS_SAMPLED)
     letters = 0
-    for index in random.Random(0).sample(range(len(texts)), tried):
+    for index in random.Random(0).sample(range(len(texts)), sampled):
         letters += len(texts[index].strip())
-        if letters >= tried:
+        if letters >= sampled:
             return
     raise InputError(
         f"almost all documents in the {split} split of data.source = {config.source!r} are empty "
-        f"({letters:,} letters in {tried:,} documents): choose another source, or prepare it again "
-        "from files with text."
+        f"({letters:,} letters in {sampled:,} documents): choose another source, or prepare it "
+        "again from files with text."
     )
 
 
 def _rows_per_process(config: DataConfig, process_count: int) -> int:
     if config.batch_size % process_count:
         raise InputError(
-            f"data.batch_size is {config.batch_size}: it should be a multiple of the "
-            f"{process_count} processes."
+            f"data.batch_size is {config.batch_size}: it must be a multiple of the number of "
+            f"processes, {process_count}."
         )
     return config.batch_size // process_count

@@ -1,7 +1,7 @@
-"""C4 as TFDS keeps it: prepared shard by shard from allenai/c4 `*.json.gz` files, and opened.
+"""C4 as a TFDS dataset: converted shard by shard from allenai/c4 `*.json.gz` files, and opened.
 
-The prepared folder is `DATA_DIR/c4/en/3.1.0` with one array_record shard per input file; TFDS's own
-metadata is written last, so a folder without it is a preparation that has not finished.
+The folder is `DATA_DIR/c4/en/3.1.0`, with one array_record shard per input file. The metadata of
+TFDS is written last, so a folder without it has not been completed.
 """
 
 import bisect
@@ -31,32 +31,31 @@ from tqdm import tqdm
 from galore_jax.errors import InputError
 from galore_jax.files import UNFINISHED, atomic_write
 
-# Their classes are made at import, where no type checker sees them.
+# Their classes are created at import, which type checkers cannot see.
 _example_pb2: Any = tf_example_pb2
 _feature_pb2: Any = tf_feature_pb2
 
 _NAME = "c4/en"
 _VERSION = "3.1.0"
 _SPLITS = ("train", "validation")
-_METADATA = "dataset_info.json"  # TFDS's; written last, it marks a finished folder
-_INPUTS = "inputs.json"  # which input file each shard comes from
+_METADATA = "dataset_info.json"  # of TFDS; written last, it marks a complete folder
+_INPUTS = "inputs.json"  # the input file of each shard
 _LINES_PER_REPORT = 200
 
 
 def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
-    """Turns the json.gz files of allenai/c4 into a TFDS `c4/en` dataset of array_record shards.
+    """Converts the json.gz files of allenai/c4 to a TFDS `c4/en` dataset of array_record shards.
 
-    Shards that an earlier, interrupted call finished are kept as they are. Running it on a finished
-    folder changes nothing.
+    Shards completed by an earlier, interrupted call are kept. A complete folder is left unchanged.
 
     Args:
         folder: holds `c4-train.*.json.gz` and `c4-validation.*.json.gz`, directly or in `en/`.
         data_dir: TFDS data folder; the dataset goes to `data_dir/c4/en/3.1.0`.
-        workers: processes that convert shards at the same time.
+        workers: number of processes that convert shards in parallel.
 
     Raises:
-        InputError: no such files, a broken one (named, with its line), or an output folder that
-            belongs to other input.
+        InputError: there are no such files, one is damaged (the message names it and the line), or
+            the output folder was made from other files.
         OSError: the disk is full.
     """
     inputs = {split: _input_files(folder, split) for split in _SPLITS}
@@ -73,10 +72,10 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
     for leftover in target.glob(f"*{UNFINISHED}"):
         leftover.unlink()
     _claim(target, {shard.name: file.name for shard, file in sources.items()})
-    unmade = {shard: file for shard, file in sources.items() if not shard.exists()}
-    if unmade:
+    missing = {shard: file for shard, file in sources.items() if not shard.exists()}
+    if missing:
         (target / _METADATA).unlink(missing_ok=True)
-        _convert(unmade, workers)
+        _convert(missing, workers)
     if not (target / _METADATA).exists():
         _write_metadata(target, data_dir)
 
@@ -85,13 +84,13 @@ def open_c4(data_dir: str, split: str) -> "C4Documents":
     """Opens a split of the dataset that `prepare_c4` wrote to `data_dir`.
 
     Raises:
-        InputError: `data_dir` holds no finished `c4/en`, or one of its shards is missing.
+        InputError: `data_dir` holds no complete `c4/en`, or one of its shards is missing.
     """
     folder = Path(data_dir, _NAME, _VERSION)
     if not (folder / _METADATA).exists():
         if (folder / _INPUTS).exists():
             raise InputError(
-                f"{data_dir} is only half prepared: run scripts/prepare_c4.py again to finish it."
+                f"{data_dir} is only partly prepared: run scripts/prepare_c4.py again to finish it."
             )
         raise InputError(
             f"{data_dir} is not a folder made by scripts/prepare_c4.py (it holds no "
@@ -99,7 +98,7 @@ def open_c4(data_dir: str, split: str) -> "C4Documents":
         )
     try:
         source = tfds.data_source(_NAME, data_dir=data_dir, split=split, download=False)
-    except Exception as error:  # whatever TFDS's parsers raise about its metadata
+    except Exception as error:  # TFDS's parsers raise all kinds of exceptions.
         raise InputError(
             f"{folder} cannot be read as an array_record dataset with a {split} split: "
             "make it again with scripts/prepare_c4.py."
@@ -108,10 +107,10 @@ def open_c4(data_dir: str, split: str) -> "C4Documents":
 
 
 class C4Documents(Sequence[str]):
-    """The texts of one split, by index."""
+    """The documents of one split, by index."""
 
     def __init__(self, source: Any, split: str):
-        """Wraps a TFDS data source, after checking that all of its shards are there."""
+        """Wraps a TFDS data source after checking that all of its shards exist."""
         self._source = source
         info = source.dataset_info.splits[split]
         self._shards = [os.fspath(path) for path in info.filepaths]
@@ -124,10 +123,10 @@ class C4Documents(Sequence[str]):
         return len(self._source)
 
     def __getitem__(self, index: Any) -> str:
-        """Text of document `index`.
+        """The text of document `index`.
 
         Raises:
-            InputError: the shard that holds it is corrupt.
+            InputError: its shard is corrupt.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -154,14 +153,14 @@ def _input_files(folder: str, split: str) -> list[Path]:
 
 
 def _claim(target: Path, inputs: Mapping[str, str]) -> None:
-    """Notes in `target` which input makes which shard, or refuses a folder of other input."""
-    note = target / _INPUTS
-    if note.exists():
+    """Records in `target` the input of each shard; raises if it was made from other files."""
+    record = target / _INPUTS
+    if record.exists():
         try:
-            noted = json.loads(note.read_bytes())
+            recorded = json.loads(record.read_bytes())
         except ValueError as error:
-            raise InputError(f"{note} is damaged: delete {target} and start again.") from error
-        if noted != inputs:
+            raise InputError(f"{record} is damaged: delete {target} and start again.") from error
+        if recorded != inputs:
             raise InputError(
                 f"{target} was made from other input files than these: "
                 "choose another --out, or delete it."
@@ -171,12 +170,12 @@ def _claim(target: Path, inputs: Mapping[str, str]) -> None:
             f"{target} holds files that are not from prepare_c4: choose another --out."
         )
     else:
-        with atomic_write(note) as unfinished:
+        with atomic_write(record) as unfinished:
             unfinished.write_text(json.dumps(inputs, indent=1))
 
 
 def _convert(sources: Mapping[Path, Path], workers: int) -> None:
-    """Writes the shards (keys) from their input files (values), several at a time."""
+    """Writes the shards (keys) from their input files (values), several in parallel."""
     processes = multiprocessing.get_context("spawn")
     bytes_read, stop = processes.Value("q", 0), processes.Event()
     pool = ProcessPoolExecutor(
@@ -203,8 +202,9 @@ def _convert(sources: Mapping[Path, Path], workers: int) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-_bytes_read: Any = None  # in worker processes, the counter shared by all
-_stop: Any = None  # in worker processes, the event that ends them early
+# In worker processes: the shared counter of bytes, and the event that ends them early.
+_bytes_read: Any = None
+_stop: Any = None
 
 
 def _start_worker(bytes_read: Any, stop: Any) -> None:
@@ -215,7 +215,7 @@ def _start_worker(bytes_read: Any, stop: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent must not leave workers that write beside its successor."""
+    """Ends this worker with its parent, whose successor writes to the same folder."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -242,7 +242,9 @@ def _write_shard(file: Path, shard: Path) -> None:
                     writer.close()
                 raise
             writer.close()
-        except RuntimeError as error:  # all that array_record says about a failed write
+        except (
+            RuntimeError
+        ) as error:  # The only exception that array_record has for a failed write.
             if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(shard)) from error
             raise InputError(f"{shard} cannot be written: {error}.") from error
@@ -252,11 +254,11 @@ def read_examples(file: Path, report: Callable[[int], None]) -> Iterator[dict[st
     """Yields the documents of an allenai/c4 json.gz file as examples of the TFDS features.
 
     Args:
-        file: a line of JSON for each document.
-        report: is told, now and then, how many more compressed bytes have been read.
+        file: one line of JSON per document.
+        report: called from time to time with the number of compressed bytes read since.
 
     Raises:
-        InputError: the file is empty, cut short, corrupt or has a line that is no C4 document.
+        InputError: the file is empty, truncated or corrupt, or a line is not a C4 document.
     """
     number = reported = 0
     with open(file, "rb") as compressed, gzip.open(compressed) as lines:
@@ -273,11 +275,11 @@ def read_examples(file: Path, report: Callable[[int], None]) -> Iterator[dict[st
                     reported = compressed.tell()
         except EOFError as error:
             raise InputError(
-                f"{file} is cut short in line {number + 1}: download it again."
+                f"{file} is truncated in line {number + 1}: download it again."
             ) from error
         except (gzip.BadGzipFile, zlib.error) as error:
             raise InputError(
-                f"{file} is not intact gzip at line {number + 1}: download it again."
+                f"{file} is corrupt gzip at line {number + 1}: download it again."
             ) from error
         report(compressed.tell() - reported)
     if number == 0:
@@ -285,7 +287,7 @@ def read_examples(file: Path, report: Callable[[int], None]) -> Iterator[dict[st
 
 
 def _example(line: bytes) -> dict[str, bytes]:
-    """The TFDS example of a line; raises ValueError for a line that is not a C4 document."""
+    """The TFDS example of a line; a ValueError if the line is not a C4 document."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -297,15 +299,15 @@ def _example(line: bytes) -> dict[str, bytes]:
     values = {field: document.get(field) or "" for field in fields}
     for field, value in values.items():
         if not isinstance(value, str):
-            raise ValueError(f'a "{field}" that is no text')
+            raise ValueError(f'a "{field}" that is not text')
     try:
         return {field: value.encode() for field, value in values.items()}
     except UnicodeEncodeError as error:
-        raise ValueError("half a character, which has no UTF-8") from error
+        raise ValueError("an unpaired surrogate, which UTF-8 cannot encode") from error
 
 
 def _serialized(example: Mapping[str, bytes]) -> bytes:
-    """The tf.train.Example that TFDS would make, but with its fields always in the same order."""
+    """The tf.train.Example that TFDS would write, with its fields in a fixed order."""
     features = {
         name: _feature_pb2.Feature(bytes_list=_feature_pb2.BytesList(value=[value]))
         for name, value in example.items()
@@ -315,7 +317,7 @@ def _serialized(example: Mapping[str, bytes]) -> bytes:
 
 
 def _write_metadata(target: Path, data_dir: str) -> None:
-    """Writes what TFDS needs to read the shards; last comes the mark of a finished folder."""
+    """Writes what TFDS needs to read the shards; the file that marks a complete folder is last."""
     info = tfds.builder(_NAME, data_dir=data_dir, file_format="array_record").info
     splits = []
     for split in _SPLITS:

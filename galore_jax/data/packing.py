@@ -1,4 +1,4 @@
-"""Packed rows: documents one after another, cut into rows without padding."""
+"""Packed rows: concatenated documents, cut into rows without padding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,15 @@ Rows = dict[str, np.ndarray]
 
 
 def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
-    """Lays `pieces` end to end and cuts them into rows; only the last row may need padding.
+    """Concatenates `pieces` and cuts them into rows; only the last row may need padding.
 
     Args:
         pieces: token ids of documents, or of parts of them, each of shape (n,), n > 0.
-        length: tokens a row.
-        pad_id: id after the end of the last piece.
+        length: tokens per row.
+        pad_id: token id that fills the last row.
 
     Returns:
-        "tokens", "segments" and "positions", int32 of shape (rows, length). Segments count the
+        "tokens", "segments" and "positions", int32 of shape (rows, length). Segments number the
         pieces of a row from 1, 0 is padding; positions count from 0 in each piece of a row.
 
     >>> rows = pack([np.array([7, 8, 9]), np.array([5, 6])], length=4, pad_id=0)
@@ -29,27 +29,27 @@ def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
     count = -(-ends[-1] // length)
     tokens = np.full(count * length, pad_id, np.int32)
     tokens[: ends[-1]] = np.concatenate(pieces)
-    used = np.arange(count * length).reshape(count, length) < ends[-1]
-    begins = np.zeros(count * length, bool)
-    begins[ends[:-1]] = True
-    begins = begins.reshape(count, length)
-    begins[:, 0] = True
+    is_token = np.arange(count * length).reshape(count, length) < ends[-1]
+    starts = np.zeros(count * length, bool)
+    starts[ends[:-1]] = True
+    starts = starts.reshape(count, length)
+    starts[:, 0] = True
     columns = np.arange(length)
-    positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
     return {
         "tokens": tokens.reshape(count, length),
-        "segments": np.where(used, np.cumsum(begins, axis=1), 0).astype(np.int32),
-        "positions": np.where(used, positions, 0).astype(np.int32),
+        "segments": np.where(is_token, np.cumsum(starts, axis=1), 0).astype(np.int32),
+        "positions": np.where(is_token, positions, 0).astype(np.int32),
     }
 
 
 class PackedRows(grain.IterDataset[Rows]):
     """Rows of shape (length,) packed from a stream of documents, window by window.
 
-    A document that does not fit into the rest of a row goes on in the next row, as a segment of its
-    own. The rows of a window leave it in random order, so that one long document does not fill a
-    batch. Its state is a few numbers, whatever the window: a restored iterator reads the current
-    window again.
+    A document that does not fit into the rest of a row continues in the next row, as a separate
+    segment. The rows of a window are shuffled, so that one long document does not fill a batch. The
+    iterator's state is a few numbers whatever the size of the window: a restored iterator reads the
+    current window again.
     """
 
     def __init__(
@@ -64,10 +64,10 @@ class PackedRows(grain.IterDataset[Rows]):
 
         Args:
             documents: arrays of token ids, int32 of shape (n,), n > 0.
-            length: tokens a row.
-            pad_id: fills the very last row where `documents` end.
-            window: rows packed at a time.
-            seed: of the order of rows inside a window; None keeps them in place.
+            length: tokens per row.
+            pad_id: token id that fills the last row if `documents` end.
+            window: number of rows packed at a time.
+            seed: random seed of the shuffle within a window; None does not shuffle.
         """
         super().__init__(documents)
         self._settings = (length, pad_id, window, seed)
@@ -97,8 +97,8 @@ class _PackedRowsIterator(grain.DatasetIterator[Rows]):
         self._seed = seed
         self._start = {"documents": documents.get_state(), "offset": 0, "window": 0}
         self._row = 0
-        self._rows: Rows | None = None  # None: the window that begins at _start is not read yet
-        self._end: dict[str, Any] = {}  # where the next window begins
+        self._rows: Rows | None = None  # None: the window that starts at _start is not read yet
+        self._end: dict[str, Any] = {}  # where the next window starts
 
     def __next__(self) -> Rows:
         if self._rows is None:
@@ -112,7 +112,7 @@ class _PackedRowsIterator(grain.DatasetIterator[Rows]):
         return row
 
     def _read_window(self, start: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
-        """Packs documents, which stand at `start`, and returns where the next window begins."""
+        """Packs the documents from `start` on; also returns where the next window starts."""
         pieces = []
         room = self._window * self._length
         offset = start["offset"]
@@ -127,7 +127,7 @@ class _PackedRowsIterator(grain.DatasetIterator[Rows]):
             offset += len(piece)
             if offset == len(document):
                 offset = 0
-            else:  # only where room is used up: the next window reads this document again
+            else:  # The window is full; the next one reads this document again.
                 self._documents.set_state(before)
         if not pieces:
             raise StopIteration
@@ -138,7 +138,7 @@ class _PackedRowsIterator(grain.DatasetIterator[Rows]):
         }
         rows = pack(pieces, self._length, self._pad_id)
         if self._seed is not None:
-            # RandomState draws the same numbers in every version of numpy.
+            # RandomState draws the same numbers in every version of NumPy.
             random = np.random.RandomState([self._seed, start["window"]])
             order = random.permutation(len(rows["tokens"]))
             rows = {name: values[order] for name, values in rows.items()}

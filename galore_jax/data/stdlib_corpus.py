@@ -7,22 +7,22 @@ from pathlib import Path
 
 from galore_jax.errors import InputError
 
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_VALIDATION_SHARE = 20  # one file in twenty, by the hash of its name
+_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_VALIDATION_INTERVAL = 20  # one file in twenty, by the hash of its path
 
 
 def standard_library_texts(split: str) -> list[str]:
-    """Texts of the standard library's modules, one a file, ordered by path.
+    """The source of the standard library's modules, one text per file, ordered by path.
 
-    A file belongs to the validation split or to the training split by a hash of its path inside
-    the library, so the split is the same on every machine. Tests and installed packages are left
-    out; files that cannot be read as UTF-8 are skipped.
+    A hash of a file's path within the library decides whether it belongs to the training or the
+    validation split, so the split is the same on every machine. Tests and installed packages are
+    excluded; files that are not UTF-8 are skipped.
 
     Args:
         split: "train" or "validation".
 
     Raises:
-        InputError: this interpreter has no library in source form.
+        InputError: this interpreter has no source of its standard library.
     """
     library = Path(sysconfig.get_path("stdlib"))
     texts = []
@@ -36,7 +36,7 @@ def standard_library_texts(split: str) -> list[str]:
                 texts.append(text)
     if not texts:
         raise InputError(
-            f"this Python keeps no standard library source in {library}: "
+            f"this Python has no standard library source in {library}: "
             "set data.source to a folder made by scripts/prepare_c4.py."
         )
     return texts
@@ -45,11 +45,11 @@ def standard_library_texts(split: str) -> list[str]:
 def _module_paths(library: Path) -> list[Path]:
     paths = []
     for folder, folders, names in os.walk(library):
-        folders[:] = [name for name in folders if name not in _LEFT_OUT]
+        folders[:] = [name for name in folders if name not in _EXCLUDED]
         paths += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(paths)
 
 
 def _is_validation(relative_path: str) -> bool:
     digest = hashlib.sha256(relative_path.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % _VALIDATION_SHARE == 0
+    return int.from_bytes(digest[:8], "big") % _VALIDATION_INTERVAL == 0

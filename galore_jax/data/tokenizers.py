@@ -24,30 +24,30 @@ _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 
 class Tokenizer(Protocol):
-    """A vocabulary with ids from 0 up to, not including, `vocab_size`."""
+    """A vocabulary with ids from 0 to `vocab_size` - 1."""
 
     vocab_size: int
     pad_id: int
     eos_id: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without an end-of-sequence id."""
+        """The ids of `text`, without an end-of-sequence id."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; special ids leave no trace in it."""
+        """The text of `ids`, without special tokens."""
         ...
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Opens the tokenizer at `path`.
+    """Loads the tokenizer at `path`.
 
     Args:
         path: "bytes" for the built-in byte vocabulary, a SentencePiece `*.model`, or a
             `tokenizer.json` of Hugging Face's `tokenizers` library.
 
     Raises:
-        InputError: no such file, a file of another kind, or a vocabulary without an eos.
+        InputError: the file does not exist, is of another kind, or its vocabulary has no eos token.
     """
     if path == "bytes":
         return ByteTokenizer()
@@ -61,7 +61,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     if path.endswith(".json"):
         return HuggingFaceTokenizer(path)
     raise InputError(
-        f"{path} is not a tokenizer galore_jax can read: its name should end in .model "
+        f"{path} is not a tokenizer that galore_jax can read: its name must end in .model "
         "(SentencePiece) or .json (tokenizer.json of Hugging Face)."
     )
 
@@ -78,16 +78,16 @@ class ByteTokenizer:
     eos_id = 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the UTF-8 bytes of `text`."""
+        """The ids of the UTF-8 bytes of `text`."""
         return [byte + 2 for byte in text.encode()]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 come out as U+FFFD."""
+        """The text of `ids`; invalid UTF-8 is replaced by U+FFFD."""
         return bytes(id - 2 for id in ids if id >= 2).decode(errors="replace")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file; one without a pad piece pads with eos."""
+    """A SentencePiece model file; a model without a pad piece pads with eos."""
 
     def __init__(self, path: str):
         try:
@@ -102,21 +102,21 @@ class SentencePieceTokenizer:
         self.pad_id: int = self.eos_id if pad_id < 0 else pad_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the pieces of `text`."""
+        """The ids of the pieces of `text`."""
         return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`."""
+        """The text of `ids`."""
         return self._processor.decode(ids)
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; eos and pad are found by their usual names, pad falls back to eos."""
+    """A `tokenizer.json`; eos and pad are looked up by their usual names, pad falls back to eos."""
 
     def __init__(self, path: str):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # the library raises bare Exception
+        except Exception as error:  # The library raises bare exceptions.
             raise InputError(
                 f"{path} is not a tokenizer.json of the tokenizers library."
             ) from error
@@ -137,29 +137,31 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without the special tokens the file's post-processor would add."""
+        """The ids of `text`, without the special tokens that the file's post-processor adds."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, without special tokens."""
+        """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Fits a SentencePiece unigram vocabulary: pad 0, eos 1, unk 2, as T5's.
+    """Trains a SentencePiece unigram model: pad 0, eos 1, unk 2, as in T5.
 
-    Unlike T5's it gives every text back exactly: no normalisation, spaces as they are, and bytes
-    for what the pieces lack, so nothing is unknown. Equal input gives equal bytes.
+    Unlike T5's vocabulary it encodes every text without loss: no normalisation, spaces are kept,
+    and characters without a piece become bytes, so that nothing is unknown. Equal input gives equal
+    bytes.
 
     Args:
-        texts: documents; they are split into lines, so pieces never span a line's end.
-        vocab_size: pieces, of which 259 are the special ones and the bytes.
+        texts: documents; they are split into lines, so no piece spans a line break.
+        vocab_size: number of pieces, including 259 for special tokens and bytes.
 
     Returns:
         The content of a `.model` file.
 
     Raises:
-        InputError: the texts cannot fill that vocabulary, or it cannot hold the bytes and letters.
+        InputError: there is too little text for that vocabulary, or it is too small for the bytes
+            and letters.
     """
     model = io.BytesIO()
     try:
@@ -178,7 +180,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             max_sentence_length=2**20,
-            num_threads=16,  # part of the result: the EM sums are added up thread by thread
+            num_threads=16,  # Affects the result: EM sums are added up thread by thread.
             minloglevel=2,
         )
     except RuntimeError as error:
@@ -190,7 +192,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _possible_size(message: str) -> str:
-    """SentencePiece's complaint, in terms of the vocabulary's size where it is about that."""
+    """SentencePiece's error message, rephrased if it is about the size of the vocabulary."""
     if too_large := re.search(r"<= (\d+)", message):
         return f"it has enough for {too_large[1]}"
     if too_small := re.search(r"\d+ vs (\d+)", message):

@@ -1,4 +1,4 @@
-"""How a loss uses projected parameters, and whether their coordinates are then right."""
+"""Checks of projected gradients: how a loss uses its parameters, and whether they are right."""
 
 from typing import Any
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from galore_jax.grads.value_and_grad import Loss, TracedLoss, Uses, bases_in
 from galore_jax.optim.galore import galore
 from galore_jax.optim.state import map_bases
-from galore_jax.subspace.projection import Basis, is_coordinates
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import PyTree
 
@@ -21,36 +22,36 @@ def projection_report(
     has_aux: bool = False,
     **unsplit: Any,
 ) -> dict[str, Uses]:
-    """How the gradient of each projected parameter comes about in `value_and_grad`.
+    """How `value_and_grad` computes the gradient of each projected parameter.
 
     Args:
       loss: as for `value_and_grad`.
       params: the parameters or their shapes.
       opt_state: of an optimizer with galore, or its shapes.
       *batch: as for `value_and_grad`, or shapes.
-      has_aux: as there.
-      **unsplit: as there.
+      has_aux: as for `value_and_grad`.
+      **unsplit: keyword arguments of the loss.
 
     Returns:
-      By path ("layers/mlp/kernel") the `Uses` of the parameter: whether its gradient is "projected"
-      in the backward pass, "partly" or "full", and the primitives that are the reason, with the
-      lines of the source that they come from.
+      A dictionary from the path of each projected parameter, such as "layers/mlp/kernel", to its
+      `Uses`, which say whether the gradient is "projected" in the backward pass, "partly" or
+      "full", and which primitives, with their lines of the source, are the reason.
 
     Raises:
       ValueError: as `value_and_grad`.
     """
     leaves, tree = jax.tree.flatten(batch)
     shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
-    found: dict[str, Uses] = {}
+    report: dict[str, Uses] = {}
 
     def trace(params: PyTree, opt_state: PyTree, arrays: dict[int, jax.Array]) -> None:
         batch = tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
         bases = bases_in(params, opt_state)
         traced = TracedLoss(loss, params, bases, batch, unsplit, has_aux)
-        found.update({"/".join(path): uses for path, uses in traced.uses.items()})
+        report.update({"/".join(path): uses for path, uses in traced.uses.items()})
 
     jax.eval_shape(trace, params, opt_state, shapes)
-    return found
+    return report
 
 
 def check_projection(
@@ -61,7 +62,7 @@ def check_projection(
     rank: Rank = 0.25,
     **settings: Any,
 ) -> dict[str, float]:
-    """Compares the gradients of `value_and_grad` with full ones, in random bases.
+    """Compares the gradients of `value_and_grad` with full gradients, in random bases.
 
     Args:
       loss: as for `value_and_grad`.
@@ -69,30 +70,31 @@ def check_projection(
       *batch: the other arguments of the loss.
       has_aux: whether the loss returns a pair.
       rank: of the bases, as for `galore`.
-      **settings: others of `galore` that say what is projected, such as `rules`.
+      **settings: other arguments of `galore` that choose what is projected, such as `rules`.
 
     Returns:
-      For each parameter whose gradient is "projected" or "partly" so, by its path, the largest
-      difference of its coordinates from those of the full gradient, over the largest of these.
+      For each parameter whose gradient is "projected" or "partly" projected in the backward pass,
+      by path: the largest difference between its coordinates and those of the full gradient,
+      divided by the largest of the latter.
 
     Raises:
-      ValueError: a gradient that is not finite, or coordinates that differ by more than their dtype
-        allows. It names the leaf.
+      ValueError: a gradient is not finite, or the relative difference is above the square root of
+        the machine epsilon of the gradient's dtype; the message names the leaf.
     """
     state: Any = galore(rank, **settings).init(params)
     _, gradients = TracedLoss(loss, params, state.bases, batch, {}, has_aux).value_and_grad()
     full = jax.grad(loss, has_aux=has_aux)(params, *batch)
     errors: dict[str, float] = {}
 
-    def compare(basis: Basis, found: Any, gradient: jax.Array) -> None:
+    def compare(basis: Basis, ours: Any, gradient: jax.Array) -> None:
         name = basis.projection.name
         if not jnp.all(jnp.isfinite(gradient)):
             raise ValueError(f"check_projection: the gradient of {name} is not finite.")
-        if not is_coordinates(found):
+        if not is_coordinates(ours):
             return
-        wanted = basis.projection.project(basis.vectors, gradient)
-        largest = jnp.maximum(jnp.max(jnp.abs(wanted)), jnp.finfo(jnp.float32).tiny)
-        errors[name] = error = float(jnp.max(jnp.abs(found.value - wanted)) / largest)
+        expected = basis.projection.project(basis.vectors, gradient)
+        largest = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(jnp.float32).tiny)
+        errors[name] = error = float(jnp.max(jnp.abs(ours.value - expected)) / largest)
         if not error <= float(jnp.finfo(gradient.dtype).eps) ** 0.5:
             raise ValueError(
                 f"check_projection: the coordinates of {name} differ from those of its full "

@@ -1,4 +1,4 @@
-"""A table of what is projected and what that saves."""
+"""A table of what is projected, and of the memory that saves."""
 
 import math
 from typing import Any
@@ -23,25 +23,25 @@ def describe(
     has_aux: bool = False,
     **unsplit: Any,
 ) -> str:
-    """What `tx` does with each parameter: its path, view, side, rank and the bytes saved.
+    """What `tx` does with each parameter: its path, matrices, side, rank and the bytes saved.
 
-    Saved is what the optimizer's state keeps of the parameter, bases and counters included, against
-    two float32 moments of its shape, as Adam keeps. Nothing is computed.
+    The bytes saved are two float32 moments of the parameter's shape, as Adam keeps, minus what the
+    optimizer's state holds for it, bases and counters included. Nothing is computed.
 
     Args:
       params: the parameters or their shapes.
       tx: a transformation with galore in it.
-      loss: where given, as for `value_and_grad`, a column more says how the gradient of each
-        projected parameter comes about there: "projected" in the backward pass, "partly" or "full",
-        and where it is not, which primitives in which lines of the source are the reason.
+      loss: if given, as for `value_and_grad`, another column shows how the gradient of each
+        projected parameter is computed there: "projected" in the backward pass, "partly" or "full";
+        for the latter two with the primitives, and their lines of the source, that are the reason.
       *batch: the other arguments of the loss, or their shapes.
       has_aux: whether the loss returns a pair.
       **unsplit: keyword arguments of the loss.
 
     Returns:
-      A table as text, a line a leaf and a last one with the sums.
+      A table as text, with a line for each leaf and a last one for the total.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp, optax
       >>> params = {"bias": jnp.zeros(256), "kernel": jnp.zeros((2, 64, 256))}
       >>> print(describe(params, galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))))
@@ -53,7 +53,7 @@ def describe(
     state = jax.eval_shape(lambda params: init(tx, params), params)
     bases = bases_of(galore_states(state, inside_chains=True))
     projections = {basis.projection.path: basis.projection for basis in bases}
-    kept = _bytes_kept(tx, state, params)
+    bytes_in_state = _bytes_in_state(tx, state, params)
     gradients: dict[str, str] = {}
     if loss is not None:
         report = projection_report(loss, params, state, *batch, has_aux=has_aux, **unsplit)
@@ -62,8 +62,8 @@ def describe(
 
     rows = [("path", "matrices", "side", "rank", "bytes saved", "gradient" if gradients else "")]
     total = 0
-    for (names, leaf), own in zip(named_leaves(params), kept, strict=True):
-        saved = 2 * 4 * math.prod(jnp.shape(leaf)) - own
+    for (names, leaf), used in zip(named_leaves(params), bytes_in_state, strict=True):
+        saved = 2 * 4 * math.prod(jnp.shape(leaf)) - used
         total += saved
         sizes = side = rank = "-"
         if names in projections:
@@ -76,21 +76,21 @@ def describe(
     return _table(rows)
 
 
-def _bytes_kept(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> list[int]:
-    """By parameter, the bytes of all that a state keeps in its place."""
-    kept = {path: 0 for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)}
+def _bytes_in_state(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> list[int]:
+    """For each parameter, the bytes that an optimizer's state holds for it."""
+    used = {path: 0 for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)}
 
     def count(copy: PyTree) -> PyTree:
-        """Of a tree like the parameters."""
+        """Adds the bytes of a tree like the parameters."""
         pieces = jax.tree_util.tree_leaves_with_path(
-            copy, is_leaf=lambda path, _: path in kept, is_leaf_takes_path=True
+            copy, is_leaf=lambda path, _: path in used, is_leaf_takes_path=True
         )
         for path, piece in pieces:
-            kept[path] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(piece))
+            used[path] += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(piece))
         return copy
 
     optax.tree.map_params(tx, count, state, is_leaf=lambda _: True)
-    return list(kept.values())
+    return list(used.values())
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -1,8 +1,8 @@
-"""One layer, or the leaves outside of layers, cut out of a model's parameters and optimizer state.
+"""Slices of one layer, or of the leaves outside of layers, of parameters and optimizer states.
 
-A state holds trees like the parameters, of moments, bases or counters, and numbers that all of them
-share. What lies at the path of a parameter is that parameter's piece, whatever the state keeps
-there: an array, codes with their scales, a `Basis`, the whole state of an optimizer of its own.
+A state contains trees like the parameters (of moments, bases or counters) and shared values such as
+counts. The node at the path of a parameter is that parameter's piece, whatever the state keeps
+there: an array, codes with their scales, a `Basis`, or the state of a per-matrix optimizer.
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ import jax
 import optax
 from jax import lax
 
+from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import MatrixView
-from galore_jax.subspace.projection import Basis, Coordinates, is_basis, is_coordinates
+from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
 KeyPath = tuple[Hashable, ...]
@@ -24,95 +25,95 @@ LAYERS = "layers"
 
 @dataclasses.dataclass(frozen=True)
 class Slices:
-    """How trees like some parameters, and states with such trees in them, are cut.
+    """How trees like the parameters, and states that contain such trees, are sliced.
 
     Attributes:
-      groups: by path of a parameter, the group it belongs to: `LAYERS` for what is stacked by layer
-        along its first axis, any other name for the rest.
-      number: of layers.
+      groups: the group of each parameter, by path: `LAYERS` if it is stacked by layer along its
+        first axis, any other name if it is not.
+      layers: number of layers.
     """
 
     groups: Mapping[KeyPath, str]
-    number: int
+    layers: int
 
     def group(self, tree: PyTree, name: str) -> PyTree:
-        """The pieces of a group, `optax.MaskedNode()` for those of others, and what is shared."""
-        return self._map(lambda at, piece: piece if at in (None, name) else _masked, tree)
+        """The pieces of a group and the shared values; `optax.MaskedNode()` for other pieces."""
+        return self._map(lambda group, piece: piece if group in (None, name) else _masked, tree)
 
     def with_group(self, tree: PyTree, name: str | None, new: PyTree) -> PyTree:
-        """The tree with the new pieces of a group; None: with the new values of what is shared."""
-        return self._map(lambda at, old, new: new if at == name else old, tree, new)
+        """The tree with new pieces for a group; for the group None, with new shared values."""
+        return self._map(lambda group, old, new: new if group == name else old, tree, new)
 
     def layer(self, tree: PyTree, index: jax.Array) -> PyTree:
-        """As `group`, of one layer: its pieces lack the layer axis, in bases and moments too."""
+        """Like `group`, for one layer: its pieces, bases and moments too, lack the layer axis."""
 
-        def cut(at: str | None, piece: Any) -> Any:
-            if at is None:
+        def sliced(group: str | None, piece: Any) -> Any:
+            if group is None:
                 return piece
-            return _without_layers(self._cut(piece, index)) if at == LAYERS else _masked
+            return _without_layers(self._slice(piece, index)) if group == LAYERS else _masked
 
-        return self._map(cut, tree)
+        return self._map(sliced, tree)
 
     def with_layer(self, tree: PyTree, index: jax.Array, new: PyTree) -> PyTree:
-        """The tree with a layer's new pieces; what is shared stays."""
+        """The tree with new pieces for a layer; shared values stay."""
 
-        def put(at: str | None, old: Any, new: Any) -> Any:
-            return self._put(old, index, new) if at == LAYERS else old
+        def updated(group: str | None, old: Any, new: Any) -> Any:
+            return self._update(old, index, new) if group == LAYERS else old
 
-        return self._map(put, tree, new)
+        return self._map(updated, tree, new)
 
     def _map(self, f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
-        def place(path: KeyPath) -> str | None:
+        def group_of(path: KeyPath) -> str | None:
             ends = (path[n:] for n in range(len(path)))
             return next((self.groups[end] for end in ends if end in self.groups), None)
 
         def at_piece(path: KeyPath, *pieces: Any) -> Any:
-            return f(place(path), *pieces)
+            return f(group_of(path), *pieces)
 
-        is_piece = lambda path, _: place(path) is not None
+        is_piece = lambda path, _: group_of(path) is not None
         return jax.tree_util.tree_map_with_path(
             at_piece, tree, *rest, is_leaf=is_piece, is_leaf_takes_path=True
         )
 
-    def _cut(self, piece: Any, index: jax.Array) -> Any:
+    def _slice(self, piece: Any, index: jax.Array) -> Any:
         def cut(stack: jax.Array) -> jax.Array:
-            each = self._rows(stack)
-            if each is None:
+            rows = self._rows_per_layer(stack)
+            if rows is None:
                 return stack
-            own = lax.dynamic_slice_in_dim(stack, index * each, each)
-            return own if _is_flat(piece) else own[0]
+            layer = lax.dynamic_slice_in_dim(stack, index * rows, rows)
+            return layer if _is_flat(piece) else layer[0]
 
         return jax.tree.map(cut, piece)
 
-    def _put(self, piece: Any, index: jax.Array, new: Any) -> Any:
-        def put(stack: jax.Array, own: jax.Array) -> jax.Array:
-            each = self._rows(stack)
-            if each is None:
-                return own
-            own = own if _is_flat(piece) else own[None]
-            return lax.dynamic_update_slice_in_dim(stack, own, index * each, 0)
+    def _update(self, piece: Any, index: jax.Array, new: Any) -> Any:
+        def update(stack: jax.Array, layer: jax.Array) -> jax.Array:
+            rows = self._rows_per_layer(stack)
+            if rows is None:
+                return layer
+            layer = layer if _is_flat(piece) else layer[None]
+            return lax.dynamic_update_slice_in_dim(stack, layer, index * rows, 0)
 
         leaves, tree = jax.tree.flatten(piece)
-        own = jax.tree.leaves(new)
-        return tree.unflatten([put(*pair) for pair in zip(leaves, own, strict=True)])
+        pairs = zip(leaves, jax.tree.leaves(new), strict=True)
+        return tree.unflatten([update(*pair) for pair in pairs])
 
-    def _rows(self, stack: jax.Array) -> int | None:
-        """How much of an array's first axis belongs to a layer; None of one without layers."""
-        if not stack.ndim or stack.shape[0] % self.number:
+    def _rows_per_layer(self, stack: jax.Array) -> int | None:
+        """Rows per layer of the first axis; None for a scalar or if `layers` does not divide it."""
+        if not stack.ndim or stack.shape[0] % self.layers:
             return None
-        return stack.shape[0] // self.number
+        return stack.shape[0] // self.layers
 
 
 _masked = optax.MaskedNode()
 
 
 def _is_flat(piece: Any) -> bool:
-    """Whether it is the state of an optimizer for each matrix, which lie along one axis."""
+    """Whether a piece is a per-matrix state, whose matrices share a single first axis."""
     return isinstance(piece, tuple) and not isinstance(piece, optax.MaskedNode)
 
 
 def _without_layers(piece: Any) -> Any:
-    """A piece whose bases and coordinates know that the first axis of their parameter is gone."""
+    """A piece whose bases and coordinates describe a parameter without the first axis."""
     is_leaf = lambda node: is_basis(node) or is_coordinates(node)
 
     def at_node(node: Any) -> Any:
@@ -121,11 +122,11 @@ def _without_layers(piece: Any) -> Any:
         view = node.projection.view
         if 0 not in view.batch_axes:
             raise ValueError(
-                f"{node.projection.name} is projected across its layers: its dimension numbers "
-                "must leave the first axis, of layers, out."
+                f"{node.projection.name} is projected across its layers: leave the first axis, of "
+                "layers, out of its dimension numbers."
             )
-        less = lambda axes: tuple(axis - 1 for axis in axes)
-        view = MatrixView(view.shape[1:], less(view.in_axes), less(view.out_axes))
+        shifted = lambda axes: tuple(axis - 1 for axis in axes)
+        view = MatrixView(view.shape[1:], shifted(view.in_axes), shifted(view.out_axes))
         projection = dataclasses.replace(node.projection, view=view)
         return dataclasses.replace(node, projection=projection)
 

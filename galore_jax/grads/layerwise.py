@@ -1,9 +1,9 @@
-"""Training steps in which one layer's gradient and update live at a time.
+"""Layer-wise training steps: the gradient and update of only one layer exist at a time.
 
 The forward pass keeps the input of each layer. The backward pass is a loop from the last layer to
-the first: it cuts a layer out of the stacked parameters and the optimizer's state, computes it
-again, differentiates it, updates it, and writes it back in place. So neither gradients nor updates
-of the model are ever whole, which fits a model of 7B into 24 GB (arXiv 2403.03507, section 4.2).
+the first that slices a layer from the stacked parameters and the optimizer's state, recomputes it,
+differentiates it, updates it and writes it back in place. The gradients and updates of all layers
+never exist together, so that training a 7B model fits into 24 GB (arXiv 2403.03507, section 4.2).
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from galore_jax.grads.value_and_grad import TracedLoss, bases_in
 from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import init as init_optimizer
+from galore_jax.optim.clipping import finite_squares
 from galore_jax.optim.state import galore_states, to_float32
-from galore_jax.optim.transforms import finite_squares
 from galore_jax.subspace.matrix_view import is_box, path_names
 from galore_jax.types import PyTree
 
@@ -34,13 +34,13 @@ class LayeredModel(NamedTuple):
     """A model whose blocks are stacked along the first axis of the leaves below one key.
 
     Attributes:
-      embed: of the parameters and the batch, the activations before the first block and whatever
-        all blocks are given beside them (masks, positions), a pair.
-      block: of one block's parameters, the activations and that, the activations after it.
-      head_loss: of the parameters, the activations after the last block and the batch, the loss
-        and something that is not differentiated, a pair.
-      layers: the key of the blocks in the parameters. What `embed` and `head_loss` get has
-        `optax.MaskedNode()` in place of leaves that they do not read, the blocks' among them.
+      embed: `(params, batch)` to a pair: the activations before the first block, and whatever
+        else all blocks need (masks, positions).
+      block: `(block_params, activations, other_inputs)` to the activations after the block.
+      head_loss: `(params, activations, batch)` to a pair: the loss, and something that is not
+        differentiated.
+      layers: the key of the blocks in the parameters. The parameters that `embed` and `head_loss`
+        receive have `optax.MaskedNode()` for leaves that they do not read, including the blocks.
     """
 
     embed: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]]
@@ -53,10 +53,10 @@ class LayerwiseState(NamedTuple):
     """State of a layer-wise step.
 
     Attributes:
-      inner: the optimizer's, as `galore_jax.init` makes it.
-      norm: float32 scalar, the global norm of the last step's finite gradients, of coordinates
-        where these are projected, before any clipping; of a step whose is 0 it is left as it was,
-        and 0 before the first.
+      inner: the optimizer's state, from `galore_jax.init`.
+      norm: float32 scalar, the global norm of the last step's finite gradients before any clipping,
+        of coordinates where gradients are projected. Unchanged by a step whose norm is 0; initially
+        0.
     """
 
     inner: PyTree
@@ -64,14 +64,14 @@ class LayerwiseState(NamedTuple):
 
 
 def init(tx: optax.GradientTransformation, params: PyTree) -> LayerwiseState:
-    """The state before the first step; moments are float32, whatever the parameters are."""
-    # Compiled, for then no float32 parameters exist.
+    """The state before the first step; moments are float32 whatever the parameters' dtype is."""
+    # Compiled, so that no float32 copy of the parameters is made.
     inner = jax.jit(lambda params: init_optimizer(tx, to_float32(params)))(params)
     return LayerwiseState(inner, jnp.zeros([], jnp.float32))
 
 
 class Step(NamedTuple):
-    """What a step returns: the new parameters and state, and what `head_loss` returned."""
+    """Result of a step: the new parameters and state, and the pair from `head_loss`."""
 
     params: PyTree
     state: LayerwiseState
@@ -89,46 +89,45 @@ def make_step(
     clip_by: ClipBy = "first_pass",
     implementation: Implementation = "xla",
 ) -> Callable[..., Step]:
-    """A whole training step, layer by layer; call it under `jax.jit`, parameters and state donated.
+    """A complete training step, layer by layer; call it under `jax.jit`, donating params and state.
 
-    It equals `value_and_grad` (after `refresh`) and `apply_gradients` up to rounding, for
-    optimizers that treat each number or matrix by itself: schedules, weight decay, and all that
-    `galore_jax.adamw` has are such. What `tx` does across a stack, as Adafactor's clip of the norm
-    scales, or across leaves, as a clip by global norm, it here does within a layer: in place of the
-    latter give `clip_norm`. Functions in it that choose leaves, as masks, see those of one layer,
-    without the layer axis: let them go by name. Gradients cannot be accumulated over micro-batches,
-    since those of a layer are gone before the next one's are known; accumulate coordinates by
-    `value_and_grad(micro_batches=…)`.
+    Up to rounding it equals `value_and_grad` (after `refresh`) and `apply_gradients` for optimizers
+    that treat each number or matrix separately, such as schedules, weight decay and everything in
+    `galore_jax.adamw`. Operations in `tx` that combine layers or leaves act within one layer here:
+    use `clip_norm` for a clip by global norm, and select leaves in masks by name, because the layer
+    axis is absent. Gradients cannot be accumulated over
+    micro-batches, because those of a layer are gone before the next layer's are known; accumulate
+    coordinates with `value_and_grad(micro_batches=…)`.
 
     Args:
       model: see `LayeredModel`.
       tx: the optimizer.
-      projected: the backward pass projects gradients; False: full ones, of one layer at a time, for
-        optimizers that want them and for those without galore.
-      refreshes: of projected gradients, make new bases where they are due, in the same visit of a
-        layer. Such a step is compiled apart, for use where `refresh_due(state)` says so. Full
-        gradients refresh as galore does, without this. `refresh="random"` would draw one subspace
-        for all layers.
-      clip_norm: gradients are scaled down to this global norm, of coordinates where these are
-        projected; 0: they are not.
-      clip_by: how the norm is known before the first layer is updated. "first_pass": by a forward
-        and backward pass of its own, exact, for nearly twice the time. "previous_step": the norm of
-        the step before stands in for it, free of cost; the first step is not clipped, and an
-        outlier clips the step after it.
-      implementation: of the lift: see `ops.implementation`.
+      projected: whether the backward pass projects gradients. False: full gradients of one layer at
+        a time, for methods that need them and for optimizers without galore.
+      refreshes: with projected gradients, whether bases that are due are refreshed first, layer by
+        layer. Compile such a step separately and use it when `refresh_due(state)` is true. With
+        full gradients, galore refreshes by itself. Note that `galore(refresh="random")` then draws
+        the same subspace for all layers.
+      clip_norm: gradients are scaled down to this global norm, of coordinates where gradients are
+        projected; 0: no clipping.
+      clip_by: how the norm is known before the first layer is updated. "first_pass": from an extra
+        forward and backward pass, exact, for nearly twice the time. "previous_step": the norm of
+        the previous step is used instead, at no cost; the first step is not clipped, and an outlier
+        clips the step after it.
+      implementation: of the lift, "xla" or "pallas"; see `apply_gradients`.
 
     Returns:
       A function `(params, state, batch, key=None)` of a `LayerwiseState` and, for stochastic
       rounding of bfloat16 parameters, a random key, that returns a `Step`.
 
     Raises:
-      ValueError: a clip that there is not; when the step is called, leaves of blocks that are not
-        stacked by layer or are projected across layers, an `embed` or `head_loss` that reads them,
-        an `embed` that gives blocks parameters to read, a state that `init` did not make, or, if
-        projected, one without galore.
+      ValueError: an unknown `clip_by` or a negative `clip_norm`. When the step is called: leaves of
+        blocks that are not stacked by layer or are projected across layers; an `embed` or
+        `head_loss` that reads them; an `embed` whose second result depends on parameters; a state
+        that does not come from `init`; or, if projected, a state without galore.
     """
     if clip_by not in get_args(ClipBy):
-        raise ValueError(f"layerwise: clip_by is one of {get_args(ClipBy)}, not {clip_by!r}.")
+        raise ValueError(f"layerwise: clip_by must be one of {get_args(ClipBy)}, not {clip_by!r}.")
     if clip_norm < 0:
         raise ValueError(f"layerwise: clip_norm must be 0 or more, not {clip_norm}.")
 
@@ -138,32 +137,35 @@ def make_step(
         _check(state, projected)
         parts, inner = _parts(model, params, batch), state.inner
         factor, refreshes_now = jnp.float32(1), refreshes
-        once = jnp.where(state.norm < 0, 0, 1)  # It never is.
         if clip_norm and clip_by == "previous_step":
             factor = _clip_factor(state.norm, clip_norm)
         elif clip_norm:
-            # Bases are new from the first pass on, for the norm is that of coordinates in them.
-            visit = _Visit(tx, projected, refreshes, update=None)
-            _, inner, squares, _ = _backward(model, parts, visit, params, inner, batch, once)
+            # Bases are refreshed in this first pass, since the norm is that of coordinates in them.
+            measure = _PartStep(tx, projected, refreshes, update=None)
+            _, inner, squares, _ = _backward(model, parts, measure, params, inner, batch)
             factor, refreshes_now = _clip_factor(jnp.sqrt(squares), clip_norm), False
-        visit = _Visit(tx, projected, refreshes_now, _Update(factor, key, implementation))
-        params, inner, squares, found = _backward(model, parts, visit, params, inner, batch, once)
+        update = _PartStep(tx, projected, refreshes_now, _Update(factor, key, implementation))
+        params, inner, squares, pair = _backward(model, parts, update, params, inner, batch)
         norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
-        return Step(params, LayerwiseState(inner, norm), *found)
+        return Step(params, LayerwiseState(inner, norm), *pair)
 
     return step
 
 
 class _Update(NamedTuple):
-    """How leaves are updated: their gradients' factor, the rounding's key, the implementation."""
+    """How leaves are updated: the factor of their gradients, rounding key, implementation."""
 
     factor: jax.Array
     key: jax.Array | None
     implementation: Implementation
 
 
-class _Visit(NamedTuple):
-    """Of one part of the model, which refreshes its bases, updates it, or only tells the norm."""
+class _PartStep(NamedTuple):
+    """What a step does to one part of the model (head, a layer, embedding).
+
+    It may refresh the part's bases, and updates the part, or without `update` only measures the
+    norm of its gradients.
+    """
 
     tx: optax.GradientTransformation
     projected: bool
@@ -179,136 +181,133 @@ class _Visit(NamedTuple):
         *rest: Any,
         number: Any,
     ) -> tuple[tuple[PyTree, PyTree], Any, jax.Array, Any]:
-        """Differentiates `loss(params, x, *rest)`, a pair, by the part's parameters and x.
+        """Differentiates `loss(params, x, *rest)`, a pair, with respect to params and x.
 
         Returns:
-          Parameters and state, the gradient of x, the sum of squares of the gradients of the
-          parameters, and the loss's pair.
+          Parameters and state, the gradient of x, the sum of squares of the parameters' gradients,
+          and the loss's pair.
         """
+        # New bases, where they are due.
         if self.projected and self.refreshes:
             state = refresh(loss, self.tx, has_aux=True)(params, state, x, *rest)
-        of = lambda free, *rest: loss(free["params"], free["x"], *rest)
-        free = {"params": params, "x": x}
+
+        # Gradients with respect to parameters and inputs in one backward pass.
+        joint_loss = lambda both, *rest: loss(both["params"], both["x"], *rest)
+        both = {"params": params, "x": x}
         if self.projected:
-            nothing = jax.tree.map(lambda _: optax.MaskedNode(), x)
-            bases = {"params": bases_in(params, state), "x": nothing}
-            traced = TracedLoss(of, free, bases, rest, {}, has_aux=True)
-            found, gradients = traced.value_and_grad()
+            unprojected = jax.tree.map(lambda _: optax.MaskedNode(), x)
+            bases = {"params": bases_in(params, state), "x": unprojected}
+            traced = TracedLoss(joint_loss, both, bases, rest, {}, has_aux=True)
+            pair, gradients = traced.value_and_grad()
         else:
-            found, gradients = jax.value_and_grad(of, has_aux=True)(free, *rest)
-        own = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients["params"])
-        # The norm first, for then updates can be made in place of gradients.
-        own, squares = lax.optimization_barrier((own, finite_squares(own)))
+            pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
+        grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients["params"])
+        # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
+        grads, squares = lax.optimization_barrier((grads, finite_squares(grads)))
+
+        # The update.
         if self.update is not None:
             key = self.update.key
             key = None if key is None else jax.random.fold_in(key, number)
             params, state = apply_gradients(
-                self.tx, own, state, params, key=key, implementation=self.update.implementation
+                self.tx, grads, state, params, key=key, implementation=self.update.implementation
             )
-        return (params, state), gradients["x"], squares, found
+        return (params, state), gradients["x"], squares, pair
 
 
 def _backward(
     model: LayeredModel,
     parts: "_Parts",
-    visit: _Visit,
+    part_step: _PartStep,
     params: PyTree,
     state: PyTree,
     batch: PyTree,
-    once: jax.Array,
 ) -> tuple[PyTree, PyTree, jax.Array, Any]:
-    """A forward pass, then visits of the head, of each layer from the last on, of the embedding.
+    """A forward pass, then `part_step` for the head, each layer from the last on, the embedding.
 
     Returns:
-      The parameters, the optimizer's state, the sum of the squares of all gradients, and what
-      `head_loss` returned.
+      The parameters, the optimizer's state, the sum of squares of all gradients, and the result of
+      `head_loss`.
     """
-    slices, last = parts.slices, parts.slices.number
-    factor = jnp.float32(1) if visit.update is None else visit.update.factor
-    x, beside = model.embed(slices.group(params, EMBEDDING), batch)
-    x, inputs = lax.scan(
-        lambda x, block: (model.block(block, x, beside), x), x, params[model.layers]
-    )
+    slices, layers = parts.slices, parts.slices.layers
+    factor = jnp.float32(1) if part_step.update is None else part_step.update.factor
 
+    # Each part as a loss of its parameters and inputs. The chain rule enters as a product with the
+    # gradient of the outputs, of which the derivative is the vector-Jacobian product.
     def head_loss(head: PyTree, inputs: tuple[jax.Array, PyTree]) -> tuple[jax.Array, Any]:
         x, tied = inputs
-        found = model.head_loss(slices.with_group(tied, HEAD, head), x, batch)
-        # All gradients are multiples of this one's, so it alone is scaled.
-        return found[0] * factor, found
+        pair = model.head_loss(slices.with_group(tied, HEAD, head), x, batch)
+        # Scaling this loss scales every gradient, since all are computed from this one.
+        return pair[0] * factor, pair
 
-    def block_product(layer: PyTree, x: jax.Array, upstream: jax.Array) -> tuple[jax.Array, None]:
-        return _inner(model.block(layer[model.layers], x, beside), upstream), None
+    def block_loss(layer: PyTree, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
+        return _dot(model.block(layer[model.layers], x, block_inputs), dy), None
 
-    def embedding_product(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:
-        # The head's share in the gradient of what both use is added to the embedding's own.
-        x, share = upstream
-        own = _inner(model.embed(embedding, batch)[0], x)
-        return own + _inner(parts.tied(embedding), share), None
+    def embedding_loss(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:
+        # Of parameters that the head reads too, the head's gradient is added.
+        dy, head_gradient = upstream
+        own_part = _dot(model.embed(embedding, batch)[0], dy)
+        return own_part + _dot(parts.tied(embedding), head_gradient), None
 
     def group(name: str) -> tuple[PyTree, PyTree]:
         return slices.group(params, name), slices.group(state, name)
 
-    def with_part(name: str | None, new: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        return tuple(
-            slices.with_group(old, name, own) for old, own in zip((params, state), new, strict=True)
-        )
+    def with_group(name: str | None, new: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        pairs = zip((params, state), new, strict=True)
+        return tuple(slices.with_group(old, name, piece) for old, piece in pairs)
 
     def layer(i: Any, trees: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         return slices.layer(trees[0], i), slices.layer(trees[1], i)
 
-    def at_layer(n: jax.Array, carry: Any) -> Any:
-        (params, state), own, upstream, squares = carry
-        i = last - 1 - n
-        new, upstream, more, _ = visit(block_product, *own, inputs[i], upstream, number=i)
-        if visit.update is not None:
+    # Forward pass: the input of each layer is kept.
+    x, block_inputs = model.embed(slices.group(params, EMBEDDING), batch)
+    x, inputs = lax.scan(
+        lambda x, block: (model.block(block, x, block_inputs), x), x, params[model.layers]
+    )
+
+    # Head.
+    tied = parts.tied(slices.group(params, EMBEDDING))
+    head_step = part_step(head_loss, *group(HEAD), (x, tied), number=layers)
+    # XLA may postpone an update that nothing waits for, and would keep its gradient until then.
+    head, (dy, head_gradient), squares, (_, pair) = lax.optimization_barrier(head_step)
+    params, state = with_group(HEAD, head)
+
+    # Layers, from the last to the first.
+    def layer_step(n: jax.Array, carry: Any) -> Any:
+        (params, state), current, dy, squares = carry
+        i = layers - 1 - n
+        new, dx, more, _ = part_step(block_loss, *current, inputs[i], dy, number=i)
+        if part_step.update is not None:
             params = slices.with_layer(params, i, new[0])
-        if visit.update is not None or visit.refreshes:
+        if part_step.update is not None or part_step.refreshes:
             state = slices.with_layer(state, i, new[1])
         trees = params, state
-        # The next one is cut out here, and carried: XLA would copy a whole stack to read from it
-        # and write to it in a visit.
-        return trees, layer(jnp.maximum(i - 1, 0), trees), upstream, squares + more
+        # The next layer is sliced here and carried: to read from a stack and write to it in one
+        # iteration, XLA would copy all of it.
+        return trees, layer(jnp.maximum(i - 1, 0), trees), dx, squares + more
 
-    tied = parts.tied(slices.group(params, EMBEDDING))
-    at_head = lambda own: visit(head_loss, *own, (x, tied), number=last)
-    head, (upstream, share), squares, (_, found) = _as_one(at_head, group(HEAD), once)
-    params, state = with_part(HEAD, head)
-    start = (params, state), layer(last - 1, (params, state)), upstream, squares
-    (params, state), _, upstream, squares = lax.fori_loop(0, last, at_layer, start)
-    new, _, more, _ = visit(
-        embedding_product, *group(EMBEDDING), None, (upstream, share), number=last + 1
+    start = (params, state), layer(layers - 1, (params, state)), dy, squares
+    (params, state), _, dy, squares = lax.fori_loop(0, layers, layer_step, start)
+
+    # Embedding.
+    new, _, more, _ = part_step(
+        embedding_loss, *group(EMBEDDING), None, (dy, head_gradient), number=layers + 1
     )
-    params, state = with_part(EMBEDDING, new)
-    # What is shared, such as counts, moves on once all have seen it as it was.
-    params, state = with_part(None, head)
-    return params, state, (squares + more) / factor**2, found
+    params, state = with_group(EMBEDDING, new)
 
-
-def _as_one(visit: Callable[[Any], tuple], own: Any, once: jax.Array) -> tuple:
-    """`visit(own)`, whose first result is the new `own`, done before anything needs a part of it.
-
-    XLA is free to put off an update that nothing waits for, and keeps its gradient meanwhile. A
-    loop ends as a whole. That it runs once must not be known when it is compiled.
-    """
-    _, *rest = jax.eval_shape(visit, own)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(rest))
-
-    def body(_: Any, carry: Any) -> Any:
-        new, *rest = visit(carry[0])
-        return new, tuple(rest)
-
-    own, rest = lax.fori_loop(0, once, body, (own, nothing))
-    return own, *rest
+    # Shared values, such as counts, advance once all parts have used their old values.
+    params, state = with_group(None, head)
+    return params, state, (squares + more) / factor**2, pair
 
 
 class _Parts(NamedTuple):
-    """How a model is cut: the slices, and the paths in the embedding that the head reads too."""
+    """How a model is divided: its slices, and the embedding's paths that the head reads too."""
 
     slices: Slices
     shared: frozenset
 
     def tied(self, tree: PyTree) -> PyTree:
-        """What both read, of a tree like the parameters; `optax.MaskedNode()` elsewhere."""
+        """The leaves that both read, in a tree like the parameters; `MaskedNode()` elsewhere."""
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf if path in self.shared else optax.MaskedNode(),
             tree,
@@ -321,24 +320,27 @@ def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
     leaves = jax.tree.leaves(params)
 
     def reads(f: Callable[..., Any], *inputs: Any) -> tuple[set, set, tuple]:
-        """The paths that each of two results of `f(params, *inputs)` depends on; their shapes."""
+        """The paths that each of the two results of `f(params, *inputs)` reads; their shapes."""
         flags, shapes = dependencies(f, params, *inputs)
-        one, other = ({p for p, used in zip(paths, own, strict=False) if used} for own in flags)
+        one, other = ({p for p, used in zip(paths, each, strict=False) if used} for each in flags)
         return one, other, shapes
 
-    by_embed, by_beside, (x, _) = reads(lambda params: model.embed(params, batch))
-    by_loss, by_aux, _ = reads(lambda params, x: model.head_loss(params, x, batch), x)
+    # Which parameters embed and head_loss read.
+    read_by_embed, read_by_inputs, (x, _) = reads(lambda params: model.embed(params, batch))
+    read_by_loss, read_by_aux, _ = reads(lambda params, x: model.head_loss(params, x, batch), x)
     blocks = {path for path in paths if path_names(path)[0] == model.layers}
-    if by_beside - blocks:
+    if read_by_inputs - blocks:
         raise ValueError(
-            "layerwise: what embed returns beside the activations depends on parameters, whose "
-            "gradient through it would be lost: compute it in the blocks."
+            "layerwise: the second result of embed depends on parameters, whose gradient through "
+            "it would be lost: compute it in the blocks."
         )
-    if blocks & (by_embed | by_beside | by_loss | by_aux):
+    if blocks & (read_by_embed | read_by_inputs | read_by_loss | read_by_aux):
         raise ValueError(
-            f'layerwise: embed and head_loss may not read what lies below "{model.layers}": only '
-            "the blocks get it, each its own layer."
+            f'layerwise: embed and head_loss may not read leaves below "{model.layers}": only the '
+            "blocks receive them, one layer at a time."
         )
+
+    # How the leaves are grouped.
     shapes = [leaf.shape for path, leaf in zip(paths, leaves, strict=True) if path in blocks]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or sizes == {0}:
@@ -346,27 +348,29 @@ def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
             f'layerwise: the leaves below "{model.layers}" must be stacked by layer along their '
             f"first axis, but its sizes are {sorted(sizes)}."
         )
-    groups = {path: EMBEDDING if path in by_embed else HEAD for path in paths}
+    groups = {path: EMBEDDING if path in read_by_embed else HEAD for path in paths}
     groups |= dict.fromkeys(blocks, LAYERS)
-    return _Parts(Slices(groups, sizes.pop()), frozenset(by_embed & (by_loss | by_aux)))
+    return _Parts(
+        Slices(groups, sizes.pop()), frozenset(read_by_embed & (read_by_loss | read_by_aux))
+    )
 
 
 def _check(state: Any, projected: bool) -> None:
     if not isinstance(state, LayerwiseState):
-        raise ValueError("layerwise: give the step the state of galore_jax.layerwise.init.")
+        raise ValueError("layerwise: the state must come from galore_jax.layerwise.init.")
     if projected and not galore_states(state.inner, inside_chains=True):
         raise ValueError(
-            "layerwise: an optimizer without galore takes full gradients: make_step(…, "
+            "layerwise: an optimizer without galore needs full gradients: use make_step(…, "
             "projected=False)."
         )
 
 
-def _clip_factor(norm: jax.Array, largest: float) -> jax.Array:
-    return jnp.where(norm > largest, largest / norm, 1)
+def _clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
+    return jnp.where(norm > max_norm, max_norm / norm, 1)
 
 
-def _inner(a: PyTree, b: PyTree) -> jax.Array:
-    """The sum of products, float32: by `a` its derivative is `b`."""
+def _dot(a: PyTree, b: PyTree) -> jax.Array:
+    """The sum of products, float32; its derivative with respect to `a` is `b`."""
     products = jax.tree.map(
         lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), a, b
     )

@@ -1,4 +1,4 @@
-"""Batches split into equal parts, over which a function is averaged."""
+"""Micro-batches: a batch split into equal parts, and the mean of a function over them."""
 
 from collections.abc import Callable
 from numbers import Integral
@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.grads.product import varying_as
+from galore_jax.grads.projected_product import varying_as
 from galore_jax.types import PyTree
 
 
 def check_micro_batches(micro_batches: Any) -> None:
-    """Raises a ValueError unless it is a whole number of at least 1."""
+    """Raises a ValueError unless `micro_batches` is an integer of at least 1."""
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, Integral):
-        raise ValueError(f"micro_batches must be a whole number, not {micro_batches!r}.")
+        raise ValueError(f"micro_batches must be an integer, not {micro_batches!r}.")
     if micro_batches < 1:
         raise ValueError(f"micro_batches must be at least 1, not {micro_batches}.")
 
 
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
-    """`f(*batch)`, or over equal parts of the batch the mean of what `f` returns, in float32."""
+    """The mean of `f` over equal parts of the batch, in float32; for one part, `f(*batch)`."""
     if micro_batches == 1:
         return f(*batch)
     parts = split(batch, micro_batches)
@@ -38,17 +38,17 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
 
 
 def first_part(batch: Any, micro_batches: int) -> Any:
-    """The first of the equal parts of a batch; of one part the batch, whatever it holds."""
+    """The first of the equal parts of a batch; for a single part the batch, unchecked."""
     if micro_batches == 1:
         return batch
     return jax.tree.map(lambda parts: parts[0], split(batch, micro_batches))
 
 
 def split(batch: Any, micro_batches: int) -> Any:
-    """A batch of arrays (B, …) as equal parts, (micro_batches, B / micro_batches, …).
+    """Splits arrays (B, …) into equal parts, (micro_batches, B / micro_batches, …).
 
     Raises:
-      ValueError: an array cannot be split so.
+      ValueError: the first axis of an array is not a multiple of the number of parts.
     """
 
     def parts(rows: Any) -> jax.Array:
@@ -56,8 +56,8 @@ def split(batch: Any, micro_batches: int) -> Any:
         if rows.ndim == 0 or rows.shape[0] % micro_batches:
             raise ValueError(
                 f"an array of the batch, shape {rows.shape}, cannot be split into "
-                f"{micro_batches} micro-batches: its first axis must be a multiple of them; what "
-                "is not to be split goes by keyword."
+                f"{micro_batches} micro-batches: its first axis must be a multiple of that number; "
+                "pass arguments that are not to be split by keyword."
             )
         return rows.reshape(micro_batches, -1, *rows.shape[1:])
 

@@ -1,9 +1,9 @@
-"""Refreshes without a full gradient: the subspace iteration by two backward passes a round.
+"""Refreshes without full gradients: a round of subspace iteration is two backward passes.
 
-For a left basis P the first pass gives the coordinates `R = PᵀG`, hence `A = orth(Rᵀ)`, and a
-second one over the same batch `Y = G A`, in the way of coordinates in a right basis A; then
-`P = orth(Y)`. For a right basis the sides change places. A basis that no gradient has shaped yet
-takes three rounds.
+For a left basis P, the first pass gives the coordinates `R = PᵀG` and hence `A = orth(Rᵀ)`. The
+second one, over the same batch, gives `Y = G A`, the coordinates in the right basis A; then
+`P = orth(Y)`. For a right basis the sides are swapped. There are three rounds if a basis that is
+due has never been refreshed, otherwise one.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jax import lax
 
 from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
+from galore_jax.ops.loops import for_each
 from galore_jax.ops.quantization import as_float32
 from galore_jax.optim.moments import BasisUpdate, rotate
 from galore_jax.optim.state import (
@@ -26,9 +27,10 @@ from galore_jax.optim.state import (
     map_bases,
     with_galore_states,
 )
-from galore_jax.subspace.methods import AGE_UNINITIALIZED, for_each, orthonormalise, span
-from galore_jax.subspace.projection import Basis, Side, is_basis
-from galore_jax.subspace.refresh import Sketch, refresh_basis, updates_left
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
+from galore_jax.subspace.methods import orthonormalise, span
+from galore_jax.subspace.projection import Side
+from galore_jax.subspace.refresh import Sketch, refresh_basis
 
 # Coordinates of the gradient in given bases, by a backward pass.
 Backward = Callable[[dict[Path, Basis]], dict[Path, jax.Array]]
@@ -37,7 +39,10 @@ OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
 
 
 def updates_until_refresh(opt_state: PyTree) -> jax.Array:
-    """The least number of updates, int32 scalar, after which a refresh can be due; 0: it is now."""
+    """The smallest number of updates until a refresh is due, int32 scalar.
+
+    It is 0 if one is due now, and 2**30 if nothing is projected.
+    """
     return _least_left(bases_of(galore_states(opt_state, inside_chains=True)))
 
 
@@ -48,7 +53,7 @@ def _least_left(bases: list[Basis]) -> jax.Array:
 
 
 def refresh_due(opt_state: PyTree) -> jax.Array:
-    """Whether the basis of a matrix is due for a refresh, a boolean scalar."""
+    """Whether any basis is due for a refresh, a boolean scalar."""
     return updates_until_refresh(opt_state) == 0
 
 
@@ -60,30 +65,32 @@ def refresh(
     micro_batches: int = 1,
     axis_name: AxisName | None = None,
 ) -> Callable[..., PyTree]:
-    """New bases where they are due, from backward passes that never form a full gradient.
+    """Refreshes the bases that are due, by backward passes that never form a full gradient.
 
-    Call it before `value_and_grad` where `refresh_due(opt_state)` says so, with the same batch. A
-    matrix whose gradient is zero or not finite keeps its basis; the next try is due after 1, 2, 4,
-    … more finite updates, at most `update_proj_gap`. What only full gradients can refresh (see
-    `value_and_grad`) is refreshed by its update. The moments are treated as `galore(moments=…)`
-    says; no update is counted.
+    Call it before `value_and_grad`, with the same batch, when `refresh_due(opt_state)` is true. A
+    matrix whose gradient is zero or not finite keeps its basis and is retried 1, 2, 4, 8, … finite
+    updates after it became due, with at most `update_proj_gap` between attempts. Parameters whose
+    gradient is full in `value_and_grad` are refreshed by `apply_gradients` instead. Moments are
+    kept, rotated or reset as chosen by `galore(moments=…)`. A refresh does not count as an update.
 
     Args:
-      loss: as for `value_and_grad`, with its other arguments.
+      loss: as for `value_and_grad`.
       tx: the optimizer.
-      has_aux: as there.
-      micro_batches: as there; each pass goes over all of them before the next begins.
-      axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split: the
-        gradients are averaged over them, so that all devices get the same bases; `()`: over none.
+      has_aux: as for `value_and_grad`.
+      micro_batches: as for `value_and_grad`; each pass covers all micro-batches before the next one
+        begins.
+      axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split.
+        Gradients are averaged over them, so that all devices compute the same bases. Pass `()` to
+        average over none.
 
     Returns:
       A function `(params, opt_state, *batch, **unsplit)` that returns the new state.
 
     Raises:
       ValueError: a refresh method that needs full gradients, naming the leaf; no `axis_name` inside
-        `jax.pmap` or `jax.shard_map`; and as `value_and_grad`.
+        `jax.pmap` or `jax.shard_map`; and as for `value_and_grad`.
     """
-    del tx  # The state says all; the signature is that of `value_and_grad`.
+    del tx  # The state holds everything needed; the signature matches `value_and_grad`.
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
@@ -97,21 +104,24 @@ def refresh(
                 if basis.projection.path not in given:
                     return optax.MaskedNode()
                 basis = given[basis.projection.path]
-                # In the dtype of the products already, so that no wider ones are kept for them.
+                # Already in the dtype of the products, so that no wider copies are stored.
                 vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
                 return dataclasses.replace(basis, vectors=vectors)
 
-            own = map_bases(chosen, bases, params, otherwise=bases)
-            one = lambda *part: (first if micro_batches == 1 else traced(*part)).coordinates(own)
-            found = mean_over(one, micro_batches, *batch)
-            return lax.pmean(found, axis_name) if axis_name else found
+            chosen_bases = map_bases(chosen, bases, params, otherwise=bases)
 
-        found = {
+            def coordinates(*part: Any) -> dict[Path, jax.Array]:
+                return (first if micro_batches == 1 else traced(*part)).coordinates(chosen_bases)
+
+            mean = mean_over(coordinates, micro_batches, *batch)
+            return lax.pmean(mean, axis_name) if axis_name else mean
+
+        projected = {
             basis.projection.path: basis
             for basis in jax.tree.leaves(bases, is_leaf=is_basis)
             if first.uses[basis.projection.path].gradient != "full"
         }
-        return _refreshed(opt_state, _sketches(backward, found)) if found else opt_state
+        return _refreshed(opt_state, _sketches(backward, projected)) if projected else opt_state
 
     return run
 
@@ -120,40 +130,44 @@ def _check_axis_name(axis_name: AxisName | None) -> None:
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if axes and axis_name is None:
         raise ValueError(
-            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))} each "
-            "device would make bases of its own: name the batch's axes, refresh(…, axis_name=…)."
+            f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))}, each "
+            "device would compute bases of its own: name the batch's axes, refresh(…, axis_name=…)."
         )
 
 
 def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
-    """A sketch for each basis; where none is due nothing is computed."""
-    due = [jnp.any(updates_left(basis) <= 0) for basis in bases.values()]
-    new = [
-        jnp.any((updates_left(basis) <= 0) & (basis.age >= AGE_UNINITIALIZED))
-        for basis in bases.values()
-    ]
-    rounds = jnp.where(jnp.any(jnp.stack(new)), 3, jnp.any(jnp.stack(due)).astype(jnp.int32))
-    most_sides = max(len(basis.projection.sides) for basis in bases.values())
+    """A sketch for each basis; nothing is computed if none is due.
 
-    def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
-        # The second side of a two-sided basis takes passes of its own.
-        for place in range(most_sides):
-            sides: dict[Path, Side] = {
-                path: basis.projection.sides[place]
-                for path, basis in bases.items()
-                if place < len(basis.projection.sides)
-            }
-            sketches = _half_round(backward, bases, sides, sketches)
-        return sketches
-
-    start = {
+    Only subspace iteration needs backward passes: random bases are drawn later, and the methods
+    that need full gradients are refused later.
+    """
+    sketches = {
         path: Sketch(
             {side: as_float32(stack) for side, stack in basis.vectors.items()},
             jnp.ones(basis.age.shape, bool),
         )
         for path, basis in bases.items()
     }
-    return lax.fori_loop(0, rounds, one_round, start)
+    iterated = {path: b for path, b in bases.items() if b.method == "subspace_iteration"}
+    if not iterated:
+        return sketches
+
+    def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
+        # The second side of a two-sided basis takes two more passes.
+        for place in range(max(len(basis.projection.sides) for basis in iterated.values())):
+            sides: dict[Path, Side] = {
+                path: basis.projection.sides[place]
+                for path, basis in iterated.items()
+                if place < len(basis.projection.sides)
+            }
+            sketches = _half_round(backward, iterated, sides, sketches)
+        return sketches
+
+    due = {path: updates_left(basis) <= 0 for path, basis in iterated.items()}
+    first = [jnp.any(due[path] & (b.age >= AGE_UNINITIALIZED)) for path, b in iterated.items()]
+    any_due = jnp.any(jnp.stack([jnp.any(flags) for flags in due.values()]))
+    rounds = jnp.where(jnp.any(jnp.stack(first)), 3, any_due.astype(jnp.int32))
+    return lax.fori_loop(0, rounds, one_round, sketches)
 
 
 def _half_round(
@@ -162,29 +176,31 @@ def _half_round(
     sides: dict[Path, Side],
     sketches: dict[Path, Sketch],
 ) -> dict[Path, Sketch]:
-    """New vectors on one side of each of the bases named in `sides`."""
+    """New vectors on one side of each basis in `sides`, by two backward passes."""
 
-    def passed(side_of: dict[Path, Side], vectors: dict[Path, jax.Array]) -> dict[Path, jax.Array]:
+    def coordinates(
+        side_of: dict[Path, Side], vectors: dict[Path, jax.Array]
+    ) -> dict[Path, jax.Array]:
         return backward(
             {path: _one_sided(bases[path], side, vectors[path]) for path, side in side_of.items()}
         )
 
     old = {path: sketches[path].vectors[side] for path, side in sides.items()}
-    first = passed(sides, old)
-    across = {
+    first = coordinates(sides, old)
+    opposite = {
         path: _where_due(bases[path], span, _columns(first[path], sides[path])) for path in sides
     }
-    second = passed({path: OPPOSITE[side] for path, side in sides.items()}, across)
-    done = dict(sketches)
+    second = coordinates({path: OPPOSITE[side] for path, side in sides.items()}, opposite)
+    new_sketches = dict(sketches)
     for path, side in sides.items():
         columns = _columns(second[path], OPPOSITE[side])
         new = _where_due(bases[path], orthonormalise, columns, old[path])
-        # As of a full gradient: not finite in its squares, or zero, it shapes no basis.
+        # As for full gradients: a zero gradient, or one whose squares overflow, is not used.
         finite = jnp.isfinite(jnp.sum(columns**2, axis=(-2, -1)))
         usable = sketches[path].usable & finite & jnp.any(columns != 0, axis=(-2, -1))
         vectors: dict[Side, Any] = {**sketches[path].vectors, side: new}
-        done[path] = Sketch(vectors, usable)
-    return done
+        new_sketches[path] = Sketch(vectors, usable)
+    return new_sketches
 
 
 def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
@@ -198,23 +214,23 @@ def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
 
 
 def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`f` of the matrices that are due, shaped as the first array; the others as they are."""
+    """`f` applied to the matrices that are due; the others are those of the first array."""
     batch = basis.age.ndim
     flat = lambda array: array.reshape(-1, *array.shape[batch:])
 
-    def one(i: jax.Array, done: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
-        return done.at[i].set(f(*(array[i] for array in arrays)))
+    def apply_to(i: jax.Array, result: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return result.at[i].set(f(*(array[i] for array in arrays)))
 
     stacks = tuple(map(flat, arrays))
     due = (updates_left(basis) <= 0).reshape(-1)
-    return for_each(due, one, stacks[0], stacks).reshape(arrays[0].shape)
+    return for_each(due, apply_to, stacks[0], stacks).reshape(arrays[0].shape)
 
 
 def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
-    """The state with the bases that the sketches make, and its moments in them."""
+    """The state with bases renewed from the sketches, and with its moments in them."""
     basis_updates = {}
 
-    def renew(state: GaLoreState) -> GaLoreState:
+    def renewed(state: GaLoreState) -> GaLoreState:
         def at_leaf(basis: Basis) -> Basis:
             path = basis.projection.path
             if path not in sketches:
@@ -227,5 +243,5 @@ def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
 
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
 
-    new = [renew(state) for state in galore_states(opt_state, inside_chains=True)]
+    new = [renewed(state) for state in galore_states(opt_state, inside_chains=True)]
     return with_galore_states(rotate(opt_state, basis_updates), new, inside_chains=True)

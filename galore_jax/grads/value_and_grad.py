@@ -9,10 +9,12 @@ import optax
 
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
-from galore_jax.grads.product import track, varying_as
+from galore_jax.grads.projected_product import varying_as
+from galore_jax.grads.tracked import track
 from galore_jax.optim.state import galore_states, is_low_rank, map_bases
+from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.projection import Basis, Coordinates, is_basis
+from galore_jax.subspace.projection import Coordinates
 from galore_jax.types import PyTree
 
 Path = tuple[str, ...]
@@ -26,36 +28,37 @@ def value_and_grad(
     has_aux: bool = False,
     micro_batches: int = 1,
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """`jax.value_and_grad` with gradients that the backward pass projects; for `apply_gradients`.
+    """`jax.value_and_grad` with gradients projected in the backward pass, for `apply_gradients`.
 
-    The gradients of projected parameters are `Coordinates`, float32, equal to projected full ones
-    up to rounding. Where the loss multiplies by a parameter they take
+    The gradients of projected parameters are `Coordinates` in float32, equal up to rounding to the
+    projected full gradients. Where the loss multiplies by a parameter, they take
     `r · (in + out) / (in · out)` of the work, and the full gradient is never formed. Any other use
     of the parameter contributes its full gradient, which is then projected and added. A projected
-    parameter that the loss multiplies by nowhere, as that of a convolution, has a full gradient in
-    place of coordinates, which galore then projects. `describe(params, tx, loss, *batch)` shows
-    which is which, and why.
+    parameter that the loss never multiplies by, such as the kernel of a convolution, gets a full
+    gradient instead of coordinates, which galore then projects. `describe(params, tx, loss,
+    *batch)` shows which case applies to each parameter, and why.
 
-    The bases do not change by it: without `refresh` they stay the random ones they start as.
+    It does not change the bases: without `refresh` they stay the random ones they start as.
 
     Args:
-      loss: a function of the parameters and a batch, in any framework. It is traced, as under
-        `jax.jit`.
+      loss: a function of the parameters and a batch that JAX can trace, as under `jax.jit`, with a
+        model in Flax, Equinox, Haiku or plain JAX.
       tx: the optimizer.
-      has_aux: whether the loss returns a pair, the second of which is not differentiated.
-      micro_batches: into how many parts each array of the batch is split along its first axis; all
-        that is returned is then the mean over them, accumulated in float32: of gradients only the
-        coordinates, of aux too.
+      has_aux: whether the loss returns a pair, the second part of which is not differentiated.
+      micro_batches: number of equal parts into which each array of the batch is split along its
+        first axis. Loss, aux and gradients are then means over the parts, accumulated in float32;
+        projected gradients are accumulated as coordinates.
 
     Returns:
       A function `(params, opt_state, *batch, **unsplit)` that returns the loss (with has_aux the
-      pair) and the gradients, shaped as the parameters.
+      pair) and a tree of gradients like the parameters. Keyword arguments are not split into
+      micro-batches.
 
     Raises:
       ValueError: the optimizer has no galore, or was started with full-size moments; the batch
         cannot be split.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from galore_jax import apply_gradients, chain, galore, refresh, refresh_due
       >>> from galore_jax import value_and_grad
@@ -70,7 +73,7 @@ def value_and_grad(
       (2, 16)
       >>> params, state = apply_gradients(tx, grads, state, params)
     """
-    del tx  # The state says all; the signature is that of `refresh`.
+    del tx  # The state holds everything needed; the signature matches that of `refresh`.
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
@@ -88,9 +91,9 @@ class Uses(NamedTuple):
     """How a loss uses a projected parameter.
 
     Attributes:
-      products: whether it multiplies by it, so that the backward pass projects that gradient.
-      reasons: why another part of the gradient is not projected there: the primitives that use the
-        parameter, and their lines of the source.
+      products: whether it multiplies by the parameter, so that the backward pass can project.
+      reasons: why a part of the gradient is not projected there: the primitives that use the
+        parameter in another way, each with its line of the source.
     """
 
     products: bool
@@ -98,20 +101,20 @@ class Uses(NamedTuple):
 
     @property
     def gradient(self) -> str:
-        """How the gradient comes about: "projected" in the backward pass, "partly", or "full"."""
+        """Where it is projected: "projected" in the backward pass, "partly" there, or "full"."""
         if not self.reasons:
             return "projected"
         return "partly" if self.products else "full"
 
 
 class TracedLoss:
-    """A loss at some parameters and a batch, traced.
+    """A loss traced at some parameters and a batch.
 
     Args:
       loss: as for `value_and_grad`.
       params: the parameters.
-      bases: a tree like the parameters, `optax.MaskedNode()` where nothing is projected.
-      batch: other arguments of the loss.
+      bases: a tree like the parameters with `optax.MaskedNode()` for unprojected leaves.
+      batch: the other arguments of the loss.
       unsplit: its keyword arguments.
       has_aux: whether it returns a pair.
 
@@ -140,25 +143,26 @@ class TracedLoss:
         self.uses = self._find_uses()
 
     def value_and_grad(self) -> tuple[Any, PyTree]:
-        """What the loss returns, and its gradients.
+        """The value of the loss (with has_aux the pair) and its gradients.
 
-        They are `Coordinates` at the parameters with a basis, but full where the loss multiplies by
-        such a parameter nowhere.
+        The gradients are `Coordinates` for parameters with a basis, but full for those that the
+        loss never multiplies by.
         """
         pair, gradients = self._differentiate(self._bases, set(range(len(self._leaves))))
         return pair if self._has_aux else pair[0], self._tree.unflatten(gradients)
 
     def coordinates(self, bases: PyTree) -> dict[Path, jax.Array]:
-        """By path the coordinates in these bases, a part of its own ones or others in their place.
+        """Coordinates of the gradients in the given bases, by path.
 
-        There are none of a parameter that the loss multiplies by nowhere.
+        The bases may be some of its own or replacements for them. Parameters that the loss never
+        multiplies by are left out.
         """
         _, gradients = self._differentiate(self._by_leaf(bases), set())
         return {g.projection.path: g.value for g in gradients if isinstance(g, Coordinates)}
 
     def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
-        found = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))
-        return {i: basis for i, basis in found if is_basis(basis)}
+        leaves = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))
+        return {i: basis for i, basis in leaves if is_basis(basis)}
 
     def _find_uses(self) -> dict[Path, Uses]:
         products: set[int] = set()
@@ -181,26 +185,28 @@ class TracedLoss:
         }
 
     def _differentiate(self, bases: dict[int, Basis], wanted: set[int]) -> tuple[tuple, list[Any]]:
-        """The loss's pair, and the gradients of leaves with a basis and of those wanted."""
+        """The loss's pair, and the gradients of the leaves with a basis and of the wanted ones."""
+        # Projected leaves, and those of them that also need their ordinary gradient.
         uses = {i: self.uses[basis.projection.path] for i, basis in bases.items()}
         bases = {i: basis for i, basis in bases.items() if uses[i].gradient != "full"}
         used_otherwise = {i for i in bases if uses[i].reasons}
 
-        def value(free: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
-            leaves = [free.get(i, leaf) for i, leaf in enumerate(self._leaves)]
+        def value(full: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
+            leaves = [full.get(i, leaf) for i, leaf in enumerate(self._leaves)]
             return self._program(self._tracked(leaves, bases, coordinates), lambda *_: None)
 
-        free = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
-        differentiated = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-        pair, (full, coordinates) = differentiated(free, self._zeros(bases))
+        full_leaves = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
+        value_and_gradients = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
+        pair, (full, coordinates) = value_and_gradients(full_leaves, self._zeros(bases))
 
+        # The sum of what the backward pass projected and of the projected rest.
         def gradient(i: int) -> Any:
             if i not in bases:
                 return full.get(i)
-            projection, own = bases[i].projection, coordinates[i]
+            projection, total = bases[i].projection, coordinates[i]
             if i in full:
-                own += projection.project(bases[i].vectors, full[i])
-            return Coordinates(own, projection)
+                total += projection.project(bases[i].vectors, full[i])
+            return Coordinates(total, projection)
 
         return pair, [gradient(i) for i in range(len(self._leaves))]
 
@@ -208,19 +214,20 @@ class TracedLoss:
     def _tracked(
         leaves: list[Any], bases: dict[int, Basis], coordinates: dict[int, Any]
     ) -> list[Any]:
-        own = {i: track(i, leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
-        return [own.get(i, leaf) for i, leaf in enumerate(leaves)]
+        tracked = {i: track(i, leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
+        return [tracked.get(i, leaf) for i, leaf in enumerate(leaves)]
 
     def _zeros(self, bases: dict[int, Basis]) -> dict[int, jax.Array]:
         def zeros(leaf: Any, basis: Basis) -> jax.Array:
             coordinates = jnp.zeros(basis.projection.coordinates_shape, jnp.float32)
-            return varying_as(coordinates, leaf)  # Its derivative is summed where the leaf's is.
+            # Inside shard_map its derivative is summed over devices if that of the leaf is.
+            return varying_as(coordinates, leaf)
 
         return {i: zeros(self._leaves[i], basis) for i, basis in bases.items()}
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
-    """Every basis in a state, in one tree like the parameters, `optax.MaskedNode()` elsewhere.
+    """All bases of a state in one tree like the parameters, `optax.MaskedNode()` elsewhere.
 
     Raises:
       ValueError: there is no galore, or it was started with full-size moments.

@@ -1,5 +1,5 @@
 """Language models in Flax Linen."""
 
-from galore_jax.errors import require_extra
+from galore_jax.errors import check_installed
 
-require_extra("train", "flax")
+check_installed("flax")

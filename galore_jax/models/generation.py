@@ -1,4 +1,4 @@
-"""Writing text: sampling from a LLaMA with a key/value cache."""
+"""Text generation: sampling from a LLaMA with a key/value cache."""
 
 import functools
 import math
@@ -23,27 +23,27 @@ def generate(
     """Continues each prompt by `num_tokens` sampled tokens.
 
     Args:
-      config: of the model.
+      config: the model's configuration.
       params: the model's parameters.
-      prompt_tokens: int32 (batch, length), at least one token a row and no padding.
-      num_tokens: how many to add.
-      key: random key.
-      temperature: divides the logits; 0 takes the likeliest token.
-      top_k: sample among the k likeliest tokens only; 0: among all.
+      prompt_tokens: int32 (batch, length), at least one token per row, without padding.
+      num_tokens: how many tokens to generate.
+      key: random key for sampling.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: sample among the k most likely tokens only; 0: among all.
 
     Returns:
       The new tokens, int32 (batch, num_tokens).
 
     Raises:
-      InputError: an empty prompt, a prompt and its continuation longer than config.max_length, a
-        temperature that is negative or not finite, or a negative top_k.
+      InputError: the prompt is empty, the prompt and its continuation are longer than
+        config.max_length, the temperature is negative or not finite, or top_k is negative.
     """
     length = prompt_tokens.shape[1]
     if length < 1 or num_tokens < 1:
-        raise InputError("Generating needs a prompt of at least one token and num_tokens ≥ 1.")
+        raise InputError("generating needs a prompt of at least one token and num_tokens ≥ 1.")
     if length + num_tokens > config.max_length:
         raise InputError(
-            f"The prompt of {length} tokens and {num_tokens} new ones exceed model.max_length "
+            f"the prompt of {length} tokens and {num_tokens} new ones exceed model.max_length "
             f"{config.max_length}: ask for at most {max(config.max_length - length, 0)} tokens."
         )
     if not 0 <= temperature < math.inf:
@@ -79,7 +79,7 @@ def _generate(config, params, prompt_tokens, num_tokens, key, temperature, top_k
 
 
 def _sample(key, logits, temperature, top_k):
-    """One token a row from logits (batch, vocab): int32 (batch,)."""
+    """One token per row from logits (batch, vocab): int32 (batch,)."""
     if temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     values, choices = jax.lax.top_k(logits, top_k)

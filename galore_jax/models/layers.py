@@ -29,7 +29,7 @@ class KeyValueCache(NamedTuple):
 def rotation_at(positions: jax.Array, head_size: int, theta: float) -> Rotation:
     """The rotation of RoFormer (arXiv 2104.09864, section 3.2.2) at `positions`, (batch, length).
 
-    Pair i of a head turns by `position / theta ** (2 i / head_size)` radians.
+    Pair i of a head is rotated by `position / theta ** (2 i / head_size)` radians.
     """
     frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
@@ -48,34 +48,34 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def attention_mask(segments: jax.Array) -> jax.Array:
-    """Causal attention inside equal `segments` (batch, length): bool (batch, 1, query, key)."""
+    """Causal mask within equal `segments` (batch, length): bool (batch, 1, query, key)."""
     length = segments.shape[1]
     same = segments[:, None, :, None] == segments[:, None, None, :]
     return same & jnp.tri(length, dtype=bool)
 
 
-# Of attention by blocks of queries: shorter ones save little, more of them take long to compile.
+# Blocks of queries in attention: shorter blocks save little, and more of them compile slowly.
 MIN_QUERIES, MAX_BLOCKS = 128, 8
 
 
 def causal_attention(
     queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """`softmax(q kᵀ / √head) v` by blocks of queries, each against the keys up to its own end.
+    """`softmax(q kᵀ / √head) v` by blocks of queries, each with the keys up to its end.
 
-    From 129 positions on, a quarter to nearly half of all scores are never computed, heads lie
-    outside of positions so that every product is of plain matrices, and the sum of a softmax
-    divides its output: on CPUs forward and backward pass take two thirds of the time that
-    `jax.nn.dot_product_attention` does.
+    Beyond 128 positions a quarter to nearly half of the scores are never computed. The axis of
+    heads precedes that of positions, so that every product is a plain matrix product, and the
+    softmax is normalised after the product with the values. On CPUs the forward and backward passes
+    take two thirds of the time of `jax.nn.dot_product_attention`.
 
     Args:
       queries: (batch, length, heads, head).
       keys: (batch, length, kv heads, head).
-      values: as keys.
+      values: same shape as keys.
       mask: bool (batch or 1, 1, length, length), causal, in which every query sees a key.
 
     Returns:
-      An array shaped as `queries`.
+      An array with the shape of `queries`.
     """
     batch, length, heads, size = queries.shape
     groups = keys.shape[2]
@@ -119,17 +119,17 @@ class Attention(nn.Module):
         cache: KeyValueCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, KeyValueCache | None]:
-        """Attends from `x` to itself, or to `cache` once `x` is written there.
+        """Attends to `x` itself, or to `cache` after `x` is written into it.
 
         Args:
           x: activations (batch, length, hidden).
-          rotation: of the positions of `x`.
+          rotation: the rotary embedding at the positions of `x`.
           mask: bool (batch or 1, 1, length, keys), true where a query sees a key.
-          cache: keys and values of earlier positions; `x` is written at `start` and following.
-          start: a position, int32 scalar.
+          cache: keys and values of earlier positions; `x` is written from `start` on.
+          start: position of the first token of `x`, int32 scalar.
 
         Returns:
-          The activations and the cache with `x` in it (None without a cache).
+          The activations, and the cache with `x` in it (None without a cache).
         """
         batch, length, hidden = x.shape
         head_size = hidden // self.num_heads
@@ -171,8 +171,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer of LLaMA: `x += attention(norm(x)); x += mlp(norm(x))`.
 
-    With `remat_halves` the backward pass computes attention again after it is done with the MLP, so
-    that the activations of only one of them exist at a time.
+    With `remat_halves` the backward pass recomputes attention and the MLP separately, so that the
+    activations of only one of them exist at a time.
     """
 
     num_heads: int
@@ -192,7 +192,7 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, KeyValueCache | None]:
-        """Same arguments and results as `Attention`."""
+        """Arguments and results are those of `Attention`."""
         half = nn.remat if self.remat_halves else lambda layer: layer
         settings = (self.initializer_range, self.dtype)
         attention = half(Attention)(self.num_heads, self.num_kv_heads, *settings, name="attention")
@@ -214,7 +214,10 @@ def linear(
     """
 
     def dot_general(x, kernel, dimension_numbers, precision):
-        del dimension_numbers, precision  # always the last axis of x with the first of the kernel
+        del (
+            dimension_numbers,
+            precision,
+        )  # always contracts the last axis of x with the first of the kernel
         return matmul(x, kernel, dtype if result is None else result)
 
     return nn.Dense(
@@ -231,15 +234,15 @@ def linear(
 def galore_jax_product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
     """`x @ kernel`, (..., in) by (in, out), summed in float32 and returned in `dtype`.
 
-    The derivative is written out for two reasons. The one that JAX derives forms the kernel's
-    gradient as (out, in) and transposes it, which takes twice the time on CPUs; and it would keep a
-    float32 cotangent of a bfloat16 kernel in float32 matmuls. Forward-mode derivatives are not
-    offered.
+    The derivative is written by hand for two reasons: the one that JAX derives forms the kernel's
+    gradient as (out, in) and transposes it, which takes twice the time on CPUs, and it multiplies a
+    float32 cotangent with a bfloat16 kernel in float32. Forward-mode differentiation is not
+    supported.
     """
     return _matmul(x, kernel, dtype)
 
 
-# By the name of this jit the product is found among the equations of a loss: see rewrite.py.
+# grads/jaxpr.py recognises this product in a traced loss by the name of the jitted function.
 matmul = jax.jit(galore_jax_product, static_argnums=2)
 
 
@@ -252,12 +255,12 @@ def _matmul_forward(x, kernel, dtype):
     return _matmul(x, kernel, dtype), (x, kernel)
 
 
-def _matmul_backward(dtype, saved, upstream):
-    x, kernel = saved
-    upstream = upstream.astype(kernel.dtype)
+def _matmul_backward(dtype, residuals, cotangent):
+    x, kernel = residuals
+    cotangent = cotangent.astype(kernel.dtype)
     tokens = tuple(range(x.ndim - 1))
-    x_gradient = _dot(upstream, kernel, (x.ndim - 1,), (1,)).astype(x.dtype)
-    return x_gradient, _dot(x, upstream, tokens, tokens).astype(kernel.dtype)
+    x_gradient = _dot(cotangent, kernel, (x.ndim - 1,), (1,)).astype(x.dtype)
+    return x_gradient, _dot(x, cotangent, tokens, tokens).astype(kernel.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

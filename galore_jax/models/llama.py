@@ -1,4 +1,4 @@
-"""LLaMA (arXiv 2302.13971) in Flax Linen, its blocks stacked along a leading layer axis."""
+"""LLaMA (arXiv 2302.13971) in Flax Linen, with its blocks stacked along a leading layer axis."""
 
 import dataclasses
 from typing import Any, cast
@@ -13,24 +13,25 @@ from galore_jax.models.layers import Block, KeyValueCache, attention_mask, linea
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a LLaMA.
+    """Sizes and numerical settings of a LLaMA.
 
     Attributes:
       vocab_size: rows of the embedding and columns of the (untied) head.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
-      num_layers: blocks.
+      num_layers: number of blocks.
       num_heads: query heads; each has hidden_size / num_heads components, an even number.
       num_kv_heads: key and value heads, a divisor of num_heads; None: as many as num_heads.
       max_length: the longest sequence in tokens.
       rope_theta: base of the rotary wavelengths.
       norm_epsilon: added to the mean square in RMSNorm.
       initializer_range: standard deviation of the initial kernels and embedding.
-      dtype: of parameters and computation, "float32" or "bfloat16".
+      dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
       remat: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-      InputError: a size is not positive, heads do not divide, or the dtype is another.
+      InputError: a size is not positive, a number of heads does not divide evenly, or the dtype is
+        not supported.
     """
 
     vocab_size: int = 32000
@@ -91,7 +92,7 @@ class Llama(nn.Module):
     config: LlamaConfig
 
     def setup(self):
-        """Makes the layers."""
+        """Creates the layers."""
         config = self.config
         initializer = nn.initializers.normal(config.initializer_range)
         # The lookup is done in float32 so that its gradient, a sum over all occurrences of a
@@ -134,9 +135,9 @@ class Llama(nn.Module):
 
         Args:
           tokens: int32 (batch, length).
-          segments: int32 (batch, length), the number of the document a token belongs to; attention
-            stays inside equal numbers. 0 is padding. None: one document a row.
-          positions: int32 (batch, length), inside the document. None: 0, 1, 2, …
+          segments: int32 (batch, length), the number of the document that a token belongs to, 0 for
+            padding; tokens attend to those with the same number. None: one document per row.
+          positions: int32 (batch, length), within the document. None: 0, 1, 2, …
 
         Returns:
           Logits, float32 (batch, length, vocab).
@@ -147,7 +148,7 @@ class Llama(nn.Module):
         length = tokens.shape[1]
         if length > self.config.max_length:
             raise InputError(
-                f"A row of {length} tokens is longer than model.max_length "
+                f"a row of {length} tokens is longer than model.max_length "
                 f"{self.config.max_length}: shorten the rows or raise model.max_length."
             )
         if segments is None:

@@ -1,4 +1,4 @@
-"""LLaMA as three pure functions, for layer-wise steps: together they compute what `Llama` does."""
+"""LLaMA as three pure functions for layer-wise steps; together they compute what `Llama` does."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from galore_jax.models.layers import Block, Rotation, attention_mask, rotation_at
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.models.loss import next_token_loss_of
+from galore_jax.models.loss import chunked_next_token_loss
 from galore_jax.types import PyTree
 
 Batch = dict[str, jax.Array]
 
 
 def embed(config: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array, Any]:
-    """Activations before the first block, and the rotation and mask that all blocks are given."""
+    """The activations before the first block, and the rotation and mask that every block takes."""
     embedding = nn.Embed(config.vocab_size, config.hidden_size, dtype=jnp.float32)
     x: Any = embedding.apply({"params": params["embed_tokens"]}, batch["tokens"])
     rotation = rotation_at(batch["positions"], config.head_size, config.rope_theta)
@@ -23,9 +23,14 @@ def embed(config: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array,
 
 
 def block(
-    config: LlamaConfig, params: PyTree, x: jax.Array, beside: tuple[Rotation, jax.Array]
+    config: LlamaConfig,
+    params: PyTree,
+    x: jax.Array,
+    block_inputs: tuple[Rotation, jax.Array],
+    *,
+    remat_halves: bool = True,
 ) -> jax.Array:
-    """One block, of parameters without a layer axis."""
+    """One block, with parameters that have no layer axis; see `Block` for `remat_halves`."""
     layer = Block(
         num_heads=config.num_heads,
         num_kv_heads=config.kv_heads,
@@ -33,17 +38,17 @@ def block(
         norm_epsilon=config.norm_epsilon,
         initializer_range=config.initializer_range,
         dtype=config.dtype,
-        remat_halves=True,
+        remat_halves=remat_halves,
     )
-    return layer.apply({"params": params}, x, *beside)[0]
+    return layer.apply({"params": params}, x, *block_inputs)[0]
 
 
 def head_loss(
     config: LlamaConfig, params: PyTree, x: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean loss per target in nats, and the number of targets; never holds all logits."""
+    """The mean loss per target in nats, and the number of targets, without forming all logits."""
     norm = nn.RMSNorm(config.norm_epsilon, dtype=config.dtype)
     normed: Any = norm.apply({"params": params["norm"]}, x)
     head = nn.meta.unbox(params["lm_head"])["kernel"]
-    loss, targets = next_token_loss_of(normed, head, batch["tokens"], batch["segments"])
+    loss, targets = chunked_next_token_loss(normed, head, batch["tokens"], batch["segments"])
     return loss / jnp.maximum(targets, 1), targets

@@ -1,1 +1,1 @@
-"""Operations on arrays, unaware of optimizers: 8-bit codes, 8-bit Adam, the lift, GPU kernels."""
+"""Array operations, independent of optimizers: 8-bit codes, 8-bit Adam, the lift, GPU kernels."""

@@ -1,4 +1,4 @@
-"""Adam (arXiv 1412.6980, algorithm 1) on moments in 8-bit codes (arXiv 2110.02861)."""
+"""Adam (arXiv 1412.6980, algorithm 1) with moments in 8-bit codes (arXiv 2110.02861)."""
 
 import math
 from typing import Any, NamedTuple
@@ -6,91 +6,91 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.ops.chunks import by_parts
+from galore_jax.ops.loops import map_chunks
 from galore_jax.ops.quantization import BLOCK, Quantized, dequantize, quantize
 
-LARGEST = float(jnp.finfo(jnp.float32).max)
-# Numbers whose moments exist in float32 at a time.
+MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
+# About this many elements have their moments in float32 at the same time.
 MAX_CHUNK = 2**20
 
 
-class Factors(NamedTuple):
-    """The numbers of one step, float32 scalars.
+class AdamScalars(NamedTuple):
+    """The scalars of one Adam step, float32.
 
     Attributes:
       b1: decay of the first moment.
-      rest1: `1 - b1`.
+      one_minus_b1: `1 - b1`.
       b2: decay of the second moment.
-      rest2: `1 - b2`.
-      bias1: `1 - b1ᵗ`.
-      bias2: `1 - b2ᵗ`.
+      one_minus_b2: `1 - b2`.
+      correction1: `1 - b1ᵗ`, the bias correction of the first moment.
+      correction2: `1 - b2ᵗ`, the bias correction of the second moment.
       eps: added to the root of the second moment.
     """
 
     b1: Any
-    rest1: Any
+    one_minus_b1: Any
     b2: Any
-    rest2: Any
-    bias1: Any
-    bias2: Any
+    one_minus_b2: Any
+    correction1: Any
+    correction2: Any
     eps: Any
 
 
 def adam_8bit(
     gradient: jax.Array, mu: Quantized, nu: Quantized, count: Any, *, b1: Any, b2: Any, eps: Any
 ) -> tuple[jax.Array, Quantized, Quantized]:
-    """One step of `optax.scale_by_adam`; the update comes of the moments before they are rounded.
+    """One step of `optax.scale_by_adam`; the update is computed before the moments are quantised.
 
     Args:
-      gradient: floating, one axis or more.
-      mu: first moment, of the gradient's shape, in the code "signed".
-      nu: second moment, of the gradient's shape, in the code "unsigned".
-      count: int32 scalar, the number of this step from 1 on.
+      gradient: floating point, at least one axis.
+      mu: first moment in the code "signed", same shape as the gradient.
+      nu: second moment in the code "unsigned", same shape as the gradient.
+      count: int32 scalar, the number of this step, counted from 1.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root of the second moment.
 
     Returns:
-      The update in float32, of the gradient's shape, and the new moments.
+      The update in float32, same shape as the gradient, and the new moments.
     """
-    numbers = factors(count, b1, b2, eps)
-    given = gradient.astype(jnp.float32), mu, nu
+    scalars = adam_scalars(count, b1, b2, eps)
+    inputs = gradient.astype(jnp.float32), mu, nu
 
-    def part(_: Any, own: Any) -> Any:
-        gradient, mu, nu = own
-        return step(gradient, mu, nu, numbers)
+    def step_chunk(_: Any, chunk: Any) -> Any:
+        gradient, mu, nu = chunk
+        return adam_step(gradient, mu, nu, scalars)
 
-    # The update takes the place of the gradient.
-    new = by_parts(part, as_rows(given), MAX_CHUNK)
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), new, given)
+    # The update is written over the gradient.
+    outputs = map_chunks(step_chunk, as_rows(inputs), MAX_CHUNK)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, inputs)
 
 
-def as_rows(moments: Any) -> Any:
-    """Arrays and codes of one shape, and their scales, as matrices that blocks lie in the rows of.
+def as_rows(arrays: Any) -> Any:
+    """Reshapes arrays of one shape, with codes and scales, to matrices with blocks along the rows.
 
-    A vector is cut into blocks, if it holds a whole number of them.
+    A vector whose length is a multiple of the block size becomes a matrix with one block per row.
     """
-    shape = jax.tree.leaves(moments)[0].shape
+    shape = jax.tree.leaves(arrays)[0].shape
     rows = math.prod(shape[:-1])
     if rows == 1 and shape[-1] % BLOCK == 0:
         rows = shape[-1] // BLOCK
-    return jax.tree.map(lambda x: x.reshape(rows, -1), moments)
+    return jax.tree.map(lambda x: x.reshape(rows, -1), arrays)
 
 
-def factors(count: Any, b1: Any, b2: Any, eps: Any) -> Factors:
-    """Of the step number `count`, from 1 on."""
-    numbers = (b1, 1 - b1, b2, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
-    return Factors(*(jnp.asarray(number, jnp.float32) for number in numbers))
+def adam_scalars(count: Any, b1: Any, b2: Any, eps: Any) -> AdamScalars:
+    """The scalars of step number `count`, counted from 1."""
+    scalars = (b1, 1 - b1, b2, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
+    return AdamScalars(*(jnp.asarray(scalar, jnp.float32) for scalar in scalars))
 
 
-def step(
-    gradient: jax.Array, mu: Quantized, nu: Quantized, factors: Factors
+def adam_step(
+    gradient: jax.Array, mu: Quantized, nu: Quantized, scalars: AdamScalars
 ) -> tuple[jax.Array, Quantized, Quantized]:
-    """`adam_8bit` with its numbers given."""
+    """The formula of `adam_8bit`, given its scalars; used by both implementations."""
     gradient = gradient.astype(jnp.float32)
-    m = factors.b1 * dequantize(mu) + factors.rest1 * gradient
-    v = factors.b2 * dequantize(nu) + factors.rest2 * jnp.square(gradient)
-    # The square of a finite 1e30 is not: as the scale of its block it would be NaN for ever.
-    v = jnp.where((v > LARGEST) & (jnp.abs(gradient) <= LARGEST), LARGEST, v)
-    update = (m / factors.bias1) / (jnp.sqrt(v / factors.bias2) + factors.eps)
+    m = scalars.b1 * dequantize(mu) + scalars.one_minus_b1 * gradient
+    v = scalars.b2 * dequantize(nu) + scalars.one_minus_b2 * jnp.square(gradient)
+    # The square of a finite 1e30 overflows; as the scale of its block it would stay NaN forever.
+    v = jnp.where((v > MAX_FLOAT32) & (jnp.abs(gradient) <= MAX_FLOAT32), MAX_FLOAT32, v)
+    update = (m / scalars.correction1) / (jnp.sqrt(v / scalars.correction2) + scalars.eps)
     return update, quantize(m, mu.code), quantize(v, nu.code)

@@ -1,10 +1,9 @@
-"""What XLA cannot fuse, in one pass over memory: 8-bit moments, lift and weight update.
+"""Chooses between plain JAX and GPU kernels for 8-bit Adam and for the lift with its weight update.
 
-`adam` and `lift` are in plain JAX, for every backend. `triton` has the same functions, with the
-same arguments, for NVIDIA GPUs: each is a loop over tiles around the formula that `adam` or `lift`
-has. Which of them are used is a setting, "xla" or "pallas". The latter is compiled for real cards,
-and in Pallas' interpreter gives what the former does up to rounding, but has not been timed on one;
-so it is not the default.
+XLA does not fuse these operations into one pass over memory. `adam8bit` and `lift` implement them
+in plain JAX, for every backend ("xla"); `pallas_triton` has the same functions with the same
+arguments as kernels for NVIDIA GPUs ("pallas"), which loop over tiles and apply the formulas of
+`adam8bit` and `lift` to each.
 """
 
 from collections.abc import Callable
@@ -14,6 +13,14 @@ from galore_jax.ops import adam8bit, lift
 
 Implementation = Literal["xla", "pallas"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises a ValueError unless there is such an implementation."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}."
+        )
 
 
 def adam_8bit_of(implementation: Implementation) -> Callable[..., Any]:
@@ -27,15 +34,12 @@ def lift_and_add_of(implementation: Implementation) -> Callable[..., Any]:
 
 
 def _is_pallas(implementation: Implementation) -> bool:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}."
-        )
+    check_implementation(implementation)
     return implementation == "pallas"
 
 
 def _triton() -> Any:
-    # Pallas is imported by those who use it.
+    # Imported here so that only users of the kernels import Pallas.
     from galore_jax.ops import pallas_triton
 
     return pallas_triton

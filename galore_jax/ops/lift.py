@@ -1,4 +1,4 @@
-"""A low-rank update lifted and added to the weights."""
+"""Lifts a low-rank update and adds it to the weights (see also `Projection.lift`)."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.ops.chunks import by_parts
-from galore_jax.ops.quantization import round_with
+from galore_jax.ops.loops import map_chunks
+from galore_jax.ops.rounding import round_with_noise
 from galore_jax.ops.threefry import noise
 
-# Numbers of the lifted update that exist at a time.
+# About this many elements of the lifted update exist at the same time.
 MAX_CHUNK = 2**22
 
 
@@ -24,34 +24,34 @@ def lift_and_add(
     *,
     right_is_transposed: bool = False,
 ) -> jax.Array:
-    """`(1 - decay) weights + scale left right`, in float32, rounded to the dtype of the weights.
+    """`(1 - decay) weights + scale left right` in float32, rounded to the dtype of the weights.
 
-    Matrix products are of the backend's default precision.
+    Matrix products use the backend's default precision.
 
     Args:
       weights: (m, n), bfloat16 or float32.
       left: (m, r), bfloat16 or float32.
-      right: (r, n), or (n, r) where transposed, bfloat16 or float32.
+      right: (r, n), or (n, r) if transposed, bfloat16 or float32.
       scale: float32 scalar.
       decay: float32 scalar.
-      seed: two uint32; where given, bfloat16 weights are rounded stochastically, with bits that
-        depend on the seed, row and column alone.
-      right_is_transposed: take `rightᵀ` for `right`.
+      seed: two uint32; if given, bfloat16 weights are rounded stochastically, with random bits that
+        depend only on the seed, the row and the column.
+      right_is_transposed: use `rightᵀ` in place of `right`.
 
     Returns:
       The new weights.
     """
 
-    def part(start: Any, weights: jax.Array) -> jax.Array:
-        own = lax.dynamic_slice_in_dim(left, start, weights.shape[0])
-        lifted = product(own, right, right_is_transposed)
+    def add_to_chunk(start: Any, weights: jax.Array) -> jax.Array:
+        left_rows = lax.dynamic_slice_in_dim(left, start, weights.shape[0])
+        lifted = product(left_rows, right, right_is_transposed)
         return add(weights, lifted, scale, decay, seed, (start, 0))
 
-    return by_parts(part, weights, MAX_CHUNK)
+    return map_chunks(add_to_chunk, weights, MAX_CHUNK)
 
 
 def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax.Array:
-    """(m, r) by (r, n), or by the transpose of (n, r), in float32."""
+    """Multiplies (m, r) by (r, n), or by the transpose of (n, r), in float32."""
     dtype = jnp.promote_types(left.dtype, right.dtype)
     axes = (((1,), (1 if right_is_transposed else 0,)), ((), ()))
     left, right = left.astype(dtype), right.astype(dtype)
@@ -66,15 +66,15 @@ def add(
     seed: Any,
     start: tuple[Any, Any],
 ) -> jax.Array:
-    """`lift_and_add` once the product is there.
+    """Applies a lifted update to a tile of the weights; see `lift_and_add`.
 
     Args:
-      weights: any tile of them.
-      lifted: float32, the same tile.
+      weights: any tile of the weights.
+      lifted: the same tile of the lifted update, float32.
       scale: as for `lift_and_add`.
       decay: as for `lift_and_add`.
       seed: as for `lift_and_add`.
-      start: row and column where the tile begins, the column a multiple of 4.
+      start: first row and first column of the tile; the column is a multiple of 4.
 
     Returns:
       The new weights of the tile.
@@ -83,4 +83,4 @@ def add(
     new = wide * (1 - decay) + scale * lifted
     if seed is None or weights.dtype != jnp.bfloat16:
         return new.astype(weights.dtype)
-    return round_with(new, noise(seed, *start, new.shape))
+    return round_with_noise(new, noise(seed, *start, new.shape))

@@ -1,7 +1,8 @@
-"""The kernels for NVIDIA GPUs: Pallas with the Triton backend, sm_80 and later.
+"""The kernels for NVIDIA GPUs, sm_80 and later: Pallas with the Triton backend.
 
-Consumer cards are why it is Triton: the Mosaic backend compiles for sm_90 and later alone.
-Triton's arrays have sides that are powers of two, so tiles reach over the edges and are masked.
+The Triton backend is used because it supports consumer cards: the Mosaic backend compiles for sm_90
+and later only. The sides of Triton's arrays are powers of two, so tiles reach past the edges of a
+matrix and are masked there.
 """
 
 import functools
@@ -17,8 +18,8 @@ from galore_jax.ops import adam8bit, lift
 from galore_jax.ops.quantization import BLOCK, Quantized
 
 ADAM_ROWS = 8
-# Of the lift: rows, columns and ranks. Of three stages two lie in shared memory, 64 KiB of it in
-# float32, where a block of an RTX 4090 has 99 KiB.
+# Rows, columns and ranks per tile of the lift. Two of the three pipeline stages reside in shared
+# memory: 64 KiB in float32, below the 99 KiB that a thread block has on an RTX 4090.
 LIFT_TILE = (128, 128, 32)
 LIFT_STAGES = 3
 
@@ -34,52 +35,60 @@ def adam_8bit(
     eps: Any,
     interpret: bool = False,
 ) -> tuple[jax.Array, Quantized, Quantized]:
-    """`ops.adam8bit.adam_8bit` in one pass, in place where the moments are donated."""
+    """`ops.adam8bit.adam_8bit` in one pass over memory, in place if the moments are donated."""
+    # View everything as matrices, and divide them into tiles of one block per row.
     shape = gradient.shape
-    gradient, flat_mu, flat_nu = adam8bit.as_rows((gradient, mu, nu))
-    # The whole of a last axis below 256 is one block.
-    lanes = pl.next_power_of_2(min(BLOCK, gradient.shape[-1]))
-    tile, one = (pl.BlockSpec((ADAM_ROWS, size), lambda i, j: (i, j)) for size in (lanes, 1))
-    moment = Quantized(tile, one, mu.code), Quantized(tile, one, nu.code)
-    numbers = jnp.stack(adam8bit.factors(count, b1, b2, eps))
+    gradient, mu_rows, nu_rows = adam8bit.as_rows((gradient, mu, nu))
+    # A last axis shorter than 256 forms a single block.
+    block_size = pl.next_power_of_2(min(BLOCK, gradient.shape[-1]))
+    tile, scale_tile = (
+        pl.BlockSpec((ADAM_ROWS, size), lambda i, j: (i, j)) for size in (block_size, 1)
+    )
+    moments = Quantized(tile, scale_tile, mu.code), Quantized(tile, scale_tile, nu.code)
+
+    # Call the kernel; codes and scales of the moments are overwritten.
+    scalars = jnp.stack(adam8bit.adam_scalars(count, b1, b2, eps))
     update = jax.ShapeDtypeStruct(gradient.shape, jnp.float32)
     update, new_mu, new_nu = pl.pallas_call(
         functools.partial(_adam_kernel, shape=gradient.shape),
-        out_shape=(update, *_shapes((flat_mu, flat_nu))),
-        grid=(pl.cdiv(gradient.shape[0], ADAM_ROWS), flat_mu.scales.shape[1]),
-        in_specs=(pl.BlockSpec(), tile, *moment),
-        out_specs=(tile, *moment),
+        out_shape=(update, *_shape_structs((mu_rows, nu_rows))),
+        grid=(pl.cdiv(gradient.shape[0], ADAM_ROWS), mu_rows.scales.shape[1]),
+        in_specs=(pl.BlockSpec(), tile, *moments),
+        out_specs=(tile, *moments),
         input_output_aliases={2: 1, 3: 2, 4: 3, 5: 4},
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="adam_8bit",
-    )(numbers, gradient, flat_mu, flat_nu)
-    back = lambda new, old: new.reshape(old.shape)
-    return update.reshape(shape), jax.tree.map(back, new_mu, mu), jax.tree.map(back, new_nu, nu)
+    )(scalars, gradient, mu_rows, nu_rows)
+
+    # Restore the original shapes.
+    restore = lambda new, old: new.reshape(old.shape)
+    new_mu, new_nu = jax.tree.map(restore, new_mu, mu), jax.tree.map(restore, new_nu, nu)
+    return update.reshape(shape), new_mu, new_nu
 
 
-def _adam_kernel(numbers, gradient, mu, nu, new_update, new_mu, new_nu, *, shape):
+def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape):
     starts = tuple(pl.program_id(axis) * size for axis, size in enumerate(gradient.shape))
-    inside = _inside(starts, gradient.shape, shape)
-    row_inside = _inside((starts[0], 0), mu.scales.shape, shape)
+    mask = _in_bounds(starts, gradient.shape, shape)
+    scale_mask = _in_bounds((starts[0], 0), mu.scales.shape, shape)
 
-    def read(moment: Quantized, zero: int) -> Quantized:
-        codes = plgpu.load(moment.codes, mask=inside, other=zero)
-        return Quantized(codes, plgpu.load(moment.scales, mask=row_inside, other=0.0), moment.code)
+    def load(moment: Quantized, zero_code: int) -> Quantized:
+        codes = plgpu.load(moment.codes, mask=mask, other=zero_code)
+        return Quantized(codes, plgpu.load(moment.scales, mask=scale_mask, other=0.0), moment.code)
 
-    def write(moment: Quantized, new: Quantized) -> None:
-        plgpu.store(moment.codes, new.codes, mask=inside)
-        plgpu.store(moment.scales, new.scales, mask=row_inside)
+    def store(moment: Quantized, new: Quantized) -> None:
+        plgpu.store(moment.codes, new.codes, mask=mask)
+        plgpu.store(moment.scales, new.scales, mask=scale_mask)
 
-    update, m, v = adam8bit.step(
-        plgpu.load(gradient, mask=inside, other=0.0),
-        read(mu, 127),
-        read(nu, 0),
-        adam8bit.Factors(*(numbers[i] for i in range(len(adam8bit.Factors._fields)))),
+    update, m, v = adam8bit.adam_step(
+        plgpu.load(gradient, mask=mask, other=0.0),
+        load(mu, 127),
+        load(nu, 0),
+        adam8bit.AdamScalars(*(scalars[i] for i in range(len(adam8bit.AdamScalars._fields)))),
     )
-    plgpu.store(new_update, update, mask=inside)
-    write(new_mu, m)
-    write(new_nu, v)
+    plgpu.store(new_update, update, mask=mask)
+    store(new_mu, m)
+    store(new_nu, v)
 
 
 def lift_and_add(
@@ -93,60 +102,61 @@ def lift_and_add(
     right_is_transposed: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """`ops.lift.lift_and_add`; the lifted update is never in memory.
+    """`ops.lift.lift_and_add` without ever storing the lifted update in global memory.
 
-    In place where the weights are donated, under `jax.vmap` over stacked matrices too; a loop over
-    them would copy each out of the stack.
+    Works in place if the weights are donated. For stacked matrices use `jax.vmap`, which keeps this
+    property; a loop over them would copy each out of the stack.
     """
-    numbers = jnp.stack([jnp.asarray(number, jnp.float32) for number in (scale, decay)])
+    scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])
     return pl.pallas_call(
         functools.partial(_lift_kernel, right_is_transposed=right_is_transposed),
-        out_shape=_shapes(weights),
+        out_shape=_shape_structs(weights),
         grid=tuple(map(pl.cdiv, weights.shape, LIFT_TILE)),
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=LIFT_STAGES),
         interpret=interpret,
         name="lift_and_add",
-    )(weights, left, right, numbers, seed)
+    )(weights, left, right, scalars, seed)
 
 
-def _lift_kernel(weights, left, right, numbers, seed, new, *, right_is_transposed):
+def _lift_kernel(weights, left, right, scalars, seed, new_weights, *, right_is_transposed):
     height, width, depth = LIFT_TILE
     row, column = pl.program_id(0) * height, pl.program_id(1) * width
 
     def add_ranks(i: jax.Array, lifted: jax.Array) -> jax.Array:
         rank = i * depth
-        own_left = _read(left, (row, rank), (height, depth))
+        left_tile = _load(left, (row, rank), (height, depth))
         if right_is_transposed:
-            own_right = _read(right, (column, rank), (width, depth))
+            right_tile = _load(right, (column, rank), (width, depth))
         else:
-            own_right = _read(right, (rank, column), (depth, width))
-        return lifted + lift.product(own_left, own_right, right_is_transposed)
+            right_tile = _load(right, (rank, column), (depth, width))
+        return lifted + lift.product(left_tile, right_tile, right_is_transposed)
 
-    ranks = pl.cdiv(left.shape[1], depth)
-    lifted = lax.fori_loop(0, ranks, add_ranks, jnp.zeros((height, width), jnp.float32))
+    rank_tiles = pl.cdiv(left.shape[1], depth)
+    lifted = lax.fori_loop(0, rank_tiles, add_ranks, jnp.zeros((height, width), jnp.float32))
     start, size = (row, column), (height, width)
-    own = _read(weights, start, size)
-    own = lift.add(own, lifted, numbers[0], numbers[1], seed, start)
-    plgpu.store(_tile(new, start, size), own, mask=_inside(start, size, new.shape))
+    tile = _load(weights, start, size)
+    tile = lift.add(tile, lifted, scalars[0], scalars[1], seed, start)
+    mask = _in_bounds(start, size, new_weights.shape)
+    plgpu.store(_tile_ref(new_weights, start, size), tile, mask=mask)
 
 
-def _read(ref: Any, starts: tuple, sizes: tuple[int, int]) -> jax.Array:
-    inside = _inside(starts, sizes, ref.shape)
-    return plgpu.load(_tile(ref, starts, sizes), mask=inside, other=0.0)
+def _load(ref: Any, starts: tuple, sizes: tuple[int, int]) -> jax.Array:
+    mask = _in_bounds(starts, sizes, ref.shape)
+    return plgpu.load(_tile_ref(ref, starts, sizes), mask=mask, other=0.0)
 
 
-def _tile(ref: Any, starts: tuple, sizes: tuple[int, int]) -> Any:
+def _tile_ref(ref: Any, starts: tuple, sizes: tuple[int, int]) -> Any:
     return ref.at[tuple(map(pl.ds, starts, sizes))]
 
 
-def _inside(starts: tuple, sizes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
-    """Which numbers of a tile are numbers of a matrix of this shape."""
+def _in_bounds(starts: tuple, sizes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Which elements of a tile are within a matrix of this shape, a boolean mask."""
     rows, columns = (
         start + lax.broadcasted_iota(jnp.int32, sizes, axis) for axis, start in enumerate(starts)
     )
     return (rows < shape[0]) & (columns < shape[1])
 
 
-def _shapes(tree: Any) -> Any:
+def _shape_structs(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

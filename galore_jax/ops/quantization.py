@@ -1,14 +1,14 @@
-"""Numbers in fewer bits: block-wise 8-bit codes that keep an array's shape, stochastic rounding.
+"""Block-wise 8-bit quantisation that keeps an array's shape.
 
-Along the last axis an array is cut into blocks of 256 numbers (arXiv 2110.02861, section 2.1). Of
-each block the largest magnitude is kept in float32, and of each number a code for its fraction of
-that. Three codes there are:
+An array is divided into blocks of 256 numbers along its last axis (arXiv 2110.02861, section 2.1).
+Each block stores its largest magnitude in float32 and, for each number, an 8-bit code for the
+number's fraction of that magnitude. There are three codes:
 
-* "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 2.2):
-  seven decades, the fractions of each spaced evenly, twice as many in each as in the one below, so
-  that small numbers keep digits. Beside zero one has 127 values below it and 128 above, the other
-  255 above.
-* "int8", 255 values evenly from -1 to 1.
+* "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 2.2).
+  They cover seven decades, each with evenly spaced values, twice as many as in the decade below, so
+  that small numbers keep some precision. "signed" has 127 negative values, zero and 128 positive
+  values; "unsigned" has zero and 255 positive values.
+* "int8", 255 evenly spaced values from -1 to 1.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 BLOCK = 256
 DECADES = 7
@@ -29,10 +28,10 @@ class Quantized:
     """An array in 8-bit codes.
 
     Attributes:
-      codes: uint8 (int8 of the code "int8"), the shape of the array.
-      scales: float32 `(*shape[:-1], ⌈shape[-1] / 256⌉)`, the largest magnitude of each block; NaN
-        where one of its numbers was not finite.
-      code: static.
+      codes: uint8 (int8 for the code "int8"), the shape of the array.
+      scales: float32 `(*shape[:-1], ⌈shape[-1] / 256⌉)`, the largest magnitude in each block; NaN
+        if a number in the block was not finite.
+      code: static, the name of the code.
     """
 
     codes: Any
@@ -41,7 +40,7 @@ class Quantized:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """Shape of the array."""
         return self.codes.shape
 
     @property
@@ -51,46 +50,47 @@ class Quantized:
 
 
 def quantize(x: jax.Array, code: Code, key: jax.Array | None = None) -> Quantized:
-    """Each number as the code of the nearest value; of those halfway between two either.
+    """Quantises block-wise to the nearest values of a code; ties may go either way.
 
-    The error is at most half the distance of two values: 1/254 of the block's largest magnitude for
-    "int8", and for the dynamic codes 0.45 / 2ⁿ of the number's decade in the n-th decade from below
-    (n from 0, unsigned from 1). Zero stays zero. By "unsigned" no other number becomes zero, unless
-    its fraction is below float32's normal numbers: what is nearer to zero becomes the least value,
-    3.25e-7, for an update over the root of a second moment of zero would be many times too large. A
-    block with a number that is not finite comes back as NaN.
+    The error is at most half the distance between neighbouring values: 1/254 of the block's largest
+    magnitude for "int8", and for the dynamic codes 0.45 / 2ⁿ of the decade's upper end in the n-th
+    decade from below (n starts at 0 for "signed", at 1 for "unsigned"). Zero stays zero. With
+    "unsigned" no other number becomes zero unless its fraction is below the smallest normal
+    float32: numbers closer to zero than to the smallest value, 3.25e-7, are rounded up to it,
+    because dividing by the root of a second moment of zero would make an update far too large. A
+    block that contains a number that is not finite is dequantised to NaN.
 
     Args:
-      x: real, one axis or more.
-      code: which; "unsigned" for numbers that are not negative.
-      key: for "int8" alone: round up or down at random, right on average.
+      x: real, at least one axis.
+      code: name of the code; "unsigned" is for non-negative numbers.
+      key: for "int8" only: stochastic rounding, unbiased.
 
     Returns:
       The codes and scales.
 
     Raises:
-      ValueError: no such code, a key with a dynamic code, or a scalar.
+      ValueError: an unknown code, a key with a dynamic code, or a scalar.
     """
     if code not in get_args(Code):
         raise ValueError(f"quantize: the code must be one of {get_args(Code)}, not {code!r}.")
     if not jnp.ndim(x):
-        raise ValueError("quantize: a scalar has no blocks; give an array of one axis or more.")
+        raise ValueError("quantize: a scalar has no blocks; pass an array with at least one axis.")
     if key is not None and code != "int8":
         raise ValueError(f'quantize: only the code "int8" rounds stochastically, not "{code}".')
     x = x.astype(jnp.float32)
     blocks = to_blocks(x)
-    largest = largest_of_blocks(blocks)
-    fractions = fractions_of(blocks, largest)
+    max_magnitude = block_max(blocks)
+    fractions = block_fractions(blocks, max_magnitude)
     if code == "int8":
         noise = 0.5 if key is None else jax.random.uniform(key, fractions.shape)
         codes = jnp.clip(jnp.floor(fractions * 127 + noise), -127, 127).astype(jnp.int8)
     else:
         codes = encode(fractions, signed=code == "signed").astype(jnp.uint8)
-    return Quantized(from_blocks(codes, x.shape), largest.squeeze(-1), code)
+    return Quantized(from_blocks(codes, x.shape), max_magnitude.squeeze(-1), code)
 
 
 def zeros_like(x: Any, code: Code) -> Quantized:
-    """The codes of as many zeros as `x`, an array or its shape, has numbers."""
+    """Quantised zeros with the shape of `x`, an array or a `jax.ShapeDtypeStruct`."""
     blocks = -(-x.shape[-1] // BLOCK)
     scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
     dtype = jnp.int8 if code == "int8" else jnp.uint8
@@ -98,7 +98,7 @@ def zeros_like(x: Any, code: Code) -> Quantized:
 
 
 def dequantize(x: Any) -> Any:
-    """The array that a `Quantized` stands for, float32; anything else as it is."""
+    """The array that a `Quantized` represents, float32; anything else is returned unchanged."""
     if not isinstance(x, Quantized):
         return x
     blocks = to_blocks(x.codes)
@@ -110,17 +110,20 @@ def dequantize(x: Any) -> Any:
 
 
 def as_float32(x: Any) -> jax.Array:
-    """An array in float32, from whatever form it is stored in."""
+    """Converts an array, quantised or of any dtype, to float32."""
     return dequantize(x).astype(jnp.float32)
 
 
 def stored_like(x: jax.Array, stored: Any) -> Any:
-    """An array in the form of another: its codes or its dtype."""
+    """Converts an array to the format of another one: its code or its dtype."""
     return quantize(x, stored.code) if isinstance(stored, Quantized) else x.astype(stored.dtype)
 
 
 def to_blocks(x: jax.Array) -> jax.Array:
-    """`(..., n)` as `(..., blocks, 256)`, filled up with zeros; where n < 256 the block is n."""
+    """Reshapes `(..., n)` to `(..., blocks, 256)`, padded with zeros.
+
+    A last axis shorter than 256 forms a single block of its own length.
+    """
     size = max(1, min(BLOCK, x.shape[-1]))
     missing = -x.shape[-1] % size
     if missing:
@@ -129,98 +132,87 @@ def to_blocks(x: jax.Array) -> jax.Array:
 
 
 def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `to_blocks`, to an array of this shape."""
+    """Inverts `to_blocks`, given the shape of the array."""
     width = blocks.shape[-2] * blocks.shape[-1]
     return blocks.reshape(*shape[:-1], width)[..., : shape[-1]]
 
 
-def largest_of_blocks(blocks: jax.Array) -> jax.Array:
-    """Largest magnitudes along the last axis, which stays, as 1; NaN where one is not finite."""
-    # On GPUs the largest of numbers and NaN is a number.
-    sizes = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
-    largest = jnp.max(sizes, axis=-1, keepdims=True)
+def block_max(blocks: jax.Array) -> jax.Array:
+    """Largest magnitude along the last axis, keeping that axis; NaN if a number is not finite."""
+    # On GPUs the maximum of numbers and NaN is a number.
+    magnitudes = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
+    largest = jnp.max(magnitudes, axis=-1, keepdims=True)
     return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
 
 
-def fractions_of(blocks: jax.Array, largest: jax.Array) -> jax.Array:
-    """Numbers over the largest of their block, 0 where that is 0."""
-    return jnp.where(largest > 0, blocks / largest, 0)
+def block_fractions(blocks: jax.Array, max_magnitude: jax.Array) -> jax.Array:
+    """Numbers divided by the largest magnitude in their block; 0 where that is 0."""
+    return jnp.where(max_magnitude > 0, blocks / max_magnitude, 0)
 
 
 def encode(fractions: jax.Array, *, signed: bool) -> jax.Array:
-    """Dynamic codes of fractions, float32 from -1 (unsigned from 0) to 1, int32 in 0 to 255.
+    """Dynamic codes, int32 from 0 to 255, of float32 fractions from -1 ("unsigned": 0) to 1.
 
-    The values lie in ascending order: code 127 of "signed", 0 of "unsigned" is zero, 255 is one.
+    Codes ascend with the values: zero is 127 for "signed" and 0 for "unsigned", and one is 255.
     """
-    spare = 0 if signed else 1
-    size = jnp.abs(fractions)
-    number = jnp.full(size.shape, 1 << spare, jnp.float32)  # of values in the decade
-    power = jnp.full(size.shape, 10.0 ** (DECADES - 1), jnp.float32)
+    # Without a sign each decade has twice as many values.
+    extra_bits = 0 if signed else 1
+    magnitude = jnp.abs(fractions)
+
+    # Find the decade: the number of its values, and the power of ten that maps it to [0.1, 1).
+    count = jnp.full(magnitude.shape, 1 << extra_bits, jnp.float32)
+    power = jnp.full(magnitude.shape, 10.0 ** (DECADES - 1), jnp.float32)
     for decade in range(1, DECADES):
-        above = size >= _halfway(decade, spare)
-        number = jnp.where(above, 1 << (decade + spare), number)
-        power = jnp.where(above, 10.0 ** (DECADES - 1 - decade), power)
-    place = jnp.floor((size * power - 0.1) * number * (1 / 0.9))
-    index = number - spare + jnp.clip(place, 0, number - 1)
-    index = jnp.where(size >= _halfway(DECADES, spare), (1 << (DECADES + spare)) - spare, index)
-    least = _halfway(0, spare) if signed else jnp.finfo(jnp.float32).tiny
-    index = jnp.where(size >= least, index, 0).astype(jnp.int32)
+        reached = magnitude >= _lower_bound(decade, extra_bits)
+        count = jnp.where(reached, 1 << (decade + extra_bits), count)
+        power = jnp.where(reached, 10.0 ** (DECADES - 1 - decade), power)
+
+    # Find the value within the decade, then handle 1 and 0, which belong to none.
+    position = jnp.floor((magnitude * power - 0.1) * count * (1 / 0.9))
+    index = count - extra_bits + jnp.clip(position, 0, count - 1)
+    is_one = magnitude >= _lower_bound(DECADES, extra_bits)
+    index = jnp.where(is_one, (1 << (DECADES + extra_bits)) - extra_bits, index)
+    min_nonzero = _lower_bound(0, extra_bits) if signed else jnp.finfo(jnp.float32).tiny
+    index = jnp.where(magnitude >= min_nonzero, index, 0).astype(jnp.int32)
     if not signed:
         return index
     return 127 + jnp.where(fractions < 0, -jnp.minimum(index, 127), index)
 
 
 def decode(codes: jax.Array, *, signed: bool) -> jax.Array:
-    """Fractions, float32, of dynamic codes, int32: the inverse of `encode`."""
-    spare = 0 if signed else 1
+    """Float32 fractions of dynamic codes, int32: the inverse of `encode`."""
+    extra_bits = 0 if signed else 1
     index = jnp.abs(codes - 127) if signed else codes
-    number = jnp.full(index.shape, 1 << spare, jnp.int32)
+
+    # Find the decade of each code.
+    count = jnp.full(index.shape, 1 << extra_bits, jnp.int32)
     power = jnp.full(index.shape, 10.0 ** (1 - DECADES), jnp.float32)
     for decade in range(1, DECADES):
-        above = index >= (1 << (decade + spare)) - spare
-        number = jnp.where(above, 1 << (decade + spare), number)
-        power = jnp.where(above, 10.0 ** (1 - DECADES + decade), power)
-    place = (index + spare - number).astype(jnp.float32) + 0.5
-    size = power * (0.1 + 0.9 * place / number.astype(jnp.float32))
-    size = jnp.where(index == 0, 0.0, jnp.where(index >= 128 << spare, 1.0, size))
+        reached = index >= (1 << (decade + extra_bits)) - extra_bits
+        count = jnp.where(reached, 1 << (decade + extra_bits), count)
+        power = jnp.where(reached, 10.0 ** (1 - DECADES + decade), power)
+
+    # Compute the value from its position in the decade.
+    position = (index + extra_bits - count).astype(jnp.float32) + 0.5
+    magnitude = power * (0.1 + 0.9 * position / count.astype(jnp.float32))
+    is_one = index >= 128 << extra_bits
+    magnitude = jnp.where(index == 0, 0.0, jnp.where(is_one, 1.0, magnitude))
     if not signed:
-        return jnp.where(codes == 255, 1.0, size)
-    return jnp.where(codes < 127, -size, size)
+        return jnp.where(codes == 255, 1.0, magnitude)
+    return jnp.where(codes < 127, -magnitude, magnitude)
 
 
-def _value(decade: int, place: float, spare: int) -> float:
-    """The value at a place of a decade, from 0 on."""
+def _value(decade: int, position: int, extra_bits: int) -> float:
+    """The value at a position in a decade, both counted from 0."""
     if decade == DECADES:
         return 1.0
-    return 10.0 ** (decade - DECADES + 1) * (0.1 + 0.9 * (place + 0.5) / (1 << (decade + spare)))
+    fraction = (position + 0.5) / (1 << (decade + extra_bits))
+    return 10.0 ** (decade - DECADES + 1) * (0.1 + 0.9 * fraction)
 
 
-def _halfway(decade: int, spare: int) -> float:
-    """Halfway from the last value below a decade to its first."""
-    below = _value(decade - 1, (1 << (decade - 1 + spare)) - 1, spare) if decade else 0.0
-    return (below + _value(decade, 0, spare)) / 2
-
-
-def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """Rounds float32 to one of its two bfloat16 neighbours, right on average.
-
-    A number at a fraction f of the way from one neighbour to the next (away from zero) goes to the
-    next with probability f, to 16 bits: random bits are added below the kept ones, which are then
-    cut off. Numbers that bfloat16 holds stay as they are, and so do infinities and NaN.
-
-    Args:
-      x: float32, any shape.
-      key: of the random bits.
-
-    Returns:
-      bfloat16 of the same shape, with `E[result] = x` up to 2^-16 of a spacing.
-    """
-    return round_with(x, jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32))
-
-
-def round_with(x: jax.Array, noise: jax.Array) -> jax.Array:
-    """`stochastic_round` with given random numbers of 16 bits, as uint32."""
-    bits = (lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
-    rounded = lax.bitcast_convert_type(bits, jnp.float32)
-    # Exact: the sixteen bits that bfloat16 lacks are zero.
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+def _lower_bound(decade: int, extra_bits: int) -> float:
+    """The midpoint between the last value below a decade and its first value."""
+    below = 0.0
+    if decade:
+        below = _value(decade - 1, (1 << (decade - 1 + extra_bits)) - 1, extra_bits)
+    return (below + _value(decade, 0, extra_bits)) / 2

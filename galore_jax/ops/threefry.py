@@ -1,4 +1,4 @@
-"""Random bits that depend on a seed and a place alone, however the work is cut into tiles."""
+"""Random bits that depend only on a seed and a position, however the work is split into tiles."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ def threefry(seed: Any, first: jax.Array, second: jax.Array) -> tuple[jax.Array,
 
     Args:
       seed: the key, two uint32.
-      first: of the counters, uint32, any shape.
-      second: of the counters, uint32, the same shape.
+      first: first words of the counters, uint32, any shape.
+      second: second words of the counters, uint32, the same shape.
 
     Returns:
-      Two random words of each counter, uint32.
+      Two random words per counter, uint32.
     """
     keys = (seed[0], seed[1], seed[0] ^ seed[1] ^ jnp.uint32(0x1BD11BDA))
     first, second = first + keys[0], second + keys[1]
@@ -33,27 +33,28 @@ def threefry(seed: Any, first: jax.Array, second: jax.Array) -> tuple[jax.Array,
 
 
 def noise(seed: Any, row: Any, column: Any, shape: tuple[int, int]) -> jax.Array:
-    """Sixteen random bits for each place of a tile of a matrix.
+    """Sixteen random bits for each element of a tile of a matrix.
 
-    Four columns share the words of the counter (row, column // 4): the low halves of both, then the
-    high ones.
+    Four columns share the two words of the counter (row, column // 4): first the low halves of both
+    words, then the high halves.
 
     Args:
       seed: two uint32.
-      row: int32, where the tile begins.
-      column: int32, where the tile begins, a multiple of 4.
-      shape: of the tile.
+      row: int32, first row of the tile.
+      column: int32, first column of the tile, a multiple of 4.
+      shape: shape of the tile.
 
     Returns:
       uint32 below 2^16, of this shape.
     """
     height, width = shape
-    places = (height, -(-width // 4))
+    counters_shape = (height, -(-width // 4))
     rows, groups = (
-        jnp.asarray(start).astype(jnp.uint32) + lax.broadcasted_iota(jnp.uint32, places, axis)
+        jnp.asarray(start).astype(jnp.uint32)
+        + lax.broadcasted_iota(jnp.uint32, counters_shape, axis)
         for axis, start in enumerate((row, column // 4))
     )
-    # Axes are stacked at the end alone because Triton can do no other.
+    # Stacking is along the last axis because Triton supports no other.
     halves = [
         jnp.stack((word & jnp.uint32(0xFFFF), word >> jnp.uint32(16)), axis=-1)
         for word in threefry(seed, rows, groups)

@@ -1,4 +1,4 @@
-"""Adam and AdamW with moments in 8 bits (arXiv 2110.02861), with GaLore or without."""
+"""Adam and AdamW with 8-bit moments (arXiv 2110.02861), with or without GaLore."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,14 +9,13 @@ import optax
 
 from galore_jax.ops.implementation import Implementation, adam_8bit_of
 from galore_jax.ops.quantization import Quantized, zeros_like
-from galore_jax.optim.flax_serialization import register_where_flax_is
-from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.types import PyTree
 
 Mask = PyTree | Callable[[PyTree], PyTree] | None
 
-# Leaves of fewer numbers keep float32 moments, as in arXiv 2110.02861's implementation, and so do
-# those with a shorter last axis, for which scales would take up what codes save.
+# Smaller leaves keep float32 moments, as in the implementation of arXiv 2110.02861, and so do those
+# with a shorter last axis, whose scales would use up what the codes save.
 MIN_QUANTIZED_SIZE, MIN_QUANTIZED_WIDTH = 4096, 16
 
 
@@ -24,10 +23,9 @@ class ScaleByAdam8bitState(NamedTuple):
     """State of `scale_by_adam8bit`.
 
     Attributes:
-      count: int32 scalar, updates so far.
-      mu: first moments, `Quantized` in place of an array, by "signed" codes; of small leaves
-        float32.
-      nu: second moments, by "unsigned" codes.
+      count: int32 scalar, number of updates so far.
+      mu: first moments, `Quantized` with "signed" codes; float32 arrays for small leaves.
+      nu: second moments, likewise with "unsigned" codes.
     """
 
     count: jax.typing.ArrayLike
@@ -40,24 +38,24 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with moments in block-wise dynamic 8-bit codes (arXiv 2110.02861).
 
-    An update comes from the moments in float32, before they are rounded to their codes. Moments
-    take 2.03 bytes a number in place of 8 (2.5 where the last axis is as short as 16). Leaves of
-    fewer than 4,096 numbers, of a matrix each after `galore(moments="reset")`, or with a last axis
-    below 16 keep float32 ones.
+    Updates are computed from the moments in float32, before they are rounded to codes. The two
+    moments take 2.03 bytes per parameter instead of 8 (2.5 if the last axis is as short as 16).
+    Leaves with fewer than 4,096 elements (per matrix after `galore(moments="reset")`) or with a
+    last axis shorter than 16 keep float32 moments.
 
     Args:
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment, after the bias correction.
-      implementation: see `ops.implementation`.
+      eps: added to the square root of the second moment, after the bias correction.
+      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
 
     Returns:
       An optax transformation.
 
     Raises:
-      ValueError: no such implementation; at init, a complex parameter.
+      ValueError: an unknown implementation; at init, a complex parameter.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from galore_jax import scale_by_adam8bit
       >>> state = scale_by_adam8bit().init({"kernel": jnp.ones((64, 512)), "bias": jnp.ones(512)})
@@ -68,14 +66,14 @@ def scale_by_adam8bit(
     step = adam_8bit_of(implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
-        register_where_flax_is()
+        register_if_flax_imported()
 
         def zeros(code: Any) -> PyTree:
             def at_leaf(path: Any, param: Any) -> Any:
                 if jnp.iscomplexobj(param):
                     raise ValueError(
-                        f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, of which "
-                        "there are no 8-bit moments: use optax.adam for it, by optax.partition."
+                        f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, for which "
+                        "there are no 8-bit moments: use optax.adam for it, with optax.partition."
                     )
                 if jnp.size(param) < MIN_QUANTIZED_SIZE or param.shape[-1] < MIN_QUANTIZED_WIDTH:
                     return jnp.zeros_like(param, jnp.float32)
@@ -90,12 +88,6 @@ def scale_by_adam8bit(
         count = optax.safe_increment(state.count)
 
         def at_leaf(update: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
-            if is_coordinates(update):
-                new, mu, nu = (
-                    Coordinates(part, update.projection)
-                    for part in at_leaf(update.value, mu.value, nu.value)
-                )
-                return new, mu, nu
             if isinstance(mu, Quantized):
                 new, mu, nu = step(update, mu, nu, count, b1=b1, b2=b2, eps=eps)
                 return new.astype(update.dtype), mu, nu
@@ -104,10 +96,10 @@ def scale_by_adam8bit(
             new, kept = adam.update(update.astype(jnp.float32), state_of_leaf)
             return new.astype(update.dtype), kept.mu, kept.nu
 
-        leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
+        leaves, tree = jax.tree.flatten(updates)
         moments = tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
-        found = [at_leaf(*parts) for parts in zip(leaves, *moments, strict=True)]
-        new, mu, nu = (jax.tree.unflatten(tree, [parts[i] for parts in found]) for i in range(3))
+        results = [at_leaf(*parts) for parts in zip(leaves, *moments, strict=True)]
+        new, mu, nu = (jax.tree.unflatten(tree, [parts[i] for parts in results]) for i in range(3))
         return new, ScaleByAdam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -121,21 +113,21 @@ def adam8bit(
     *,
     implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
-    """`optax.adam` with moments in 8 bits: see `scale_by_adam8bit`.
+    """`optax.adam` with 8-bit moments; see `scale_by_adam8bit`.
 
     `chain(galore(rank=128), adam8bit(1e-3))` is 8-bit GaLore.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
+      learning_rate: a number, or a schedule of the update count.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      implementation: see `ops.implementation`.
+      eps: added to the square root of the second moment.
+      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
 
     Returns:
       An optax transformation.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from galore_jax import adam8bit, chain, galore
       >>> state = chain(galore(rank=8), adam8bit(1e-3)).init({"kernel": jnp.ones((64, 512))})
@@ -156,24 +148,24 @@ def adamw8bit(
     mask: Mask = None,
     implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
-    """`optax.adamw` with moments in 8 bits: see `scale_by_adam8bit`.
+    """`optax.adamw` with 8-bit moments; see `scale_by_adam8bit`.
 
-    After `galore` it decays the coordinates alone, as `optax.adamw` does;
-    `galore_jax.adamw(..., eight_bit=True)` decays whole weights.
+    After `galore` it decays only the coordinates, as `optax.adamw` does;
+    `galore_jax.adamw(..., eight_bit=True)` decays full weights.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
+      learning_rate: a number, or a schedule of the update count.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      weight_decay: decoupled, times the learning rate.
-      mask: as for `optax.adamw`: which leaves decay.
-      implementation: see `ops.implementation`.
+      eps: added to the square root of the second moment.
+      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      mask: which leaves decay, as for `optax.adamw`.
+      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
 
     Returns:
       An optax transformation.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from galore_jax import adamw8bit
       >>> state = adamw8bit(1e-3).init({"kernel": jnp.ones((64, 512))})

@@ -1,4 +1,4 @@
-"""Ready-made chains: AdamW, Adafactor and Lion in low-rank coordinates."""
+"""Ready-made optimizers: GaLore with AdamW, Adafactor and Lion."""
 
 import inspect
 from collections.abc import Callable
@@ -11,17 +11,19 @@ import optax
 from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.adam8bit import Mask, scale_by_adam8bit
 from galore_jax.optim.chain import Chain, chain
+from galore_jax.optim.clipping import clip_by_matrix_rms
+from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
-from galore_jax.optim.transforms import clip_by_matrix_rms, decay_weights, scale_by_factored_rms
+from galore_jax.optim.weight_decay import decay_weights
 from galore_jax.subspace.rules import Rank
 
 Make = TypeVar("Make", bound=Callable[..., Chain])
 
 
 def _with_settings_of_galore(make: Make) -> Make:
-    """Names the settings of galore in the signature, where the function has `**settings`.
+    """Replaces `**settings` in a function's signature by the keyword arguments of galore.
 
-    `optax.inject_hyperparams` reads the signature for what may be a hyperparameter.
+    `optax.inject_hyperparams` reads from the signature what can be a hyperparameter.
     """
     settings = inspect.signature(galore).parameters.values()
     signature = inspect.signature(make)
@@ -49,37 +51,39 @@ def adamw(
 ) -> Chain:
     """AdamW on the coordinates, with weight decay in the full space (arXiv 2403.03507, section 4).
 
-    Projected leaves move by `lr · scale · lift(Adam(R))`, all others by `lr · Adam(G)`; then every
-    weight shrinks by `lr · weight_decay` of itself. The defaults are the reference's; `eps` is
-    added after the bias correction, as in optax, where the reference adds it before.
+    Projected leaves are updated by `lr · scale · lift(Adam(R))`, all others by `lr · Adam(G)`; then
+    every weight is multiplied by `1 − lr · weight_decay`. The defaults are the reference's; `eps`
+    is added after the bias correction, as in optax, while the reference adds it before.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
-      rank: as are `update_proj_gap` and `scale`: see `galore`.
+      learning_rate: a number, or a schedule of the update count.
+      rank: as for `galore`.
+      update_proj_gap: as for `galore`.
+      scale: as for `galore`.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      eps: added to the root of the second moment.
-      weight_decay: decoupled, times the learning rate, not times `scale`.
-      mask: as for `optax.adamw`: which leaves decay, a tree of booleans or a function from the
+      eps: added to the square root of the second moment.
+      weight_decay: decoupled weight decay, multiplied by the learning rate but not by `scale`.
+      mask: which leaves decay, as for `optax.adamw`: a tree of booleans, or a function from the
         parameters (their shapes) to one; None: all.
-      eight_bit: keep the moments in 8 bits: see `scale_by_adam8bit`.
-      implementation: of 8-bit moments: see `ops.implementation`.
-      **settings: the others of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
+      eight_bit: whether to keep 8-bit moments; see `scale_by_adam8bit`.
+      implementation: of the update of 8-bit moments; see `scale_by_adam8bit`.
+      **settings: other arguments of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
 
     Returns:
-      A `chain`; put a clip in front by `chain(clip, adamw(...))`. Nothing may come after it.
+      A `chain`. Put a clip in front with `chain(clip, adamw(...))`; nothing may come after it.
 
     Raises:
-      ValueError: an implementation without 8-bit moments; as `galore`.
+      ValueError: an implementation is chosen without 8-bit moments; and as for `galore`.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
     if implementation != "xla" and not eight_bit:
         raise ValueError(
-            "adamw: implementation is that of 8-bit moments: give eight_bit=True with it."
+            "adamw: implementation applies to 8-bit moments: set eight_bit=True as well."
         )
     adam = (
         partial(scale_by_adam8bit, implementation=implementation)
@@ -109,27 +113,29 @@ def adafactor(
     mask: Mask = None,
     **settings: Any,
 ) -> Chain:
-    """Adafactor on the coordinates, as the reference has it beside AdamW (arXiv 2403.03507).
+    """Adafactor on the coordinates, as in the reference code (arXiv 2403.03507).
 
-    The second moment of the coordinates is factored into rows and columns (arXiv 1804.04235), the
-    update clipped by its root mean square, and averaged over time after the learning rate. The
-    learning rate is absolute, not relative to the size of the weights.
+    The second moment of the coordinates is factored into rows and columns (arXiv 1804.04235). The
+    update is clipped by its root mean square and, after the learning rate is applied, averaged over
+    time. The learning rate is absolute, not relative to the size of the weights.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
-      rank: as are `update_proj_gap` and `scale`: see `galore`.
-      b1: decay of the first moment; None: none is kept.
+      learning_rate: a number, or a schedule of the update count.
+      rank: as for `galore`.
+      update_proj_gap: as for `galore`.
+      scale: as for `galore`.
+      b1: decay of the first moment; None: no first moment.
       decay_rate: see `scale_by_factored_rms`.
-      eps: added to the squares of the gradient.
+      eps: added to the squared gradient.
       clipping_threshold: root mean square to which the update of a matrix is scaled down.
-      weight_decay: as for `adamw`, and so is `mask`.
-      mask: which leaves decay.
-      **settings: the others of `galore`.
+      weight_decay: as for `adamw`.
+      mask: as for `adamw`.
+      **settings: other arguments of `galore`.
 
     Returns:
       A `chain`.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.adafactor(1e-2, rank=4)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
@@ -157,21 +163,23 @@ def lion(
     mask: Mask = None,
     **settings: Any,
 ) -> Chain:
-    """Lion (arXiv 2302.06675) on the coordinates: the sign of a first moment, and no second one.
+    """Lion (arXiv 2302.06675) on the coordinates: the sign of a first moment, no second moment.
 
     Args:
-      learning_rate: a number, or a schedule of the update's number.
-      rank: as are `update_proj_gap` and `scale`: see `galore`.
+      learning_rate: a number, or a schedule of the update count.
+      rank: as for `galore`.
+      update_proj_gap: as for `galore`.
+      scale: as for `galore`.
       b1: weight of the moment in the update.
       b2: decay of the moment.
-      weight_decay: as for `adamw`, and so is `mask`.
-      mask: which leaves decay.
-      **settings: the others of `galore`.
+      weight_decay: as for `adamw`.
+      mask: as for `adamw`.
+      **settings: other arguments of `galore`.
 
     Returns:
       A `chain`.
 
-    Example:
+    Examples:
       >>> import galore_jax, jax.numpy as jnp
       >>> tx = galore_jax.lion(1e-4, rank=4)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})

@@ -1,4 +1,4 @@
-"""Parameters updated from coordinates in place, leaf by leaf and layer by layer."""
+"""Applies updates to parameters: coordinates are lifted and added in place, matrix by matrix."""
 
 from functools import partial
 from typing import Any
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.ops.implementation import Implementation, lift_and_add_of
-from galore_jax.ops.quantization import stochastic_round
+from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
+from galore_jax.ops.rounding import stochastic_round
 from galore_jax.optim.chain import Chain, update_low_rank
 from galore_jax.optim.state import (
     GaLoreState,
@@ -19,8 +19,9 @@ from galore_jax.optim.state import (
     map_bases,
     with_gradient,
 )
+from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.subspace.projection import Basis, is_coordinates
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
 
@@ -34,32 +35,31 @@ def apply_gradients(
     implementation: Implementation = "xla",
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
-    """One step: `tx.update` and `optax.apply_updates` in one, for any transformation.
+    """`tx.update` and `optax.apply_updates` in one step, for any transformation.
 
     Call it under `jax.jit` with the parameters and the state donated. Coordinates are then lifted
-    and added in place, one matrix at a time: no lifted update of a whole stacked leaf exists. (A
-    wrapper around a `chain`, such as `optax.inject_hyperparams`, hands out lifted updates.)
+    and added in place, one matrix at a time, so that the lifted update of a stacked leaf never
+    exists as a whole. (Wrappers around a `chain`, such as `optax.inject_hyperparams`, return lifted
+    updates.)
 
     Args:
       tx: any transformation.
-      grads: full gradients, or `Coordinates` where leaves are projected.
+      grads: full gradients, or `Coordinates` for projected leaves.
       state: from `init(tx, params)`, or from `tx.init(params)` for a `chain`.
-      params: the parameters; where the gradients are None they stay, whatever they are.
-      key: where given, bfloat16 parameters are rounded stochastically. Rounding to nearest swallows
-        updates below 1/512 of a weight; a stochastic one keeps them on average.
-      implementation: of the lift: see `ops.implementation`.
-      **extra_args: for the transformations, as those of `tx.update`.
+      params: the parameters; leaves whose gradient is None are returned unchanged.
+      key: if given, bfloat16 parameters are rounded stochastically, which is unbiased; rounding to
+        nearest loses updates below 1/512 of a weight.
+      implementation: of the lift: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
+      **extra_args: passed to the transformations, as by `tx.update`.
 
     Returns:
       The new parameters and the new state.
 
     Raises:
-      ValueError: a gradient of another shape than its parameter, naming it; a part of a stock
-        transformation cannot work on coordinates; no such implementation.
+      ValueError: a gradient whose shape differs from its parameter's, naming the parameter; a stock
+        transformation that cannot work on coordinates; an unknown implementation.
     """
-    lift_and_add_of(
-        implementation
-    )  # Whether it is one of those is not to depend on the parameters.
+    check_implementation(implementation)
     all_params, params = params, with_gradient(params, grads)
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
     if isinstance(tx, Chain):
@@ -84,7 +84,7 @@ def apply_gradients(
             return update
         return _lift_and_add(basis, update, param, key, implementation)
 
-    # Unprojected leaves first; then each galore puts its new parameters where coordinates stand.
+    # Unprojected leaves first; then each galore replaces coordinates by new parameters.
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
@@ -100,13 +100,13 @@ def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> N
         if not is_coordinates(grad) and jnp.shape(grad) != jnp.shape(param):
             raise ValueError(
                 f"apply_gradients: the gradient of {'/'.join(names)} has the shape "
-                f"{jnp.shape(grad)}, but the parameter {jnp.shape(param)}: give gradients of the "
-                "parameters' own shapes."
+                f"{jnp.shape(grad)}, but the parameter {jnp.shape(param)}: pass gradients with the "
+                "shapes of the parameters."
             )
 
 
 def _with_rest(new: PyTree, params: PyTree) -> PyTree:
-    """The new parameters, and the old ones where there is none."""
+    """The new parameters, with the old ones where the new ones are None."""
     pick = lambda new, old: old if new is None else new
     return jax.tree.map(pick, new, params, is_leaf=lambda node: node is None)
 
@@ -121,20 +121,23 @@ def _lift_and_add(
     seeds = None if key is None else jax.random.bits(key, (basis.age.size, 2), jnp.uint32)
     vectors, value, decay = jax.tree.map(flat, (basis.vectors, update.value, decay))
 
-    def one(weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any) -> jax.Array:
+    def update_one(
+        weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any
+    ) -> jax.Array:
         left, right, is_transposed = projection.factors(vectors, value)
         add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
         return add(weights, left, right, basis.scale, decay, seed)
 
-    def one_of(i: jax.Array, matrices: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda stack: stack[i], (vectors, value, decay, seeds))
-        return matrices.at[i].set(one(matrices[i], *own))
+    def update_at(i: jax.Array, matrices: jax.Array) -> jax.Array:
+        arguments = jax.tree.map(lambda stack: stack[i], (vectors, value, decay, seeds))
+        return matrices.at[i].set(update_one(matrices[i], *arguments))
 
     matrices = projection.view.to_matrices(param)
-    if implementation == "pallas":  # It works in place on a stack, but from a loop gets copies.
-        new = jax.vmap(one)(flat(matrices), vectors, value, decay, seeds)
+    # A GPU kernel updates a stack in place, but inside a loop it would be given copies.
+    if implementation == "pallas":
+        new = jax.vmap(update_one)(flat(matrices), vectors, value, decay, seeds)
     else:
-        new = lax.fori_loop(0, basis.age.size, one_of, flat(matrices))
+        new = lax.fori_loop(0, basis.age.size, update_at, flat(matrices))
     return projection.view.from_matrices(new.reshape(matrices.shape))
 
 

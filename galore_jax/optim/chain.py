@@ -1,4 +1,4 @@
-"""Chains that know galore: started with coordinates, run in them, lifted at the end."""
+"""`optax.chain` with support for galore: what comes after it works on coordinates."""
 
 import dataclasses
 import warnings
@@ -11,14 +11,15 @@ import optax
 
 from galore_jax.optim.moments import (
     BasisUpdates,
+    PerMatrixState,
     check_rotation,
     compare_bases,
+    init_per_matrix,
     is_moment,
-    keep_skipped,
     rotate,
-    skip,
+    update_per_matrix,
 )
-from galore_jax.optim.per_matrix import PerMatrixState, init_per_matrix, update_per_matrix
+from galore_jax.optim.nonfinite import restore_moments, skip_updates
 from galore_jax.optim.state import (
     ChainState,
     GaLoreState,
@@ -33,12 +34,13 @@ from galore_jax.optim.state import (
     with_gradient,
     without_boxes,
 )
+from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import MatrixView
-from galore_jax.subspace.projection import Basis, Coordinates, Moments, Projection, is_coordinates
+from galore_jax.subspace.projection import Coordinates, Moments, Projection, is_coordinates
 from galore_jax.types import PyTree
 
-# States that keep a copy of the parameters, which would mix coordinates of different bases.
-_KEEP_COPIES = frozenset(
+# Names of states with a copy of the parameters, which would mix coordinates of different bases.
+_STATES_WITH_COPIES = frozenset(
     {
         "COCOBState",
         "DoGState",
@@ -53,7 +55,7 @@ _KEEP_COPIES = frozenset(
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
-    """What `galore` returns: a transformation for `chain`, or called with what comes after it."""
+    """The result of `galore`. Put it in `chain`, or call it with the inner transformation."""
 
     moments: Moments
 
@@ -63,30 +65,30 @@ class GaLore(optax.GradientTransformationExtraArgs):
 
 
 class Chain(optax.GradientTransformationExtraArgs):
-    """What `chain` returns: an optax transformation that also offers its update before the lift."""
+    """What `chain` returns: a transformation that also offers its updates before the lift."""
 
     transforms: tuple[optax.GradientTransformation, ...]
     update_coordinates: Callable[..., tuple[PyTree, ChainState]]
 
 
 def chain(*transforms: optax.GradientTransformation) -> Chain:
-    """`optax.chain` that knows galore: what comes after it runs in coordinates, then is lifted.
+    """`optax.chain` with galore in it: what comes after it works on coordinates, then is lifted.
 
-    Transformations before `galore` see full gradients and parameters; those after it are started
-    with and fed coordinates, of the parameters too where they read them. So `optax.adamw` there
-    decays only the part of the weights inside the subspace: `galore_jax.adamw` decays them
-    whole. Transformations that keep a copy of the parameters (schedule-free, lookahead, averages)
-    do not belong after galore; wrap the whole chain in them. Where the parameters are in Flax's
-    boxes, masks and labels for optax's transformations after galore are functions, or trees without
-    boxes.
+    Transformations before `galore` see full gradients and parameters. Those after it are
+    initialised with coordinates, and receive coordinates in place of updates and, if they use them,
+    of parameters; so `optax.adamw` after galore decays only the component of the weights inside the
+    subspace, while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the
+    parameters (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain
+    in them. If the parameters are in Flax's boxes, masks and labels for optax's transformations
+    after galore must be functions, or trees without boxes.
 
-    With `galore(moments="reset")` those that keep moments run once for each matrix, with a count of
-    its own: what they do across leaves, such as a clip by global norm inside an `optax.chain`, they
-    then do within one. Make it an argument of its own.
+    With `galore(moments="reset")` a transformation that keeps moments runs once per matrix, with a
+    count of its own. If it is itself an `optax.chain` with a clip by global norm, that clip then
+    works within one matrix: make the clip a separate argument.
 
     Args:
-      *transforms: as for `optax.chain`; a `chain` among them is laid open, so that a clip can be
-        put in front of a ready-made optimizer. What decays whole weights comes last.
+      *transforms: as for `optax.chain`. A `chain` among them is flattened, so that a clip can be
+        put in front of a ready-made optimizer. The decay of full weights comes last.
 
     Returns:
       A transformation whose updates have the parameters' shapes and dtypes. `apply_gradients`
@@ -94,9 +96,9 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     Raises:
       ValueError: more than one galore; at init, moments that cannot be rotated, naming the leaf;
-        at an update, something after a decay of whole weights.
+        at an update, a transformation after the decay of full weights.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from galore_jax import chain, galore
       >>> tx = chain(optax.clip_by_global_norm(1.0), galore(rank=8), optax.lion(1e-4))
@@ -120,12 +122,13 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
             if bases:
                 _warn_of_copies(states[-1])
             resets |= isinstance(tx, GaLore) and tx.moments == "reset"
-            found = galore_states(states[-1])
-            bases += bases_of(found)
-            params = start_coordinates(params, found)
+            new_galores = galore_states(states[-1])
+            bases += bases_of(new_galores)
+            params = start_coordinates(params, new_galores)
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
+        # `basis_updates` is empty until galore has been reached.
         states, basis_updates = [], {}
         params = None if params is None else with_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
@@ -136,9 +139,9 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 )
             elif basis_updates:
                 old = rotate(old, basis_updates)
-                extended = optax.with_extra_args_support(tx)
-                updates, new = extended.update(updates, old, params, **extra_args)
-                new = keep_skipped(old, new, basis_updates)
+                update = optax.with_extra_args_support(tx).update
+                updates, new = update(updates, old, params, **extra_args)
+                new = restore_moments(old, new, basis_updates)
             else:
                 updates, new, basis_updates = update_low_rank(
                     tx, updates, old, params, **extra_args
@@ -146,7 +149,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 if params is not None:
                     params = project(params, galore_states(new))
             states.append(new)
-        return skip(updates, basis_updates), ChainState(tuple(states))
+        return skip_updates(updates, basis_updates), ChainState(tuple(states))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         coordinates, state = update_coordinates(updates, state, params, **extra_args)
@@ -161,9 +164,10 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 def init(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """Starts any optax transformation so that what comes after a `galore` in it is low-rank.
 
-    In place of `tx.init(params)` for a stock `optax.chain(galore(...), ...)`. What comes after
-    galore is started with float32, so moments are float32 whatever the parameters' dtype: zero
-    `Coordinates` for projected leaves, the others themselves. Without galore it is `tx.init`.
+    It replaces `tx.init(params)` for a stock `optax.chain(galore(...), ...)`. Transformations after
+    galore are started with zero `Coordinates` for projected leaves, and with the other parameters
+    in float32, so that moments are float32 whatever the dtype of the parameters. Without galore it
+    is `tx.init`.
 
     Args:
       tx: any transformation, with galore anywhere in it, or without.
@@ -202,9 +206,10 @@ def update_low_rank(
 ) -> tuple[PyTree, PyTree, BasisUpdates]:
     """`tx.update` with the parameters' coordinates in the bases of this very update.
 
-    A stock chain hands the same `params` to all its parts, so they must be projected before it
-    runs, into bases that it refreshes while it runs. Hence a first call that is asked for nothing
-    but the bases (under jit the rest of it is never compiled), and a second that finds them fresh.
+    A stock chain hands the same `params` to all its parts. They must therefore be projected before
+    it runs, into bases that it refreshes while it runs. Hence two calls: the first one is used only
+    for its bases (under jit the rest of it is never compiled), and the second one finds nothing
+    due.
 
     Args:
       tx: any transformation, started by `init`.
@@ -221,22 +226,24 @@ def update_low_rank(
       ValueError: a part of a stock transformation cannot work on coordinates.
     """
     old = galore_states(state)
-    tx = tx if isinstance(tx, GaLore) else optax.with_extra_args_support(tx)
+    low_rank = all(map(is_low_rank, old))
     if isinstance(tx, GaLore):
         updates, state = tx.update(updates, state, params, **extra_args)
-        new = galore_states(state)
-        return updates, state, compare_bases(old, new) if all(map(is_low_rank, old)) else {}
-    if not old or not all(map(is_low_rank, old)):
+        return updates, state, compare_bases(old, galore_states(state)) if low_rank else {}
+    tx = optax.with_extra_args_support(tx)
+    if not old or not low_rank:
         try:
             return *tx.update(updates, state, params, **extra_args), {}
         except (AttributeError, TypeError, ValueError) as error:
             if not any(map(is_coordinates, jax.tree.leaves(updates, is_leaf=is_coordinates))):
                 raise
             raise ValueError(
-                "a wrapper around a chain with galore, or what stands in front of galore, cannot "
-                f"work on gradients that are coordinates ({str(error).splitlines()[0]}): take it "
-                "away, or use full gradients, by jax.value_and_grad."
+                "a wrapper around a chain with galore, or a transformation in front of galore, "
+                f"cannot work on gradients that are coordinates ({str(error).splitlines()[0]}): "
+                "remove it, or use full gradients, by jax.value_and_grad."
             ) from error
+
+    # First call: the refreshed bases.
     try:
         updates = without_boxes(updates, old)
         coordinates = None if params is None else project(params, old)
@@ -248,22 +255,27 @@ def update_low_rank(
         ) from error
     new = galore_states(probe)
     basis_updates = compare_bases(old, new)
+
+    # Second call: the update in these bases, whose ages of zero make no refresh due.
     fresh = [_with_age_zero(state) for state in new]
     ready = rotate(with_galore_states(state, fresh), basis_updates)
     coordinates = None if params is None else project(params, fresh)
     updates, after = tx.update(updates, ready, coordinates, **extra_args)
-    after = keep_skipped(ready, after, basis_updates)
-    return skip(updates, basis_updates), with_galore_states(after, new), basis_updates
+    after = restore_moments(ready, after, basis_updates)
+    return skip_updates(updates, basis_updates), with_galore_states(after, new), basis_updates
 
 
 def _keeps_moments(tx: optax.GradientTransformation) -> bool:
-    """Whether it keeps something for each parameter, found without any: for `optax.tree`."""
+    """Whether a transformation keeps per-parameter state.
+
+    Decided on a dummy matrix, because `optax.tree.map_params` calls init without parameters.
+    """
     view = MatrixView((2, 3), (0,), (1,))
     sample = Coordinates(jnp.zeros((1, 3)), Projection((), view, ("left",), 1))
     try:
         state = jax.eval_shape(tx.init, sample)
     except (AttributeError, TypeError, ValueError):
-        return True  # It wants a whole tree; `init_per_matrix` will say which leaf is refused.
+        return True  # It needs a whole tree; `init_per_matrix` says which leaf it cannot start.
     return any(map(is_moment, jax.tree.leaves(state, is_leaf=is_coordinates)))
 
 
@@ -273,7 +285,7 @@ def _with_age_zero(state: GaLoreState) -> GaLoreState:
 
 
 def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
-    """Full updates in the dtype of `like`: the parameters, or without these the gradients."""
+    """Full updates in the dtypes of `like`: the parameters or, without them, the gradients."""
 
     def lifted(basis: Basis, update: Any, like: Any) -> Any:
         if not is_coordinates(update):
@@ -296,13 +308,13 @@ def _check_not_after_decay(updates: PyTree) -> None:
     for update in jax.tree.leaves(updates, is_leaf=is_coordinates):
         if is_coordinates(update) and update.decay is not None:
             raise ValueError(
-                "chain: a decay of whole weights (decay_weights, and the end of galore_jax.adamw) "
+                "chain: a decay of full weights (decay_weights, and the end of galore_jax.adamw) "
                 "must come last; put what follows it in front of galore, or around the chain."
             )
 
 
 def _warn_of_copies(state: PyTree) -> None:
-    keeps_copies = lambda node: type(node).__name__ in _KEEP_COPIES
+    keeps_copies = lambda node: type(node).__name__ in _STATES_WITH_COPIES
     for node in jax.tree.leaves(state, is_leaf=keeps_copies):
         if keeps_copies(node):
             warnings.warn(

@@ -1,4 +1,4 @@
-"""What `flax.serialization` has to know of this package, for states as bytes."""
+"""Registers the nodes of optimizer states with `flax.serialization`."""
 
 import dataclasses
 import sys
@@ -6,14 +6,15 @@ from functools import cache
 from typing import Any
 
 from galore_jax.ops.quantization import Quantized
-from galore_jax.subspace.projection import Basis, Coordinates
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import Coordinates
 
 
-def register_where_flax_is() -> None:
-    """Registers the nodes of optimizer states with Flax, if somebody has imported it.
+def register_if_flax_imported() -> None:
+    """Registers the nodes of optimizer states with Flax, if it has been imported.
 
-    Done where a state is started: whoever writes it has imported Flax by then, and whoever reads
-    one needs such a state as the target.
+    Called when a state is initialised: saving one requires that Flax is imported by then, and
+    restoring one requires an initialised state as the target.
     """
     if "flax.serialization" in sys.modules:
         _register()
@@ -30,11 +31,11 @@ def _register() -> None:
             return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
 
         def from_dict(node: Any, state: dict[str, Any]) -> Any:
-            own = {
+            fields = {
                 name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
                 for name in names
             }
-            return dataclasses.replace(node, **own)
+            return dataclasses.replace(node, **fields)
 
         serialization.register_serialization_state(kind, to_dict, from_dict)
 

@@ -1,9 +1,16 @@
-"""GaLore as an optax transformation (arXiv 2403.03507).
+"""GaLore as an optax transformation (arXiv 2403.03507, algorithm 2).
 
-`galore` turns the gradient of each matrix into its coordinates in a low-rank basis; whatever optax
-transformation comes after it works on the coordinates, so its state is low-rank; the end lifts
-the result back. One mechanism carries it: a `Coordinates` node stands in the tree where the
-parameter's leaf stood, in what `init` hands to the transformations and in what `galore` emits.
+The paper's algorithm, and where each line of it is:
+
+    every T steps: P ← the leading r singular vectors of G     subspace.refresh.refresh_basis
+    R ← PᵀG                                                    Projection.project, below; or
+                                                               directly in the backward pass: grads
+    Adam (or any optimizer) on R, with moments of R's shape    what comes after galore in the chain
+    W ← W + η · α P N                                          optim.apply, or chain's own lift
+
+The mechanism: a `Coordinates` node replaces the parameter's leaf in the trees that
+transformations after galore are initialised with and update, so their state is low-rank. The
+algorithm in plain NumPy, which the tests compare with step by step, is `tests/reference.py`.
 """
 
 import dataclasses
@@ -17,7 +24,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.optim.chain import GaLore
-from galore_jax.optim.flax_serialization import register_where_flax_is
+from galore_jax.optim.flax_serialization import register_if_flax_imported
+from galore_jax.optim.nonfinite import zero_nonfinite
 from galore_jax.optim.state import (
     GaLoreState,
     boxed_as,
@@ -26,17 +34,17 @@ from galore_jax.optim.state import (
     map_bases,
     to_float32,
 )
+from galore_jax.subspace.basis import Basis, count_update, start_basis
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import (
     MOMENTS,
-    Basis,
     Coordinates,
     Moments,
     Projection,
     ProjType,
     is_coordinates,
 )
-from galore_jax.subspace.refresh import Lazy, count_update, refresh_basis, start_basis
+from galore_jax.subspace.refresh import Lazy, refresh_basis
 from galore_jax.subspace.rules import (
     Rank,
     Rule,
@@ -45,7 +53,7 @@ from galore_jax.subspace.rules import (
     check_number,
     projections,
     rule_for,
-    warn_of_no_projection,
+    warn_if_nothing_projected,
 )
 from galore_jax.types import PyTree
 
@@ -68,60 +76,61 @@ def galore(
     basis_dtype: Any = None,
     seed: int = 0,
 ) -> GaLore:
-    """Projects gradients into low-rank bases (arXiv 2403.03507, algorithm 2).
+    """Projects gradients into low-rank subspaces (arXiv 2403.03507, algorithm 2).
 
-    Matrices are the last two axes of a leaf, axes before them a batch; biases, scales, embeddings,
-    heads and norms stay whole, by name, and so does a leaf whose smaller side is not larger than
-    the rank. Each matrix has a basis of its own, made anew at updates 0, T, 2T, … from that
-    update's gradient. A matrix whose gradient is not finite, or so large that its squares are not
-    in float32, is left out of the update: its weights, moments and basis stay as they are, and a
-    refresh that was due takes place at the next finite one.
+    The last two axes of a leaf are matrices, the axes before them a batch. Biases, scales,
+    embeddings, heads and norms, recognised by name, are not projected, nor is a leaf whose smaller
+    side is not larger than the rank. Each matrix has a basis of its own, computed anew at updates
+    0, T, 2T, … from that update's gradient. A matrix is skipped if its gradient is not finite or
+    the sum of squares of its coordinates overflows float32: its weights, moments and basis stay as
+    they are, and a refresh that was due takes place at the next finite gradient.
 
-    What leaves galore is float32: `Coordinates` of projected leaves, `(*batch, r, out)` for a left
-    basis, `(*batch, in, r)` for a right one; other gradients whole.
+    The updates that leave galore are float32: `Coordinates` for projected leaves, `(*batch, r,
+    out)` with a left basis, `(*batch, in, r)` with a right one; full gradients for the others.
 
     Args:
-      rank: number of basis vectors r; or a fraction of the smaller side, or a function of the
-        matrix's shape (in, out) that returns a number.
-      update_proj_gap: finite updates between refreshes, the paper's T.
+      rank: number of basis vectors r, an integer; or a fraction of the smaller side, or a function
+        from the matrix's shape (in, out) to an integer.
+      update_proj_gap: number of finite updates between refreshes, the paper's T.
       scale: factor of the lifted update, the paper's α.
-      proj_type: "std" (the paper) projects the smaller side, of a square kernel the in side;
-        "reverse_std" the other one; "left" the in axis, "right" the out axis (of Flax kernels,
-        (in, out): those of the reference, for torch's (out, in), flip); "full" both (with an exact
-        method the coordinates are diagonal at a refresh, up to rounding, which Adam then follows).
-      refresh: "subspace_iteration" (matmuls only, warm-started), "eigh" (exact, from the smaller
-        Gram matrix), "svd" (exact, slow) or "random" (whatever the gradient).
+      proj_type: "std" (the paper) projects the smaller side, for a square kernel the in side;
+        "reverse_std" the other one; "left" the in axis and "right" the out axis (of Flax kernels,
+        (in, out); for the reference's torch weights, (out, in), they are swapped); "full" both
+        (with an exact method the coordinates are diagonal at a refresh, up to rounding, and Adam
+        normalises that rounding).
+      refresh: "subspace_iteration" (matrix products only, warm-started), "eigh" (exact, from the
+        smaller Gram matrix), "svd" (exact, slow) or "random" (independent of the gradient).
       weight_dimension_numbers: which axes are in and out, as in `optax.contrib.galore`, for
-        kernels with heads or of convolutions; see `matrices.matrix_views`. Leaves named here are
-        projected whatever their name is.
+        kernels with heads or of convolutions; see `matrix_view.matrix_views`. The leaves named here
+        are projected whatever their name is.
       rules: by pattern of the path, a glob or a compiled regular expression, a `Rule` for the
-        leaves it matches, or None to leave them whole. The first match wins, and a leaf that a
-        `Rule` matches is projected even if it is an embedding, a head or of a norm.
+        leaves it matches, or None not to project them. The first match wins, and a leaf that a
+        `Rule` matches is projected even if it is an embedding, a head or part of a norm.
       moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
-        "keep" (the reference), "reset" (start anew, with bias correction by the basis' own age),
-        or "rotate" (into the new basis; see `moments.rotated`).
+        "keep" (the reference), "reset" (restart at zero, with bias corrections counted from there)
+        or "rotate" (express them in the new basis; see `moments.rotated`).
       stagger: spread the refreshes after update 0 evenly over the interval, so that no later step
-        has to do them all.
-      lazy_overlap: where the mean squared cosine of the principal angles between the old and the
-        new subspace is at least this, the matrix's own gap doubles, else it is T again (Q-GaLore,
+        has to do all of them.
+      lazy_overlap: if the mean squared cosine of the principal angles between the old and the new
+        subspace is at least this, the matrix's own gap doubles, otherwise it is T again (Q-GaLore,
         arXiv 2407.08296, compares single vectors). None: every gap is T.
-      max_gap: the bound of a doubled gap; None: 8 T.
-      basis_dtype: of the stored bases: float32 (None), bfloat16, float16; int8: block-wise codes
-        (`quantization`).
+      max_gap: upper bound of a doubled gap; None: 8 T.
+      basis_dtype: dtype of the stored bases: float32 (None), bfloat16 or float16; int8 stores
+        block-wise codes (`ops.quantization`).
       seed: of the bases before the first gradient, and of "random".
 
     Returns:
       A transformation for `chain`, or for `optax.chain` with `init` and `apply_gradients`.
 
     Raises:
-      ValueError: a setting out of range; at init, a rule without a leaf, or a rank, a rule or
-        dimension numbers that do not fit the leaf that is named; at an update, a gradient of a
-        projected leaf that is None or of another shape.
+      ValueError: a setting out of range; at init, a rule that matches no leaf, or a rank, a rule or
+        dimension numbers that do not fit a leaf (the message names it); at an update, a gradient of
+        a projected leaf that is None or has the wrong shape.
 
     Warns:
       UserWarning: at init, there are matrices, but none is projected.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax
       >>> from galore_jax import apply_gradients, chain, galore
       >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}
@@ -138,10 +147,14 @@ def galore(
     for pattern, rule in rules.items():
         if not isinstance(rule, Rule | None):
             raise ValueError(
-                f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None to "
-                "leave its leaves whole."
+                f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None "
+                "not to project its leaves."
             )
-    if jnp.dtype(basis_dtype or jnp.float32) not in BASIS_DTYPES:
+    try:
+        known = basis_dtype is None or jnp.dtype(basis_dtype) in BASIS_DTYPES
+    except TypeError:  # not a dtype
+        known = False
+    if not known:
         names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
         raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
@@ -151,17 +164,19 @@ def galore(
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
 
     def init_fn(params: PyTree) -> GaLoreState:
-        register_where_flax_is()
+        register_if_flax_imported()
         leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
-        if not leaves:  # As from `optax.tree.map_params`, which looks where parameters would be.
+        if not leaves:  # A placeholder, as `optax.tree.map_params` uses.
             return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
-        found = projections(params, default, rules, weight_dimension_numbers)
-        found = tree.flatten_up_to(found)
-        total = sum(math.prod(p.view.batch) for p in found if p is not None)
+        # What is projected.
+        tree_of_projections = projections(params, default, rules, weight_dimension_numbers)
+        leaf_projections = tree.flatten_up_to(tree_of_projections)
+        total = sum(math.prod(p.view.batch) for p in leaf_projections if p is not None)
         if not total:
-            warn_of_no_projection(params, rules, weight_dimension_numbers)
+            warn_if_nothing_projected(params, rules, weight_dimension_numbers)
+        # A random basis for each projected leaf, with staggered gaps if asked for.
         before, bases = 0, []
-        for leaf, projection in zip(leaves, found, strict=True):
+        for leaf, projection in zip(leaves, leaf_projections, strict=True):
             if projection is None:
                 bases.append(optax.MaskedNode())
                 continue
@@ -169,7 +184,7 @@ def galore(
             gap = rule.update_proj_gap
             if stagger:
                 places = before + jnp.arange(math.prod(batch)).reshape(batch)
-                # places * gap // total, which might overflow.
+                # gap - places * gap // total, split so that the product does not overflow int32.
                 gap = gap - places * (gap // total) - places * (gap % total) // total
             before += math.prod(batch)
             basis = start_basis(
@@ -185,12 +200,12 @@ def galore(
             )
             bases.append(basis)
         count = jnp.zeros([], jnp.int32)
-        # Without boxes, whose names are those of a parameter's axes and not of a basis'.
+        # Without boxes: the axis names in them are the parameter's, not those of a basis.
         tree = jax.tree.structure(unboxed(params), is_leaf=is_coordinates)
         return GaLoreState(count, jax.tree.unflatten(tree, bases), *settings())
 
     def settings() -> tuple[Lazy, jax.Array]:
-        # In the state, for `refresh`, which works without galore itself.
+        # Kept in the state for `refresh`, which works from the state alone.
         number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
         lazy = Lazy(number(lazy_overlap, jnp.float32), number(max_gap, jnp.int32))
         return lazy, jnp.asarray(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
@@ -215,9 +230,7 @@ def galore(
             else:
                 basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
                 value = projection.project(basis.vectors, gradient)
-            # What is not finite in G shows in R; squares that are not would end in second moments.
-            finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))
-            value = jnp.where(finite[..., None, None], value, 0)
+            value, finite = zero_nonfinite(value)
             update = Coordinates(value, projection)
             if basis.full_size:
                 update = projection.lift(basis.vectors, value).astype(gradient.dtype)
@@ -225,8 +238,8 @@ def galore(
 
         pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
-        whole = to_float32(updates) if low_rank else updates
-        new = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=whole)
+        unprojected = to_float32(updates) if low_rank else updates
+        new = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=unprojected)
         updates = new if low_rank else boxed_as(updates, new)
         return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
@@ -247,7 +260,7 @@ def _check_low_rank(moments: Moments) -> None:
 
 @cache
 def _warn_of_full_size() -> None:
-    """Once a process."""
+    """Warns once per process."""
     warnings.warn(
         "galore was started with tx.init(params), so the optimizer after it keeps full-size "
         "moments. For low-rank ones use galore_jax.chain in place of optax.chain, or start with "

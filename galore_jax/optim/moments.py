@@ -1,36 +1,42 @@
-"""What an update of the bases does to the moments of the optimizer that works in them.
+"""What a refresh does to the moments of the optimizer that works in the subspace.
 
-Moments are found wherever an optimizer keeps them: as `Coordinates` in its state, which know their
-parameter. At a refresh they are kept or rotated (or reset: see `per_matrix`); those of a matrix
-whose gradient was not finite are put back.
+A moment is any `Coordinates` node in an optimizer's state; it records the path of its parameter.
+`galore(moments=…)` chooses what happens to the moments of a matrix with a new basis:
+
+* "keep": nothing (the reference).
+* "rotate": they are expressed in the new basis (`rotate`, `rotated`).
+* "reset": they restart at zero. So that bias corrections count from there, the optimizer then runs
+  once per matrix, with a state of its own for each (`init_per_matrix`, `update_per_matrix`).
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
+from galore_jax.ops.loops import for_each
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.optim.state import GaLoreState, bases_of
+from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.subspace.methods import for_each
-from galore_jax.subspace.projection import Basis, Coordinates, Side, is_coordinates
+from galore_jax.subspace.projection import Coordinates, Side, is_coordinates
 from galore_jax.types import PyTree
 
-# The names under which optax and this package keep moments. Of a factored second moment, `rows`
-# has the in axis of the coordinates and `columns` the out axis.
+# The names under which optax and this package keep moments. The rows of a factored second moment
+# have the in axis of the coordinates, its columns the out axis.
 FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
 SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares"})
 FACTORS: dict[str, Side] = {"rows": "left", "columns": "right"}
 
 
 class BasisUpdate(NamedTuple):
-    """What an update, or a refresh, did to the basis of one parameter.
+    """What an update, or a call of `refresh`, did to the basis of one parameter.
 
     Attributes:
-      old: before it.
-      new: after it.
-      refreshed: `(*batch,)`, it made a new basis.
+      old: the basis before it.
+      new: the basis after it.
+      refreshed: bool `(*batch,)`, whether the matrix has new basis vectors.
     """
 
     old: Basis
@@ -39,12 +45,15 @@ class BasisUpdate(NamedTuple):
 
     @property
     def skipped(self) -> jax.Array:
-        """`(*batch,)`: the gradient was not finite."""
+        """Bool `(*batch,)`, whether the gradient was not finite."""
         return self.new.skipped > self.old.skipped
 
     @property
     def is_first_update(self) -> jax.Array:
-        """`(*batch,)`: the update is the first in its basis, made by itself or by `refresh`."""
+        """Bool `(*batch,)`, whether the update is the first one in its basis.
+
+        The basis comes from the update itself or from a `refresh` just before it.
+        """
         return self.refreshed | (self.old.age == 0)
 
 
@@ -52,14 +61,15 @@ BasisUpdates = dict[tuple[str, ...], BasisUpdate]
 
 
 def compare_bases(old: list[GaLoreState], new: list[GaLoreState]) -> BasisUpdates:
-    """By the parameter's path, what an update between two states of the same galores did."""
+    """What happened between two states of the same galores, by the path of the parameter."""
 
-    def compared(old: Basis, new: Basis) -> BasisUpdate:
+    def compare(old: Basis, new: Basis) -> BasisUpdate:
+        # A refresh sets the age to 0 before the update is counted.
         counted = new.skipped == old.skipped
         return BasisUpdate(old, new, new.age - counted < old.age)
 
     pairs = zip(bases_of(old), bases_of(new), strict=True)
-    return {old.projection.path: compared(old, new) for old, new in pairs}
+    return {old.projection.path: compare(old, new) for old, new in pairs}
 
 
 def is_moment(node: Any) -> bool:
@@ -67,45 +77,18 @@ def is_moment(node: Any) -> bool:
     return is_coordinates(node) and hasattr(node.value, "shape")
 
 
-def skip(updates: PyTree, basis_updates: BasisUpdates) -> PyTree:
-    """The last updates of a chain with zero for the skipped matrices, which do not decay either."""
-
-    def at_leaf(update: Any) -> Any:
-        if not is_coordinates(update):
-            return update
-        skipped = basis_updates[update.projection.path].skipped
-        value = jnp.where(skipped[..., None, None], 0, update.value)
-        decay = None if update.decay is None else jnp.where(skipped, 0, update.decay)
-        return Coordinates(value, update.projection, decay)
-
-    return jax.tree.map(at_leaf, updates, is_leaf=is_coordinates)
-
-
-def keep_skipped(old: PyTree, new: PyTree, basis_updates: BasisUpdates) -> PyTree:
-    """The state `new` with the moments of `old` for the skipped matrices."""
-
-    def at_moment(old: Any, new: Any) -> Any:
-        if not is_moment(new) or new.projection.path not in basis_updates:
-            return new
-        skipped = basis_updates[new.projection.path].skipped
-        if new.value.shape[: skipped.ndim] != skipped.shape:
-            return new  # A statistic over several matrices, to which this one gave zeros.
-        skipped = skipped.reshape(skipped.shape + (1,) * (new.value.ndim - skipped.ndim))
-        kept = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), old.value, new.value)
-        return Coordinates(kept, new.projection)
-
-    return jax.tree.map(at_moment, old, new, is_leaf=is_coordinates)
+# Rotation
 
 
 def check_rotation(state: PyTree, bases: list[Basis]) -> None:
-    """Refuses a state whose moments cannot be rotated where they are to be.
+    """Checks that every moment that is to be rotated can be.
 
     Args:
       state: of a transformation after galore.
-      bases: of galore.
+      bases: the bases of galore.
 
     Raises:
-      ValueError: names the leaf.
+      ValueError: a moment is neither a first nor a second one; the message names the leaf.
     """
     rotates = {basis.projection.path for basis in bases if basis.moments == "rotate"}
     for names, node in named_leaves(state, is_coordinates):
@@ -122,16 +105,15 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
 
 
 def rotate(state: PyTree, basis_updates: BasisUpdates) -> PyTree:
-    """The state with its moments in the new bases, where they are new and rotated at a refresh."""
+    """Rotates the moments of parameters whose basis has `moments="rotate"` into the new bases."""
 
     def at_moment(names: tuple[str, ...], node: Any) -> Any:
         basis_update = basis_updates.get(node.projection.path) if is_moment(node) else None
         if basis_update is None or basis_update.new.moments != "rotate":
             return node
         kind = _kind(_field(names, node.projection.path), node)
-        return Coordinates(
-            _rotated_where_refreshed(node.value, basis_update, kind), node.projection
-        )
+        value = _rotated_where_refreshed(node.value, basis_update, kind)
+        return Coordinates(value, node.projection)
 
     new = [at_moment(*leaf) for leaf in named_leaves(state, is_coordinates)]
     return jax.tree.unflatten(jax.tree.structure(state, is_coordinates), new)
@@ -140,19 +122,20 @@ def rotate(state: PyTree, basis_updates: BasisUpdates) -> PyTree:
 def rotated(value: jax.Array, rotation: dict[Side, jax.Array], kind: str) -> jax.Array:
     """The moment of one matrix in its new basis.
 
-    With `C = P_newᵀ P_old`, a first moment becomes `C M` (left), `M Cᵀ` (right) or both: its part
-    in the new subspace. A second moment becomes `(C∘C) V`, the diagonal of the rotated covariance
-    if coordinates are uncorrelated; that is LDAdam's estimate (arXiv 2410.16103, section 3.2)
-    without its term in the mean, which needs the bias corrections of both moments. A new direction
-    that the old basis held only in part, `Σⱼ Cᵢⱼ² < 1`, takes the missing part from the mean over
-    the old directions: LDAdam, which rotates a little at every step, leaves it out, but after one
-    by hundreds of steps the moment would vanish and the next step be many times too large.
+    With `C = P_newᵀ P_old`, a first moment becomes `C M` (left), `M Cᵀ` (right) or both: its
+    component in the new subspace. A second moment becomes `(C∘C) V`, the diagonal of the rotated
+    covariance if coordinates are uncorrelated. That is LDAdam's estimate (arXiv 2410.16103, section
+    3.2) without its term in the mean, which needs the bias corrections of both moments. For a new
+    direction that the old basis covers only in part, `Σⱼ Cᵢⱼ² < 1`, the rest is filled with the
+    mean over the old directions. LDAdam, which rotates a little at every step, leaves that out.
+    Here a second moment that was not rotated for hundreds of steps would nearly vanish without it,
+    and the next step would be far too large.
 
     Args:
-      value: `(..., rows, columns)` of the coordinates' shape; of a factored second moment the
-        means over one of these.
+      value: `(rows, columns)` of the coordinates' shape; for a factored second moment its means
+        over one of these axes.
       rotation: C by side, `(r, r)`.
-      kind: "first", "second", or a name of `FACTORS`.
+      kind: "first", "second", or a name in `FACTORS`.
 
     Returns:
       An array shaped as `value`.
@@ -161,15 +144,15 @@ def rotated(value: jax.Array, rotation: dict[Side, jax.Array], kind: str) -> jax
         if kind in FACTORS:
             value = _spread(c, value[:, None])[:, 0] if FACTORS[kind] == side else value
             continue
-        rotate_axis = _spread if kind == "second" else jnp.matmul
-        value = rotate_axis(c, value) if side == "left" else rotate_axis(c, value.T).T
+        multiply = _spread if kind == "second" else jnp.matmul
+        value = multiply(c, value) if side == "left" else multiply(c, value.T).T
     return value
 
 
 def _spread(c: jax.Array, value: jax.Array) -> jax.Array:
-    part = c**2
-    missing = jnp.maximum(1 - part.sum(axis=1, keepdims=True), 0)
-    return part @ value + missing * value.mean(axis=0, keepdims=True)
+    covered = c**2
+    missing = jnp.maximum(1 - covered.sum(axis=1, keepdims=True), 0)
+    return covered @ value + missing * value.mean(axis=0, keepdims=True)
 
 
 def _rotated_where_refreshed(value: Any, basis_update: BasisUpdate, kind: Any) -> Any:
@@ -177,19 +160,19 @@ def _rotated_where_refreshed(value: Any, basis_update: BasisUpdate, kind: Any) -
     flat = lambda array: array.reshape(-1, *array.shape[batch:])
     old, new = (jax.tree.map(flat, basis.vectors) for basis in (basis_update.old, basis_update.new))
 
-    def one(i: jax.Array, values: Any, vectors: Any) -> Any:
-        own, (old, new) = jax.tree.map(lambda stack: stack[i], (values, vectors))
+    def rotate_one(i: jax.Array, values: Any, vectors: Any) -> Any:
+        stored, (old, new) = jax.tree.map(lambda stack: stack[i], (values, vectors))
         c = {side: as_float32(new[side]).T @ as_float32(old[side]) for side in new}
-        rotated_one = stored_like(rotated(as_float32(own), c, kind), own)
-        return jax.tree.map(lambda stack, new: stack.at[i].set(new), values, rotated_one)
+        result = stored_like(rotated(as_float32(stored), c, kind), stored)
+        return jax.tree.map(lambda stack, new: stack.at[i].set(new), values, result)
 
     flags, stacks = basis_update.refreshed.reshape(-1), jax.tree.map(flat, value)
-    done = for_each(flags, one, stacks, (old, new))
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), done, value)
+    result = for_each(flags, rotate_one, stacks, (old, new))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), result, value)
 
 
 def _kind(name: str, node: Coordinates) -> str | None:
-    """What a moment of this name is to `rotated`; None where it is unknown or of another shape."""
+    """The kind, as for `rotated`, of a moment; None if its name or shape is unknown."""
     shape = node.projection.coordinates_shape
     if name in FACTORS:
         kept = shape[:-1] if FACTORS[name] == "left" else (*shape[:-2], shape[-1])
@@ -200,5 +183,123 @@ def _kind(name: str, node: Coordinates) -> str | None:
 
 
 def _field(names: tuple[str, ...], parameter: tuple[str, ...]) -> str:
-    """The name under which a state keeps a tree like the parameters, from those of a leaf."""
+    """The name of the state's field with a tree like the parameters, from the path of a leaf."""
     return names[len(names) - len(parameter) - 1]
+
+
+# Reset
+
+
+class PerMatrixState(NamedTuple):
+    """State of a transformation that runs once per projected matrix and once for everything else.
+
+    Attributes:
+      unprojected: its state for the unprojected leaves.
+      projected: the parameters' tree with its state for each projected leaf, every array of which
+        has a leading axis over the matrices; `optax.MaskedNode()` elsewhere.
+    """
+
+    unprojected: PyTree
+    projected: PyTree
+
+
+def init_per_matrix(tx: optax.GradientTransformation, params: PyTree) -> PerMatrixState:
+    """Starts `tx` for each matrix, from the parameters as they are after galore.
+
+    Raises:
+      ValueError: `tx` cannot run on one matrix alone; the message names the leaf.
+    """
+
+    def at_leaf(param: Any) -> PyTree:
+        if not is_coordinates(param):
+            return optax.MaskedNode()
+        try:
+            return jax.vmap(tx.init)(_stacked(param))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f'galore: moments="reset" starts what follows galore for {param.projection.name} '
+                f"alone, which it cannot do ({str(error).splitlines()[0]}): give masks and labels "
+                'as functions of the parameters, or use moments="keep".'
+            ) from error
+
+    projected = jax.tree.map(at_leaf, params, is_leaf=is_coordinates)
+    return PerMatrixState(tx.init(_unprojected(params)), projected)
+
+
+def update_per_matrix(
+    tx: optax.GradientTransformation,
+    updates: PyTree,
+    state: PerMatrixState,
+    params: PyTree,
+    basis_updates: BasisUpdates,
+    **extra_args: Any,
+) -> tuple[PyTree, PerMatrixState]:
+    """`tx.update` for each matrix, restarted where the basis is new.
+
+    Everything stored next to a moment is reset with it, Adam's count included; the count of a
+    schedule goes on.
+
+    Args:
+      tx: a transformation that treats each leaf separately.
+      updates: `Coordinates` where galore projects.
+      state: from `init_per_matrix`.
+      params: like `updates`, or None.
+      basis_updates: what this update did to the bases.
+      **extra_args: for `tx.update`.
+
+    Returns:
+      The updates and the state, in which a skipped matrix keeps its moments.
+    """
+    # Unprojected leaves, all at once.
+    tx = optax.with_extra_args_support(tx)
+    unprojected_params = None if params is None else _unprojected(params)
+    unprojected, unprojected_state = tx.update(
+        _unprojected(updates), state.unprojected, unprojected_params, **extra_args
+    )
+
+    def update_one(update: Any, state: PyTree, param: Any) -> tuple[Any, PyTree]:
+        return tx.update(update, state, param, **extra_args)
+
+    # Projected leaves, vectorised over the matrices of each.
+    leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
+    param_leaves = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
+    new_updates, states = tree.flatten_up_to(unprojected), tree.flatten_up_to(state.projected)
+    for i, (update, param) in enumerate(zip(leaves, param_leaves, strict=True)):
+        if not is_coordinates(update):
+            continue
+        basis_update, stack = basis_updates[update.projection.path], _stacked(update)
+        initial = jax.vmap(tx.init)(jax.tree.map(jnp.zeros_like, stack))
+        start = _where(basis_update.is_first_update.reshape(-1), initial, states[i])
+        stacked_param = None if param is None else _stacked(param)
+        new, after = jax.vmap(update_one)(stack, start, stacked_param)
+        new_updates[i] = Coordinates(new.value.reshape(update.value.shape), update.projection)
+        states[i] = _where(basis_update.skipped.reshape(-1), start, after)
+    new_state = PerMatrixState(unprojected_state, jax.tree.unflatten(tree, states))
+    return jax.tree.unflatten(tree, new_updates), new_state
+
+
+def _where(flags: jax.Array, one: PyTree, other: PyTree) -> PyTree:
+    """Moments and what is stored next to them from `one` where the flag is set; else `other`."""
+
+    def holds_moments(node: Any) -> bool:
+        return is_coordinates(node) or (
+            isinstance(node, tuple) and any(is_coordinates(field) for field in node)
+        )
+
+    def at_node(one: Any, other: Any) -> Any:
+        if not holds_moments(one):
+            return other
+        pick = lambda a, b: jnp.where(flags.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
+        return jax.tree.map(pick, one, other)
+
+    return jax.tree.map(at_node, one, other, is_leaf=holds_moments)
+
+
+def _stacked(node: Any) -> Any:
+    """Coordinates with a single batch axis, over the matrices."""
+    return Coordinates(node.value.reshape(-1, *node.value.shape[-2:]), node.projection)
+
+
+def _unprojected(tree: PyTree) -> PyTree:
+    masked = lambda leaf: optax.MaskedNode() if is_coordinates(leaf) else leaf
+    return jax.tree.map(masked, tree, is_leaf=is_coordinates)

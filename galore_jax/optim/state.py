@@ -1,4 +1,4 @@
-"""The state of galore, and trees in which coordinates stand where it has bases."""
+"""The state of galore, and trees in which `Coordinates` replace projected leaves."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.projection import Basis, Coordinates, Projection, is_basis, is_coordinates
+from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
 from galore_jax.subspace.refresh import Lazy
 from galore_jax.types import PyTree
 
@@ -17,11 +18,11 @@ class GaLoreState(NamedTuple):
     """State of `galore`.
 
     Attributes:
-      count: int32 scalar, updates so far.
-      bases: the parameters' tree with a `Basis` where a leaf is projected and
-        `optax.MaskedNode()` elsewhere.
-      lazy: when gaps double.
-      seed: of random bases, uint32 scalar.
+      count: int32 scalar, number of updates so far.
+      bases: the parameters' tree with a `Basis` for projected leaves and `optax.MaskedNode()`
+        elsewhere.
+      lazy: when the gap between refreshes doubles.
+      seed: uint32 scalar, the seed of random bases.
     """
 
     count: jax.typing.ArrayLike
@@ -31,7 +32,9 @@ class GaLoreState(NamedTuple):
 
 
 class ChainState(NamedTuple):
-    """State of a `chain`, apart from a stock one's, for its galore needs no lifting by others.
+    """State of a `chain`.
+
+    It is a separate type so that `galore_states` can skip chains, which lift their own updates.
 
     Attributes:
       inner_states: the states of its transformations.
@@ -41,14 +44,14 @@ class ChainState(NamedTuple):
 
 
 def galore_states(state: PyTree, *, inside_chains: bool = False) -> list[GaLoreState]:
-    """The states of every galore in a state.
+    """The state of every galore in an optimizer's state.
 
     Args:
-      state: of any transformation.
-      inside_chains: also those inside a `chain`, which lifts their updates by itself.
+      state: the state of any transformation.
+      inside_chains: whether to include those inside a `chain`, which lifts their updates itself.
 
     Returns:
-      The states.
+      The states, in the order of the tree.
     """
     leaves = jax.tree.leaves(state, is_leaf=_is_state(inside_chains))
     return [leaf for leaf in leaves if isinstance(leaf, GaLoreState)]
@@ -57,7 +60,7 @@ def galore_states(state: PyTree, *, inside_chains: bool = False) -> list[GaLoreS
 def with_galore_states(
     state: PyTree, states: list[GaLoreState], *, inside_chains: bool = False
 ) -> PyTree:
-    """`state` with others in place of those that `galore_states` finds, in their order."""
+    """An optimizer's state with the given states in place of those from `galore_states`."""
     new = iter(states)
 
     def replaced(node: Any) -> Any:
@@ -72,20 +75,20 @@ def _is_state(inside_chains: bool) -> Callable[[Any], bool]:
 
 
 def bases_of(states: list[GaLoreState]) -> list[Basis]:
-    """Every basis in these states."""
+    """All bases in these states."""
     leaves = jax.tree.leaves([state.bases for state in states], is_leaf=is_basis)
     return [leaf for leaf in leaves if is_basis(leaf)]
 
 
 def is_low_rank(state: GaLoreState) -> bool:
-    """Whether what follows this galore was started with coordinates (or it projects nothing)."""
+    """Whether the transformations after this galore were initialised with coordinates."""
     return not any(basis.full_size for basis in bases_of([state]))
 
 
 def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: PyTree) -> PyTree:
-    """`f(basis, *subtrees of rest)` at the projected leaves; what `otherwise` has at the others.
+    """Maps `f(basis, *leaves of rest)` over projected leaves; others are taken from `otherwise`.
 
-    What a box of Flax holds is given to `f` without it, and what `f` returns stands in its place.
+    Values in Flax's boxes are passed to `f` without the box, which its result replaces.
     """
 
     def at_leaf(basis: Any, otherwise: Any, *subtrees: Any) -> Any:
@@ -96,20 +99,20 @@ def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: Py
 
 
 def without_boxes(tree: PyTree, states: list[GaLoreState]) -> PyTree:
-    """A tree like the parameters without boxes where one of these galores has a basis."""
+    """A tree like the parameters, with projected leaves taken out of Flax's boxes."""
     for state in states:
         tree = map_bases(lambda _, node: node, state.bases, tree, otherwise=tree)
     return tree
 
 
 def boxed_as(like: PyTree, tree: PyTree) -> PyTree:
-    """A tree with the leaves of `like`, one for one, in the boxes that are there."""
+    """A tree with the structure of `like`, boxes included, and the leaves of `tree`."""
     structure = jax.tree.structure(like, is_leaf=is_coordinates)
     return jax.tree.unflatten(structure, jax.tree.leaves(tree, is_leaf=is_coordinates))
 
 
 def with_gradient(params: PyTree, gradients: PyTree) -> PyTree:
-    """`params` with None where the gradients have None, as of the functions in an Equinox model."""
+    """`params` with None where the gradients are None, as for functions in an Equinox model."""
 
     def at_leaf(gradient: Any, param: Any) -> Any:
         return None if gradient is None else param
@@ -119,28 +122,28 @@ def with_gradient(params: PyTree, gradients: PyTree) -> PyTree:
 
 
 def check_gradient(gradient: Any, projection: Projection) -> None:
-    """Refuses what is no gradient of a projected parameter.
+    """Checks a gradient of a projected parameter.
 
     Raises:
-      ValueError: names the parameter.
+      ValueError: it is None or has the wrong shape; names the parameter.
     """
     if gradient is None:
         raise ValueError(
-            f"galore: the gradient of {projection.name}, which is projected, is None: give zeros, "
-            "or start the optimizer without this parameter."
+            f"galore: the gradient of {projection.name}, which is projected, is None: pass zeros, "
+            "or initialise the optimizer without this parameter."
         )
     projected = is_coordinates(gradient)
     shape = jnp.shape(gradient.value if projected else gradient)
-    wanted = projection.coordinates_shape if projected else projection.view.shape
-    if shape != wanted:
+    expected = projection.coordinates_shape if projected else projection.view.shape
+    if shape != expected:
         raise ValueError(
-            f"galore: the gradient of {projection.name} has the shape {shape} in place of "
-            f"{wanted}: give gradients of the parameters that the optimizer was started with."
+            f"galore: the gradient of {projection.name} has the shape {shape} instead of "
+            f"{expected}: pass gradients of the parameters that the optimizer was initialised with."
         )
 
 
 def to_float32(tree: PyTree) -> PyTree:
-    """Floating leaves as float32, others as they are."""
+    """Casts floating leaves to float32; other leaves are unchanged."""
 
     def cast(leaf: Any) -> Any:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
@@ -153,7 +156,7 @@ def to_float32(tree: PyTree) -> PyTree:
 
 
 def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
-    """`params` as they stand after these galores: `Coordinates` where one has a basis, float32."""
+    """The parameters as transformations after these galores see them: projected, float32."""
 
     def coordinates(basis: Basis, param: jax.Array) -> Coordinates:
         return Coordinates(basis.projection.project(basis.vectors, param), basis.projection)
@@ -164,7 +167,7 @@ def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
 
 
 def start_coordinates(params: PyTree, states: list[GaLoreState]) -> PyTree:
-    """As `project`, with zeros for coordinates: the states may be abstract."""
+    """Like `project`, with zeros for coordinates; the states may be abstract."""
 
     def zeros(basis: Basis) -> Coordinates:
         shape = basis.projection.coordinates_shape

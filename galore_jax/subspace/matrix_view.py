@@ -1,4 +1,4 @@
-"""Matrix views: which parameters GaLore projects, and how it reads them as matrices."""
+"""Matrix views: which parameters are matrices, and which of their axes are rows and columns."""
 
 import math
 import re
@@ -8,28 +8,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from optax.contrib import GaLoreDimensionNumbers
 
 from galore_jax.types import PyTree
 
-# A leaf with one of these last names, or with one of these words anywhere in its path, stays whole.
-# Biases and scales of norms are so called by Flax and Equinox, Haiku, and Keras.
+# A leaf whose last name is one of these is not projected: they are the names of biases and of the
+# scales of norms in Flax and Equinox, Haiku, and Keras.
 UNPROJECTED_LEAVES = frozenset({"bias", "scale", "offset", "beta", "gamma"})
-UNPROJECTED_WORDS = frozenset({"embed", "embedding", "head", "norm"})  # lm_head: lm and head
+# Nor is a leaf with one of these words in its path, unless a rule matches it; "lm_head" consists of
+# "lm" and "head".
+UNPROJECTED_WORDS = frozenset({"embed", "embedding", "head", "norm"})
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_DEFAULT = object()  # in place of dimension numbers
-_MULTI_HEAD = re.compile(r"multi_?head", re.IGNORECASE)  # an attention, not a head
+_MULTI_HEAD = re.compile(r"multi_?head", re.IGNORECASE)  # Attention, not a language model's head.
+_DEFAULT = object()  # A placeholder for leaves without dimension numbers.
 
 
 @dataclass(frozen=True)
 class MatrixView:
-    """An array read as a batch of (in, out) matrices, shape `(*batch, in, out)`.
+    """An array viewed as a batch of (in, out) matrices, shape `(*batch, in, out)`.
 
     Attributes:
-      shape: of the array.
-      in_axes: its axes that together are the rows.
-      out_axes: its axes that together are the columns; every other axis is a batch axis.
+      shape: shape of the array.
+      in_axes: the axes of the array that form the rows.
+      out_axes: the axes of the array that form the columns; all other axes are batch axes.
     """
 
     shape: tuple[int, ...]
@@ -58,13 +59,13 @@ class MatrixView:
         return math.prod(self._sizes(self.out_axes))
 
     def to_matrices(self, array: jax.Array) -> jax.Array:
-        """Reads an array of `shape` as `(*batch, in, out)`."""
+        """Transposes and reshapes an array of `shape` to `(*batch, in, out)`."""
         return array.transpose(self._order).reshape(*self.batch, self.rows, self.columns)
 
     def from_matrices(self, matrices: jax.Array) -> jax.Array:
-        """The inverse of `to_matrices`."""
-        moved = matrices.reshape(self._sizes(self._order))
-        return moved.transpose(tuple(self._order.index(axis) for axis in range(len(self.shape))))
+        """Inverts `to_matrices`."""
+        array = matrices.reshape(self._sizes(self._order))
+        return array.transpose(tuple(self._order.index(axis) for axis in range(len(self.shape))))
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -75,25 +76,28 @@ class MatrixView:
 
 
 def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyTree:
-    """How each leaf reads as matrices, where it does.
+    """Determines how each leaf is viewed as matrices, if it can be.
 
-    By default over its last two axes; Flax's attention kernels that are stored with heads (`query`,
-    `key`, `value`, `out` side by side) over the model's axis and the two of the heads. A leaf that
-    has fewer than two axes or does not hold floating numbers is no matrix, nor one without numbers;
-    and by default not the `b` of a layer, Haiku's name for a bias: stacked it has two axes.
+    By default the last two axes are the matrix axes. Flax attention kernels that are stored with
+    separate heads (`query`, `key`, `value` and `out` of one module) are viewed with the model axis
+    on one side and both head axes on the other. A leaf has no view if it has fewer than two axes,
+    no elements or a dtype that is not floating point; nor, by default, if it is the `b` of a layer,
+    Haiku's name for a bias, which has two axes when layers are stacked.
 
     Args:
       params: any pytree of arrays or of their shapes.
-      weight_dimension_numbers: None for the default; or `optax.contrib.GaLoreDimensionNumbers`
-        (`reduction_axis` in, `output_axis` out, each an axis or several; the others are batch
-        axes), for all leaves or as a tree or a prefix of one, with None where a leaf is not to be
-        projected; or a function from `params` to any of these.
+      weight_dimension_numbers: None for the default; or `optax.contrib.GaLoreDimensionNumbers`, or
+        any object with the same attributes (`reduction_axis` for in, `output_axis` for out, each
+        an axis or a sequence of axes; the others are batch axes): one for all leaves, or a tree of
+        them like `params` or a prefix of it, with None for leaves that are not to be projected; or
+        a function from `params` to any of these.
 
     Returns:
       A tree like `params` with a `MatrixView` or None at each leaf.
 
     Raises:
-      ValueError: dimension numbers of another tree, or which do not fit the leaf that is named.
+      ValueError: dimension numbers whose tree does not match `params`, or that do not fit a leaf,
+        which is named.
     """
     leaves = named_leaves(params)
     shapes = {names: jnp.shape(leaf) for names, leaf in leaves}
@@ -115,19 +119,19 @@ def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyT
     return jax.tree.unflatten(jax.tree.structure(params), views)
 
 
-def is_no_weight(names: tuple[str, ...]) -> bool:
-    """Whether a leaf is a bias or a scale by its path: only if stacked it looks like a matrix."""
+def is_bias_or_scale(names: tuple[str, ...]) -> bool:
+    """Whether a leaf is a bias or a scale by its name; stacked ones have the shape of a matrix."""
     return bool(names) and names[-1] in UNPROJECTED_LEAVES
 
 
-def is_named_whole(names: tuple[str, ...]) -> bool:
-    """Whether a word of the path is embed, embedding, head or norm: whole unless asked for."""
+def is_unprojected_by_name(names: tuple[str, ...]) -> bool:
+    """Whether a path contains the word embed, embedding, head or norm: no projection by default."""
     words = _WORD.findall(_MULTI_HEAD.sub("", " ".join(names)))
     return any(word.lower() in UNPROJECTED_WORDS for word in words)
 
 
 def path_names(path: tuple[Hashable, ...]) -> tuple[str, ...]:
-    """The names of a path: `("layers", "mlp", "up_proj", "kernel")`."""
+    """The names of a path, such as `("layers", "mlp", "up_proj", "kernel")`."""
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
@@ -136,37 +140,36 @@ def named_leaves(
 ) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of a tree with the names of their paths.
 
-    A parameter that Flax boxes, in a variable of NNX or with the names of its axes, has the name of
-    its box.
+    A parameter inside an NNX variable or a Flax box has the path of the variable or the box.
     """
 
-    def stops(node: Any) -> bool:
-        is_variable = _is_of_flax("Variable", node)
+    def ends_path(node: Any) -> bool:
+        is_variable = _is_flax_instance("Variable", node)
         return is_box(node) or is_variable or (is_leaf is not None and is_leaf(node))
 
     return [
         (path_names(path), leaf)
-        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops)
+        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends_path)
         for leaf in jax.tree.leaves(node, is_leaf=is_leaf)
     ]
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node is a box of Flax around an array, with the names of its axes."""
-    return _is_of_flax("AxisMetadata", node)
+    """Whether a node is a Flax box, which holds an array and the names of its axes."""
+    return _is_flax_instance("AxisMetadata", node)
 
 
 def unboxed(tree: PyTree) -> PyTree:
-    """A tree without its boxes; unlike Flax's own function this constrains no sharding."""
+    """Replaces Flax boxes with their arrays; unlike Flax's own function, constrains no sharding."""
 
-    def content(node: Any) -> Any:
-        return jax.tree.leaves(node, lambda inside: inside is not node)[0] if is_box(node) else node
+    def unbox(node: Any) -> Any:
+        return jax.tree.leaves(node, lambda child: child is not node)[0] if is_box(node) else node
 
-    return jax.tree.map(content, tree, is_leaf=is_box)
+    return jax.tree.map(unbox, tree, is_leaf=is_box)
 
 
-def _is_of_flax(name: str, node: Any) -> bool:
-    # By name, for flax is not imported here.
+def _is_flax_instance(name: str, node: Any) -> bool:
+    # Classes are compared by name because Flax may not be installed.
     return any(
         kind.__name__ == name and kind.__module__.startswith("flax.") for kind in type(node).__mro__
     )
@@ -179,60 +182,70 @@ def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
         return [_DEFAULT] * len(leaves)
     if callable(numbers):
         numbers = numbers(params)
-    is_leaf = lambda node: node is None or isinstance(node, GaLoreDimensionNumbers)
-    given = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
+    is_leaf = lambda node: node is None or _is_dimension_numbers(node)
+    entries = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    found, used = [], set()
+
+    # Look up the entry whose path is a prefix of the leaf's path.
+    result, used = [], set()
     for path, (names, _) in zip(paths, leaves, strict=True):
-        place = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
-        if place is None:
+        prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
+        if prefix is None:
             raise ValueError(
-                f"galore: weight_dimension_numbers has nothing for {'/'.join(names)}: "
-                "give a tree like the parameters or a prefix of it, with None for what stays whole."
+                f"galore: weight_dimension_numbers has no entry for {'/'.join(names)}: give a tree "
+                "like the parameters or a prefix of it, with None for leaves not to be projected."
             )
-        found.append(given[place])
-        used.add(place)
-    for path in given:
+        result.append(entries[prefix])
+        used.add(prefix)
+
+    # Refuse entries for paths that do not exist.
+    for path in entries:
         if path not in used:
             raise ValueError(
-                f"galore: weight_dimension_numbers has {'/'.join(path_names(path))}, which the "
-                "parameters do not have: leave it out."
+                f"galore: weight_dimension_numbers has an entry for {'/'.join(path_names(path))}, "
+                "which is not a parameter: remove it."
             )
-    return found
+    return result
+
+
+def _is_dimension_numbers(node: Any) -> bool:
+    # By attributes, so that optax.contrib need not be imported.
+    return hasattr(node, "reduction_axis") and hasattr(node, "output_axis")
 
 
 def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixView:
     def axes(given: int | Sequence[int]) -> tuple[int, ...]:
         return (given,) if isinstance(given, int) else tuple(given)
 
-    if not isinstance(numbers, GaLoreDimensionNumbers):
+    if not _is_dimension_numbers(numbers):
         raise ValueError(
             f"galore: the dimension numbers of {name} are {numbers!r}; give "
-            "optax.contrib.GaLoreDimensionNumbers, or None to leave it whole."
+            "optax.contrib.GaLoreDimensionNumbers, or None not to project it."
         )
     sides = axes(numbers.reduction_axis), axes(numbers.output_axis)
-    every = [axis + len(shape) if axis < 0 else axis for side in sides for axis in side]
-    in_range = all(0 <= axis < len(shape) for axis in every)
-    if not (in_range and len(set(every)) == len(every) and all(sides)):
+    all_axes = [axis + len(shape) if axis < 0 else axis for side in sides for axis in side]
+    in_range = all(0 <= axis < len(shape) for axis in all_axes)
+    if not (in_range and len(set(all_axes)) == len(all_axes) and all(sides)):
         raise ValueError(
             f"galore: {name} has {len(shape)} axes, shape {shape}, which do not fit the dimension "
             f"numbers reduction_axis={numbers.reduction_axis}, output_axis={numbers.output_axis}: "
-            "name each axis once, at least one for in and one for out."
+            "name each axis at most once, and at least one for in and one for out."
         )
-    return MatrixView(shape, tuple(every[: len(sides[0])]), tuple(every[len(sides[0]) :]))
+    in_axes, out_axes = all_axes[: len(sides[0])], all_axes[len(sides[0]) :]
+    return MatrixView(shape, tuple(in_axes), tuple(out_axes))
 
 
 def _is_bias_of_layer(
     names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]
 ) -> bool:
-    """Whether a leaf is called `b`, and beside it is a weight: of its axes, and more before out."""
+    """Whether a leaf is a bias of Haiku: named `b`, `(*batch, out)`, next to `(*batch, …, out)`."""
     if names[-1:] != ("b",):
         return False
     *batch, out = shapes[names]
-    beside = [shape for other, shape in shapes.items() if other[:-1] == names[:-1]]
+    siblings = [shape for other, shape in shapes.items() if other[:-1] == names[:-1]]
     return any(
         len(shape) > len(batch) + 1 and (*shape[: len(batch)], shape[-1]) == (*batch, out)
-        for shape in beside
+        for shape in siblings
     )
 
 
@@ -242,12 +255,12 @@ def _head_axes(
     """In and out axes of an attention kernel stored as (model, heads, head size) or its reverse."""
     if len(names) < 2 or names[-2] not in ("query", "key", "value", "out"):
         return None
-    own = shapes[names]
+    shape = shapes[names]
     query = shapes.get((*names[:-2], "query", names[-1]), ())
     out = shapes.get((*names[:-2], "out", names[-1]), ())
-    if len(own) < 3 or len(query) != len(out) or query[-2:] != out[-3:-1]:
+    if len(shape) < 3 or len(query) != len(out) or query[-2:] != out[-3:-1]:
         return None
-    axis = len(own) - 3
+    axis = len(shape) - 3
     if names[-2] == "out":
         return (axis, axis + 1), (axis + 2,)
     return (axis,), (axis + 1, axis + 2)

@@ -1,4 +1,4 @@
-"""Subspaces: orthonormal columns, and every way to refresh a basis."""
+"""Orthonormalisation, and the methods that compute a new basis from a gradient."""
 
 import math
 from collections.abc import Callable
@@ -9,36 +9,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.subspace.projection import Side
-
-# The age of a basis that no gradient has shaped yet; the next finite one does.
-AGE_UNINITIALIZED = 2**30
-# The largest number of updates between two refreshes: eight times it, the bound of a doubled gap,
-# is below `AGE_UNINITIALIZED`, and twice that fits int32.
-MAX_GAP = 10**8
 
 
 def orthonormalise(columns: jax.Array, generic: jax.Array) -> jax.Array:
-    """Orthonormal columns with the span of the given ones, by matmuls and r×r Cholesky only.
+    """Orthonormalises columns with only matrix products and r × r Cholesky factorisations.
 
-    Four passes of shifted Cholesky-QR over columns of length 1. A plain one fails where the Gram
-    matrix is singular to working precision; a little of `generic` makes up what is missing. The
-    shifts are relative to a bound of the largest eigenvalue, which for parallel columns is r times
-    their mean, and a shift below its rounding would not help.
+    Four passes of shifted Cholesky-QR are applied to columns normalised to length 1. Without the
+    shift Cholesky-QR fails if the Gram matrix is singular to working precision. A small multiple of
+    `generic` supplies the directions that the columns lack. Shifts scale with an upper bound on
+    the largest eigenvalue, not with the mean: for parallel columns the mean is r times smaller, and
+    the shift would be lost to rounding.
 
     Args:
-      columns: `(n, r)` float32, of any rank and scale, finite.
-      generic: `(n, r)` full column rank, entries of size about 1/√n: the old basis or a Gaussian.
+      columns: `(n, r)` float32, finite, of any rank and scale.
+      generic: `(n, r)` of full column rank, with entries of about 1/√n: the old basis or Gaussian
+        random numbers.
 
     Returns:
-      Q `(n, r)`, `‖QᵀQ − I‖∞` about 1e-6.
+      Q `(n, r)` with `‖QᵀQ − I‖∞` of about 1e-6. Its span differs from that of well-conditioned
+      columns by about 1e-4.
     """
-    return _cholesky_qr(_of_length_one(columns) + 1e-4 * generic, passes=4)
+    return _cholesky_qr(_normalise(columns) + 1e-4 * generic, passes=4)
 
 
-def _of_length_one(columns: jax.Array) -> jax.Array:
-    # First by the largest entry: the squares of 1e-30 are zero in float32.
+def _normalise(columns: jax.Array) -> jax.Array:
+    """Scales each column to length 1; columns of zeros are unchanged."""
+    # Divide by the largest entry first: the square of 1e-30 is zero in float32.
     largest = jnp.max(jnp.abs(columns), axis=0, keepdims=True)
     columns = columns / jnp.where(largest > 0, largest, 1)
     length = jnp.linalg.norm(columns, axis=0, keepdims=True)
@@ -46,83 +43,83 @@ def _of_length_one(columns: jax.Array) -> jax.Array:
 
 
 def _cholesky_qr(q: jax.Array, passes: int) -> jax.Array:
-    """Passes of shifted Cholesky-QR over columns of length 1 or zero."""
+    """Applies passes of shifted Cholesky-QR to columns of length 1 or 0."""
     identity = jnp.eye(q.shape[1], dtype=q.dtype)
     for shift in (1e-5, 1e-6, 1e-7, 1e-8)[:passes]:
         gram = jnp.matmul(q.T, q, precision=lax.Precision.HIGHEST)
-        # At least 1, so that columns of zeros, which stay such, have a factor.
+        # At least 1, so that the factorisation exists even for zero columns, which stay zero.
         bound = jnp.maximum(jnp.max(jnp.sum(jnp.abs(gram), axis=1)), 1)
         factor = jnp.linalg.cholesky(gram + shift * bound * identity)
-        # The inverse times q rather than a solve against q, which would gather a sharded q.
+        # Multiply by the inverse rather than solve against q, which would gather a sharded q.
         inverse = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
         q = jnp.matmul(q, inverse.T, precision=lax.Precision.HIGHEST)
     return q
 
 
 def span(columns: jax.Array) -> jax.Array:
-    """Columns of the same span, orthonormal to a few percent, for a product with the gradient.
+    """Orthonormalises columns to within a few percent, for a product with the gradient.
 
-    One pass suffices where the span is all that counts: it only has to keep the weak directions
-    above the rounding errors of the strong ones.
+    One pass suffices when only the span of the columns matters: it just has to keep the weak
+    directions above the rounding errors of the strong ones.
     """
-    return _cholesky_qr(_of_length_one(columns), passes=1)
+    return _cholesky_qr(_normalise(columns), passes=1)
 
 
 def gaussian_basis(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """An orthonormal basis of a uniformly random subspace, `(n, r)` float32."""
+    """Draws an orthonormal basis of a uniformly random subspace, `(n, r)` float32."""
     gaussian = jax.random.normal(key, shape, jnp.float32) / shape[0] ** 0.5
     return orthonormalise(gaussian, gaussian)
 
 
 @partial(jax.jit, static_argnames="shape")
 def random_basis(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random bases of shape `(*batch, n, r)`, float32."""
+    """Draws random bases of shape `(*batch, n, r)`, float32."""
     keys = jax.random.split(key, math.prod(shape[:-2]))
-    # One matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
+    # Draw one matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
     return lax.map(lambda key: gaussian_basis(key, shape[-2:]), keys).reshape(shape)
 
 
-def svd(matrix: jax.Array, side: Side, basis: jax.Array, rounds: Any, key: Any) -> jax.Array:
-    """The leading singular vectors, exactly (arXiv 2403.03507, equation 12)."""
-    del rounds, key
+def svd(matrix: jax.Array, side: Side, basis: jax.Array, iterations: Any, key: Any) -> jax.Array:
+    """Computes the exact leading singular vectors (arXiv 2403.03507, equation 12)."""
+    del iterations, key
     left, _, right = jnp.linalg.svd(matrix, full_matrices=False)
     return (left if side == "left" else right.T)[:, : basis.shape[1]]
 
 
-def eigh(matrix: jax.Array, side: Side, basis: jax.Array, rounds: Any, key: Any) -> jax.Array:
-    """The same subspace from the eigenvectors of the smaller Gram matrix, `G Gᵀ` or `GᵀG`."""
-    del rounds, key
+def eigh(matrix: jax.Array, side: Side, basis: jax.Array, iterations: Any, key: Any) -> jax.Array:
+    """Computes the subspace of `svd` from the eigenvectors of the smaller of `G Gᵀ` and `GᵀG`."""
+    del iterations, key
     matrix = _with_side_first(matrix, side)
     wide = matrix.shape[0] <= matrix.shape[1]
     smaller = matrix if wide else matrix.T
     gram = jnp.matmul(smaller, smaller.T, precision=lax.Precision.HIGHEST)
-    # Without a shift LAPACK may return NaN for rows whose squares leave float32's range.
+    # Without a shift LAPACK may return NaN for rows whose squares are outside float32's range.
     gram = gram + 1e-12 * jnp.eye(len(gram), dtype=gram.dtype)
     leading = jnp.linalg.eigh(gram)[1][:, : -basis.shape[1] - 1 : -1]
     return leading if wide else orthonormalise(matrix @ leading, basis)
 
 
 def subspace_iteration(
-    matrix: jax.Array, side: Side, basis: jax.Array, rounds: jax.Array, key: jax.Array
+    matrix: jax.Array, side: Side, basis: jax.Array, iterations: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Rounds of `A = orth(Gᵀ P), P = orth(G A)`, warm-started from the old basis."""
+    """Iterates `A = orth(Gᵀ P), P = orth(G A)`, warm-started from the old basis."""
     del key
     matrix = _with_side_first(matrix, side)
 
-    def one_round(_: int, basis: jax.Array) -> jax.Array:
+    def iterate(_: int, basis: jax.Array) -> jax.Array:
         return orthonormalise(matrix @ span(matrix.T @ basis), basis)
 
-    return lax.fori_loop(0, rounds, one_round, basis)
+    return lax.fori_loop(0, iterations, iterate, basis)
 
 
-def random(matrix: jax.Array, side: Side, basis: jax.Array, rounds: Any, key: Any) -> jax.Array:
-    """A random subspace, whatever the gradient."""
-    del matrix, side, rounds
+def random(matrix: jax.Array, side: Side, basis: jax.Array, iterations: Any, key: Any) -> jax.Array:
+    """Draws a random subspace, independent of the gradient."""
+    del matrix, side, iterations
     return gaussian_basis(key, basis.shape)
 
 
-# Each takes a matrix (in, out), the side to project, the old basis (in or out, r), a number of
-# rounds and a key, and returns the new basis; float32.
+# Each method takes a matrix (in, out), the side to project, the old basis (in or out, r), a number
+# of iterations and a random key, and returns the new basis; float32.
 REFRESH: dict[str, Callable[[jax.Array, Side, jax.Array, Any, Any], jax.Array]] = {
     "subspace_iteration": subspace_iteration,
     "eigh": eigh,
@@ -132,88 +129,8 @@ REFRESH: dict[str, Callable[[jax.Array, Side, jax.Array, Any, Any], jax.Array]] 
 
 
 def overlap(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Mean squared cosine of the principal angles between subspaces, `‖P_oldᵀP_new‖² / r`."""
+    """Mean squared cosine of the principal angles between two subspaces, `‖P_oldᵀP_new‖² / r`."""
     return jnp.sum((old.mT @ new) ** 2, axis=(-2, -1)) / old.shape[-1]
-
-
-def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:
-    """`carry = body(i, carry, operands)` for each i whose flag `(n,)` is set.
-
-    A loop over what is due, not a vmap of a cond, which would pay for every matrix every step; it
-    costs nothing where none is. What `body` reads must come by `operands`, not by its closure.
-    """
-    order = jnp.argsort(~flags)
-
-    def one(n: jax.Array, carry: Any) -> Any:
-        # Of a single matrix i is always 0: without the barrier XLA takes what follows from it and
-        # the operands alone out of the loop, and pays for it at every step.
-        return body(*lax.optimization_barrier((order[n], carry, operands)))
-
-    return lax.fori_loop(0, flags.sum(), one, carry)
-
-
-@partial(jax.jit, static_argnames="method")
-def refresh_where_due(
-    vectors: dict[Side, Any],
-    age: jax.Array,
-    gap: jax.Array,
-    matrices: jax.Array,
-    key_data: tuple[Any, ...],
-    method: str,
-) -> tuple[dict[Side, Any], jax.Array, jax.Array]:
-    """New bases for the matrices whose age has reached their gap; the others cost nothing.
-
-    A matrix whose gradient is zero, as that of an expert without tokens, or not finite in its
-    squares keeps its basis, so that the next good gradient refreshes it. Where a method has rounds,
-    the first basis takes three of them.
-
-    Args:
-      vectors: by side, `(n, in or out, r)`, or these `Quantized`.
-      age: `(n,)` int32.
-      gap: `(n,)` int32.
-      matrices: `(n, in, out)`, gradients.
-      key_data: whole numbers that make the random key, the seed first.
-      method: a name in `REFRESH`.
-
-    Returns:
-      The vectors, which of the matrices have new ones `(n,)`, and the `overlap` with the old ones
-      `(n,)`, of two sides the smaller, 0 where there are none.
-    """
-
-    def refresh_one(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array], matrices: jax.Array):
-        vectors, refreshed, overlaps = carry
-        matrix = matrices[i].astype(jnp.float32)
-        largest = jnp.max(jnp.abs(matrix))
-        stored = jax.tree.map(lambda stack: stack[i], vectors)
-        old: dict[Side, jax.Array] = {side: as_float32(own) for side, own in stored.items()}
-
-        def renewed() -> dict[Side, jax.Array]:
-            rounds = jnp.where(age[i] >= AGE_UNINITIALIZED, 3, 1)
-            key = jax.random.key(key_data[0])
-            for number in (*key_data[1:], i):
-                key = jax.random.fold_in(key, number)
-            return {
-                side: REFRESH[method](
-                    matrix / largest, side, basis, rounds, jax.random.fold_in(key, number)
-                )
-                for number, (side, basis) in enumerate(old.items())
-            }
-
-        usable = jnp.isfinite(jnp.sum(matrix**2)) & (largest > 0)
-        new = lax.cond(usable, renewed, lambda: old)
-        good = usable & jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in new.values()]))
-        least = jnp.min(jnp.stack([overlap(old[side], new[side]) for side in new]))
-        written = {side: stored_like(new[side], own) for side, own in stored.items()}
-        kept = jax.tree.map(
-            lambda stack, new, old: stack.at[i].set(jnp.where(good, new, old)),
-            vectors,
-            written,
-            stored,
-        )
-        return kept, refreshed.at[i].set(good), overlaps.at[i].set(jnp.where(good, least, 0))
-
-    nothing = jnp.zeros(age.shape, bool), jnp.zeros(age.shape, jnp.float32)
-    return for_each(age >= gap, refresh_one, (vectors, *nothing), matrices)
 
 
 def _with_side_first(matrix: jax.Array, side: Side) -> jax.Array:

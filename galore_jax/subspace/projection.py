@@ -1,7 +1,7 @@
-"""The words of GaLore: a projection, a basis, and coordinates in it.
+"""How a parameter is projected, and its coordinates in a basis.
 
-GaLore, arXiv 2403.03507, section 3: the gradient G of a weight matrix is kept as its coordinates
-in the span of r orthonormal vectors P: `PᵀG` (left), `G P` (right), or both at once.
+GaLore (arXiv 2403.03507, section 3) represents the gradient G of a weight matrix by its coordinates
+in the span of r orthonormal vectors P: `PᵀG` (left), `G P` (right), or `PᵀG Q` (both sides).
 """
 
 from dataclasses import dataclass, field
@@ -22,10 +22,10 @@ MOMENTS: tuple[str, ...] = get_args(Moments)
 
 
 def projected_sides(proj_type: ProjType, view: MatrixView) -> tuple[Side, ...]:
-    """The sides that a projection type means for a matrix.
+    """The sides of a matrix that a projection type selects.
 
-    "std" (the paper) is the smaller side, of a square Flax kernel the in side; "reverse_std" the
-    other one; "full" both; "left" the in axis and "right" the out axis of the Flax kernel.
+    "std" (the paper) selects the smaller side, for a square Flax kernel the in side; "reverse_std"
+    the other one; "full" both; "left" the in axis and "right" the out axis of a Flax kernel.
     """
     if proj_type == "full":
         return ("left", "right")
@@ -40,10 +40,10 @@ class Projection:
     """How one parameter is projected.
 
     Attributes:
-      path: of the parameter in its tree, the names.
+      path: path of the parameter in its tree, as names.
       view: the parameter as a batch of (in, out) matrices.
-      sides: which are projected: "left" is the in axis, "right" the out axis.
-      rank: number r of basis vectors of each.
+      sides: the projected sides: "left" is the in axis, "right" the out axis.
+      rank: number r of basis vectors per side.
     """
 
     path: tuple[str, ...]
@@ -53,24 +53,32 @@ class Projection:
 
     @property
     def name(self) -> str:
-        """The path for people."""
+        """The names of the path, joined by slashes."""
         return "/".join(self.path)
 
     @property
     def basis_shapes(self) -> dict[Side, tuple[int, ...]]:
-        """`(*batch, in, r)` for left, `(*batch, out, r)` for right."""
+        """Shapes of the vectors: `(*batch, in, r)` for left, `(*batch, out, r)` for right."""
         sizes: dict[Side, int] = {"left": self.view.rows, "right": self.view.columns}
         return {side: (*self.view.batch, sizes[side], self.rank) for side in self.sides}
 
     @property
     def coordinates_shape(self) -> tuple[int, ...]:
-        """`(*batch, r, out)` for left, `(*batch, in, r)` for right, `(*batch, r, r)` for both."""
+        """Left `(*batch, r, out)`, right `(*batch, in, r)`, both sides `(*batch, r, r)`."""
         rows = self.rank if "left" in self.sides else self.view.rows
         columns = self.rank if "right" in self.sides else self.view.columns
         return (*self.view.batch, rows, columns)
 
     def project(self, vectors: dict[Side, Any], array: jax.Array) -> jax.Array:
-        """`PᵀG`, `G P` or `PᵀG Q`: from `view.shape` to `coordinates_shape`, in float32."""
+        """Projects an array: `PᵀG`, `G P` or `PᵀG Q`, in float32.
+
+        Args:
+          vectors: for each side, as `basis_shapes`.
+          array: as `view.shape`.
+
+        Returns:
+          The coordinates, as `coordinates_shape`.
+        """
         value = self.view.to_matrices(array).astype(jnp.float32)
         if "left" in vectors:
             value = as_float32(vectors["left"]).mT @ value
@@ -79,11 +87,12 @@ class Projection:
         return value
 
     def lift_matrices(self, vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
-        """`P N`, `N Pᵀ` or `P N Qᵀ`, in float32.
+        """Lifts coordinates to matrices: `P N`, `N Pᵀ` or `P N Qᵀ`, in float32.
 
         Args:
-          vectors: `(..., in or out, r)`, any axes in front.
-          value: as `coordinates_shape`, the same axes in front.
+          vectors: for each side, `(..., in or out, r)` with any leading axes.
+          value: the coordinates, with the last two axes of `coordinates_shape` and the same leading
+            axes.
 
         Returns:
           `(..., in, out)`.
@@ -97,13 +106,17 @@ class Projection:
     def factors(
         self, vectors: dict[Side, Any], value: jax.Array
     ) -> tuple[jax.Array, jax.Array, bool]:
-        """Two matrices whose product lifts the coordinates of one matrix.
+        """Two factors whose product is the lifted coordinates of one matrix.
+
+        Args:
+          vectors: for each side, `(in or out, r)`.
+          value: the coordinates N of the matrix.
 
         Returns:
-          `P` and `N` (left), `N` and `P` (right), or `P` and `N Qᵀ`; and whether the second one is
-          to be transposed.
+          `P` (in, r) and `N` (r, out) for left; `N` (in, r) and `P` (out, r) for right; `P` (in, r)
+          and `N Qᵀ` (r, out) for both sides; and whether the second factor must be transposed.
         """
-        vectors = {side: dequantize(own) for side, own in vectors.items()}
+        vectors = {side: dequantize(stored) for side, stored in vectors.items()}
         if "left" not in vectors:
             return value, vectors["right"], True
         if "right" in vectors:
@@ -111,24 +124,24 @@ class Projection:
         return vectors["left"], value, False
 
     def lift(self, vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
-        """From `basis_shapes` and `coordinates_shape` to an array of `view.shape`, in float32."""
+        """Lifts coordinates of `coordinates_shape` to an array of `view.shape`, in float32."""
         return self.view.from_matrices(self.lift_matrices(vectors, value))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(eq=False)
 class Coordinates:
-    """A gradient, moment or update of one projected parameter, in its basis.
+    """A gradient, moment or update of one projected parameter, as coordinates in its basis.
 
-    Stands in a tree where the parameter's leaf stood, so that every transformation after galore
-    shapes its state by `value`.
+    It replaces the parameter's leaf in a tree, so that every transformation after galore gives its
+    state the shape of `value`.
 
     Attributes:
-      value: `projection.coordinates_shape`.
+      value: array of shape `projection.coordinates_shape`.
       projection: static.
-      decay: None, or the fraction of the parameter itself that the update takes away, a scalar or
-        one a matrix, `(*batch,)`; set by `decay_weights`, after which no other transformation may
-        come.
+      decay: None, or the fraction of the parameter itself that the update subtracts (weight decay),
+        a scalar or one value per matrix, `(*batch,)`. `decay_weights` sets it, and must be the last
+        transformation.
     """
 
     value: Any
@@ -137,48 +150,5 @@ class Coordinates:
 
 
 def is_coordinates(node: Any) -> bool:
-    """For `is_leaf` of tree maps over parameters or updates."""
+    """Whether a node is `Coordinates`, for the argument `is_leaf` of tree maps."""
     return isinstance(node, Coordinates)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(eq=False)
-class Basis:
-    """The basis of one projected parameter, and what is known of it; each matrix has its own.
-
-    Attributes:
-      vectors: by side, orthonormal columns, `projection.basis_shapes`; or these `Quantized`.
-      age: int32 `(*batch,)`, finite updates since the basis was made.
-      gap: int32 `(*batch,)`, updates after which the next one is made.
-      wait: int32 `(*batch,)`, by how many updates more that is put off after refreshes that failed.
-      skipped: int32 `(*batch,)`, updates left out because the gradient was not finite.
-      saved: int32 `(*batch,)`, refreshes that a gap longer than `update_proj_gap` has saved.
-      overlap: float32 `(*batch,)`, the mean squared cosine of the principal angles between the
-        last two bases: 1 where the subspace stayed; of two sides the smaller.
-      scale: float32 scalar, the factor of the lift.
-      interval: int32 scalar, `update_proj_gap`.
-      projection: static.
-      method: static; how a refresh finds the vectors, see `subspace.REFRESH`.
-      moments: static; what happens to the moments at a refresh.
-      full_size: static; True where the transformations after galore were started with full
-        parameters, so that the gradient must reach them as `P PᵀG` in its full shape.
-    """
-
-    vectors: dict[Side, Any]
-    age: Any
-    gap: Any
-    wait: Any
-    skipped: Any
-    saved: Any
-    overlap: Any
-    scale: Any
-    interval: Any
-    projection: Projection = field(metadata={"static": True})
-    method: str = field(metadata={"static": True})
-    moments: Moments = field(default="keep", metadata={"static": True})
-    full_size: bool = field(default=False, metadata={"static": True})
-
-
-def is_basis(node: Any) -> bool:
-    """For `is_leaf` of tree maps over bases."""
-    return isinstance(node, Basis)

@@ -1,24 +1,34 @@
-"""The basis of one parameter over its life: started, refreshed when due, its updates counted."""
+"""The refresh of a basis: which matrices are due, their new vectors, and their next gap."""
 
 import dataclasses
-import zlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from galore_jax.ops.quantization import as_float32, quantize, stored_like
-from galore_jax.subspace.methods import AGE_UNINITIALIZED, overlap, random_basis, refresh_where_due
-from galore_jax.subspace.projection import Basis, Moments, Projection, Side
+from galore_jax.ops.loops import for_each
+from galore_jax.ops.quantization import as_float32, stored_like
+from galore_jax.subspace.basis import (
+    AGE_UNINITIALIZED,
+    Basis,
+    path_hash,
+    updates_left,
+    updates_overdue,
+)
+from galore_jax.subspace.methods import REFRESH, overlap
+from galore_jax.subspace.projection import Side
 
 
 class Lazy(NamedTuple):
-    """When the gap of a matrix doubles at a refresh.
+    """When a refresh doubles the gap of a matrix.
 
     Attributes:
-      overlap: of the new subspace with the old one, from which on it does; None: never.
-      max_gap: the bound of a doubled gap; None: 8 times the rule's.
+      overlap: the smallest overlap of the old and the new subspace that doubles the gap; None:
+        gaps never double.
+      max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
     """
 
     overlap: Any
@@ -28,170 +38,187 @@ class Lazy(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(eq=False)
 class Sketch:
-    """What `refresh` hands to galore for a basis, in place of a gradient.
+    """New vectors for a basis, which `galore_jax.refresh` computes without a full gradient.
 
     Attributes:
-      vectors: by side, `projection.basis_shapes`, float32; where the basis is due, new ones.
-      usable: bool `(*batch,)`, whether what they were made of was finite and not zero.
+      vectors: for each side, float32 of shape `projection.basis_shapes`; new vectors for matrices
+        that are due.
+      usable: bool `(*batch,)`, whether the products they were computed from were finite and not
+        all zero.
     """
 
     vectors: dict[Side, Any]
     usable: Any
 
 
-def start_basis(
-    projection: Projection,
-    *,
-    scale: Any,
-    interval: Any,
-    gap: Any,
-    method: str,
-    moments: Moments,
-    full_size: bool,
-    dtype: Any,
-    seed: Any,
-) -> Basis:
-    """A random basis, which the first finite gradient replaces.
-
-    Args:
-      projection: of the parameter.
-      scale: factor of the lift.
-      interval: updates between refreshes.
-      gap: updates from the first refresh to the second, a number or an array `(*batch,)`.
-      method: of refreshes.
-      moments: what happens to the moments at a refresh.
-      full_size: see `Basis`.
-      dtype: of the vectors; int8 stores them as `Quantized`.
-      seed: of the random numbers.
-
-    Returns:
-      The basis.
-    """
-    batch = projection.view.batch
-    key = jax.random.fold_in(jax.random.key(seed), _number(projection))
-    vectors: dict[Side, Any] = {}
-    for i, (side, shape) in enumerate(projection.basis_shapes.items()):
-        stack = random_basis(jax.random.fold_in(key, i), shape)
-        is_int8 = jnp.dtype(dtype) == jnp.int8
-        vectors[side] = quantize(stack, "int8") if is_int8 else stack.astype(dtype)
-    return Basis(
-        vectors=vectors,
-        age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
-        gap=jnp.full(batch, gap, jnp.int32),
-        wait=jnp.zeros(batch, jnp.int32),
-        skipped=jnp.zeros(batch, jnp.int32),
-        saved=jnp.zeros(batch, jnp.int32),
-        overlap=jnp.zeros(batch, jnp.float32),
-        scale=jnp.asarray(scale, jnp.float32),
-        interval=jnp.asarray(interval, jnp.int32),
-        projection=projection,
-        method=method,
-        moments=moments,
-        full_size=full_size,
-    )
-
-
-def updates_left(basis: Basis) -> jax.Array:
-    """`(*batch,)` int32, updates until the next try of a refresh; 0 or less: it is due."""
-    return basis.wait - _overdue(basis)
-
-
-def _overdue(basis: Basis) -> jax.Array:
-    return basis.age - jnp.where(basis.age >= AGE_UNINITIALIZED, AGE_UNINITIALIZED, basis.gap)
-
-
 def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: Any) -> Basis:
-    """New vectors for the matrices whose age has reached their gap.
+    """Refreshes the matrices whose age has reached their gap.
 
-    Of a `Sketch` those that are to wait after a refresh that failed are left out; of a gradient,
-    which is there anyway, they are tried again at once.
+    After a failed refresh, the next one from a full gradient is attempted immediately, because the
+    gradient is available anyway; the next one from a `Sketch` is attempted after `basis.wait`.
 
     Args:
-      basis: of the parameter.
-      gradient: of the parameter's shape, or a `Sketch`.
-      lazy: when the gap doubles.
-      seed: of the random numbers.
-      count: updates before this one.
+      basis: the basis of the parameter.
+      gradient: the gradient of the parameter, or a `Sketch`.
+      lazy: when a gap doubles.
+      seed: seed of the random numbers.
+      count: number of updates before this one.
 
     Returns:
       The basis.
 
     Raises:
-      ValueError: a method that cannot work on a sketch.
+      ValueError: the method needs a full gradient, but a sketch was given.
     """
+    # Take the vectors of a sketch, or find the matrices to compute new ones from.
     if isinstance(gradient, Sketch) and basis.method == "subspace_iteration":
-        return _from_sketch(basis, gradient, lazy)
+        return _refresh_from_sketch(basis, gradient, lazy)
     if isinstance(gradient, Sketch):
         if basis.method != "random":
             raise ValueError(
                 f'galore: refresh="{basis.method}" of {basis.projection.name} needs its full '
-                'gradient, which galore_jax.refresh never forms: use "subspace_iteration" or '
-                '"random", or jax.value_and_grad.'
+                'gradient, which galore_jax.refresh never computes: use "subspace_iteration" or '
+                '"random", or full gradients from jax.value_and_grad.'
             )
-        matrices = jnp.ones((*basis.age.shape, 1, 1))  # They only have to be finite.
+        # "random" ignores the gradient; ones pass the check for usable gradients.
+        matrices = jnp.ones((*basis.age.shape, 1, 1))
     else:
         matrices = basis.projection.view.to_matrices(gradient)
+
+    # Compute new vectors, with the batch axes flattened.
     batch = basis.age.shape
-    flat = lambda array: array.reshape(-1, *array.shape[len(batch) :])
-    vectors, new, overlaps = refresh_where_due(
-        jax.tree.map(flat, basis.vectors),
-        flat(basis.age),
-        flat(basis.gap),
-        flat(matrices),
-        (seed, count, _number(basis.projection)),
+    flatten = lambda array: array.reshape(-1, *array.shape[len(batch) :])
+    vectors, refreshed, overlaps = refresh_where_due(
+        jax.tree.map(flatten, basis.vectors),
+        flatten(basis.age),
+        flatten(basis.gap),
+        flatten(matrices),
+        (seed, count, path_hash(basis.projection)),
         basis.method,
     )
     vectors = jax.tree.map(lambda new, old: new.reshape(old.shape), vectors, basis.vectors)
-    return _renewed(basis, vectors, new.reshape(batch), overlaps.reshape(batch), lazy)
+    return _apply_refresh(basis, vectors, refreshed.reshape(batch), overlaps.reshape(batch), lazy)
 
 
-def _from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
+def _refresh_from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
+    """Takes the vectors of a sketch for the matrices that are due and have usable ones."""
     finite = [jnp.all(jnp.isfinite(v), axis=(-2, -1)) for v in sketch.vectors.values()]
-    new = (updates_left(basis) <= 0) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
+    refreshed = (updates_left(basis) <= 0) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
 
-    def chosen(new_vectors: jax.Array, old: Any) -> Any:
-        pick = lambda one, other: jnp.where(new[..., None, None], one, other)
-        return jax.tree.map(pick, stored_like(new_vectors, old), old)
+    def select(new_vectors: jax.Array, old: Any) -> Any:
+        where_refreshed = lambda new, old: jnp.where(refreshed[..., None, None], new, old)
+        return jax.tree.map(where_refreshed, stored_like(new_vectors, old), old)
 
     overlaps = [
         overlap(as_float32(basis.vectors[side]), sketch.vectors[side]) for side in sketch.vectors
     ]
-    vectors = {side: chosen(sketch.vectors[side], old) for side, old in basis.vectors.items()}
-    return _renewed(basis, vectors, new, jnp.min(jnp.stack(overlaps), axis=0), lazy)
+    vectors = {side: select(sketch.vectors[side], old) for side, old in basis.vectors.items()}
+    return _apply_refresh(basis, vectors, refreshed, jnp.min(jnp.stack(overlaps), axis=0), lazy)
 
 
-def _renewed(basis: Basis, vectors: Any, new: jax.Array, overlaps: jax.Array, lazy: Lazy) -> Basis:
+def _apply_refresh(
+    basis: Basis, vectors: Any, refreshed: jax.Array, overlaps: jax.Array, lazy: Lazy
+) -> Basis:
+    """Stores the vectors and schedules the next refresh of each matrix.
+
+    Args:
+      basis: before the refresh.
+      vectors: new where refreshed, otherwise the old ones.
+      refreshed: bool `(*batch,)`.
+      overlaps: float32 `(*batch,)`, of the old and the new subspace.
+      lazy: when a gap doubles.
+
+    Returns:
+      The basis after the refresh.
+    """
+    # The next gap is the interval, or longer if the subspace has hardly changed.
     gap = jnp.full_like(basis.gap, basis.interval)
     if lazy.overlap is not None:
         bound = 8 * gap if lazy.max_gap is None else jnp.maximum(lazy.max_gap, gap)
         doubled = jnp.minimum(2 * jnp.maximum(basis.gap, gap), bound)
         gap = jnp.where(overlaps >= lazy.overlap, doubled, gap)
-    # The first interval is as long as it was started with.
+    # The first gap was set at initialisation and may be staggered.
     gap = jnp.where(basis.age >= AGE_UNINITIALIZED, basis.gap, gap)
-    # After a refresh that failed, as that of an expert without tokens, passes over the batch are
-    # not worth their time at every update: the next tries are 1, 2, 4, … updates later.
-    overdue = _overdue(basis)
-    later = overdue + jnp.clip(overdue, 1, basis.interval)
-    wait = jnp.where(updates_left(basis) <= 0, later, basis.wait)
+
+    # After a failed refresh, for example of an expert without tokens, retrying at every update is
+    # not worth the passes over the batch: attempts follow 1, 2, 4, 8, … updates after the due one.
+    overdue = updates_overdue(basis)
+    backoff = overdue + jnp.clip(overdue, 1, basis.interval)
+    wait = jnp.where(updates_left(basis) <= 0, backoff, basis.wait)
     return dataclasses.replace(
         basis,
         vectors=vectors,
-        age=jnp.where(new, 0, basis.age),
-        gap=jnp.where(new, gap, basis.gap),
-        wait=jnp.where(new, 0, wait),
-        overlap=jnp.where(new, overlaps, basis.overlap),
+        age=jnp.where(refreshed, 0, basis.age),
+        gap=jnp.where(refreshed, gap, basis.gap),
+        wait=jnp.where(refreshed, 0, wait),
+        overlap=jnp.where(refreshed, overlaps, basis.overlap),
     )
 
 
-def count_update(basis: Basis, finite: jax.Array) -> Basis:
-    """The basis after an update whose gradient was finite for these matrices, `(*batch,)`."""
-    age = basis.age + finite
-    saved = finite & (age < basis.gap) & (age % basis.interval == 0)
-    return dataclasses.replace(
-        basis, age=age, skipped=basis.skipped + ~finite, saved=basis.saved + saved
-    )
+@partial(jax.jit, static_argnames="method")
+def refresh_where_due(
+    vectors: dict[Side, Any],
+    age: jax.Array,
+    gap: jax.Array,
+    matrices: jax.Array,
+    key_data: tuple[Any, ...],
+    method: str,
+) -> tuple[dict[Side, Any], jax.Array, jax.Array]:
+    """Computes new vectors for the matrices whose age has reached their gap.
 
+    The other matrices cost nothing. If the gradient of a matrix is zero, for example that of an
+    expert without tokens, or if the sum of its squares is not finite, the matrix keeps its basis
+    and is refreshed from the next usable gradient. Subspace iteration runs for three iterations at
+    the first refresh and for one at later ones.
 
-def _number(projection: Projection) -> int:
-    """A number of 31 bits for the path, that tells its random numbers from those of others."""
-    return zlib.crc32(projection.name.encode()) & 0x7FFFFFFF
+    Args:
+      vectors: for each side, `(n, in or out, r)`, possibly `Quantized`.
+      age: int32 `(n,)`.
+      gap: int32 `(n,)`.
+      matrices: the gradients, `(n, in, out)`.
+      key_data: integers from which the random key is made, starting with the seed.
+      method: a name in `methods.REFRESH`.
+
+    Returns:
+      The vectors; whether each matrix was refreshed, bool `(n,)`; and the `overlap` of its old and
+      new subspace, float32 `(n,)`, the minimum over the projected sides, 0 if not refreshed.
+    """
+
+    def refresh_one(i: jax.Array, carry: tuple[Any, jax.Array, jax.Array], matrices: jax.Array):
+        vectors, refreshed, overlaps = carry
+        matrix = matrices[i].astype(jnp.float32)
+        largest = jnp.max(jnp.abs(matrix))
+        stored = jax.tree.map(lambda stack: stack[i], vectors)
+        old: dict[Side, jax.Array] = {side: as_float32(array) for side, array in stored.items()}
+
+        def compute_vectors() -> dict[Side, jax.Array]:
+            iterations = jnp.where(age[i] >= AGE_UNINITIALIZED, 3, 1)
+            key = jax.random.key(key_data[0])
+            for number in (*key_data[1:], i):
+                key = jax.random.fold_in(key, number)
+            return {
+                side: REFRESH[method](
+                    matrix / largest, side, basis, iterations, jax.random.fold_in(key, number)
+                )
+                for number, (side, basis) in enumerate(old.items())
+            }
+
+        # Compute new vectors from a usable gradient, and check them.
+        usable = jnp.isfinite(jnp.sum(matrix**2)) & (largest > 0)
+        new = lax.cond(usable, compute_vectors, lambda: old)
+        success = usable & jnp.all(jnp.stack([jnp.all(jnp.isfinite(v)) for v in new.values()]))
+        min_overlap = jnp.min(jnp.stack([overlap(old[side], new[side]) for side in new]))
+
+        # Store them in place.
+        to_store = {side: stored_like(new[side], array) for side, array in stored.items()}
+        vectors = jax.tree.map(
+            lambda stack, new, old: stack.at[i].set(jnp.where(success, new, old)),
+            vectors,
+            to_store,
+            stored,
+        )
+        overlaps = overlaps.at[i].set(jnp.where(success, min_overlap, 0))
+        return vectors, refreshed.at[i].set(success), overlaps
+
+    none_refreshed = jnp.zeros(age.shape, bool), jnp.zeros(age.shape, jnp.float32)
+    return for_each(age >= gap, refresh_one, (vectors, *none_refreshed), matrices)

@@ -1,4 +1,4 @@
-"""Rules by path: which leaf is projected, on which side, into how many dimensions."""
+"""Rules by path: which leaves are projected, on which side and to which rank."""
 
 import math
 import re
@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from galore_jax.subspace.basis import MAX_GAP
 from galore_jax.subspace.matrix_view import (
     MatrixView,
-    is_named_whole,
-    is_no_weight,
+    is_bias_or_scale,
+    is_unprojected_by_name,
     matrix_views,
     named_leaves,
 )
-from galore_jax.subspace.methods import MAX_GAP, REFRESH
+from galore_jax.subspace.methods import REFRESH
 from galore_jax.subspace.projection import (
     PROJ_TYPES,
     Projection,
@@ -35,18 +36,18 @@ Rank = int | float | Callable[[tuple[int, int]], int]
 
 @dataclass(frozen=True)
 class Rule:
-    """How the leaves that a pattern matches are projected; None: as `galore` says for all.
+    """How the leaves that match a pattern are projected; None stands for the setting of `galore`.
 
     Attributes:
-      rank: a number, a fraction of the smaller side, or a function of the matrix's shape (in, out)
-        that returns a number.
+      rank: an integer, a fraction of the smaller side, or a function from the matrix's shape
+        (in, out) to an integer.
       proj_type: "std", "reverse_std", "left", "right" or "full".
       scale: factor of the lifted update.
-      update_proj_gap: updates between refreshes.
-      refresh: a method of `galore`.
+      update_proj_gap: number of updates between refreshes.
+      refresh: how refreshes compute the basis, as in `galore`.
 
     Raises:
-      ValueError: a value that is out of range.
+      ValueError: a value is out of range.
     """
 
     rank: Rank | None = None
@@ -57,13 +58,14 @@ class Rule:
 
     def __post_init__(self):
         rank: Any = self.rank
-        whole = isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1
-        part = isinstance(rank, float) and 0 < rank < 1
-        if not (rank is None or whole or part or callable(rank)):
+        is_integer = isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1
+        is_fraction = isinstance(rank, float) and 0 < rank < 1
+        if not (rank is None or is_integer or is_fraction or callable(rank)):
+            is_injected = isinstance(rank, jax.Array | np.ndarray)
+            hint = '; optax.inject_hyperparams needs static_args="rank"' if is_injected else ""
             raise ValueError(
-                f"galore: rank must be an integer of at least 1, a fraction of the smaller side or "
-                f"a function of the shape, not {rank!r}; optax.inject_hyperparams needs "
-                'static_args="rank".'
+                "galore: rank must be an integer of at least 1, a fraction of the smaller side or "
+                f"a function of the shape, not {rank!r}{hint}."
             )
         if self.proj_type not in (None, *PROJ_TYPES):
             raise ValueError(
@@ -77,105 +79,127 @@ class Rule:
             )
 
     def or_else(self, other: "Rule") -> "Rule":
-        """This rule with the other's values where it has none."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        given = {name: value for name, value in own.items() if value is not None}
-        return Rule(**{field.name: getattr(other, field.name) for field in fields(self)} | given)
+        """This rule, with the settings that are None taken from another rule."""
+        settings = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            settings[field.name] = getattr(other, field.name) if value is None else value
+        return Rule(**settings)
 
 
-def check_number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
-    """Refuses a setting of galore unless it is a number for which `holds`.
+def check_number(name: str, value: Any, expected: str, is_valid: Callable[[Any], bool]) -> None:
+    """Checks that a setting of galore is a number for which `is_valid` returns True.
 
-    None stands for a default, and an array, which may be traced, for itself.
+    None, which stands for a default, and arrays, which may be traced, are not checked.
+
+    Args:
+      name: name of the setting.
+      value: value of the setting.
+      expected: describes valid values, for the error message.
+      is_valid: whether a number is valid.
 
     Raises:
-      ValueError: says what is `wanted`.
+      ValueError: the value is not a number, or is not valid.
     """
     if value is None or isinstance(value, jax.Array | np.ndarray):
         return
-    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
-        raise ValueError(f"galore: {name} must be {wanted}, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
+        raise ValueError(f"galore: {name} must be {expected}, not {value!r}.")
 
 
 def check_gap(name: str, gap: Any) -> None:
-    """`check_number` for a number of updates between two refreshes."""
-    wanted = f"a whole number from 1 to {MAX_GAP:,}"
+    """Checks a number of updates between two refreshes, as `check_number`."""
+    expected = f"a whole number from 1 to {MAX_GAP:,}"
     in_range = lambda gap: isinstance(gap, Integral) and 1 <= int(gap) <= MAX_GAP
-    check_number(name, gap, wanted, in_range)
+    check_number(name, gap, expected, in_range)
 
 
 Rules = Mapping[str | re.Pattern[str], Rule | None]
 
 
 def rule_for(path: tuple[str, ...], rules: Rules) -> tuple[str | re.Pattern[str], Rule | None]:
-    """The first pattern that matches a path, and its rule; ("", Rule()) where none does."""
+    """The first pattern that matches a path, and its rule; ("", Rule()) if none matches."""
     name = "/".join(path)
     for pattern, rule in rules.items():
-        if pattern.search(name) if isinstance(pattern, re.Pattern) else fnmatchcase(name, pattern):
+        if _matches(pattern, name):
             return pattern, rule
     return "", Rule()
+
+
+def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.search(name) is not None
+    return fnmatchcase(name, pattern)
 
 
 def projections(
     params: PyTree, default: Rule, rules: Rules, weight_dimension_numbers: PyTree
 ) -> PyTree:
-    """The `Projection` of each leaf, or None where it stays whole.
+    """Determines the `Projection` of each leaf, or None if it is not projected.
 
     Args:
       params: any pytree of arrays or of their shapes; `Coordinates` in it keep their projection.
-      default: the rule of leaves that no pattern matches.
-      rules: by pattern (a glob whose * also matches /, or a compiled regular expression, searched)
-        of the path; None leaves whole. The first match wins.
+      default: settings for leaves that no pattern matches, and for whatever a rule leaves out.
+      rules: a mapping from patterns of the path to a `Rule`, or to None not to project. A pattern
+        is a glob, in which * also matches /, or a compiled regular expression to search for. The
+        first match wins.
       weight_dimension_numbers: see `matrix_views`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: a rule without a leaf of its own; a rank, or dimension numbers, that do not fit
-        the leaf that is named.
+      ValueError: a rule that applies to no leaf; or a rank or dimension numbers that do not fit a
+        leaf, which is named.
     """
     leaves, tree = named_leaves(params, is_coordinates), jax.tree.structure(params, is_coordinates)
     if any(is_coordinates(leaf) for _, leaf in leaves):
-        # Decided before: what is projected came as coordinates.
-        known = [leaf.projection if is_coordinates(leaf) else None for _, leaf in leaves]
-        return jax.tree_util.tree_unflatten(tree, known)
+        # The projected leaves are known: they are the ones given as coordinates.
+        existing = [leaf.projection if is_coordinates(leaf) else None for _, leaf in leaves]
+        return jax.tree_util.tree_unflatten(tree, existing)
+
+    # Apply the first matching rule to each leaf that is a matrix.
     views = tree.flatten_up_to(matrix_views(params, weight_dimension_numbers))
     chosen_by_name = weight_dimension_numbers is None
     unused = dict(rules)
-    found = []
+    result = []
     for (names, _), view in zip(leaves, views, strict=True):
         pattern, rule = rule_for(names, rules)
-        if chosen_by_name and (is_no_weight(names) or (not pattern and is_named_whole(names))):
+        if chosen_by_name and (
+            is_bias_or_scale(names) or (not pattern and is_unprojected_by_name(names))
+        ):
             view = None
         if rule is None or view is not None:
             unused.pop(pattern, None)
         if rule is None or view is None:
-            found.append(None)
+            result.append(None)
         else:
-            found.append(_projection(names, view, rule, rule.or_else(default)))
-    _check_used(unused, ["/".join(names) for names, _ in leaves], rules)
-    return jax.tree_util.tree_unflatten(tree, found)
+            result.append(_projection(names, view, rule, rule.or_else(default)))
+    _check_all_used(unused, ["/".join(names) for names, _ in leaves], rules)
+    return jax.tree_util.tree_unflatten(tree, result)
 
 
-def warn_of_no_projection(params: PyTree, rules: Rules, weight_dimension_numbers: PyTree) -> None:
-    """Warns that none of the matrices is projected, where there are any.
+def warn_if_nothing_projected(
+    params: PyTree, rules: Rules, weight_dimension_numbers: PyTree
+) -> None:
+    """Warns that no parameter is projected, if there are any matrices that could be.
 
-    Those that a rule or dimension numbers of None leave whole do not count.
+    Matrices for which a rule or the dimension numbers are None do not count.
     """
     views = matrix_views(params, weight_dimension_numbers)
     sizes = {
         names: (min(view.rows, view.columns), view)
         for names, view in named_leaves(views)
-        if not is_no_weight(names) and rule_for(names, rules)[1] is not None
+        if not is_bias_or_scale(names) and rule_for(names, rules)[1] is not None
     }
     if sizes:
         names = max(sizes, key=lambda names: sizes[names][0])
         view = sizes[names][1]
         warnings.warn(
-            f"galore projects no parameter: the smaller side of each matrix is not larger than the "
-            f"rank, or its name keeps it whole (as {'/'.join(names)}, {view.rows} x "
-            f"{view.columns}). Choose a smaller rank, or give a Rule for what to project.",
+            "galore projects no parameter: the smaller side of each matrix is not larger than the "
+            "rank, or the matrix is excluded by its name (for example "
+            f"{'/'.join(names)}, {view.rows} x {view.columns}). Choose a smaller rank, or give a "
+            "Rule for the leaves to project.",
             stacklevel=2,
         )
 
@@ -200,21 +224,19 @@ def _projection(
         return None
     raise ValueError(
         f"galore: a rule gives {name}, a matrix of {view.rows} x {view.columns}, the rank {rank}: "
-        f"give less than {smaller}, or None in place of the rule to leave it whole."
+        f"choose a rank below {smaller}, or give None in place of the rule not to project it."
     )
 
 
-def _check_used(unused: Rules, names: list[str], rules: Rules) -> None:
+def _check_all_used(unused: Rules, names: list[str], rules: Rules) -> None:
     for pattern in unused:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        matched = [name for name in names if rule_for((name,), {pattern: None})[0]]
-        near = get_close_matches(text, names, n=3, cutoff=0.3)
+        matched = [name for name in names if _matches(pattern, name)]
+        similar = get_close_matches(text, names, n=3, cutoff=0.3)
         if not matched:
-            reason = (
-                f"no leaf has such a path; there are for instance {', '.join(near or names[:3])}"
-            )
+            reason = f"it matches no path; existing paths include {', '.join(similar or names[:3])}"
         elif all(rule_for((name,), rules)[0] != pattern for name in matched):
-            reason = "every leaf that it matches is taken by an earlier rule; put it first"
+            reason = "every leaf that it matches also matches an earlier rule; put this rule first"
         else:
-            reason = f"what it matches is no matrix, as {matched[0]}"
-        raise ValueError(f"galore: the rule {text!r} has no leaf of its own: {reason}.")
+            reason = f"the leaves that it matches are not matrices, for example {matched[0]}"
+        raise ValueError(f"galore: the rule {text!r} applies to no leaf: {reason}.")

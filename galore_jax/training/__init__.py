@@ -1,5 +1,1 @@
-"""Configuration, training step, loop, evaluation, checkpoints and metrics."""
-
-from galore_jax.errors import require_extra
-
-require_extra("train", "flax", "orbax", "grain", "tqdm")
+"""The LLaMA trainer: configuration, step, loop, evaluation, checkpoints and metrics."""

@@ -1,9 +1,8 @@
-"""Checkpoints: asynchronous, complete or absent, with the place in the data and the configuration.
+"""Checkpoints: asynchronous and atomic, with the position in the data and the configuration.
 
-The one file that knows Orbax. A checkpoint is `checkpoints/<step>/` with four items: `params`,
-`optimizer`, `data` (the iterator's state) and `meta` (the configuration, and checksums of all
-four), named by the number of updates made. Orbax writes into a temporary sibling and renames it at
-the end.
+This is the only file that uses Orbax. A checkpoint is `checkpoints/<number of updates>/` with four
+items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the configuration, and
+checksums of all four). Orbax writes to a temporary folder, which it renames at the end.
 """
 
 import errno
@@ -24,9 +23,10 @@ import orbax.checkpoint as ocp
 
 from galore_jax.errors import InputError
 from galore_jax.training.checksum import json_checksum, tree_checksum
-from galore_jax.training.config import Config, from_dict, to_dict
-from galore_jax.training.run_folder import RunFolder, refuse_other_run
-from galore_jax.training.step import TrainState, init_state
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import from_dict, to_dict
+from galore_jax.training.run_folder import RunFolder, check_same_run
+from galore_jax.training.state import TrainState, init_state
 
 
 class Checkpoints:
@@ -34,7 +34,7 @@ class Checkpoints:
 
     Args:
       folder: the run's checkpoints/.
-      keep: how many of the latest stay; an older one goes after the newer is complete.
+      keep: how many of the latest to keep; an older one is deleted after the newer is complete.
 
     Raises:
       InputError: the folder cannot be written to.
@@ -42,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        _quieten_failures()
+        _silence_duplicate_errors()
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         # Orbax would wait ten minutes for a folder that it cannot make.
@@ -58,7 +58,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.callback(_remove_unfinished, self.folder)
-            stack.enter_context(_full_disk_told(self.folder))
+            stack.enter_context(_raise_on_full_disk(self.folder))
             stack.callback(self._manager.close)
             self._exit = stack.pop_all()
         return self
@@ -71,10 +71,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, batches: grain.DatasetIterator, config: Config) -> None:
-        """Starts saving; returns once the state is copied, so that it may be donated.
+        """Starts to save; returns as soon as the state is copied and may be donated.
 
         Raises:
-          OSError: the disk is full, now or at the save before (ENOSPC).
+          OSError: the disk is full, now or during the previous save (ENOSPC).
         """
         recorded = to_dict(config)
         checksums = {
@@ -83,7 +83,7 @@ class Checkpoints:
             "data": json_checksum(batches.get_state()),
             "config": json_checksum(recorded),
         }
-        with _full_disk_told(self.folder):
+        with _raise_on_full_disk(self.folder):
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
@@ -95,26 +95,26 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns once the save is complete.
+        """Waits until the save is complete.
 
         Raises:
           OSError: the disk is full (ENOSPC).
         """
-        with _full_disk_told(self.folder):
+        with _raise_on_full_disk(self.folder):
             self._manager.wait_until_finished()
 
     def restore(self, config: Config, batches: grain.DatasetIterator) -> TrainState:
-        """The latest state; `batches` goes on where the run was.
+        """The latest state; `batches` is set to continue where the run was.
 
         Raises:
-          InputError: the checkpoint is of another model or another optimizer, or is damaged.
+          InputError: the checkpoint is of another configuration, or is damaged.
         """
         step = self.latest()
         assert step is not None, "there is no checkpoint to restore"
         recorded, checksums = _restore_meta(self._manager, step)
-        refuse_other_run(recorded, config, self.folder)
+        check_same_run(recorded, config, self.folder)
         target = _on_this_device(jax.eval_shape(lambda: init_state(config)))
-        with _damage_told(self._manager, step):
+        with _raise_on_corruption(self._manager, step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -123,34 +123,31 @@ class Checkpoints:
                     data=grain.checkpoint.CheckpointRestore(batches),
                 ),
             )
-            _compare("a parameter", checksums.get("params"), tree_checksum(restored["params"]))
-            _compare(
-                "the optimizer's state",
-                checksums.get("optimizer"),
-                tree_checksum(restored["optimizer"]),
-            )
-            _compare(
-                "the place in the data", checksums.get("data"), json_checksum(batches.get_state())
-            )
+            for what, name, restored_checksum in (
+                ("a parameter", "params", tree_checksum(restored["params"])),
+                ("the optimizer's state", "optimizer", tree_checksum(restored["optimizer"])),
+                ("the position in the data", "data", json_checksum(batches.get_state())),
+            ):
+                _check_checksum(what, checksums.get(name), restored_checksum)
         return TrainState(restored["params"], restored["optimizer"], jnp.asarray(step, jnp.int32))
 
 
 def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
-    """Reads the model out of a run's latest checkpoint, and leaves the optimizer's state on disk.
+    """Loads the parameters of a run's latest checkpoint, without the optimizer's state.
 
     Args:
-      folder: of the run.
+      folder: the folder of the run.
 
     Returns:
-      The run's configuration, the parameters, and the number of updates they have had.
+      The run's configuration, the parameters, and the number of updates made.
 
     Raises:
-      InputError: the folder holds no checkpoint, or a damaged one.
+      InputError: the folder holds no checkpoint, or its latest one is damaged.
     """
     checkpoints = RunFolder(folder).checkpoints.absolute()
     if not checkpoints.is_dir():
         raise InputError(f"{folder} holds no checkpoints/: give the folder of a training run.")
-    _quieten_failures()
+    _silence_duplicate_errors()
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(checkpoints, options=options) as manager:
         step = manager.latest_step()
@@ -158,15 +155,15 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
             raise InputError(f"{checkpoints} holds no complete checkpoint: let the run reach one.")
         config, checksums = _restore_meta(manager, step)
         target = _on_this_device(jax.eval_shape(lambda: init_state(config)).params)
-        with _damage_told(manager, step):
+        with _raise_on_corruption(manager, step):
             arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
             params = manager.restore(step, args=arguments)["params"]
-            _compare("a parameter", checksums.get("params"), tree_checksum(params))
+            _check_checksum("a parameter", checksums.get("params"), tree_checksum(params))
         return config, params, step
 
 
 def _on_this_device(abstract: Any) -> Any:
-    """Without a sharding Orbax would look for the very device that saved the checkpoint."""
+    """Adds a sharding, without which Orbax looks for the device that saved the checkpoint."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract
@@ -174,16 +171,16 @@ def _on_this_device(abstract: Any) -> Any:
 
 
 def _restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Config, dict[str, int]]:
-    """The configuration, and the checksums; none in checkpoints from before there were any."""
-    with _damage_told(manager, step):
+    """The configuration, and the checksums, which old checkpoints do not have."""
+    with _raise_on_corruption(manager, step):
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = manager.restore(step, args=arguments)["meta"]
         checksums = meta.get("checksums", {})
-        _compare("the configuration", checksums.get("config"), json_checksum(meta["config"]))
+        _check_checksum("the configuration", checksums.get("config"), json_checksum(meta["config"]))
         return from_dict(meta["config"]), checksums
 
 
-def _compare(what: str, saved: int | None, restored: int) -> None:
+def _check_checksum(what: str, saved: int | None, restored: int) -> None:
     if saved is not None and saved != restored:
         raise ValueError(f"{what} differs from what was saved")
 
@@ -194,8 +191,8 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 @contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    """BasisUpdates TensorStore's ValueError about a full disk into the OSError that it is."""
+def _raise_on_full_disk(folder: Path) -> Iterator[None]:
+    """Converts TensorStore's ValueError about a full disk to an OSError."""
     try:
         yield
     except ValueError as error:
@@ -205,8 +202,8 @@ def _full_disk_told(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _damage_told(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-    """Whatever Orbax, TensorStore or JSON raise on reading becomes a sentence with the remedy."""
+def _raise_on_corruption(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Converts what Orbax, TensorStore or JSON raise on reading to an `InputError`."""
     try:
         yield
     except (InputError, MemoryError, jax.errors.JaxRuntimeError):
@@ -215,15 +212,15 @@ def _damage_told(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
         checkpoint = Path(manager.directory, str(step))
         for path in (checkpoint, *checkpoint.rglob("*")):
             if not os.access(path, os.R_OK):
-                raise InputError(f"{path} may not be read: change its permissions.") from error
+                raise InputError(f"{path} is not readable: change its permissions.") from error
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        # TensorStore's kind of error comes before a long account of where it was.
+        # TensorStore's message starts with the kind of error, and a long location follows.
         reason = str(cause).partition("\n")[0].partition(": Error")[0]
         reason = textwrap.shorten(reason, 120, placeholder=" …")
         older = [other for other in manager.all_steps() if other < step]
-        remedy = f"go on from {max(older)}" if older else "start from the beginning"
+        remedy = f"resume from {max(older)}" if older else "start from the beginning"
         raise InputError(
             f"the checkpoint {checkpoint} is damaged ({reason}): move it out of "
             f"{checkpoint.parent} to {remedy}."
@@ -235,7 +232,7 @@ def _names_full_disk(error: BaseException | None) -> bool:
 
 
 class _FullDiskFilter(logging.Filter):
-    """Drops the tracebacks that every thread and task of a failed save logs, some much later."""
+    """Drops the tracebacks that each thread and task of a failed save logs, some much later."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.exc_info and _names_full_disk(record.exc_info[1]))
@@ -244,23 +241,24 @@ class _FullDiskFilter(logging.Filter):
 _FULL_DISK_FILTER = _FullDiskFilter()
 
 
-def _quieten_failures() -> None:
-    """Leaves of a failed save or restore the one exception that it raises.
+def _silence_duplicate_errors() -> None:
+    """Silences the reports that accompany the exception of a failed save or restore.
 
-    TensorStore reports every read and write that ends after Orbax has closed its event loop, and
-    Python every coroutine that waited for one, some only when the process ends. Hence this stays.
+    TensorStore reports each read or write that ends after Orbax has closed its event loop, and
+    Python each coroutine that waited for one, some only at the end of the process. So the filters
+    are never removed.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_FULL_DISK_FILTER)
     hook = sys.unraisablehook
-    if getattr(hook, "hides_leftovers", False):
+    if getattr(hook, "hides_orbax", False):
         return
 
     def report(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)
-        is_leftover = code is not None and "orbax" in code.co_filename
-        if not is_leftover and str(unraisable.exc_value) != "Event loop is closed":
+        is_of_orbax = code is not None and "orbax" in code.co_filename
+        if not is_of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    report.hides_leftovers = True  # pyright: ignore[reportFunctionMemberAccess]
+    report.hides_orbax = True  # pyright: ignore[reportFunctionMemberAccess]
     sys.unraisablehook = report

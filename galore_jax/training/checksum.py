@@ -1,6 +1,6 @@
-"""Checksums of a saved state: a flipped byte on a disk must not go on as another training.
+"""Checksums of a saved state, so that a corrupt checkpoint is not resumed.
 
-Orbax checks its indices, but not the arrays themselves.
+Orbax verifies its indices, but not the arrays themselves.
 """
 
 import json
@@ -14,16 +14,16 @@ from jax import lax
 
 
 def tree_checksum(tree: Any) -> int:
-    """A number of 32 bits that changes with any bit of any leaf, computed on the leaves' device.
+    """A 32-bit checksum of all bits of all leaves, computed on their device.
 
     Args:
-      tree: of arrays with elements of 1, 2 or 4 bytes.
+      tree: arrays with elements of 1, 2 or 4 bytes.
     """
     return zlib.crc32(np.asarray(_leaf_checksums(jax.tree.leaves(tree))).tobytes())
 
 
 def json_checksum(value: Any) -> int:
-    """A number of 32 bits that changes with anything in a JSON value."""
+    """A 32-bit checksum of a JSON value."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -31,8 +31,8 @@ def json_checksum(value: Any) -> int:
 def _leaf_checksums(leaves: list[jax.Array]) -> jax.Array:
     """uint32 (len(leaves),): sums, modulo 2³², of the elements' bits times odd weights.
 
-    An odd weight makes every change of a single element count, and weights that differ from
-    position to position make every exchange of two unequal elements count, but for unlikely ones.
+    With odd weights the sum detects every change of a single element. With a different weight at
+    each position it also detects most exchanges of two unequal elements.
     """
 
     def checksum(leaf: jax.Array) -> jax.Array:

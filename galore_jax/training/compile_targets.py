@@ -1,7 +1,7 @@
-"""GPUs to compile for where there is none.
+"""GPUs that programs can be compiled for on a machine without a GPU.
 
-What XLA compiles for such a target is the program, and the assignment of memory, that it compiles
-on the card itself. Only what it would try out there is not: kernels that are chosen by timing.
+For such a target XLA compiles the same program, with the same assignment of memory, as on the card
+itself, except that it cannot choose kernels by timing them.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from galore_jax.types import PyTree
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """The figures of a card that the compiler asks for.
+    """The properties of a card that the compiler needs.
 
     Attributes:
-      name: as the driver tells it.
-      compute_capability: major and minor.
-      cores: streaming multiprocessors.
-      lanes: float32 units a core.
-      threads: most of them a core.
-      shared_memory: bytes a core.
-      shared_memory_per_block: bytes that one block can ask for.
+      name: as reported by the driver.
+      compute_capability: major and minor version.
+      cores: number of streaming multiprocessors.
+      lanes: float32 units per core.
+      threads: maximum number of threads per core.
+      shared_memory: bytes per core.
+      shared_memory_per_block: bytes that one block can request.
       memory: bytes.
-      bandwidth: of the memory, bytes a second.
+      bandwidth: memory bandwidth in bytes per second.
       l2_cache: bytes.
       clock: GHz.
     """
@@ -93,21 +93,21 @@ TARGETS = {
 
 @contextlib.contextmanager
 def target(name: str) -> Iterator[NamedSharding]:
-    """Compiles for a card: a mesh of it alone is set inside, where nothing can be run.
+    """A context that compiles for a card, with a mesh of that card alone; nothing can be run in it.
 
         with target("rtx4090") as sharding:
             compiled = jax.jit(f).lower(*place(arguments, sharding)).compile()
 
-    Enter it before JAX uses any other device: the CUDA plugin looks for a card when that starts.
+    Enter it before JAX uses any other device: the CUDA plugin looks for a card when JAX starts.
 
     Args:
       name: a key of `TARGETS`.
 
     Yields:
-      The sharding of whatever lies on the card.
+      The sharding of arrays on the card.
 
     Raises:
-      InputError: no such target, or no CUDA compiler for it.
+      InputError: there is no such target, or no CUDA compiler.
     """
     if name not in TARGETS:
         raise InputError(f'there is no target "{name}": take one of {", ".join(TARGETS)}.')
@@ -118,13 +118,13 @@ def target(name: str) -> Iterator[NamedSharding]:
 
 
 def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Arrays, or their shapes, as `jax.ShapeDtypeStruct`s with a sharding, to be lowered with."""
+    """Arrays, or their shapes, as `jax.ShapeDtypeStruct`s with a sharding, for `lower`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """What the CUDA plugin reads where there is no card; afterwards all is as it was."""
+    """Sets what the CUDA plugin needs without a card, and restores the environment afterwards."""
     before = dict(os.environ)
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     flags = os.environ.get("XLA_FLAGS", "")
@@ -151,12 +151,10 @@ def _mesh(gpu: GpuTarget) -> Mesh:
 
 
 def _text(gpu: GpuTarget) -> str:
-    """The card as text of XLA's protocol buffer `GpuTargetConfigProto`.
-
-    What all the cards have in common is written out here.
-    """
+    """The card as the text of XLA's protocol buffer `GpuTargetConfigProto`."""
     major, minor = gpu.compute_capability
-    figures = {
+    properties = {
+        # The same for all these cards.
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
         "block_dim_limit_x": 2**31 - 1,
@@ -165,6 +163,7 @@ def _text(gpu: GpuTarget) -> str:
         "registers_per_core_limit": 65536,
         "registers_per_block_limit": 65536,
         "shared_memory_per_block": 48 * 2**10,
+        # The properties of this one.
         "shared_memory_per_block_optin": gpu.shared_memory_per_block,
         "shared_memory_per_core": gpu.shared_memory,
         "threads_per_core_limit": gpu.threads,
@@ -176,7 +175,7 @@ def _text(gpu: GpuTarget) -> str:
         "device_memory_size": gpu.memory,
         "cuda_compute_capability": f"{{ major: {major} minor: {minor} }}",
     }
-    lines = "\n".join(f"{key}: {value}" for key, value in figures.items())
+    lines = "\n".join(f"{key}: {value}" for key, value in properties.items())
     return (
         f"gpu_device_info {{\n{lines}\n}}\n"
         'platform_name: "CUDA"\n'

@@ -1,40 +1,243 @@
-"""Configuration: TOML files and `key.sub=value` overrides into frozen dataclasses.
+"""The configuration of a run: frozen dataclasses, one for each section of a configuration file.
 
-A file has the sections `[model]`, `[data]`, `[optimizer]` and `[training]`; what it leaves out has
-the default written here, in `LlamaConfig` or in `DataConfig`. Nothing is guessed: an unknown key, a
-value of the wrong type or out of range is an `InputError` that says what would be valid.
+`[model]` is `LlamaConfig` and `[data]` is `DataConfig`; `[optimizer]`, `[training]` and the
+conditions between sections are defined here. `galore` itself validates its settings.
 """
 
-import dataclasses
-import math
-import tomllib
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from galore_jax.data.batches import DataConfig
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, require, require_choice
+from galore_jax.grads.layerwise import ClipBy
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig, nearest
+from galore_jax.ops.implementation import IMPLEMENTATIONS
+from galore_jax.optim.galore import BASIS_DTYPES, galore
 
-# Of the normal float32 numbers: devices take smaller ones for 0.
-_SMALLEST, _LARGEST = (
-    float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max)
+OPTIMIZERS = (
+    "adamw",
+    "adamw8bit",
+    "galore_adamw",
+    "galore_adamw8bit",
+    "galore_adafactor",
+    "galore_lion",
 )
 
 
 @dataclass(frozen=True)
-class Config:
-    """A whole run: the sections of a configuration file.
+class OptimizerConfig:
+    """`[optimizer]`: the optimizer and its learning-rate schedule.
+
+    `rank` to `basis_dtype` are arguments of `galore_jax.galore`; plain AdamW does not use them.
+
+    Attributes:
+      name: `"adamw"` or `"galore_adamw"`, either with the suffix `8bit` for moments in 8 bits,
+        `"galore_adafactor"` or `"galore_lion"`.
+      learning_rate: the peak, reached after the warm-up.
+      warmup_steps: updates of linear warm-up.
+      floor: the last update's learning rate, as a fraction of the peak.
+      b1: decay of the first moment (with 0 Adafactor keeps none); for Lion its weight in the
+        update.
+      b2: decay of AdamW's second moment, None: 0.999; of Lion's only moment, None: 0.99.
+      eps: added to the root of the second moment (AdamW).
+      weight_decay: decoupled weight decay in the full space, times the learning rate.
+      gradients: with GaLore, `"projected"`: the backward pass computes coordinates only, and
+        sketches refresh the bases; or `"full"`.
+      clip_norm: the largest global norm; 0 does not clip. With GaLore, numbers that are not finite
+        do not count.
+      clip_norm_of: what is clipped with GaLore: `"coordinates"` together with the unprojected
+        gradients, or full `"gradients"`.
+      clip_by: where `training.layerwise` gets the norm from before it updates the first layer:
+        `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
+        time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
+        clips the step after it.
+      rank: columns of each basis, or their number as a fraction of a matrix's smaller side.
+      update_proj_gap: steps between two refreshes of the bases.
+      scale: factor of the lifted update.
+      proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
+      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`.
+      moments: what a refresh does with the moments: `"keep"`, `"reset"` or `"rotate"`.
+      stagger: spread the refreshes of the matrices over the gap.
+      lazy_overlap: the gap of a matrix doubles if its new subspace overlaps the old one at least
+        this much; None: gaps are constant.
+      max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
+      basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"`, `"float16"` or, as
+        block-wise quantized codes, `"int8"`.
+      implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
+        `"pallas"`.
+      stochastic_rounding: round bfloat16 parameters stochastically, which is unbiased; rounding to
+        nearest loses every update below 1/512 of its weight.
 
     Raises:
-      InputError: sections that do not fit together: a sequence longer than the model takes,
-        micro-batches that do not divide the batch, a warm-up longer than the training.
+      InputError: a value out of range, or settings that exclude each other.
+    """
+
+    name: str = "galore_adamw"
+    learning_rate: float = 0.01
+    warmup_steps: int = 1000
+    floor: float = 0.1
+    b1: float = 0.9
+    b2: float | None = None
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    gradients: str = "projected"
+    clip_norm: float = 0.0
+    clip_norm_of: str = "coordinates"
+    clip_by: str = "first_pass"
+    rank: int | float = 128
+    update_proj_gap: int = 200
+    scale: float = 0.25
+    proj_type: str = "std"
+    refresh: str = "subspace_iteration"
+    moments: str = "keep"
+    stagger: bool = False
+    lazy_overlap: float | None = None
+    max_gap: int | None = None
+    basis_dtype: str = "float32"
+    implementation: str = "xla"
+    stochastic_rounding: bool = True
+
+    def __post_init__(self):
+        basis_dtypes = [dtype.name for dtype in BASIS_DTYPES]
+        require_choice("optimizer.name", self.name, OPTIMIZERS)
+        require_choice("optimizer.gradients", self.gradients, ("projected", "full"))
+        require_choice("optimizer.clip_norm_of", self.clip_norm_of, ("coordinates", "gradients"))
+        require_choice("optimizer.clip_by", self.clip_by, get_args(ClipBy))
+        require_choice("optimizer.basis_dtype", self.basis_dtype, basis_dtypes)
+        require_choice("optimizer.implementation", self.implementation, IMPLEMENTATIONS)
+        for name in ("learning_rate", "eps"):
+            value = getattr(self, name)
+            require(f"optimizer.{name}", value, value > 0, "positive")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            require(f"optimizer.{name}", value, value >= 0, "0 or more")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            # The nearest float32 counts: with a decay of 1, bias corrections divide by 0.
+            holds = value is None or 0 <= float(np.float32(value)) < 1
+            require(f"optimizer.{name}", value, holds, "at least 0 and below 1 in float32")
+        require("optimizer.floor", self.floor, 0 <= self.floor <= 1, "between 0 and 1")
+        try:
+            galore(**self.galore_settings)
+        except ValueError as error:
+            raise InputError(f"optimizer.{str(error).removeprefix('galore: ')}") from None
+        gap = self.update_proj_gap
+        require(
+            "optimizer.max_gap",
+            self.max_gap,
+            self.max_gap is None or self.max_gap >= gap,
+            f"at least optimizer.update_proj_gap, {gap}",
+        )
+        if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
+            raise InputError(
+                f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
+                'optimizer.gradients = "full", or optimizer.refresh = "subspace_iteration".'
+            )
+        if self.has_projected_gradients and self.clip_norm and self.clip_norm_of == "gradients":
+            raise InputError(
+                'optimizer.clip_norm_of = "gradients" needs full gradients: set '
+                'optimizer.gradients = "full", or optimizer.clip_norm_of = "coordinates".'
+            )
+
+    @property
+    def galore_settings(self) -> dict[str, Any]:
+        """The arguments of `galore_jax.galore`."""
+        return {
+            "rank": self.rank,
+            "update_proj_gap": self.update_proj_gap,
+            "scale": self.scale,
+            "proj_type": self.proj_type,
+            "refresh": self.refresh,
+            "moments": self.moments,
+            "stagger": self.stagger,
+            "lazy_overlap": self.lazy_overlap,
+            "max_gap": self.max_gap,
+            "basis_dtype": self.basis_dtype,
+        }
+
+    @property
+    def has_galore(self) -> bool:
+        """Whether the optimizer works in low-rank subspaces."""
+        return self.name.startswith("galore_")
+
+    @property
+    def has_projected_gradients(self) -> bool:
+        """Whether the backward pass projects gradients."""
+        return self.has_galore and self.gradients == "projected"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """`[training]`: the length of the run, evaluation, checkpoints and output.
+
+    Attributes:
+      steps: number of updates.
+      seed: random seed of the initial parameters and of stochastic rounding.
+      accumulation: micro-batches per step; memory for activations shrinks by this factor.
+      layerwise: update each layer as soon as the backward pass has its gradient, so that only one
+        layer's gradient and update exist at a time: see grads/layerwise.py.
+      evaluate_every: updates between evaluations; 0 evaluates at the end only.
+      evaluation_tokens: number of targets to evaluate on; 0 evaluates on the full validation split.
+      checkpoint_every: updates between checkpoints; 0 saves at the end only.
+      keep_checkpoints: how many of the latest checkpoints are kept on disk.
+      log_every: updates between reads of the metrics from the device; every step has its line.
+      folder: folder of the run: config.toml, metrics.jsonl, checkpoints/, curves.png, summary.json.
+      diagnostics: with GaLore, also measure `captured_energy` and `update_ratio` at every step: see
+        subspace_metrics.py.
+      tensorboard: also write TensorBoard events, into the folder's tensorboard/.
+      bigram: at the end, fit a bigram model to the training tokens of the run and print its loss.
+
+    Raises:
+      InputError: a value out of range, or settings that exclude each other.
+    """
+
+    steps: int = 10_000
+    seed: int = 0
+    accumulation: int = 1
+    layerwise: bool = False
+    evaluate_every: int = 1000
+    evaluation_tokens: int = 0
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    folder: str = "runs/run"
+    diagnostics: bool = False
+    tensorboard: bool = False
+    bigram: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):
+            value = getattr(self, name)
+            require(f"training.{name}", value, value >= 1, "at least 1")
+        require("training.steps", self.steps, self.steps < 2**31, "below 2147483648")
+        for name in ("evaluate_every", "evaluation_tokens", "checkpoint_every"):
+            value = getattr(self, name)
+            require(f"training.{name}", value, value >= 0, "0 or more")
+        require("training.seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 4294967295")
+        if self.layerwise and self.diagnostics:
+            raise InputError(
+                "training.diagnostics compares full gradients, which training.layerwise never "
+                "has: turn one of them off."
+            )
+        if self.layerwise and self.accumulation > 1:
+            raise InputError(
+                "training.layerwise discards a layer's gradient before the next micro-batch: set "
+                "training.accumulation = 1, or training.layerwise = false, which accumulates "
+                "coordinates."
+            )
+        require("training.folder", repr(self.folder), bool(self.folder), "the name of a folder")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of a run, one attribute for each section of the file.
+
+    Raises:
+      InputError: the sections do not fit together: a sequence longer than the model takes,
+        micro-batches that do not divide the batch, a warm-up longer than the training, or settings
+        that a layer-wise step cannot have.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -46,7 +249,7 @@ class Config:
         if self.data.sequence_length > self.model.max_length:
             raise InputError(
                 f"data.sequence_length is {self.data.sequence_length}, but model.max_length is "
-                f"only {self.model.max_length}: shorten the one or raise the other."
+                f"only {self.model.max_length}: shorten the sequences or raise model.max_length."
             )
         if self.data.batch_size % self.training.accumulation:
             raise InputError(
@@ -69,155 +272,8 @@ class Config:
                 'subspace: choose "subspace_iteration".'
             )
         clips_coordinates = optimizer.clip_norm and optimizer.clip_norm_of == "coordinates"
-        if optimizer.has_galore and not optimizer.are_projected and clips_coordinates:
+        if optimizer.has_galore and not optimizer.has_projected_gradients and clips_coordinates:
             raise InputError(
                 "training.layerwise with full gradients clips by their norm: set "
                 'optimizer.clip_norm_of = "gradients".'
             )
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, then the overrides, each `section.key=value` with the value as in TOML.
-
-    A value that is no TOML is taken as the text it is, so `optimizer.name=adamw` needs no quotes.
-    Without `training.folder`, the run goes to `runs/<the file's name>`.
-
-    Raises:
-      InputError: a missing or broken file, an unknown section or key, a value of the wrong type or
-        out of range.
-    """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        others = [other.name for other in path.parent.glob("*.toml")]
-        raise InputError(f"there is no file {path}{nearest(path.name, others)}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give the TOML file of a configuration.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:  # TOML, UTF-8, or a number of 5,000 digits
-        raise InputError(f"{path} is not a TOML file: {error}.") from None
-    for section in table:
-        _check_section(section, table[section])
-    for override in overrides:
-        section, key, value = _parse_override(override)
-        table.setdefault(section, {})[key] = value
-    table.setdefault("training", {}).setdefault("folder", f"runs/{path.stem}")
-    return from_dict(table)
-
-
-def from_dict(table: Mapping[str, Any]) -> Config:
-    """Builds a `Config` from `{section: {key: value}}`, as TOML and JSON give it.
-
-    Raises:
-      InputError: as `load_config`.
-    """
-    kinds = typing.get_type_hints(Config)
-    sections = {}
-    for section, values in table.items():
-        _check_section(section, values)
-        sections[section] = _build(section, kinds[section], values)
-    return Config(**sections)
-
-
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The inverse of `from_dict`."""
-    return dataclasses.asdict(config)
-
-
-def to_toml(config: Config) -> str:
-    """The resolved configuration as a TOML file; keys that are None are left out: TOML has none."""
-    lines = []
-    for section, values in to_dict(config).items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`{"section.key": (old, new)}` for every key in which two results of `to_dict` differ."""
-    found = {}
-    for section in dict.fromkeys([*old, *new]):
-        before, after = old.get(section, {}), new.get(section, {})
-        for key in dict.fromkeys([*before, *after]):
-            if before.get(key) != after.get(key):
-                found[f"{section}.{key}"] = (before.get(key), after.get(key))
-    return found
-
-
-def _check_section(section: str, values: Any) -> None:
-    sections = [field.name for field in dataclasses.fields(Config)]
-    if section not in sections:
-        raise InputError(f"there is no section [{section}]{nearest(section, sections)}")
-    if not isinstance(values, Mapping):
-        raise InputError(f"{section} is a section: write [{section}], then a line for each key.")
-
-
-def _parse_override(override: str) -> tuple[str, str, Any]:
-    name, equals, text = override.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not (equals and dot and section and key):
-        raise InputError(
-            f"{override!r} is no override: write section.key=value, as in training.steps=100."
-        )
-    _check_section(section, {})
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text
-    return section, key, value
-
-
-def _build(section: str, kind: type, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    checked = {}
-    for key, value in values.items():
-        if key not in names:
-            raise InputError(f"{section}.{key} is unknown{nearest(key, names)}")
-        checked[key] = _checked(f"{section}.{key}", value, hints[key])
-    return kind(**checked)
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(value) in choices or (value is None and types.NoneType in choices):
-        number = value
-    elif float in choices and type(value) is int:
-        number = float(value) if abs(value) <= _LARGEST else math.inf
-    else:
-        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        if float in choices:
-            del words[int]
-        wanted = " or ".join(words[choice] for choice in choices if choice in words)
-        raise InputError(f"{name} must be {wanted}, not {value!r}.")
-    if isinstance(number, float) and not math.isfinite(number):
-        raise InputError(f"{name} must be finite, not {number}.")
-    if isinstance(number, float) and number and not _SMALLEST <= abs(number) <= _LARGEST:
-        raise InputError(
-            f"{name} is {number}: it must be 0 or between {_SMALLEST:.2g} and {_LARGEST:.2g} in "
-            "size, as the training computes in float32."
-        )
-    if isinstance(number, str) and not _is_writable(number):
-        raise InputError(f"{name} must be text in UTF-8 without a null character, not {number!a}.")
-    return number
-
-
-def _is_writable(text: str) -> bool:
-    """Whether files can hold it and be named so; bytes of the command line need be no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + '"'
-    return repr(value)

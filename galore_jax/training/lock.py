@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""A lock that keeps two processes from training in one folder."""
 
 import errno
 import os
@@ -12,19 +12,19 @@ from galore_jax.errors import InputError
 
 try:
     import fcntl
-except ModuleNotFoundError:  # on Windows, where nothing guards the folder
+except ModuleNotFoundError:  # on Windows, which has no such locks
     fcntl = None
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path`, in which it says who holds it and since when.
+    """Holds an exclusive lock on the file `path`, which records the holder and the time.
 
-    The lock belongs to the open file, so the system releases it however this process ends. Where a
-    file system or a platform has no such locks, there is none.
+    The operating system releases the lock however this process ends. File systems and platforms
+    without such locks have none.
 
     Raises:
-      InputError: another process holds it; the message names its id, its host and the time.
+      InputError: another process holds the lock; the message names its id, its host and the time.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -34,7 +34,7 @@ def locked(path: Path) -> Iterator[None]:
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     raise InputError(_refusal(path)) from None
-                # Such as ENOLCK or EOPNOTSUPP: no locks here.
+                # Others, such as ENOLCK or EOPNOTSUPP, mean that there are no locks.
         os.ftruncate(descriptor, 0)
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, {now}\n".encode())

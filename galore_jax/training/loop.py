@@ -14,62 +14,60 @@ import jax
 from galore_jax.data.batches import train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import FULL_DISK, InputError
+from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
-from galore_jax.training.evaluate import (
-    bigram_loss,
-    check_bigram_vocabulary,
-    make_evaluate,
-    perplexity,
-)
+from galore_jax.training.evaluate import make_evaluate, perplexity
 from galore_jax.training.metrics import Metrics, Summary, format_bytes, write_summary
 from galore_jax.training.plots import plot_curves
 from galore_jax.training.progress import Progress
 from galore_jax.training.run_folder import (
     RunFolder,
+    check_start,
     open_folder,
-    refuse_wrong_start,
     resume_command,
 )
-from galore_jax.training.step import Stepper, init_state, tree_bytes, tree_size
+from galore_jax.training.state import init_state, tree_bytes, tree_size
+from galore_jax.training.stepper import Stepper
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; everything is saved, and the message says how to go on."""
+    """Stopped by SIGINT or SIGTERM with everything saved; the message says how to resume."""
 
 
 def train(config: Config, resume: bool = False) -> Summary:
-    """Trains as configured, into `training.folder`; see `folder` for what lies there afterwards.
+    """Trains as configured, into `training.folder`; `run_folder` lists the files there.
 
-    A resumed run goes on from its latest checkpoint, or from the start if it had not reached one,
-    and repeats an uninterrupted run bit for bit on the same machine.
+    A resumed run continues from its latest checkpoint, or from the start if there is none, and
+    repeats an uninterrupted run bit for bit on the same machine.
 
     Args:
-      config: of the whole run.
-      resume: go on with the run in the folder, instead of starting one.
+      config: the configuration of the run.
+      resume: continue the run in the folder instead of starting a new one.
 
     Returns:
       The summary, also written as summary.json.
 
     Raises:
-      InputError: the configuration, its files or the folder cannot be used, or the disk or the
-        memory is full.
-      Interrupted: after SIGINT or SIGTERM, once the state is saved.
+      InputError: the configuration, a file that it names or the folder cannot be used, the disk is
+        full, or there is too little memory.
+      Interrupted: on SIGINT or SIGTERM, after the state is saved.
     """
-    refuse_wrong_start(config, resume)
+    check_start(config, resume)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check_vocabulary(config, tokenizer)
     if jax.process_count() > 1:
-        raise InputError("training on several processes is not built yet: start a single one.")
+        raise InputError("training on several processes is not supported yet: start a single one.")
     processes = jax.process_index(), jax.process_count()
     batches = train_batches(config.data, tokenizer, *processes)
     validation = validation_batches(config.data, tokenizer, *processes)
     training, steps = config.training, config.training.steps
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_full_disk_told(config))
-        stack.enter_context(_full_memory_told())
-        stopped = stack.enter_context(_stop_signals())
+        # The folder, and the state to start from.
+        stack.enter_context(_raise_on_full_disk(config))
+        stack.enter_context(_raise_on_full_memory())
+        is_stopped = stack.enter_context(_stop_signals())
         stack.callback(batches.close)
         run = stack.enter_context(open_folder(config, resume))
         checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints)
@@ -82,7 +80,7 @@ def train(config: Config, resume: bool = False) -> Summary:
         if start == steps and not run.metrics.exists():
             raise InputError(
                 f"{run.path} has its last checkpoint but no {run.metrics.name}, which the summary "
-                "is made of: put it back, or name another training.folder."
+                "needs: restore the file, or name another training.folder."
             )
         parameters, optimizer_bytes = tree_size(state.params), tree_bytes(state.opt_state)
         print(
@@ -96,29 +94,31 @@ def train(config: Config, resume: bool = False) -> Summary:
         stack.callback(metrics.close)
         progress = stack.enter_context(Progress(metrics, start, steps))
 
+        # The steps, with evaluations and checkpoints between them.
         for step in range(start, steps):
             state, measured = stepper(state, next(batches))
             progress.add(step, measured)
-            done, stop = step + 1, stopped()
+            done, stop = step + 1, is_stopped()
             evaluates = _is_due(done, training.evaluate_every, steps)
             saves = stop or _is_due(done, training.checkpoint_every, steps)
             if evaluates or saves or done % training.log_every == 0 or progress.is_slow:
                 progress.report()
             if evaluates:
                 with progress.clock_stopped():
-                    found = evaluate(state.params, validation)
-                progress.report_evaluation(done, found)
+                    evaluation = evaluate(state.params, validation)
+                progress.report_evaluation(done, evaluation)
             if saves:
                 metrics.flush()
                 checkpoints.save(state, batches, config)
             if stop and done < steps:
                 checkpoints.wait()
                 raise Interrupted(
-                    f"stopped after {done:,} of {steps:,} steps, all saved. Go on with\n"
+                    f"stopped after {done:,} of {steps:,} steps, all saved. Resume with\n"
                     f"  {resume_command(config)}"
                 )
         checkpoints.wait()
 
+        # The summary and the curves.
         bigram = None
         if training.bigram:
             seen = islice(train_batches(config.data, tokenizer, *processes), steps)
@@ -161,23 +161,26 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether SIGINT or SIGTERM came; a second one acts as ever."""
+    """Yields a function that returns whether SIGINT or SIGTERM was received.
+
+    A second signal has its usual effect.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     received = []
 
-    def note(number: int, frame: Any) -> None:
+    def record(number: int, frame: Any) -> None:
         received.append(number)
         signal.signal(number, previous[number])
         os.write(
             2,
-            b"\nfinishing this step, then saving; once more stops at once, and --resume goes on "
-            b"from the last checkpoint\n",
+            b"\nstopping after this step, then saving; a second signal stops at once, and --resume "
+            b"continues from the last checkpoint\n",
         )
 
     previous: dict[int, Any] = {
-        number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield lambda: bool(received)
@@ -187,22 +190,22 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def _full_disk_told(config: Config) -> Iterator[None]:
+def _raise_on_full_disk(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in FULL_DISK:
             raise
-        started = RunFolder(config.training.folder).holds_run()
-        command = resume_command(config) if started else "the same command"
+        has_run = RunFolder(config.training.folder).holds_run()
+        command = resume_command(config) if has_run else "the same command"
         raise InputError(
             f"the disk is full while writing {error.filename or config.training.folder}; what was "
-            f"saved before is intact: free some space, then go on with {command}"
+            f"saved before is intact: free some space, then resume with {command}"
         ) from error
 
 
 @contextlib.contextmanager
-def _full_memory_told() -> Iterator[None]:
+def _raise_on_full_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -210,6 +213,6 @@ def _full_memory_told() -> Iterator[None]:
             raise
         raise InputError(
             "there is too little memory for this training: lower data.batch_size, raise "
-            "training.accumulation or set training.layerwise = true; scripts/memory.py tells what "
-            "a configuration needs."
+            "training.accumulation or set training.layerwise = true; scripts/memory.py shows how "
+            "much a configuration needs."
         ) from error

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the summary at the end."""
+"""Metrics of a run: metrics.jsonl, TensorBoard events, and the summary at the end."""
 
 import dataclasses
 import importlib
@@ -17,20 +17,21 @@ from galore_jax.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
-      name: of the run's folder.
-      steps: updates.
-      parameters: of the model.
-      validation_loss: mean per target over the held-out split, in nats.
-      validation_perplexity: exp of it.
-      reference_perplexity: as the reference's evaluator counts (`Evaluation.reference_loss`).
-      bigram_loss: of a bigram model of the same tokens on the same targets, or None.
-      optimizer_bytes: the optimizer's state.
-      seconds: of training, over all parts of a resumed run, without compilation and evaluation.
-      compile_seconds: of the training step, in this process.
-      tokens_per_second: training targets over `seconds`.
+      name: name of the run's folder.
+      steps: number of updates.
+      parameters: number of the model's parameters.
+      validation_loss: mean loss per target of the validation split, in nats.
+      validation_perplexity: exp(validation_loss).
+      reference_perplexity: perplexity as the reference's evaluator computes it
+        (`Evaluation.reference_loss`).
+      bigram_loss: loss of a bigram model of the same tokens on the same targets, or None.
+      optimizer_bytes: size of the optimizer's state.
+      seconds: training time over all parts of a resumed run, without compilation and evaluation.
+      compile_seconds: time to compile the training step, in this process.
+      tokens_per_second: training targets divided by `seconds`.
     """
 
     name: str
@@ -46,14 +47,14 @@ class Summary:
     tokens_per_second: float
 
     def table(self) -> str:
-        """The summary in words and aligned columns."""
+        """The summary as text in aligned columns."""
         bigram = self.bigram_loss
         rows = {
             "run": self.name,
             "steps": f"{self.steps:,}",
             "parameters": f"{self.parameters:,}",
             "validation loss": f"{self.validation_loss:.4f}",
-            "bigram's loss": None if bigram is None else f"{bigram:.4f}, same tokens, same targets",
+            "bigram loss": None if bigram is None else f"{bigram:.4f}, same tokens, same targets",
             "perplexity": f"{self.validation_perplexity:,.2f}",
             "reference's perplexity": f"{self.reference_perplexity:,.2f}, with its N + 1 batches",
             "optimizer state": format_bytes(self.optimizer_bytes),
@@ -68,17 +69,17 @@ class Summary:
 class Metrics:
     """metrics.jsonl and, on request, TensorBoard events.
 
-    Opening a run at `step` drops the lines of later steps, which a killed run may have left: the
-    step's own number is below `step`, an evaluation's at most `step` (it counts updates made). So
-    it drops a last line of which a power cut left only a part.
+    Opening a run at `step` drops the lines of later steps, which a killed run may have left, and an
+    incomplete last line, which a power cut may have left. The number of a step's line is below
+    `step`; that of an evaluation counts updates and is at most `step`.
 
     Args:
       run: the run's folder.
-      step: updates made so far.
-      tensorboard: whether to write events too.
+      step: number of updates so far.
+      tensorboard: whether to write TensorBoard events too.
 
     Raises:
-      InputError: a line before the last is damaged, or tensorboardX is wanted and missing.
+      InputError: a line before the last one is damaged, or tensorboardX is needed and missing.
     """
 
     def __init__(self, run: RunFolder, step: int, tensorboard: bool):
@@ -88,7 +89,7 @@ class Metrics:
         if self._path.exists():
             with atomic_write(self._path) as path:
                 path.write_text(_json_lines(self.lines), encoding="utf-8")
-        # The events' purge takes the evaluation at this very step away, too.
+        # TensorBoard's purge also removes the evaluation at this step, so it is added again.
         self._add_events([line for line in self.lines if line["step"] == step])
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
@@ -99,12 +100,12 @@ class Metrics:
         self._add_events(lines)
 
     def flush(self) -> None:
-        """Returns once the lines are on the disk: before a checkpoint, which counts on them."""
+        """Waits until the lines are on disk, as a checkpoint requires."""
         with self._path.open("a") as file:
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Ends the events file."""
+        """Closes the events file."""
         if self._events is not None:
             self._events.close()
 
@@ -117,9 +118,9 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, null as NaN; none where there is no file.
+    """The lines of a metrics.jsonl, with null as NaN; empty if there is no file.
 
-    The last line is left out where it is not complete: it is being written, or a power cut came.
+    An incomplete last line is left out: it is still being written, or was cut off by a power cut.
 
     Raises:
       InputError: another line is damaged.
@@ -140,7 +141,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
-    """A line's values, or None if it is not one that `Metrics` wrote in full."""
+    """The values of a line, or None if it is not a complete line of `Metrics`."""
     try:
         values = json.loads(text) if text.endswith(b"\n") else None
     except (ValueError, RecursionError):
@@ -153,7 +154,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 
 def write_summary(run: RunFolder, summary: Summary) -> None:
-    """Writes summary.json, the mark of a finished run."""
+    """Writes summary.json, which marks the run as finished."""
     text = json.dumps(_finite(dataclasses.asdict(summary)), indent=2)
     with atomic_write(run.summary) as path:
         path.write_text(f"{text}\n", encoding="utf-8")
@@ -173,12 +174,12 @@ def read_summary(run: RunFolder) -> Summary:
         return Summary(**values)
     except (ValueError, TypeError, AttributeError):
         raise InputError(
-            f"{run.summary} is damaged: delete it and resume the run, which writes it again."
+            f"{run.summary} is damaged: delete it and resume the run to write it again."
         ) from None
 
 
 def format_bytes(number: float) -> str:
-    """As "12.3 MB", in powers of ten."""
+    """A size in decimal units, as in "12.3 MB"."""
     for unit in ("B", "kB", "MB"):
         if number < 1000:
             return f"{number:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""The picture of one or several runs: training loss, validation loss, learning rate."""
+"""Plots of one or several runs: training loss, validation loss and learning rate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,18 +10,19 @@ from galore_jax.files import atomic_write
 from galore_jax.training.metrics import read_metrics, read_summary
 from galore_jax.training.run_folder import RunFolder
 
-# Okabe and Ito's palette: colour-blind eyes can tell its members apart.
+# Okabe and Ito's palette, suitable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+# Fractions of a curve: the window of its running mean, and the steep start that is cut off.
 SMOOTHED_PART = 0.02
 STEEP_PART = 0.04
 
 
 def plot_curves(folders: Sequence[str | Path], picture: str | Path) -> None:
-    """Draws the runs into one PNG; says so and draws nothing where matplotlib is missing.
+    """Draws the runs into one PNG; without matplotlib it prints that it does not.
 
-    Above, each run's training loss (smoothed, over the faint one of single steps), its validation
-    losses as points and the bigram's loss as a dashed line, if there is one; the steep first part
-    is cut off at the top. Below, the learning rate.
+    The upper plot has each run's training loss (smoothed, and faintly that of single steps), its
+    validation losses as points and, if there is one, the bigram model's loss as a dashed line; the
+    steep start is cut off at the top. The lower plot has the learning rate.
 
     Raises:
       InputError: a folder holds no steps of a run.
@@ -35,9 +36,10 @@ def plot_curves(folders: Sequence[str | Path], picture: str | Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        print(f'{picture} is left out, it needs matplotlib: pip install "galore-jax[plots]"')
+        print(f'{picture} is not drawn, it needs matplotlib: pip install "galore-jax[plots]"')
         return
 
+    # The curves.
     figure = Figure(figsize=(9, 6.2), dpi=130, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     lowest, highest, bigrams = [], [], {}
@@ -66,6 +68,7 @@ def plot_curves(folders: Sequence[str | Path], picture: str | Path) -> None:
         lowest.append(bigram)
         highest.append(bigram)
 
+    # Limits, labels and style.
     bottom, top = np.nanmin(lowest), np.nanmax(highest)
     if np.isfinite(top - bottom) and top > bottom:
         above.set_ylim(bottom - 0.06 * (top - bottom), top + 0.06 * (top - bottom))
@@ -87,19 +90,19 @@ def plot_curves(folders: Sequence[str | Path], picture: str | Path) -> None:
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:
-    """The folders' last names, or their whole paths where two share one."""
+    """The folders' names, or their paths if two folders have the same name."""
     names = [Path(folder).name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _columns(lines: Sequence[dict], *names: str) -> list[np.ndarray]:
-    """One array a name, from the lines that have them all."""
+    """One array per name, from the lines that have all of them."""
     rows = [[line[name] for name in names] for line in lines if all(name in line for name in names)]
     return list(np.array(rows, np.float64).reshape(-1, len(names)).T)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred means over a small part of the curve, over what there is at the ends."""
+    """A centred running mean, over a shorter window at the ends."""
     window = np.ones(2 * int(SMOOTHED_PART * values.size / 2) + 1)
     weight = np.convolve(np.ones(values.size), window, mode="same")
     return np.convolve(values, window, mode="same") / weight

@@ -1,4 +1,4 @@
-"""What one sees of a running training: the bar, the clock, and the lines for metrics.jsonl."""
+"""Progress of a running training: the bar, the clock and the lines of metrics.jsonl."""
 
 import contextlib
 import math
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from galore_jax.training.evaluate import Evaluation
 from galore_jax.training.metrics import Metrics, format_bytes
 
-# What a step may have measured, in the order of a line.
+# The metrics of a step, in the order in which a line has them.
 MEASURED = (
     "loss",
     "learning_rate",
@@ -32,15 +32,15 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{post
 
 
 class Progress:
-    """Collects what steps measured, without waiting for the device until `report` is called.
+    """Collects the metrics of steps, without waiting for the device until `report` is called.
 
     Args:
-      metrics: where the lines go.
-      start: updates made before.
-      steps: updates in all.
+      metrics: takes the lines.
+      start: number of updates made before.
+      steps: number of updates of the run.
 
     Attributes:
-      is_slow: whether steps last so long that each deserves a report; so does the very first.
+      is_slow: whether steps take so long that each should be reported; True for the first one.
     """
 
     def __init__(self, metrics: Metrics, start: int, steps: int):
@@ -50,7 +50,7 @@ class Progress:
         self._seconds = max((line.get("seconds", 0.0) for line in metrics.lines), default=0.0)
         self._skipped = max((line.get("skipped", 0) for line in metrics.lines), default=0)
         self._warned: set[str] = set()
-        # Files and pipes get a line now and then instead of a moving bar.
+        # Files and pipes get an occasional line instead of a moving bar.
         pause = 0.2 if sys.stderr.isatty() else 15
         self._bar = tqdm(total=steps, initial=start, bar_format=BAR, mininterval=pause)
 
@@ -62,11 +62,11 @@ class Progress:
         self._bar.close()
 
     def add(self, step: int, measured: dict[str, jax.Array]) -> None:
-        """Takes the step's scalars, which may not be computed yet."""
+        """Adds the scalars of a step, which may not be computed yet."""
         self._pending.append((step, measured))
 
     def report(self) -> None:
-        """Waits for the steps added, writes their lines and moves the bar."""
+        """Waits for the added steps, writes their lines and updates the bar."""
         values = jax.device_get([measured for _, measured in self._pending])
         now = time.perf_counter()
         elapsed, self._mark = now - self._mark, now
@@ -82,39 +82,40 @@ class Progress:
         self.is_slow = elapsed / len(lines) > SLOW_STEP
 
         for line in lines:
-            self._warn_of_numbers(line)
+            self._warn_of_bad_values(line)
         last = lines[-1]
         self._bar.set_postfix_str(
             f"loss {last['loss']:.3f}, {rate:,.0f} tokens/s, lr {last['learning_rate']:.2e}, "
-            f"{memory()}",
+            f"{peak_memory()}",
             refresh=False,
         )
         self._bar.update(len(lines))
 
-    def report_evaluation(self, updates: int, found: Evaluation) -> None:
-        """Writes the line of an evaluation after so many updates."""
+    def report_evaluation(self, updates: int, evaluation: Evaluation) -> None:
+        """Writes the line of an evaluation after this number of updates."""
         self._metrics.write(
             [
                 {
                     "step": updates,
-                    "validation_loss": found.loss,
-                    "reference_loss": found.reference_loss,
-                    "validation_targets": found.targets,
+                    "validation_loss": evaluation.loss,
+                    "reference_loss": evaluation.reference_loss,
+                    "validation_targets": evaluation.targets,
                 }
             ]
         )
         self._say(
-            f"step {updates:,}: validation loss {found.loss:.4f}, perplexity "
-            f"{found.perplexity:,.2f} ({found.reference_perplexity:,.2f} as the reference counts)"
+            f"step {updates:,}: validation loss {evaluation.loss:.4f}, perplexity "
+            f"{evaluation.perplexity:,.2f} ({evaluation.reference_perplexity:,.2f} as in the "
+            "reference)"
         )
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """What happens inside does not count as training time; report before it."""
+        """Excludes the time within the block from the training time; call `report` before it."""
         yield
         self._mark = time.perf_counter()
 
-    def _warn_of_numbers(self, line: dict[str, Any]) -> None:
+    def _warn_of_bad_values(self, line: dict[str, Any]) -> None:
         if not math.isfinite(line["loss"]):
             self._warn_once(
                 "loss",
@@ -124,27 +125,27 @@ class Progress:
         if not line["targets"]:
             self._warn_once(
                 "targets",
-                f"the batch of step {line['step']:,} has no two tokens of one document, so there "
-                "was nothing to learn; are many documents of data.source empty?",
+                f"the batch of step {line['step']:,} has no targets, since no two tokens are "
+                "of one document; are many documents of data.source empty?",
             )
         if line.get("skipped", 0) > self._skipped:
             self._warn_once(
                 "skipped",
-                f"the gradients of some matrices at step {line['step']:,} are not finite; these "
-                "matrices are left as they are, and skipped in metrics.jsonl counts them",
+                f"the gradients of some matrices at step {line['step']:,} are not finite; their "
+                "updates are skipped, and counted as skipped in metrics.jsonl",
             )
 
-    def _warn_once(self, number: str, sentence: str) -> None:
-        if number not in self._warned:
-            self._warned.add(number)
+    def _warn_once(self, metric: str, sentence: str) -> None:
+        if metric not in self._warned:
+            self._warned.add(metric)
             self._say(f"warning: {sentence}")
 
     def _say(self, sentence: str) -> None:
         self._bar.write(sentence, file=sys.stderr)
 
 
-def memory() -> str:
-    """The most memory used so far: the first device's, or the process' where that is unknown."""
+def peak_memory() -> str:
+    """The peak memory of the first device, or of the process if that is unknown."""
     if statistics := jax.local_devices()[0].memory_stats():
         return f"{format_bytes(statistics['peak_bytes_in_use'])} device memory"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,16 +1,16 @@
-"""The run's folder: what lies in it, and who may start or go on there.
+"""The folder of a run: its files, and the conditions to start or resume a run there.
 
-    config.toml     the resolved configuration
-    metrics.jsonl   a line for every step and every evaluation
-    checkpoints/    the latest ones
+    config.toml     the complete configuration
+    metrics.jsonl   one line per step and per evaluation
+    checkpoints/    the latest checkpoints
     tensorboard/    on request
     summary.json    written last: the run is finished
-    curves.png
+    curves.png      training loss, validation loss and learning rate
     lock            held while a process trains here
 
-A folder holds a run as soon as it holds metrics or a checkpoint. A fresh start into it is refused,
-so that nothing is lost; going on needs the same configuration, but for the keys in `MAY_CHANGE`,
-which decide where and how often to look and to save, never what is computed.
+A folder holds a run as soon as it has metrics or a checkpoint. Starting a new run there is refused,
+so that nothing is lost. Resuming needs the same configuration except for the keys in `MAY_CHANGE`,
+which affect output, evaluation and checkpoints, but not what is computed.
 """
 
 import os
@@ -22,7 +22,8 @@ from pathlib import Path
 
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.files import atomic_write
-from galore_jax.training.config import Config, differences, load_config, to_dict, to_toml
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
 from galore_jax.training.lock import locked
 
 MAY_CHANGE = frozenset(
@@ -42,7 +43,7 @@ MAY_CHANGE = frozenset(
 
 
 class RunFolder:
-    """Paths of a run's files."""
+    """The paths of a run's files."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
@@ -55,27 +56,27 @@ class RunFolder:
         self.lock = self.path / "lock"
 
     def holds_run(self) -> bool:
-        """Whether there are metrics or checkpoints."""
+        """Whether the folder has metrics or checkpoints."""
         return self.metrics.exists() or any(self.checkpoints.glob("*"))
 
 
-def refuse_wrong_start(config: Config, resume: bool) -> None:
-    """Looks whether the folder suits a fresh start, or a resumed one.
+def check_start(config: Config, resume: bool) -> None:
+    """Checks that a run can be started, or resumed, in its folder.
 
     Raises:
-      InputError: a fresh start where a run lies; a resumed one where none lies, where it is
-        finished or where it has another configuration; or a name that no folder can have.
+      InputError: a new run would start in a folder that holds one; there is no run to resume, it is
+        finished, or it has another configuration; or no folder can have this name.
     """
-    with _unusable_told(config):
-        _refuse_wrong_start(config, resume)
+    with _raise_on_unusable_folder(config):
+        _check_start(config, resume)
 
 
-def _refuse_wrong_start(config: Config, resume: bool) -> None:
+def _check_start(config: Config, resume: bool) -> None:
     run = RunFolder(config.training.folder)
     if not resume:
         if run.holds_run():
             raise InputError(
-                f"{run.path} already holds a run: go on with it by --resume, or name another "
+                f"{run.path} already holds a run: continue it with --resume, or name another "
                 "training.folder."
             )
         return
@@ -89,16 +90,16 @@ def _refuse_wrong_start(config: Config, resume: bool) -> None:
             f"the run in {run.path} is finished, there is nothing to resume: name another "
             "training.folder to start a new one."
         )
-    refuse_other_run(load_config(run.config), config, run.path)
+    check_same_run(load_config(run.config), config, run.path)
 
 
-def refuse_other_run(recorded: Config, config: Config, place: Path) -> None:
-    """Raises an `InputError` naming the first key in which a run differs, where it may not."""
-    found = differences(to_dict(recorded), to_dict(config))
-    found = {key: values for key, values in found.items() if key not in MAY_CHANGE}
-    if found:
-        key, (old, new) = next(iter(found.items()))
-        others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+def check_same_run(recorded: Config, config: Config, place: Path) -> None:
+    """Raises an `InputError` if the configuration differs in a key that may not change."""
+    changed = differences(to_dict(recorded), to_dict(config))
+    changed = {key: values for key, values in changed.items() if key not in MAY_CHANGE}
+    if changed:
+        key, (old, new) = next(iter(changed.items()))
+        others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         section = key.partition(".")[0]
         what = {"model": "another model", "training": "another training"}.get(
             section, f"other {section} settings"
@@ -111,39 +112,39 @@ def refuse_other_run(recorded: Config, config: Config, place: Path) -> None:
 
 @contextmanager
 def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
-    """Makes the folder, writes config.toml, and keeps other processes from training there.
+    """Creates the folder, writes config.toml, and locks out other processes.
 
     Raises:
-      InputError: the folder cannot be made or written to, another process trains in it, or, as
-        `refuse_wrong_start` says, it does not suit the start (any more).
+      InputError: the folder cannot be created or written to, another process is training in it, or
+        `check_start` fails.
     """
     run = RunFolder(config.training.folder)
     with ExitStack() as stack:
-        with _unusable_told(config):
+        with _raise_on_unusable_folder(config):
             run.path.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(run.lock))
-            # Another process may have been here since the first look.
-            _refuse_wrong_start(config, resume)
+            # Another process may have trained here since the first check.
+            _check_start(config, resume)
             with atomic_write(run.config) as path:
                 path.write_text(to_toml(config), encoding="utf-8")
         yield run
 
 
 @contextmanager
-def _unusable_told(config: Config) -> Iterator[None]:
+def _raise_on_unusable_folder(config: Config) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno in FULL_DISK:
             raise
         raise InputError(
-            f"training.folder = {config.training.folder!r} cannot be made or written to "
-            f"({error.strerror}): name another."
+            f"training.folder = {config.training.folder!r} cannot be created or written to "
+            f"({error.strerror}): name another folder."
         ) from None
 
 
 def resume_command(config: Config) -> str:
-    """What to type to go on with a run: its own configuration, resumed."""
+    """The command that resumes a run, with the configuration in its folder."""
     inside = Path(sys.executable).is_relative_to(Path.cwd())
     python = os.path.relpath(sys.executable) if inside else sys.executable
     script = Path(sys.argv[0]).with_name("train.py")

@@ -1,18 +1,18 @@
-"""How the subspaces do: numbers of a step that show whether rank, gap and scale fit.
+"""Metrics of the subspaces, which show whether rank, gap and scale are well chosen.
 
-Always, with GaLore, over all projected matrices:
+With GaLore, over all projected matrices:
 
-    subspace_overlap  how much of the old subspace the last refresh kept: the mean squared cosine
-                      of the principal angles between old and new. Up to a matrix's second refresh
-                      the old one is random, and it is about rank / side.
-    refreshes_saved   refreshes that lazily doubled gaps have saved so far
-    skipped           updates left out so far because a matrix's gradient was not finite
+    subspace_overlap  overlap of the old and new subspaces at the last refresh: the mean squared
+                      cosine of the principal angles between them. Before a matrix's second refresh
+                      the old subspace is random, and the overlap is about rank / side.
+    refreshes_saved   number of refreshes saved so far by lazily doubled gaps
+    skipped           number of updates skipped so far because a matrix's gradient was not finite
 
-With `training.diagnostics`, which costs a product of the gradient with each basis and a copy of the
-projected weights:
+With `training.diagnostics`, at the cost of a product of the gradient with each basis and a copy of
+the projected weights:
 
-    captured_energy   the part of the gradients' sum of squares that lies in the subspaces
-    update_ratio      how far the weights moved over their size, both as root sums of squares
+    captured_energy   fraction of the gradients' sum of squares that is in the subspaces
+    update_ratio      norm of the change of the weights over the norm of the weights
 """
 
 from typing import Any
@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.optim.state import bases_of, galore_states, map_bases
-from galore_jax.subspace.projection import Basis
+from galore_jax.subspace.basis import Basis
 from galore_jax.types import PyTree
 
 
 def subspace_metrics(opt_state: PyTree) -> dict[str, jax.Array]:
-    """`subspace_overlap`, `refreshes_saved`, `skipped`; nothing where nothing is projected."""
+    """`subspace_overlap`, `refreshes_saved` and `skipped`; empty if nothing is projected."""
     bases = bases_of(galore_states(opt_state, inside_chains=True))
     if not bases:
         return {}
@@ -44,13 +44,13 @@ def subspace_metrics(opt_state: PyTree) -> dict[str, jax.Array]:
 def energy_metrics(
     opt_state: PyTree, gradients: PyTree, old: PyTree, new: PyTree
 ) -> dict[str, jax.Array]:
-    """`captured_energy` and `update_ratio`; nothing where nothing is projected.
+    """`captured_energy` and `update_ratio`; empty if nothing is projected.
 
     Args:
-      opt_state: after the step, with its bases.
-      gradients: of the step; matrices in which one is not finite do not count.
+      opt_state: the optimizer's state after the step.
+      gradients: full gradients of the step; matrices with one that is not finite do not count.
       old: the parameters before the step.
-      new: the parameters after it.
+      new: the parameters after the step.
 
     Returns:
       float32 scalars by name.
@@ -58,22 +58,24 @@ def energy_metrics(
 
     def sums_of_squares(basis: Basis, gradient: Any, old: Any, new: Any) -> jax.Array:
         projection, view = basis.projection, basis.projection.view
-        whole = _squares(view.to_matrices(gradient))
-        held = _squares(projection.project(basis.vectors, gradient))
-        finite = jnp.isfinite(whole)
+        total = _squares(view.to_matrices(gradient))
+        captured = _squares(projection.project(basis.vectors, gradient))
+        finite = jnp.isfinite(total)
         old, new = old.astype(jnp.float32), new.astype(jnp.float32)
-        energies = [jnp.where(finite, held, 0), jnp.where(finite, whole, 0)]
+        energies = [jnp.where(finite, captured, 0), jnp.where(finite, total, 0)]
         sizes = [_squares(view.to_matrices(new - old)), _squares(view.to_matrices(old))]
         return jnp.stack([part.sum() for part in energies + sizes])
 
     sums = []
     for state in galore_states(opt_state, inside_chains=True):
-        found = map_bases(sums_of_squares, state.bases, gradients, old, new, otherwise=state.bases)
-        sums += jax.tree.leaves(found)
+        by_basis = map_bases(
+            sums_of_squares, state.bases, gradients, old, new, otherwise=state.bases
+        )
+        sums += jax.tree.leaves(by_basis)
     if not sums:
         return {}
-    held, whole, moved, size = sum(sums, jnp.zeros(4))
-    return {"captured_energy": held / whole, "update_ratio": jnp.sqrt(moved / size)}
+    captured, total, change, size = sum(sums, jnp.zeros(4))
+    return {"captured_energy": captured / total, "update_ratio": jnp.sqrt(change / size)}
 
 
 def _squares(matrices: jax.Array) -> jax.Array:

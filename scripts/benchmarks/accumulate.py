@@ -1,4 +1,4 @@
-"""`accumulate`: bytes of what micro-batches sum up, float32, from shapes alone."""
+"""`accumulate`: bytes of the gradients that micro-batches accumulate, float32, from shapes."""
 
 from dataclasses import dataclass, replace
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 import galore_jax
-from benchmarks.baselines import LEARNING_RATE, PyTree
+from benchmarks.baselines import LEARNING_RATE
 from benchmarks.models import init_llama
 from benchmarks.report import Row
 from benchmarks.state import of_every_size
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states, start_coordinates
-from galore_jax.training.step import tree_bytes, tree_size
+from galore_jax.training.state import tree_bytes, tree_size
+from galore_jax.types import PyTree
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,12 @@ class Settings:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size."""
+    """The rows of every size."""
     return of_every_size(measure_size)
 
 
 def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
-    """Rows of full gradients and of projected ones: `bytes` of the blocks, `all_bytes`."""
+    """The rows of full and of projected gradients: `bytes` of the blocks, and `all_bytes`."""
     params = jax.eval_shape(lambda: init_llama(replace(model, dtype="float32")))
     tx = galore_jax.adamw(LEARNING_RATE, rank)
 

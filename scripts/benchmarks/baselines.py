@@ -1,4 +1,4 @@
-"""The optimizers that benches compare; one more is one more `Contestant` in `baselines`."""
+"""The optimizers that the benchmarks compare; `baselines` lists them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,8 +10,8 @@ import optax
 from optax.contrib import GaLoreDimensionNumbers
 
 import galore_jax
-from galore_jax.subspace.matrix_view import is_named_whole, is_no_weight, path_names
-from galore_jax.subspace.projection import is_basis
+from galore_jax.subspace.basis import is_basis
+from galore_jax.subspace.matrix_view import is_bias_or_scale, is_unprojected_by_name, path_names
 from galore_jax.types import PyTree
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
@@ -21,15 +21,15 @@ GAP = 200  # updates between refreshes
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Baseline:
     """An optimizer and the training step it makes.
 
     Attributes:
-      name: in the rows.
-      init: the state from the parameters; at the first step the refresh of every matrix is due.
-      step: of (loss, params, state, batch), the new params and state.
+      name: name in the rows.
+      init: params -> state, with the refresh of every matrix due at the first step.
+      step: (loss, params, state, batch) -> params and state.
       stacks: whether it projects leaves in which layers are stacked.
-      refresh: of (loss, params, state, batch), the new state, where a refresh is not in the step.
+      refresh: (loss, params, state, batch) -> state; None if the step includes refreshes.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Contestant:
     refresh: Callable[[Loss, PyTree, PyTree, PyTree], PyTree] | None = None
 
 
-def baselines(rank: int) -> list[Contestant]:
-    """All of them: equal settings, and the same matrices projected to the same rank."""
+def baselines(rank: int) -> list[Baseline]:
+    """All baselines, with equal settings and the same matrices projected to the same rank."""
     adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     contrib = optax.contrib.galore(
         LEARNING_RATE,
@@ -50,18 +50,18 @@ def baselines(rank: int) -> list[Contestant]:
         weight_dimension_numbers=_matrices_that_galore_jax_projects,
     )
     return [
-        Contestant("adamw", adamw.init, _stock_step(adamw)),
-        Contestant("optax.contrib.galore", contrib.init, _stock_step(contrib), stacks=False),
+        Baseline("adamw", adamw.init, _stock_step(adamw)),
+        Baseline("optax.contrib.galore", contrib.init, _stock_step(contrib), stacks=False),
         galore_full(rank),
         galore_projected(rank),
     ]
 
 
-def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Contestant:
-    """galore_jax.adamw from full gradients.
+def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Baseline:
+    """galore_jax.adamw with full gradients.
 
-    With `stagger` the first refresh is the one from a random start, of three rounds, after which
-    each matrix has its own turn; without, it is as all later ones, of one round.
+    With `stagger` the first refresh starts from random bases and has three rounds, and later ones
+    are spread over the gap; without, the first refresh has one round, as all later ones.
     """
     tx = galore_jax.adamw(LEARNING_RATE, rank, gap, weight_decay=WEIGHT_DECAY, stagger=stagger)
 
@@ -72,11 +72,11 @@ def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Contesta
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         return galore_jax.apply_gradients(tx, jax.grad(loss)(params, batch), state, params)
 
-    return Contestant("galore_full", init, step)
+    return Baseline("galore_full", init, step)
 
 
-def galore_projected(rank: int) -> Contestant:
-    """galore_jax.adamw from projected gradients, refreshed by sketches."""
+def galore_projected(rank: int) -> Baseline:
+    """galore_jax.adamw with projected gradients, refreshed by sketches."""
     tx = galore_jax.adamw(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
 
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
@@ -104,7 +104,7 @@ def _stock_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree,
 def _matrices_that_galore_jax_projects(params: PyTree) -> PyTree:
     def numbers(path: Any, leaf: Any) -> GaLoreDimensionNumbers | None:
         names = path_names(path)
-        is_whole = leaf.ndim != 2 or is_no_weight(names) or is_named_whole(names)
-        return None if is_whole else GaLoreDimensionNumbers()
+        excluded = is_bias_or_scale(names) or is_unprojected_by_name(names)
+        return None if leaf.ndim != 2 or excluded else GaLoreDimensionNumbers()
 
     return jax.tree_util.tree_map_with_path(numbers, params)

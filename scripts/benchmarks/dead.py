@@ -1,4 +1,4 @@
-"""`dead`: time of a step, refreshes included, where a kernel has no gradient to make a basis of."""
+"""`dead`: time of a step, refreshes included, if a weight has no gradient to make a basis from."""
 
 import functools
 import statistics
@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import galore_jax
-from benchmarks.baselines import GAP, LEARNING_RATE, PyTree
-from benchmarks.report import Row, require
+from benchmarks.baselines import GAP, LEARNING_RATE
+from benchmarks.report import Row
 from benchmarks.timing import seconds
+from galore_jax.errors import require
+from galore_jax.types import PyTree
 
 RANK = 32
 
@@ -38,7 +40,7 @@ class Settings:
 
 
 class Run:
-    """A training of a mixture of experts on its way."""
+    """A training of a mixture of experts."""
 
     def __init__(self, params: PyTree, batch: jax.Array, alive: jax.Array, frozen: bool):
         tx = galore_jax.adamw(LEARNING_RATE, RANK, GAP)
@@ -57,7 +59,7 @@ class Run:
         self.refreshes = 0
 
     def __call__(self) -> tuple[PyTree, PyTree]:
-        """One step, with a refresh before it where one is due."""
+        """One step, after a refresh if one is due."""
         if galore_jax.refresh_due(self._state):
             self._state = self._refresh(self._params, self._state)
             self.refreshes += 1
@@ -66,7 +68,7 @@ class Run:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of all experts with tokens, of one without, and of a kernel that is not used."""
+    """The rows for tokens for all experts, for an expert without tokens, and a frozen weight."""
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (settings.experts, settings.width, settings.width)
     params = {
@@ -79,7 +81,7 @@ def measure(settings: Settings) -> list[Row]:
     runs = {
         "all alive": Run(params, batch, alive, frozen=False),
         "an expert dead": Run(params, batch, alive.at[-1].set(0), frozen=False),
-        "a kernel frozen": Run(params, batch, alive, frozen=True),
+        "a weight frozen": Run(params, batch, alive, frozen=True),
     }
     measured: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(settings.steps), "steps"):
@@ -99,7 +101,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def mixture_loss(params: PyTree, x: jax.Array, alive: jax.Array, *, frozen: bool) -> Any:
-    """Mean square of what the experts make of their inputs; those that are not alive get zeros."""
+    """Mean square of the outputs of the experts; those that are not alive get zeros."""
     first = jax.lax.stop_gradient(params["first"]) if frozen else params["first"]
     x = jnp.tanh(x @ first)
     inputs = alive[:, None, None] * x

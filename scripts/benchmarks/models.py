@@ -1,4 +1,4 @@
-"""LLaMA for benches: blocks alone, layers stacked in one leaf or each apart, two kinds of Dense."""
+"""LLaMA for the benchmarks: blocks alone, stacked or separate layers, two kinds of Dense."""
 
 import functools
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from galore_jax.types import PyTree
 
 
 def init_llama(config: LlamaConfig) -> PyTree:
-    """Parameters of the whole model."""
+    """The parameters of the complete model."""
     return Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def separate_layers(params: PyTree) -> PyTree:
-    """The parameters with a list of layers in place of stacked ones."""
+    """The parameters with a list of layers instead of stacked ones."""
     stacked = params["layers"]
     number = len(jax.tree.leaves(stacked)[0])
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(number)]
@@ -30,7 +30,7 @@ def separate_layers(params: PyTree) -> PyTree:
 
 
 def blocks_loss(config: LlamaConfig, params: PyTree, batch: tuple[jax.Array, jax.Array]):
-    """Mean squared distance of what the blocks make of an array from another."""
+    """Mean squared difference between the output of the blocks and a target."""
     x, target = batch
     return jnp.mean((_run_layers(config, params["layers"], x) - target) ** 2)
 
@@ -51,9 +51,8 @@ def with_dense(kind: str, loss: Callable[..., jax.Array]) -> Callable[..., jax.A
     """The loss with Dense layers of this kind.
 
     Args:
-      kind: "flax", which have the derivative that JAX makes of their product; or "galore_jax",
-        whose derivative is written by hand, so that on CPUs XLA does not transpose the kernel's
-        gradient.
+      kind: "flax", with the derivative that JAX makes of the product; or "galore_jax", with the
+        hand-written one, which on CPUs saves XLA a transposition of the weight's gradient.
       loss: a loss of a LLaMA.
 
     Returns:
@@ -62,8 +61,8 @@ def with_dense(kind: str, loss: Callable[..., jax.Array]) -> Callable[..., jax.A
 
     @functools.wraps(loss)
     def run(*arguments: Any) -> jax.Array:
-        as_it_comes = nn.intercept_methods(_multiply_as_flax)
-        with as_it_comes if kind == "flax" else nullcontext():
+        as_in_flax = nn.intercept_methods(_multiply_as_flax)
+        with as_in_flax if kind == "flax" else nullcontext():
             return loss(*arguments)
 
     return run
@@ -75,17 +74,17 @@ def _multiply_as_flax(
     layer: Any = context.module
     if context.method_name != "__call__" or not isinstance(layer, nn.Dense):
         return call(*args, **kwargs)
-    own = layer.dot_general
+    dot_general = layer.dot_general
     object.__setattr__(layer, "dot_general", None)
     try:
         return call(*args, **kwargs)
     finally:
-        object.__setattr__(layer, "dot_general", own)
+        object.__setattr__(layer, "dot_general", dot_general)
 
 
 def _run_layers(config: LlamaConfig, layers: PyTree, x: Any) -> Any:
-    # As arrays, which a loop over stacked layers computes once: where each layer is apart XLA would
-    # compute every cosine again for every head, forwards and backwards.
+    # Computed once, as arrays. With separate layers XLA would otherwise compute all cosines again
+    # for every head, in the forward and the backward pass.
     with jax.ensure_compile_time_eval():
         positions = jnp.arange(x.shape[1])[None]
         rotation = rotation_at(positions, config.head_size, config.rope_theta)

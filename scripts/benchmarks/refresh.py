@@ -1,10 +1,10 @@
-"""`refresh`: time and captured energy of every way to refresh a basis, on a real gradient.
+"""`refresh`: time and captured energy of each method to refresh a basis, for a real gradient.
 
-The gradient is that of a gate projection, of a LLaMA of one layer that learns the source text of
-the standard library by GaLore with a refresh at every 50th update. So the basis that the state
-holds just before a refresh comes from the gradient of 50 updates earlier. The text is cut into
-4,096 pieces: what reaches the last layer has at most the rank of the head, and low-rank gradients
-flatter an exact decomposition, which skips most of its work on them.
+The gradient is that of a gate projection in a LLaMA of one layer, trained with GaLore on the source
+of the standard library with a refresh every 50 updates. So the basis in the state just before a
+refresh comes from the gradient of 50 updates earlier. The vocabulary has 4,096 pieces, because the
+gradient's rank is at most that of the head, and an exact decomposition of a low-rank gradient skips
+most of its work.
 """
 
 import functools
@@ -19,17 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.report import Row, require, require_choice
+from benchmarks.report import Row
 from benchmarks.timing import interleaved
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states
 from galore_jax.subspace.methods import REFRESH
-from galore_jax.training.config import Config
-from galore_jax.training.sections import OptimizerConfig, TrainingConfig
-from galore_jax.training.step import init_state, make_gradients, make_optimizer, make_train_step
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.state import init_state
+from galore_jax.training.step import make_gradients, make_train_step
 
 ROW_LENGTH = 256
 GAP = 50  # updates
@@ -37,7 +39,7 @@ PIECES = 4096
 
 
 class Size(NamedTuple):
-    """Of a gate projection `(hidden, ffn)`, and the rank of its basis."""
+    """The shape of a gate projection `(hidden, ffn)`, and the rank of its basis."""
 
     hidden: int
     ffn: int
@@ -56,7 +58,7 @@ class Settings:
     """See scripts/benchmark.py.
 
     Raises:
-      InputError: a size that is not there, or a number out of range.
+      InputError: a size is unknown, or a number is out of range.
     """
 
     sizes: str = ",".join(SIZES)
@@ -72,13 +74,13 @@ class Settings:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size and method."""
+    """The rows of every size and method."""
     sizes = [SIZES[name] for name in settings.sizes.split(",")]
     return [row for size in sizes for row in measure_size(size, settings)]
 
 
 def measure_size(size: Size, settings: Settings) -> list[Row]:
-    """Rows of every method, with `energy`, `‖PᵀG‖² / ‖G‖²`, and that relative to the exact one."""
+    """The rows of every method, with `energy`, `‖PᵀG‖² / ‖G‖²`, also relative to the exact one."""
     title = f"{size.hidden} x {size.ffn}, rank {size.rank}"
     gradient, basis = gradient_and_old_basis(size, settings.tokens, title)
     arguments = gradient, basis, jnp.int32(1), jax.random.key(0)
@@ -115,9 +117,10 @@ def _refresh(method: Callable[..., jax.Array]) -> jax.stages.Wrapped:
 
 
 def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Array, jax.Array]:
-    """`(hidden, ffn)` after 100 updates, and the basis `(hidden, rank)` made 50 updates earlier.
+    """A gradient `(hidden, ffn)` after 100 updates, and the basis `(hidden, rank)` before it.
 
-    The gradient is that of twice as many tokens as an update has, so that 1,024 give full rank.
+    The basis was made 50 updates before the gradient, whose batch has twice the tokens of an
+    update, so that 1,024 tokens give it full rank.
     """
     config = Config(
         model=LlamaConfig(

@@ -1,7 +1,7 @@
-"""What benches share: settings from the command line, and a table of the rows."""
+"""Settings from the command line, and a table of the rows, for all benchmarks."""
 
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from galore_jax.errors import InputError
@@ -11,18 +11,18 @@ Settings = TypeVar("Settings")
 
 
 def read_settings(kind: type[Settings], overrides: Sequence[str]) -> Settings:
-    """Settings of a bench, a dataclass of whole numbers and texts, from words `key=value`.
+    """The settings of a benchmark, a dataclass of integers and strings, from words `key=value`.
 
     Raises:
-      InputError: no such key, or a value of the wrong type or out of range.
+      InputError: a key is unknown, or a value has the wrong type or is out of range.
     """
     hints, values = typing.get_type_hints(kind), {}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise InputError(f"{override!r} is no setting: write key=value, as in repeats=5.")
+            raise InputError(f"{override!r} is not a setting: write key=value, as in repeats=5.")
         if key not in hints:
-            there_are = f"there are {', '.join(hints)}" if hints else "this bench has none"
+            there_are = f"there are {', '.join(hints)}" if hints else "this benchmark has none"
             raise InputError(f"the setting {key} is unknown; {there_are}.")
         try:
             values[key] = hints[key](text)
@@ -31,28 +31,8 @@ def read_settings(kind: type[Settings], overrides: Sequence[str]) -> Settings:
     return kind(**values)
 
 
-def require(key: str, value: Any, holds: bool, wanted: str) -> None:
-    """Refuses the value of a setting.
-
-    Raises:
-      InputError: it does not hold.
-    """
-    if not holds:
-        raise InputError(f"{key} is {value}: it must be {wanted}.")
-
-
-def require_choice(key: str, value: str, choices: Iterable[str]) -> None:
-    """Refuses a value that is not among the choices.
-
-    Raises:
-      InputError: so it is.
-    """
-    if value not in choices:
-        raise InputError(f"{key} = {value!r} is unknown; there are {', '.join(choices)}.")
-
-
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text, a column for each key; a dash where a row lacks it."""
+    """The rows as text, with a column for each key and a dash if a row lacks it."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, *([_text(row.get(key)) for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

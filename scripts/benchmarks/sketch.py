@@ -1,4 +1,4 @@
-"""`sketch`: what bases from sketches capture along a training run, against exact ones."""
+"""`sketch`: energy captured by bases from sketches along a training run, and by exact bases."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,22 +9,20 @@ import numpy as np
 from tqdm import tqdm
 
 import galore_jax
-from benchmarks.baselines import PyTree
-from benchmarks.report import Row, require
+from benchmarks.report import Row
 from benchmarks.state import CONFIGS, require_size
 from galore_jax.data.batches import train_batches
 from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.errors import require
 from galore_jax.grads.sketch import refresh_due
 from galore_jax.optim.state import galore_states, map_bases
-from galore_jax.subspace.projection import Basis
-from galore_jax.training.config import Config, load_config
-from galore_jax.training.step import (
-    batch_loss,
-    init_state,
-    make_gradients,
-    make_optimizer,
-    make_train_step,
-)
+from galore_jax.subspace.basis import Basis
+from galore_jax.training.config import Config
+from galore_jax.training.config_file import load_config
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.state import init_state
+from galore_jax.training.step import batch_loss, make_gradients, make_train_step
+from galore_jax.types import PyTree
 
 ENERGIES = ("energy", "exact", "relative_energy")
 
@@ -49,7 +47,7 @@ class Settings:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """A row of every refresh and one of their means."""
+    """A row for every refresh, and one of their means."""
     overrides = (
         f"data.source={settings.source}",
         f"data.tokenizer={settings.tokenizer}",
@@ -63,7 +61,7 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def measure_run(config: Config) -> list[Row]:
-    """Rows of every refresh of a run: means over matrices, and the lowest relative energy."""
+    """The rows of the refreshes of a run: means over matrices, and the lowest relative energy."""
     full = replace(config, optimizer=replace(config.optimizer, gradients="full"))
     tx = make_optimizer(config.optimizer, config.training.steps)
     gradients, step = jax.jit(make_gradients(full, tx)), make_train_step(config)
@@ -75,17 +73,17 @@ def measure_run(config: Config) -> list[Row]:
     for number in tqdm(range(config.training.steps), "training"):
         batch = next(batches)
         if refresh_due(state.opt_state):
-            found, _ = gradients(state.params, state.opt_state, batch)
+            full_gradients, _ = gradients(state.params, state.opt_state, batch)
             state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
-            held, exact = energies(state.opt_state, found)
+            captured, exact = energies(state.opt_state, full_gradients)
             rows.append(
                 {
                     "name": "refresh",
                     "step": number,
-                    "energy": float(np.mean(held)),
+                    "energy": float(np.mean(captured)),
                     "exact": float(np.mean(exact)),
-                    "relative_energy": float(np.mean(held / exact)),
-                    "lowest": float(np.min(held / exact)),
+                    "relative_energy": float(np.mean(captured / exact)),
+                    "lowest": float(np.min(captured / exact)),
                 }
             )
         state, _ = step(state, batch)
@@ -93,18 +91,18 @@ def measure_run(config: Config) -> list[Row]:
 
 
 def energies(opt_state: PyTree, gradients: PyTree) -> Sequence[np.ndarray]:
-    """`‖PᵀG‖² / ‖G‖²` of every matrix, and the largest that a basis of its rank can have."""
-    held, exact = [], []
+    """`‖PᵀG‖² / ‖G‖²` of every matrix, and its largest value for a basis of this rank."""
+    captured, exact = [], []
 
     def at_leaf(basis: Basis, gradient: jax.Array) -> None:
         projection = basis.projection
         matrices = np.asarray(projection.view.to_matrices(gradient), np.float64)
-        whole = np.sum(matrices**2, axis=(-2, -1))
+        total = np.sum(matrices**2, axis=(-2, -1))
         coordinates = np.asarray(projection.project(basis.vectors, gradient), np.float64)
-        held.append((np.sum(coordinates**2, axis=(-2, -1)) / whole).reshape(-1))
+        captured.append((np.sum(coordinates**2, axis=(-2, -1)) / total).reshape(-1))
         values = np.linalg.svd(matrices, compute_uv=False)[..., : projection.rank]
-        exact.append((np.sum(values**2, axis=-1) / whole).reshape(-1))
+        exact.append((np.sum(values**2, axis=-1) / total).reshape(-1))
 
     for state in galore_states(opt_state, inside_chains=True):
         map_bases(at_leaf, state.bases, gradients, otherwise=state.bases)
-    return np.concatenate(held), np.concatenate(exact)
+    return np.concatenate(captured), np.concatenate(exact)

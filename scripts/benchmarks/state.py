@@ -1,4 +1,4 @@
-"""`state`: bytes of the optimizer's state by part, float32, from shapes alone."""
+"""`state`: bytes of the optimizer's state by part, float32, from shapes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,11 +8,12 @@ import jax
 
 from benchmarks.baselines import baselines
 from benchmarks.models import init_llama, separate_layers
-from benchmarks.report import Row, require_choice
+from benchmarks.report import Row
+from galore_jax.errors import require_choice
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.memory import bytes_by_part
-from galore_jax.training.step import tree_bytes, tree_size
+from galore_jax.training.state import tree_bytes, tree_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -23,17 +24,13 @@ class Settings:
 
 
 def require_size(key: str, size: str) -> None:
-    """Refuses a size that has no configuration.
-
-    Raises:
-      InputError: so it is.
-    """
+    """Raises an `InputError` unless there is a configuration of this size."""
     sizes = sorted(path.stem.removeprefix("llama_") for path in CONFIGS.glob("llama_*.toml"))
     require_choice(key, size, sizes)
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size and baseline."""
+    """The rows of every size and baseline."""
     return of_every_size(measure_size)
 
 

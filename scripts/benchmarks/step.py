@@ -1,4 +1,4 @@
-"""`step`: time of a whole training step in float32, with and without the refresh of the bases."""
+"""`step`: time of a training step in float32, with and without the refresh of the bases."""
 
 import functools
 import statistics
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from benchmarks.baselines import GAP, Contestant, Loss, PyTree, baselines, galore_full
+from benchmarks.baselines import GAP, Baseline, Loss, PyTree, baselines, galore_full
 from benchmarks.models import (
     blocks_loss,
     init_llama,
@@ -16,12 +16,13 @@ from benchmarks.models import (
     separate_layers,
     with_dense,
 )
-from benchmarks.report import Row, require, require_choice
+from benchmarks.report import Row
 from benchmarks.state import CONFIGS
 from benchmarks.timing import interleaved, seconds
+from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.subspace.projection import is_basis
-from galore_jax.training.config import load_config
+from galore_jax.subspace.basis import is_basis
+from galore_jax.training.config_file import load_config
 
 LAYERS = {"blocks": 4, "llama": 24}
 DENSE = ("flax", "galore_jax")
@@ -55,9 +56,9 @@ class Settings:
 
 
 class Run:
-    """A baseline on its way: its parameters and state, which every step takes over (donates)."""
+    """A training with a baseline: its parameters and state, which each step donates."""
 
-    def __init__(self, baseline: Contestant, loss: Loss, params: PyTree, batch: PyTree):
+    def __init__(self, baseline: Baseline, loss: Loss, params: PyTree, batch: PyTree):
         step = jax.jit(functools.partial(baseline.step, loss), donate_argnums=(0, 1))
         self._params = jax.tree.map(lambda leaf: leaf.copy(), params)
         self._state = jax.jit(baseline.init)(params)
@@ -70,15 +71,15 @@ class Run:
 
     @property
     def temporary_bytes(self) -> int:
-        """Memory of the compiled step beside its arguments and results."""
+        """Temporary memory of the compiled step."""
         analysis: Any = self._step.memory_analysis()
         return analysis.temp_size_in_bytes
 
     def __call__(self) -> PyTree:
-        """One step, which may not be computed yet, the first with the refresh of every matrix.
+        """Dispatches one step, the first one after a refresh of every matrix.
 
         Returns:
-          Parameters and state.
+          The new parameters and state, which may not be computed yet.
         """
         if self._refresh is not None:
             self._state = self._refresh(self._params, self._state, self._batch)
@@ -88,7 +89,7 @@ class Run:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every baseline, and of staggered refreshes."""
+    """The rows of every baseline, and of staggered refreshes."""
     layers = settings.layers or LAYERS[settings.model]
     model = load_config(CONFIGS / "llama_350m.toml").model
     return measure_model(replace(model, num_layers=layers, dtype="float32"), settings, BATCH, RANK)
@@ -97,7 +98,7 @@ def measure(settings: Settings) -> list[Row]:
 def measure_model(
     config: LlamaConfig, settings: Settings, shape: tuple[int, int], rank: int
 ) -> list[Row]:
-    """The same for any sizes: of the model, of a batch in rows and tokens, of the bases."""
+    """The rows for any model, shape of a batch (rows, tokens) and rank."""
     params = init_llama(config)
     if settings.model == "blocks":
         params = {"layers": params["layers"]}
@@ -110,15 +111,15 @@ def measure_model(
     if settings.leaves == "separate":
         params = separate_layers(params)
 
-    entrants = [c for c in baselines(rank) if c.stacks or settings.leaves == "separate"]
-    runs = {c.name: Run(c, loss, params, batch) for c in entrants}
+    chosen = [b for b in baselines(rank) if b.stacks or settings.leaves == "separate"]
+    runs = {b.name: Run(b, loss, params, batch) for b in chosen}
     first = {name: seconds(run) for name, run in tqdm(runs.items(), "steps with every refresh")}
     plain = interleaved(runs, settings.repeats, "steps")
     temporaries = {name: run.temporary_bytes for name, run in runs.items()}
     del runs
 
     def row(name: str, time: float, **fields: bool | float) -> Row:
-        settled = {
+        setting = {
             "model": settings.model,
             "layers": config.num_layers,
             "leaves": settings.leaves,
@@ -126,7 +127,7 @@ def measure_model(
         }
         return {
             "name": name,
-            **settled,
+            **setting,
             "seconds": time,
             "of_adamw": time / plain["adamw"],
             **fields,
@@ -149,9 +150,9 @@ def measure_model(
 def staggered_steps(
     loss: Loss, params: PyTree, batch: PyTree, rank: int, intervals: int
 ) -> list[float]:
-    """Seconds of each step of an interval in which every matrix has its refresh at another step.
+    """Seconds of each step of an interval in which every matrix is refreshed at a different step.
 
-    The interval is so long that at most steps none is due, as with a gap of 200.
+    The interval is so long that no refresh is due at most steps, as with a gap of 200.
     """
     state = jax.eval_shape(galore_full(rank).init, params)
     bases = [node for node in jax.tree.leaves(state, is_leaf=is_basis) if is_basis(node)]

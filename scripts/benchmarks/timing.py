@@ -1,4 +1,4 @@
-"""Seconds of baselines, interleaved: whatever else the machine does meets them all alike."""
+"""Interleaved timing, so that other load on the machine affects all baselines alike."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """How long `run` takes until what it returns is computed."""
+    """The seconds that `run` takes until its result is computed."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
@@ -19,7 +19,7 @@ def seconds(run: Callable[[], Any]) -> float:
 def interleaved(
     runs: Mapping[str, Callable[[], Any]], repeats: int, title: str
 ) -> dict[str, float]:
-    """Median seconds of each run over rounds in which each runs once; all must be compiled."""
+    """The median seconds of each run over rounds of one execution each; all must be compiled."""
     measured = {name: [] for name in runs}
     for _ in tqdm(range(repeats), title):
         for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""`tokens`: how the time of a step of projected gradients, over AdamW's, goes with its tokens."""
+"""`tokens`: time of a step with projected gradients relative to AdamW, by tokens per step."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -8,13 +8,14 @@ import jax
 
 from benchmarks.baselines import baselines
 from benchmarks.models import blocks_loss, init_llama, with_dense
-from benchmarks.report import Row, require, require_choice
+from benchmarks.report import Row
 from benchmarks.state import CONFIGS, require_size
 from benchmarks.step import DENSE, Run
 from benchmarks.timing import interleaved, seconds
+from galore_jax.errors import check_installed, require, require_choice
 from galore_jax.files import atomic_write
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import load_config
+from galore_jax.training.config_file import load_config
 from galore_jax.training.plots import COLOURS
 
 ROW_LENGTH = 256
@@ -26,7 +27,7 @@ class Settings:
     """See scripts/benchmark.py.
 
     Raises:
-      InputError: a number out of range, or a list that is not one of numbers.
+      InputError: a number is out of range, or a list has something else than numbers.
     """
 
     sizes: str = "130m,350m,1b"
@@ -48,7 +49,8 @@ class Settings:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """Rows of every size, number of tokens and baseline; and draws their ratios."""
+    """The rows of every size, number of tokens and baseline; draws their ratios."""
+    check_installed("matplotlib")
     rows = []
     for size in settings.sizes.split(","):
         config = load_config(CONFIGS / f"llama_{size}.toml")
@@ -63,7 +65,7 @@ def measure(settings: Settings) -> list[Row]:
 def measure_size(
     size: str, model: LlamaConfig, rank: int, shape: tuple[int, int], settings: Settings
 ) -> list[Row]:
-    """Rows of one size and one shape of batch, rows and tokens, in stacked blocks."""
+    """The rows for one size and one shape of a batch (rows, tokens), with stacked blocks."""
     params = {"layers": init_llama(model)["layers"]}
     batch = jax.random.normal(jax.random.key(1), (2, *shape, model.hidden_size))
     loss = with_dense(settings.dense, functools.partial(blocks_loss, model))
@@ -88,13 +90,10 @@ def measure_size(
 
 
 def draw(rows: list[Row], picture: Path) -> None:
-    """The ratios to AdamW over the tokens, into one PNG; nothing where matplotlib is missing."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print(f'{picture} is left out, it needs matplotlib: pip install "galore-jax[plots]"')
-        return
+    """Draws the ratios to AdamW over the tokens per step into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7.5, 4.4), dpi=130, layout="constrained")
     axes = figure.subplots()
     axes.axhline(1, color="#444444", linewidth=1)
@@ -102,14 +101,14 @@ def draw(rows: list[Row], picture: Path) -> None:
     axes.annotate("AdamW", (1.07, 1), **where)
     for name, style in (("galore_projected", "-"), ("galore_full", ":")):
         for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
-            own = [row for row in rows if row["size"] == size and row["name"] == name]
+            line = [row for row in rows if row["size"] == size and row["name"] == name]
             label = f"{size.upper()}, {'projected' if style == '-' else 'full'} gradients"
-            tokens, ratio = [row["tokens"] for row in own], [row["of_adamw"] for row in own]
+            tokens, ratio = [row["tokens"] for row in line], [row["of_adamw"] for row in line]
             axes.plot(tokens, ratio, style, marker="o", color=COLOURS[number], label=label)
     axes.set_xscale("log", base=2)
     ticks = sorted({row["tokens"] for row in rows})
     axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
-    axes.set(xlabel="tokens a step", ylabel="time of a step over AdamW's", ylim=(0, None))
+    axes.set(xlabel="tokens per step", ylabel="time of a step relative to AdamW", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2)
     with atomic_write(picture) as path:

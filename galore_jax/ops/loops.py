@@ -1,0 +1,73 @@
+"""Loops over chunks of large arrays, and over the matrices of a stack that need work."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from galore_jax.types import PyTree
+
+
+def map_chunks(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, max_size: int) -> PyTree:
+    """Computes `f(0, arrays)` chunk by chunk, in place, for a function that acts row by row.
+
+    Args:
+      f: takes the index of the first row and a chunk of rows of each array, and returns the new
+        rows, with the same shapes.
+      arrays: a tree of arrays with the same first axis.
+      max_size: approximate maximum number of elements of the first array in a chunk, which has at
+        least one row. Chunks may be up to eight times smaller if that makes them equal in size.
+
+    Returns:
+      The new arrays.
+    """
+    # Choose the number of rows per chunk, preferably a divisor of all rows.
+    first = jax.tree.leaves(arrays)[0]
+    rows, min_chunks = first.shape[0], -(-first.size // max_size)
+    if min_chunks <= 1:
+        return f(0, arrays)
+    divisors = (n for n in range(min_chunks, 8 * min_chunks) if rows % n == 0)
+    size = -(-rows // next(divisors, min(min_chunks, rows)))
+
+    def update_chunk(i: jax.Array, arrays: PyTree) -> PyTree:
+        # A last chunk that is too short starts inside the one before it, and the rows that are
+        # already done are kept: for a separate remainder XLA would copy the arrays.
+        start = jnp.minimum(i * size, rows - size)
+        old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), arrays)
+        new = f(start, old)
+        if rows % size:
+            todo = start + jnp.arange(size) >= i * size
+            pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)
+            new = jax.tree.map(pick, new, old)
+        write = lambda x, chunk: lax.dynamic_update_slice_in_dim(x, chunk, start, axis=0)
+        return jax.tree.map(write, arrays, new)
+
+    return lax.fori_loop(0, -(-rows // size), update_chunk, arrays)
+
+
+def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:
+    """Runs `carry = body(i, carry, operands)` for each i whose flag `(n,)` is set.
+
+    The loop runs over the flagged matrices only, so it costs nothing if there are none; a vmap of a
+    cond would pay for every matrix at every step. Arrays that `body` reads must be passed as
+    `operands`, not through its closure.
+
+    Args:
+      flags: bool `(n,)`.
+      body: takes an index, the carry and the operands, and returns the new carry.
+      carry: a tree of arrays.
+      operands: a tree of arrays.
+
+    Returns:
+      The final carry.
+    """
+    order = jnp.argsort(~flags)
+
+    def run_body(n: jax.Array, carry: Any) -> Any:
+        # For a single matrix i is always 0. Without the barrier XLA would hoist everything that
+        # depends only on i and the operands out of the loop, and pay for it at every step.
+        return body(*lax.optimization_barrier((order[n], carry, operands)))
+
+    return lax.fori_loop(0, flags.sum(), run_body, carry)

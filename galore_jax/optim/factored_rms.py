@@ -1,0 +1,103 @@
+"""Adafactor's factored second moments, per matrix and for coordinates."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.types import PyTree
+
+
+class FactoredState(NamedTuple):
+    """State of `scale_by_factored_rms`; shapes are those for a leaf `(*batch, in, out)`.
+
+    Attributes:
+      count: int32 scalar, number of updates so far.
+      rows: second moments averaged over the out axis, `(*batch, in)`.
+      columns: second moments averaged over the in axis, `(*batch, out)`.
+      nu: full second moments of the leaves that are not factored. Each leaf is an
+        `optax.MaskedNode()` either here or in `rows` and `columns`.
+    """
+
+    count: jax.typing.ArrayLike
+    rows: PyTree
+    columns: PyTree
+    nu: PyTree
+
+
+def scale_by_factored_rms(
+    decay_rate: float = 0.8, eps: float = 1e-30, min_size_to_factor: int = 128
+) -> optax.GradientTransformation:
+    """Divides by the root of factored second moments (Adafactor, arXiv 1804.04235, algorithm 4).
+
+    It differs from `optax.scale_by_factored_rms` in that each matrix of a stack has factors of its
+    own, along the last two axes, and that coordinates are always factored, whatever their rank.
+
+    Args:
+      decay_rate: the decay at update t, counted from 1, is `1 − t^−decay_rate`.
+      eps: added to the squared gradient.
+      min_size_to_factor: other leaves are factored if both of their last two axes are at least this
+        long.
+
+    Returns:
+      An optax transformation.
+    """
+
+    def is_factored(leaf: Any) -> bool:
+        shape = jnp.shape(leaf.value if is_coordinates(leaf) else leaf)
+        return is_coordinates(leaf) or (len(shape) >= 2 and min(shape[-2:]) >= min_size_to_factor)
+
+    def init_fn(params: PyTree) -> FactoredState:
+        def zeros(factored: bool, axis: int | None) -> PyTree:
+            def at_leaf(leaf: Any) -> Any:
+                if is_factored(leaf) != factored:
+                    return optax.MaskedNode()
+                if axis is None:
+                    return jnp.zeros_like(leaf)
+                return jax.tree.map(lambda array: jnp.zeros_like(array).sum(axis), leaf)
+
+            return jax.tree.map(at_leaf, params, is_leaf=is_coordinates)
+
+        return FactoredState(
+            count=jnp.zeros([], jnp.int32),
+            rows=zeros(factored=True, axis=-1),
+            columns=zeros(factored=True, axis=-2),
+            nu=zeros(factored=False, axis=None),
+        )
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None):
+        del params
+        count = optax.safe_increment(state.count)
+        decay = 1 - jnp.asarray(count, jnp.float32) ** -decay_rate
+        average = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
+
+        def at_matrix(update: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
+            square = update**2 + eps
+            rows, columns = average(rows, square.mean(-1)), average(columns, square.mean(-2))
+            # Separate roots: the product of two tiny factors would underflow.
+            of_rows = (rows.mean(axis=-1, keepdims=True) ** 0.5 * rows**-0.5)[..., None]
+            return update * of_rows * columns[..., None, :] ** -0.5, rows, columns
+
+        def at_leaf(update: Any, rows: Any, columns: Any, nu: Any) -> tuple[Any, Any, Any, Any]:
+            if is_coordinates(update):
+                new, rows, columns = (
+                    Coordinates(part, update.projection)
+                    for part in at_matrix(update.value, rows.value, columns.value)
+                )
+                return new, rows, columns, nu
+            if is_factored(update):
+                return (*at_matrix(update, rows, columns), nu)
+            nu = average(nu, update**2 + eps)
+            return update * nu**-0.5, rows, columns, nu
+
+        leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
+        kept = [tree.flatten_up_to(part) for part in (state.rows, state.columns, state.nu)]
+        results = [at_leaf(*parts) for parts in zip(leaves, *kept, strict=True)]
+        new, *factors = (
+            jax.tree.unflatten(tree, [parts[i] for parts in results]) for i in range(4)
+        )
+        return new, FactoredState(count, *factors)
+
+    return optax.GradientTransformation(init_fn, update_fn)

@@ -1,0 +1,61 @@
+"""What happens to a matrix whose gradient is not finite: the update leaves it as it was.
+
+The policy, and where each part of it is carried out:
+
+* `galore` replaces the coordinates of such a matrix by zeros (`zero_nonfinite`) and counts the
+  update as skipped (`subspace.basis.count_update`); a refresh that was due stays due.
+* The optimizer after it sees the zeros. Afterwards its moments are put back (`restore_moments`) and
+  its updates, weight decay included, become zero (`skip_updates`), so that weights, moments and
+  basis stay as they were, bit for bit.
+* A clip in front of galore must not spread one NaN to every gradient: `clipping`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.optim.moments import BasisUpdates, is_moment
+from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.types import PyTree
+
+
+def zero_nonfinite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Coordinates `(*batch, rows, columns)` with zeros for the matrices that are not finite.
+
+    A matrix counts as finite if the sum of its squares is: an infinite one would end up in a second
+    moment. What is not finite in a gradient shows in its coordinates.
+
+    Returns:
+      The coordinates, and which matrices are finite, `(*batch,)`.
+    """
+    finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))
+    return jnp.where(finite[..., None, None], value, 0), finite
+
+
+def skip_updates(updates: PyTree, basis_updates: BasisUpdates) -> PyTree:
+    """The final updates of a chain, zero for the skipped matrices, which do not decay either."""
+
+    def at_leaf(update: PyTree) -> PyTree:
+        if not is_coordinates(update):
+            return update
+        skipped = basis_updates[update.projection.path].skipped
+        value = jnp.where(skipped[..., None, None], 0, update.value)
+        decay = None if update.decay is None else jnp.where(skipped, 0, update.decay)
+        return Coordinates(value, update.projection, decay)
+
+    return jax.tree.map(at_leaf, updates, is_leaf=is_coordinates)
+
+
+def restore_moments(old: PyTree, new: PyTree, basis_updates: BasisUpdates) -> PyTree:
+    """The state `new` with the moments of the state `old` for the skipped matrices."""
+
+    def at_moment(old: PyTree, new: PyTree) -> PyTree:
+        if not is_moment(new) or new.projection.path not in basis_updates:
+            return new
+        skipped = basis_updates[new.projection.path].skipped
+        if new.value.shape[: skipped.ndim] != skipped.shape:
+            return new  # A statistic over several matrices, to which this one contributed zeros.
+        skipped = skipped.reshape(skipped.shape + (1,) * (new.value.ndim - skipped.ndim))
+        kept = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), old.value, new.value)
+        return Coordinates(kept, new.projection)
+
+    return jax.tree.map(at_moment, old, new, is_leaf=is_coordinates)

@@ -1,0 +1,78 @@
+"""Decoupled weight decay of full weights, for chains with galore."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.types import PyTree
+
+
+class DecayWeightsState(NamedTuple):
+    """State of `decay_weights`: count, int32 scalar, number of updates so far."""
+
+    count: jax.typing.ArrayLike
+
+
+def decay_weights(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | jax.Array,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> optax.GradientTransformation:
+    """Decoupled decay of full weights, as the last transformation of a chain with galore.
+
+    With the update u, a weight becomes `(W + u) · (1 − lr · weight_decay)`, in the order of the
+    reference. For a projected leaf the component of W outside the subspace decays too: the
+    `Coordinates` carry the fraction to the lift.
+
+    Args:
+      learning_rate: a number, or a schedule of the update count.
+      weight_decay: the coefficient: an update shrinks weights by the fraction `lr · weight_decay`.
+      mask: which leaves decay, a tree of booleans or a function from the parameters (their shapes)
+        to one; None: all.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: its `update` is called without `params`.
+    """
+
+    def init_fn(params: PyTree) -> DecayWeightsState:
+        del params
+        return DecayWeightsState(jnp.zeros([], jnp.int32))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None):
+        if params is None:
+            raise ValueError(
+                "decay_weights needs the parameters: call update(grads, state, params)."
+            )
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        fraction = jnp.asarray(rate * weight_decay, jnp.float32)
+
+        def decay(update: Any, param: Any, decays: bool) -> Any:
+            if not decays:
+                return update
+            if isinstance(update, Coordinates):
+                return Coordinates(update.value * (1 - fraction), update.projection, fraction)
+            return update * (1 - fraction) - fraction * param
+
+        decays = True if mask is None else mask(_full_shapes(params)) if callable(mask) else mask
+        decays = jax.tree.broadcast(unboxed(decays), updates, is_leaf=is_coordinates)
+        updates = jax.tree.map(decay, updates, params, decays, is_leaf=is_coordinates)
+        return updates, DecayWeightsState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _full_shapes(params: PyTree) -> PyTree:
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+        if isinstance(leaf, Coordinates):
+            return jax.ShapeDtypeStruct(leaf.projection.view.shape, leaf.value.dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(shape, params, is_leaf=is_coordinates)

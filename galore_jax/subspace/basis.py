@@ -1,0 +1,153 @@
+"""The basis of one parameter: its vectors, its refresh schedule and its counters."""
+
+import dataclasses
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.ops.quantization import quantize
+from galore_jax.subspace.methods import random_basis
+from galore_jax.subspace.projection import Moments, Projection, Side
+
+# The age of a random initial basis, which the next finite gradient replaces.
+AGE_UNINITIALIZED = 2**30
+# The largest number of updates between two refreshes: the default bound of a doubled gap, eight
+# times as large, is still below `AGE_UNINITIALIZED`, and twice that bound fits in int32.
+MAX_GAP = 10**8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(eq=False)
+class Basis:
+    """The basis of one projected parameter and its state; each matrix of a batch has its own.
+
+    Attributes:
+      vectors: for each side, orthonormal columns of shape `projection.basis_shapes`, possibly
+        `Quantized`.
+      age: int32 `(*batch,)`, number of finite updates since the last refresh; at least
+        `AGE_UNINITIALIZED` before the first.
+      gap: int32 `(*batch,)`, the age at which the next refresh is due.
+      wait: int32 `(*batch,)`, after failed refreshes, the number of updates between the one at
+        which the refresh became due and the next attempt.
+      skipped: int32 `(*batch,)`, number of updates skipped because the gradient was not finite.
+      saved: int32 `(*batch,)`, number of refreshes avoided by gaps longer than `update_proj_gap`.
+      overlap: float32 `(*batch,)`, the mean squared cosine of the principal angles between the
+        last two bases, 1 if the subspace did not change; the minimum over the projected sides.
+      scale: float32 scalar, factor of the lifted update.
+      interval: int32 scalar, `update_proj_gap`.
+      projection: static.
+      method: static; how a refresh computes the vectors, a name in `methods.REFRESH`.
+      moments: static; what a refresh does with the moments.
+      full_size: static; True if the transformations after galore were initialised with the full
+        parameters, so that they must receive the gradient in its full shape, as `P PᵀG`.
+    """
+
+    vectors: dict[Side, Any]
+    age: Any
+    gap: Any
+    wait: Any
+    skipped: Any
+    saved: Any
+    overlap: Any
+    scale: Any
+    interval: Any
+    projection: Projection = field(metadata={"static": True})
+    method: str = field(metadata={"static": True})
+    moments: Moments = field(default="keep", metadata={"static": True})
+    full_size: bool = field(default=False, metadata={"static": True})
+
+
+def is_basis(node: Any) -> bool:
+    """Whether a node is a `Basis`, for the argument `is_leaf` of tree maps."""
+    return isinstance(node, Basis)
+
+
+def start_basis(
+    projection: Projection,
+    *,
+    scale: Any,
+    interval: Any,
+    gap: Any,
+    method: str,
+    moments: Moments,
+    full_size: bool,
+    dtype: Any,
+    seed: Any,
+) -> Basis:
+    """Creates a random basis, which the first finite gradient replaces.
+
+    Args:
+      projection: how the parameter is projected.
+      scale: factor of the lifted update.
+      interval: number of updates between refreshes.
+      gap: number of updates from the first refresh to the second, a number or an array `(*batch,)`.
+      method: how refreshes compute the vectors, a name in `methods.REFRESH`.
+      moments: what a refresh does with the moments.
+      full_size: see `Basis`.
+      dtype: dtype of the vectors; int8 stores them as `Quantized`.
+      seed: seed of the random vectors.
+
+    Returns:
+      The basis.
+    """
+    # Draw the vectors.
+    batch = projection.view.batch
+    key = jax.random.fold_in(jax.random.key(seed), path_hash(projection))
+    vectors: dict[Side, Any] = {}
+    for i, (side, shape) in enumerate(projection.basis_shapes.items()):
+        columns = random_basis(jax.random.fold_in(key, i), shape)
+        is_int8 = jnp.dtype(dtype) == jnp.int8
+        vectors[side] = quantize(columns, "int8") if is_int8 else columns.astype(dtype)
+
+    # Start the schedule and the counters.
+    return Basis(
+        vectors=vectors,
+        age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
+        gap=jnp.full(batch, gap, jnp.int32),
+        wait=jnp.zeros(batch, jnp.int32),
+        skipped=jnp.zeros(batch, jnp.int32),
+        saved=jnp.zeros(batch, jnp.int32),
+        overlap=jnp.zeros(batch, jnp.float32),
+        scale=jnp.asarray(scale, jnp.float32),
+        interval=jnp.asarray(interval, jnp.int32),
+        projection=projection,
+        method=method,
+        moments=moments,
+        full_size=full_size,
+    )
+
+
+def updates_left(basis: Basis) -> jax.Array:
+    """Number of updates until the next attempt at a refresh, int32 `(*batch,)`; due if <= 0."""
+    return basis.wait - updates_overdue(basis)
+
+
+def updates_overdue(basis: Basis) -> jax.Array:
+    """Number of updates since the refresh became due, int32 `(*batch,)`; negative before that."""
+    return basis.age - jnp.where(basis.age >= AGE_UNINITIALIZED, AGE_UNINITIALIZED, basis.gap)
+
+
+def count_update(basis: Basis, finite: jax.Array) -> Basis:
+    """Counts one update of each matrix.
+
+    Args:
+      basis: before the update.
+      finite: bool `(*batch,)`, whether the gradient of the matrix was finite; if not, the update
+        was skipped.
+
+    Returns:
+      The basis with its counters advanced.
+    """
+    age = basis.age + finite
+    saved = finite & (age < basis.gap) & (age % basis.interval == 0)
+    return dataclasses.replace(
+        basis, age=age, skipped=basis.skipped + ~finite, saved=basis.saved + saved
+    )
+
+
+def path_hash(projection: Projection) -> int:
+    """A 31-bit hash of the parameter's path, so that parameters get different random numbers."""
+    return zlib.crc32(projection.name.encode()) & 0x7FFFFFFF

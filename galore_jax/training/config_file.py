@@ -1,0 +1,175 @@
+"""Configuration files: TOML and `section.key=value` overrides to a `Config`, and back.
+
+A file has the sections `[model]`, `[data]`, `[optimizer]` and `[training]`; a missing key has the
+default of the section's dataclass. An unknown key, or a value of the wrong type or out of range, is
+an `InputError` that says what would be valid.
+"""
+
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from galore_jax.errors import InputError, suggestion
+from galore_jax.training.config import Config
+
+# The range of normal float32 numbers: devices flush smaller ones to 0.
+_SMALLEST, _LARGEST = (
+    float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max)
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
+
+    A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
+    `training.folder` defaults to `runs/<name of the file>`.
+
+    Raises:
+      InputError: the file is missing or damaged, a section or key is unknown, or a value has the
+        wrong type or is out of range.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        others = [other.name for other in path.parent.glob("*.toml")]
+        raise InputError(f"there is no file {path}{suggestion(path.name, others)}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: give the TOML file of a configuration.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, or a number of 5,000 digits
+        raise InputError(f"{path} is not a TOML file: {error}.") from None
+    for section in table:
+        _check_section(section, table[section])
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        table.setdefault(section, {})[key] = value
+    table.setdefault("training", {}).setdefault("folder", f"runs/{path.stem}")
+    return from_dict(table)
+
+
+def from_dict(table: Mapping[str, Any]) -> Config:
+    """Builds a `Config` from `{section: {key: value}}`, as read from TOML or JSON.
+
+    Raises:
+      InputError: a section or key is unknown, or a value has the wrong type or is out of range.
+    """
+    kinds = typing.get_type_hints(Config)
+    sections = {}
+    for section, values in table.items():
+        _check_section(section, values)
+        sections[section] = _build(section, kinds[section], values)
+    return Config(**sections)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The inverse of `from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as the text of a TOML file, without the keys that are None."""
+    lines = []
+    for section, values in to_dict(config).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`{"section.key": (old, new)}` for each key in which two results of `to_dict` differ."""
+    changed = {}
+    for section in dict.fromkeys([*old, *new]):
+        before, after = old.get(section, {}), new.get(section, {})
+        for key in dict.fromkeys([*before, *after]):
+            if before.get(key) != after.get(key):
+                changed[f"{section}.{key}"] = (before.get(key), after.get(key))
+    return changed
+
+
+def _check_section(section: str, values: Any) -> None:
+    sections = [field.name for field in dataclasses.fields(Config)]
+    if section not in sections:
+        raise InputError(f"there is no section [{section}]{suggestion(section, sections)}")
+    if not isinstance(values, Mapping):
+        raise InputError(f"{section} is a section: write [{section}], then a line for each key.")
+
+
+def _parse_override(override: str) -> tuple[str, str, Any]:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and section and key):
+        raise InputError(
+            f"{override!r} is not an override: write section.key=value, as in training.steps=100."
+        )
+    _check_section(section, {})
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        value = text
+    return section, key, value
+
+
+def _build(section: str, kind: type, values: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    checked = {}
+    for key, value in values.items():
+        if key not in names:
+            raise InputError(f"{section}.{key} is unknown{suggestion(key, names)}")
+        checked[key] = _checked(f"{section}.{key}", value, hints[key])
+    return kind(**checked)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) in choices or (value is None and types.NoneType in choices):
+        number = value
+    elif float in choices and type(value) is int:
+        number = float(value) if abs(value) <= _LARGEST else math.inf
+    else:
+        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        if float in choices:
+            del words[int]
+        wanted = " or ".join(words[choice] for choice in choices if choice in words)
+        raise InputError(f"{name} must be {wanted}, not {value!r}.")
+    if isinstance(number, float) and not math.isfinite(number):
+        raise InputError(f"{name} must be finite, not {number}.")
+    if isinstance(number, float) and number and not _SMALLEST <= abs(number) <= _LARGEST:
+        raise InputError(
+            f"{name} is {number}: it must be 0 or between {_SMALLEST:.2g} and {_LARGEST:.2g} in "
+            "size, as the training computes in float32."
+        )
+    if isinstance(number, str) and not _is_writable(number):
+        raise InputError(f"{name} must be text in UTF-8 without a null character, not {number!a}.")
+    return number
+
+
+def _is_writable(text: str) -> bool:
+    """Whether a file can contain the text, and have it as its name.
+
+    Arguments of the command line may hold bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + '"'
+    return repr(value)

@@ -1,0 +1,66 @@
+"""Training steps compiled ahead of time, with and without a refresh of the bases."""
+
+import time
+
+import jax
+
+from galore_jax.errors import InputError
+from galore_jax.grads.sketch import updates_until_refresh
+from galore_jax.training.config import Config
+from galore_jax.training.state import Batch, TrainState, batch_shapes
+from galore_jax.training.step import make_train_step
+
+
+def check_gpu(config: Config) -> None:
+    """Checks that there is a GPU if the configured implementation needs one.
+
+    Raises:
+      InputError: there is none.
+    """
+    if config.optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
+        raise InputError(
+            'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none: set '
+            'optimizer.implementation = "xla".'
+        )
+
+
+class Stepper:
+    """Training steps, compiled ahead of time: one that refreshes the bases, and one that does not.
+
+    To know whether a refresh is due, the host has to wait for the device. So it does not ask at
+    every step, but only after as many steps as the next refresh was away when it last asked.
+
+    Args:
+      config: the configuration of the run.
+      state: the state at the first step, or its shapes.
+
+    Attributes:
+      compile_seconds: the time that compilation took.
+
+    Raises:
+      InputError: the configured implementation needs a GPU and there is none.
+    """
+
+    def __init__(self, config: Config, state: TrainState):
+        check_gpu(config)
+        batch = batch_shapes(config)
+        start = time.perf_counter()
+        self._step = make_train_step(config).lower(state, batch).compile()
+        self._refreshing_step = None
+        if config.optimizer.has_projected_gradients:
+            refreshing = make_train_step(config, refreshes=True)
+            self._refreshing_step = refreshing.lower(state, batch).compile()
+        self._steps_left = 0
+        self.compile_seconds = time.perf_counter() - start
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """One step; arguments and results are those of the function from `make_train_step`."""
+        if self._refreshing_step is not None and self._steps_left == 0:
+            self._steps_left = int(updates_until_refresh(state.opt_state))
+            if self._steps_left == 0:
+                state, metrics = self._refreshing_step(state, batch)
+                # 0 if a basis could not be refreshed: the next step tries again.
+                self._steps_left = int(updates_until_refresh(state.opt_state))
+                return state, metrics
+        self._steps_left -= 1
+        return self._step(state, batch)

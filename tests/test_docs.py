@@ -1,0 +1,241 @@
+"""The README and docs/: their code runs, and what they name and link to exists."""
+
+import io
+import re
+import tomllib
+from contextlib import redirect_stdout
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax
+from galore_jax import layerwise
+
+ROOT = Path(__file__).parents[1]
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [README, ROOT / "CONTRIBUTING.md", *PAGES]
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A block of Python that was executed: its code, the names after it, what it printed."""
+
+    code: str
+    names: dict[str, Any]
+    output: str
+
+
+class Page:
+    """The Python blocks of a page, executed one after another in one namespace."""
+
+    def __init__(self, page: Path, **names: Any):
+        self.blocks = []
+        for code in blocks(page, "python"):
+            with redirect_stdout(io.StringIO()) as output:
+                exec(compile(code, page.name, "exec"), names)
+            self.blocks.append(Block(code, dict(names), output.getvalue()))
+
+    def after(self, text: str) -> Block:
+        """The first block that contains a text."""
+        return next(block for block in self.blocks if text in block.code)
+
+    def names(self, text: str) -> dict[str, Any]:
+        """The names after it."""
+        return self.after(text).names
+
+
+@cache
+def usage() -> Page:
+    return Page(DOCS / "usage.md")
+
+
+def moments(state: Any) -> Any:
+    return optax.tree.get(state, "mu")
+
+
+def test_the_readme_trains_with_low_rank_moments_then_with_projected_gradients():
+    def loss(params, batch):
+        return jnp.mean((batch @ params["kernel"] - 1) ** 2)
+
+    # More rows than the rank: Adam follows rounding errors where there is no gradient.
+    batch = jax.random.normal(jax.random.key(0), (320, 160))
+    params = {"kernel": jax.random.normal(jax.random.key(1), (160, 192))}
+    page = Page(README, loss=loss, params=params, batches=8 * [batch])
+    full, projected = page.names("jax.grad("), page.names("refresh_due(state)")
+    assert moments(full["state"])["kernel"].value.shape == (128, 192)
+    assert loss(full["params"], batch) < loss(params, batch)
+    assert loss(projected["params"], batch) < loss(full["params"], batch)
+    step = projected["value_and_grad"](loss, projected["tx"])
+    _, grads = step(projected["params"], projected["state"], batch)
+    assert isinstance(grads["kernel"], galore_jax.Coordinates)
+
+
+def test_the_chain_and_the_stock_chain_of_the_usage_page_train_alike():
+    start, chained = usage().names("def loss"), usage().names("tx = chain(galore")
+    loss, batch = start["loss"], start["batches"][0]
+    assert loss(chained["params"], batch) < loss(start["params"], batch)
+    assert moments(chained["state"])["layers"]["up_proj"]["kernel"].value.shape == (2, 16, 256)
+
+    stock = usage().names("optax.chain(galore")
+    assert moments(stock["state"])["layers"]["up_proj"]["kernel"].value.shape == (2, 16, 256)
+    tx, params = chained["tx"], chained["params"]
+    apply = jax.jit(galore_jax.apply_gradients, static_argnums=0)
+    wanted, _ = apply(tx, jax.grad(loss)(params, batch), tx.init(params), params)
+    jax.tree.map(
+        lambda new, wanted: np.testing.assert_allclose(new, wanted, atol=1e-6),
+        stock["params"],
+        wanted,
+    )
+
+
+def test_the_other_examples_of_the_usage_page_do_what_it_says():
+    (table,) = blocks(DOCS / "usage.md", "text")
+    assert table == usage().after("print(describe(params, tx))").output
+
+    rules = usage().names("rules=")
+    bases = optax.tree.get(rules["tx"].init(rules["params"]), "bases")
+    assert bases["layers"]["up_proj"]["kernel"].projection.rank == 8
+    assert bases["layers"]["down_proj"]["kernel"].vectors["right"].shape == (2, 64, 16)
+    assert bases["embed_tokens"]["embedding"] == optax.MaskedNode()
+
+    convolution = usage().names("GaLoreDimensionNumbers")
+    state = jax.eval_shape(convolution["tx"].init, convolution["convolution"])
+    assert moments(state)["kernel"].value.shape == (288, 16)
+
+    rounded = usage().names("key=")
+    assert rounded["low"]["lm_head"]["kernel"].dtype == jnp.bfloat16
+    assert moments(rounded["state"])["lm_head"]["kernel"].dtype == jnp.float32
+
+    injected = usage().names("inject_hyperparams")
+    zeros = jax.tree.map(jnp.zeros_like, injected["params"])
+    _, state = injected["tx"].update(zeros, injected["state"], injected["params"])
+    assert float(state.hyperparams["learning_rate"]) == pytest.approx(5e-4)
+
+    nnx = usage().names("nnx.split")
+    assert nnx["state"].inner_states[0].bases["kernel"].projection.rank == 16
+    optimizer = usage().names("nnx.Optimizer")["optimizer"]
+    assert any(leaf.shape == (16, 128) for leaf in jax.tree.leaves(optimizer.opt_state))
+
+
+def test_the_loop_of_projected_gradients_refreshes_and_learns():
+    page = Page(DOCS / "projected-gradients.md")
+    start, trained = page.names("def loss"), page.names("refresh_due(state)")
+    loss, tokens = start["loss"], start["tokens"]
+    assert loss(trained["params"], tokens) < loss(start["params"], tokens)
+    assert int(trained["state"].inner_states[0].bases["up"].age) == 3
+
+    assert "projected" in page.after("describe(").output
+    checked = page.names("projection_report(")
+    gradients = {name: uses.gradient for name, uses in checked["report"].items()}
+    assert gradients == {"up": "projected", "down": "projected"}
+    assert checked["errors"].keys() == {"up", "down"}
+
+    accumulated = page.names("micro_batches=8")["grads"]["up"]
+    params, state = checked["params"], checked["state"]
+    _, grads = galore_jax.value_and_grad(loss, checked["tx"])(params, state, tokens)
+    np.testing.assert_allclose(accumulated.value, grads["up"].value, atol=1e-6)
+
+
+def test_the_layer_wise_loop_refreshes_and_learns():
+    page = DOCS / "low-memory.md"
+    trained = Page(page).names("LayeredModel")
+    start: dict[str, Any] = {}  # Those of the loop are donated.
+    exec(blocks(page, "python")[0], start)
+    tokens, params = start["batches"][0], start["params"]
+    x, shared = start["embed"](params, tokens)
+    for kernel in params["layers"]["kernel"]:
+        x = start["block"]({"kernel": kernel}, x, shared)
+    assert trained["loss"] < start["head_loss"](params, x, tokens)[0]
+    basis = trained["state"].inner.inner_states[0].bases["layers"]["kernel"]
+    np.testing.assert_array_equal(basis.age, 4 * [3])
+    assert basis.vectors["left"].shape == (4, 192, 128)
+
+
+def test_the_examples_for_moving_from_elsewhere_project_the_sides_they_say():
+    page = Page(DOCS / "comparison.md")
+    params = {"kernel": jnp.ones((256, 512))}
+    reference = page.names("weight_decay=0.0")["state"]
+    assert moments(reference)["kernel"].value.shape == (128, 512)
+    contrib = jax.eval_shape(page.names("reverse_std")["tx"].init, params)
+    assert moments(contrib)["kernel"].value.shape == (256, 128)
+
+
+def test_every_page_with_python_is_run_above():
+    run = ("usage", "projected-gradients", "low-memory", "comparison")
+    assert {page for page in TEXTS if blocks(page, "python")} == {
+        README,
+        *(DOCS / f"{name}.md" for name in run),
+    }
+
+
+def test_the_readme_keeps_within_its_limits():
+    text = read(README)
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_lines_have_at_most_100_columns_but_for_tables_in_docs(page):
+    long = [line for line in read(page).splitlines() if len(line) > 100]
+    assert [line for line in long if page == README or not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_every_file_configuration_and_target_that_a_page_names_exists(page):
+    named = r"(?<![\w/.])((?:scripts|configs|tests|docs|galore_jax)/[\w./-]*\w)"
+    paths = set(re.findall(named, read(page)))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    targets = set(re.findall(r"(?:^|`)make ([\w-]+)", read(page), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8") if targets else ""
+    assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_every_extra_that_a_page_installs_exists(page):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = ",".join(re.findall(r"\.\[([\w,]+)\]", read(page))).split(",")
+    assert set(named) - {""} <= project["optional-dependencies"].keys()
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    links = re.findall(r"\]\(([^)\s]+)\)|^\[\w+\]: (\S+)", read(page), re.MULTILINE)
+    for link in (inline or reference for inline, reference in links):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (page.parent / file).resolve() if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of the headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = "\n".join(read(page) for page in (DOCS / "api").glob("*.md"))
+    documented = set(re.findall(r"^::: galore_jax\.([\w.]+)$", reference, re.MULTILINE))
+    names = set(galore_jax.__all__) - {"layerwise"}
+    own = {
+        f"layerwise.{name}"
+        for name, value in vars(layerwise).items()
+        if getattr(value, "__module__", None) == layerwise.__name__ and not name.startswith("_")
+    }
+    assert documented == names | own
