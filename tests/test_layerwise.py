@@ -415,6 +415,7 @@ def memory(step, *arguments):
     return compiled.memory_analysis()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refreshes", [False, True], ids=["step", "refreshing step"])
 def test_temporary_memory_grows_with_depth_only_by_the_inputs_of_layers(refreshes):
     tx = galore_jax.adamw(0.01, 32, eight_bit=True)

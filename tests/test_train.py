@@ -335,6 +335,7 @@ def test_a_second_start_into_a_run_is_refused(error_of, uninterrupted):
     assert "already holds a run: continue it with --resume" in error_of(name="uninterrupted")
 
 
+@pytest.mark.slow
 def test_checkpoints_without_metrics_are_a_run_too(error_of, uninterrupted):
     _, folder = uninterrupted
     aside = [folder / "metrics.jsonl", folder / "summary.json"]
@@ -354,6 +355,7 @@ def test_a_finished_run_is_not_resumed(error_of, uninterrupted):
     assert "is finished, there is nothing to resume" in error_of("--resume", name="uninterrupted")
 
 
+@pytest.mark.slow
 def test_only_settings_that_change_no_result_may_change_on_resume(error_of, place, uninterrupted):
     """The check does not depend on a summary, so a finished run without one serves."""
     _, folder = uninterrupted
