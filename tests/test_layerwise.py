@@ -150,14 +150,6 @@ def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, set
     assert refreshes >= 4 or not projected
 
 
-def test_full_gradients_have_one_step_whether_it_refreshes_or_not():
-    model, params, _ = tied()
-    tx = galore_jax.adamw(0.01, 4)
-    arguments = params, layerwise.init(tx, params), jnp.arange(12).reshape(3, 4)
-    steps = layerwise_steps(tx, model, projected=False)
-    assert len({str(jax.make_jaxpr(step)(*arguments)) for step in steps.values()}) == 1
-
-
 def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():
     tx = galore_jax.adamw(0.003, 8, GAP, eight_bit=True, basis_dtype=jnp.int8)
     config = LlamaConfig(97, 64, 96, 3, 4, max_length=24)
@@ -256,88 +248,6 @@ def test_an_optimizer_without_galore_takes_full_gradients_and_8_bits():
             assert min(float(leaf.mean()) for leaf in jax.tree.leaves(close)) > 0.99
 
 
-def tied():
-    """A model of plain arrays whose head is its embedding, and its loss in one piece."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {
-        "embedding": jax.random.normal(keys[0], (97, 16)),
-        "layers": {"kernel": jax.random.normal(keys[1], (3, 16, 16)) / 4},
-        "bias": jnp.zeros(97),
-    }
-
-    def embed(params, batch):
-        return params["embedding"][batch], jnp.float32(0.5)
-
-    def block(params, x, half):
-        return x + half * jnp.tanh(x @ params["kernel"])
-
-    def head_loss(params, x, batch):
-        logits = x @ params["embedding"].T + params["bias"]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch)
-        return losses.mean(), losses.max()
-
-    def loss(params, batch):
-        x, half = embed(params, batch)
-        for i in range(3):
-            x = block(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]), x, half)
-        return head_loss(params, x, batch)[0]
-
-    return LayeredModel(embed, block, head_loss), params, loss
-
-
-def test_of_an_embedding_that_is_the_head_too_both_gradients_count():
-    model, params, loss = tied()
-    tx = galore_jax.chain(galore_jax.galore(4), optax.sgd(0.1))
-    step = jax.jit(layerwise.make_step(model, tx))
-    batch = jnp.arange(12).reshape(3, 4)
-    state = layerwise.init(tx, params)
-    found = step(params, state, batch)
-    value, grads = galore_jax.value_and_grad(loss, tx)(params, state.inner, batch)
-    wanted, _ = galore_jax.apply_gradients(tx, grads, state.inner, params)
-    assert max_difference(found.params, wanted) <= 1e-6
-    np.testing.assert_allclose(found.loss, value, rtol=1e-6)
-    assert found.aux >= found.loss
-
-
-def patches(is_read_by_the_head):
-    """A model whose embedding is a product, and one that its head multiplies by too."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    params = {
-        "patch": jax.random.normal(keys[0], (24, 16)),
-        "layers": {"kernel": jax.random.normal(keys[1], (1, 16, 16)) / 4},
-    }
-
-    def head_loss(params, x, batch):
-        found = x @ params["patch"].T if is_read_by_the_head else x
-        return jnp.mean(jnp.square(found - 1)), None
-
-    def loss(params, batch):
-        x = batch @ params["patch"]
-        layer = jax.tree.map(lambda leaf: leaf[0], params["layers"])
-        x = x + jnp.tanh(x @ layer["kernel"])
-        if is_read_by_the_head:
-            patch = params["patch"]
-            x = x @ getattr(patch, "kernel", patch).T
-        return jnp.mean(jnp.square(x - 1))
-
-    block = lambda params, x, _: x + jnp.tanh(x @ params["kernel"])
-    embed = lambda params, batch: (batch @ params["patch"], None)
-    return LayeredModel(embed, block, head_loss), params, loss
-
-
-@pytest.mark.parametrize("is_read_by_the_head", [False, True])
-def test_an_embedding_that_is_projected_gets_the_ordinary_update(is_read_by_the_head):
-    model, params, loss = patches(is_read_by_the_head)
-    tx = galore_jax.adamw(0.01, 4)
-    state = layerwise.init(tx, params)
-    batch = jax.random.normal(jax.random.key(1), (10, 24))
-    found = jax.jit(layerwise.make_step(model, tx, refreshes=True))(params, state, batch)
-    wanted = galore_jax.refresh(loss, tx)(params, state.inner, batch)
-    _, grads = galore_jax.value_and_grad(loss, tx)(params, wanted, batch)
-    wanted, _ = galore_jax.apply_gradients(tx, grads, wanted, params)
-    assert max_difference(found.params, wanted) <= 1e-6
-
-
 def test_a_step_without_a_gradient_leaves_the_norm_that_clips_the_next():
     tx = galore_jax.chain(galore_jax.galore(8), optax.sgd(1.0))
     step = layerwise_steps(tx, clip_norm=0.3, clip_by="previous_step")[True]
@@ -370,44 +280,6 @@ def test_bfloat16_parameters_are_rounded_by_the_key_to_neighbours_of_the_nearest
         assert (kernels[0][layer] != kernels[1][layer]).mean() > 0.1
     moments = optax.tree.get(nearest.state.inner, "mu")["lm_head"]["kernel"]
     assert moments.dtype == jnp.float32
-
-
-def test_models_it_would_train_wrongly_are_refused():
-    model, params, _ = tied()
-    tx = galore_jax.chain(galore_jax.galore(4), optax.sgd(0.1))
-    state = layerwise.init(tx, params)
-    leaking = model._replace(
-        embed=lambda params, batch: (params["embedding"][batch], params["bias"])
-    )
-    with pytest.raises(ValueError, match="depends on parameters, whose gradient"):
-        layerwise.make_step(leaking, tx)(params, state, jnp.arange(4)[None])
-    uneven = {**params, "layers": {**params["layers"], "other": jnp.zeros((2, 3))}}
-    with pytest.raises(ValueError, match=r'below "layers" must be stacked by layer .* \[2, 3\]'):
-        layerwise.make_step(model, tx)(uneven, layerwise.init(tx, uneven), jnp.arange(4)[None])
-    reading = model._replace(
-        head_loss=lambda params, x, batch: (jnp.mean(params["layers"]["kernel"]), x)
-    )
-    with pytest.raises(ValueError, match='may not read leaves below "layers"'):
-        layerwise.make_step(reading, tx)(params, state, jnp.arange(4)[None])
-    numbers = {"layers": {"kernel": optax.contrib.GaLoreDimensionNumbers(0, (1, 2))}}
-    numbers |= {"embedding": None, "bias": None}
-    tx = galore_jax.chain(galore_jax.galore(2, weight_dimension_numbers=numbers), optax.sgd(0.1))
-    with pytest.raises(ValueError, match="layers/kernel is projected across its layers"):
-        layerwise.make_step(model, tx)(params, layerwise.init(tx, params), jnp.arange(4)[None])
-
-
-def test_wrong_settings_and_states_are_refused():
-    model, params, _ = tied()
-    tx, batch = galore_jax.adamw(0.01, 4), jnp.arange(4)[None]
-    with pytest.raises(ValueError, match=r"clip_by must be one of .* not 'previus_step'"):
-        layerwise.make_step(model, tx, clip_norm=1.0, clip_by="previus_step")
-    with pytest.raises(ValueError, match="clip_norm must be 0 or more, not -1"):
-        layerwise.make_step(model, tx, clip_norm=-1.0)
-    with pytest.raises(ValueError, match=r"must come from galore_jax\.layerwise\.init"):
-        layerwise.make_step(model, tx)(params, tx.init(params), batch)
-    plain = optax.adam(0.01)
-    with pytest.raises(ValueError, match=r"needs full gradients: .* projected=False"):
-        layerwise.make_step(model, plain)(params, layerwise.init(plain, params), batch)
 
 
 def memory(step, *arguments):
