@@ -83,6 +83,7 @@ def test_state_and_data_are_restored_bit_for_bit(tmp_path, state, batches):
     assert_same(next(again), following)
 
 
+@pytest.mark.slow
 def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tmp_path, batches):
     optimizer = dataclasses.replace(
         CONFIG.optimizer, name="galore_adamw8bit", basis_dtype="int8", clip_by="previous_step"

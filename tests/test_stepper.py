@@ -36,7 +36,7 @@ def refresh_of(config):
     return jax.jit(galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number))
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_bases_are_refreshed_before_the_steps_that_are_due(batch, accumulation):
     config = changed(CONFIG, training={"accumulation": accumulation})
     stepper, state = Stepper(config, initial(config)), initial(config)
@@ -64,7 +64,14 @@ def test_a_resumed_stepper_asks_when_the_next_refresh_is_due(batch):
     assert_equal(state, copy)
 
 
-@pytest.mark.parametrize("name", ["galore_adamw", "galore_adafactor", "galore_lion"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "galore_adamw",
+        pytest.param("galore_adafactor", marks=pytest.mark.slow),
+        pytest.param("galore_lion", marks=pytest.mark.slow),
+    ],
+)
 def test_full_and_projected_gradients_make_the_same_step_and_clip_by_the_same_norm(batch, name):
     settings = {"name": name, "learning_rate": 0.003, "update_proj_gap": 4}
     config = changed(CONFIG, optimizer=settings)

@@ -205,7 +205,16 @@ def test_an_interrupted_run_saves_and_prints_how_to_resume(place, uninterrupted,
     assert lines(place / name) == lines(expected)
 
 
+@pytest.fixture
+def delivered_interrupts():
+    """A shell starts its background jobs with SIGINT ignored, and their processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("delivered_interrupts")
 @pytest.mark.parametrize("script", ["train.py", "compare.py"])
 def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     process = subprocess.Popen(
