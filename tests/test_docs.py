@@ -135,7 +135,7 @@ def test_the_loop_of_projected_gradients_refreshes_and_learns():
     page = Page(DOCS / "projected-gradients.md")
     start, trained = page.names("def loss"), page.names("refresh_due(state)")
     loss, tokens = start["loss"], start["tokens"]
-    assert loss(trained["params"], tokens) < loss(start["params"], tokens)
+    assert loss(trained["params"], tokens) < 0.9 * loss(start["params"], tokens)
     assert int(trained["state"].inner_states[0].bases["up"].age) == 3
 
     assert "projected" in page.after("describe(").output
