@@ -19,7 +19,7 @@ from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.sketch import refresh
 from galore_jax.grads.value_and_grad import TracedLoss, bases_in
 from galore_jax.ops.implementation import Implementation
-from galore_jax.ops.partition import MeshAxes
+from galore_jax.ops.partition import AxisNames
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import start
 from galore_jax.optim.clipping import finite_squares
@@ -66,7 +66,7 @@ class LayerwiseState(NamedTuple):
 
 
 def init(
-    tx: optax.GradientTransformation, params: PyTree, *, over: MeshAxes = ()
+    tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = ()
 ) -> LayerwiseState:
     """The state before the first step; moments are float32 whatever the parameters' dtype is.
 
@@ -77,7 +77,7 @@ def init(
 
 
 def state_shardings(
-    tx: optax.GradientTransformation, params: PyTree, *, over: MeshAxes = ()
+    tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = ()
 ) -> LayerwiseState:
     """The shardings of the state that `init` returns; see `galore_jax.state_shardings`."""
     return shardings_of(_starter(tx), params, over)

@@ -47,6 +47,9 @@ def first_part(batch: Any, micro_batches: int) -> Any:
 def split(batch: Any, micro_batches: int) -> Any:
     """Splits arrays (B, …) into equal parts, (micro_batches, B / micro_batches, …).
 
+    Part i has the rows i, i + micro_batches, …: every part of a batch that is divided over devices
+    is divided over all of them.
+
     Raises:
       ValueError: the first axis of an array is not a multiple of the number of parts.
     """
@@ -59,6 +62,6 @@ def split(batch: Any, micro_batches: int) -> Any:
                 f"{micro_batches} micro-batches: its first axis must be a multiple of that number; "
                 "pass arguments that are not to be split by keyword."
             )
-        return rows.reshape(micro_batches, -1, *rows.shape[1:])
+        return rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(parts, batch)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from galore_jax.grads.data_parallel import mean_over_shards, shard_count
 from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
 from galore_jax.ops.loops import flatten_batch, for_each
+from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.ops.quantization import as_float32
-from galore_jax.optim.moments import BasisUpdate, rotate
+from galore_jax.optim.moments import BasisUpdate, constrain_state, rotate
 from galore_jax.optim.state import (
     GaLoreState,
     bases_of,
@@ -29,12 +31,12 @@ from galore_jax.optim.state import (
 )
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
 from galore_jax.subspace.methods import orthonormalise, span
-from galore_jax.subspace.projection import Side
+from galore_jax.subspace.placement import constrain_coordinates
+from galore_jax.subspace.projection import Coordinates, Side
 from galore_jax.subspace.refresh import Sketch, refresh_basis
 
 # Coordinates of the gradient in given bases, by a backward pass.
 Backward = Callable[[dict[Path, Basis]], dict[Path, jax.Array]]
-AxisName = str | tuple[str, ...]
 OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
 
 
@@ -63,7 +65,8 @@ def refresh(
     *,
     has_aux: bool = False,
     micro_batches: int = 1,
-    axis_name: AxisName | None = None,
+    data_axes: AxisNames = (),
+    axis_name: AxisNames | None = None,
 ) -> Callable[..., PyTree]:
     """Refreshes the bases that are due, by backward passes that never form a full gradient.
 
@@ -79,6 +82,7 @@ def refresh(
       has_aux: as for `value_and_grad`.
       micro_batches: as for `value_and_grad`; each pass covers all micro-batches before the next one
         begins.
+      data_axes: as for `value_and_grad`.
       axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split.
         Gradients are averaged over them, so that all devices compute the same bases. Pass `()` to
         average over none.
@@ -95,9 +99,9 @@ def refresh(
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
         _check_axis_name(axis_name)
-        bases = bases_in(params, opt_state)
-        traced = lambda *batch: TracedLoss(loss, params, bases, batch, unsplit, has_aux)
-        first = traced(*first_part(batch, micro_batches))
+        bases, axes = bases_in(params, opt_state), names_of(data_axes)
+        parts = micro_batches * shard_count(axes, (params, bases))
+        first = TracedLoss(loss, params, bases, first_part(batch, parts), unsplit, has_aux)
 
         def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
             def chosen(basis: Basis, param: jax.Array) -> Any:
@@ -108,13 +112,21 @@ def refresh(
                 vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
                 return dataclasses.replace(basis, vectors=vectors)
 
-            chosen_bases = map_bases(chosen, bases, params, otherwise=bases)
+            def of_shard(operands: tuple[PyTree, PyTree, PyTree], *shard: Any) -> dict[Path, Any]:
+                params, bases, chosen_bases = operands
 
-            def coordinates(*part: Any) -> dict[Path, jax.Array]:
-                return (first if micro_batches == 1 else traced(*part)).coordinates(chosen_bases)
+                def of_part(*part: Any) -> dict[Path, Coordinates]:
+                    traced = first
+                    if parts > 1:
+                        traced = TracedLoss(loss, params, bases, part, unsplit, has_aux)
+                    return traced.coordinates(chosen_bases)
 
-            mean = mean_over(coordinates, micro_batches, *batch)
-            return lax.pmean(mean, axis_name) if axis_name else mean
+                return mean_over(of_part, micro_batches, *shard)
+
+            operands = params, bases, map_bases(chosen, bases, params, otherwise=bases)
+            mean = mean_over_shards(of_shard, axes, operands, *batch)
+            mean = lax.pmean(mean, axis_name) if axis_name else mean
+            return {path: constrain_coordinates(node).value for path, node in mean.items()}
 
         projected = {
             basis.projection.path: basis
@@ -126,7 +138,7 @@ def refresh(
     return run
 
 
-def _check_axis_name(axis_name: AxisName | None) -> None:
+def _check_axis_name(axis_name: AxisNames | None) -> None:
     axes = jax.sharding.get_abstract_mesh().manual_axes
     if axes and axis_name is None:
         raise ValueError(
@@ -204,7 +216,7 @@ def _half_round(
 
 
 def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
-    projection = dataclasses.replace(basis.projection, sides=(side,))
+    projection = dataclasses.replace(basis.projection, sides=(side,), over=())
     return dataclasses.replace(basis, vectors={side: vectors}, projection=projection)
 
 
@@ -242,4 +254,5 @@ def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
 
     new = [renewed(state) for state in galore_states(opt_state, inside_chains=True)]
-    return with_galore_states(rotate(opt_state, basis_updates), new, inside_chains=True)
+    rotated = rotate(opt_state, basis_updates)
+    return constrain_state(with_galore_states(rotated, new, inside_chains=True))

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
+from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.optim.state import galore_states, is_low_rank, map_bases
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.projection import Coordinates
+from galore_jax.subspace.placement import constrain_coordinates
+from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
 Path = tuple[str, ...]
@@ -27,6 +30,7 @@ def value_and_grad(
     *,
     has_aux: bool = False,
     micro_batches: int = 1,
+    data_axes: AxisNames = (),
 ) -> Callable[..., tuple[Any, PyTree]]:
     """`jax.value_and_grad` with gradients projected in the backward pass, for `apply_gradients`.
 
@@ -48,6 +52,10 @@ def value_and_grad(
       micro_batches: number of equal parts into which each array of the batch is split along its
         first axis. Loss, aux and gradients are then means over the parts, accumulated in float32;
         projected gradients are accumulated as coordinates.
+      data_axes: mesh axes that divide the batch along its first axis, but no parameter. Each device
+        then computes loss, aux and gradients of its shard, split into micro-batches, and they are
+        averaged over the shards once: in float32, as coordinates. Other mesh axes stay as they are.
+        Without this XLA sums gradients over the devices in every micro-batch.
 
     Returns:
       A function `(params, opt_state, *batch, **unsplit)` that returns the loss (with has_aux the
@@ -56,7 +64,7 @@ def value_and_grad(
 
     Raises:
       ValueError: the optimizer has no galore, or was started with full-size moments; the batch
-        cannot be split.
+        cannot be split; there is no mesh with the `data_axes`, or they divide a parameter.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -77,12 +85,15 @@ def value_and_grad(
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
-        bases = bases_in(params, opt_state)
+        def of_shard(operands: tuple[PyTree, PyTree], *shard: Any) -> tuple[Any, PyTree]:
+            def one(*part: Any) -> tuple[Any, PyTree]:
+                return TracedLoss(loss, *operands, part, unsplit, has_aux).value_and_grad()
 
-        def one(*batch: Any) -> tuple[Any, PyTree]:
-            return TracedLoss(loss, params, bases, batch, unsplit, has_aux).value_and_grad()
+            return mean_over(one, micro_batches, *shard)
 
-        return mean_over(one, micro_batches, *batch)
+        operands = params, bases_in(params, opt_state)
+        value, gradients = mean_over_shards(of_shard, names_of(data_axes), operands, *batch)
+        return value, jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
 
     return run
 
@@ -151,14 +162,14 @@ class TracedLoss:
         pair, gradients = self._differentiate(self._bases, set(range(len(self._leaves))))
         return pair if self._has_aux else pair[0], self._tree.unflatten(gradients)
 
-    def coordinates(self, bases: PyTree) -> dict[Path, jax.Array]:
+    def coordinates(self, bases: PyTree) -> dict[Path, Coordinates]:
         """Coordinates of the gradients in the given bases, by path.
 
         The bases may be some of its own or replacements for them. Parameters that the loss never
         multiplies by are left out.
         """
         _, gradients = self._differentiate(self._by_leaf(bases), set())
-        return {g.projection.path: g.value for g in gradients if isinstance(g, Coordinates)}
+        return {g.projection.path: g for g in gradients if isinstance(g, Coordinates)}
 
     def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
         leaves = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))

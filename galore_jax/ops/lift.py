@@ -23,6 +23,7 @@ def lift_and_add(
     seed: jax.Array | None = None,
     *,
     right_is_transposed: bool = False,
+    start: tuple[Any, Any] = (0, 0),
 ) -> jax.Array:
     """`(1 - decay) weights + scale left right` in float32, rounded to the dtype of the weights.
 
@@ -37,15 +38,19 @@ def lift_and_add(
       seed: two uint32; if given, bfloat16 weights are rounded stochastically, with random bits that
         depend only on the seed, the row and the column.
       right_is_transposed: use `rightᵀ` in place of `right`.
+      start: row and column of the first element, if the weights are a part of a larger matrix;
+        random bits depend on them. The column is a multiple of n.
 
     Returns:
       The new weights.
     """
+    aligned = isinstance(start[1], int) or weights.shape[1] % 4 == 0
 
-    def add_to_chunk(start: Any, weights: jax.Array) -> jax.Array:
-        left_rows = lax.dynamic_slice_in_dim(left, start, weights.shape[0])
+    def add_to_chunk(first: Any, weights: jax.Array) -> jax.Array:
+        left_rows = lax.dynamic_slice_in_dim(left, first, weights.shape[0])
         lifted = product(left_rows, right, right_is_transposed)
-        return add(weights, lifted, scale, decay, seed, (start, 0))
+        place = start[0] + first, start[1]
+        return add(weights, lifted, scale, decay, seed, place, aligned=aligned)
 
     return map_chunks(add_to_chunk, weights, MAX_CHUNK)
 
@@ -65,6 +70,8 @@ def add(
     decay: Any,
     seed: Any,
     start: tuple[Any, Any],
+    *,
+    aligned: bool = True,
 ) -> jax.Array:
     """Applies a lifted update to a tile of the weights; see `lift_and_add`.
 
@@ -74,7 +81,8 @@ def add(
       scale: as for `lift_and_add`.
       decay: as for `lift_and_add`.
       seed: as for `lift_and_add`.
-      start: first row and first column of the tile; the column is a multiple of 4.
+      start: first row and first column of the tile.
+      aligned: whether the column is known to be a multiple of 4.
 
     Returns:
       The new weights of the tile.
@@ -83,4 +91,4 @@ def add(
     new = wide * (1 - decay) + scale * lifted
     if seed is None or weights.dtype != jnp.bfloat16:
         return new.astype(weights.dtype)
-    return round_with_noise(new, noise(seed, *start, new.shape))
+    return round_with_noise(new, noise(seed, *start, new.shape, aligned=aligned))

@@ -100,13 +100,28 @@ def lift_and_add(
     seed: jax.Array | None = None,
     *,
     right_is_transposed: bool = False,
+    start: tuple[Any, Any] = (0, 0),
     interpret: bool = False,
 ) -> jax.Array:
     """`ops.lift.lift_and_add` without ever storing the lifted update in global memory.
 
     Works in place if the weights are donated. For stacked matrices use `jax.vmap`, which keeps this
-    property; a loop over them would copy each out of the stack.
+    property; a loop over them would copy each out of the stack. Random bits are drawn for four
+    columns at once, so parts of a matrix whose width is not a multiple of four are left to
+    `ops.lift`.
     """
+    if not isinstance(start[1], int) and weights.shape[1] % 4:
+        return lift.lift_and_add(
+            weights,
+            left,
+            right,
+            scale,
+            decay,
+            seed,
+            right_is_transposed=right_is_transposed,
+            start=start,
+        )
+    places = jnp.stack([jnp.asarray(place, jnp.int32) for place in start])
     scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])
     return pl.pallas_call(
         functools.partial(_lift_kernel, right_is_transposed=right_is_transposed),
@@ -116,10 +131,10 @@ def lift_and_add(
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=LIFT_STAGES),
         interpret=interpret,
         name="lift_and_add",
-    )(weights, left, right, scalars, seed)
+    )(weights, left, right, scalars, places, seed)
 
 
-def _lift_kernel(weights, left, right, scalars, seed, new_weights, *, right_is_transposed):
+def _lift_kernel(weights, left, right, scalars, places, seed, new_weights, *, right_is_transposed):
     height, width, depth = LIFT_TILE
     row, column = pl.program_id(0) * height, pl.program_id(1) * width
 
@@ -136,7 +151,8 @@ def _lift_kernel(weights, left, right, scalars, seed, new_weights, *, right_is_t
     lifted = lax.fori_loop(0, rank_tiles, add_ranks, jnp.zeros((height, width), jnp.float32))
     start, size = (row, column), (height, width)
     tile = _load(weights, start, size)
-    tile = lift.add(tile, lifted, scalars[0], scalars[1], seed, start)
+    place = places[0] + row, places[1] + column
+    tile = lift.add(tile, lifted, scalars[0], scalars[1], seed, place)
     mask = _in_bounds(start, size, new_weights.shape)
     plgpu.store(_tile_ref(new_weights, start, size), tile, mask=mask)
 

@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = tuple[str, ...]
+AxisNames = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def axes_of(mesh: Mesh | AbstractMesh) -> AbstractMesh:
 
 
 def names_of(entry: Any) -> MeshAxes:
-    """The mesh axes in an entry of a `PartitionSpec`."""
+    """The mesh axes in an entry of a `PartitionSpec`, or in any `AxisNames`."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)
@@ -123,7 +124,7 @@ def placed(
     Returns:
       The partition.
     """
-    axes = [*start] if start is not None else [()] * len(shape)
+    axes: list[MeshAxes] = [*start] if start is not None else [()] * len(shape)
     for name, places in wanted:
         for place in places:
             parts = math.prod(mesh.shape[other] for other in (*axes[place], name))

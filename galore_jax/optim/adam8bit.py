@@ -1,11 +1,13 @@
 """Adam and AdamW with 8-bit moments (arXiv 2110.02861), with or without GaLore."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from galore_jax.ops.implementation import Implementation, adam_8bit_of
 from galore_jax.ops.quantization import Quantized, zeros_like
@@ -89,7 +91,7 @@ def scale_by_adam8bit(
 
         def at_leaf(update: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
             if isinstance(mu, Quantized):
-                new, mu, nu = step(update, mu, nu, count, b1=b1, b2=b2, eps=eps)
+                new, mu, nu = _on_parts(step, update, mu, nu, (count, b1, b2, eps))
                 return new.astype(update.dtype), mu, nu
             adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
             state_of_leaf = optax.ScaleByAdamState(state.count, mu, nu)
@@ -103,6 +105,26 @@ def scale_by_adam8bit(
         return new, ScaleByAdam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _on_parts(
+    step: Callable[..., Any], update: jax.Array, mu: Quantized, nu: Quantized, scalars: tuple
+) -> tuple[jax.Array, Quantized, Quantized]:
+    """A step on the part of the moments that each device has, which consists of whole blocks."""
+
+    def of_part(update: Any, mu: Any, nu: Any, scalars: tuple) -> tuple[Any, Any, Any]:
+        count, b1, b2, eps = scalars
+        return step(update, mu, nu, count, b1=b1, b2=b2, eps=eps)
+
+    if mu.partition is None:
+        return of_part(update, mu, nu, scalars)
+    partition = mu.partition.trailing(update.ndim)
+    spec = partition.spec
+    bare = [replace(moment, partition=None) for moment in (mu, nu)]
+    on_parts = partition.map_parts(of_part, (spec, spec, spec, PartitionSpec()), (spec, spec, spec))
+    update, *new = on_parts(update, *bare, scalars)
+    mu, nu = (replace(moment, partition=mu.partition) for moment in new)
+    return update, mu, nu
 
 
 def adam8bit(

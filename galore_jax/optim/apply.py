@@ -1,5 +1,6 @@
 """Applies updates to parameters: coordinates are lifted and added in place, matrix by matrix."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
 from galore_jax.ops.loops import flatten_batch
+from galore_jax.ops.partition import Partition
 from galore_jax.ops.rounding import stochastic_round
 from galore_jax.optim.chain import Chain, update_low_rank
+from galore_jax.optim.moments import constrain_state
 from galore_jax.optim.state import (
     GaLoreState,
     boxed_as,
@@ -22,6 +26,7 @@ from galore_jax.optim.state import (
 )
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.subspace.placement import matrices_partition
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
@@ -89,7 +94,7 @@ def apply_gradients(
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
-    return _with_rest(boxed_as(params, new), all_params), state
+    return _with_rest(boxed_as(params, new), all_params), constrain_state(state)
 
 
 def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:
@@ -117,6 +122,7 @@ def _lift_and_add(
     basis: Basis, update: Any, param: jax.Array, key: Any, implementation: Implementation
 ) -> Any:
     projection, batch = basis.projection, basis.age.ndim
+    partition = matrices_partition(projection)
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
     seeds = None if key is None else jax.random.bits(key, (basis.age.size, 2), jnp.uint32)
     vectors, value, decay = flatten_batch((basis.vectors, update.value, decay), batch)
@@ -126,6 +132,8 @@ def _lift_and_add(
     ) -> jax.Array:
         left, right, is_transposed = projection.factors(vectors, value)
         add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
+        if partition is not None:
+            add = _on_parts(add, partition.trailing(2), is_transposed)
         return add(weights, left, right, basis.scale, decay, seed)
 
     def update_at(i: jax.Array, matrices: jax.Array) -> jax.Array:
@@ -134,12 +142,34 @@ def _lift_and_add(
 
     matrices = projection.view.to_matrices(param)
     stack = flatten_batch(matrices, batch)
-    # A GPU kernel updates a stack in place, but inside a loop it would be given copies.
-    if implementation == "pallas":
+    # A GPU kernel updates a stack in place, but inside a loop it would be given copies. On a mesh
+    # the loop is needed nonetheless: the basis of one matrix at a time is gathered.
+    if implementation == "pallas" and partition is None:
         new = jax.vmap(update_one)(stack, vectors, value, decay, seeds)
     else:
         new = lax.fori_loop(0, basis.age.size, update_at, stack)
     return projection.view.from_matrices(new.reshape(matrices.shape))
+
+
+def _on_parts(
+    add: Callable[..., jax.Array], partition: Partition, right_is_transposed: bool
+) -> Callable[..., jax.Array]:
+    """`add` on the part of a matrix that each device has: no part of it moves."""
+    rows, columns = partition.axes
+    cut = lambda *names: PartitionSpec(*(each or None for each in names))
+
+    def add_to_part(weights: jax.Array, *others: Any) -> jax.Array:
+        index = lambda names: lax.axis_index(names) if names else 0
+        start = index(rows) * weights.shape[0], index(columns) * weights.shape[1]
+        return add(weights, *others, start=start)
+
+    right = cut(columns, ()) if right_is_transposed else cut((), columns)
+    whole = PartitionSpec()
+    return partition.map_parts(
+        add_to_part,
+        in_specs=(cut(rows, columns), cut(rows, ()), right, whole, whole, whole),
+        out_specs=cut(rows, columns),
+    )
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -66,10 +66,8 @@ def _squares_and_large_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:
 def _parts(tree: PyTree) -> Iterator[tuple[jax.Array, jax.Array]]:
     """The elements of each leaf, real and imaginary parts separately, and which are finite."""
     for leaf in jax.tree.leaves(tree):
-        # Flattened: zeros in the shape of the leaf might be stored by XLA.
-        flat = leaf.reshape(-1)
-        for part in (flat.real, flat.imag) if jnp.iscomplexobj(flat) else (flat,):
-            yield part.astype(jnp.float32), jnp.isfinite(flat)
+        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+            yield part.astype(jnp.float32), jnp.isfinite(leaf)
 
 
 def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:

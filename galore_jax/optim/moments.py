@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.loops import flatten_batch, for_each
+from galore_jax.ops.partition import constrained
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.optim.state import GaLoreState, bases_of
-from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.subspace.placement import constrain_basis, moment_partition
 from galore_jax.subspace.projection import Coordinates, Side, is_coordinates
 from galore_jax.types import PyTree
 
@@ -75,6 +77,20 @@ def compare_bases(old: list[GaLoreState], new: list[GaLoreState]) -> BasisUpdate
 def is_moment(node: Any) -> bool:
     """Whether a node of a state is a moment; a masked one holds `optax.MaskedNode()`."""
     return is_coordinates(node) and hasattr(node.value, "shape")
+
+
+def constrain_state(state: PyTree) -> PyTree:
+    """The state with bases and moments where those of `init` lie; without a mesh, unchanged."""
+
+    def at_node(node: Any) -> Any:
+        if is_moment(node):
+            partition = moment_partition(node)
+            value = jax.tree.map(lambda array: constrained(array, partition), node.value)
+            return Coordinates(value, node.projection)
+        return constrain_basis(node) if is_basis(node) else node
+
+    is_leaf = lambda node: is_basis(node) or is_coordinates(node)
+    return jax.tree.map(at_node, state, is_leaf=is_leaf)
 
 
 # Rotation

@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
-from galore_jax.ops.partition import MeshAxes, Partition, axes_of, partition_of
+from galore_jax.ops.partition import AxisNames, MeshAxes, Partition, axes_of, names_of, partition_of
 from galore_jax.ops.quantization import Quantized
 from galore_jax.optim.chain import start
 from galore_jax.optim.moments import is_moment
@@ -26,7 +26,7 @@ from galore_jax.types import PyTree
 KeyPath = tuple[Hashable, ...]
 
 
-def init(tx: optax.GradientTransformation, params: PyTree, *, over: MeshAxes = ()) -> PyTree:
+def init(tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = ()) -> PyTree:
     """Starts any optax transformation so that what comes after a `galore` in it is low-rank.
 
     It replaces `tx.init(params)` for a stock `optax.chain(galore(...), ...)`. Transformations after
@@ -57,7 +57,7 @@ def init(tx: optax.GradientTransformation, params: PyTree, *, over: MeshAxes = (
 
 
 def state_shardings(
-    tx: optax.GradientTransformation, params: PyTree, *, over: MeshAxes = ()
+    tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = ()
 ) -> PyTree:
     """The shardings of the state that `init` returns, for `jax.jit` or a checkpoint.
 
@@ -80,7 +80,7 @@ def state_shardings(
     return shardings_of(lambda params: start(tx, params), params, over)
 
 
-def placed_state(start: Callable[[PyTree], PyTree], params: PyTree, over: MeshAxes) -> PyTree:
+def placed_state(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNames) -> PyTree:
     """`start(params)`, compiled so that each device gets its part of the state only."""
     if not any(partition_of(leaf) for leaf in jax.tree.leaves(params)):
         return start(params)
@@ -90,7 +90,7 @@ def placed_state(start: Callable[[PyTree], PyTree], params: PyTree, over: MeshAx
     return tree.unflatten(compute(params))
 
 
-def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: MeshAxes) -> PyTree:
+def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNames) -> PyTree:
     """The shardings of `start(params)`, in a tree that knows the partitions of the parameters."""
     meshes = [
         leaf.sharding.mesh
@@ -102,7 +102,7 @@ def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: MeshAx
             "state_shardings: the parameters have no jax.sharding.NamedSharding: place them on a "
             "mesh first: jax.device_put(params, galore_jax.shardings(tx, params, mesh))."
         )
-    places = _Places.of(params, over, axes_of(meshes[0]))
+    places = _Places.of(params, names_of(over), axes_of(meshes[0]))
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     state = places.tagged(jax.eval_shape(start, unsharded))
     return jax.tree.map(
@@ -141,7 +141,7 @@ class _Places:
         }
         names = [names for names, _ in named_leaves(params)]
         by_name = dict(zip(names, found, strict=True))
-        return cls(by_path, by_name, tuple(over), Partition(mesh, ()))
+        return cls(by_path, by_name, over, Partition(mesh, ()))
 
     def tagged(self, state: PyTree) -> PyTree:
         """The state, with partitions in its projections and codes."""

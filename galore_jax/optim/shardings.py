@@ -81,10 +81,12 @@ def shardings(
         name = "/".join(names)
         if spec is None:
             pattern = next((glob for glob in rules if fnmatchcase(name, glob)), None)
-            unused.pop(pattern, None)
             spec = PartitionSpec() if pattern is None else rules[pattern]
+            unused.pop(pattern or "", None)
         _check(spec, name, leaf.shape, mesh)
-        wanted = [(axis, (place,)) for place, entry in enumerate(spec) for axis in names_of(entry)]
+        wanted: list[tuple[str, Sequence[int]]] = [
+            (axis, (place,)) for place, entry in enumerate(spec) for axis in names_of(entry)
+        ]
         if mesh.shape.get(FSDP, 1) > 1 and FSDP not in [axis for axis, _ in wanted]:
             wanted.append((FSDP, _places(names, leaf.shape, projections.get(names))))
         return placed(axes_of(mesh), leaf.shape, wanted)

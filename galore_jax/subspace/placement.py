@@ -10,10 +10,15 @@ then stay where the lift needs them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from galore_jax.ops.partition import MeshAxes, Partition, placed
+import jax
+
+from galore_jax.ops.partition import MeshAxes, Partition, constrained, placed
 from galore_jax.ops.quantization import BLOCK, Quantized
+from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import Coordinates, Projection, Side
 
 ROWS, COLUMNS = -2, -1
@@ -66,6 +71,28 @@ def coordinates_partition(projection: Projection, block: int = 1) -> Partition |
     wanted += [(name, (rank, kept)) for name in projection.over]
     shape = projection.coordinates_shape
     return placed(matrices.mesh, shape, wanted, start=(*batch, (), ()), block=block)
+
+
+def constrain_coordinates(node: Any) -> Any:
+    """Puts float32 coordinates where `coordinates_partition` says; other nodes are unchanged."""
+    if not isinstance(node, Coordinates):
+        return node
+    value = constrained(node.value, coordinates_partition(node.projection))
+    return replace(node, value=value)
+
+
+def constrain_basis(basis: Basis) -> Basis:
+    """Puts basis vectors where `basis_partition` says."""
+    projection = basis.projection
+    if projection.partition is None:
+        return basis
+    vectors = {
+        side: jax.tree.map(
+            partial(constrained, partition=basis_partition(projection, side)), stored
+        )
+        for side, stored in basis.vectors.items()
+    }
+    return replace(basis, vectors=vectors)
 
 
 def counters_partition(projection: Projection) -> Partition | None:

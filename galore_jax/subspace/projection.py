@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.ops.quantization import as_float32, dequantize
 from galore_jax.subspace.matrix_view import MatrixView
@@ -85,12 +87,21 @@ class Projection:
         Returns:
           The coordinates, as `coordinates_shape`.
         """
-        value = self.view.to_matrices(array).astype(jnp.float32)
-        if "left" in vectors:
-            value = as_float32(vectors["left"]).mT @ value
-        if "right" in vectors:
-            value = value @ as_float32(vectors["right"])
-        return value
+
+        def project_matrices(pair: tuple[dict[Side, Any], jax.Array]) -> jax.Array:
+            vectors, value = pair
+            if "left" in vectors:
+                value = as_float32(vectors["left"]).mT @ value
+            if "right" in vectors:
+                value = value @ as_float32(vectors["right"])
+            return value
+
+        pair = vectors, self.view.to_matrices(array).astype(jnp.float32)
+        if self.partition is None or not self.view.batch:
+            return project_matrices(pair)
+        # One matrix at a time, so that no more than its basis is gathered on a device.
+        stacks = flatten_batch(pair, len(self.view.batch))
+        return lax.map(project_matrices, stacks).reshape(self.coordinates_shape)
 
     def lift_matrices(self, vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
         """Lifts coordinates to matrices: `P N`, `N Pᵀ` or `P N Qᵀ`, in float32.

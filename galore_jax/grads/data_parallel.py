@@ -1,0 +1,132 @@
+"""The mean of a function over shards of a batch, with a single reduction at the end."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from galore_jax.ops.partition import MeshAxes
+from galore_jax.subspace.basis import is_basis
+from galore_jax.subspace.placement import coordinates_partition
+from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.types import PyTree
+
+
+def shard_count(data_axes: MeshAxes, tree: PyTree) -> int:
+    """The number of shards of a batch that is divided over these mesh axes.
+
+    Raises:
+      ValueError: there is no mesh that has them.
+    """
+    if not data_axes:
+        return 1
+    mesh = _mesh(data_axes, tree)
+    return math.prod(mesh.shape[axis] for axis in data_axes)
+
+
+def mean_over_shards(
+    f: Callable[..., PyTree], data_axes: MeshAxes, operands: PyTree, *batch: Any
+) -> PyTree:
+    """The mean of `f(operands, *shard)` over shards of the batch; without axes `f` of all of it.
+
+    Other mesh axes than these stay as they are, so parameters may be divided over them.
+
+    Args:
+      f: returns arrays or `Coordinates`.
+      data_axes: mesh axes that divide the first axis of each array of the batch.
+      operands: arrays that are the same in all shards.
+      *batch: arrays (B, …).
+
+    Returns:
+      The mean, in float32. `Coordinates` that are divided over the same axes are reduced and
+      scattered in one operation.
+
+    Raises:
+      ValueError: there is no mesh with these axes, or they do not divide the batch.
+    """
+    if not data_axes:
+        return f(operands, *batch)
+    mesh = _mesh(data_axes, operands)
+    count = math.prod(mesh.shape[axis] for axis in data_axes)
+    for leaf in jax.tree.leaves(batch):
+        if not jnp.ndim(leaf) or leaf.shape[0] % count:
+            raise ValueError(
+                f"data_axes: an array of the batch, shape {jnp.shape(leaf)}, cannot be divided "
+                f"into {count} shards along its first axis: pass a batch of a multiple of {count}, "
+                "and arguments that are not to be divided by keyword."
+            )
+
+    def part(shape: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((shape.shape[0] // count, *shape.shape[1:]), shape.dtype)
+
+    shard = jax.tree.map(part, batch)
+    shapes = jax.eval_shape(f, operands, *shard)
+    scattered = lambda node: _scattered_axis(node, data_axes)
+    out_specs = jax.tree.map(
+        lambda node: (
+            PartitionSpec(*[None] * (axis or 0), data_axes)
+            if (axis := scattered(node)) is not None
+            else PartitionSpec()
+        ),
+        shapes,
+        is_leaf=is_coordinates,
+    )
+
+    def reduced(operands: PyTree, *batch: Any) -> PyTree:
+        def mean(node: Any) -> Any:
+            axis = scattered(node)
+            if axis is None:
+                return jax.tree.map(lambda x: lax.pmean(x.astype(jnp.float32), data_axes), node)
+            total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
+            return Coordinates(total / count, node.projection)
+
+        return jax.tree.map(mean, f(operands, *batch), is_leaf=is_coordinates)
+
+    in_specs = (PartitionSpec(), *(PartitionSpec(data_axes) for _ in batch))
+    return jax.shard_map(
+        reduced,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(data_axes),
+        # The means make the results equal on all devices, whatever the loss does in between.
+        check_vma=False,
+    )(operands, *batch)
+
+
+def _scattered_axis(node: Any, data_axes: MeshAxes) -> int | None:
+    """The axis along which coordinates are divided over these mesh axes, and over no others."""
+    if not is_coordinates(node):
+        return None
+    partition = coordinates_partition(node.projection)
+    if partition is None or partition.used != data_axes:
+        return None
+    return partition.axes.index(data_axes) if data_axes in partition.axes else None
+
+
+def _mesh(data_axes: MeshAxes, tree: PyTree) -> Mesh | AbstractMesh:
+    """The mesh of the context, of the parameters, or else the one that their bases know."""
+    meshes: list[Mesh | AbstractMesh] = [jax.sharding.get_abstract_mesh()]
+    for leaf in jax.tree.leaves(tree):
+        sharding = jax.typeof(leaf).sharding
+        meshes += [sharding.mesh] if isinstance(sharding, NamedSharding) else []
+    for basis in jax.tree.leaves(tree, is_leaf=is_basis):
+        if is_basis(basis) and basis.projection.partition is not None:
+            meshes.append(basis.projection.partition.mesh)
+            for axis in set(data_axes) & set(basis.projection.partition.used):
+                raise ValueError(
+                    f'data_axes: the mesh axis "{axis}" divides the parameter '
+                    f"{basis.projection.name}, which every shard needs whole: name only axes that "
+                    "divide the batch alone."
+                )
+    for mesh in meshes:
+        if set(data_axes) <= set(mesh.axis_names):
+            return mesh
+    raise ValueError(
+        f"data_axes: there is no mesh with the axes {', '.join(data_axes)}: place the parameters "
+        "on it before galore_jax.init, or enter it by jax.set_mesh."
+    )
