@@ -142,9 +142,9 @@ BLOCK = N // 2 * N // 4 * FLOAT
 )
 def test_each_kind_has_its_bytes_and_axes(programs, mesh, name, kind, payload, sent, axes):
     found = only(programs[name])
-    assert (found.kind, found.payload, found.sent) == (kind, payload, sent)
+    assert (found.kind, found.payload, found.sent(DEVICES)) == (kind, payload, (sent, 0))
     assert found.axes(mesh) == axes
-    assert (found.times, found.loops, found.parts) == (1, (), 1)
+    assert (found.times, found.within, found.parts) == (1, (), 1)
 
 
 def test_work_without_communication_has_no_collectives(programs):
@@ -170,15 +170,39 @@ def test_a_loop_of_unknown_length_is_named_and_loops_inside_it_still_count(progr
     assert found[("data",)].times == 6
     assert found[("fsdp",)].times == 1
     for collective in found.values():
-        (loop,) = collective.loops
+        (loop,) = collective.within
         assert "while" in loop
     once = flops(programs["while"])
-    assert flops(programs["while"], lambda loops: 10 ** len(loops)) == 10 * once > 0
+    assert flops(programs["while"], lambda within: 10 ** len(within)) == 10 * once > 0
 
 
-def test_each_branch_of_a_conditional_counts(programs, mesh):
-    axes = {found.axes(mesh) for found in collectives(programs["cond"])}
-    assert axes == {("data",), ("fsdp",)}
+def test_what_is_in_a_branch_of_a_conditional_says_so(programs, mesh):
+    found = {c.axes(mesh): c for c in collectives(programs["cond"])}
+    assert found.keys() == {("data",), ("fsdp",)}
+    assert all("cond" in name for c in found.values() for name in c.within)
+    assert all(len(c.within) == 1 for c in found.values())
+
+
+GROUPS_OF_8 = (tuple(range(8)),)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "inside", "between"),
+    [
+        # Two nodes of 4: shares of a quarter, which each device exchanges with one of the other.
+        ("all-reduce", GROUPS_OF_8, 2 * 600, 2 * 100),
+        ("reduce-scatter", GROUPS_OF_8, 600, 100),
+        ("all-gather", GROUPS_OF_8, 8 * 600, 8 * 100),
+        ("all-to-all", GROUPS_OF_8, 300, 400),
+        ("all-reduce", ((0, 1, 2, 3), (4, 5, 6, 7)), 2 * 600, 0),
+        ("all-reduce", ((0, 4), (1, 5), (2, 6), (3, 7)), 0, 2 * 400),
+        ("collective-permute", ((0, 1), (1, 2)), 800, 0),
+        ("collective-permute", ((3, 4),), 0, 800),
+    ],
+)
+def test_what_is_sent_inside_of_a_node_and_between_nodes(kind, groups, inside, between):
+    collective = Collective(kind, 800, 1, (), groups, "")
+    assert collective.sent(node=4) == (inside, between)
 
 
 def test_an_all_reduce_of_which_a_device_keeps_a_part_says_so(programs):
@@ -236,5 +260,5 @@ ENTRY %main (x: bf16[8,3]) -> (bf16[32,3], bf16[2,3]) {
 }
 """
     gather, scatter = collectives(program)
-    assert (gather.kind, gather.payload, gather.sent) == ("all-gather", 192, 144)
-    assert (scatter.kind, scatter.payload, scatter.sent) == ("reduce-scatter", 48, 36)
+    assert (gather.kind, gather.payload, gather.sent(4)) == ("all-gather", 192, (144, 0))
+    assert (scatter.kind, scatter.payload, scatter.sent(4)) == ("reduce-scatter", 48, (36, 0))

@@ -5,9 +5,9 @@
         print(collective.kind, collective.payload, collective.times)
 
 XLA's own cost analysis counts the body of a loop once. Here everything is counted as often as it
-runs: a body as many times as the loop has iterations, and each branch of a conditional as if it
-were taken. Some loops have a number of iterations that the compiler cannot know, such as those
-over the matrices that are due for a refresh: a `Collective` names them in `loops`.
+runs, the body of a loop as many times as it has iterations. The compiler cannot know how often a
+conditional's branch runs, nor some loops, such as those over the matrices that are due for a
+refresh: those around a `Collective` are named in `within`, and counted as if they ran once.
 
 A program compiled for CPUs differs from one for GPUs in two ways. XLA computes bfloat16 in float32
 there, so that collectives move float32 too; here they are counted in the dtype that was asked for.
@@ -50,9 +50,9 @@ class Collective:
     Attributes:
       kind: one of `KINDS`.
       size: bytes of the arrays that each device gives to it.
-      times: how often it runs, where the numbers of iterations are known.
-      loops: the loops around it, from the outermost, whose numbers of iterations are not known, by
-        the names JAX gave them.
+      times: how often it runs, if everything in `within` runs once.
+      within: the conditionals around it and the loops whose number of iterations is not known, from
+        the outermost, by the names JAX gave them.
       groups: the devices that exchange data with each other, by their place in the mesh.
       name: the name JAX gave the operation.
       parts: of an all-reduce of which a device uses only a slice: how many of them make the whole;
@@ -62,7 +62,7 @@ class Collective:
     kind: str
     size: int
     times: int
-    loops: tuple[str, ...]
+    within: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
     name: str
     parts: int = 1
@@ -72,17 +72,28 @@ class Collective:
         """Bytes of the whole array that is moved, once: of an all-gather, the gathered one."""
         return self.size * len(self.groups[0]) if self.kind == "all-gather" else self.size
 
-    @property
-    def sent(self) -> int:
-        """Bytes that a device sends, once, by an algorithm that sends the fewest, such as a ring.
+    def sent(self, node: int) -> tuple[int, int]:
+        """Bytes that a device sends, once: inside of its node, and to other nodes.
 
-        An all-reduce is a reduce-scatter and an all-gather, so it sends twice as much as either.
+        By algorithms that send the fewest: first among the devices of a node, then each of them its
+        share of the array to those with the same place in other nodes. An all-reduce is a
+        reduce-scatter and an all-gather, so it sends twice as much as either.
+
+        Args:
+          node: number of devices in a node; those of the first node come first in the mesh.
         """
+        nodes = [{device // node for device in group} for group in self.groups]
         if self.kind == "collective-permute":
-            return self.size
-        devices = len(self.groups[0])
-        passes = 2 if self.kind == "all-reduce" else 1
-        return passes * self.payload * (devices - 1) // devices
+            crosses = any(len(ends) > 1 for ends in nodes)
+            return (0, self.size) if crosses else (self.size, 0)
+        members, crossed = len(self.groups[0]), len(nodes[0])
+        neighbours = members // crossed
+        if self.kind == "all-to-all":
+            inside, between = neighbours - 1, members - neighbours
+        else:
+            inside, between = members - crossed, crossed - 1
+        total = self.payload * (2 if self.kind == "all-reduce" else 1)
+        return total * inside // members, total * between // members
 
     def axes(self, mesh: Mesh) -> tuple[str, ...]:
         """The axes of the mesh along which its devices exchange data."""
@@ -104,7 +115,7 @@ def collectives(program: str) -> list[Collective]:
     """
     computations, devices = _parse(program)
     found = []
-    for computation, instruction, times, loops in _executed(computations):
+    for computation, instruction, times, within in _executed(computations):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
@@ -113,28 +124,29 @@ def collectives(program: str) -> list[Collective]:
             is_reduced = kind == "all-reduce"
             parts = _parts(instruction, computation, computations) if is_reduced else 1
             size = _size(instruction, computation, computations)
-            found.append(Collective(kind, size, times, loops, groups, instruction.source, parts))
+            found.append(Collective(kind, size, times, within, groups, instruction.source, parts))
     return found
 
 
-def flops(program: str, trips: Callable[[tuple[str, ...]], int] = lambda loops: 1) -> int:
+def flops(program: str, runs: Callable[[tuple[str, ...]], int] = lambda within: 1) -> int:
     """The multiplications and additions in the matrix products of one device.
 
     Products that the compiler gave to a library, as on GPUs, are not found.
 
     Args:
       program: HLO after compilation, `compiled.as_text()`.
-      trips: how often something runs inside of these `Collective.loops`.
+      runs: how often something runs that is within these loops and conditionals, as
+        `Collective.within` names them.
     """
     total = 0
-    for computation, instruction, times, loops in _executed(_parse(program)[0]):
+    for computation, instruction, times, within in _executed(_parse(program)[0]):
         if instruction.opcode == "dot":
             (_, left), *_ = computation.by_name[instruction.operands[0]].shape
             contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
             dims = _integers(contracted[1]) if contracted else []
             result = math.prod(instruction.shape[0][1])
             count = 2 * result * math.prod(left[axis] for axis in dims)
-            total += count * times * (trips(loops) if loops else 1)
+            total += count * times * (runs(within) if within else 1)
     return total
 
 
@@ -215,19 +227,18 @@ Executed = tuple[_Computation, _Instruction, int, tuple[str, ...]]
 
 
 def _executed(computations: dict[str, _Computation]) -> Iterator[Executed]:
-    """Every instruction, how often it runs, and the loops of unknown length around it."""
+    """Every instruction, how often it runs, and what it is within: see `Collective`."""
 
-    def visit(name: str, times: int, loops: tuple[str, ...]) -> Iterator[Executed]:
+    def visit(name: str, times: int, within: tuple[str, ...]) -> Iterator[Executed]:
         computation = computations[name]
         for instruction in computation.by_name.values():
-            yield computation, instruction, times, loops
-            inner_times, inner_loops = times, loops
-            if instruction.opcode == "while":
-                trips = _TRIPS.search(instruction.text)
-                inner_times = times * int(trips[1]) if trips else times
-                inner_loops = loops if trips else (*loops, instruction.source)
+            yield computation, instruction, times, within
+            trips = _TRIPS.search(instruction.text) if instruction.opcode == "while" else None
+            is_unknown = instruction.opcode in ("while", "conditional") and not trips
+            inner_times = times * int(trips[1]) if trips else times
+            inner = (*within, instruction.source) if is_unknown else within
             for called in _called(instruction):
-                yield from visit(called, inner_times, inner_loops)
+                yield from visit(called, inner_times, inner)
 
     (entry,) = (name for name, computation in computations.items() if computation.is_entry)
     return visit(entry, 1, ())
