@@ -9,7 +9,7 @@ import optax
 
 from galore_jax.grads.check import projection_report
 from galore_jax.grads.value_and_grad import Loss
-from galore_jax.optim.chain import init
+from galore_jax.optim.placement import init
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.matrix_view import is_box, named_leaves
 from galore_jax.types import PyTree

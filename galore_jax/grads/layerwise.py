@@ -19,9 +19,11 @@ from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.sketch import refresh
 from galore_jax.grads.value_and_grad import TracedLoss, bases_in
 from galore_jax.ops.implementation import Implementation
+from galore_jax.ops.partition import MeshAxes
 from galore_jax.optim.apply import apply_gradients
-from galore_jax.optim.chain import init as init_optimizer
+from galore_jax.optim.chain import start
 from galore_jax.optim.clipping import finite_squares
+from galore_jax.optim.placement import placed_state, shardings_of
 from galore_jax.optim.state import galore_states, to_float32
 from galore_jax.subspace.matrix_view import is_box, path_names
 from galore_jax.types import PyTree
@@ -63,11 +65,26 @@ class LayerwiseState(NamedTuple):
     norm: Any
 
 
-def init(tx: optax.GradientTransformation, params: PyTree) -> LayerwiseState:
-    """The state before the first step; moments are float32 whatever the parameters' dtype is."""
+def init(
+    tx: optax.GradientTransformation, params: PyTree, *, over: MeshAxes = ()
+) -> LayerwiseState:
+    """The state before the first step; moments are float32 whatever the parameters' dtype is.
+
+    It lies where the parameters lie; for this and `over` see `galore_jax.init`.
+    """
     # Compiled, so that no float32 copy of the parameters is made.
-    inner = jax.jit(lambda params: init_optimizer(tx, to_float32(params)))(params)
-    return LayerwiseState(inner, jnp.zeros([], jnp.float32))
+    return placed_state(jax.jit(_starter(tx)), params, over)
+
+
+def state_shardings(
+    tx: optax.GradientTransformation, params: PyTree, *, over: MeshAxes = ()
+) -> LayerwiseState:
+    """The shardings of the state that `init` returns; see `galore_jax.state_shardings`."""
+    return shardings_of(_starter(tx), params, over)
+
+
+def _starter(tx: optax.GradientTransformation) -> Callable[[PyTree], LayerwiseState]:
+    return lambda params: LayerwiseState(start(tx, to_float32(params)), jnp.zeros([], jnp.float32))
 
 
 class Step(NamedTuple):

@@ -11,11 +11,13 @@ number's fraction of that magnitude. There are three codes:
 * "int8", 255 evenly spaced values from -1 to 1.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+
+from galore_jax.ops.partition import Partition
 
 BLOCK = 256
 DECADES = 7
@@ -32,11 +34,13 @@ class Quantized:
       scales: float32 `(*shape[:-1], ⌈shape[-1] / 256⌉)`, the largest magnitude in each block; NaN
         if a number in the block was not finite.
       code: static, the name of the code.
+      partition: static, of the codes over a mesh, if known. It divides no block.
     """
 
     codes: Any
     scales: Any
     code: Code = field(metadata={"static": True})
+    partition: Partition | None = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,7 +120,9 @@ def as_float32(x: Any) -> jax.Array:
 
 def stored_like(x: jax.Array, stored: Any) -> Any:
     """Converts an array to the format of another one: its code or its dtype."""
-    return quantize(x, stored.code) if isinstance(stored, Quantized) else x.astype(stored.dtype)
+    if not isinstance(stored, Quantized):
+        return x.astype(stored.dtype)
+    return replace(quantize(x, stored.code), partition=stored.partition)
 
 
 def to_blocks(x: jax.Array) -> jax.Array:

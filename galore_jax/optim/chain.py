@@ -117,7 +117,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
             if resets and _keeps_moments(tx):
                 states.append(init_per_matrix(tx, params))
             else:
-                states.append(init(tx, params))
+                states.append(start(tx, params))
             check_rotation(states[-1], bases)
             if bases:
                 _warn_of_copies(states[-1])
@@ -161,26 +161,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     return tx
 
 
-def init(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """Starts any optax transformation so that what comes after a `galore` in it is low-rank.
-
-    It replaces `tx.init(params)` for a stock `optax.chain(galore(...), ...)`. Transformations after
-    galore are started with zero `Coordinates` for projected leaves, and with the other parameters
-    in float32, so that moments are float32 whatever the dtype of the parameters. Without galore it
-    is `tx.init`.
-
-    Args:
-      tx: any transformation, with galore anywhere in it, or without.
-      params: the parameters.
-
-    Returns:
-      The optimizer's state, for `apply_gradients`. (The updates of a stock `tx.update` are not
-      lifted; those of a `chain` are.)
-
-    Raises:
-      ValueError: a stock transformation around `galore(moments="reset")`; moments that cannot be
-        rotated, naming the leaf.
-    """
+def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """Starts a transformation as `galore_jax.init` does, wherever the parameters lie."""
     states = galore_states(jax.eval_shape(tx.init, params))
     if not all(map(is_low_rank, states)):
         params = start_coordinates(params, states)

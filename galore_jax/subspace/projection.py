@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.ops.quantization import as_float32, dequantize
 from galore_jax.subspace.matrix_view import MatrixView
 
@@ -44,12 +45,17 @@ class Projection:
       view: the parameter as a batch of (in, out) matrices.
       sides: the projected sides: "left" is the in axis, "right" the out axis.
       rank: number r of basis vectors per side.
+      partition: of the parameter over a mesh, from which `subspace.placement` derives everything
+        else; None: unknown, or on a single device.
+      over: mesh axes that do not divide the parameter, but do divide its moments.
     """
 
     path: tuple[str, ...]
     view: MatrixView
     sides: tuple[Side, ...]
     rank: int
+    partition: Partition | None = None
+    over: MeshAxes = ()
 
     @property
     def name(self) -> str:
