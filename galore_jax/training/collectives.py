@@ -258,43 +258,49 @@ def _called(instruction: _Instruction) -> list[str]:
 def _size(
     instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
 ) -> int:
-    """Bytes that go into a collective, in the dtype they had before they were made wider for it."""
+    """Bytes that go into a collective, before they were made wider for it alone."""
     operands = [computation.by_name[name] for name in instruction.operands]
-    # XLA marks the sum of an all-reduce or reduce-scatter that it computes in twice the width.
-    if re.search(r"to_apply=%?[\w.\-]*_promoted", instruction.text):
-        return sum(_bytes(operand.shape) for operand in operands) // 2
-
-    def size(operand: _Instruction, computation: _Computation) -> int:
-        if operand.opcode == "fusion":
-            (body,) = (computations[name] for name in _called(operand))
-            return min(_bytes(operand.shape), size(next(reversed(body.by_name.values())), body))
-        if operand.opcode in ("bitcast", "convert", "copy", "reshape", "transpose"):
-            source = computation.by_name[operand.operands[0]]
-            return min(_bytes(operand.shape), size(source, computation))
-        return _bytes(operand.shape)
-
-    return sum(size(operand, computation) for operand in operands)
+    size = sum(_bytes(operand.shape) for operand in operands)
+    if instruction.opcode in ("all-reduce", "reduce-scatter"):
+        # XLA marks a sum that it computes in twice the width.
+        return size // 2 if re.search(r"to_apply=%?[\w.\-]*_promoted", instruction.text) else size
+    users = _users(instruction, computation, computations)
+    if users and all(user.opcode == "convert" for user, _ in users):
+        widths = {_bytes(user.shape) / math.prod(user.shape[0][1]) for user, _ in users}
+        elements = sum(math.prod(axes) for operand in operands for _, axes in operand.shape)
+        return min(size, int(max(widths) * elements))
+    return size
 
 
 def _parts(
     instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
 ) -> int:
     """How many times as large an array is as the dynamic slice that is its only use."""
-    users = [user for user in computation.by_name.values() if instruction.name in user.operands]
-    if len(users) != 1:
-        return 1
-    (user,) = users
-    if user.opcode == "fusion":
-        (body,) = (computations[name] for name in _called(user))
-        place = str(user.operands.index(instruction.name))
-        parameters = (inner for inner in body.by_name.values() if inner.opcode == "parameter")
-        (parameter,) = (inner for inner in parameters if inner.number == place)
-        return _parts(parameter, body, computations)
-    if user.opcode in ("bitcast", "copy", "reshape"):
-        return _parts(user, computation, computations)
-    if user.opcode != "dynamic-slice" or user.operands[0] != instruction.name:
-        return 1
-    return _bytes(instruction.shape) // _bytes(user.shape)
+    match _users(instruction, computation, computations):
+        case [(user, 0)] if user.opcode == "dynamic-slice":
+            return _bytes(instruction.shape) // _bytes(user.shape)
+    return 1
+
+
+def _users(
+    instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
+) -> list[tuple[_Instruction, int]]:
+    """What uses an array, and as which operand; in fusions and behind changes of layout too."""
+    found = []
+    for user in computation.by_name.values():
+        for place in (i for i, name in enumerate(user.operands) if name == instruction.name):
+            if user.opcode == "fusion":
+                (body,) = (computations[name] for name in _called(user))
+                parameters = (
+                    inner for inner in body.by_name.values() if inner.opcode == "parameter"
+                )
+                (parameter,) = (inner for inner in parameters if inner.number == str(place))
+                found += _users(parameter, body, computations)
+            elif user.opcode in ("bitcast", "copy", "reshape", "transpose"):
+                found += _users(user, computation, computations)
+            else:
+                found.append((user, place))
+    return found
 
 
 def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
