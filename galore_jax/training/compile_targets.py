@@ -5,16 +5,21 @@ itself, except that it cannot choose kernels by timing them.
 """
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
 from galore_jax.types import PyTree
+
+# Cards in a node, which are connected by a faster network than the nodes are.
+NODE = 8
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,8 @@ TARGETS = {
 
 
 @contextlib.contextmanager
-def target(name: str) -> Iterator[NamedSharding]:
-    """A context that compiles for a card, with a mesh of that card alone; nothing can be run in it.
+def target(name: str, axes: Mapping[str, int] | None = None) -> Iterator[NamedSharding]:
+    """A context that compiles for cards of one kind; nothing can be run in it.
 
         with target("rtx4090") as sharding:
             compiled = jax.jit(f).lower(*place(arguments, sharding)).compile()
@@ -102,17 +107,19 @@ def target(name: str) -> Iterator[NamedSharding]:
 
     Args:
       name: a key of `TARGETS`.
+      axes: names and sizes of the axes of a mesh of cards; None: a single card.
 
     Yields:
-      The sharding of arrays on the card.
+      The sharding of arrays that every card of the mesh has whole; its `mesh` has Auto axes.
 
     Raises:
-      InputError: there is no such target, or no CUDA compiler.
+      InputError: there is no such target, or no CUDA compiler; more than `NODE` cards that do not
+        fill their nodes.
     """
     if name not in TARGETS:
         raise InputError(f'there is no target "{name}": take one of {", ".join(TARGETS)}.')
     with _environment():
-        mesh = _mesh(TARGETS[name])
+        mesh = _mesh(TARGETS[name], axes or {"device": 1})
         with jax.set_mesh(mesh):
             yield NamedSharding(mesh, PartitionSpec())
 
@@ -137,17 +144,23 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _mesh(gpu: GpuTarget) -> Mesh:
+def _mesh(gpu: GpuTarget, axes: Mapping[str, int]) -> Mesh:
+    cards = math.prod(axes.values())
+    nodes, left = divmod(cards, NODE) if cards > NODE else (1, 0)
+    if left:
+        raise InputError(
+            f"{cards} cards do not fill nodes of {NODE}: choose a multiple of {NODE}, or fewer."
+        )
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_text(gpu), topology="1x1x1"
+            platform="cuda", target_config=_text(gpu), topology=f"1x{nodes}x{cards // nodes}"
         )
     except NotImplementedError as error:
         raise InputError(
             "no CUDA compiler was found: install galore-jax[cuda] on Python 3.12 or later, "
             "and start it before JAX uses another device."
         ) from error
-    return topologies.make_mesh(topology, (1,), ("device",))
+    return Mesh(np.reshape(topology.devices, tuple(axes.values())), tuple(axes))
 
 
 def _text(gpu: GpuTarget) -> str:

@@ -1,0 +1,348 @@
+"""What a compiled program moves between devices, and its matrix products, read from its HLO text.
+
+    program = jax.jit(step).lower(*arguments).compile().as_text()
+    for collective in collectives(program):
+        print(collective.kind, collective.payload, collective.times)
+
+XLA's own cost analysis counts the body of a loop once. Here everything is counted as often as it
+runs, the body of a loop as many times as it has iterations. The compiler cannot know how often a
+conditional's branch runs, nor some loops, such as those over the matrices that are due for a
+refresh: those around a `Collective` are named in `within`, and counted as if they ran once.
+
+A program compiled for CPUs differs from one for GPUs in two ways. XLA computes bfloat16 in float32
+there, so that collectives move float32 too; here they are counted in the dtype that was asked for.
+And it has no pass that turns an all-reduce of which each device keeps its own part into a
+reduce-scatter, which sends half as much; such an all-reduce is counted as what it is, with `parts`
+set.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations"
+    r"|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+)
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_AXIS = re.compile(r"'?([^',=:]+)'?(?:=(\d+)|:\((\d+)\)(\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation of a compiled program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      size: bytes of the arrays that each device gives to it.
+      times: how often it runs, if everything in `within` runs once.
+      within: the conditionals around it and the loops whose number of iterations is not known, from
+        the outermost, by the names JAX gave them.
+      groups: the devices that exchange data with each other, by their place in the mesh.
+      name: the name JAX gave the operation.
+      parts: of an all-reduce of which a device uses only a slice: how many of them make the whole;
+        otherwise 1.
+    """
+
+    kind: str
+    size: int
+    times: int
+    within: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
+    name: str
+    parts: int = 1
+
+    @property
+    def payload(self) -> int:
+        """Bytes of the whole array that is moved, once: of an all-gather, the gathered one."""
+        return self.size * len(self.groups[0]) if self.kind == "all-gather" else self.size
+
+    def sent(self, node: int) -> tuple[int, int]:
+        """Bytes that a device sends, once: inside of its node, and to other nodes.
+
+        By algorithms that send the fewest: first among the devices of a node, then each of them its
+        share of the array to those with the same place in other nodes. An all-reduce is a
+        reduce-scatter and an all-gather, so it sends twice as much as either.
+
+        Args:
+          node: number of devices in a node; those of the first node come first in the mesh.
+        """
+        nodes = [{device // node for device in group} for group in self.groups]
+        if self.kind == "collective-permute":
+            crosses = any(len(ends) > 1 for ends in nodes)
+            return (0, self.size) if crosses else (self.size, 0)
+        members, crossed = len(self.groups[0]), len(nodes[0])
+        neighbours = members // crossed
+        if self.kind == "all-to-all":
+            inside, between = neighbours - 1, members - neighbours
+        else:
+            inside, between = members - crossed, crossed - 1
+        total = self.payload * (2 if self.kind == "all-reduce" else 1)
+        return total * inside // members, total * between // members
+
+    def axes(self, mesh: Mesh) -> tuple[str, ...]:
+        """The axes of the mesh along which its devices exchange data."""
+        places = [np.unravel_index(group, mesh.devices.shape) for group in self.groups]
+        return tuple(
+            name
+            for axis, name in enumerate(mesh.axis_names)
+            if any(len(set(place[axis].tolist())) > 1 for place in places)
+        )
+
+
+def collectives(program: str) -> list[Collective]:
+    """The collectives of a program in the order in which it names them, those of its loops too.
+
+    Collectives in which every device is alone are left out.
+
+    Args:
+      program: HLO after compilation, `compiled.as_text()`.
+    """
+    computations, devices = _parse(program)
+    found = []
+    for computation, instruction, times, within in _executed(computations):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        groups = _groups(instruction.text, devices)
+        if max(map(len, groups)) > 1:
+            is_reduced = kind == "all-reduce"
+            parts = _parts(instruction, computation, computations) if is_reduced else 1
+            size = _size(instruction, computation, computations)
+            found.append(Collective(kind, size, times, within, groups, instruction.source, parts))
+    return found
+
+
+def flops(program: str, runs: Callable[[tuple[str, ...]], int] = lambda within: 1) -> int:
+    """The multiplications and additions in the matrix products of one device.
+
+    Products that the compiler gave to a library, as on GPUs, are not found.
+
+    Args:
+      program: HLO after compilation, `compiled.as_text()`.
+      runs: how often something runs that is within these loops and conditionals, as
+        `Collective.within` names them.
+    """
+    total = 0
+    for computation, instruction, times, within in _executed(_parse(program)[0]):
+        if instruction.opcode == "dot":
+            (_, left), *_ = computation.by_name[instruction.operands[0]].shape
+            contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)
+            dims = _integers(contracted[1]) if contracted else []
+            result = math.prod(instruction.shape[0][1])
+            count = 2 * result * math.prod(left[axis] for axis in dims)
+            total += count * times * (runs(within) if within else 1)
+    return total
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: list[tuple[str, list[int]]]  # of each array: its dtype and its axes
+    opcode: str
+    operands: list[str]
+    number: str  # of a parameter
+    text: str  # the attributes
+
+    @property
+    def source(self) -> str:
+        """The name JAX gave it."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else self.name
+
+
+class _Computation(NamedTuple):
+    by_name: dict[str, _Instruction]
+    is_entry: bool
+
+
+def _parse(program: str) -> tuple[dict[str, _Computation], int]:
+    """The computations by name, and the number of devices."""
+    computations: dict[str, _Computation] = {}
+    current: dict[str, _Instruction] = {}
+    for line in program.splitlines():
+        if header := _HEADER.match(line):
+            current = {}
+            computations[header[2]] = _Computation(current, bool(header[1]))
+        elif name := _NAME.match(line):
+            shape, rest = _split_type(line[name.end() :])
+            opcode, _, rest = rest.partition("(")
+            operands, text = _until_closed(rest)
+            current[name[2]] = _Instruction(
+                name[2], shape, opcode, re.findall(r"%([\w.\-]+)", operands), operands, text
+            )
+    devices = math.prod(
+        int(number) for number in re.findall(r"(?:num_partitions|replica_count)=(\d+)", program)
+    )
+    return computations, devices
+
+
+def _split_type(text: str) -> tuple[list[tuple[str, list[int]]], str]:
+    """The arrays of the type at the start, and the text behind it."""
+    if text.startswith("("):
+        inside, rest = _until_closed(text[1:])
+    else:
+        inside, _, rest = text.partition(" ")
+    arrays = [(dtype, _integers(axes)) for dtype, axes in _ARRAY.findall(inside)]
+    return arrays, rest.lstrip()
+
+
+def _until_closed(text: str) -> tuple[str, str]:
+    """Splits at the parenthesis that closes one before the text."""
+    depth = 1
+    for place, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return text[:place], text[place + 1 :]
+    return text, ""
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+def _bytes(shape: list[tuple[str, list[int]]]) -> int:
+    def one(dtype: str) -> float:
+        digits = re.search(r"\d+", dtype)
+        return _BYTES.get(dtype, int(digits[0]) / 8 if digits else 0)
+
+    return sum(int(one(dtype) * math.prod(axes)) for dtype, axes in shape)
+
+
+Executed = tuple[_Computation, _Instruction, int, tuple[str, ...]]
+
+
+def _executed(computations: dict[str, _Computation]) -> Iterator[Executed]:
+    """Every instruction, how often it runs, and what it is within: see `Collective`."""
+
+    def visit(name: str, times: int, within: tuple[str, ...]) -> Iterator[Executed]:
+        computation = computations[name]
+        for instruction in computation.by_name.values():
+            yield computation, instruction, times, within
+            trips = _TRIPS.search(instruction.text) if instruction.opcode == "while" else None
+            is_unknown = instruction.opcode in ("while", "conditional") and not trips
+            inner_times = times * int(trips[1]) if trips else times
+            inner = (*within, instruction.source) if is_unknown else within
+            for called in _called(instruction):
+                yield from visit(called, inner_times, inner)
+
+    (entry,) = (name for name, computation in computations.items() if computation.is_entry)
+    return visit(entry, 1, ())
+
+
+def _called(instruction: _Instruction) -> list[str]:
+    """The computations that it runs; not those that combine two numbers of a reduction."""
+    found = _CALLED.findall(instruction.text.partition("metadata=")[0])
+    return [
+        name.strip(" %")
+        for attribute, names in found
+        if attribute != "to_apply" or instruction.opcode == "call"
+        for name in names.strip("{}").split(",")
+    ]
+
+
+def _size(
+    instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
+) -> int:
+    """Bytes that go into a collective, before they were made wider for it alone."""
+    operands = [computation.by_name[name] for name in instruction.operands]
+    size = sum(_bytes(operand.shape) for operand in operands)
+    if instruction.opcode in ("all-reduce", "reduce-scatter"):
+        # XLA marks a sum that it computes in twice the width.
+        return size // 2 if re.search(r"to_apply=%?[\w.\-]*_promoted", instruction.text) else size
+    users = _users(instruction, computation, computations)
+    if users and all(user.opcode == "convert" for user, _ in users):
+        widths = {_bytes(user.shape) / math.prod(user.shape[0][1]) for user, _ in users}
+        elements = sum(math.prod(axes) for operand in operands for _, axes in operand.shape)
+        return min(size, int(max(widths) * elements))
+    return size
+
+
+def _parts(
+    instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
+) -> int:
+    """How many times as large an array is as the dynamic slice that is its only use."""
+    match _users(instruction, computation, computations):
+        case [(user, 0)] if user.opcode == "dynamic-slice":
+            return _bytes(instruction.shape) // _bytes(user.shape)
+    return 1
+
+
+def _users(
+    instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
+) -> list[tuple[_Instruction, int]]:
+    """What uses an array, and as which operand; in fusions and behind changes of layout too."""
+    found = []
+    for user in computation.by_name.values():
+        for place in (i for i, name in enumerate(user.operands) if name == instruction.name):
+            if user.opcode == "fusion":
+                (body,) = (computations[name] for name in _called(user))
+                parameters = (
+                    inner for inner in body.by_name.values() if inner.opcode == "parameter"
+                )
+                (parameter,) = (inner for inner in parameters if inner.number == str(place))
+                found += _users(parameter, body, computations)
+            elif user.opcode in ("bitcast", "copy", "reshape", "transpose"):
+                found += _users(user, computation, computations)
+            else:
+                found.append((user, place))
+    return found
+
+
+def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The groups of devices, in each of the formats in which XLA writes them."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", text):
+        return _explicit(pairs[1])
+    if mesh := _MESH.search(text):
+        return _mesh_groups(*mesh.groups())
+    if iota := _IOTA.search(text):
+        return _as_tuples(_iota(iota[2], iota[3]).reshape(_integers(iota[1])))
+    explicit = re.search(r"replica_groups=\{(.*?\})\}", text)
+    return _explicit(explicit[1]) if explicit else (tuple(range(devices)),)
+
+
+def _explicit(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(_integers(group)) for group in re.findall(r"\{([\d,]*)\}", text))
+
+
+def _mesh_groups(
+    axes: str, dims: str | None, transposed: str | None, grouped: str
+) -> tuple[tuple[int, ...], ...]:
+    """Groups along axes of a mesh, some of which may be parts of an axis: `axis:(outer)size`."""
+    sizes = {name: int(size) for name, size, *_ in _AXIS.findall(axes)}
+    parts: dict[str, list[int]] = {name: [size] for name, size in sizes.items()}
+    chosen: list[tuple[str, int]] = []
+    for name, _, outer, size in _AXIS.findall(grouped):
+        if outer:
+            parts[name] = [int(outer), int(size), sizes[name] // int(outer) // int(size)]
+        chosen.append((name, 1 if outer else 0))
+    ids = _iota(dims, transposed) if dims else np.arange(math.prod(sizes.values()))
+    names = [(name, part) for name in parts for part in range(len(parts[name]))]
+    ids = ids.reshape([size for split in parts.values() for size in split])
+    inside = [names.index(axis) for axis in chosen]
+    outside = [place for place in range(len(names)) if place not in inside]
+    group_size = math.prod(ids.shape[place] for place in inside)
+    return _as_tuples(ids.transpose(outside + inside).reshape(-1, group_size))
+
+
+def _iota(dims: str, transposed: str | None) -> np.ndarray:
+    ids = np.arange(math.prod(_integers(dims))).reshape(_integers(dims))
+    return ids.transpose(_integers(transposed)) if transposed else ids
+
+
+def _as_tuples(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(group) for group in groups.tolist())
