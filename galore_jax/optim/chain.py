@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.optim.moments import (
     BasisUpdates,
     PerMatrixState,
@@ -152,9 +153,14 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         return skip_updates(updates, basis_updates), ChainState(tuple(states))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
-        coordinates, state = update_coordinates(updates, state, params, **extra_args)
+        def update(updates: PyTree, state: Any, params: PyTree, extra_args: Any):
+            coordinates, state = update_coordinates(updates, state, params, **extra_args)
+            like = updates if params is None else with_gradient(params, updates)
+            return _lift(coordinates, galore_states(state.inner_states), like), state
+
         like = updates if params is None else with_gradient(params, updates)
-        return _lift(coordinates, galore_states(state.inner_states), like), state
+        arguments = updates, state, params, extra_args
+        return with_auto_axes(update, *arguments, out=lambda: specs_of((like, state)))
 
     tx = Chain(init_fn, update_fn)
     tx.transforms, tx.update_coordinates = transforms, update_coordinates

@@ -8,6 +8,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
+from galore_jax.ops.explicit import with_auto_axes
 from galore_jax.ops.partition import AxisNames, MeshAxes, Partition, axes_of, names_of, partition_of
 from galore_jax.ops.quantization import Quantized
 from galore_jax.optim.chain import start
@@ -86,8 +87,13 @@ def placed_state(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNa
         return start(params)
     shardings = shardings_of(start, params, over)
     leaves, tree = jax.tree.flatten(shardings)
-    compute = jax.jit(lambda params: jax.tree.leaves(start(params)), out_shardings=leaves)
-    return tree.unflatten(compute(params))
+    specs = [sharding.spec for sharding in leaves]
+
+    def compute(params: PyTree) -> list[jax.Array]:
+        flat = lambda params: jax.tree.leaves(start(params))
+        return with_auto_axes(flat, params, out=lambda: specs)
+
+    return tree.unflatten(jax.jit(compute, out_shardings=leaves)(params))
 
 
 def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNames) -> PyTree:
