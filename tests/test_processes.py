@@ -1,5 +1,6 @@
 """Two processes that train together: stopped, killed, and resumed by another number of them."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,8 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
+from galore_jax.data.batches import DataConfig, train_batches
+from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.errors import InputError
 from galore_jax.training.processes import joined
 
@@ -186,20 +190,37 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(place, undisturbed,
     assert lines(folder) == lines(undisturbed[1])
 
 
+def wait_for_changes(path, count, processes):
+    """Until a file has changed this many times, or a process has ended."""
+    last = None
+    while count > 0 and all(process.poll() is None for process in processes):
+        time.sleep(0.005)
+        now = path.stat().st_mtime_ns if path.exists() else None
+        count -= now != last
+        last = now
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_twenty_kills_at_random_moments_lose_nothing(place, undisturbed):
     draw, folder = random.Random(0), place / "twenty"
-    for _ in range(20):
+    for number in range(20):
         resumes = ["--resume"] if (folder / "metrics.jsonl").exists() else []
-        processes = start(place, folder.name, *resumes)
-        # From the start of Python to a few dozen steps later.
-        time.sleep(draw.uniform(0, 12))
-        if all(process.poll() == 0 for process in processes):
-            break
-        kill(processes, draw.randrange(2))
-    if not (folder / "summary.json").exists():
-        succeed(start(place, folder.name, "--resume"))
+        processes = start(place, folder.name, "training.checkpoint_every=2", *resumes)
+        # Every fourth time before the first step, as far as this machine is slow enough.
+        if number % 4:
+            wait_for_changes(folder / "metrics.jsonl", draw.randrange(2, 5), processes)
+        time.sleep(draw.uniform(0, 0.5 if number % 4 else 5))
+        assert not (folder / "summary.json").exists()
+        victim, other = draw.sample(processes, 2)
+        victim.kill()
+        # The other ends by itself, unless it waits for the victim to join: a launcher ends it then.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            other.wait(timeout=5)
+        other.kill()
+        finish(processes)
+    assert len(lines(folder)) > 10
+    succeed(start(place, folder.name, "--resume"))
     assert lines(folder) == lines(undisturbed[1])
 
 
@@ -232,6 +253,62 @@ def test_what_only_one_process_can_refuse_ends_all(place):
     both = ["mesh.fsdp=3"]
     assert "mesh.fsdp × mesh.tensor is 3" in refused(both, both)
     assert not (place / "refused").exists()
+
+
+ROWS = """
+import sys
+import jax
+from galore_jax.training.config_file import from_dict
+from galore_jax.data.batches import train_batches
+from galore_jax.data.tokenizers import ByteTokenizer
+from galore_jax.training.layout import put_batch, training_mesh
+from galore_jax.training.processes import joined
+
+with joined(sys.argv[1], 2, int(sys.argv[2])):
+    config = from_dict({"data": {"sequence_length": 16, "batch_size": 4}})
+    batches = train_batches(config.data, ByteTokenizer())
+    tokens = put_batch(next(batches), training_mesh(config))["tokens"]
+    (shard,) = tokens.addressable_shards
+    print(shard.data.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_the_rows_of_two_processes_make_up_the_batch_of_one():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ROWS, address, str(index)], stdout=subprocess.PIPE, text=True
+        )
+        for index in range(2)
+    ]
+    printed = [process.communicate(timeout=60)[0] for process in processes]
+    rows = [row for text in printed for row in json.loads(text.splitlines()[-1])]
+    config = DataConfig(sequence_length=16, batch_size=4)
+    assert rows == next(train_batches(config, ByteTokenizer()))["tokens"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NODELIST": "node0", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # an allocation, but no task that srun started
+        ({"SLURM_STEP_NODELIST": "node[0-3]", "SLURM_NTASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_a_process_that_a_cluster_started_with_others_joins_them(monkeypatch, environment, joins):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: calls.append(options))
+    with joined():
+        pass
+    assert len(calls) == joins
 
 
 @pytest.mark.parametrize(

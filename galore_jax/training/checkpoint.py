@@ -82,11 +82,11 @@ class Checkpoints:
         Raises:
           OSError: the disk is full, now or during the previous save (ENOSPC).
         """
-        recorded = to_dict(config)
+        recorded, position = to_dict(config), batches.get_state()
         checksums = {
             "params": tree_checksum(state.params),
             "optimizer": tree_checksum(state.opt_state),
-            "data": json_checksum(batches.get_state()),
+            "data": json_checksum(position),
             "config": json_checksum(recorded),
         }
         with _raise_on_full_disk(self.folder):
@@ -95,7 +95,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(state.opt_state),
-                    data=ocp.args.JsonSave(batches.get_state()),
+                    data=ocp.args.JsonSave(position),
                     meta=ocp.args.JsonSave({"config": recorded, "checksums": checksums}),
                 ),
             )

@@ -22,7 +22,7 @@ from galore_jax.errors import InputError
 from galore_jax.training.config_file import differences
 
 # Seconds until the others notice that a process is dead, or wait for it to end.
-TIMEOUT = 10
+TIMEOUT = 20
 
 
 @contextlib.contextmanager
@@ -76,8 +76,8 @@ def _in_cluster() -> bool:
 def _check_arguments(coordinator: str | None, processes: int | None, process: int | None) -> None:
     if coordinator is None or processes is None or process is None:
         raise InputError(
-            "--coordinator, --processes and --process belong together: give all three, or none of "
-            "them on a single machine or in a cluster that JAX detects."
+            "--coordinator, --processes and --process belong together: give all three, or none for "
+            "a single process and for those that Slurm or Open MPI start."
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
@@ -171,12 +171,6 @@ def stopping_together(is_stopped: Callable[[], bool]) -> Callable[[], bool]:
         return bool(answers[:, 0].any())
 
     return stops
-
-
-def wait_for_all() -> None:
-    """Waits until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("galore_jax")
 
 
 def _gathered(values: list[int]) -> np.ndarray:
