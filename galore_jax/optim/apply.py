@@ -21,6 +21,7 @@ from galore_jax.optim.state import (
     GaLoreState,
     boxed_as,
     check_gradient,
+    constrain_unprojected,
     galore_states,
     map_bases,
     with_gradient,
@@ -109,7 +110,8 @@ def _apply_gradients(
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
-    return _with_rest(boxed_as(params, new), all_params), constrain_state(state)
+    new = constrain_unprojected(boxed_as(params, new), states)
+    return _with_rest(new, all_params), constrain_state(state)
 
 
 def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:

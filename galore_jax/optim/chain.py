@@ -26,6 +26,7 @@ from galore_jax.optim.state import (
     GaLoreState,
     bases_of,
     boxed_as,
+    constrain_unprojected,
     galore_states,
     is_low_rank,
     map_bases,
@@ -289,7 +290,7 @@ def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
 
     for state in states:
         updates = map_bases(lifted, state.bases, updates, like, otherwise=updates)
-    return jax.tree.map(cast, boxed_as(like, updates), like)
+    return constrain_unprojected(jax.tree.map(cast, boxed_as(like, updates), like), states)
 
 
 def _check_not_after_decay(updates: PyTree) -> None:

@@ -13,8 +13,9 @@ from galore_jax.ops.partition import AxisNames, MeshAxes, Partition, axes_of, na
 from galore_jax.ops.quantization import Quantized
 from galore_jax.optim.chain import start
 from galore_jax.optim.moments import is_moment
+from galore_jax.optim.state import GaLoreState, Unprojected, is_parameter
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.subspace.placement import (
     basis_partition,
     counters_partition,
@@ -156,7 +157,18 @@ class _Places:
             partition = self.by_name.get(projection.path)
             return dataclasses.replace(projection, partition=partition, over=self.over)
 
+        def at_parameter(path: KeyPath, node: Any) -> Any:
+            partition = self.by_name.get(path_names(path))
+            if is_basis(node) or partition is None:
+                return at_node(path, node)
+            return Unprojected(partition)
+
         def at_node(path: KeyPath, node: Any) -> Any:
+            if isinstance(node, GaLoreState):
+                bases = jax.tree_util.tree_map_with_path(
+                    at_parameter, node.bases, is_leaf=is_parameter
+                )
+                return node._replace(bases=bases)
             if isinstance(node, Basis | Coordinates):
                 node = dataclasses.replace(node, projection=tag(node.projection))
             if is_coordinates(node) and isinstance(node.value, Quantized):
@@ -166,7 +178,8 @@ class _Places:
                 return _with(node, self._of_leaf(path, node))
             return node
 
-        return jax.tree_util.tree_map_with_path(at_node, state, is_leaf=_is_node)
+        is_leaf = lambda node: _is_node(node) or isinstance(node, GaLoreState)
+        return jax.tree_util.tree_map_with_path(at_node, state, is_leaf=is_leaf)
 
     def partitions(self, state: PyTree) -> PyTree:
         """A tree like a tagged state, with the partition of each leaf."""
