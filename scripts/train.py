@@ -3,6 +3,12 @@
 python scripts/train.py --config configs/demo.toml
 python scripts/train.py --config configs/llama_60m.toml data.source=data training.steps=1000
 python scripts/train.py --config runs/demo/config.toml --resume
+
+It trains on all devices. Several processes, each on its devices, train together if Slurm or Open
+MPI starts them, or if all are given the address of the first one and their own number:
+
+python scripts/train.py --config configs/llama_1b.toml mesh.fsdp=8 \
+    --coordinator node0:1234 --processes 2 --process 0
 """
 
 import argparse
@@ -21,19 +27,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a LLaMA from a configuration file.")
     parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many train together")
+    parser.add_argument("--process", type=int, metavar="I", help="number of this one, from 0")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
     from galore_jax.training.config_file import load_config
     from galore_jax.training.loop import Interrupted, train
+    from galore_jax.training.processes import ending_together, is_first, joined
 
-    config = load_config(arguments.config, arguments.overrides)
-    try:
-        train(config, arguments.resume)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(130)
+    with joined(arguments.coordinator, arguments.processes, arguments.process):
+        with ending_together():
+            config = load_config(arguments.config, arguments.overrides)
+        try:
+            train(config, arguments.resume)
+        except Interrupted as stop:
+            if is_first():
+                print(stop, file=sys.stderr)
+            sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows, batches, shuffling, sharding and resumption."""
+"""Rows, batches, shuffling and resumption."""
 
 import itertools
 import json
@@ -151,18 +151,6 @@ def test_an_iterator_can_be_set_back(texts, rows):
     assert_equal(take(iterator, 7), drawn)
 
 
-def test_processes_share_the_training_documents_without_overlap(texts):
-    seen = []
-    for process in range(3):
-        iterator = train_batches(
-            config("documents", batch_size=3), TOKENIZER, process_index=process, process_count=3
-        )
-        count = len(range(process, 50, 3))
-        rows = [batch["tokens"][0] for batch in take(iterator, count)]
-        seen += [TOKENIZER.decode(row[:2].tolist()) for row in rows]
-    assert sorted(seen) == [f"{index:02d}" for index in range(50)]
-
-
 @BOTH_ROWS
 def test_validation_covers_the_split_once_in_order_as_often_as_it_is_read(texts, rows):
     batches = validation_batches(config(rows), TOKENIZER)
@@ -182,17 +170,6 @@ def test_validation_covers_the_split_once_in_order_as_often_as_it_is_read(texts,
     assert all(values.shape == (4, LENGTH) for batch in drawn for values in batch.values())
     assert not drawn[-1]["segments"][num_rows % 4 or 4 :].any()
     assert_equal(drawn, list(batches))
-
-
-@BOTH_ROWS
-def test_validation_batches_of_processes_make_up_the_global_batch(texts, rows):
-    batches = list(validation_batches(config(rows), TOKENIZER))
-    halves = [list(validation_batches(config(rows), TOKENIZER, index, 2)) for index in (0, 1)]
-    joined = [
-        {name: np.concatenate([first[name], second[name]]) for name in first}
-        for first, second in zip(*halves, strict=True)
-    ]
-    assert_equal(joined, batches)
 
 
 def test_the_default_corpus_is_the_standard_library():
@@ -216,13 +193,6 @@ def test_a_value_out_of_range_is_named(changes, message):
         config(**changes)
 
 
-def test_a_batch_size_that_is_not_a_multiple_of_the_processes_is_refused(texts):
-    with pytest.raises(
-        InputError, match=r"batch_size is 4: .* multiple of the number of processes, 3"
-    ):
-        train_batches(config(), TOKENIZER, 0, 3)
-
-
 @BOTH_ROWS
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize(
@@ -238,9 +208,3 @@ def test_a_split_almost_without_text_is_refused(texts, rows, split, empty):
 def test_text_in_few_of_many_documents_is_enough(texts):
     texts["train"] = ([""] * 99 + ["x" * 200]) * 100
     assert (next(train_batches(config(), TOKENIZER))["segments"] > 0).all()
-
-
-def test_fewer_documents_than_processes_are_refused(texts):
-    del texts["train"][3:]
-    with pytest.raises(InputError, match="3 training documents, too few for 4 processes"):
-        train_batches(config(), TOKENIZER, 0, 4)

@@ -196,7 +196,7 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
         ("optimizer/ocdbt.process_0/d", flip_middle, "the optimizer's state differs from what was"),
         ("optimizer/_METADATA", halve, "is damaged"),
         (
-            "data/process_0-of-1.json",
+            "data/metadata",
             raise_a_digit,
             "the position in the data differs from what was saved",
         ),
@@ -233,6 +233,15 @@ def test_old_checkpoints_without_checksums_are_still_read(saved, state, batches)
     with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
         assert_same(checkpoints.restore(CONFIG, batches), state)
     assert_same(load_for_inference(saved)[1], state.params)
+
+
+def test_old_checkpoints_have_the_position_in_the_data_in_another_file(saved, batches):
+    data = saved / "checkpoints" / "0" / "data"
+    (data / "metadata").rename(data / "process_0-of-1.json")
+    expected = next(batches)
+    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+        checkpoints.restore(CONFIG, batches)
+    assert_same(next(batches), expected)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_a_save(tmp_path, monkeypatch):

@@ -126,6 +126,10 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("training.bigram=1", "training.bigram must be true or false, not 1."),
         ("data.sequence_length=4096", "data.sequence_length is 4096, but model.max_length is only"),
         ("training.accumulation=3", "training.accumulation is 3, which does not divide"),
+        ("mesh.fsdp=0", "mesh.fsdp must be at least 1, or -1, not 0."),
+        ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1, but only one size can take what"),
+        ("mesh.axes=manual", "mesh.axes = 'manual' is unknown; there are auto, explicit."),
+        ("mesh.rows=2", "mesh.rows is unknown; there are data, fsdp, tensor"),
         ("training.steps=10", "optimizer.warmup_steps is 1000, but training.steps is only 10"),
     ],
 )

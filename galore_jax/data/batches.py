@@ -1,4 +1,8 @@
-"""Batches of token rows: documents → tokens → rows → batches, shuffled, sharded and resumable."""
+"""Batches of token rows: documents → tokens → rows → batches, shuffled and resumable.
+
+All processes of a training read the same batches, and each puts its own rows of them on its
+devices. So the order and the iterator's state depend on the configuration alone.
+"""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -69,43 +73,30 @@ def documents(config: DataConfig, split: str) -> Sequence[str]:
     return open_c4(config.source, split)
 
 
-def train_batches(
-    config: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator[Rows]:
+def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIterator[Rows]:
     """Endless batches of the training split.
 
-    Each epoch has a different order, drawn from `config.seed`; a process reads every
-    `process_count`-th document. The iterator resumes exactly: `get_state` returns a few numbers
-    that JSON can hold, and `set_state` on a new iterator with the same arguments continues with
-    the next batch.
+    Each epoch has a different order, drawn from `config.seed`. The iterator resumes exactly:
+    `get_state` returns a few numbers that JSON can hold, and `set_state` on a new iterator with the
+    same arguments continues with the next batch.
 
     Args:
         config: what to read, and how to batch it.
         tokenizer: from `load_tokenizer(config.tokenizer)`.
-        process_index: index of this process, from 0.
-        process_count: number of processes that share the batch.
 
     Returns:
         An iterator over {"tokens", "segments", "positions"}, int32 of shape
-        (batch_size / process_count, sequence_length). Segments number the documents of a row from
-        1, 0 is padding; positions restart with each document.
+        (batch_size, sequence_length). Segments number the documents of a row from 1, 0 is padding;
+        positions restart with each document.
 
     Raises:
-        InputError: the source is unusable, too small or almost without text, or the batch size is
-            not a multiple of the number of processes.
+        InputError: the source is unusable or almost without text.
     """
-    rows_per_process = _rows_per_process(config, process_count)
     texts = documents(config, "train")
-    if len(texts) < process_count:
-        raise InputError(
-            f"{config.source} holds {len(texts)} training documents, too few for "
-            f"{process_count} processes."
-        )
     _check_text(config, texts, "train")
-    shard = grain.MapDataset.source(texts)[process_index::process_count]
-    endless = shard.seed(config.seed).shuffle().repeat()
+    endless = grain.MapDataset.source(texts).seed(config.seed).shuffle().repeat()
     window = max(1, _WINDOW_TOKENS // config.sequence_length)
-    batches = _rows(endless, config, tokenizer, window, config.seed).batch(rows_per_process)
+    batches = _rows(endless, config, tokenizer, window, config.seed).batch(config.batch_size)
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=_PREFETCHED_BATCHES
@@ -113,29 +104,21 @@ def train_batches(
     )
 
 
-def validation_batches(
-    config: DataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
-) -> Iterable[Rows]:
+def validation_batches(config: DataConfig, tokenizer: Tokenizer) -> Iterable[Rows]:
     """The complete validation split in order, once per iteration.
 
-    Batch i of each process holds its part of the rows of the global batch i, so all processes take
-    the same number of steps, and the union of their rows does not depend on how many there are.
-    The last batch is filled up with rows of padding.
-
-    Arguments, element type and errors are those of `train_batches`.
+    The last batch is filled up with rows of padding. Arguments, element type and errors are those
+    of `train_batches`.
     """
-    rows_per_process = _rows_per_process(config, process_count)
     texts = documents(config, "validation")
     _check_text(config, texts, "validation")
-    rows_here = slice(process_index * rows_per_process, (process_index + 1) * rows_per_process)
 
-    def part_of_global_batch(rows: Sequence[Rows]) -> Rows:
-        batch = grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
-        return {name: values[rows_here] for name, values in batch.items()}
+    def padded(rows: Sequence[Rows]) -> Rows:
+        return grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
 
     in_order = grain.MapDataset.source(texts)
     rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)
-    return rows.batch(config.batch_size, batch_fn=part_of_global_batch)
+    return rows.batch(config.batch_size, batch_fn=padded)
 
 
 def _rows(
@@ -178,12 +161,3 @@ def _check_text(config: DataConfig, texts: Sequence[str], split: str) -> None:
         f"({letters:,} letters in {sampled:,} documents): choose another source, or prepare it "
         "again from files with text."
     )
-
-
-def _rows_per_process(config: DataConfig, process_count: int) -> int:
-    if config.batch_size % process_count:
-        raise InputError(
-            f"data.batch_size is {config.batch_size}: it must be a multiple of the number of "
-            f"processes, {process_count}."
-        )
-    return config.batch_size // process_count

@@ -26,6 +26,17 @@ class KeyValueCache(NamedTuple):
     values: jax.Array
 
 
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Activations whose axes have these logical names: "batch", "heads", "mlp"; None: whole.
+
+    A trainer says with `nn.logical_axis_rules` which axes of its mesh divide a logical axis.
+    Without this, XLA may gather the whole batch where weights are divided over the same axes.
+    Without rules, as on a single device, it does nothing. Axes that are not named are whole.
+    """
+    axes += (None,) * (x.ndim - len(axes))
+    return nn.with_logical_constraint(x, axes)  # pyright: ignore[reportPrivateImportUsage]
+
+
 def rotation_at(positions: jax.Array, head_size: int, theta: float) -> Rotation:
     """The rotation of RoFormer (arXiv 2104.09864, section 3.2.2) at `positions`, (batch, length).
 
@@ -136,7 +147,8 @@ class Attention(nn.Module):
 
         def heads(name: str, count: int) -> jax.Array:
             projected = linear(count * head_size, self.initializer_range, self.dtype, name)(x)
-            return projected.reshape(batch, length, count, head_size)
+            projected = projected.reshape(batch, length, count, head_size)
+            return constrain(projected, "batch", None, "heads")
 
         queries = rotate(heads("q_proj", self.num_heads), rotation)
         keys = rotate(heads("k_proj", self.num_kv_heads), rotation)
@@ -149,7 +161,8 @@ class Attention(nn.Module):
             cache = KeyValueCache(keys, values)
             mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
         output = linear(hidden, self.initializer_range, self.dtype, "o_proj")
-        return output(mixed.reshape(batch, length, hidden)), cache
+        mixed = constrain(mixed.reshape(batch, length, hidden), "batch", None, "heads")
+        return output(mixed), cache
 
 
 class MLP(nn.Module):
@@ -165,7 +178,8 @@ class MLP(nn.Module):
         settings = (self.initializer_range, self.dtype)
         gate = linear(self.intermediate_size, *settings, "gate_proj")(x)
         up = linear(self.intermediate_size, *settings, "up_proj")(x)
-        return linear(x.shape[-1], *settings, "down_proj")(nn.silu(gate) * up)
+        hidden = constrain(nn.silu(gate) * up, "batch", None, "mlp")
+        return linear(x.shape[-1], *settings, "down_proj")(hidden)
 
 
 class Block(nn.Module):
@@ -197,12 +211,13 @@ class Block(nn.Module):
         settings = (self.initializer_range, self.dtype)
         attention = half(Attention)(self.num_heads, self.num_kv_heads, *settings, name="attention")
         mlp = half(MLP)(self.intermediate_size, *settings, name="mlp")
-        attended, cache = attention(self._norm("input_norm")(x), rotation, mask, cache, start)
+        attended, cache = attention(self._norm("input_norm", x), rotation, mask, cache, start)
         x = x + attended
-        return x + mlp(self._norm("post_attention_norm")(x)), cache
+        return constrain(x + mlp(self._norm("post_attention_norm", x)), "batch"), cache
 
-    def _norm(self, name: str) -> nn.RMSNorm:
-        return nn.RMSNorm(self.norm_epsilon, dtype=self.dtype, param_dtype=self.dtype, name=name)
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        norm = nn.RMSNorm(self.norm_epsilon, dtype=self.dtype, param_dtype=self.dtype, name=name)
+        return constrain(norm(x), "batch")
 
 
 def linear(

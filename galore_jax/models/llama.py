@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.errors import InputError
-from galore_jax.models.layers import Block, KeyValueCache, attention_mask, linear, rotation_at
+from galore_jax.models.layers import (
+    Block,
+    KeyValueCache,
+    attention_mask,
+    constrain,
+    linear,
+    rotation_at,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +184,6 @@ class Llama(nn.Module):
 
     def _logits(self, tokens, positions, mask, cache=None, start: Any = 0) -> tuple[jax.Array, Any]:
         rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
-        x = self.embed_tokens(tokens).astype(self.config.dtype)
+        x = constrain(self.embed_tokens(tokens), "batch").astype(self.config.dtype)
         x, cache = self.layers(x, rotation, mask, cache, start)
-        return self.lm_head(self.norm(x)), cache
+        return self.lm_head(constrain(self.norm(x), "batch")), cache

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from galore_jax.models.layers import Block, Rotation, attention_mask, rotation_at
+from galore_jax.models.layers import Block, Rotation, attention_mask, constrain, rotation_at
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.models.loss import chunked_next_token_loss
 from galore_jax.types import PyTree
@@ -19,7 +19,7 @@ def embed(config: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array,
     embedding = nn.Embed(config.vocab_size, config.hidden_size, dtype=jnp.float32)
     x: Any = embedding.apply({"params": params["embed_tokens"]}, batch["tokens"])
     rotation = rotation_at(batch["positions"], config.head_size, config.rope_theta)
-    return x.astype(config.dtype), (rotation, attention_mask(batch["segments"]))
+    return constrain(x, "batch").astype(config.dtype), (rotation, attention_mask(batch["segments"]))
 
 
 def block(
@@ -50,5 +50,7 @@ def head_loss(
     norm = nn.RMSNorm(config.norm_epsilon, dtype=config.dtype)
     normed: Any = norm.apply({"params": params["norm"]}, x)
     head = nn.meta.unbox(params["lm_head"])["kernel"]
-    loss, targets = chunked_next_token_loss(normed, head, batch["tokens"], batch["segments"])
+    loss, targets = chunked_next_token_loss(
+        constrain(normed, "batch"), head, batch["tokens"], batch["segments"]
+    )
     return loss / jnp.maximum(targets, 1), targets

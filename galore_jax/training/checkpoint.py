@@ -2,10 +2,13 @@
 
 This is the only file that uses Orbax. A checkpoint is `checkpoints/<number of updates>/` with four
 items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the configuration, and
-checksums of all four). Orbax writes to a temporary folder, which it renames at the end.
+checksums of all four). Orbax writes to a temporary folder, which it renames at the end. Each
+process writes the parts of the arrays that lie on its devices, and process 0 everything else, so
+that another number of processes, on another mesh, can read it.
 """
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -18,15 +21,17 @@ from typing import Any, Self
 
 import grain
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
 from galore_jax.training.checksum import json_checksum, tree_checksum
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import from_dict, to_dict
+from galore_jax.training.processes import ending_together, is_first
 from galore_jax.training.run_folder import RunFolder, check_same_run
-from galore_jax.training.state import TrainState, init_state
+from galore_jax.training.state import TrainState, abstract_state
 
 
 class Checkpoints:
@@ -44,14 +49,15 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         _silence_duplicate_errors()
         self.folder = folder.absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Orbax would wait ten minutes for a folder that it cannot make.
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise InputError(
-                f"{self.folder} cannot be written to: change its permissions, or name another "
-                "training.folder."
-            )
-        _remove_unfinished(self.folder)
+        with ending_together():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Orbax would wait ten minutes for a folder that it cannot make.
+            if not os.access(self.folder, os.W_OK | os.X_OK):
+                raise InputError(
+                    f"{self.folder} cannot be written to: change its permissions, or name another "
+                    "training.folder."
+                )
+            _remove_unfinished(self.folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -76,11 +82,11 @@ class Checkpoints:
         Raises:
           OSError: the disk is full, now or during the previous save (ENOSPC).
         """
-        recorded = to_dict(config)
+        recorded, position = to_dict(config), batches.get_state()
         checksums = {
             "params": tree_checksum(state.params),
             "optimizer": tree_checksum(state.opt_state),
-            "data": json_checksum(batches.get_state()),
+            "data": json_checksum(position),
             "config": json_checksum(recorded),
         }
         with _raise_on_full_disk(self.folder):
@@ -89,7 +95,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     optimizer=ocp.args.StandardSave(state.opt_state),
-                    data=grain.checkpoint.CheckpointSave(batches),
+                    data=ocp.args.JsonSave(position),
                     meta=ocp.args.JsonSave({"config": recorded, "checksums": checksums}),
                 ),
             )
@@ -103,8 +109,12 @@ class Checkpoints:
         with _raise_on_full_disk(self.folder):
             self._manager.wait_until_finished()
 
-    def restore(self, config: Config, batches: grain.DatasetIterator) -> TrainState:
-        """The latest state; `batches` is set to continue where the run was.
+    def restore(
+        self, config: Config, batches: grain.DatasetIterator, mesh: Mesh | None = None
+    ) -> TrainState:
+        """The latest state, on a mesh or a single device, whatever device or mesh it was saved on.
+
+        `batches` is set to continue where the run was.
 
         Raises:
           InputError: the checkpoint is of another configuration, or is damaged.
@@ -113,23 +123,24 @@ class Checkpoints:
         assert step is not None, "there is no checkpoint to restore"
         recorded, checksums = _restore_meta(self._manager, step)
         check_same_run(recorded, config, self.folder)
-        target = _on_this_device(jax.eval_shape(lambda: init_state(config)))
+        target = _on_devices(abstract_state(config, mesh))
         with _raise_on_corruption(self._manager, step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(target.params),
                     optimizer=ocp.args.StandardRestore(target.opt_state),
-                    data=grain.checkpoint.CheckpointRestore(batches),
                 ),
             )
+            batches.set_state(_restore_position(self._manager, step))
             for what, name, restored_checksum in (
                 ("a parameter", "params", tree_checksum(restored["params"])),
                 ("the optimizer's state", "optimizer", tree_checksum(restored["optimizer"])),
                 ("the position in the data", "data", json_checksum(batches.get_state())),
             ):
                 _check_checksum(what, checksums.get(name), restored_checksum)
-        return TrainState(restored["params"], restored["optimizer"], jnp.asarray(step, jnp.int32))
+        count = jax.device_put(np.int32(step), target.step.sharding)
+        return TrainState(restored["params"], restored["optimizer"], count)
 
 
 def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
@@ -154,7 +165,7 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
         if step is None:
             raise InputError(f"{checkpoints} holds no complete checkpoint: let the run reach one.")
         config, checksums = _restore_meta(manager, step)
-        target = _on_this_device(jax.eval_shape(lambda: init_state(config)).params)
+        target = _on_devices(abstract_state(config).params)
         with _raise_on_corruption(manager, step):
             arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
             params = manager.restore(step, args=arguments)["params"]
@@ -162,11 +173,11 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
         return config, params, step
 
 
-def _on_this_device(abstract: Any) -> Any:
-    """Adds a sharding, without which Orbax looks for the device that saved the checkpoint."""
+def _on_devices(abstract: Any) -> Any:
+    """Adds a sharding where there is none: Orbax would look for the device that saved the array."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract
+        lambda leaf: leaf if leaf.sharding is not None else leaf.update(sharding=here), abstract
     )
 
 
@@ -180,12 +191,23 @@ def _restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Config, di
         return from_dict(meta["config"]), checksums
 
 
+def _restore_position(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """The state of the iterator of batches."""
+    # Where checkpoints had it before several processes could train.
+    old = Path(manager.directory, str(step), "data", "process_0-of-1.json")
+    if old.exists():
+        return json.loads(old.read_text())
+    return manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
+
 def _check_checksum(what: str, saved: int | None, restored: int) -> None:
     if saved is not None and saved != restored:
         raise ValueError(f"{what} differs from what was saved")
 
 
 def _remove_unfinished(folder: Path) -> None:
+    if not is_first():
+        return
     for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
 

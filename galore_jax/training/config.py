@@ -1,7 +1,8 @@
 """The configuration of a run: frozen dataclasses, one for each section of a configuration file.
 
-`[model]` is `LlamaConfig` and `[data]` is `DataConfig`; `[optimizer]`, `[training]` and the
-conditions between sections are defined here. `galore` itself validates its settings.
+`[model]` is `LlamaConfig`, `[data]` is `DataConfig` and `[mesh]` is `MeshConfig`; `[optimizer]`,
+`[training]` and the conditions between sections are defined here. `galore` itself validates its
+settings.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from galore_jax.grads.layerwise import ClipBy
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.ops.implementation import IMPLEMENTATIONS
 from galore_jax.optim.galore import BASIS_DTYPES, galore
+from galore_jax.training.mesh import MeshConfig
 
 OPTIMIZERS = (
     "adamw",
@@ -244,6 +246,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if self.data.sequence_length > self.model.max_length:

@@ -1,8 +1,8 @@
 """Configuration files: TOML and `section.key=value` overrides to a `Config`, and back.
 
-A file has the sections `[model]`, `[data]`, `[optimizer]` and `[training]`; a missing key has the
-default of the section's dataclass. An unknown key, or a value of the wrong type or out of range, is
-an `InputError` that says what would be valid.
+A file has the sections `[model]`, `[data]`, `[optimizer]`, `[training]` and `[mesh]`; a missing key
+has the default of the section's dataclass. An unknown key, or a value of the wrong type or out of
+range, is an `InputError` that says what would be valid.
 """
 
 import dataclasses

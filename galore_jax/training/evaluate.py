@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
 from galore_jax.grads.micro_batches import split
 from galore_jax.training.config import Config
+from galore_jax.training.layout import jit_on, on_mesh, put_batch
 from galore_jax.training.state import Batch
 from galore_jax.training.step import batch_loss
 
@@ -46,24 +48,29 @@ class Evaluation:
         return perplexity(self.reference_loss)
 
 
-def make_evaluate(config: Config) -> Callable[[Any, Iterable[Batch]], Evaluation]:
+def make_evaluate(
+    config: Config, mesh: Mesh | None = None
+) -> Callable[[Any, Iterable[Batch]], Evaluation]:
     """Makes a function of the parameters and batches that returns their `Evaluation`.
 
-    It splits batches into the micro-batches of the training, and stops after the batch that
-    completes `training.evaluation_tokens`, unless that is 0. It raises an `InputError` if the
-    batches have no targets.
+    Parameters on a mesh need the mesh. Batches are split into the micro-batches of the training;
+    the last one is that which completes `training.evaluation_tokens`, unless that is 0. The
+    function raises an `InputError` if the batches have no targets.
     """
     loss = functools.partial(batch_loss, config.model)
 
-    @jax.jit
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         parts = split(batch, config.training.accumulation)
         losses, targets = lax.map(functools.partial(loss, params), parts)
         return jnp.sum(losses), jnp.sum(targets)
 
+    compiled = jit_on(mesh, sums)
+
     def evaluate(params: Any, batches: Iterable[Batch]) -> Evaluation:
         limited = take_targets(batches, config.training.evaluation_tokens)
-        results = np.array(jax.device_get([sums(params, batch) for batch in limited]), np.float64)
+        with on_mesh(mesh):
+            results = [compiled(params, put_batch(batch, mesh)) for batch in limited]
+        results = np.array(jax.device_get(results), np.float64)
         losses, targets = results.reshape(-1, 2).T
         if not targets.sum():
             raise InputError(

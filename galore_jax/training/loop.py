@@ -17,9 +17,18 @@ from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
+from galore_jax.training.config_file import to_dict
 from galore_jax.training.evaluate import make_evaluate, perplexity
-from galore_jax.training.metrics import Metrics, Summary, format_bytes, write_summary
+from galore_jax.training.layout import put_batch, training_mesh
+from galore_jax.training.metrics import (
+    Metrics,
+    Summary,
+    format_bytes,
+    read_summary,
+    write_summary,
+)
 from galore_jax.training.plots import plot_curves
+from galore_jax.training.processes import check_same, ending_together, is_first, stopping_together
 from galore_jax.training.progress import Progress
 from galore_jax.training.run_folder import (
     RunFolder,
@@ -27,7 +36,7 @@ from galore_jax.training.run_folder import (
     open_folder,
     resume_command,
 )
-from galore_jax.training.state import init_state, tree_bytes, tree_size
+from galore_jax.training.state import place_state, tree_bytes, tree_size
 from galore_jax.training.stepper import Stepper
 
 
@@ -39,7 +48,8 @@ def train(config: Config, resume: bool = False) -> Summary:
     """Trains as configured, into `training.folder`; `run_folder` lists the files there.
 
     A resumed run continues from its latest checkpoint, or from the start if there is none, and
-    repeats an uninterrupted run bit for bit on the same machine.
+    repeats an uninterrupted run bit for bit on the same machine. Several processes that were joined
+    (see processes.py) train together; process 0 writes the files.
 
     Args:
       config: the configuration of the run.
@@ -53,52 +63,56 @@ def train(config: Config, resume: bool = False) -> Summary:
         full, or there is too little memory.
       Interrupted: on SIGINT or SIGTERM, after the state is saved.
     """
-    check_start(config, resume)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    _check_vocabulary(config, tokenizer)
-    if jax.process_count() > 1:
-        raise InputError("training on several processes is not supported yet: start a single one.")
-    processes = jax.process_index(), jax.process_count()
-    batches = train_batches(config.data, tokenizer, *processes)
-    validation = validation_batches(config.data, tokenizer, *processes)
+    check_same(to_dict(config) | {"arguments": {"resume": resume}})
+    with ending_together():
+        if is_first():
+            check_start(config, resume)
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        _check_vocabulary(config, tokenizer)
+        mesh = training_mesh(config)
+        batches = train_batches(config.data, tokenizer)
+        validation = validation_batches(config.data, tokenizer)
     training, steps = config.training, config.training.steps
 
     with contextlib.ExitStack() as stack:
         # The folder, and the state to start from.
         stack.enter_context(_raise_on_full_disk(config))
         stack.enter_context(_raise_on_full_memory())
-        is_stopped = stack.enter_context(_stop_signals())
+        stops = stopping_together(stack.enter_context(_stop_signals()))
         stack.callback(batches.close)
-        run = stack.enter_context(open_folder(config, resume))
+        run = RunFolder(training.folder)
+        with ending_together():
+            if is_first():
+                stack.enter_context(open_folder(config, resume))
         checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints)
         stack.enter_context(checkpoints)
         if checkpoints.latest() is None:
-            state = jax.jit(lambda: init_state(config))()
+            state = place_state(config, mesh)
         else:
-            state = checkpoints.restore(config, batches)
+            state = checkpoints.restore(config, batches, mesh)
         start = int(state.step)
-        if start == steps and not run.metrics.exists():
-            raise InputError(
-                f"{run.path} has its last checkpoint but no {run.metrics.name}, which the summary "
-                "needs: restore the file, or name another training.folder."
-            )
         parameters, optimizer_bytes = tree_size(state.params), tree_bytes(state.opt_state)
-        print(
-            f"{run.path}: {parameters:,} parameters, {format_bytes(optimizer_bytes)} of optimizer "
-            f"state, {'resumed at' if resume else 'from'} step {start:,} of {steps:,}",
-            file=sys.stderr,
-        )
-        stepper = Stepper(config, state)
-        evaluate = make_evaluate(config)
-        metrics = Metrics(run, start, training.tensorboard)
-        stack.callback(metrics.close)
+        metrics = None
+        with ending_together():
+            if is_first():
+                _check_metrics(run, start == steps)
+                metrics = Metrics(run, start, training.tensorboard)
+                stack.callback(metrics.close)
+                print(
+                    f"{run.path}: {parameters:,} parameters, {format_bytes(optimizer_bytes)} of "
+                    f"optimizer state, {'resumed at' if resume else 'from'} step {start:,} of "
+                    f"{steps:,}",
+                    file=sys.stderr,
+                )
+        stepper = Stepper(config, state, mesh)
+        evaluate = make_evaluate(config, mesh)
         progress = stack.enter_context(Progress(metrics, start, steps))
 
         # The steps, with evaluations and checkpoints between them.
         for step in range(start, steps):
-            state, measured = stepper(state, next(batches))
+            state, measured = stepper(state, put_batch(next(batches), mesh))
             progress.add(step, measured)
-            done, stop = step + 1, is_stopped()
+            done, stop = step + 1, stops()
             evaluates = _is_due(done, training.evaluate_every, steps)
             saves = stop or _is_due(done, training.checkpoint_every, steps)
             if evaluates or saves or done % training.log_every == 0 or progress.is_slow:
@@ -108,40 +122,54 @@ def train(config: Config, resume: bool = False) -> Summary:
                     evaluation = evaluate(state.params, validation)
                 progress.report_evaluation(done, evaluation)
             if saves:
-                metrics.flush()
+                progress.flush()
                 checkpoints.save(state, batches, config)
             if stop and done < steps:
                 checkpoints.wait()
                 raise Interrupted(
-                    f"stopped after {done:,} of {steps:,} steps, all saved. Resume with\n"
+                    f"stopped after {done:,} of {steps:,} steps, all saved. Resume"
+                    f"{' every process' if jax.process_count() > 1 else ''} with\n"
                     f"  {resume_command(config)}"
                 )
         checkpoints.wait()
 
         # The summary and the curves.
-        bigram = None
-        if training.bigram:
-            seen = islice(train_batches(config.data, tokenizer, *processes), steps)
-            bigram = bigram_loss(seen, validation, tokenizer.vocab_size, training.evaluation_tokens)
-        updates = [line for line in metrics.lines if "loss" in line]
-        last = [line for line in metrics.lines if "validation_loss" in line][-1]
-        summary = Summary(
-            name=run.path.name,
-            steps=steps,
-            parameters=parameters,
-            validation_loss=last["validation_loss"],
-            validation_perplexity=perplexity(last["validation_loss"]),
-            reference_perplexity=perplexity(last["reference_loss"]),
-            bigram_loss=bigram,
-            optimizer_bytes=optimizer_bytes,
-            seconds=updates[-1]["seconds"],
-            compile_seconds=stepper.compile_seconds,
-            tokens_per_second=sum(line["targets"] for line in updates) / updates[-1]["seconds"],
+        with ending_together():
+            if metrics is not None:
+                bigram = None
+                if training.bigram:
+                    seen = islice(train_batches(config.data, tokenizer), steps)
+                    bigram = bigram_loss(
+                        seen, validation, tokenizer.vocab_size, training.evaluation_tokens
+                    )
+                updates = [line for line in metrics.lines if "loss" in line]
+                last = [line for line in metrics.lines if "validation_loss" in line][-1]
+                summary = Summary(
+                    name=run.path.name,
+                    steps=steps,
+                    parameters=parameters,
+                    validation_loss=last["validation_loss"],
+                    validation_perplexity=perplexity(last["validation_loss"]),
+                    reference_perplexity=perplexity(last["reference_loss"]),
+                    bigram_loss=bigram,
+                    optimizer_bytes=optimizer_bytes,
+                    seconds=updates[-1]["seconds"],
+                    compile_seconds=stepper.compile_seconds,
+                    tokens_per_second=sum(line["targets"] for line in updates)
+                    / updates[-1]["seconds"],
+                )
+                write_summary(run, summary)
+                plot_curves([run.path], run.curves)
+                print(summary.table())
+    return read_summary(run)
+
+
+def _check_metrics(run: RunFolder, is_complete: bool) -> None:
+    if is_complete and not run.metrics.exists():
+        raise InputError(
+            f"{run.path} has its last checkpoint but no {run.metrics.name}, which the summary "
+            "needs: restore the file, or name another training.folder."
         )
-        write_summary(run, summary)
-        plot_curves([run.path], run.curves)
-    print(summary.table())
-    return summary
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
@@ -180,7 +208,8 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         )
 
     previous: dict[int, Any] = {
-        number: signal.signal(number, record) for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, record) or signal.SIG_DFL
+        for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield lambda: bool(received)

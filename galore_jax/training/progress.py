@@ -35,7 +35,7 @@ class Progress:
     """Collects the metrics of steps, without waiting for the device until `report` is called.
 
     Args:
-      metrics: takes the lines.
+      metrics: takes the lines; None: this is not the process that reports, and `report` only waits.
       start: number of updates made before.
       steps: number of updates of the run.
 
@@ -43,16 +43,23 @@ class Progress:
       is_slow: whether steps take so long that each should be reported; True for the first one.
     """
 
-    def __init__(self, metrics: Metrics, start: int, steps: int):
+    def __init__(self, metrics: Metrics | None, start: int, steps: int):
         self.is_slow = True
         self._metrics = metrics
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._seconds = max((line.get("seconds", 0.0) for line in metrics.lines), default=0.0)
-        self._skipped = max((line.get("skipped", 0) for line in metrics.lines), default=0)
+        lines = [] if metrics is None else metrics.lines
+        self._seconds = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        self._skipped = max((line.get("skipped", 0) for line in lines), default=0)
         self._warned: set[str] = set()
         # Files and pipes get an occasional line instead of a moving bar.
         pause = 0.2 if sys.stderr.isatty() else 15
-        self._bar = tqdm(total=steps, initial=start, bar_format=BAR, mininterval=pause)
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            bar_format=BAR,
+            mininterval=pause,
+            disable=metrics is None,
+        )
 
     def __enter__(self) -> Self:
         self._mark = time.perf_counter()
@@ -77,7 +84,7 @@ class Progress:
             scalars = {name: value[name].item() for name in MEASURED if name in value}
             timing = {"tokens_per_second": round(rate, 1), "seconds": round(self._seconds, 3)}
             lines.append({"step": step, **scalars, **timing})
-        self._metrics.write(lines)
+        self._write(lines)
         self._pending.clear()
         self.is_slow = elapsed / len(lines) > SLOW_STEP
 
@@ -93,7 +100,7 @@ class Progress:
 
     def report_evaluation(self, updates: int, evaluation: Evaluation) -> None:
         """Writes the line of an evaluation after this number of updates."""
-        self._metrics.write(
+        self._write(
             [
                 {
                     "step": updates,
@@ -114,6 +121,15 @@ class Progress:
         """Excludes the time within the block from the training time; call `report` before it."""
         yield
         self._mark = time.perf_counter()
+
+    def flush(self) -> None:
+        """Waits until the lines are on disk, as a checkpoint requires."""
+        if self._metrics is not None:
+            self._metrics.flush()
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(lines)
 
     def _warn_of_bad_values(self, line: dict[str, Any]) -> None:
         if not math.isfinite(line["loss"]):
@@ -141,7 +157,8 @@ class Progress:
             self._say(f"warning: {sentence}")
 
     def _say(self, sentence: str) -> None:
-        self._bar.write(sentence, file=sys.stderr)
+        if self._metrics is not None:
+            self._bar.write(sentence, file=sys.stderr)
 
 
 def peak_memory() -> str:

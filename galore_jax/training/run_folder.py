@@ -13,6 +13,7 @@ so that nothing is lost. Resuming needs the same configuration except for the ke
 which affect output, evaluation and checkpoints, but not what is computed.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -25,6 +26,7 @@ from galore_jax.files import atomic_write
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
 from galore_jax.training.lock import locked
+from galore_jax.training.mesh import MeshConfig
 
 MAY_CHANGE = frozenset(
     f"training.{key}"
@@ -39,7 +41,7 @@ MAY_CHANGE = frozenset(
         "tensorboard",
         "bigram",
     )
-)
+) | {f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)}
 
 
 class RunFolder:

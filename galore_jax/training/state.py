@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 import galore_jax
 from galore_jax.grads import layerwise
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config
+from galore_jax.training.layout import TENSOR_RULES, batch_sharding, whole
+from galore_jax.training.mesh import DATA, FSDP, TENSOR
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
@@ -31,21 +35,73 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    """The state before the first step, determined by the configuration alone."""
+    """The state before the first step, determined by the configuration alone; for `jax.jit`."""
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Llama(config.model).init(jax.random.key(config.training.seed), tokens)["params"]
-    is_layerwise = config.training.layerwise
-    tx = make_optimizer(config.optimizer, config.training.steps, clips=not is_layerwise)
-    # The moments of every optimizer are float32, whatever the dtype of the parameters.
-    in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    opt_state = (layerwise if is_layerwise else galore_jax).init(tx, in_float32)
+    tx, module = _optimizer(config)
+    opt_state = module.init(tx, _in_float32(params))
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 
-def batch_shapes(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch in this process: `tokens`, `segments`, `positions`, int32 (B, T)."""
-    rows = config.data.batch_size // jax.process_count()
-    leaf = jax.ShapeDtypeStruct((rows, config.data.sequence_length), jnp.int32)
+def place_state(config: Config, mesh: Mesh | None) -> TrainState:
+    """Computes `init_state` so that each device of a mesh has, and computes, its part only."""
+    target, tree = jax.tree.flatten(abstract_state(config, mesh))
+    compute = lambda: jax.tree.leaves(init_state(config))
+    return tree.unflatten(jax.jit(compute, out_shardings=[x.sharding for x in target])())
+
+
+def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """The shapes of the state, on a mesh with the sharding of each array."""
+    shapes = jax.eval_shape(lambda: init_state(config))
+    if mesh is None:
+        return shapes
+    tx, module = _optimizer(config)
+    params = _placed(shapes.params, _params_shardings(tx, shapes.params, mesh))
+    over = (DATA,) if config.mesh.shard_moments and mesh.shape[DATA] > 1 else ()
+    # This tree knows the partitions of the parameters, by which later updates divide their work.
+    shardings = module.state_shardings(tx, _in_float32(params), over=over)
+    opt_state, step = _placed(shapes.opt_state, shardings), _placed(shapes.step, whole(mesh))
+    return TrainState(params, opt_state, step)
+
+
+def _params_shardings(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh) -> PyTree:
+    if mesh.shape[FSDP] == mesh.shape[TENSOR] == 1:
+        return jax.tree.map(lambda _: whole(mesh), params)
+    rules = TENSOR_RULES if mesh.shape[TENSOR] > 1 else None
+    return galore_jax.shardings(tx, params, mesh, rules)
+
+
+def _optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
+    """The optimizer, and the module that starts its state."""
+    is_layerwise = config.training.layerwise
+    tx = make_optimizer(config.optimizer, config.training.steps, clips=not is_layerwise)
+    return tx, layerwise if is_layerwise else galore_jax
+
+
+def _in_float32(params: PyTree) -> PyTree:
+    """The moments of every optimizer are float32, whatever the dtype of the parameters."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=jnp.float32)
+        return leaf.astype(jnp.float32)
+
+    return jax.tree.map(cast, params)
+
+
+def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """The shapes with shardings, in the tree of the shardings."""
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    ]
+    return jax.tree.structure(shardings).unflatten(leaves)
+
+
+def batch_shapes(config: Config, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch: `tokens`, `segments`, `positions`, int32 (B, T)."""
+    shape = config.data.batch_size, config.data.sequence_length
+    leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     return dict.fromkeys(("tokens", "segments", "positions"), leaf)
 
 

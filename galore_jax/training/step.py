@@ -2,24 +2,28 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import galore_jax
 from galore_jax.grads import layerwise
+from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.models import llama_layerwise
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 from galore_jax.optim.state import galore_states, project
 from galore_jax.training.config import Config
+from galore_jax.training.layout import data_axes, jit_on, per_shard, whole
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.schedule import learning_rate_schedule
-from galore_jax.training.state import Batch, TrainState
+from galore_jax.training.state import Batch, TrainState, abstract_state
 from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 from galore_jax.types import PyTree
 
@@ -34,7 +38,14 @@ def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Ar
     return next_token_loss(logits, batch["tokens"], batch["segments"])
 
 
-def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradients:
+def make_loss(config: Config) -> Callable[..., Any]:
+    """`batch_loss` of the configured model, for a batch or for a shard of one."""
+    return per_shard(functools.partial(batch_loss, config.model))
+
+
+def make_gradients(
+    config: Config, tx: optax.GradientTransformation, mesh: Mesh | None = None
+) -> Gradients:
     """Gradients of the mean loss per target, over all micro-batches.
 
     The number of micro-batches changes the rounding and nothing else, however the targets are
@@ -45,26 +56,32 @@ def make_gradients(config: Config, tx: optax.GradientTransformation) -> Gradient
       float32, `Coordinates` where the backward pass projects them, and float32 scalars: `loss`, in
       nats per target, and `targets`, how many there are.
     """
-    loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
-    projected = galore_jax.value_and_grad(loss, tx, has_aux=True, micro_batches=number)
+    loss, number, axes = make_loss(config), config.training.accumulation, data_axes(mesh)
+    parts = number if mesh is None else number * math.prod(mesh.shape[axis] for axis in axes)
+    projected = galore_jax.value_and_grad(
+        loss, tx, has_aux=True, micro_batches=number, data_axes=axes
+    )
     full = jax.value_and_grad(loss, has_aux=True)
 
+    def full_of_shard(params: PyTree, batch: Batch) -> Any:
+        return mean_over(functools.partial(full, params), number, batch)
+
     def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
-        # Sums over the targets of a micro-batch, averaged over the micro-batches. The ratio of two
-        # such averages is that of the sums over the batch.
+        # Sums over the targets of a part, averaged over the parts: micro-batches of shards. The
+        # ratio of two such averages is that of the sums over the batch.
         if config.optimizer.has_projected_gradients:
             (loss_sum, targets), sums = projected(params, opt_state, batch)
         else:
-            (loss_sum, targets), sums = mean_over(functools.partial(full, params), number, batch)
+            (loss_sum, targets), sums = mean_over_shards(full_of_shard, axes, params, batch)
         divisor = jnp.where(targets > 0, targets, 1)
         means = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (1 / divisor), sums)
-        return means, {"loss": loss_sum / divisor, "targets": jnp.round(number * targets)}
+        return means, {"loss": loss_sum / divisor, "targets": jnp.round(parts * targets)}
 
     return gradients
 
 
 def make_train_step(
-    config: Config, *, refreshes: bool = False
+    config: Config, *, refreshes: bool = False, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The jitted training step; the state that it is given is donated.
 
@@ -75,6 +92,7 @@ def make_train_step(
     Args:
       config: the configuration of the run.
       refreshes: with projected gradients, refresh the bases that are due before the update.
+      mesh: from `training_mesh`; None: a single device.
 
     Returns:
       A function of a state and a batch (`tokens`, `segments`, `positions`: int32 (B, T)) that
@@ -84,16 +102,21 @@ def make_train_step(
       the unprojected gradients. With `training.diagnostics` also those of `energy_metrics`.
     """
     if config.training.layerwise:
-        return _make_layerwise_step(config, refreshes)
+        return _make_layerwise_step(config, refreshes, mesh)
     tx = make_optimizer(config.optimizer, config.training.steps)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     projected = config.optimizer.has_projected_gradients
     implementation: Any = config.optimizer.implementation
-    gradients_of = make_gradients(config, tx)
+    gradients_of = make_gradients(config, tx, mesh)
     full = dataclasses.replace(config.optimizer, gradients="full")
-    full_gradients_of = make_gradients(dataclasses.replace(config, optimizer=full), tx)
-    loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
-    refresh = galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number)
+    full_gradients_of = make_gradients(dataclasses.replace(config, optimizer=full), tx, mesh)
+    refresh = galore_jax.refresh(
+        make_loss(config),
+        tx,
+        has_aux=True,
+        micro_batches=config.training.accumulation,
+        data_axes=data_axes(mesh),
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         # New bases where they are due.
@@ -121,11 +144,11 @@ def make_train_step(
             metrics |= energy_metrics(opt_state, gradients, state.params, params)
         return TrainState(params, opt_state, state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return _compiled(train_step, config, mesh)
 
 
 def _make_layerwise_step(
-    config: Config, refreshes: bool
+    config: Config, refreshes: bool, mesh: Mesh | None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     optimizer = config.optimizer
     schedule = learning_rate_schedule(optimizer, config.training.steps)
@@ -159,7 +182,15 @@ def _make_layerwise_step(
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return _compiled(train_step, config, mesh)
+
+
+def _compiled(train_step: Callable[..., Any], config: Config, mesh: Mesh | None) -> Any:
+    """The jitted step, which leaves each part of the state on the device where it was."""
+    out = None
+    if mesh is not None:
+        out = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh)), whole(mesh)
+    return jit_on(mesh, train_step, out, donate_argnums=0)
 
 
 def _rounding_key(config: Config, step: jax.Array) -> jax.Array | None:

@@ -3,10 +3,12 @@
 import time
 
 import jax
+from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
 from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.training.config import Config
+from galore_jax.training.layout import on_mesh
 from galore_jax.training.state import Batch, TrainState, batch_shapes
 from galore_jax.training.step import make_train_step
 
@@ -33,6 +35,7 @@ class Stepper:
     Args:
       config: the configuration of the run.
       state: the state at the first step, or its shapes.
+      mesh: from `training_mesh`; batches come from `put_batch`.
 
     Attributes:
       compile_seconds: the time that compilation took.
@@ -41,15 +44,18 @@ class Stepper:
       InputError: the configured implementation needs a GPU and there is none.
     """
 
-    def __init__(self, config: Config, state: TrainState):
+    def __init__(self, config: Config, state: TrainState, mesh: Mesh | None = None):
         check_gpu(config)
-        batch = batch_shapes(config)
+        batch = batch_shapes(config, mesh)
         start = time.perf_counter()
-        self._step = make_train_step(config).lower(state, batch).compile()
-        self._refreshing_step = None
+        step, refreshing_step = make_train_step(config, mesh=mesh), None
         if config.optimizer.has_projected_gradients:
-            refreshing = make_train_step(config, refreshes=True)
-            self._refreshing_step = refreshing.lower(state, batch).compile()
+            refreshing_step = make_train_step(config, refreshes=True, mesh=mesh)
+        with on_mesh(mesh):
+            self._step = step.lower(state, batch).compile()
+            if refreshing_step is not None:
+                refreshing_step = refreshing_step.lower(state, batch).compile()
+        self._refreshing_step = refreshing_step
         self._steps_left = 0
         self.compile_seconds = time.perf_counter() - start
 

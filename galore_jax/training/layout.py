@@ -1,0 +1,154 @@
+"""How parameters, batches and activations of a training lie on its mesh.
+
+A batch is divided over the axes "data" and "fsdp", and so are activations. Parameters are divided
+over "fsdp" as `galore_jax.shardings` decides, and over "tensor" by the rules below: one of the two
+products of attention and of the MLP is cut by columns, the other by rows, so that a sum at the end
+of each is all that the devices exchange.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from galore_jax.errors import InputError
+from galore_jax.training.config import Config
+from galore_jax.training.mesh import DATA, FSDP, TENSOR, any_of, divisors, make_mesh
+
+P = PartitionSpec
+BATCH_AXES = (DATA, FSDP)
+TENSOR_RULES: Mapping[str, PartitionSpec] = {
+    **{f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in ("q", "k", "v", "gate", "up")},
+    **{f"*/{name}_proj/kernel": P(None, TENSOR, None) for name in ("o", "down")},
+    "lm_head/kernel": P(None, TENSOR),
+    "embed_tokens/embedding": P(TENSOR, None),
+}
+
+
+def training_mesh(config: Config) -> Mesh | None:
+    """The mesh of a training on all devices; None for a single device.
+
+    Raises:
+      InputError: the mesh does not have as many devices as there are, the rows of a micro-batch
+        cannot be divided among them, or the heads, the MLP or the vocabulary cannot.
+    """
+    mesh = make_mesh(config.mesh)
+    if mesh is not None:
+        _check_rows(config, mesh)
+        _check_tensor(config, mesh)
+    return mesh
+
+
+def _check_rows(config: Config, mesh: Mesh) -> None:
+    parts = config.training.accumulation
+    rows = config.data.batch_size // parts
+    divided = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if rows % divided:
+        possible = [size for size in divisors(mesh.size) if rows % size == 0]
+        raise InputError(
+            f"mesh.data × mesh.fsdp is {divided}, which does not divide data.batch_size / "
+            f"training.accumulation, {rows} rows: set data.batch_size to a multiple of "
+            f"{parts * divided}, or choose a mesh in which mesh.data × mesh.fsdp is "
+            f"{any_of(possible)}."
+        )
+
+
+def _check_tensor(config: Config, mesh: Mesh) -> None:
+    model = config.model
+    sizes = {
+        "num_heads": model.num_heads,
+        "num_kv_heads": model.kv_heads,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % mesh.shape[TENSOR]:
+            raise InputError(
+                f"mesh.tensor is {mesh.shape[TENSOR]}, which does not divide model.{name}, {size}: "
+                f"choose {any_of(divisors(math.gcd(*sizes.values())))}."
+            )
+
+
+def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of a batch's arrays, (rows, length)."""
+    return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Puts the rows of a batch, which every process has, on the devices that they belong to."""
+    sharding = batch_sharding(mesh)
+    if sharding is None:
+        return dict(batch)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+    return {name: put(rows) for name, rows in batch.items()}
+
+
+def data_axes(mesh: Mesh | None) -> tuple[str, ...]:
+    """The axes over which the batch is cut into shards, for each of which the loss is traced."""
+    return (DATA,) if mesh is not None and mesh.shape[DATA] > 1 else ()
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays that each device has all of."""
+    return NamedSharding(mesh, P())
+
+
+def jit_on(mesh: Mesh | None, f: Callable[..., Any], out: Any = None, **options: Any) -> Any:
+    """`jax.jit` of a function on a mesh, in which XLA chooses how intermediate arrays lie.
+
+    Args:
+      mesh: None: a single device.
+      f: the function; call or lower the result inside `on_mesh`.
+      out: the shardings of its results; None: each device gets all of them.
+      options: of `jax.jit`.
+    """
+    if mesh is None:
+        return jax.jit(f, **options)
+    out = whole(mesh) if out is None else out
+    if AxisType.Explicit in mesh.axis_types:
+        specs = jax.tree.map(lambda sharding: sharding.spec, out)
+        f = jax.sharding.auto_axes(f, out_sharding=specs)
+    return jax.jit(f, out_shardings=out, **options)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """A context in which functions are traced for a mesh.
+
+    In it, the models' activations lie as this module says, by `nn.with_logical_constraint`.
+    """
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(_rules(BATCH_AXES)):
+        yield
+
+
+def _rules(batch_axes: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The mesh axes of the models' logical axes."""
+    return [("batch", batch_axes), ("heads", TENSOR), ("mlp", TENSOR)]
+
+
+def per_shard(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss, also inside a `shard_map` over some of the batch's axes.
+
+    There a sharding may name the other axes only.
+    """
+
+    def shard_loss(*arguments: Any) -> Any:
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        if not manual:
+            return loss(*arguments)
+        free = tuple(name for name in BATCH_AXES if name not in manual)
+        with nn.logical_axis_rules(_rules(free)):
+            return loss(*arguments)
+
+    return shard_loss

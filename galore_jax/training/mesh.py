@@ -1,0 +1,98 @@
+"""The section `[mesh]`: how the devices of all processes are arranged for a training."""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from galore_jax.errors import InputError, require, require_choice
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """`[mesh]`: the devices of all processes, as a grid of data × fsdp × tensor.
+
+    One of the three sizes may be -1, which takes the devices that the others leave.
+
+    Attributes:
+      data: parts of the batch with a complete copy of the weights each.
+      fsdp: parts into which each of these parts of the batch is divided further, and the weights
+        and the optimizer's state with it: a device stores its part of the weights only and gathers
+        a layer when it computes with it.
+      tensor: parts into which the products of a layer are divided: whole heads, columns of the MLP
+        and of the vocabulary.
+      axes: types of the mesh's axes: `"auto"` or `"explicit"`.
+      shard_moments: also divide the optimizer's moments along `data`.
+
+    Raises:
+      InputError: a value out of range, or more than one -1.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    axes: str = "auto"
+    shard_moments: bool = False
+
+    def __post_init__(self):
+        for name in AXES:
+            value = getattr(self, name)
+            require(f"mesh.{name}", value, value == -1 or value >= 1, "at least 1, or -1")
+        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+            free = [f"mesh.{name}" for name in AXES if getattr(self, name) == -1]
+            raise InputError(
+                f"{' and '.join(free)} are -1, but only one size can take what the others leave: "
+                f"set {free[0]} = 1, or to the number of devices that you want."
+            )
+        require_choice("mesh.axes", self.axes, ("auto", "explicit"))
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each axis of a mesh of this number of devices.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    sizes = {name: getattr(config, name) for name in AXES}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = {name: size for name, size in sizes.items() if size != -1}
+    product = math.prod(fixed.values())
+    names = " × ".join(f"mesh.{name}" for name in fixed)
+    if free and devices % product:
+        raise InputError(
+            f"{names} is {product}, which does not divide the number of devices, {devices}: choose "
+            f"values whose product is {any_of(divisors(devices))}."
+        )
+    if not free and product != devices:
+        raise InputError(
+            f"{names} is {product}, but the number of devices is {devices}: choose values whose "
+            f"product is {devices}, or set mesh.data = -1 and values whose product divides it."
+        )
+    return sizes | dict.fromkeys(free, devices // product)
+
+
+def make_mesh(config: MeshConfig) -> Mesh | None:
+    """The mesh of all devices; None for a single device, which needs none.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    sizes = mesh_sizes(config, jax.device_count())
+    if jax.device_count() == 1:
+        return None
+    kind = AxisType.Explicit if config.axes == "explicit" else AxisType.Auto
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES))
+
+
+def divisors(number: int) -> list[int]:
+    """All positive integers that divide a positive one."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def any_of(values: list[int]) -> str:
+    """As in "1, 2 or 4"."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,186 @@
+"""Several processes that train together: how they start, agree and end.
+
+All of them run the same program. Process 0 writes the run's files and reports progress; what only
+one of them knows, a signal or an error, reaches the others through the functions here, which all
+have to call at the same point. A process alone skips all of it.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from galore_jax.errors import InputError
+from galore_jax.training.config_file import differences
+
+# Seconds until the others notice that a process is dead, or wait for it to end.
+TIMEOUT = 20
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> Iterator[None]:
+    """Joins this process with the others for the duration of the block.
+
+    Without arguments it does so if a cluster has started several processes (Slurm or Open MPI, in
+    the environment that these set). Enter it before JAX uses any device.
+
+    Args:
+      coordinator: address and port of process 0, as host:port.
+      processes: their number.
+      process: index of this one, from 0.
+
+    Raises:
+      InputError: only some of the arguments are given, or they do not fit together.
+    """
+    given = [coordinator, processes, process]
+    if given == [None] * 3:
+        if not _in_cluster():
+            yield
+            return
+    else:
+        _check_arguments(coordinator, processes, process)
+    # JAX's own handling of SIGTERM would keep the signal from this program.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        heartbeat_timeout_seconds=TIMEOUT,
+        shutdown_timeout_seconds=TIMEOUT,
+    )
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "ends_all", False):
+            # The others wait for this process, and end once it is gone. JAX would wait for them.
+            atexit.register(_end_at_once, 2 if isinstance(error, InputError) else 1)
+        raise
+
+
+def _in_cluster() -> bool:
+    """Whether Slurm or Open MPI started this process as one of several."""
+    slurm = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in os.environ else "1"
+    return int(slurm) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+
+
+def _check_arguments(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    if coordinator is None or processes is None or process is None:
+        raise InputError(
+            "--coordinator, --processes and --process belong together: give all three, or none for "
+            "a single process and for those that Slurm or Open MPI start."
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"--coordinator must be host:port, as in node0:1234, not {coordinator!r}.")
+    if processes < 1:
+        raise InputError(f"--processes must be at least 1, not {processes}.")
+    if not 0 <= process < processes:
+        raise InputError(
+            f"--process must be from 0 to {processes - 1}, as there are {processes} processes, not "
+            f"{process}."
+        )
+
+
+def _end_at_once(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes files and reports progress."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """A block that ends all processes if it raises an exception in one of them.
+
+    The first such process reports it; the others end with status 2. The block may not exchange
+    anything between processes by itself.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        error.ends_all = True  # pyright: ignore[reportAttributeAccessIssue]
+        if _gathered([True]).argmax() != jax.process_index():
+            raise SystemExit(2) from None
+        raise
+    if _gathered([False]).any():
+        raise SystemExit(2)
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Checks that all processes were started with the same settings.
+
+    Args:
+      values: settings that JSON can hold, by section and key.
+
+    Raises:
+      InputError: in a process whose settings differ from those of process 0; names one. The others
+        end with status 2.
+    """
+    if jax.process_count() == 1:
+        return
+    first = json.loads(_text_of_first(json.dumps(values)))
+    with ending_together():
+        if changed := differences(first, values):
+            key, (there, here) = next(iter(changed.items()))
+            raise InputError(
+                f"{key} is {there!r} in process 0 and {here!r} in process {jax.process_index()}: "
+                "start all processes with the same configuration."
+            )
+
+
+def stopping_together(is_stopped: Callable[[], bool]) -> Callable[[], bool]:
+    """Makes a function, to be called after each step, that is true in all processes or in none.
+
+    A process alone gets `is_stopped` itself. Several exchange its value about once a second, after
+    the same steps, so that most steps need not wait for the others.
+
+    Args:
+      is_stopped: whether this process has been told to stop.
+    """
+    if jax.process_count() == 1:
+        return is_stopped
+    every, left, mark = 1, 1, time.perf_counter()
+
+    def stops() -> bool:
+        nonlocal every, left, mark
+        left -= 1
+        if left:
+            return False
+        seconds = time.perf_counter() - mark
+        per_second = min(int(every / seconds), 2 * every)
+        answers = _gathered([is_stopped(), max(1, per_second)])
+        every = left = int(answers[0, 1])
+        mark = time.perf_counter()
+        return bool(answers[:, 0].any())
+
+    return stops
+
+
+def _gathered(values: list[int]) -> np.ndarray:
+    """The values of all processes, (processes, len(values))."""
+    return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32)))
+
+
+def _text_of_first(text: str) -> str:
+    """The text that process 0 has."""
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
+    buffer = encoded if is_first() else np.zeros(size, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes().decode()

@@ -1,0 +1,91 @@
+"""The section `[mesh]`, and which meshes are possible."""
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+
+from galore_jax.data.batches import DataConfig
+from galore_jax.errors import InputError
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training import layout
+from galore_jax.training.config import Config, TrainingConfig
+from galore_jax.training.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
+
+
+def test_a_size_of_minus_1_takes_what_the_others_leave():
+    assert mesh_sizes(MeshConfig(), 8) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert mesh_sizes(MeshConfig(fsdp=2, tensor=2), 8) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh_sizes(MeshConfig(data=1, fsdp=-1), 8) == {"data": 1, "fsdp": 8, "tensor": 1}
+
+
+def test_a_single_device_needs_no_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert make_mesh(MeshConfig()) is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        (
+            {"data": 2, "fsdp": 3},
+            "mesh.data × mesh.fsdp × mesh.tensor is 6, but the number of devices is 8: choose "
+            "values whose product is 8, or set mesh.data = -1 and values whose product divides it.",
+        ),
+        (
+            {"fsdp": 3},
+            "mesh.fsdp × mesh.tensor is 3, which does not divide the number of devices, 8: choose "
+            "values whose product is 1, 2, 4 or 8.",
+        ),
+    ],
+)
+def test_a_mesh_of_another_number_of_devices_is_refused_with_those_that_work(sizes, sentence):
+    with pytest.raises(InputError) as refused:
+        mesh_sizes(MeshConfig(**sizes), 8)
+    assert str(refused.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation", "sentence"),
+    [
+        (
+            (8, 1, 1),
+            3,
+            "mesh.data × mesh.fsdp is 8, which does not divide data.batch_size / "
+            "training.accumulation, 4 rows: set data.batch_size to a multiple of 24, or choose a "
+            "mesh in which mesh.data × mesh.fsdp is 1, 2 or 4.",
+        ),
+        (
+            (1, 1, 8),
+            1,
+            "mesh.tensor is 8, which does not divide model.num_heads, 12: choose 1, 2 or 4.",
+        ),
+        (
+            (2, 1, 3),
+            1,
+            "mesh.tensor is 3, which does not divide model.num_kv_heads, 4: choose 1, 2 or 4.",
+        ),
+        (
+            (3, 1, 4),
+            1,
+            None,
+        ),
+    ],
+)
+def test_what_a_mesh_cannot_divide_is_named_with_the_sizes_that_work(
+    monkeypatch, sizes, accumulation, sentence
+):
+    mesh = AbstractMesh(sizes, AXES)
+    monkeypatch.setattr(layout, "make_mesh", lambda config: mesh)
+    config = Config(
+        LlamaConfig(
+            vocab_size=1000, hidden_size=96, intermediate_size=100, num_heads=12, num_kv_heads=4
+        ),
+        DataConfig(batch_size=12),
+        training=TrainingConfig(accumulation=accumulation),
+    )
+    if sentence is None:
+        assert layout.training_mesh(config) is mesh
+        return
+    with pytest.raises(InputError) as refused:
+        layout.training_mesh(config)
+    assert str(refused.value) == sentence
