@@ -87,7 +87,7 @@ def mean_over_shards(
         return jax.tree.map(mean, f(operands, *batch), is_leaf=is_coordinates)
 
     in_specs = (PartitionSpec(), *(PartitionSpec(data_axes) for _ in batch))
-    return jax.shard_map(
+    sharded = jax.shard_map(
         reduced,
         mesh=mesh,
         in_specs=in_specs,
@@ -95,7 +95,9 @@ def mean_over_shards(
         axis_names=set(data_axes),
         # The means make the results equal on all devices, whatever the loss does in between.
         check_vma=False,
-    )(operands, *batch)
+    )
+    # Compiled, because JAX cannot run it op by op if other axes divide an array.
+    return jax.jit(sharded)(operands, *batch)
 
 
 def _scattered_axis(node: Any, data_axes: MeshAxes) -> int | None:

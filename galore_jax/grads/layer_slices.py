@@ -127,7 +127,10 @@ def _without_layers(piece: Any) -> Any:
             )
         shifted = lambda axes: tuple(axis - 1 for axis in axes)
         view = MatrixView(view.shape[1:], shifted(view.in_axes), shifted(view.out_axes))
-        projection = dataclasses.replace(node.projection, view=view)
+        partition = node.projection.partition
+        if partition is not None:
+            partition = partition.trailing(len(view.shape))
+        projection = dataclasses.replace(node.projection, view=view, partition=partition)
         return dataclasses.replace(node, projection=projection)
 
     return jax.tree.map(at_node, piece, is_leaf=is_leaf)

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from galore_jax.grads.tracked import BATCH, IN, OUT, TOKEN, Tracked, kind
+from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.quantization import dequantize
 
 # As for `lax.dot_general`, of x and the parameter: (contracting, contracting), (batch, batch).
@@ -57,6 +59,8 @@ def projected_product(
     y_axes = [axes[i] for i in batch] + (kept + tokens if parameter_first else tokens + kept)
     layout = _Layout("".join(x_axes), "".join(y_axes), contracts_in=contracted == sides[0])
     coordinates = varying_as(parameter.coordinates, x, parameter.array)
+    if explicit_mesh((x, parameter.array)) is not None:
+        layout = layout._replace(coordinates=specs_of(coordinates))
     return _product(dot, layout, x, parameter.array, parameter.vectors, coordinates)
 
 
@@ -71,11 +75,15 @@ def varying_as(array: jax.Array, *others: Any) -> jax.Array:
 
 
 class _Layout(NamedTuple):
-    """The axes of x and of the result, and whether the product contracts the in side."""
+    """The axes of x and of the result, and whether the product contracts the in side.
+
+    On a mesh with Explicit axes, also the sharding type of the coordinates.
+    """
 
     x_axes: str
     y_axes: str
     contracts_in: bool
+    coordinates: PartitionSpec | None = None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -93,10 +101,16 @@ def _backward(dot, layout, residuals, dy):
     x, array, vectors, like = residuals
     (dx,) = jax.vjp(lambda x: dot(x, array), x)[1](dy)
 
-    # The coordinates, from x and dy as batches of matrices of tokens.
+    coordinates = partial(_coordinates, layout, array.dtype)
     x, dy = lax.optimization_barrier((x, dy))
-    # Float8 operands are multiplied in float32.
-    wide = [one.dtype if one.dtype.itemsize > 1 else jnp.float32 for one in (x, array)]
+    value = with_auto_axes(coordinates, x, dy, vectors, out=lambda: layout.coordinates)
+    return dx, None, None, value.astype(like.dtype)
+
+
+def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> jax.Array:
+    """The coordinates of the gradient `xᵀ dy`, or `dyᵀ x`, of a parameter with this dtype."""
+    # x and dy as batches of matrices of tokens; float8 operands are multiplied in float32.
+    wide = [one if one.itemsize > 1 else jnp.float32 for one in (x.dtype, dtype)]
     dtype = jnp.promote_types(*wide)
     inputs = _matrices(x.astype(dtype), layout.x_axes)
     outputs = _matrices(dy.astype(dtype), layout.y_axes)
@@ -109,7 +123,7 @@ def _backward(dot, layout, residuals, dy):
     # Both operands keep their tokens where they are: given a transpose, XLA would compute Pᵀ xᵀ,
     # which takes twice the time on CPUs.
     coordinates = _einsum(f"{rows[1]}ta,{columns[1]}tc->{batch}ac", rows[0], columns[0])
-    return dx, None, None, jnp.real(coordinates).astype(like.dtype)
+    return jnp.real(coordinates)
 
 
 _product.defvjp(_forward, _backward)

@@ -18,6 +18,7 @@ from jax import lax
 from galore_jax.grads.data_parallel import mean_over_shards, shard_count
 from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
+from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.ops.quantization import as_float32
@@ -133,7 +134,10 @@ def refresh(
             for basis in jax.tree.leaves(bases, is_leaf=is_basis)
             if first.uses[basis.projection.path].gradient != "full"
         }
-        return _refreshed(opt_state, _sketches(backward, projected)) if projected else opt_state
+        if not projected:
+            return opt_state
+        sketches = _sketches(backward, projected)
+        return with_auto_axes(_refreshed, opt_state, sketches, out=lambda: specs_of(opt_state))
 
     return run
 
@@ -155,7 +159,7 @@ def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch
     """
     sketches = {
         path: Sketch(
-            {side: as_float32(stack) for side, stack in basis.vectors.items()},
+            {side: _float32(stored) for side, stored in basis.vectors.items()},
             jnp.ones(basis.age.shape, bool),
         )
         for path, basis in bases.items()
@@ -226,14 +230,23 @@ def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
 
 
 def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`f` applied to the matrices that are due; the others are those of the first array."""
+    """`f` applied to the matrices that are due; the others are those of the last array."""
 
     def apply_to(i: jax.Array, result: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
         return result.at[i].set(f(*(array[i] for array in arrays)))
 
-    stacks = flatten_batch(arrays, basis.age.ndim)
-    due = (updates_left(basis) <= 0).reshape(-1)
-    return for_each(due, apply_to, stacks[0], stacks).reshape(arrays[0].shape)
+    def where_due(due: jax.Array, *arrays: jax.Array) -> jax.Array:
+        stacks = flatten_batch(arrays, basis.age.ndim)
+        return for_each(due.reshape(-1), apply_to, stacks[-1], stacks).reshape(arrays[-1].shape)
+
+    due = updates_left(basis) <= 0
+    return with_auto_axes(where_due, due, *arrays, out=lambda: specs_of(arrays[-1]))
+
+
+def _float32(stored: Any) -> jax.Array:
+    """Basis vectors in float32, where the stored ones lie."""
+    codes = jax.tree.leaves(stored)[0]
+    return with_auto_axes(as_float32, stored, out=lambda: specs_of(codes))
 
 
 def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:

@@ -12,11 +12,12 @@ from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
+from galore_jax.ops.explicit import explicit_mesh, specs_of, typed, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.optim.state import galore_states, is_low_rank, map_bases
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.placement import constrain_coordinates
+from galore_jax.subspace.placement import constrain_coordinates, coordinates_partition
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
@@ -216,7 +217,9 @@ class TracedLoss:
                 return full.get(i)
             projection, total = bases[i].projection, coordinates[i]
             if i in full:
-                total += projection.project(bases[i].vectors, full[i])
+                total += with_auto_axes(
+                    projection.project, bases[i].vectors, full[i], out=lambda: specs_of(total)
+                )
             return Coordinates(total, projection)
 
         return pair, [gradient(i) for i in range(len(self._leaves))]
@@ -231,6 +234,9 @@ class TracedLoss:
     def _zeros(self, bases: dict[int, Basis]) -> dict[int, jax.Array]:
         def zeros(leaf: Any, basis: Basis) -> jax.Array:
             coordinates = jnp.zeros(basis.projection.coordinates_shape, jnp.float32)
+            partition = coordinates_partition(basis.projection)
+            if partition is not None and explicit_mesh(leaf) is not None:
+                coordinates = typed(coordinates, lambda: partition.spec, leaf)
             # Inside shard_map its derivative is summed over devices if that of the leaf is.
             return varying_as(coordinates, leaf)
 

@@ -14,6 +14,8 @@ import jax
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from galore_jax.ops.explicit import explicit_mesh
+
 MeshAxes = tuple[str, ...]
 AxisNames = str | Sequence[str]
 
@@ -46,8 +48,10 @@ class Partition:
 
     def constrain(self, array: jax.Array) -> jax.Array:
         """The array, partitioned like this; its leading axes may be missing."""
-        mesh = self._context()
+        mesh = explicit_mesh(array) or self._context()
         spec = self.trailing(array.ndim)._without(mesh.manual_axes).spec
+        if mesh.explicit_axes:
+            return jax.sharding.reshard(array, NamedSharding(mesh, spec))
         return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     def map_parts(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import Partition
@@ -20,6 +21,7 @@ from galore_jax.optim.state import (
     GaLoreState,
     boxed_as,
     check_gradient,
+    constrain_unprojected,
     galore_states,
     map_bases,
     with_gradient,
@@ -66,6 +68,20 @@ def apply_gradients(
         transformation that cannot work on coordinates; an unknown implementation.
     """
     check_implementation(implementation)
+    apply = partial(_apply_gradients, tx, implementation)
+    arguments = grads, state, params, key, extra_args
+    return with_auto_axes(apply, *arguments, out=lambda: specs_of((params, state)))
+
+
+def _apply_gradients(
+    tx: optax.GradientTransformation,
+    implementation: Implementation,
+    grads: PyTree,
+    state: PyTree,
+    params: PyTree,
+    key: jax.Array | None,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, PyTree]:
     all_params, params = params, with_gradient(params, grads)
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
     if isinstance(tx, Chain):
@@ -94,7 +110,8 @@ def apply_gradients(
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
-    return _with_rest(boxed_as(params, new), all_params), constrain_state(state)
+    new = constrain_unprojected(boxed_as(params, new), states)
+    return _with_rest(new, all_params), constrain_state(state)
 
 
 def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:

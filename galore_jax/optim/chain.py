@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.optim.moments import (
     BasisUpdates,
     PerMatrixState,
@@ -25,6 +26,7 @@ from galore_jax.optim.state import (
     GaLoreState,
     bases_of,
     boxed_as,
+    constrain_unprojected,
     galore_states,
     is_low_rank,
     map_bases,
@@ -152,9 +154,14 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         return skip_updates(updates, basis_updates), ChainState(tuple(states))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
-        coordinates, state = update_coordinates(updates, state, params, **extra_args)
+        def update(updates: PyTree, state: Any, params: PyTree, extra_args: Any):
+            coordinates, state = update_coordinates(updates, state, params, **extra_args)
+            like = updates if params is None else with_gradient(params, updates)
+            return _lift(coordinates, galore_states(state.inner_states), like), state
+
         like = updates if params is None else with_gradient(params, updates)
-        return _lift(coordinates, galore_states(state.inner_states), like), state
+        arguments = updates, state, params, extra_args
+        return with_auto_axes(update, *arguments, out=lambda: specs_of((like, state)))
 
     tx = Chain(init_fn, update_fn)
     tx.transforms, tx.update_coordinates = transforms, update_coordinates
@@ -283,7 +290,7 @@ def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
 
     for state in states:
         updates = map_bases(lifted, state.bases, updates, like, otherwise=updates)
-    return jax.tree.map(cast, boxed_as(like, updates), like)
+    return constrain_unprojected(jax.tree.map(cast, boxed_as(like, updates), like), states)
 
 
 def _check_not_after_decay(updates: PyTree) -> None:

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from galore_jax.ops.quantization import Quantized
+from galore_jax.optim.state import Unprojected
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import Coordinates
 
@@ -25,7 +26,8 @@ def _register() -> None:
     from flax import serialization
 
     def register(kind: type) -> None:
-        names = [f.name for f in dataclasses.fields(kind) if not f.metadata.get("static")]
+        is_static = lambda f: f.metadata.get("static") or kind is Unprojected
+        names = [f.name for f in dataclasses.fields(kind) if not is_static(f)]
 
         def to_dict(node: Any) -> dict[str, Any]:
             return {name: serialization.to_state_dict(getattr(node, name)) for name in names}
@@ -39,5 +41,5 @@ def _register() -> None:
 
         serialization.register_serialization_state(kind, to_dict, from_dict)
 
-    for kind in (Basis, Coordinates, Quantized):
+    for kind in (Basis, Coordinates, Quantized, Unprojected):
         register(kind)

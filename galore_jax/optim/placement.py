@@ -8,12 +8,14 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
+from galore_jax.ops.explicit import with_auto_axes
 from galore_jax.ops.partition import AxisNames, MeshAxes, Partition, axes_of, names_of, partition_of
 from galore_jax.ops.quantization import Quantized
 from galore_jax.optim.chain import start
 from galore_jax.optim.moments import is_moment
+from galore_jax.optim.state import GaLoreState, Unprojected, is_parameter
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.subspace.placement import (
     basis_partition,
     counters_partition,
@@ -86,8 +88,13 @@ def placed_state(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNa
         return start(params)
     shardings = shardings_of(start, params, over)
     leaves, tree = jax.tree.flatten(shardings)
-    compute = jax.jit(lambda params: jax.tree.leaves(start(params)), out_shardings=leaves)
-    return tree.unflatten(compute(params))
+    specs = [sharding.spec for sharding in leaves]
+
+    def compute(params: PyTree) -> list[jax.Array]:
+        flat = lambda params: jax.tree.leaves(start(params))
+        return with_auto_axes(flat, params, out=lambda: specs)
+
+    return tree.unflatten(jax.jit(compute, out_shardings=leaves)(params))
 
 
 def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNames) -> PyTree:
@@ -150,7 +157,18 @@ class _Places:
             partition = self.by_name.get(projection.path)
             return dataclasses.replace(projection, partition=partition, over=self.over)
 
+        def at_parameter(path: KeyPath, node: Any) -> Any:
+            partition = self.by_name.get(path_names(path))
+            if is_basis(node) or partition is None:
+                return at_node(path, node)
+            return Unprojected(partition)
+
         def at_node(path: KeyPath, node: Any) -> Any:
+            if isinstance(node, GaLoreState):
+                bases = jax.tree_util.tree_map_with_path(
+                    at_parameter, node.bases, is_leaf=is_parameter
+                )
+                return node._replace(bases=bases)
             if isinstance(node, Basis | Coordinates):
                 node = dataclasses.replace(node, projection=tag(node.projection))
             if is_coordinates(node) and isinstance(node.value, Quantized):
@@ -160,7 +178,8 @@ class _Places:
                 return _with(node, self._of_leaf(path, node))
             return node
 
-        return jax.tree_util.tree_map_with_path(at_node, state, is_leaf=_is_node)
+        is_leaf = lambda node: _is_node(node) or isinstance(node, GaLoreState)
+        return jax.tree_util.tree_map_with_path(at_node, state, is_leaf=is_leaf)
 
     def partitions(self, state: PyTree) -> PyTree:
         """A tree like a tagged state, with the partition of each leaf."""

@@ -1,12 +1,14 @@
 """The state of galore, and trees in which `Coordinates` replace projected leaves."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.partition import Partition
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
@@ -19,8 +21,8 @@ class GaLoreState(NamedTuple):
 
     Attributes:
       count: int32 scalar, number of updates so far.
-      bases: the parameters' tree with a `Basis` for projected leaves and `optax.MaskedNode()`
-        elsewhere.
+      bases: the parameters' tree with a `Basis` for projected leaves, and elsewhere
+        `optax.MaskedNode()` or, on a mesh, `Unprojected`.
       lazy: when the gap between refreshes doubles.
       seed: uint32 scalar, the seed of random bases.
     """
@@ -29,6 +31,14 @@ class GaLoreState(NamedTuple):
     bases: PyTree
     lazy: Lazy
     seed: jax.typing.ArrayLike
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Unprojected:
+    """A parameter that is not projected, on a mesh: it has no basis, but its partition is known."""
+
+    partition: Partition
 
 
 class ChainState(NamedTuple):
@@ -94,8 +104,25 @@ def map_bases(f: Callable[..., Any], bases: PyTree, *rest: PyTree, otherwise: Py
     def at_leaf(basis: Any, otherwise: Any, *subtrees: Any) -> Any:
         return f(basis, *map(unboxed, subtrees)) if is_basis(basis) else otherwise
 
-    is_leaf = lambda node: is_basis(node) or isinstance(node, optax.MaskedNode)
-    return jax.tree.map(at_leaf, bases, otherwise, *rest, is_leaf=is_leaf)
+    return jax.tree.map(at_leaf, bases, otherwise, *rest, is_leaf=is_parameter)
+
+
+def constrain_unprojected(tree: PyTree, states: list[GaLoreState]) -> PyTree:
+    """A tree like the parameters, with the leaves that are not projected where those lie."""
+
+    def at_leaf(node: Any, subtree: PyTree) -> PyTree:
+        if not isinstance(node, Unprojected):
+            return subtree
+        return jax.tree.map(node.partition.constrain, subtree)
+
+    for state in states:
+        tree = jax.tree.map(at_leaf, state.bases, tree, is_leaf=is_parameter)
+    return tree
+
+
+def is_parameter(node: Any) -> bool:
+    """Whether a node of `GaLoreState.bases` stands for a parameter."""
+    return is_basis(node) or isinstance(node, optax.MaskedNode | Unprojected)
 
 
 def without_boxes(tree: PyTree, states: list[GaLoreState]) -> PyTree:

@@ -127,6 +127,9 @@ REFRESH: dict[str, Callable[[jax.Array, Side, jax.Array, Any, Any], jax.Array]] 
     "random": random,
 }
 
+# The methods that need a matrix as a whole.
+EXACT = frozenset({"eigh", "svd"})
+
 
 def overlap(old: jax.Array, new: jax.Array) -> jax.Array:
     """Mean squared cosine of the principal angles between two subspaces, `‖P_oldᵀP_new‖² / r`."""

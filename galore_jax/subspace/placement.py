@@ -77,8 +77,8 @@ def constrain_coordinates(node: Any) -> Any:
     """Puts float32 coordinates where `coordinates_partition` says; other nodes are unchanged."""
     if not isinstance(node, Coordinates):
         return node
-    value = constrained(node.value, coordinates_partition(node.projection))
-    return replace(node, value=value)
+    partition = coordinates_partition(node.projection)
+    return node if partition is None else replace(node, value=partition.constrain(node.value))
 
 
 def constrain_basis(basis: Basis) -> Basis:

@@ -1,6 +1,8 @@
 """The refresh of a basis: which matrices are due, their new vectors, and their next gap."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.quantization import as_float32, stored_like
@@ -18,8 +21,9 @@ from galore_jax.subspace.basis import (
     updates_left,
     updates_overdue,
 )
-from galore_jax.subspace.methods import REFRESH, overlap
-from galore_jax.subspace.projection import Side
+from galore_jax.subspace.methods import EXACT, REFRESH, overlap
+from galore_jax.subspace.placement import constrain_basis, matrices_partition
+from galore_jax.subspace.projection import Projection, Side
 
 
 class Lazy(NamedTuple):
@@ -88,13 +92,29 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
     # Compute new vectors, with the batch axes flattened.
     batch = basis.age.shape
     stacks = flatten_batch((basis.vectors, basis.age, basis.gap, matrices), len(batch))
-    vectors, refreshed, overlaps = refresh_where_due(
-        *stacks,
-        (seed, count, path_hash(basis.projection)),
-        basis.method,
-    )
+    refresh = partial(refresh_where_due, method=basis.method)
+    if basis.method in EXACT:
+        refresh = _on_whole_matrices(refresh, basis.projection)
+    key_data = seed, count, path_hash(basis.projection)
+    vectors, refreshed, overlaps = refresh(*stacks, key_data)
     vectors = jax.tree.map(lambda new, old: new.reshape(old.shape), vectors, basis.vectors)
     return _apply_refresh(basis, vectors, refreshed.reshape(batch), overlaps.reshape(batch), lazy)
+
+
+def _on_whole_matrices(refresh: Callable[..., Any], projection: Projection) -> Callable[..., Any]:
+    """A refresh of a stack of which each device has whole matrices in place of parts of all.
+
+    The exact methods cannot work on parts. An all-to-all moves less than gathering the stack, and
+    the devices share the work. Where the devices do not divide the number of matrices, XLA gathers
+    one matrix after the other.
+    """
+    partition = matrices_partition(projection)
+    count = math.prod(projection.view.batch)
+    if partition is None or count % math.prod(partition.mesh.shape[n] for n in partition.used):
+        return refresh
+    matrices = PartitionSpec(partition.used or None)
+    in_specs = (matrices, matrices, matrices, matrices, PartitionSpec())
+    return partition.map_parts(refresh, in_specs, matrices)
 
 
 def _refresh_from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
@@ -142,7 +162,7 @@ def _apply_refresh(
     overdue = updates_overdue(basis)
     backoff = overdue + jnp.clip(overdue, 1, basis.interval)
     wait = jnp.where(updates_left(basis) <= 0, backoff, basis.wait)
-    return dataclasses.replace(
+    new = dataclasses.replace(
         basis,
         vectors=vectors,
         age=jnp.where(refreshed, 0, basis.age),
@@ -150,6 +170,7 @@ def _apply_refresh(
         wait=jnp.where(refreshed, 0, wait),
         overlap=jnp.where(refreshed, overlaps, basis.overlap),
     )
+    return constrain_basis(new)
 
 
 @partial(jax.jit, static_argnames="method")

@@ -1,5 +1,6 @@
 """Twenty steps of a small model on a mesh, with three refreshes, in each of the library's modes."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -54,6 +55,44 @@ def loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.sum(logits * chosen, -1))
 
 
+# The same model, written for a mesh with Explicit axes: activations are divided by batch alone.
+
+
+def _typed(array: jax.Array, *spec: Any) -> jax.Array:
+    return jax.sharding.reshard(array, P(*spec))
+
+
+def _batch_axes() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(axis for axis in ("data", "fsdp") if axis in mesh.explicit_axes)
+
+
+def typed_block(layer: dict[str, Any], x: jax.Array) -> jax.Array:
+    whole = jax.tree.map(lambda leaf: _typed(leaf, *[None] * leaf.ndim), layer)
+    return block(whole, x)
+
+
+def typed_embed(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+    table = _typed(params["embed"]["embedding"], None, None)
+    return table.at[tokens].get(out_sharding=P(_batch_axes())).astype(jnp.float32)
+
+
+def typed_loss(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+    x = typed_embed(params, tokens)
+    x, _ = jax.lax.scan(lambda x, layer: (typed_block(layer, x), None), x, params["layers"])
+    return _head_loss(_typed(params["head"], None, None), x, tokens)
+
+
+TYPED_MODEL = galore_jax.layerwise.LayeredModel(
+    embed=lambda params, tokens: (typed_embed(params, tokens), None),
+    block=lambda layer, x, _: typed_block(layer, x),
+    head_loss=lambda params, x, tokens: (
+        _head_loss(_typed(params["head"], None, None), x, tokens),
+        None,
+    ),
+)
+
+
 def batches() -> np.ndarray:
     """Tokens (steps, batch, length) of a process with something to learn."""
     random = np.random.RandomState(0)
@@ -92,39 +131,44 @@ def train(
     params = init_params(dtype)
     placed = lambda tokens: tokens
     if mesh is not None:
-        rules = {k: v for k, v in RULES.items() if "tensor" in mesh.shape} if rules is None else rules
+        rules = (
+            {k: v for k, v in RULES.items() if "tensor" in mesh.shape} if rules is None else rules
+        )
         params = jax.device_put(params, galore_jax.shardings(tx, params, mesh, rules))
         axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
         placed = functools.partial(jax.device_put, device=NamedSharding(mesh, P(axes)))
+    explicit = mesh is not None and AxisType.Explicit in mesh.axis_types
+    of, model = (typed_loss, TYPED_MODEL) if explicit else (loss, MODEL)
     options = {"data_axes": data_axes, "micro_batches": micro_batches}
     key = jax.random.key(1) if dtype == jnp.bfloat16 else None
     if mode == "layerwise":
         state = galore_jax.layerwise.init(tx, params, over=over)
-        make = functools.partial(galore_jax.layerwise.make_step, MODEL, tx)
+        make = functools.partial(galore_jax.layerwise.make_step, model, tx)
         steps_of = {flag: jax.jit(make(refreshes=flag), donate_argnums=(0, 1)) for flag in (0, 1)}
     else:
         state = galore_jax.init(tx, params, over=over)
 
-    refresh = jax.jit(galore_jax.refresh(loss, tx, **options))
+    refresh = jax.jit(galore_jax.refresh(of, tx, **options))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, tokens):
         if mode == "projected":
-            value, grads = galore_jax.value_and_grad(loss, tx, **options)(params, state, tokens)
+            value, grads = galore_jax.value_and_grad(of, tx, **options)(params, state, tokens)
         else:
-            value, grads = jax.value_and_grad(loss)(params, tokens)
+            value, grads = jax.value_and_grad(of)(params, tokens)
         return value, *galore_jax.apply_gradients(tx, grads, state, params, key=key)
 
     losses = []
-    for tokens in batches()[:steps]:
-        tokens = placed(jnp.asarray(tokens))
-        due = bool(galore_jax.refresh_due(state))
-        if mode == "layerwise":
-            result = steps_of[due](params, state, tokens, key)
-            params, state, value = result.params, result.state, result.loss
-        else:
-            if due and mode == "projected":
-                state = refresh(params, state, tokens)
-            value, params, state = step(params, state, tokens)
-        losses.append(float(value))
+    with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
+        for tokens in batches()[:steps]:
+            tokens = placed(jnp.asarray(tokens))
+            due = bool(galore_jax.refresh_due(state))
+            if mode == "layerwise":
+                result = steps_of[due](params, state, tokens, key)
+                params, state, value = result.params, result.state, result.loss
+            else:
+                if due and mode == "projected":
+                    state = refresh(params, state, tokens)
+                value, params, state = step(params, state, tokens)
+            losses.append(float(value))
     return losses, params, state
