@@ -1,7 +1,7 @@
 """What a training step costs on many devices: bytes of memory, and bytes that are communicated.
 
 python scripts/scaling.py --picture scaling.png
-python scripts/scaling.py --models 7b --layouts data --devices 8 --optimizers adamw projected
+python scripts/scaling.py --models 7b --layouts data --devices 8 --optimizers adamw,projected
 python scripts/scaling.py --models 350m --device h100
 
 Compiles the training step of a LLaMA for meshes of virtual CPU devices, or with --device for GPUs
@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from galore_jax.errors import InputError, check_installed, run_cli
+from galore_jax.errors import InputError, check_installed, require_choice, run_cli
 from galore_jax.files import atomic_write
 
 GIB = 2**30
@@ -291,7 +291,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
         Case(model, layout, optimizer, devices)
         for model in arguments.models
         for layout in arguments.layouts
-        for devices in sorted(arguments.devices)
+        for devices in sorted(map(int, arguments.devices))
         for optimizer in arguments.optimizers
     ]
 
@@ -311,11 +311,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--models", choices=MODELS, default=MODELS, **several)
-    parser.add_argument("--layouts", choices=LAYOUTS, default=LAYOUTS, **several)
-    parser.add_argument("--optimizers", choices=OPTIMIZERS, default=list(OPTIMIZERS), **several)
-    parser.add_argument("--devices", type=int, nargs="+", metavar="N", default=[1, 8, 64])
+    names: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,…"}
+    parser.add_argument("--models", default=list(MODELS), **names)
+    parser.add_argument("--layouts", default=list(LAYOUTS), **names)
+    parser.add_argument("--optimizers", default=list(OPTIMIZERS), **names)
+    parser.add_argument("--devices", default=["1", "8", "16", "64"], **{**names, "metavar": "N,…"})
     parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
     parser.add_argument("--rows", type=int, default=64, help="of a micro-batch on a device")
     parser.add_argument(
@@ -332,7 +332,7 @@ def main() -> None:
     if arguments.picture:
         check_installed("matplotlib")
     if arguments.device == "cpu":
-        start_cpus(max(arguments.devices))
+        start_cpus(max(map(int, arguments.devices)))
 
     from galore_jax.training.step_cost import step_cost, trainer_steps
 
@@ -364,12 +364,13 @@ def check(arguments: argparse.Namespace) -> None:
         file = getattr(arguments, option)
         if file and not file.parent.is_dir():
             raise InputError(f"there is no folder {file.parent} for --{option}: make it first.")
-    for devices in arguments.devices:
-        if devices < 1 or devices & (devices - 1):
-            raise InputError(f"--devices {devices} is not a power of two: take 1, 2, 4, 8, …")
-    names = ("cpu", "a100", "rtx4090", "h100")
-    if arguments.device not in names:
-        raise InputError(f"there is no device {arguments.device}: take one of {', '.join(names)}.")
+    for option, known in (("models", MODELS), ("layouts", LAYOUTS), ("optimizers", OPTIMIZERS)):
+        for name in getattr(arguments, option):
+            require_choice(f"--{option}", name, known)
+    for number in arguments.devices:
+        if not number.isdecimal() or int(number).bit_count() != 1:
+            raise InputError(f"--devices {number} is not a power of two: take 1, 2, 4, 8, …")
+    require_choice("--device", arguments.device, ("cpu", "a100", "rtx4090", "h100"))
     if arguments.rows < 1:
         raise InputError(f"--rows must be at least 1, not {arguments.rows}.")
 

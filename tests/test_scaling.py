@@ -51,7 +51,7 @@ def report(folder: Path, *arguments: str) -> tuple[str, dict]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """The report of the usual optimizers, data parallel."""
-    options = ["--layouts", "data", "--devices", "4", "--optimizers", "adamw", "projected"]
+    options = ["--layouts", "data", "--devices", "4", "--optimizers", "adamw,projected"]
     return report(tmp_path_factory.mktemp("scaling"), *options)[1]
 
 
@@ -60,7 +60,7 @@ def complete(tmp_path_factory):
     """The report of all optimizers and layouts, and its folder."""
     folder = tmp_path_factory.mktemp("scaling")
     picture = ["--picture", str(folder / "scaling.png")]
-    return *report(folder, "--devices", "1", "4", *picture), folder
+    return *report(folder, "--devices", "1,4", *picture), folder
 
 
 @pytest.mark.slow
@@ -111,8 +111,8 @@ def test_moments_over_data_are_divided(complete):
 def test_data_parallel_over_8_devices_reduces_a_third_of_adamws_bytes_at_1b_and_less_at_7b(
     tmp_path,
 ):
-    options = ["--layouts", "data", "--devices", "8", "--optimizers", "adamw", "projected"]
-    _, rows = run(tmp_path, "--models", "1b", "7b", *options)
+    options = ["--layouts", "data", "--devices", "8", "--optimizers", "adamw,projected"]
+    _, rows = run(tmp_path, "--models", "1b,7b", *options)
     reduced = {(row["model"], row["optimizer"]): row["payload"]["all-reduce"] for row in rows}
     assert reduced["1b", "projected"] <= 0.35 * reduced["1b", "adamw"]
     assert reduced["7b", "projected"] <= 0.30 * reduced["7b", "adamw"]
@@ -121,8 +121,8 @@ def test_data_parallel_over_8_devices_reduces_a_third_of_adamws_bytes_at_1b_and_
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_state_of_350m_and_7b_is_divided_by_8(tmp_path):
-    options = ["--layouts", "fsdp", "data", "--devices", "8", "--optimizers", "projected", "over"]
-    _, rows = run(tmp_path, "--models", "350m", "7b", *options)
+    options = ["--layouts", "fsdp,data", "--devices", "8", "--optimizers", "projected,over"]
+    _, rows = run(tmp_path, "--models", "350m,7b", *options)
     for row in rows:
         if row["layout"] == "fsdp":
             assert row["state"] <= row["whole_state"] * (1 / 8 + 0.01)
@@ -145,9 +145,10 @@ def test_the_weights_of_a_layer_are_gathered_when_they_are_used(tmp_path):
     ("arguments", "expected"),
     [
         (["--devices", "3"], "--devices 3 is not a power of two"),
+        (["--optimizers", "adamv"], "--optimizers = 'adamv' is unknown; did you mean adamw?"),
         (["--rows", "0"], "--rows must be at least 1"),
         (["--json", "missing/figures.json"], "there is no folder missing for --json"),
-        (["--device", "rtx9999", "--devices", "2"], "there is no device rtx9999"),
+        (["--device", "rtx9999", "--devices", "2"], "--device = 'rtx9999' is unknown"),
     ],
 )
 def test_a_wrong_argument_ends_in_one_sentence(monkeypatch, capsys, arguments, expected):
