@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from galore_jax.training.collectives import KINDS, Collective, collectives, flops
 from galore_jax.training.compile_targets import NODE
 from galore_jax.training.config import Config
 from galore_jax.training.layout import on_mesh
-from galore_jax.training.memory import bytes_by_part
+from galore_jax.training.memory import bytes_by_part, on_one_device
 from galore_jax.training.state import TrainState, abstract_state, batch_shapes, tree_bytes
 from galore_jax.training.step import make_train_step
 
@@ -76,7 +75,7 @@ def step_cost(config: Config, mesh: Mesh | None, state: TrainState, steps: Seque
     layers = config.model.num_layers
     usual = _moved([found for found in collectives(texts[0]) if not found.within], layers)
     refreshing = _moved(collectives(texts[-1]), layers)
-    here = jax.tree.map(_part, state)
+    here = on_one_device(state)
     parts = bytes_by_part(here.opt_state)
     return Cost(
         weights=tree_bytes(here.params),
@@ -91,14 +90,6 @@ def step_cost(config: Config, mesh: Mesh | None, state: TrainState, steps: Seque
         refresh={kind: refreshing.payload[kind] - usual.payload[kind] for kind in KINDS},
         refresh_between=refreshing.between - usual.between,
         flops=flops(texts[0], lambda within: 0),
-    )
-
-
-def _part(leaf: Any) -> Any:
-    """The shape of what one device has of an array."""
-    sharded = leaf.sharding is not None
-    return jax.ShapeDtypeStruct(
-        leaf.sharding.shard_shape(leaf.shape) if sharded else leaf.shape, leaf.dtype
     )
 
 
