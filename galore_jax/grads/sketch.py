@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.grads.data_parallel import mean_over_shards, shard_count
+from galore_jax.grads.data_parallel import divide_tables, mean_over_shards, shard_count
 from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
 from galore_jax.ops.explicit import specs_of, with_auto_axes
@@ -115,6 +115,7 @@ def refresh(
 
             def of_shard(operands: tuple[PyTree, PyTree, PyTree], *shard: Any) -> dict[Path, Any]:
                 params, bases, chosen_bases = operands
+                params = divide_tables(params, bases)
 
                 def of_part(*part: Any) -> dict[Path, Coordinates]:
                     traced = first

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.grads.data_parallel import mean_over_shards
+from galore_jax.grads.data_parallel import divide_tables, mean_over_shards
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.explicit import explicit_mesh, specs_of, typed, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
-from galore_jax.optim.state import galore_states, is_low_rank, map_bases
+from galore_jax.optim.state import galore_states, is_low_rank, is_parameter
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.placement import constrain_coordinates, coordinates_partition
@@ -87,8 +87,10 @@ def value_and_grad(
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
         def of_shard(operands: tuple[PyTree, PyTree], *shard: Any) -> tuple[Any, PyTree]:
+            params, bases = divide_tables(*operands), operands[1]
+
             def one(*part: Any) -> tuple[Any, PyTree]:
-                return TracedLoss(loss, *operands, part, unsplit, has_aux).value_and_grad()
+                return TracedLoss(loss, params, bases, part, unsplit, has_aux).value_and_grad()
 
             return mean_over(one, micro_batches, *shard)
 
@@ -244,7 +246,9 @@ class TracedLoss:
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
-    """All bases of a state in one tree like the parameters, `optax.MaskedNode()` elsewhere.
+    """All bases of a state in one tree like the parameters.
+
+    Elsewhere there is an `optax.MaskedNode()` or, on a mesh, `Unprojected`.
 
     Raises:
       ValueError: there is no galore, or it was started with full-size moments.
@@ -263,5 +267,6 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
         )
     bases = jax.tree.map(lambda _: optax.MaskedNode(), params)
     for state in states:
-        bases = map_bases(lambda basis: basis, state.bases, otherwise=bases)
+        pick = lambda own, other: other if isinstance(own, optax.MaskedNode) else own
+        bases = jax.tree.map(pick, state.bases, bases, is_leaf=is_parameter)
     return bases

@@ -1,4 +1,4 @@
-"""Twenty steps of a small model on a mesh, with three refreshes, in each of the library's modes."""
+"""Twenty steps of a small model, with three refreshes, on one device or on a mesh."""
 
 import contextlib
 import functools
@@ -14,11 +14,6 @@ import galore_jax
 
 STEPS, GAP = 20, 8
 LAYERS, WIDTH, HIDDEN, VOCAB, BATCH, LENGTH = 2, 32, 64, 48, 16, 8
-MESHES = {
-    "data": {"data": 8},
-    "fsdp": {"data": 1, "fsdp": 8},
-    "hybrid": {"data": 2, "fsdp": 2, "tensor": 2},
-}
 RULES = {"*/up": P(None, None, "tensor"), "*/down": P(None, "tensor", None)}
 
 
