@@ -6,6 +6,8 @@ python scripts/scaling.py --models 350m --device h100
 
 Compiles the training step of a LLaMA for meshes of virtual CPU devices, or with --device for GPUs
 that are absent (that needs galore-jax[cuda], but no GPU). Nothing is run, no array is allocated.
+The table has GiB of a device and step: of the state, of XLA's temporaries, of the arrays that each
+kind of collective moves, and what a device sends to the others of its node and to other nodes.
 
 optimizers  adamw      optax.adamw
             contrib    optax.contrib.galore, mapped over the stacked layers
@@ -51,14 +53,14 @@ LABELS = {
     "contrib": "optax.contrib.galore",
     "full": "GaLore, full gradients",
     "projected": "GaLore, projected gradients",
-    "over": "the same, moments over data",
+    "over": "the same, moments over data too",
 }
 # Okabe and Ito's palette, suitable for colour-blind readers. Lines that coincide are all visible,
 # as later ones are thinner.
 STYLES: dict[str, dict[str, Any]] = {
-    "adamw": {"color": "#D55E00", "marker": "o", "linewidth": 6, "markersize": 8},
-    "contrib": {"color": "#E69F00", "marker": "o", "linewidth": 3.6, "markersize": 6},
-    "full": {"color": "#333333", "marker": "o", "linewidth": 1.4, "markersize": 3.5},
+    "adamw": {"color": "#D55E00", "marker": "o", "linewidth": 4.8, "markersize": 7.5},
+    "contrib": {"color": "#E69F00", "marker": "o", "linewidth": 2.8, "markersize": 5.5},
+    "full": {"color": "#333333", "marker": "o", "linewidth": 1.2, "markersize": 3.2},
     "projected": {"color": "#0072B2", "marker": "o", "linewidth": 2.4, "markersize": 6},
     "over": {"color": "#009E73", "marker": "^", "linewidth": 1.4, "markersize": 6},
 }
@@ -262,7 +264,7 @@ def draw(costs: dict[Case, Any], picture: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.set_xticks(sorted({case.devices for case in costs}))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=-0.02 * axes.get_ylim()[1])
             axes.grid(alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
             if row == 0:
@@ -348,8 +350,7 @@ def main() -> None:
         name = f"{case.model} {case.layout} {case.devices} {case.optimizer}"
         print(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     print(table(costs))
-    print()
-    print(statement(costs, 1e12 * arguments.tflops, 1e9 * arguments.network))
+    print(f"\n{statement(costs, 1e12 * arguments.tflops, 1e9 * arguments.network)}".rstrip())
     if arguments.json:
         rows = [asdict(case) | asdict(cost) for case, cost in costs.items()]
         with atomic_write(arguments.json) as path:
