@@ -2,8 +2,10 @@
 
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
 python scripts/memory.py --config configs/llama_60m.toml --json memory.json data.batch_size=16
+python scripts/memory.py --config configs/llama_7b.toml --device h100 mesh.fsdp=8
 
-A GPU is only a target of the compiler: that needs galore-jax[cuda], but no GPU.
+A GPU is only a target of the compiler: that needs galore-jax[cuda], but no GPU. On a mesh all
+figures are those of each device; mesh.data is 1 unless it is set.
 
 With --json a file gets the figures, in bytes, too: {"predicted": {part: ..., "total": ...},
 "compiled": {"train_step": {"arguments", "outputs", "aliased", "temporaries", "total"},
@@ -13,6 +15,7 @@ for the same model and batch.
 
 import argparse
 import json
+import math
 import sys
 from contextlib import nullcontext
 from itertools import zip_longest
@@ -60,29 +63,41 @@ def main() -> None:
 
     from galore_jax.training.compile_targets import TARGETS, target
     from galore_jax.training.config_file import load_config
+    from galore_jax.training.layout import training_mesh
     from galore_jax.training.memory import baselines, compiled, predict
+    from galore_jax.training.mesh import mesh_sizes
     from galore_jax.training.stepper import check_gpu
 
     if arguments.device not in ("cpu", *TARGETS):
         names = ", ".join(("cpu", *TARGETS))
         raise InputError(f"there is no device {arguments.device}: take one of {names}.")
     config = load_config(arguments.config, arguments.overrides)
+    chosen = config.mesh
+    devices = math.prod(n for n in (chosen.data, chosen.fsdp, chosen.tensor) if n != -1)
+    sizes = mesh_sizes(chosen, devices)
+    if arguments.picture and devices > 1:
+        raise InputError("--picture compares optimizers on one device: leave out mesh settings.")
     card = TARGETS.get(arguments.device)
     if card is None:
         jax.config.update("jax_platforms", "cpu")
+        if devices > 1:
+            jax.config.update("jax_num_cpu_devices", devices)
         check_gpu(config)
-    with nullcontext() if card is None else target(arguments.device) as sharding:
-        predicted = predict(config)
-        name = "a CPU" if card is None else card.name
+    with nullcontext() if card is None else target(arguments.device, sizes) as sharding:
+        mesh: Any = training_mesh(config) if sharding is None else sharding.mesh
+        predicted = predict(config, mesh)
+        name = name_of_devices(card, devices)
         print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)
-        steps = compiled(config, sharding)
+        steps = compiled(config, mesh)
         others = baselines(config) if arguments.picture else {}
 
+    if devices > 1:
+        print(f"Of each of {devices} devices:\n")
     print(table(predicted, steps))
     if card is None:
         print("\nThe prediction is for a GPU; a CPU needs more: it computes bfloat16 in float32.")
     else:
-        print(f"\nCompiled for {card.name}, without such a card: nothing was run.")
+        print(f"\nCompiled for {name}, without such a card: nothing was run.")
         print(fit(max(step["total"] for step in steps.values()), card.memory))
     if arguments.json:
         with atomic_write(arguments.json) as path:
@@ -94,6 +109,13 @@ def main() -> None:
         title = f"{Path(arguments.config).stem}, {shape}"
         others[name_of(config)] = predicted
         draw(others, steps["train_step"]["total"], title, card, arguments.picture)
+
+
+def name_of_devices(card: Any, number: int) -> str:
+    """As in "a CPU" or "8 × NVIDIA H100 80GB HBM3"."""
+    if card is None:
+        return "a CPU" if number == 1 else f"{number} CPUs"
+    return card.name if number == 1 else f"{number} × {card.name}"
 
 
 def name_of(config: Any) -> str:

@@ -62,6 +62,8 @@ write("gathered", lambda x: lax.with_sharding_constraint(x, NamedSharding(mesh, 
 write("reduced", manual(lambda x: lax.psum(x, ("data", "fsdp"))), ((64, 64), jnp.bfloat16, P()))
 rows = (64, 64), jnp.float32, P("fsdp")
 write("sliced", lambda x: lax.with_sharding_constraint(jnp.sum(x, 0), rows_of_four), rows)
+both = lambda x: (jnp.sum(x, 0), jnp.sum(2 * x, 0))
+write("sliced together", lambda x: lax.with_sharding_constraint(both(x), rows_of_four), rows)
 write("used whole", lambda x: jnp.sum(x, 0), rows)
 
 # Loops.
@@ -144,7 +146,7 @@ def test_each_kind_has_its_bytes_and_axes(programs, mesh, name, kind, payload, s
     found = only(programs[name])
     assert (found.kind, found.payload, found.sent(DEVICES)) == (kind, payload, (sent, 0))
     assert found.axes(mesh) == axes
-    assert (found.times, found.within, found.parts) == (1, (), 1)
+    assert (found.times, found.within, found.scatters) == (1, (), False)
 
 
 def test_work_without_communication_has_no_collectives(programs):
@@ -205,10 +207,21 @@ def test_what_is_sent_inside_of_a_node_and_between_nodes(kind, groups, inside, b
     assert collective.sent(node=4) == (inside, between)
 
 
-def test_an_all_reduce_of_which_a_device_keeps_a_part_says_so(programs):
-    sliced, whole = only(programs["sliced"]), only(programs["used whole"])
-    assert (sliced.kind, sliced.payload, sliced.parts) == ("all-reduce", N * FLOAT, 4)
-    assert (whole.kind, whole.payload, whole.parts) == ("all-reduce", N * FLOAT, 1)
+@pytest.mark.parametrize(
+    ("name", "scatters", "sent"),
+    [("sliced", True, N * FLOAT * 3 // 4), ("used whole", False, N * FLOAT * 6 // 4)],
+)
+def test_an_all_reduce_of_which_a_device_uses_its_part_sends_as_little_as_a_reduce_scatter(
+    programs, name, scatters, sent
+):
+    found = only(programs[name])
+    assert (found.kind, found.payload, found.scatters) == ("all-reduce", N * FLOAT, scatters)
+    assert found.sent(DEVICES) == (sent, 0)
+
+
+def test_parts_of_several_arrays_that_are_reduced_together_are_recognised(programs):
+    found = only(programs["sliced together"])
+    assert (found.payload, found.scatters) == (2 * N * FLOAT, True)
 
 
 def test_flops_count_batch_and_contracted_axes(programs):

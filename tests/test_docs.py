@@ -174,8 +174,21 @@ def test_the_examples_for_moving_from_elsewhere_project_the_sides_they_say():
     assert moments(contrib)["kernel"].value.shape == (256, 128)
 
 
+def test_the_loop_on_a_mesh_refreshes_and_learns():
+    page = DOCS / "scaling.md"
+    trained = Page(page).names("make_mesh")
+    start: dict[str, Any] = {}  # Those of the loop are donated.
+    exec(blocks(page, "python")[0], start)
+    with jax.set_mesh(trained["mesh"]):
+        before = start["loss"](start["params"], start["batches"][0])
+    assert trained["value"] < 0.9 * before
+    basis = trained["state"].inner_states[0].bases["up"]
+    np.testing.assert_array_equal(basis.age, 4 * [20])
+    assert trained["step"]._cache_size() == trained["refresh"]._cache_size() == 1
+
+
 def test_every_page_with_python_is_run_above():
-    run = ("usage", "projected-gradients", "low-memory", "comparison")
+    run = ("usage", "projected-gradients", "low-memory", "comparison", "scaling")
     assert {page for page in TEXTS if blocks(page, "python")} == {
         README,
         *(DOCS / f"{name}.md" for name in run),

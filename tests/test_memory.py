@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +172,27 @@ def test_the_script_prints_all_parts_and_draws_a_png(run):
     assert names == {"tiny.toml", "memory.json", "memory.png"}
 
 
+def test_on_a_mesh_the_figures_are_those_of_each_device(tmp_path):
+    config = tiny(name="adamw")
+    file, figures = tmp_path / "tiny.toml", tmp_path / "memory.json"
+    file.write_text(to_toml(config))
+    script, overrides = str(ROOT / "scripts" / "memory.py"), ["mesh.fsdp=4", "data.batch_size=4"]
+    options = ["--config", str(file), "--json", str(figures), *overrides]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, script, *options], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert "compiling for 4 CPUs" in run.stderr
+    assert run.stdout.startswith("Of each of 4 devices:")
+    here, whole = json.loads(figures.read_text()), predict(config)
+    # Counters and the layers' norms are small, but for a tiny model they are not nothing.
+    for part in ("weights", "moments"):
+        assert whole[part] / 4 <= here["predicted"][part] <= 1.01 * whole[part] / 4
+    known, batch = here["predicted"]["weights"] + here["predicted"]["moments"], 3 * 4 * LENGTH
+    assert known + batch <= here["compiled"]["train_step"]["arguments"] <= known + batch + COUNTERS
+
+
 @pytest.mark.parametrize(("rows", "compiled"), [(2, 18.79), (16, 20.11)])
 def test_7b_layer_by_layer_is_predicted_within_5_percent_of_what_was_compiled_for_a_card(
     rows, compiled
@@ -216,6 +239,7 @@ def test_a_step_fits_a_card_or_misses_some_gib():
         ),
         (["--json", "missing/memory.json"], "there is no folder missing for --json"),
         (["--picture", "missing/memory.png"], "there is no folder missing for --picture"),
+        (["--picture", "memory.png", "mesh.fsdp=2"], "--picture compares optimizers on one device"),
     ],
 )
 def test_a_wrong_argument_ends_in_one_sentence(tmp_path, capsys, arguments, expected):

@@ -18,18 +18,6 @@ from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
 
-def shard_count(data_axes: MeshAxes, tree: PyTree) -> int:
-    """The number of shards of a batch that is divided over these mesh axes.
-
-    Raises:
-      ValueError: there is no mesh that has them.
-    """
-    if not data_axes:
-        return 1
-    mesh = _mesh(data_axes, tree)
-    return math.prod(mesh.shape[axis] for axis in data_axes)
-
-
 def mean_over_shards(
     f: Callable[..., PyTree], data_axes: MeshAxes, operands: PyTree, *batch: Any
 ) -> PyTree:
@@ -62,44 +50,36 @@ def mean_over_shards(
                 "and arguments that are not to be divided by keyword."
             )
 
-    def part(shape: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((shape.shape[0] // count, *shape.shape[1:]), shape.dtype)
+    def on_shards(f: Callable[..., PyTree], out_specs: PyTree) -> Callable[..., PyTree]:
+        sharded = jax.shard_map(
+            f,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *(PartitionSpec(data_axes) for _ in batch)),
+            out_specs=out_specs,
+            axis_names=set(data_axes),
+            # The means make the results equal on all devices, whatever the loss does in between.
+            check_vma=False,
+        )
+        # Compiled, because JAX cannot run it op by op if other axes divide an array.
+        return jax.jit(sharded)
 
-    shard = jax.tree.map(part, batch)
-    shapes = jax.eval_shape(f, operands, *shard)
-    scattered = lambda node: _scattered_axis(node, data_axes)
-    out_specs = jax.tree.map(
-        lambda node: (
-            PartitionSpec(*[None] * (axis or 0), data_axes)
-            if (axis := scattered(node)) is not None
-            else PartitionSpec()
-        ),
-        shapes,
-        is_leaf=is_coordinates,
-    )
+    def mean(node: Any) -> Any:
+        axis = _scattered_axis(node, data_axes)
+        if axis is None:
+            return jax.tree.map(lambda x: lax.pmean(x.astype(jnp.float32), data_axes), node)
+        total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
+        return Coordinates(total / count, node.projection)
 
-    def reduced(operands: PyTree, *batch: Any) -> PyTree:
-        def mean(node: Any) -> Any:
-            axis = scattered(node)
-            if axis is None:
-                return jax.tree.map(lambda x: lax.pmean(x.astype(jnp.float32), data_axes), node)
-            total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
-            return Coordinates(total / count, node.projection)
+    def out_spec(node: Any) -> PartitionSpec:
+        axis = _scattered_axis(node, data_axes)
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, data_axes)
 
-        return jax.tree.map(mean, f(operands, *batch), is_leaf=is_coordinates)
+    def means(operands: PyTree, *shard: Any) -> PyTree:
+        return jax.tree.map(mean, f(operands, *shard), is_leaf=is_coordinates)
 
-    in_specs = (PartitionSpec(), *(PartitionSpec(data_axes) for _ in batch))
-    sharded = jax.shard_map(
-        reduced,
-        mesh=mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(data_axes),
-        # The means make the results equal on all devices, whatever the loss does in between.
-        check_vma=False,
-    )
-    # Compiled, because JAX cannot run it op by op if other axes divide an array.
-    return jax.jit(sharded)(operands, *batch)
+    shapes = jax.eval_shape(on_shards(f, PartitionSpec()), operands, *batch)
+    out_specs = jax.tree.map(out_spec, shapes, is_leaf=is_coordinates)
+    return on_shards(means, out_specs)(operands, *batch)
 
 
 def divide_tables(params: PyTree, bases: PyTree) -> PyTree:

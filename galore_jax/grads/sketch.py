@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.grads.data_parallel import divide_tables, mean_over_shards, shard_count
-from galore_jax.grads.micro_batches import check_micro_batches, first_part, mean_over
-from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, bases_in
+from galore_jax.grads.data_parallel import divide_tables, mean_over_shards
+from galore_jax.grads.micro_batches import check_micro_batches, mean_over
+from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, Uses, bases_in
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, names_of
@@ -33,7 +33,7 @@ from galore_jax.optim.state import (
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
 from galore_jax.subspace.methods import orthonormalise, span
 from galore_jax.subspace.placement import constrain_coordinates
-from galore_jax.subspace.projection import Coordinates, Side
+from galore_jax.subspace.projection import Side
 from galore_jax.subspace.refresh import Sketch, refresh_basis
 
 # Coordinates of the gradient in given bases, by a backward pass.
@@ -101,8 +101,34 @@ def refresh(
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
         _check_axis_name(axis_name)
         bases, axes = bases_in(params, opt_state), names_of(data_axes)
-        parts = micro_batches * shard_count(axes, (params, bases))
-        first = TracedLoss(loss, params, bases, first_part(batch, parts), unsplit, has_aux)
+        is_whole = micro_batches == 1 and not axes
+        whole = TracedLoss(loss, params, bases, batch, unsplit, has_aux) if is_whole else None
+
+        def mean_of(f: Callable[[TracedLoss, PyTree], PyTree], given: PyTree) -> PyTree:
+            """The mean of `f(traced loss, given)` over the shards and micro-batches."""
+
+            def of_shard(operands: tuple[PyTree, PyTree, PyTree], *shard: Any) -> PyTree:
+                params, bases, given = operands
+                params = divide_tables(params, bases)
+                trace = lambda *part: TracedLoss(loss, params, bases, part, unsplit, has_aux)
+                of_part = lambda *part: f(whole or trace(*part), given)
+                return mean_over(of_part, micro_batches, *shard)
+
+            return mean_over_shards(of_shard, axes, (params, bases, given), *batch)
+
+        # Which parameters the loss multiplies by.
+        uses: dict[Path, Uses] = {}
+
+        def record_uses(traced: TracedLoss, _: None) -> jax.Array:
+            uses.update(traced.uses)
+            return jnp.zeros([])
+
+        jax.eval_shape(lambda: mean_of(record_uses, None))
+        projected = {
+            basis.projection.path: basis
+            for basis in jax.tree.leaves(bases, is_leaf=is_basis)
+            if is_basis(basis) and uses[basis.projection.path].gradient != "full"
+        }
 
         def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
             def chosen(basis: Basis, param: jax.Array) -> Any:
@@ -113,28 +139,11 @@ def refresh(
                 vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
                 return dataclasses.replace(basis, vectors=vectors)
 
-            def of_shard(operands: tuple[PyTree, PyTree, PyTree], *shard: Any) -> dict[Path, Any]:
-                params, bases, chosen_bases = operands
-                params = divide_tables(params, bases)
-
-                def of_part(*part: Any) -> dict[Path, Coordinates]:
-                    traced = first
-                    if parts > 1:
-                        traced = TracedLoss(loss, params, bases, part, unsplit, has_aux)
-                    return traced.coordinates(chosen_bases)
-
-                return mean_over(of_part, micro_batches, *shard)
-
-            operands = params, bases, map_bases(chosen, bases, params, otherwise=bases)
-            mean = mean_over_shards(of_shard, axes, operands, *batch)
+            chosen_bases = map_bases(chosen, bases, params, otherwise=bases)
+            mean = mean_of(TracedLoss.coordinates, chosen_bases)
             mean = lax.pmean(mean, axis_name) if axis_name else mean
             return {path: constrain_coordinates(node).value for path, node in mean.items()}
 
-        projected = {
-            basis.projection.path: basis
-            for basis in jax.tree.leaves(bases, is_leaf=is_basis)
-            if first.uses[basis.projection.path].gradient != "full"
-        }
         if not projected:
             return opt_state
         sketches = _sketches(backward, projected)

@@ -246,7 +246,7 @@ class TracedLoss:
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
-    """All bases of a state in one tree like the parameters.
+    """All bases of a state in one tree like the parameters without boxes.
 
     Elsewhere there is an `optax.MaskedNode()` or, on a mesh, `Unprojected`.
 
@@ -265,7 +265,7 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
             "gradients: use galore_jax.chain in place of optax.chain, or start with "
             "galore_jax.init(tx, params)."
         )
-    bases = jax.tree.map(lambda _: optax.MaskedNode(), params)
+    bases = jax.tree.map(lambda _: optax.MaskedNode(), unboxed(params))
     for state in states:
         pick = lambda own, other: other if isinstance(own, optax.MaskedNode) else own
         bases = jax.tree.map(pick, state.bases, bases, is_leaf=is_parameter)

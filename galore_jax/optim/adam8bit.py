@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,9 @@ def scale_by_adam8bit(
 
         def at_leaf(update: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
             if isinstance(mu, Quantized):
-                new, mu, nu = _on_parts(step, update, mu, nu, (count, b1, b2, eps))
+                # Bound here, so that 1 − b2 is computed before b2 is rounded to float32.
+                bound = partial(step, b1=b1, b2=b2, eps=eps)
+                new, mu, nu = _on_parts(bound, update, mu, nu, count)
                 return new.astype(update.dtype), mu, nu
             adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
             state_of_leaf = optax.ScaleByAdamState(state.count, mu, nu)
@@ -108,21 +111,16 @@ def scale_by_adam8bit(
 
 
 def _on_parts(
-    step: Callable[..., Any], update: jax.Array, mu: Quantized, nu: Quantized, scalars: tuple
+    step: Callable[..., Any], update: jax.Array, mu: Quantized, nu: Quantized, count: Any
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """A step on the part of the moments that each device has, which consists of whole blocks."""
-
-    def of_part(update: Any, mu: Any, nu: Any, scalars: tuple) -> tuple[Any, Any, Any]:
-        count, b1, b2, eps = scalars
-        return step(update, mu, nu, count, b1=b1, b2=b2, eps=eps)
-
     if mu.partition is None:
-        return of_part(update, mu, nu, scalars)
+        return step(update, mu, nu, count)
     partition = mu.partition.trailing(update.ndim)
     spec = partition.spec
     bare = [replace(moment, partition=None) for moment in (mu, nu)]
-    on_parts = partition.map_parts(of_part, (spec, spec, spec, PartitionSpec()), (spec, spec, spec))
-    update, *new = on_parts(update, *bare, scalars)
+    on_parts = partition.map_parts(step, (spec, spec, spec, PartitionSpec()), (spec, spec, spec))
+    update, *new = on_parts(update, *bare, count)
     mu, nu = (replace(moment, partition=mu.partition) for moment in new)
     return update, mu, nu
 

@@ -11,12 +11,13 @@ refresh: those around a `Collective` are named in `within`, and counted as if th
 
 A program compiled for CPUs differs from one for GPUs in two ways. XLA computes bfloat16 in float32
 there, so that collectives move float32 too; here they are counted in the dtype that was asked for.
-And it has no pass that turns an all-reduce of which each device keeps its own part into a
-reduce-scatter, which sends half as much; such an all-reduce is counted as what it is, with `parts`
-set.
+And it has no pass that turns an all-reduce of which each device uses its own part into a
+reduce-scatter, which sends half as much. Such an all-reduce is listed as what it is, but `scatters`
+is true of it, and `sent` is what a GPU sends.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -25,8 +26,16 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS: tuple[str, ...] = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 
+# Up to this factor is what a device uses of an all-reduce its own part: vectors may go with it.
+WHOLE = 1.05
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -55,8 +64,7 @@ class Collective:
         the outermost, by the names JAX gave them.
       groups: the devices that exchange data with each other, by their place in the mesh.
       name: the name JAX gave the operation.
-      parts: of an all-reduce of which a device uses only a slice: how many of them make the whole;
-        otherwise 1.
+      scatters: whether it is an all-reduce of which each device uses its own part only.
     """
 
     kind: str
@@ -65,7 +73,7 @@ class Collective:
     within: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
     name: str
-    parts: int = 1
+    scatters: bool = False
 
     @property
     def payload(self) -> int:
@@ -92,7 +100,8 @@ class Collective:
             inside, between = neighbours - 1, members - neighbours
         else:
             inside, between = members - crossed, crossed - 1
-        total = self.payload * (2 if self.kind == "all-reduce" else 1)
+        is_reduced = self.kind == "all-reduce" and not self.scatters
+        total = self.payload * (2 if is_reduced else 1)
         return total * inside // members, total * between // members
 
     def axes(self, mesh: Mesh) -> tuple[str, ...]:
@@ -121,10 +130,13 @@ def collectives(program: str) -> list[Collective]:
             continue
         groups = _groups(instruction.text, devices)
         if max(map(len, groups)) > 1:
-            is_reduced = kind == "all-reduce"
-            parts = _parts(instruction, computation, computations) if is_reduced else 1
             size = _size(instruction, computation, computations)
-            found.append(Collective(kind, size, times, within, groups, instruction.source, parts))
+            scatters = kind == "all-reduce" and (
+                len(groups[0]) * _used(instruction, computation, computations)
+                < WHOLE * sum(_bytes([array]) for array in instruction.shape)
+            )
+            source = instruction.source
+            found.append(Collective(kind, size, times, within, groups, source, scatters))
     return found
 
 
@@ -165,9 +177,25 @@ class _Instruction(NamedTuple):
         return found[1] if found else self.name
 
 
-class _Computation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Computation:
     by_name: dict[str, _Instruction]
     is_entry: bool
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[_Instruction]]:
+        """The instructions that use each one."""
+        found: dict[str, list[_Instruction]] = {}
+        for instruction in self.by_name.values():
+            for name in dict.fromkeys(instruction.operands):
+                found.setdefault(name, []).append(instruction)
+        return found
+
+    @functools.cached_property
+    def parameters(self) -> list[_Instruction]:
+        """Its parameters in order."""
+        found = [one for one in self.by_name.values() if one.opcode == "parameter"]
+        return sorted(found, key=lambda one: int(one.number))
 
 
 def _parse(program: str) -> tuple[dict[str, _Computation], int]:
@@ -272,14 +300,26 @@ def _size(
     return size
 
 
-def _parts(
+def _used(
     instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
 ) -> int:
-    """How many times as large an array is as the dynamic slice that is its only use."""
-    match _users(instruction, computation, computations):
-        case [(user, 0)] if user.opcode == "dynamic-slice":
-            return _bytes(instruction.shape) // _bytes(user.shape)
-    return 1
+    """Bytes that are used of the results of a collective: of some only a dynamic slice may be."""
+    if len(instruction.shape) == 1:
+        results = [instruction]
+    else:
+        results = [
+            user
+            for user, _ in _users(instruction, computation, computations)
+            if user.opcode == "get-tuple-element"
+        ]
+    total = 0
+    for result in results:
+        match _users(result, computation, computations):
+            case [(user, 0)] if user.opcode == "dynamic-slice":
+                total += _bytes(user.shape)
+            case _:
+                total += _bytes(result.shape)
+    return total
 
 
 def _users(
@@ -287,15 +327,11 @@ def _users(
 ) -> list[tuple[_Instruction, int]]:
     """What uses an array, and as which operand; in fusions and behind changes of layout too."""
     found = []
-    for user in computation.by_name.values():
+    for user in computation.users.get(instruction.name, ()):
         for place in (i for i, name in enumerate(user.operands) if name == instruction.name):
             if user.opcode == "fusion":
                 (body,) = (computations[name] for name in _called(user))
-                parameters = (
-                    inner for inner in body.by_name.values() if inner.opcode == "parameter"
-                )
-                (parameter,) = (inner for inner in parameters if inner.number == str(place))
-                found += _users(parameter, body, computations)
+                found += _users(body.parameters[place], body, computations)
             elif user.opcode in ("bitcast", "copy", "reshape", "transpose"):
                 found += _users(user, computation, computations)
             else:

@@ -7,18 +7,27 @@ exist at once, or more, for temporaries. The compiled step is what counts.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from galore_jax.models import llama_layerwise
 from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.subspace.matrix_view import path_names
-from galore_jax.training.compile_targets import place
 from galore_jax.training.config import Config, OptimizerConfig
-from galore_jax.training.state import batch_shapes, init_state, tree_bytes, tree_size
+from galore_jax.training.layout import BATCH_AXES, on_mesh
+from galore_jax.training.mesh import FSDP, TENSOR
+from galore_jax.training.state import (
+    abstract_state,
+    batch_shapes,
+    init_state,
+    tree_bytes,
+    tree_size,
+)
 from galore_jax.training.step import batch_loss, make_train_step
 from galore_jax.types import PyTree
 
@@ -42,8 +51,18 @@ def bytes_by_part(opt_state: PyTree) -> Parts:
     return dict(parts)
 
 
-def predict(config: Config) -> Parts:
-    """Bytes of a training step by part, without compiling it.
+def on_one_device(tree: PyTree) -> PyTree:
+    """The shapes of what one device has of arrays, or of shapes with or without shardings."""
+
+    def part(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(part, tree)
+
+
+def predict(config: Config, mesh: Mesh | None = None) -> Parts:
+    """Bytes of a training step by part, on each device of a mesh, without compiling it.
 
     * `weights`, `bases` and `moments` are exact; counters are left out.
     * `gradients`: all of them, float32 coordinates where the backward pass projects them; of a
@@ -52,18 +71,23 @@ def predict(config: Config) -> Parts:
       logits included. With `model.remat` or a layer-wise step that is the inputs of the blocks, and
       what one block keeps when it is computed again.
 
+    Gradients are taken to be divided as parameters are, and activations as the batch is.
+
     Returns:
       The parts, those of `PARTS`, and their sum `total`.
     """
     params, opt_state, _ = jax.eval_shape(lambda: init_state(config))
-    parts = bytes_by_part(opt_state)
+    here = on_one_device(abstract_state(config, mesh))
+    parts = bytes_by_part(here.opt_state)
+    sizes = {} if mesh is None else mesh.shape
+    divided = lambda *axes: math.prod(sizes.get(axis, 1) for axis in axes)
     return _with_total(
         {
-            "weights": tree_bytes(params),
-            "gradients": _gradients(config, params, opt_state),
+            "weights": tree_bytes(here.params),
+            "gradients": _gradients(config, params, opt_state) // divided(FSDP, TENSOR),
             "bases": parts["bases"],
             "moments": parts["moments"],
-            "activations": _activations(config, params),
+            "activations": _activations(config, params) // divided(*BATCH_AXES),
         }
     )
 
@@ -112,12 +136,12 @@ def baselines(config: Config) -> dict[str, Parts]:
     }
 
 
-def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
-    """Bytes of the compiled steps, as assigned by XLA; nothing is allocated or run.
+def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
+    """Bytes of the compiled steps on each device, as assigned by XLA; nothing is allocated or run.
 
     Args:
       config: the configuration of the run.
-      sharding: a sharding from `compile_targets.target`, for a card to compile for; None: the
+      mesh: the devices to compile for, which may be absent: see `compile_targets.target`. None: the
         default device.
 
     Returns:
@@ -125,16 +149,17 @@ def compiled(config: Config, sharding: Any = None) -> dict[str, Parts]:
       bases before its update: `arguments`, `outputs`, `aliased` (outputs that share the memory of
       arguments), `temporaries`, and the `total` that the step needs.
     """
-    arguments = jax.eval_shape(lambda: init_state(config)), batch_shapes(config)
-    if sharding is not None:
-        arguments = place(arguments, sharding)
     steps = {"train_step": False}
     if config.optimizer.has_projected_gradients:
         steps["refresh_step"] = True
-    return {
-        name: _assigned(make_train_step(config, refreshes=refreshes).lower(*arguments).compile())
-        for name, refreshes in steps.items()
-    }
+    with on_mesh(mesh):
+        arguments = abstract_state(config, mesh), batch_shapes(config, mesh)
+        return {
+            name: _assigned(
+                make_train_step(config, refreshes=refreshes, mesh=mesh).lower(*arguments).compile()
+            )
+            for name, refreshes in steps.items()
+        }
 
 
 def _assigned(step: Any) -> Parts:

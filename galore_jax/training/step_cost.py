@@ -1,0 +1,124 @@
+"""What a training step costs each device of a mesh: memory, communication and work, as compiled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from galore_jax.training.collectives import KINDS, Collective, collectives, flops
+from galore_jax.training.compile_targets import NODE
+from galore_jax.training.config import Config
+from galore_jax.training.layout import on_mesh
+from galore_jax.training.memory import bytes_by_part, on_one_device
+from galore_jax.training.state import TrainState, abstract_state, batch_shapes, tree_bytes
+from galore_jax.training.step import make_train_step
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of a device and step.
+
+    Attributes:
+      weights: of the parameters.
+      bases: of GaLore's projections.
+      moments: of the optimizer.
+      state: of all that a step keeps: the three above, and counters.
+      whole_state: the same on a single device.
+      temporaries: what the step needs besides, as assigned by XLA.
+      payload: by kind of collective, the arrays that are moved.
+      inside: what the device sends to others of its node.
+      between: what it sends to other nodes.
+      refresh: by kind, what a step that refreshes all bases moves in addition.
+      refresh_between: what it sends to other nodes in addition.
+      flops: of matrix products; a number, no bytes.
+    """
+
+    weights: int
+    bases: int
+    moments: int
+    state: int
+    whole_state: int
+    temporaries: int
+    payload: dict[str, int]
+    inside: int
+    between: int
+    refresh: dict[str, int]
+    refresh_between: int
+    flops: int
+
+
+def trainer_steps(config: Config, mesh: Mesh | None) -> tuple[TrainState, list[Any]]:
+    """The shapes of a trainer's state, with their shardings, and the functions to compile.
+
+    These are the training step and, with projected gradients, one that refreshes bases too.
+    """
+    refreshes = (False, True) if config.optimizer.has_projected_gradients else (False,)
+    steps = [make_train_step(config, mesh=mesh, refreshes=refresh) for refresh in refreshes]
+    return abstract_state(config, mesh), steps
+
+
+def step_cost(config: Config, mesh: Mesh | None, state: TrainState, steps: Sequence[Any]) -> Cost:
+    """Compiles steps for a mesh and reads their costs; nothing is allocated or run.
+
+    Args:
+      config: the configuration of the run.
+      mesh: the mesh; None: a single device.
+      state: the shapes of the state, with their shardings.
+      steps: from `trainer_steps`, or a single one that refreshes inside of a loop or conditional.
+    """
+    with on_mesh(mesh):
+        batch = batch_shapes(config, mesh)
+        programs = [step.lower(state, batch).compile() for step in steps]
+    # Costs of a step without a refresh, and what a refresh adds.
+    texts = [program.as_text() for program in programs]
+    layers = config.model.num_layers
+    usual = _moved([found for found in collectives(texts[0]) if not found.within], layers)
+    refreshing = _moved(collectives(texts[-1]), layers)
+    here = on_one_device(state)
+    parts = bytes_by_part(here.opt_state)
+    return Cost(
+        weights=tree_bytes(here.params),
+        bases=parts["bases"],
+        moments=parts["moments"],
+        state=tree_bytes(here),
+        whole_state=tree_bytes(state),
+        temporaries=programs[0].memory_analysis().temp_size_in_bytes,
+        payload=usual.payload,
+        inside=usual.inside,
+        between=usual.between,
+        refresh={kind: refreshing.payload[kind] - usual.payload[kind] for kind in KINDS},
+        refresh_between=refreshing.between - usual.between,
+        flops=flops(texts[0], lambda within: 0),
+    )
+
+
+@dataclass(frozen=True)
+class _Moved:
+    payload: dict[str, int]
+    inside: int
+    between: int
+
+
+def _moved(found: Sequence[Collective], layers: int) -> _Moved:
+    payload, inside, between = dict.fromkeys(KINDS, 0), 0, 0
+    for collective in found:
+        times = collective.times * _runs(collective.within, layers)
+        near, far = collective.sent(NODE)
+        kind = "reduce-scatter" if collective.scatters else collective.kind
+        payload[kind] += times * collective.payload
+        inside += times * near
+        between += times * far
+    return _Moved(payload, inside, between)
+
+
+def _runs(within: tuple[str, ...], layers: int) -> int:
+    """How often something within these loops and conditionals runs if all bases are refreshed.
+
+    One of the loops is over the matrices of a leaf, one for each layer. The other, around it with
+    projected gradients and inside it with full ones, is over rounds of subspace iteration, of which
+    there is one after the first refresh.
+    """
+    loops = [name for name in within if name.endswith("while")]
+    over_matrices = len(loops) > 1 or any("refresh_where_due" in name for name in loops)
+    return layers if over_matrices else 1

@@ -1,0 +1,113 @@
+"""What steps at a width of 2048 move between 8 devices, as compiled; nothing is run.
+
+Loops over parts of large arrays do not exist at the sizes at which tests can run.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from galore_jax.data.batches import DataConfig
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.collectives import collectives, flops
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.layout import on_mesh
+from galore_jax.training.mesh import MeshConfig, make_mesh
+from galore_jax.training.state import abstract_state, batch_shapes
+from galore_jax.training.step import make_train_step
+
+LAYERS, WIDTH, HIDDEN, VOCAB, RANK = 4, 2048, 5632, 32000, 512
+BFLOAT16, FLOAT32 = 2, 4
+MODEL = LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=HIDDEN,
+    num_layers=LAYERS,
+    num_heads=16,
+    dtype="bfloat16",
+    remat=True,
+)
+MODES = {
+    "projected": {},
+    "projected, 8-bit, int8": {"name": "galore_adamw8bit", "basis_dtype": "int8"},
+    "full": {"gradients": "full"},
+    "layer-wise": {"layerwise": True},
+    "layer-wise, 8-bit": {"layerwise": True, "name": "galore_adamw8bit"},
+}
+# Numbers in the kernels of a layer, in its bases, and in the largest kernel.
+KERNELS = 4 * WIDTH * WIDTH + 3 * WIDTH * HIDDEN
+BASES = 7 * WIDTH * RANK
+LARGEST = WIDTH * HIDDEN
+
+
+@functools.cache
+def compiled(mesh=(8, 1, 1), refreshes=False, accumulation=1, rows=8, **settings):
+    """The text of a compiled step on a mesh of fsdp × data × tensor devices."""
+    layerwise = settings.pop("layerwise", False)
+    fsdp, data, tensor = mesh
+    config = Config(
+        MODEL,
+        DataConfig(sequence_length=256, batch_size=rows),
+        OptimizerConfig(rank=RANK, warmup_steps=1, **settings),
+        TrainingConfig(steps=10, accumulation=accumulation, layerwise=layerwise),
+        MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+    )
+    grid = make_mesh(config.mesh)
+    assert AxisType.Explicit not in grid.axis_types
+    step = make_train_step(config, mesh=grid, refreshes=refreshes)
+    with on_mesh(grid):
+        return step.lower(abstract_state(config, grid), batch_shapes(config, grid)).compile()
+
+
+def gathered(program):
+    return [found for found in collectives(program.as_text()) if found.kind == "all-gather"]
+
+
+def is_of_vocabulary(found):
+    """Whether a gathered array is the embedding, the head or a gradient of one of them."""
+    return found.payload in (VOCAB * WIDTH * BFLOAT16, VOCAB * WIDTH * FLOAT32)
+
+
+@pytest.mark.parametrize("refreshes", [False, True], ids=["step", "refresh"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_larger_than_a_kernel_is_gathered(mode, refreshes):
+    program = compiled(refreshes=refreshes, **MODES[mode])
+    sizes = [found.payload for found in gathered(program) if not is_of_vocabulary(found)]
+    assert max(sizes) <= LARGEST * BFLOAT16
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_gathers_what_fsdp_must_and_little_else(mode):
+    # Weights, in the forward and the backward pass; bases, in bfloat16 for the backward pass of
+    # projected gradients, in float32 to project full ones and to lift updates.
+    weights = LAYERS * KERNELS * BFLOAT16 * 2
+    bases = LAYERS * BASES * (FLOAT32 + (FLOAT32 if mode == "full" else BFLOAT16))
+    found = gathered(compiled(**MODES[mode]))
+    total = sum(one.payload * one.times for one in found if not is_of_vocabulary(one))
+    assert total <= 1.05 * (weights + bases)
+
+
+def test_micro_batches_share_one_reduction_and_cost_no_more_work():
+    one, four = (compiled((1, 8, 1), accumulation=n, rows=32) for n in (1, 4))
+    for program in (one, four):
+        reductions = [f for f in collectives(program.as_text()) if f.payload > 2**20]
+        assert {(f.kind, f.times) for f in reductions} == {("all-reduce", 1)}
+    moved = [
+        sum(f.payload * f.times for f in collectives(program.as_text())) for program in (one, four)
+    ]
+    coordinates = LAYERS * RANK * (4 * WIDTH + 3 * HIDDEN) * FLOAT32
+    np.testing.assert_allclose(moved, coordinates + 2 * VOCAB * WIDTH * FLOAT32, rtol=0.01)
+    assert flops(four.as_text()) <= 1.1 * flops(one.as_text())
+
+
+@pytest.mark.parametrize("mode", ["projected", "layer-wise, 8-bit"])
+def test_each_device_holds_an_eighth_of_the_state(mode):
+    held = [
+        compiled(mesh, **MODES[mode]).memory_analysis().argument_size_in_bytes
+        for mesh in ((8, 1, 1), (1, 8, 1))
+    ]
+    assert held[0] <= held[1] * (1 / 8 + 0.01)
+    assert jax.device_count() == 8

@@ -1,0 +1,162 @@
+"""scripts/scaling.py: what it prints, and the claims about communication and memory."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "scaling.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import scaling  # noqa: E402
+
+LAYERS, HIDDEN, FFN, VOCABULARY, RANK = 2, 64, 128, 256, 16
+TINY = [
+    *(f"model.{name}={value}" for name, value in {
+        "num_layers": LAYERS, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_heads": 2,
+        "vocab_size": VOCABULARY, "max_length": 16,
+    }.items()),
+    "data.sequence_length=16", "data.batch_size=32", f"optimizer.rank={RANK}",
+]  # fmt: skip
+NORMS = (2 * LAYERS + 1) * HIDDEN
+UNPROJECTED = 2 * VOCABULARY * HIDDEN + NORMS
+PROJECTED = LAYERS * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * FFN)
+COORDINATES = LAYERS * RANK * (4 * HIDDEN + 3 * FFN)
+BASES = LAYERS * RANK * 7 * HIDDEN
+# Of losses, targets and norms.
+SCALARS = 64
+
+
+def run(folder: Path, *arguments: str) -> tuple[str, list[dict]]:
+    """What the script prints, and the figures it writes."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment["PYTHONPATH"] = str(ROOT)
+    figures = folder / "figures.json"
+    command = [sys.executable, "-W", "error", str(SCRIPT), "--json", str(figures), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(figures.read_text())
+
+
+def report(folder: Path, *arguments: str) -> tuple[str, dict]:
+    """The report of a tiny model: its text, and its figures by layout, optimizer and devices."""
+    printed, rows = run(folder, "--models", "350m", "--rows", "4", *arguments, *TINY)
+    return printed, {(row["layout"], row["optimizer"], row["devices"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The report of the usual optimizers, data parallel."""
+    options = ["--layouts", "data", "--devices", "4", "--optimizers", "adamw,projected"]
+    return report(tmp_path_factory.mktemp("scaling"), *options)[1]
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """The report of all optimizers and layouts, and its folder."""
+    folder = tmp_path_factory.mktemp("scaling")
+    picture = ["--picture", str(folder / "scaling.png")]
+    return *report(folder, "--devices", "1,4", *picture), folder
+
+
+@pytest.mark.slow
+def test_each_case_has_a_line_and_the_picture_is_drawn(complete):
+    printed, costs, folder = complete
+    names = ("adamw", "contrib", "full", "projected")
+    cases = {(layout, name) for layout in ("data", "fsdp") for name in names} | {("data", "over")}
+    assert {(layout, name) for layout, name, devices in costs if devices == 4} == cases
+    lines = [line.split() for line in printed.splitlines()]
+    assert sum(line[:1] == ["projected"] and len(line) == 12 for line in lines) == 3
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_data_parallel_reduces_float32_gradients_or_coordinates_once(tiny):
+    full = 4 * (UNPROJECTED + PROJECTED)
+    assert full <= tiny["data", "adamw", 4]["payload"]["all-reduce"] <= full + SCALARS
+    low_rank = 4 * (UNPROJECTED + COORDINATES)
+    sent = tiny["data", "projected", 4]
+    assert low_rank <= sent["payload"]["all-reduce"] <= low_rank + SCALARS
+    # A device sends 3/4 of it twice, and nothing leaves the node.
+    assert 2 * 3 * low_rank <= 4 * sent["inside"] <= 2 * 3 * (low_rank + SCALARS)
+    assert sent["between"] == 0
+
+
+def test_a_refresh_moves_coordinates_and_columns_more(tiny):
+    more = tiny["data", "projected", 4]["refresh"]
+    assert 4 * (COORDINATES + BASES) <= more["all-reduce"] <= 1.01 * 4 * (COORDINATES + BASES)
+    assert tiny["data", "adamw", 4]["refresh"] == dict.fromkeys(more, 0)
+
+
+@pytest.mark.slow
+def test_one_device_communicates_nothing_and_holds_the_state_of_all(complete):
+    _, costs, _ = complete
+    for name in ("adamw", "contrib", "full", "projected"):
+        alone = costs["data", name, 1]
+        assert sum(alone["payload"].values()) == alone["inside"] == alone["between"] == 0
+        assert alone["state"] == alone["whole_state"] == costs["fsdp", name, 4]["whole_state"]
+
+
+@pytest.mark.slow
+def test_moments_over_data_are_divided(complete):
+    _, costs, _ = complete
+    whole, cut = costs["data", "projected", 4]["moments"], costs["data", "over", 4]["moments"]
+    assert cut <= 1.01 * whole / 4
+
+
+@pytest.mark.slow
+def test_data_parallel_over_8_devices_reduces_a_third_of_adamws_bytes_at_1b_and_less_at_7b(
+    tmp_path,
+):
+    options = ["--layouts", "data", "--devices", "8", "--optimizers", "adamw,projected"]
+    _, rows = run(tmp_path, "--models", "1b,7b", *options)
+    reduced = {(row["model"], row["optimizer"]): row["payload"]["all-reduce"] for row in rows}
+    assert reduced["1b", "projected"] <= 0.35 * reduced["1b", "adamw"]
+    assert reduced["7b", "projected"] <= 0.30 * reduced["7b", "adamw"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_state_of_350m_and_7b_is_divided_by_8(tmp_path):
+    options = ["--layouts", "fsdp,data", "--devices", "8", "--optimizers", "projected,over"]
+    _, rows = run(tmp_path, "--models", "350m,7b", *options)
+    for row in rows:
+        if row["layout"] == "fsdp":
+            assert row["state"] <= row["whole_state"] * (1 / 8 + 0.01)
+    moments = {(row["model"], row["layout"], row["optimizer"]): row["moments"] for row in rows}
+    for model in ("350m", "7b"):
+        whole = moments[model, "data", "projected"]
+        assert moments[model, "data", "over"] <= whole * (1 / 8 + 0.01)
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_layer_are_gathered_when_they_are_used(tmp_path):
+    """Not the weights of all layers: with each layer, that would be the square of their number."""
+    options = ["--layouts", "fsdp", "--devices", "8", "--optimizers", "adamw"]
+    _, (row,) = run(tmp_path, "--models", "1b", *options)
+    # For the forward pass and for the backward pass, and the embedding in float32.
+    assert row["payload"]["all-gather"] <= 1.05 * 2 * 8 * row["weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--devices", "3"], "--devices 3 is not a power of two"),
+        (["--optimizers", "adamv"], "--optimizers = 'adamv' is unknown; did you mean adamw?"),
+        (["--rows", "0"], "--rows must be at least 1"),
+        (["--json", "missing/figures.json"], "there is no folder missing for --json"),
+        (["--device", "rtx9999", "--devices", "2"], "--device = 'rtx9999' is unknown"),
+    ],
+)
+def test_a_wrong_argument_ends_in_one_sentence(monkeypatch, capsys, arguments, expected):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        scaling.run_cli(scaling.main)
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert expected in message
