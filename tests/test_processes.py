@@ -205,13 +205,15 @@ def wait_for_changes(path, count, processes):
 def test_twenty_kills_at_random_moments_lose_nothing(place, undisturbed):
     draw, folder = random.Random(0), place / "twenty"
     for number in range(20):
+        if (folder / "summary.json").exists():  # There was time for all of its steps.
+            assert lines(folder) == lines(undisturbed[1])
+            folder = place / f"twenty, from {number} on"
         resumes = ["--resume"] if (folder / "metrics.jsonl").exists() else []
         processes = start(place, folder.name, "training.checkpoint_every=2", *resumes)
         # Every fourth time before the first step, as far as this machine is slow enough.
         if number % 4:
-            wait_for_changes(folder / "metrics.jsonl", draw.randrange(2, 5), processes)
+            wait_for_changes(folder / "metrics.jsonl", draw.randrange(3, 12), processes)
         time.sleep(draw.uniform(0, 0.5 if number % 4 else 5))
-        assert not (folder / "summary.json").exists()
         victim, other = draw.sample(processes, 2)
         victim.kill()
         # The other ends by itself, unless it waits for the victim to join: a launcher ends it then.
@@ -219,8 +221,9 @@ def test_twenty_kills_at_random_moments_lose_nothing(place, undisturbed):
             other.wait(timeout=5)
         other.kill()
         finish(processes)
-    assert len(lines(folder)) > 10
-    succeed(start(place, folder.name, "--resume"))
+    assert len(lines(folder)) > 10 or folder.name != "twenty"
+    if not (folder / "summary.json").exists():
+        succeed(start(place, folder.name, "--resume"))
     assert lines(folder) == lines(undisturbed[1])
 
 
@@ -306,6 +309,7 @@ def test_a_process_that_a_cluster_started_with_others_joins_them(monkeypatch, en
         monkeypatch.setenv(name, value)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: calls.append(options))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     with joined():
         pass
     assert len(calls) == joins

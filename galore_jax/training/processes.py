@@ -58,6 +58,10 @@ def joined(
         heartbeat_timeout_seconds=TIMEOUT,
         shutdown_timeout_seconds=TIMEOUT,
     )
+    if jax.default_backend() == "cpu":
+        # Process 0 alone finds its programs in JAX's cache. On CPUs such a program may exchange
+        # arrays in another order than what the other processes have compiled.
+        jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield
     except Exception as error:
