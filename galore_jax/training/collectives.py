@@ -26,7 +26,13 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS: tuple[str, ...] = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+KINDS: tuple[str, ...] = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 
 # Up to this factor is what a device uses of an all-reduce its own part: vectors may go with it.
 WHOLE = 1.05
