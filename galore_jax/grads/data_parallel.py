@@ -42,6 +42,8 @@ def mean_over_shards(
         return f(operands, *batch)
     mesh = _mesh(data_axes, operands)
     count = math.prod(mesh.shape[axis] for axis in data_axes)
+    if count == 1:
+        return f(operands, *batch)
     for leaf in jax.tree.leaves(batch):
         if not jnp.ndim(leaf) or leaf.shape[0] % count:
             raise ValueError(

@@ -34,8 +34,8 @@ def shardings(
     partitioning) has the axes of the box, translated by the logical axis rules of the context. Any
     other leaf has the spec of the first rule that matches its path. If the mesh has an axis named
     "fsdp" that the leaf does not use yet, that axis is added: to the axis of the matrix that the
-    projection keeps; of leaves that are not projected to the first axis, of biases and scales, the
-    first axis of which may be layers, to the last. Where its size does not divide that axis it goes
+    projection keeps; of leaves that are not projected to the first axis of a matrix, of biases and
+    scales, the first axis of which may be layers, to the last. Where its size does not divide that axis it goes
     to another one. What divides none stays whole on every device.
 
     Batches are usually divided over "data" and "fsdp". Other mesh axes divide parameters only where
@@ -113,8 +113,11 @@ def _places(
 ) -> list[int]:
     """The axes to try for "fsdp", in this order."""
     if projection is None:
-        axes = list(range(len(shape)))
-        return axes[::-1] if is_bias_or_scale(names) else axes
+        if is_bias_or_scale(names):
+            return list(range(len(shape)))[::-1]
+        # Of a stack, layers are taken one at a time, so they come last.
+        stacked = max(len(shape) - 2, 0)
+        return [*range(stacked, len(shape)), *range(stacked)]
     view = projection.view
     sides = [view.out_axes, view.in_axes]  # A left basis keeps the out side.
     if "left" not in projection.sides:
