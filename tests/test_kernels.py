@@ -213,6 +213,18 @@ def test_the_lift_kernel_runs_over_stacked_matrices():
         np.testing.assert_array_equal(new[i], expected)
 
 
+@both_lifts
+@pytest.mark.parametrize("width", [36, 37])
+def test_a_lift_of_a_part_equals_that_part_of_the_lift(add, width):
+    # Parts start at any column; random bits are drawn for four columns at once.
+    weights = jax.random.normal(jax.random.key(0), (24, 2 * width)).astype(BFLOAT16)
+    left, right = jnp.ones((24, 4)), jax.random.normal(jax.random.key(1), (4, 2 * width))
+    whole = add(weights, left, right, 0.01, 0.1, SEED)
+    start = jnp.int32(8), jnp.int32(width)
+    part = add(weights[8:, width:], left[8:], right[:, width:], 0.01, 0.1, SEED, start=start)
+    np.testing.assert_array_equal(float64(part), float64(whole[8:, width:]))
+
+
 def test_stochastic_rounding_is_unbiased():
     # 1 plus 0.3 of the spacing; 65,536 draws: standard error 0.46/256.
     weights = jnp.ones((256, 256), BFLOAT16)
