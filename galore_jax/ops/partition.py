@@ -90,7 +90,10 @@ def partition_of(array: Any) -> Partition | None:
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
-    spec = tuple(map(names_of, sharding.spec))
+    mesh = sharding.mesh
+    spec = tuple(
+        tuple(name for name in names_of(entry) if mesh.shape[name] > 1) for entry in sharding.spec
+    )
     return Partition(axes_of(sharding.mesh), spec + ((),) * (len(array.shape) - len(spec)))
 
 
@@ -121,7 +124,7 @@ def placed(
       mesh: the mesh.
       shape: shape of the array.
       wanted: mesh axes, each with the axes of the array to try, in this order. One that divides
-        none of them is left out.
+        none of them is left out, as is one of size 1.
       start: the mesh axes that are already placed, for each axis of the array.
       block: parts of the last axis must be multiples of this, or the whole axis.
 
@@ -130,7 +133,7 @@ def placed(
     """
     axes: list[MeshAxes] = [*start] if start is not None else [()] * len(shape)
     for name, places in wanted:
-        for place in places:
+        for place in places if mesh.shape[name] > 1 else ():
             parts = math.prod(mesh.shape[other] for other in (*axes[place], name))
             multiple = block if place == len(shape) - 1 else 1
             if shape[place] % (parts * multiple) == 0:

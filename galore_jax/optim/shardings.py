@@ -34,9 +34,9 @@ def shardings(
     partitioning) has the axes of the box, translated by the logical axis rules of the context. Any
     other leaf has the spec of the first rule that matches its path. If the mesh has an axis named
     "fsdp" that the leaf does not use yet, that axis is added: to the axis of the matrix that the
-    projection keeps; of leaves that are not projected to the first axis of a matrix, of biases and
-    scales, the first axis of which may be layers, to the last. Where its size does not divide that axis it goes
-    to another one. What divides none stays whole on every device.
+    projection keeps; of leaves that are not projected to the first axis of a matrix; of biases and
+    scales, the first axis of which may be layers, to the last. Where its size does not divide that
+    axis it goes to another one. What divides none stays whole on every device.
 
     Batches are usually divided over "data" and "fsdp". Other mesh axes divide parameters only where
     a rule or a box says so.
@@ -87,7 +87,7 @@ def shardings(
         wanted: list[tuple[str, Sequence[int]]] = [
             (axis, (place,)) for place, entry in enumerate(spec) for axis in names_of(entry)
         ]
-        if mesh.shape.get(FSDP, 1) > 1 and FSDP not in [axis for axis, _ in wanted]:
+        if FSDP in mesh.shape and FSDP not in [axis for axis, _ in wanted]:
             wanted.append((FSDP, _places(names, leaf.shape, projections.get(names))))
         return placed(axes_of(mesh), leaf.shape, wanted)
 
@@ -164,12 +164,13 @@ def _warn_of_whole_leaves(
     whole = [
         (size(leaf), "/".join(names), leaf.shape)
         for (names, leaf), partition in zip(leaves, partitions, strict=True)
-        if math.prod(partition.mesh.shape[axis] for axis in partition.used) == 1
+        if not partition.used
     ]
-    divides = any(partition.used for partition in partitions) or FSDP in partitions[0].mesh.shape
+    has_fsdp = partitions[0].mesh.shape.get(FSDP, 1) > 1 if partitions else False
+    divides = has_fsdp or any(partition.used for partition in partitions)
     total = sum(size(leaf) for _, leaf in leaves)
     fraction = sum(size for size, *_ in whole) / max(total, 1)
-    if divides and partitions[0].mesh.size > 1 and fraction > MAX_WHOLE:
+    if divides and fraction > MAX_WHOLE:
         largest = ", ".join(f"{name} {shape}" for _, name, shape in sorted(whole)[:-6:-1])
         warnings.warn(
             f"shardings: {fraction:.0%} of all numbers stay whole on every device, because no size "

@@ -13,7 +13,7 @@ from galore_jax.grads import layerwise
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config
 from galore_jax.training.layout import TENSOR_RULES, batch_sharding, whole
-from galore_jax.training.mesh import DATA, FSDP, TENSOR
+from galore_jax.training.mesh import DATA
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
@@ -56,19 +56,13 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     if mesh is None:
         return shapes
     tx, module = _optimizer(config)
-    params = _placed(shapes.params, _params_shardings(tx, shapes.params, mesh))
+    shardings = galore_jax.shardings(tx, shapes.params, mesh, TENSOR_RULES)
+    params = _placed(shapes.params, shardings)
     over = (DATA,) if config.mesh.shard_moments and mesh.shape[DATA] > 1 else ()
     # This tree knows the partitions of the parameters, by which later updates divide their work.
     shardings = module.state_shardings(tx, _in_float32(params), over=over)
     opt_state, step = _placed(shapes.opt_state, shardings), _placed(shapes.step, whole(mesh))
     return TrainState(params, opt_state, step)
-
-
-def _params_shardings(tx: optax.GradientTransformation, params: PyTree, mesh: Mesh) -> PyTree:
-    if mesh.shape[FSDP] == mesh.shape[TENSOR] == 1:
-        return jax.tree.map(lambda _: whole(mesh), params)
-    rules = TENSOR_RULES if mesh.shape[TENSOR] > 1 else None
-    return galore_jax.shardings(tx, params, mesh, rules)
 
 
 def _optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:

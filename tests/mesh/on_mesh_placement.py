@@ -87,8 +87,12 @@ def test_rules_place_tensor_axes_and_fsdp_divides_their_parts_further():
     assert chosen(params, {"fsdp": 2, "tensor": 4}, rules) == expected
 
 
-def test_a_mesh_without_fsdp_leaves_parameters_whole():
-    assert chosen({"up": shape(16, 64)}, {"data": 8}) == {"up": ()}
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 8, "fsdp": 1, "tensor": 1}])
+def test_axes_of_size_1_leave_parameters_whole(sizes):
+    rules = {"up": P(None, "tensor")} if "tensor" in sizes else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert chosen({"up": shape(16, 64)}, sizes, rules) == {"up": ()}
 
 
 def test_much_that_no_axis_divides_is_reported_with_the_largest_leaves():
