@@ -35,7 +35,7 @@ def assert_equal_losses(result, expected, bound):
         ("projected", ["fsdp", "all"], EXACT),
         pytest.param("projected", ["data", "zero", "explicit"], EXACT, marks=pytest.mark.slow),
         pytest.param("accumulated", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
-        pytest.param("full", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
+        pytest.param("full", ["data", "fsdp", "all", "explicit"], EXACT, marks=pytest.mark.slow),
         pytest.param("adamw", ["fsdp", "zero"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise", ["zero", "explicit"], EXACT, marks=pytest.mark.slow),

@@ -94,6 +94,15 @@ def test_a_step_gathers_what_fsdp_must_and_little_else(mode):
     assert total <= 1.05 * (weights + bases)
 
 
+def test_a_refresh_gathers_what_two_more_passes_of_fsdp_must_and_little_else():
+    # A pass with the bases, and one with bases of the opposite sides, both in bfloat16.
+    opposite = (4 * WIDTH + 3 * HIDDEN) * RANK
+    passes = LAYERS * (3 * 2 * (ATTENTION + MLP) + 2 * BASES + opposite) * BFLOAT16
+    found = gathered(compiled(refreshes=True))
+    total = sum(one.payload * one.times for one in found if not is_of_vocabulary(one))
+    assert total <= 1.05 * (passes + LAYERS * BASES * FLOAT32)
+
+
 def test_micro_batches_share_one_reduction_and_cost_no_more_work():
     one, four = (compiled((1, 8, 1), accumulation=n, rows=32) for n in (1, 4))
     for program in (one, four):
