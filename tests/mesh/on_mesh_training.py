@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from small_model import BATCH, LENGTH, VOCAB, WIDTH, batches, make_mesh, train
+from small_model import (
+    BATCH,
+    GAP,
+    LENGTH,
+    MODEL,
+    VOCAB,
+    WIDTH,
+    batches,
+    init_params,
+    make_mesh,
+    train,
+)
 
 import galore_jax
 from galore_jax.optim import adam8bit
@@ -169,3 +180,51 @@ def test_a_boxed_flax_model_trains_as_on_one_device(axis_type, mode):
         assert kernel.sharding.is_equivalent_to(NamedSharding(kernel.sharding.mesh, spec), 2)
     moments = state.inner_states[1].mu["Dense_0"]["kernel"].value
     assert moments.addressable_shards[0].data.size == moments.size // 4
+
+
+# The small model with its parameters in boxes, layer by layer.
+
+NAMES = {"up": (None, None, "tensor"), "down": (None, "tensor", None)}
+
+
+def unboxed(tree):
+    is_box = lambda node: isinstance(node, nn.Partitioned)
+    return jax.tree.map(lambda node: node.value if is_box(node) else node, tree, is_leaf=is_box)
+
+
+BOXED_LAYERS = galore_jax.layerwise.LayeredModel(
+    embed=lambda params, tokens: MODEL.embed(unboxed(params), tokens),
+    block=lambda layer, x, other: MODEL.block(unboxed(layer), x, other),
+    head_loss=lambda params, x, tokens: MODEL.head_loss(unboxed(params), x, tokens),
+)
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=lambda kind: kind.name)
+def test_boxed_layers_train_one_by_one_as_on_one_device(axis_type):
+    mesh = make_mesh(MESHES["hybrid"], axis_type)
+    tx = galore_jax.adamw(0.02, rank=8, update_proj_gap=GAP)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: nn.Partitioned(leaf, NAMES.get(path[-1].key, (None,) * leaf.ndim)),
+        init_params(),
+    )
+    params = jax.device_put(params, galore_jax.shardings(tx, params, mesh))
+    up = params["layers"]["up"].value
+    assert up.sharding.spec == P(None, None, ("tensor", "fsdp"))
+    state = galore_jax.layerwise.init(tx, params)
+    types = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, state))
+
+    def compiled(refreshes):
+        step = galore_jax.layerwise.make_step(BOXED_LAYERS, tx, refreshes=refreshes)
+        run = lambda *arguments: step(*arguments)[:3]
+        if axis_type == EXPLICIT:
+            run = jax.sharding.auto_axes(run, out_sharding=(*types, P()))
+        return jax.jit(run)
+
+    steps, losses = {flag: compiled(flag) for flag in (False, True)}, []
+    with jax.set_mesh(mesh):
+        for tokens in batches():
+            tokens = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"))))
+            due = bool(galore_jax.refresh_due(state))
+            params, state, value = steps[due](params, state, tokens)
+            losses.append(float(value))
+    assert_equal_losses(losses, on_one_device("layerwise"))
