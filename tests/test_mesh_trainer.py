@@ -1,13 +1,13 @@
 """Trainings on meshes of 8 devices equal those on one, also where a checkpoint moves them."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from eight_devices import environment
 
 SCRIPT = Path(__file__).parent / "mesh" / "trainer_on_mesh.py"
 # Rounding in another order moves a loss by a few units in its last place, 2.4e-7, and 20 steps by
@@ -16,10 +16,8 @@ EXACT, EIGHT_BIT = 1e-5, 1e-3
 
 
 def results(mode, *meshes):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     command = [sys.executable, "-W", "error", str(SCRIPT), mode, *meshes]
-    environment = os.environ | {"XLA_FLAGS": flags}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finished = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(finished.stdout.splitlines()[-1])
 
