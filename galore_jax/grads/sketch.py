@@ -8,6 +8,7 @@ due has never been refreshed, otherwise one.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, Uses, bases_in
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
-from galore_jax.ops.partition import AxisNames, names_of
+from galore_jax.ops.partition import AxisNames, map_batch, names_of
 from galore_jax.ops.quantization import as_float32
 from galore_jax.optim.moments import BasisUpdate, constrain_state, rotate
 from galore_jax.optim.state import (
@@ -32,7 +33,7 @@ from galore_jax.optim.state import (
 )
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
 from galore_jax.subspace.methods import orthonormalise, span
-from galore_jax.subspace.placement import constrain_coordinates
+from galore_jax.subspace.placement import constrain_coordinates, matrices_partition
 from galore_jax.subspace.projection import Side
 from galore_jax.subspace.refresh import Sketch, refresh_basis
 
@@ -249,8 +250,9 @@ def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) ->
         stacks = flatten_batch(arrays, basis.age.ndim)
         return for_each(due.reshape(-1), apply_to, stacks[-1], stacks).reshape(arrays[-1].shape)
 
+    where_due_on_parts = partial(map_batch, matrices_partition(basis.projection), where_due)
     due = updates_left(basis) <= 0
-    return with_auto_axes(where_due, due, *arrays, out=lambda: specs_of(arrays[-1]))
+    return with_auto_axes(where_due_on_parts, due, *arrays, out=lambda: specs_of(arrays[-1]))
 
 
 def _float32(stored: Any) -> jax.Array:

@@ -72,6 +72,25 @@ class Partition:
             f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
         )
 
+    def map_batch(self, f: Callable[..., Any], *arguments: Any) -> Any:
+        """`f(*arguments)` on the matrices that each device has, if devices have different ones.
+
+        A loop over matrices that lie on several devices would gather all of them.
+
+        Args:
+          f: a function of trees of arrays `(*batch, …)`, as its results are, which treats each
+            matrix separately.
+          *arguments: its arguments.
+        """
+        mesh = self._context()
+        batch = Partition(self.mesh, self.axes[:-2])._without(mesh.manual_axes)
+        if not batch.used:
+            return f(*arguments)
+        specs: Any = {"in_specs": batch.spec, "out_specs": batch.spec}
+        names = set(batch.used)
+        mapped = jax.shard_map(f, mesh=mesh, axis_names=names, check_vma=False, **specs)
+        return mapped(*arguments)
+
     def _without(self, names: Iterable[str]) -> "Partition":
         rest = lambda axes: tuple(name for name in axes if name not in names)
         return Partition(self.mesh, tuple(map(rest, self.axes)))
@@ -140,6 +159,11 @@ def placed(
                 axes[place] = (*axes[place], name)
                 break
     return Partition(mesh, tuple(axes))
+
+
+def map_batch(partition: Partition | None, f: Callable[..., Any], *arguments: Any) -> Any:
+    """`partition.map_batch(f, *arguments)`; without a partition `f(*arguments)`."""
+    return f(*arguments) if partition is None else partition.map_batch(f, *arguments)
 
 
 def constrained(array: jax.Array, partition: Partition | None) -> jax.Array:

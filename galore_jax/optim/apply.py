@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
 from galore_jax.ops.loops import flatten_batch
-from galore_jax.ops.partition import Partition
+from galore_jax.ops.partition import Partition, map_batch
 from galore_jax.ops.rounding import stochastic_round
 from galore_jax.optim.chain import Chain, update_low_rank
 from galore_jax.optim.moments import constrain_state
@@ -141,8 +141,7 @@ def _lift_and_add(
     projection, batch = basis.projection, basis.age.ndim
     partition = matrices_partition(projection)
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
-    seeds = None if key is None else jax.random.bits(key, (basis.age.size, 2), jnp.uint32)
-    vectors, value, decay = flatten_batch((basis.vectors, update.value, decay), batch)
+    seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
 
     def update_one(
         weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any
@@ -153,19 +152,24 @@ def _lift_and_add(
             add = _on_parts(add, partition.trailing(2), is_transposed)
         return add(weights, left, right, basis.scale, decay, seed)
 
-    def update_at(i: jax.Array, matrices: jax.Array) -> jax.Array:
-        arguments = jax.tree.map(lambda stack: stack[i], (vectors, value, decay, seeds))
-        return matrices.at[i].set(update_one(matrices[i], *arguments))
+    def update_all(matrices: jax.Array, *others: Any) -> jax.Array:
+        stack, *rest = flatten_batch((matrices, *others), batch)
+
+        def update_at(i: jax.Array, stack: jax.Array) -> jax.Array:
+            arguments = jax.tree.map(lambda array: array[i], rest)
+            return stack.at[i].set(update_one(stack[i], *arguments))
+
+        # A GPU kernel updates a stack in place, but inside a loop it would be given copies. On a
+        # mesh the loop is needed nonetheless: the basis of one matrix at a time is gathered.
+        if implementation == "pallas" and partition is None:
+            new = jax.vmap(update_one)(stack, *rest)
+        else:
+            new = lax.fori_loop(0, len(stack), update_at, stack)
+        return new.reshape(matrices.shape)
 
     matrices = projection.view.to_matrices(param)
-    stack = flatten_batch(matrices, batch)
-    # A GPU kernel updates a stack in place, but inside a loop it would be given copies. On a mesh
-    # the loop is needed nonetheless: the basis of one matrix at a time is gathered.
-    if implementation == "pallas" and partition is None:
-        new = jax.vmap(update_one)(stack, vectors, value, decay, seeds)
-    else:
-        new = lax.fori_loop(0, basis.age.size, update_at, stack)
-    return projection.view.from_matrices(new.reshape(matrices.shape))
+    others = basis.vectors, update.value, decay, seeds
+    return projection.view.from_matrices(map_batch(partition, update_all, matrices, *others))
 
 
 def _on_parts(

@@ -9,6 +9,7 @@ A moment is any `Coordinates` node in an optimizer's state; it records the path 
   once per matrix, with a state of its own for each (`init_per_matrix`, `update_per_matrix`).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.loops import flatten_batch, for_each
-from galore_jax.ops.partition import constrained
+from galore_jax.ops.partition import constrained, map_batch
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.optim.state import GaLoreState, bases_of
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.subspace.placement import constrain_basis, moment_partition
+from galore_jax.subspace.placement import constrain_basis, matrices_partition, moment_partition
 from galore_jax.subspace.projection import Coordinates, Side, is_coordinates
 from galore_jax.types import PyTree
 
@@ -172,8 +173,15 @@ def _spread(c: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _rotated_where_refreshed(value: Any, basis_update: BasisUpdate, kind: Any) -> Any:
-    batch = basis_update.new.age.ndim
-    old, new = flatten_batch((basis_update.old.vectors, basis_update.new.vectors), batch)
+    old, new = basis_update.old, basis_update.new
+    rotate_all = partial(_rotated_where_flagged, kind)
+    arguments = basis_update.refreshed, value, old.vectors, new.vectors
+    return map_batch(matrices_partition(new.projection), rotate_all, *arguments)
+
+
+def _rotated_where_flagged(kind: Any, flags: jax.Array, value: Any, old: Any, new: Any) -> Any:
+    batch = flags.ndim
+    old, new = flatten_batch((old, new), batch)
 
     def rotate_one(i: jax.Array, values: Any, vectors: Any) -> Any:
         stored, (old, new) = jax.tree.map(lambda stack: stack[i], (values, vectors))
@@ -181,8 +189,7 @@ def _rotated_where_refreshed(value: Any, basis_update: BasisUpdate, kind: Any) -
         result = stored_like(rotated(as_float32(stored), c, kind), stored)
         return jax.tree.map(lambda stack, new: stack.at[i].set(new), values, result)
 
-    flags, stacks = basis_update.refreshed.reshape(-1), flatten_batch(value, batch)
-    result = for_each(flags, rotate_one, stacks, (old, new))
+    result = for_each(flags.reshape(-1), rotate_one, flatten_batch(value, batch), (old, new))
     return jax.tree.map(lambda new, old: new.reshape(old.shape), result, value)
 
 

@@ -99,9 +99,15 @@ class Projection:
         pair = vectors, self.view.to_matrices(array).astype(jnp.float32)
         if self.partition is None or not self.view.batch:
             return project_matrices(pair)
-        # One matrix at a time, so that no more than its basis is gathered on a device.
-        stacks = flatten_batch(pair, len(self.view.batch))
-        return lax.map(project_matrices, stacks).reshape(self.coordinates_shape)
+
+        def project_one_by_one(vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
+            # No more than the basis of one matrix is gathered on a device.
+            stacks = flatten_batch((vectors, value), len(self.view.batch))
+            result = lax.map(project_matrices, stacks)
+            return result.reshape(*value.shape[:-2], *result.shape[1:])
+
+        batch = tuple(self.partition.axes[axis] for axis in self.view.batch_axes)
+        return Partition(self.partition.mesh, (*batch, (), ())).map_batch(project_one_by_one, *pair)
 
     def lift_matrices(self, vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
         """Lifts coordinates to matrices: `P N`, `N Pᵀ` or `P N Qᵀ`, in float32.

@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from galore_jax.ops.loops import flatten_batch, for_each
+from galore_jax.ops.partition import map_batch
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.subspace.basis import (
     AGE_UNINITIALIZED,
@@ -90,15 +91,22 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
         matrices = basis.projection.view.to_matrices(gradient)
 
     # Compute new vectors, with the batch axes flattened.
-    batch = basis.age.shape
-    stacks = flatten_batch((basis.vectors, basis.age, basis.gap, matrices), len(batch))
-    refresh = partial(refresh_where_due, method=basis.method)
+    refresh: Callable[..., Any] = partial(refresh_where_due, method=basis.method)
     if basis.method in EXACT:
         refresh = _on_whole_matrices(refresh, basis.projection)
     key_data = seed, count, path_hash(basis.projection)
-    vectors, refreshed, overlaps = refresh(*stacks, key_data)
-    vectors = jax.tree.map(lambda new, old: new.reshape(old.shape), vectors, basis.vectors)
-    return _apply_refresh(basis, vectors, refreshed.reshape(batch), overlaps.reshape(batch), lazy)
+
+    def refresh_all(vectors: Any, age: Any, gap: Any, matrices: Any) -> Any:
+        stacks = flatten_batch((vectors, age, gap, matrices), age.ndim)
+        results = refresh(*stacks, key_data)
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), results, (vectors, age, age))
+
+    arguments = basis.vectors, basis.age, basis.gap, matrices
+    if basis.method == "subspace_iteration":
+        results = map_batch(matrices_partition(basis.projection), refresh_all, *arguments)
+    else:
+        results = refresh_all(*arguments)
+    return _apply_refresh(basis, *results, lazy)
 
 
 def _on_whole_matrices(refresh: Callable[..., Any], projection: Projection) -> Callable[..., Any]:

@@ -76,10 +76,12 @@ def test_one_reduction_per_step_works_with_sharding_types():
 
 @pytest.mark.usefixtures("small_leaves_in_8_bits")
 @pytest.mark.parametrize("mode", ["projected", "full", "layerwise"])
-@pytest.mark.parametrize("mesh", MESHES)
-def test_8_bit_losses_are_those_of_one_device(mesh, mode):
+@pytest.mark.parametrize(
+    ("mesh", "axis_type"), [*((mesh, AUTO) for mesh in MESHES), ("hybrid", EXPLICIT)], ids=str
+)
+def test_8_bit_losses_are_those_of_one_device(mesh, axis_type, mode):
     settings = {"eight_bit": True, "basis_dtype": "int8"}
-    losses, _, state = train(make_mesh(MESHES[mesh]), mode, **settings)
+    losses, _, state = train(make_mesh(MESHES[mesh], axis_type), mode, **settings)
     codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
     assert len(codes) == 8
     assert_equal_losses(losses, on_one_device(mode, **settings), EIGHT_BIT)
@@ -228,3 +230,64 @@ def test_boxed_layers_train_one_by_one_as_on_one_device(axis_type):
             params, state, value = steps[due](params, state, tokens)
             losses.append(float(value))
     assert_equal_losses(losses, on_one_device("layerwise"))
+
+
+# Experts, of which each device has some.
+
+EXPERTS = 8
+
+
+def expert_params():
+    keys = jax.random.split(jax.random.key(0), 3)
+    return {
+        "layers": {
+            "up": jax.random.normal(keys[0], (2, EXPERTS, 32, 64)) / 6,
+            "down": jax.random.normal(keys[1], (2, EXPERTS, 64, 32)) / 8,
+        },
+        "last": jax.random.normal(keys[2], (32, 16)),
+    }
+
+
+def expert_loss(params, x):
+    def layer(x, kernels):
+        hidden = jnp.tanh(jnp.einsum("bd,edf->ebf", x, kernels["up"]))
+        return x + jnp.einsum("ebf,efd->bd", hidden, kernels["down"]) / EXPERTS, None
+
+    y, _ = jax.lax.scan(layer, x, params["layers"])
+    return jnp.mean((y @ params["last"] - jnp.sin(3 * x[:, :16])) ** 2)
+
+
+def train_experts(mesh, mode, **settings):
+    """Losses, and the text of the compiled step."""
+    tx = galore_jax.adamw(0.01, rank=8, update_proj_gap=6, **settings)
+    params, x = expert_params(), jax.random.normal(jax.random.key(1), (16, 32))
+    if mesh is not None:
+        rules = {"layers/*": P(None, "expert")}
+        params = jax.device_put(params, galore_jax.shardings(tx, params, mesh, rules))
+    state = galore_jax.init(tx, params)
+
+    @jax.jit
+    def step(params, state):
+        if mode == "projected":
+            state = galore_jax.refresh(expert_loss, tx)(params, state, x)
+            value, grads = galore_jax.value_and_grad(expert_loss, tx)(params, state, x)
+        else:
+            value, grads = jax.value_and_grad(expert_loss)(params, x)
+        return *galore_jax.apply_gradients(tx, grads, state, params), value
+
+    compiled, losses = step.lower(params, state).compile(), []
+    for _ in range(15):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    return losses, compiled.as_text()
+
+
+@pytest.mark.parametrize("mode", ["projected", "full"])
+@pytest.mark.parametrize("moments", ["keep", "rotate"])
+def test_experts_stay_on_their_devices(mode, moments):
+    expected, _ = train_experts(None, mode, moments=moments)
+    losses, program = train_experts(make_mesh({"expert": 8}), mode, moments=moments)
+    assert "all-gather" not in program
+    # Losses start at 37 and are sums of squares, so rounding shows in the sixth digit.
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert losses[-1] < 0.3 * losses[0]
