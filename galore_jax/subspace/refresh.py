@@ -91,12 +91,12 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
         matrices = basis.projection.view.to_matrices(gradient)
 
     # Compute new vectors, with the batch axes flattened.
-    refresh: Callable[..., Any] = partial(refresh_where_due, method=basis.method)
-    if basis.method in EXACT:
-        refresh = _on_whole_matrices(refresh, basis.projection)
     key_data = seed, count, path_hash(basis.projection)
 
     def refresh_all(vectors: Any, age: Any, gap: Any, matrices: Any) -> Any:
+        refresh: Callable[..., Any] = partial(refresh_where_due, method=basis.method)
+        if basis.method in EXACT:
+            refresh = _on_whole_matrices(refresh, basis.projection)
         stacks = flatten_batch((vectors, age, gap, matrices), age.ndim)
         results = refresh(*stacks, key_data)
         return jax.tree.map(lambda new, old: new.reshape(old.shape), results, (vectors, age, age))
