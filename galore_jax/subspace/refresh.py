@@ -97,8 +97,8 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
         refresh: Callable[..., Any] = partial(refresh_where_due, method=basis.method)
         if basis.method in EXACT:
             refresh = _on_whole_matrices(refresh, basis.projection)
-        stacks = flatten_batch((vectors, age, gap, matrices), age.ndim)
-        results = refresh(*stacks, key_data)
+        arguments = *flatten_batch((vectors, age, gap, matrices), age.ndim), key_data
+        results = refresh(*arguments)
         return jax.tree.map(lambda new, old: new.reshape(old.shape), results, (vectors, age, age))
 
     arguments = basis.vectors, basis.age, basis.gap, matrices
