@@ -97,8 +97,8 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
         refresh: Callable[..., Any] = partial(refresh_where_due, method=basis.method)
         if basis.method in EXACT:
             refresh = _on_whole_matrices(refresh, basis.projection)
-        arguments = *flatten_batch((vectors, age, gap, matrices), age.ndim), key_data
-        results = refresh(*arguments)
+        stacks = flatten_batch((vectors, age, gap, matrices), age.ndim)
+        results = refresh(*stacks, key_data)
         return jax.tree.map(lambda new, old: new.reshape(old.shape), results, (vectors, age, age))
 
     arguments = basis.vectors, basis.age, basis.gap, matrices
@@ -106,7 +106,8 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
         results = map_batch(matrices_partition(basis.projection), refresh_all, *arguments)
     else:
         results = refresh_all(*arguments)
-    return _apply_refresh(basis, *results, lazy)
+    vectors, refreshed, overlaps = results
+    return _apply_refresh(basis, vectors, refreshed, overlaps, lazy)
 
 
 def _on_whole_matrices(refresh: Callable[..., Any], projection: Projection) -> Callable[..., Any]:
