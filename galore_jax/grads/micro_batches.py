@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.grads.projected_product import varying_as
+from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.types import PyTree
 
 
@@ -32,8 +33,12 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
             lambda old, new: old + jnp.asarray(new, jnp.float32), total, f(*part)
         ), None
 
-    zeros = jax.tree.map(lambda leaf: varying_as(jnp.zeros(leaf.shape, jnp.float32), leaf), shapes)
-    total, _ = lax.scan(add, zeros, parts)
+    def zeros(leaf: Any) -> jax.Array:
+        array = varying_as(jnp.zeros(leaf.shape, jnp.float32), leaf)
+        # The sum has the sharding type of the parts.
+        return with_auto_axes(lambda array: array, array, out=lambda: specs_of(leaf))
+
+    total, _ = lax.scan(add, jax.tree.map(zeros, shapes), parts)
     return jax.tree.map(lambda leaf: leaf / micro_batches, total)
 
 

@@ -12,7 +12,7 @@ from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
-from galore_jax.ops.explicit import explicit_mesh, specs_of, typed, with_auto_axes
+from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.optim.state import galore_states, is_low_rank, is_parameter
 from galore_jax.subspace.basis import Basis, is_basis
@@ -238,7 +238,7 @@ class TracedLoss:
             coordinates = jnp.zeros(basis.projection.coordinates_shape, jnp.float32)
             partition = coordinates_partition(basis.projection)
             if partition is not None and explicit_mesh(leaf) is not None:
-                coordinates = typed(coordinates, lambda: partition.spec, leaf)
+                coordinates = partition.constrain(coordinates, like=leaf)
             # Inside shard_map its derivative is summed over devices if that of the leaf is.
             return varying_as(coordinates, leaf)
 

@@ -9,7 +9,7 @@ Auto axes, where `Partition.constrain` says what matters and XLA finds the rest.
 from collections.abc import Callable
 
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh
 
 from galore_jax.types import PyTree
 
@@ -51,18 +51,3 @@ def with_auto_axes(
         return f(*arguments)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.sharding.auto_axes(f, axes=mesh.explicit_axes, out_sharding=out())(*arguments)
-
-
-def typed(array: jax.Array, spec: Callable[[], PartitionSpec], like: PyTree) -> jax.Array:
-    """An array with another sharding type, on a mesh with Explicit axes; else as it is.
-
-    Args:
-      array: the array, which may lie on no mesh.
-      spec: returns the new type.
-      like: arrays on the mesh, if the context has none.
-    """
-    mesh = explicit_mesh(like)
-    if mesh is None:
-        return array
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.reshard(array, spec())

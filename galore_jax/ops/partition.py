@@ -46,12 +46,18 @@ class Partition:
         """The partition of an array that has only the last axes of this one."""
         return Partition(self.mesh, self.axes[len(self.axes) - ndim :])
 
-    def constrain(self, array: jax.Array) -> jax.Array:
-        """The array, partitioned like this; its leading axes may be missing."""
-        mesh = explicit_mesh(array) or self._context()
+    def constrain(self, array: jax.Array, like: Any = None) -> jax.Array:
+        """The array, partitioned like this; its leading axes may be missing.
+
+        Args:
+          array: the array.
+          like: if the array lies nowhere yet, another one, which lies on the mesh.
+        """
+        mesh = explicit_mesh((array, like)) or self._context()
         spec = self.trailing(array.ndim)._without(mesh.manual_axes).spec
         if mesh.explicit_axes:
-            return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+            with jax.sharding.use_abstract_mesh(mesh):
+                return jax.sharding.reshard(array, spec)
         return lax.with_sharding_constraint(array, NamedSharding(mesh, spec))
 
     def map_parts(self, f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -68,8 +68,9 @@ def test_one_reduction_per_step_gives_the_losses_of_one_device(mesh, over, micro
     assert_equal_losses(losses, on_one_device(micro_batches=micro_batches))
 
 
-def test_one_reduction_per_step_works_with_sharding_types():
-    mesh = make_mesh({"data": 8}, EXPLICIT)
+@pytest.mark.parametrize("mesh", ["data", "hybrid"])
+def test_one_reduction_per_step_works_with_sharding_types(mesh):
+    mesh = make_mesh(MESHES[mesh], EXPLICIT)
     losses, *_ = train(mesh, data_axes=("data",), over=("data",), micro_batches=2)
     assert_equal_losses(losses, on_one_device(micro_batches=2))
 
