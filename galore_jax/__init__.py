@@ -6,12 +6,13 @@ from galore_jax.grads.describe import describe
 from galore_jax.grads.sketch import refresh, refresh_due
 from galore_jax.grads.value_and_grad import value_and_grad
 from galore_jax.optim.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
-from galore_jax.optim.aliases import adafactor, adamw, lion
+from galore_jax.optim.aliases import adafactor, adamw, lion, muon
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import chain
 from galore_jax.optim.clipping import clip_by_finite_norm
 from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
+from galore_jax.optim.muon import scale_by_muon
 from galore_jax.optim.placement import init, state_shardings
 from galore_jax.optim.shardings import shardings
 from galore_jax.optim.state import ChainState, GaLoreState
@@ -40,11 +41,13 @@ __all__ = [
     "init",
     "layerwise",
     "lion",
+    "muon",
     "projection_report",
     "refresh",
     "refresh_due",
     "scale_by_adam8bit",
     "scale_by_factored_rms",
+    "scale_by_muon",
     "shardings",
     "state_shardings",
     "value_and_grad",

@@ -28,6 +28,7 @@ OPTIMIZERS = {
     "adamw": galore_jax.adamw,
     "adafactor": galore_jax.adafactor,
     "lion": galore_jax.lion,
+    "muon": galore_jax.muon,
     "momentum": momentum,
 }
 CASES = pairwise(OPTIMIZERS, REFRESH, MOMENTS)

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from galore_jax.ops.implementation import Implementation, adam_8bit_of
-from galore_jax.ops.quantization import Quantized, zeros_like
+from galore_jax.ops.quantization import Code, Quantized, zeros_like
 from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.types import PyTree
 
@@ -78,9 +78,7 @@ def scale_by_adam8bit(
                         f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, for which "
                         "there are no 8-bit moments: use optax.adam for it, with optax.partition."
                     )
-                if jnp.size(param) < MIN_QUANTIZED_SIZE or param.shape[-1] < MIN_QUANTIZED_WIDTH:
-                    return jnp.zeros_like(param, jnp.float32)
-                return zeros_like(param, code)
+                return zero_moment(param, code)
 
             return jax.tree_util.tree_map_with_path(at_leaf, params)
 
@@ -108,6 +106,14 @@ def scale_by_adam8bit(
         return new, ScaleByAdam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def zero_moment(param: Any, code: Code | None) -> Any:
+    """A moment of zeros, in 8-bit codes if a code is given and the array is large enough."""
+    too_small = jnp.size(param) < MIN_QUANTIZED_SIZE or jnp.shape(param)[-1] < MIN_QUANTIZED_WIDTH
+    if code is None or too_small:
+        return jnp.zeros_like(param, jnp.float32)
+    return zeros_like(param, code)
 
 
 def _on_parts(

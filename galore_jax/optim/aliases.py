@@ -1,8 +1,7 @@
-"""Ready-made optimizers: GaLore with AdamW, Adafactor and Lion."""
+"""Ready-made optimizers: GaLore with AdamW, Muon, Adafactor and Lion."""
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -14,8 +13,11 @@ from galore_jax.optim.chain import Chain, chain
 from galore_jax.optim.clipping import clip_by_matrix_rms
 from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
+from galore_jax.optim.muon import scale_by_muon
 from galore_jax.optim.weight_decay import decay_weights
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rank
+from galore_jax.types import PyTree
 
 Make = TypeVar("Make", bound=Callable[..., Chain])
 
@@ -81,18 +83,86 @@ def adamw(
       >>> tx = galore_jax.adamw(1e-2, rank=4, weight_decay=0.1)
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
-    if implementation != "xla" and not eight_bit:
-        raise ValueError(
-            "adamw: implementation applies to 8-bit moments: set eight_bit=True as well."
-        )
-    adam = (
-        partial(scale_by_adam8bit, implementation=implementation)
-        if eight_bit
-        else optax.scale_by_adam
-    )
     return chain(
         galore(rank, update_proj_gap, scale, **settings),
-        adam(b1=b1, b2=b2, eps=eps),
+        _scale_by_adam("adamw", b1, b2, eps, eight_bit, implementation),
+        optax.scale_by_learning_rate(learning_rate),
+        decay_weights(learning_rate, weight_decay, mask),
+    )
+
+
+def _scale_by_adam(
+    name: str, b1: float, b2: float, eps: float, eight_bit: bool, implementation: Implementation
+) -> optax.GradientTransformation:
+    if eight_bit:
+        return scale_by_adam8bit(b1, b2, eps, implementation=implementation)
+    if implementation != "xla":
+        raise ValueError(
+            f"{name}: implementation applies to 8-bit moments: set eight_bit=True as well."
+        )
+    return optax.scale_by_adam(b1, b2, eps)
+
+
+@_with_settings_of_galore
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 1.0,
+    *,
+    beta: float = 0.95,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float | jax.Array = 0.0,
+    mask: Mask = None,
+    eight_bit: bool = False,
+    implementation: Implementation = "xla",
+    **settings: Any,
+) -> Chain:
+    """Muon on the coordinates, which keeps one moment in place of two; AdamW for everything else.
+
+    Projected leaves are updated by `lr · scale · lift(0.2 √(in · out / rank) · O)`, where O is the
+    orthogonalised momentum of the coordinates: see `scale_by_muon`, which derives the factor.
+
+    Args:
+      learning_rate: a number, or a schedule of the update count.
+      rank: as for `galore`.
+      update_proj_gap: as for `galore`.
+      scale: as for `galore`.
+      beta: decay of the moment of projected leaves.
+      b1: decay of the first moment of the other leaves.
+      b2: decay of their second moment.
+      eps: added to the square root of their second moment.
+      weight_decay: as for `adamw`.
+      mask: as for `adamw`.
+      eight_bit: whether to keep 8-bit moments, of all leaves; see `scale_by_adam8bit`.
+      implementation: of the update of AdamW's 8-bit moments; see `scale_by_adam8bit`.
+      **settings: other arguments of `galore`.
+
+    Returns:
+      A `chain`.
+
+    Raises:
+      ValueError: as for `adamw`.
+
+    Examples:
+      >>> import galore_jax, jax.numpy as jnp
+      >>> tx = galore_jax.muon(1e-3, rank=4)
+      >>> state = tx.init({"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16)})
+    """
+
+    def labels(tree: PyTree) -> PyTree:
+        label = lambda leaf: "coordinates" if is_coordinates(leaf) else "unprojected"
+        return jax.tree.map(label, tree, is_leaf=is_coordinates)
+
+    by_label = {
+        "coordinates": scale_by_muon(beta, eight_bit=eight_bit),
+        "unprojected": _scale_by_adam("muon", b1, b2, eps, eight_bit, implementation),
+    }
+    return chain(
+        galore(rank, update_proj_gap, scale, **settings),
+        optax.partition(by_label, labels),
         optax.scale_by_learning_rate(learning_rate),
         decay_weights(learning_rate, weight_decay, mask),
     )

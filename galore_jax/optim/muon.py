@@ -1,0 +1,105 @@
+"""Muon's orthogonalised momentum, for coordinates and for whole matrices."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.ops.newton_schulz import newton_schulz
+from galore_jax.ops.quantization import as_float32, stored_like
+from galore_jax.optim.adam8bit import zero_moment
+from galore_jax.optim.flax_serialization import register_if_flax_imported
+from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.types import PyTree
+
+# The root mean square of the entries of an update, that of typical updates of AdamW: arXiv
+# 2502.16982, section 2.2.
+UPDATE_RMS = 0.2
+
+
+class ScaleByMuonState(NamedTuple):
+    """State of `scale_by_muon`.
+
+    Attributes:
+      mu: the moments, arrays or `Quantized` with "signed" codes.
+    """
+
+    mu: PyTree
+
+
+def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.GradientTransformation:
+    """Replaces each matrix by its orthogonalised momentum (Muon), the only moment that it keeps.
+
+    The moment is `M ← β M + (1 − β) R`, and the update is the orthogonal factor `O` of the polar
+    decomposition of `β M + (1 − β) R`, approximated by five steps of Newton–Schulz on the
+    coordinates themselves. For coordinates in a basis P the lifted update `P O` is the orthogonal
+    factor of the lifted moment `P M`, so nothing of the size of the weights is ever orthogonalised.
+
+    An `O` with k singular values of 1 (the rank of the coordinates, or the smaller side of a whole
+    matrix) is scaled by `0.2 √(in · out / k)`, so that the entries of the lifted update have a root
+    mean square of 0.2 at every rank and width. For a whole matrix that is the `0.2 √max(in, out)`
+    of arXiv 2502.16982, chosen there to resemble AdamW's updates: a learning rate carries over from
+    AdamW and from full-rank Muon.
+
+    Args:
+      beta: decay of the moment.
+      eight_bit: whether the moment is kept in 8-bit codes, as in `scale_by_adam8bit`.
+
+    Returns:
+      An optax transformation for coordinates and for leaves whose last two axes are matrices.
+
+    Raises:
+      ValueError: at init, a leaf that is not a matrix, naming it.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from galore_jax import chain, galore, scale_by_muon
+      >>> tx = chain(galore(rank=8, scale=1.0), scale_by_muon(), optax.scale_by_learning_rate(1e-3))
+      >>> state = tx.init({"kernel": jnp.ones((64, 128))})
+      >>> optax.tree.get(state, "mu")["kernel"].value.shape
+      (8, 128)
+    """
+
+    def init_fn(params: PyTree) -> ScaleByMuonState:
+        register_if_flax_imported()
+        for names, leaf in named_leaves(params, is_coordinates):
+            if not is_coordinates(leaf) and jnp.ndim(leaf) < 2:
+                raise ValueError(
+                    f"scale_by_muon: {'/'.join(names)} has the shape {jnp.shape(leaf)}, and only "
+                    "matrices can be orthogonalised: use galore_jax.muon, which updates the rest "
+                    "with AdamW, or optax.partition."
+                )
+        zeros = lambda leaf: zero_moment(leaf, "signed" if eight_bit else None)
+        return ScaleByMuonState(jax.tree.map(zeros, params))
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree = None):
+        del params
+
+        def at_array(update: jax.Array, mu: Any) -> tuple[jax.Array, Any]:
+            new = beta * as_float32(mu) + (1 - beta) * update
+            direction = newton_schulz(beta * new + (1 - beta) * update)
+            return direction.astype(update.dtype), stored_like(new, mu)
+
+        def at_leaf(update: Any, mu: Any) -> tuple[Any, Any]:
+            if not is_coordinates(update):
+                direction, mu = at_array(update, mu)
+                return _scale(update.shape, update.shape) * direction, mu
+            projection = update.projection
+            direction, value = at_array(update.value, mu.value)
+            size = projection.view.rows, projection.view.columns
+            scaled = _scale(size, update.value.shape) * direction
+            return Coordinates(scaled, projection), Coordinates(value, projection)
+
+        leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
+        pairs = list(map(at_leaf, leaves, tree.flatten_up_to(state.mu)))
+        new, mu = (tree.unflatten([pair[i] for pair in pairs]) for i in range(2))
+        return new, ScaleByMuonState(mu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _scale(size: tuple[int, ...], shape: tuple[int, ...]) -> float:
+    """The factor for a matrix of this size that is updated by one of this shape."""
+    return UPDATE_RMS * (size[-2] * size[-1] / min(shape[-2:])) ** 0.5
