@@ -114,6 +114,8 @@ def plot_loss_by_bytes(
     figure = _figure(picture, figsize=(9, 5.4))
     if figure is None:
         return
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axes = figure.subplots()
     axes.set_xscale("log")
     points = []
@@ -126,9 +128,9 @@ def plot_loss_by_bytes(
             points.append((label, size, mean, colour))
     axes.margins(x=0.18, y=0.12)
     axes.set_xlabel("bytes of the optimizer's state for the matrices of the blocks, bases included")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda size, _: format_bytes(size))
-    axes.xaxis.set_minor_formatter(lambda size, _: format_bytes(size))
-    axes.tick_params(axis="x", which="minor", labelsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("validation loss per token (nats)")
     _add_labels(axes, points)
     _write(figure, picture)
@@ -136,31 +138,19 @@ def plot_loss_by_bytes(
 
 def _add_labels(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> None:
     """Writes the label of each point next to it where it covers no other point or label."""
-    figure = axes.figure
-    figure.draw_without_rendering()
+    axes.figure.draw_without_rendering()  # It determines where the points are.
     places = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     covered = []
     for (label, x, y, colour), own in zip(points, places, strict=True):
+        style = {"xytext": (0, 0), "textcoords": "offset points", "va": "center", "fontsize": 10}
+        text = axes.annotate(label, (x, y), color=colour, **style)
         others = [place for place in places if place is not own]
         for offset, align in _OFFSETS:
-            text = axes.annotate(
-                label,
-                (x, y),
-                xytext=offset,
-                textcoords="offset points",
-                color=colour,
-                ha=align,
-                va="center",
-                fontsize=10,
-            )
+            text.set(position=offset, ha=align)
             box = text.get_window_extent()
-            is_free = not any(box.overlaps(other) for other in covered)
-            if is_free and not any(box.padded(6).contains(*place) for place in others):
+            covers_label = any(box.overlaps(other) for other in covered)
+            if not covers_label and not any(box.padded(6).contains(*place) for place in others):
                 break
-            text.remove()
-        else:
-            text = axes.annotate(label, (x, y), color=colour, fontsize=10)
-            box = text.get_window_extent()
         covered.append(box)
 
 
