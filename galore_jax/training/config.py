@@ -71,9 +71,11 @@ class OptimizerConfig:
         clips the step after it.
       rank: columns of each basis, or their number as a fraction of a matrix's smaller side.
       update_proj_gap: steps between two refreshes of the bases.
-      scale: factor of the lifted update; None: the default of the optimizer in `galore_jax`.
+      scale: factor of the lifted update; None: the default of the optimizer in `galore_jax`, 0.25,
+        or 1 for Muon and APOLLO, for the latter at rank 1 √128.
       proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
-      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`.
+      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`;
+        None: the first of these, with APOLLO the last.
       moments: what a refresh does with the moments: `"keep"`, `"reset"` or `"rotate"`.
       stagger: spread the refreshes of the matrices over the gap.
       lazy_overlap: the gap of a matrix doubles if its new subspace overlaps the old one at least
@@ -108,7 +110,7 @@ class OptimizerConfig:
     update_proj_gap: int = 200
     scale: float | None = None
     proj_type: str = "std"
-    refresh: str = "subspace_iteration"
+    refresh: str | None = None
     moments: str = "keep"
     stagger: bool = False
     lazy_overlap: float | None = None
@@ -154,6 +156,11 @@ class OptimizerConfig:
                 f'optimizer.name = "{self.name}" needs full gradients: leave optimizer.gradients '
                 'out, or set it to "full".'
             )
+        if self.proj_type == "full" and self.name in NEED_FULL_GRADIENTS:
+            raise InputError(
+                f'optimizer.name = "{self.name}" scales what is not projected: choose an '
+                'optimizer.proj_type other than "full".'
+            )
         if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
             raise InputError(
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
@@ -167,8 +174,8 @@ class OptimizerConfig:
 
     @property
     def galore_settings(self) -> dict[str, Any]:
-        """The arguments of `galore_jax.galore`."""
-        return {
+        """The arguments of `galore_jax.galore` that are not left to the optimizer."""
+        settings = {
             "rank": self.rank,
             "update_proj_gap": self.update_proj_gap,
             "scale": self.scale,
@@ -180,6 +187,7 @@ class OptimizerConfig:
             "max_gap": self.max_gap,
             "basis_dtype": self.basis_dtype,
         }
+        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def has_galore(self) -> bool:
@@ -298,7 +306,8 @@ class Config:
 
     def _check_layerwise(self):
         optimizer = self.optimizer
-        if optimizer.refresh == "random":
+        # Norms, for which APOLLO needs a subspace, may all come from the same one.
+        if optimizer.refresh == "random" and optimizer.name != "apollo":
             raise InputError(
                 'optimizer.refresh = "random" would give all layers of training.layerwise the same '
                 'subspace: choose "subspace_iteration".'

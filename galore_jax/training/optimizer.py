@@ -1,7 +1,5 @@
 """The optimizer of a training, made from its configuration."""
 
-import inspect
-from functools import partial
 from typing import Any
 
 import jax
@@ -52,7 +50,8 @@ def matrices(params: PyTree) -> PyTree:
     """Whether each leaf is one of those that GaLore projects, by name and shape, at some rank.
 
     Args:
-      params: arrays or their shapes, of a model or of one of its layers.
+      params: arrays or their shapes, of a model or of one of its layers. If some of them are
+        `Coordinates`, these are the matrices.
 
     Returns:
       A tree of booleans like `params`.
@@ -73,10 +72,14 @@ def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
             normalise = optax.partition({"matrix": _scale_by_muon(config), "rest": adam}, _labels)
     return optax.chain(
         normalise,
-        optax.masked(optax.scale(config.matrix_rate), matrices),
+        _scale_matrices(config),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _scale_matrices(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.masked(optax.scale(config.matrix_rate), matrices)
 
 
 def _labels(params: PyTree) -> PyTree:
@@ -98,32 +101,29 @@ def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
-    adam, lion = _adam(config), {"b1": config.b1, **_b2(config)}
-    eight_bit = {"eight_bit": True, "implementation": config.implementation}
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay} | config.galore_settings
+    adam = settings | _adam(config)
     muon = adam | {"beta": config.momentum}
-    make: Any
+    eight_bit: Any = {"eight_bit": True, "implementation": config.implementation}
     match config.name:
         case "galore_adamw":
-            make = partial(galore_jax.adamw, **adam)
+            optimizer = galore_jax.adamw(schedule, **adam)
         case "galore_adamw8bit":
-            make = partial(galore_jax.adamw, **adam, **eight_bit)
+            optimizer = galore_jax.adamw(schedule, **adam, **eight_bit)
         case "galore_adafactor":
-            make = partial(galore_jax.adafactor, b1=config.b1 or None)
+            optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **settings)
         case "galore_lion":
-            make = partial(galore_jax.lion, **lion)
+            optimizer = galore_jax.lion(schedule, b1=config.b1, **_b2(config), **settings)
         case "galore_muon":
-            make = partial(galore_jax.muon, **muon)
+            optimizer = galore_jax.muon(schedule, **muon)
         case "galore_muon8bit":
-            make = partial(galore_jax.muon, **muon, **eight_bit)
+            optimizer = galore_jax.muon(schedule, **muon, **eight_bit)
         case "galore_fira":
-            make = partial(galore_jax.fira, **adam)
+            optimizer = galore_jax.fira(schedule, **adam)
         case _:
-            make = partial(galore_jax.apollo, **adam)
-    settings, scale = config.galore_settings, config.scale
-    if scale is None:
-        scale = inspect.signature(make).parameters["scale"].default
-    settings["scale"] = scale * config.matrix_rate
-    return make(schedule, weight_decay=config.weight_decay, **settings)
+            optimizer = galore_jax.apollo(schedule, **adam)
+    *transforms, decay = optimizer.transforms
+    return galore_jax.chain(*transforms, _scale_matrices(config), decay)
 
 
 def _adam(config: OptimizerConfig) -> dict[str, Any]:
