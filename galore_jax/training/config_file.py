@@ -91,7 +91,7 @@ def load_comparison(
                 f"[{COMPARE}.{label}] is not an optimizer to compare: write [{COMPARE}.LABEL] with "
                 "letters, digits, spaces and . + = - in the label, then settings of [optimizer]."
             )
-        optimizer = base["optimizer"] | {"name": label} | settings
+        optimizer = {**base["optimizer"], "name": label, **settings}
         try:
             configs[label] = from_dict(base | {"optimizer": optimizer})
         except InputError as error:

@@ -102,8 +102,8 @@ def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
     settings: dict[str, Any] = {"weight_decay": config.weight_decay} | config.galore_settings
-    adam = settings | _adam(config)
-    muon = adam | {"beta": config.momentum}
+    adam: dict[str, Any] = settings | _adam(config)
+    muon: dict[str, Any] = adam | {"beta": config.momentum}
     eight_bit: Any = {"eight_bit": True, "implementation": config.implementation}
     match config.name:
         case "galore_adamw":
