@@ -20,7 +20,16 @@ from galore_jax.training.step import make_train_step
 RATE, FACTOR, DECAY = 0.01, 0.25, 0.5
 SETTINGS = {"warmup_steps": 0, "learning_rate": RATE, "eps": 1e-8}
 KERNELS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-NAMES = ["adamw", "adamw8bit", "muon", "galore_adamw", "galore_adamw8bit"]
+OPTIMIZERS = [
+    {"name": "adamw"},
+    {"name": "adamw8bit"},
+    {"name": "muon"},
+    {"name": "galore_adamw"},
+    {"name": "galore_adamw", "moments": "reset"},
+    {"name": "galore_adamw8bit"},
+    {"name": "galore_adafactor"},
+    {"name": "galore_lion"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +67,21 @@ def test_the_matrices_are_the_leaves_that_galore_projects(params):
     assert {names[-2] for names in found} == KERNELS
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_matrix_rate_is_a_factor_for_the_matrices_alone(params, gradients, name):
-    plain = updates(params, gradients, name=name)
-    slow = updates(params, gradients, name=name, matrix_rate=FACTOR)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_the_matrix_rate_is_a_factor_for_the_matrices_alone(params, gradients, optimizer):
+    plain = updates(params, gradients, **optimizer)
+    slow = updates(params, gradients, **optimizer, matrix_rate=FACTOR)
     for names, update in plain.items():
         factor = FACTOR if is_kernel(names) else 1
         # The parameters, up to 1 in size, round both differences.
         np.testing.assert_allclose(slow[names], factor * update, atol=3e-7)
-        assert np.abs(update).max() > 1e-3
+        assert np.abs(update).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_weight_decay_has_the_learning_rate_without_the_matrix_rate(params, name):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_weight_decay_has_the_learning_rate_without_the_matrix_rate(params, optimizer):
     zeros = jax.tree.map(jnp.zeros_like, params)
-    decayed = updates(params, zeros, name=name, matrix_rate=FACTOR, weight_decay=DECAY)
+    decayed = updates(params, zeros, **optimizer, matrix_rate=FACTOR, weight_decay=DECAY)
     for names, param in named_leaves(params):
         np.testing.assert_allclose(decayed[names], -RATE * DECAY * param, atol=3e-7)
 
@@ -113,30 +122,41 @@ def test_bases_count_as_state_of_the_matrices():
 
 
 @pytest.mark.parametrize("name", ["muon", "galore_adamw"])
-def test_layerwise_steps_have_the_matrix_rate_and_muon_too(name):
+def test_layerwise_steps_equal_ordinary_ones(name):
     tokens = np.random.default_rng(0).integers(1, 97, (8, 16)).astype(np.int32)
     ones = np.ones_like(tokens)
     positions = np.arange(16, dtype=np.int32) * ones
     batch = {"tokens": tokens, "segments": ones, "positions": positions}
     optimizer = {"matrix_rate": 0.5, "weight_decay": 0.1, "warmup_steps": 0, "clip_norm": 0.5}
+    # At this rate rounding does not grow in a few steps.
     optimizer |= {"name": name, "learning_rate": 1e-4, "clip_norm_of": "gradients"}
     config = changed(optimizer=optimizer)
     other = changed(config, training={"layerwise": True})
-    one, two, state, actual = (
-        *map(make_train_step, (config, other)),
-        initial(config),
-        initial(other),
-    )
+    step, layerwise_step = make_train_step(config), make_train_step(other)
+    state, actual = initial(config), initial(other)
     for _ in range(3):
-        (state, _), (actual, _) = one(state, batch), two(actual, batch)
+        state, _ = step(state, batch)
+        actual, _ = layerwise_step(actual, batch)
     assert_equal(actual.params, state.params, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["galore_fira", "apollo"])
-def test_optimizers_that_need_full_gradients_have_them_unless_they_are_refused(name):
+def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
     config = OptimizerConfig(name=name, clip_norm=1.0)
     assert config.has_galore
     assert not config.has_projected_gradients
     assert not config.clips_coordinates
-    with pytest.raises(InputError, match=f'"{name}" needs full gradients: leave optimizer.grad'):
-        OptimizerConfig(name=name, gradients="projected")
+    changed(optimizer={"name": name, "clip_norm": 1.0}, training={"layerwise": True})
+
+
+@pytest.mark.parametrize("name", ["galore_fira", "apollo"])
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"gradients": "projected"}, "needs full gradients: leave optimizer.gradients out, or set"),
+        ({"proj_type": "full"}, "scales what is not projected: choose an optimizer.proj_type"),
+    ],
+)
+def test_settings_that_fira_and_apollo_cannot_have_are_refused(name, settings, sentence):
+    with pytest.raises(InputError, match=f'^optimizer.name = "{name}" {sentence}'):
+        OptimizerConfig(name=name, **settings)
