@@ -128,7 +128,7 @@ def plot_loss_by_bytes(
             points.append((label, size, mean, colour))
     axes.margins(x=0.18, y=0.12)
     axes.set_xlabel("bytes of the optimizer's state for the matrices of the blocks, bases included")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda size, _: format_bytes(size))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_ylabel("validation loss per token (nats)")
