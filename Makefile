@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: help demo test test-slow lint docs
 help:
-	@echo "make demo       train a small LLaMA with GaLore and with AdamW, and compare the two"
+	@echo "make demo       train a small LLaMA with AdamW, Muon and GaLore, each tuned, and compare them"
 	@echo "make test       run the tests, but for the slow ones"
 	@echo "make test-slow  run the slow tests: processes, disks, minutes"
 	@echo "make lint       check format, lint, types and import contracts"

@@ -1,7 +1,14 @@
-"""Compares training with GaLore and with AdamW: a table and a picture.
+"""Compares optimizers on the same model, text and steps: a table and two pictures.
 
 python scripts/compare.py --config configs/demo.toml
-python scripts/compare.py --config configs/llama_5m.toml --seeds 0,1,2 --rates 0.0025,0.005,0.01
+python scripts/compare.py --config configs/llama_5m.toml --seeds 0,1,2 \
+    --optimizers adamw,muon,galore_adamw \
+    --rates 0.00125,0.0025,0.005,0.01,0.02 --matrix-rates 0.0625,0.125,0.25,0.5,1
+
+The second command tunes each optimizer first: on the grid of both rates, at full length and with
+the first seed, it goes from the middle to where no neighbour has a lower loss. The optimizers are
+those of the tables [compare.LABEL] in the file, whose settings replace those of [optimizer], or any
+optimizer.name. Runs are kept: the same command continues, and a larger grid uses them again.
 """
 
 import argparse
@@ -22,32 +29,52 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
     parser.add_argument(
-        "--seeds", default="0", help="one run for each, as in 0,1,2 (default: %(default)s)"
+        "--optimizers",
+        metavar="LABEL,…",
+        help="which to compare (default: the tables of the file, or adamw, muon, galore_adamw)",
     )
     parser.add_argument(
-        "--rates", default="", help="as in 0.005,0.01: short runs choose one for each optimizer"
+        "--seeds", default="0", help="one run for each, as in 0,1,2 (default: %(default)s)"
     )
+    parser.add_argument("--rates", help="learning rates to choose from, as in 0.005,0.01,0.02")
+    parser.add_argument("--matrix-rates", help="and matrix rates, as in 0.125,0.25,0.5")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+    names = _parts("--optimizers", arguments.optimizers)
+    seeds = _numbers("--seeds", arguments.seeds, int)
+    rates = _numbers("--rates", arguments.rates, float)
+    matrix_rates = _numbers("--matrix-rates", arguments.matrix_rates, float)
 
     from galore_jax.training.compare import compare, table
-    from galore_jax.training.config_file import load_config
+    from galore_jax.training.config_file import load_comparison
     from galore_jax.training.loop import Interrupted
 
-    config = load_config(arguments.config, arguments.overrides)
-    seeds, rates = _numbers(arguments.seeds, int) or [0], _numbers(arguments.rates, float)
+    configs = load_comparison(arguments.config, arguments.overrides, names)
     try:
-        rows = compare(config, seeds, rates)
+        rows = compare(configs, seeds, rates, matrix_rates)
     except Interrupted:
         sys.exit("stopped, all saved: run the same command again to continue.")
     print(table(rows), end="")
 
 
-def _numbers(text: str, kind: type) -> list:
+def _numbers(option: str, text: str | None, kind: type) -> list:
+    parts = _parts(option, text)
     try:
-        return [kind(number) for number in text.split(",") if number]
+        return [kind(part) for part in parts]
     except ValueError:
-        raise InputError(f"{text!r} is not a list of numbers: write them as in 1,2,3.") from None
+        raise InputError(f"{option} is {text!r}: give numbers, as in 1,2,3.") from None
+
+
+def _parts(option: str, text: str | None) -> list[str]:
+    """The parts between commas, without repetitions; none if the option is not given."""
+    if text is None:
+        return []
+    parts = dict.fromkeys(part.strip() for part in text.split(",") if part.strip())
+    if not parts:
+        raise InputError(
+            f"{option} is empty: list something, separated by commas, or leave it out."
+        )
+    return list(parts)
 
 
 if __name__ == "__main__":

@@ -120,8 +120,11 @@ def name_of_devices(card: Any, number: int) -> str:
 
 def name_of(config: Any) -> str:
     """The name of a configuration among the baselines."""
-    bits = "8-bit " if config.optimizer.name.endswith("8bit") else ""
-    return f"{bits}{'GaLore' if config.optimizer.has_galore else 'Adam'}, here"
+    name = config.optimizer.name
+    bits = "8-bit " if name.endswith("8bit") else ""
+    kinds = {"adamw": "Adam", "galore_adamw": "GaLore"}
+    kind = name.removesuffix("8bit")
+    return f"{bits}{kinds.get(kind, kind)}, here"
 
 
 def table(predicted: Parts, steps: dict[str, Parts]) -> str:

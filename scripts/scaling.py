@@ -134,7 +134,7 @@ def contrib_steps(config: Any, mesh: Any) -> tuple[Any, list[Any]]:
     from galore_jax.training.step import make_gradients
 
     galore = config.optimizer
-    tx = optax.contrib.galore(1e-3, galore.rank, galore.update_proj_gap, galore.scale)
+    tx = optax.contrib.galore(1e-3, galore.rank, galore.update_proj_gap)
     rest = optax.adam(1e-3)
     gradients_of = make_gradients(config, make_optimizer(galore, config.training.steps), mesh)
     start = abstract_state(config, mesh)

@@ -6,7 +6,14 @@ import pytest
 
 from galore_jax.errors import InputError
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.config_file import differences, from_dict, load_config, to_dict, to_toml
+from galore_jax.training.config_file import (
+    differences,
+    from_dict,
+    load_comparison,
+    load_config,
+    to_dict,
+    to_toml,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -54,7 +61,7 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
     [
         (
             "optimizer.learning_rat=1",
-            "optimizer.learning_rat is unknown; did you mean learning_rate?",
+            "optimizer.learning_rat is unknown; did you mean learning_rate or matrix_rate?",
         ),
         ("model.zzz=1", "model.zzz is unknown; there are vocab_size, hidden_size"),
         ("optimiser.rank=1", "there is no section [optimiser]; did you mean optimizer?"),
@@ -63,6 +70,12 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         (
             "optimizer.name=adam",
             "optimizer.name = 'adam' is unknown; did you mean adamw or adamw8bit?",
+        ),
+        ("optimizer.matrix_rate=0", "optimizer.matrix_rate must be positive, not 0.0."),
+        ("optimizer.momentum=1", "optimizer.momentum must be at least 0 and below 1 in float32,"),
+        (
+            "optimizer.gradients=half",
+            "optimizer.gradients = 'half' is unknown; there are projected, full.",
         ),
         (
             "optimizer.refresh=qr",
@@ -189,3 +202,72 @@ def test_differences_name_the_keys_and_both_values():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_of_the_repository_is_valid(path):
     assert load_config(path).training.folder == f"runs/{path.stem}"
+    assert load_comparison(path)
+
+
+TABLES = """
+[optimizer]
+rank = 16
+warmup_steps = 0
+
+[compare.adamw]
+matrix_rate = 0.5
+
+[compare."rank 8"]
+name = "galore_adamw"
+rank = 8
+"""
+
+
+@pytest.fixture
+def tables(tmp_path):
+    path = tmp_path / "tables.toml"
+    path.write_text(TABLES)
+    return path
+
+
+def test_a_table_has_what_differs_and_its_label_is_the_name_by_default(tables):
+    configs = load_comparison(tables, ["optimizer.learning_rate=0.1", "optimizer.rank=32"])
+    assert list(configs) == ["adamw", "rank 8"]
+    optimizers = [config.optimizer for config in configs.values()]
+    assert [optimizer.name for optimizer in optimizers] == ["adamw", "galore_adamw"]
+    assert [optimizer.matrix_rate for optimizer in optimizers] == [0.5, 1.0]
+    assert [optimizer.rank for optimizer in optimizers] == [32, 8]
+    assert {optimizer.learning_rate for optimizer in optimizers} == {0.1}
+    assert {config.training.folder for config in configs.values()} == {"runs/tables"}
+
+
+def test_optimizers_are_chosen_by_label_or_by_name(tables, small):
+    chosen = load_comparison(tables, names=["muon", "rank 8"])
+    assert [config.optimizer.name for config in chosen.values()] == ["muon", "galore_adamw"]
+    assert list(load_comparison(small)) == ["adamw", "muon", "galore_adamw"]
+
+
+def test_a_training_ignores_the_tables_of_a_comparison(tables):
+    assert load_config(tables).optimizer == OptimizerConfig(rank=16, warmup_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "sentence"),
+    [
+        ("", ["muom"], "there is no optimizer 'muom' to compare; did you mean muon?"),
+        ("compare = 3", [], "compare is a table: write [compare.LABEL] for each optimizer."),
+        ("[compare]\nrank = 3", [], "[compare.rank] is not an optimizer to compare: write"),
+        ('[compare."a/b"]\nname = "adamw"', [], "[compare.a/b] is not an optimizer to compare"),
+        ("[compare.mini]", [], "[compare.mini]: optimizer.name = 'mini' is unknown; there are"),
+        ("[compare.muon]\nrnak = 3", [], "[compare.muon]: optimizer.rnak is unknown; did you mean"),
+        (
+            '[compare.apollo]\ngradients = "projected"',
+            [],
+            '[compare.apollo]: optimizer.name = "apollo" needs full gradients',
+        ),
+        ("[comparr.muon]", [], "there is no section [comparr]"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_in_a_sentence(tmp_path, text, names, sentence):
+    path = tmp_path / "bad.toml"
+    path.write_text(f"{text}\n")
+    with pytest.raises(InputError) as refused:
+        load_comparison(path, names=names)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)

@@ -35,6 +35,8 @@ def assert_equal_losses(result, expected, bound):
         pytest.param("accumulated", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("full", ["data", "fsdp", "all", "explicit"], EXACT, marks=pytest.mark.slow),
         pytest.param("adamw", ["fsdp", "zero"], EXACT, marks=pytest.mark.slow),
+        pytest.param("muon", ["fsdp", "all", "zero", "explicit"], EXACT, marks=pytest.mark.slow),
+        pytest.param("layerwise_muon", ["fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise", ["zero", "explicit"], EXACT, marks=pytest.mark.slow),
         pytest.param("8bit", ["data", "fsdp", "all", "zero"], EIGHT_BIT, marks=pytest.mark.slow),

@@ -25,41 +25,57 @@ OPTIMIZERS = (
     "galore_adamw8bit",
     "galore_adafactor",
     "galore_lion",
+    "galore_muon",
+    "galore_muon8bit",
+    "galore_fira",
+    "apollo",
+    "muon",
 )
+# They use more of a gradient than its coordinates.
+NEED_FULL_GRADIENTS = ("galore_fira", "apollo")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """`[optimizer]`: the optimizer and its learning-rate schedule.
 
-    `rank` to `basis_dtype` are arguments of `galore_jax.galore`; plain AdamW does not use them.
+    `rank` to `basis_dtype` are arguments of `galore_jax.galore`; plain AdamW and Muon do not use
+    them.
 
     Attributes:
-      name: `"adamw"` or `"galore_adamw"`, either with the suffix `8bit` for moments in 8 bits,
-        `"galore_adafactor"` or `"galore_lion"`.
+      name: `"adamw"`, `"galore_adamw"` or `"galore_muon"`, each with the suffix `8bit` for moments
+        in 8 bits; `"galore_adafactor"`, `"galore_lion"`, `"galore_fira"` or `"apollo"`; or
+        `"muon"`, of optax. Both kinds of Muon update what is not one of the matrices with AdamW.
       learning_rate: the peak, reached after the warm-up.
+      matrix_rate: factor of the learning rate of the matrices: the kernels of the blocks, which
+        GaLore projects, whatever the optimizer. With GaLore it multiplies the lifted update, as
+        `scale` does. Weight decay is decoupled: it has the learning rate without this factor.
       warmup_steps: updates of linear warm-up.
       floor: the last update's learning rate, as a fraction of the peak.
       b1: decay of the first moment (with 0 Adafactor keeps none); for Lion its weight in the
         update.
       b2: decay of AdamW's second moment, None: 0.999; of Lion's only moment, None: 0.99.
       eps: added to the root of the second moment (AdamW).
+      momentum: decay of Muon's moment.
       weight_decay: decoupled weight decay in the full space, times the learning rate.
       gradients: with GaLore, `"projected"`: the backward pass computes coordinates only, and
-        sketches refresh the bases; or `"full"`.
+        sketches refresh the bases; or `"full"`. None: projected, but full where the optimizer needs
+        them, which are `"galore_fira"` and `"apollo"`.
       clip_norm: the largest global norm; 0 does not clip. With GaLore, numbers that are not finite
         do not count.
       clip_norm_of: what is clipped with GaLore: `"coordinates"` together with the unprojected
-        gradients, or full `"gradients"`.
+        gradients, or full `"gradients"`, which Fira and APOLLO always clip.
       clip_by: where `training.layerwise` gets the norm from before it updates the first layer:
         `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
         time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
         clips the step after it.
       rank: columns of each basis, or their number as a fraction of a matrix's smaller side.
       update_proj_gap: steps between two refreshes of the bases.
-      scale: factor of the lifted update.
+      scale: factor of the lifted update; None: the default of the optimizer in `galore_jax`, 0.25,
+        or 1 for Muon and APOLLO, for the latter at rank 1 √128.
       proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
-      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`.
+      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`;
+        None: the first of these, with APOLLO the last.
       moments: what a refresh does with the moments: `"keep"`, `"reset"` or `"rotate"`.
       stagger: spread the refreshes of the matrices over the gap.
       lazy_overlap: the gap of a matrix doubles if its new subspace overlaps the old one at least
@@ -78,21 +94,23 @@ class OptimizerConfig:
 
     name: str = "galore_adamw"
     learning_rate: float = 0.01
+    matrix_rate: float = 1.0
     warmup_steps: int = 1000
     floor: float = 0.1
     b1: float = 0.9
     b2: float | None = None
     eps: float = 1e-6
+    momentum: float = 0.95
     weight_decay: float = 0.0
-    gradients: str = "projected"
+    gradients: str | None = None
     clip_norm: float = 0.0
     clip_norm_of: str = "coordinates"
     clip_by: str = "first_pass"
     rank: int | float = 128
     update_proj_gap: int = 200
-    scale: float = 0.25
+    scale: float | None = None
     proj_type: str = "std"
-    refresh: str = "subspace_iteration"
+    refresh: str | None = None
     moments: str = "keep"
     stagger: bool = False
     lazy_overlap: float | None = None
@@ -104,18 +122,19 @@ class OptimizerConfig:
     def __post_init__(self):
         basis_dtypes = [dtype.name for dtype in BASIS_DTYPES]
         require_choice("optimizer.name", self.name, OPTIMIZERS)
-        require_choice("optimizer.gradients", self.gradients, ("projected", "full"))
+        if self.gradients is not None:
+            require_choice("optimizer.gradients", self.gradients, ("projected", "full"))
         require_choice("optimizer.clip_norm_of", self.clip_norm_of, ("coordinates", "gradients"))
         require_choice("optimizer.clip_by", self.clip_by, get_args(ClipBy))
         require_choice("optimizer.basis_dtype", self.basis_dtype, basis_dtypes)
         require_choice("optimizer.implementation", self.implementation, IMPLEMENTATIONS)
-        for name in ("learning_rate", "eps"):
+        for name in ("learning_rate", "matrix_rate", "eps"):
             value = getattr(self, name)
             require(f"optimizer.{name}", value, value > 0, "positive")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             require(f"optimizer.{name}", value, value >= 0, "0 or more")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             # The nearest float32 counts: with a decay of 1, bias corrections divide by 0.
             holds = value is None or 0 <= float(np.float32(value)) < 1
@@ -132,6 +151,16 @@ class OptimizerConfig:
             self.max_gap is None or self.max_gap >= gap,
             f"at least optimizer.update_proj_gap, {gap}",
         )
+        if self.gradients == "projected" and self.name in NEED_FULL_GRADIENTS:
+            raise InputError(
+                f'optimizer.name = "{self.name}" needs full gradients: leave optimizer.gradients '
+                'out, or set it to "full".'
+            )
+        if self.proj_type == "full" and self.name in NEED_FULL_GRADIENTS:
+            raise InputError(
+                f'optimizer.name = "{self.name}" scales what is not projected: choose an '
+                'optimizer.proj_type other than "full".'
+            )
         if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
             raise InputError(
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
@@ -145,8 +174,8 @@ class OptimizerConfig:
 
     @property
     def galore_settings(self) -> dict[str, Any]:
-        """The arguments of `galore_jax.galore`."""
-        return {
+        """The arguments of `galore_jax.galore` that are not left to the optimizer."""
+        settings = {
             "rank": self.rank,
             "update_proj_gap": self.update_proj_gap,
             "scale": self.scale,
@@ -158,16 +187,24 @@ class OptimizerConfig:
             "max_gap": self.max_gap,
             "basis_dtype": self.basis_dtype,
         }
+        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def has_galore(self) -> bool:
         """Whether the optimizer works in low-rank subspaces."""
-        return self.name.startswith("galore_")
+        return self.name.startswith("galore_") or self.name == "apollo"
 
     @property
     def has_projected_gradients(self) -> bool:
         """Whether the backward pass projects gradients."""
-        return self.has_galore and self.gradients == "projected"
+        needs_full = self.gradients == "full" or self.name in NEED_FULL_GRADIENTS
+        return self.has_galore and not needs_full
+
+    @property
+    def clips_coordinates(self) -> bool:
+        """Whether a clip by norm comes after the projection."""
+        clips_gradients = self.clip_norm_of == "gradients" or self.name in NEED_FULL_GRADIENTS
+        return self.clip_norm > 0 and self.has_galore and not clips_gradients
 
 
 @dataclass(frozen=True)
@@ -269,13 +306,13 @@ class Config:
 
     def _check_layerwise(self):
         optimizer = self.optimizer
-        if optimizer.refresh == "random":
+        # Norms, for which APOLLO needs a subspace, may all come from the same one.
+        if optimizer.refresh == "random" and optimizer.name != "apollo":
             raise InputError(
                 'optimizer.refresh = "random" would give all layers of training.layerwise the same '
                 'subspace: choose "subspace_iteration".'
             )
-        clips_coordinates = optimizer.clip_norm and optimizer.clip_norm_of == "coordinates"
-        if optimizer.has_galore and not optimizer.has_projected_gradients and clips_coordinates:
+        if optimizer.clips_coordinates and not optimizer.has_projected_gradients:
             raise InputError(
                 "training.layerwise with full gradients clips by their norm: set "
                 'optimizer.clip_norm_of = "gradients".'

@@ -3,10 +3,22 @@
 A file has the sections `[model]`, `[data]`, `[optimizer]`, `[training]` and `[mesh]`; a missing key
 has the default of the section's dataclass. An unknown key, or a value of the wrong type or out of
 range, is an `InputError` that says what would be valid.
+
+For comparisons a file may also have tables `[compare.LABEL]`. Each is an optimizer under that
+label: the settings in which it differs from `[optimizer]`. Its `name` is the label if it gives
+none, so the first line of this example is complete:
+
+    [compare.adamw]
+
+    [compare.rank8]
+    name = "galore_adamw"
+    rank = 8
+    matrix_rate = 0.5
 """
 
 import dataclasses
 import math
+import re
 import tomllib
 import types
 import typing
@@ -17,7 +29,13 @@ from typing import Any
 import numpy as np
 
 from galore_jax.errors import InputError, suggestion
-from galore_jax.training.config import Config
+from galore_jax.training.config import OPTIMIZERS, Config
+
+# The table of the optimizers to compare, and those that are compared if it is missing.
+COMPARE = "compare"
+COMPARED = ("adamw", "muon", "galore_adamw")
+# What the label of an optimizer consists of: it is part of a folder's name and of Markdown tables.
+_LABEL = re.compile(r"\w[\w .+=-]*")
 
 # The range of normal float32 numbers: devices flush smaller ones to 0.
 _SMALLEST, _LARGEST = (
@@ -35,6 +53,53 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
       InputError: the file is missing or damaged, a section or key is unknown, or a value has the
         wrong type or is out of range.
     """
+    table = _read(path)
+    table.pop(COMPARE, None)
+    return _config(path, table, overrides)
+
+
+def load_comparison(
+    path: str | Path, overrides: Sequence[str] = (), names: Sequence[str] = ()
+) -> dict[str, Config]:
+    """Reads the optimizers to compare from a TOML file.
+
+    Args:
+      path: the file.
+      overrides: as for `load_config`; the tables of the optimizers take precedence over them.
+      names: which ones, by the label of their table or, without a table, by `optimizer.name`.
+        Empty: all tables of the file; if there is none, `COMPARED`.
+
+    Returns:
+      By label, the configurations, which differ in `[optimizer]` alone.
+
+    Raises:
+      InputError: as for `load_config`; an unknown or unusable label, or an unusable table.
+    """
+    table = _read(path)
+    tables = table.pop(COMPARE, {})
+    base = to_dict(_config(path, table, overrides))
+    configs = {}
+    for label in names or tables or COMPARED:
+        if label not in tables and label not in OPTIMIZERS:
+            raise InputError(
+                f"there is no optimizer {label!r} to compare"
+                f"{suggestion(label, dict.fromkeys([*tables, *OPTIMIZERS]))}"
+            )
+        settings = tables.get(label, {})
+        if not _LABEL.fullmatch(label) or not isinstance(settings, Mapping):
+            raise InputError(
+                f"[{COMPARE}.{label}] is not an optimizer to compare: write [{COMPARE}.LABEL] with "
+                "letters, digits, spaces and . + = - in the label, then settings of [optimizer]."
+            )
+        optimizer = {**base["optimizer"], "name": label, **settings}
+        try:
+            configs[label] = from_dict(base | {"optimizer": optimizer})
+        except InputError as error:
+            raise InputError(f"[{COMPARE}.{label}]: {error}") from None
+    return configs
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -47,12 +112,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, or a number of 5,000 digits
         raise InputError(f"{path} is not a TOML file: {error}.") from None
+    if not isinstance(table.get(COMPARE, {}), Mapping):
+        raise InputError(f"{COMPARE} is a table: write [{COMPARE}.LABEL] for each optimizer.")
+    return table
+
+
+def _config(path: str | Path, table: dict[str, Any], overrides: Sequence[str]) -> Config:
     for section in table:
         _check_section(section, table[section])
     for override in overrides:
         section, key, value = _parse_override(override)
         table.setdefault(section, {})[key] = value
-    table.setdefault("training", {}).setdefault("folder", f"runs/{path.stem}")
+    table.setdefault("training", {}).setdefault("folder", f"runs/{Path(path).stem}")
     return from_dict(table)
 
 

@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 
 from galore_jax.models import llama_layerwise
 from galore_jax.optim.state import galore_states, start_coordinates
-from galore_jax.subspace.matrix_view import path_names
+from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.layout import BATCH_AXES, on_mesh
 from galore_jax.training.mesh import FSDP, TENSOR
+from galore_jax.training.optimizer import matrices
 from galore_jax.training.state import (
     abstract_state,
     batch_shapes,
@@ -49,6 +50,20 @@ def bytes_by_part(opt_state: PyTree) -> Parts:
         named = [PARTS_OF_STATE[name] for name in path_names(path) if name in PARTS_OF_STATE]
         parts[named[0] if named else "rest"] += tree_bytes(leaf)
     return dict(parts)
+
+
+def matrix_state_bytes(config: Config) -> int:
+    """Bytes that the optimizer keeps for the matrices that GaLore projects, bases included."""
+    params, opt_state, _ = jax.eval_shape(lambda: init_state(config))
+    paths = [names for names, is_matrix in named_leaves(matrices(params)) if is_matrix]
+
+    def belongs_to_one(names: tuple[str, ...]) -> bool:
+        # A state has the path of a parameter somewhere in its own: (1, mu, layers, …, kernel).
+        parts = lambda length: (names[n : n + length] for n in range(len(names)))
+        return any(path in parts(len(path)) for path in paths)
+
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    return tree_bytes([leaf for path, leaf in leaves if belongs_to_one(path_names(path))])
 
 
 def on_one_device(tree: PyTree) -> PyTree:

@@ -2,11 +2,19 @@
 
 from typing import Any
 
+import jax
 import optax
+import optax.contrib
 
 import galore_jax
+from galore_jax.subspace.rules import Rule, projections
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.schedule import learning_rate_schedule
+from galore_jax.types import PyTree
+
+# With it the entries of Muon's update are as large as those of AdamW's typically are: arXiv
+# 2502.16982, section 2.2.
+MUON_RMS = 0.2
 
 
 def make_optimizer(
@@ -22,36 +30,106 @@ def make_optimizer(
       steps: updates of the training, for the learning-rate schedule.
       clips: False leaves the clip out, for a layer-wise step, which clips by itself.
     """
-    optimizer = _unclipped(config, learning_rate_schedule(config, steps))
+    schedule = learning_rate_schedule(config, steps)
+    if not config.has_galore:
+        optimizer = _full_rank(config, schedule)
+        if not clips or not config.clip_norm:
+            return optimizer
+        return galore_jax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    optimizer = _low_rank(config, schedule)
     if not clips or not config.clip_norm:
         return optimizer
-    if not config.has_galore:
-        return galore_jax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     clip = galore_jax.clip_by_finite_norm(config.clip_norm)
-    if config.clip_norm_of == "gradients":
+    if not config.clips_coordinates:
         return galore_jax.chain(clip, optimizer)
     galore, *rest = optimizer.transforms
     return galore_jax.chain(galore, clip, *rest)
 
 
-def _unclipped(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
-    decay: dict[str, Any] = {"weight_decay": config.weight_decay}
-    galore: dict[str, Any] = decay | config.galore_settings
-    b2 = {} if config.b2 is None else {"b2": config.b2}
-    adam: dict[str, Any] = {"b1": config.b1, "eps": config.eps, **b2}
+def matrices(params: PyTree) -> PyTree:
+    """Whether each leaf is one of those that GaLore projects, by name and shape, at some rank.
+
+    Args:
+      params: arrays or their shapes, of a model or of one of its layers. If some of them are
+        `Coordinates`, these are the matrices.
+
+    Returns:
+      A tree of booleans like `params`.
+    """
+    found = projections(params, Rule(rank=1, proj_type="std"), {}, None)
+    return jax.tree.map(lambda leaf: leaf is not None, found, is_leaf=lambda leaf: leaf is None)
+
+
+def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     implementation: Any = config.implementation
     match config.name:
         case "adamw":
-            return optax.adamw(schedule, **adam, **decay)
+            normalise = optax.scale_by_adam(**_adam(config))
         case "adamw8bit":
-            return galore_jax.adamw8bit(schedule, **adam, **decay, implementation=implementation)
-        case "galore_adamw":
-            return galore_jax.adamw(schedule, **adam, **galore)
-        case "galore_adamw8bit":
-            return galore_jax.adamw(
-                schedule, **adam, **galore, eight_bit=True, implementation=implementation
-            )
-        case "galore_adafactor":
-            return galore_jax.adafactor(schedule, b1=config.b1 or None, **galore)
+            normalise = galore_jax.scale_by_adam8bit(**_adam(config), implementation=implementation)
         case _:
-            return galore_jax.lion(schedule, b1=config.b1, **b2, **galore)
+            adam = optax.scale_by_adam(**_adam(config))
+            normalise = optax.partition({"matrix": _scale_by_muon(config), "rest": adam}, _labels)
+    return optax.chain(
+        normalise,
+        _scale_matrices(config),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _scale_matrices(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.masked(optax.scale(config.matrix_rate), matrices)
+
+
+def _labels(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda is_matrix: "matrix" if is_matrix else "rest", matrices(params))
+
+
+def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon for leaves whose last two axes are a matrix."""
+
+    def numbers(updates: PyTree) -> PyTree:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
+
+    def scaled(updates: PyTree, _: PyTree) -> PyTree:
+        larger_side = lambda leaf: max(leaf.shape[-2:])
+        return jax.tree.map(lambda leaf: MUON_RMS * larger_side(leaf) ** 0.5 * leaf, updates)
+
+    muon = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers)
+    return optax.chain(muon, optax.stateless(scaled))
+
+
+def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay} | config.galore_settings
+    adam: dict[str, Any] = settings | _adam(config)
+    muon: dict[str, Any] = adam | {"beta": config.momentum}
+    eight_bit: Any = {"eight_bit": True, "implementation": config.implementation}
+    match config.name:
+        case "galore_adamw":
+            optimizer = galore_jax.adamw(schedule, **adam)
+        case "galore_adamw8bit":
+            optimizer = galore_jax.adamw(schedule, **adam, **eight_bit)
+        case "galore_adafactor":
+            optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **settings)
+        case "galore_lion":
+            optimizer = galore_jax.lion(schedule, b1=config.b1, **_b2(config), **settings)
+        case "galore_muon":
+            optimizer = galore_jax.muon(schedule, **muon)
+        case "galore_muon8bit":
+            optimizer = galore_jax.muon(schedule, **muon, **eight_bit)
+        case "galore_fira":
+            optimizer = galore_jax.fira(schedule, **adam)
+        case _:
+            optimizer = galore_jax.apollo(schedule, **adam)
+    *transforms, decay = optimizer.transforms
+    return galore_jax.chain(*transforms, _scale_matrices(config), decay)
+
+
+def _adam(config: OptimizerConfig) -> dict[str, Any]:
+    return {"b1": config.b1, "eps": config.eps, **_b2(config)}
+
+
+def _b2(config: OptimizerConfig) -> dict[str, Any]:
+    """The setting `b2`, unless the optimizer's default is meant."""
+    return {} if config.b2 is None else {"b2": config.b2}

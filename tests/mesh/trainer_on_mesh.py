@@ -44,6 +44,11 @@ MODES = {
     "accumulated": {"training": {"accumulation": 2}},
     "full": {"optimizer": {"gradients": "full"}, "training": {"accumulation": 2}},
     "adamw": {"optimizer": {"name": "adamw"}},
+    "muon": {"optimizer": {"name": "muon", "matrix_rate": 0.5}},
+    "layerwise_muon": {
+        "optimizer": {"name": "muon", "matrix_rate": 0.5},
+        "training": {"layerwise": True},
+    },
     "layerwise": {"training": {"layerwise": True}},
     "8bit": {"optimizer": {"name": "galore_adamw8bit", "basis_dtype": "int8"}},
     "layerwise_8bit": {

@@ -1,0 +1,162 @@
+"""The optimizers of the trainer: the rate of the matrices, and Muon."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_step import changed, initial
+from test_stepper import assert_equal
+
+import galore_jax
+from galore_jax.errors import InputError
+from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.memory import matrix_state_bytes
+from galore_jax.training.optimizer import make_optimizer, matrices
+from galore_jax.training.state import init_state, tree_bytes, tree_size
+from galore_jax.training.step import make_train_step
+
+RATE, FACTOR, DECAY = 0.01, 0.25, 0.5
+SETTINGS = {"warmup_steps": 0, "learning_rate": RATE, "eps": 1e-8}
+KERNELS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+OPTIMIZERS = [
+    {"name": "adamw"},
+    {"name": "adamw8bit"},
+    {"name": "muon"},
+    {"name": "galore_adamw"},
+    {"name": "galore_adamw", "moments": "reset"},
+    {"name": "galore_adamw8bit"},
+    {"name": "galore_adafactor"},
+    {"name": "galore_lion"},
+]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initial(changed()).params
+
+
+@pytest.fixture(scope="module")
+def gradients(params):
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), params)
+
+
+def updates(params, gradients, **settings):
+    """The first update of each leaf, by its names."""
+    optimizer = OptimizerConfig(**{"rank": 8, "gradients": "full", **SETTINGS, **settings})
+    tx = make_optimizer(optimizer, steps=10)
+
+    @jax.jit
+    def step(params):
+        return galore_jax.apply_gradients(tx, gradients, galore_jax.init(tx, params), params)[0]
+
+    difference = jax.tree.map(lambda new, old: np.asarray(new - old), step(params), params)
+    return dict(named_leaves(difference))
+
+
+def is_kernel(names):
+    return names[-2] in KERNELS
+
+
+def test_the_matrices_are_the_leaves_that_galore_projects(params):
+    found = {names for names, is_matrix in named_leaves(matrices(params)) if is_matrix}
+    state = init_state(changed()).opt_state
+    assert found == {basis.projection.path for basis in bases_of(galore_states(state.inner_states))}
+    assert {names[-2] for names in found} == KERNELS
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_the_matrix_rate_is_a_factor_for_the_matrices_alone(params, gradients, optimizer):
+    plain = updates(params, gradients, **optimizer)
+    slow = updates(params, gradients, **optimizer, matrix_rate=FACTOR)
+    for names, update in plain.items():
+        factor = FACTOR if is_kernel(names) else 1
+        # The parameters, up to 1 in size, round both differences.
+        np.testing.assert_allclose(slow[names], factor * update, atol=3e-7)
+        assert np.abs(update).max() > 1e-4
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_weight_decay_has_the_learning_rate_without_the_matrix_rate(params, optimizer):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    decayed = updates(params, zeros, **optimizer, matrix_rate=FACTOR, weight_decay=DECAY)
+    for names, param in named_leaves(params):
+        np.testing.assert_allclose(decayed[names], -RATE * DECAY * param, atol=3e-7)
+
+
+def test_muon_orthogonalises_each_kernel_and_leaves_the_rest_to_adam(params, gradients):
+    muon = updates(params, gradients, name="muon")
+    adam = updates(params, gradients, name="adamw")
+    for names, gradient in named_leaves(gradients):
+        if not is_kernel(names):
+            np.testing.assert_array_equal(muon[names], adam[names])
+            continue
+        for update, matrix in zip(muon[names], np.asarray(gradient, np.float64), strict=True):
+            left, values, right = np.linalg.svd(matrix, full_matrices=False)
+            values /= np.linalg.norm(values)
+            for _ in range(5):  # Newton–Schulz with Muon's coefficients
+                values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+            expected = -RATE * 0.2 * max(matrix.shape) ** 0.5 * (left * values) @ right
+            np.testing.assert_allclose(update, expected, atol=1e-6)
+
+
+def test_muon_keeps_one_moment_of_the_matrices():
+    adamw, muon = (changed(optimizer={"name": name}) for name in ("adamw", "muon"))
+    shapes = jax.eval_shape(lambda: init_state(adamw)).params
+    kernels = sum(leaf.size for names, leaf in named_leaves(shapes) if is_kernel(names))
+    assert matrix_state_bytes(adamw) == 8 * kernels
+    assert matrix_state_bytes(muon) == 4 * kernels
+    rest = tree_bytes(jax.eval_shape(lambda: init_state(muon)).opt_state) - 4 * kernels
+    counts = 3 * 4 + 3 * 4  # Also the three coefficients of Newton-Schulz.
+    assert rest == 8 * (tree_size(shapes) - kernels) + counts
+
+
+def test_bases_count_as_state_of_the_matrices():
+    # Of 2 layers: two moments of 4 attention and 3 MLP kernels at rank 8, and as many bases.
+    moments = 2 * 8 * (4 * 32 + 3 * 48)
+    bases = 8 * (4 * 32 + 3 * 32)
+    counters = 7 * (2 * 6 + 2)
+    assert matrix_state_bytes(changed()) == 2 * 4 * (moments + bases) + 4 * counters
+
+
+@pytest.mark.parametrize("name", ["muon", "galore_adamw"])
+def test_layerwise_steps_equal_ordinary_ones(name):
+    tokens = np.random.default_rng(0).integers(1, 97, (8, 16)).astype(np.int32)
+    ones = np.ones_like(tokens)
+    positions = np.arange(16, dtype=np.int32) * ones
+    batch = {"tokens": tokens, "segments": ones, "positions": positions}
+    optimizer = {"matrix_rate": 0.5, "weight_decay": 0.1, "warmup_steps": 0, "clip_norm": 0.5}
+    # At this rate rounding does not grow in a few steps.
+    optimizer |= {"name": name, "learning_rate": 1e-4, "clip_norm_of": "gradients"}
+    config = changed(optimizer=optimizer)
+    other = changed(config, training={"layerwise": True})
+    step, layerwise_step = make_train_step(config), make_train_step(other)
+    state, actual = initial(config), initial(other)
+    for _ in range(3):
+        state, _ = step(state, batch)
+        actual, _ = layerwise_step(actual, batch)
+    assert_equal(actual.params, state.params, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["galore_fira", "apollo"])
+def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
+    config = OptimizerConfig(name=name, clip_norm=1.0)
+    assert config.has_galore
+    assert not config.has_projected_gradients
+    assert not config.clips_coordinates
+    changed(optimizer={"name": name, "clip_norm": 1.0}, training={"layerwise": True})
+
+
+@pytest.mark.parametrize("name", ["galore_fira", "apollo"])
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"gradients": "projected"}, "needs full gradients: leave optimizer.gradients out, or set"),
+        ({"proj_type": "full"}, "scales what is not projected: choose an optimizer.proj_type"),
+    ],
+)
+def test_settings_that_fira_and_apollo_cannot_have_are_refused(name, settings, sentence):
+    with pytest.raises(InputError, match=f'^optimizer.name = "{name}" {sentence}'):
+        OptimizerConfig(name=name, **settings)
