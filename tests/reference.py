@@ -17,7 +17,8 @@ class Moments:
 
     Attributes:
       values: "first" and "second", of the coordinates' shape; Adafactor has for the second "rows"
-        and "columns", its means over the out and over the in axis.
+        and "columns", its means over the out and over the in axis. Fira and APOLLO have a "norm",
+        that of the last step along the gradient.
       count: updates so far.
     """
 
@@ -66,7 +67,8 @@ def largest_angle(one: np.ndarray, other: np.ndarray) -> float:
 def after_refresh(moments: Moments, rule: str, old: Bases, new: Bases) -> Moments:
     """The moments with which a matrix takes the first update in its new bases."""
     if rule == "reset":
-        return Moments({name: 0 * value for name, value in moments.values.items()}, 0)
+        zeros = {name: 0 * value for name, value in moments.values.items() if name != "norm"}
+        return Moments(moments.values | zeros, 0)
     return rotated(moments, old, new) if rule == "rotate" else moments
 
 
