@@ -249,7 +249,7 @@ def test_rotated_first_moments_are_those_of_the_full_space_while_the_subspace_st
         np.testing.assert_allclose(lifted, average, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", FIELDS)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
 def test_a_refresh_that_finds_the_same_basis_leaves_rotated_moments(optimizer):
     params = random_params(STACKED)
     gradients = random_gradients(params, 0)
