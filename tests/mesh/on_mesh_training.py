@@ -59,6 +59,16 @@ def test_losses_are_those_of_one_device(mesh, axis_type, mode):
     assert_equal_losses(losses, on_one_device(mode))
 
 
+@pytest.mark.parametrize("mode", ["full", "layerwise full"])
+@pytest.mark.parametrize(
+    ("mesh", "axis_type"), [("fsdp", AUTO), ("hybrid", AUTO), ("hybrid", EXPLICIT)], ids=str
+)
+@pytest.mark.parametrize("make", [galore_jax.fira, galore_jax.apollo])
+def test_steps_along_full_gradients_are_those_of_one_device(make, mesh, axis_type, mode):
+    losses, *_ = train(make_mesh(MESHES[mesh], axis_type), mode, make=make)
+    assert_equal_losses(losses, on_one_device(mode, make=make))
+
+
 @pytest.mark.parametrize("mesh", ["data", "hybrid"])
 @pytest.mark.parametrize("over", [(), ("data",)], ids=["whole", "over data"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
