@@ -73,7 +73,8 @@ def test_the_random_basis_of_apollo_counts_as_the_projection_of_the_paper():
     exact, basis = first_update(galore_jax.apollo(1.0, rank, refresh="svd"), gradient)
     expected = rank**0.5 * jnp.linalg.norm(gradient, axis=0)
     expected /= jnp.linalg.norm(basis.T @ gradient, axis=0)
-    np.testing.assert_allclose(jnp.linalg.norm(exact, axis=0), expected, rtol=1e-4)
+    # A coordinate near eps, of Adam, is not quite a sign.
+    np.testing.assert_allclose(jnp.linalg.norm(exact, axis=0), expected, rtol=0.01)
 
 
 @both
@@ -91,10 +92,10 @@ def test_leaves_that_are_not_projected_get_adamw(make):
 
 
 def test_the_norm_of_a_step_grows_by_at_most_one_percent_in_each_matrix_of_a_stack():
-    # The steps are along multiples of one residual, because the coordinates stay as they are.
-    q, _ = jnp.linalg.qr(random_matrices(12, 12))
-    inside = 10 * q[:, :RANK] @ random_matrices(RANK, 20, seed=1)
-    outside = q[:, RANK:] @ random_matrices(12 - RANK, 20, seed=2)
+    # Multiples of one residual, while the coordinates, and so Adam's result, stay as they are.
+    left, right = (jnp.linalg.qr(random_matrices(n, n))[0] for n in (12, 20))
+    inside = 10 * left[:, :RANK] @ right[:RANK]
+    outside = left[:, RANK:] @ right[RANK:12]
     multiples = jnp.array([[1, 2, 2, 0.5, 0.5], [1, 0.5, 0.505, 0.6, 0]])
     expected = jnp.array(
         [[1, 1.01, 1.01**2, 0.5, 0.5], [1, 0.5, 0.505, 0.505 * 1.01, 0.505 * 1.01]]
@@ -102,15 +103,16 @@ def test_the_norm_of_a_step_grows_by_at_most_one_percent_in_each_matrix_of_a_sta
     params = {"kernel": jnp.zeros((2, 12, 20))}
     tx = galore_jax.fira(1.0, RANK, scale=1.0, refresh="svd")
     state, update, lengths, norms = tx.init(params), jax.jit(tx.update), [], []
-    for multiple in multiples.T:
-        updates, state = update({"kernel": inside + multiple[:, None, None] * outside}, state)
+    for multiple in multiples.T[..., None, None]:
+        grads = {"kernel": jnp.where(multiple > 0, inside + multiple * outside, 0)}
+        updates, state = update(grads, state, params)
         basis = state.inner_states[0].bases["kernel"].vectors["left"]
         step = updates["kernel"] - basis @ (basis.mT @ updates["kernel"])
         lengths.append(jnp.linalg.norm(step, axis=(1, 2)))
         norms.append(state.inner_states[2].norm["kernel"].value)
     first = norms[0][:, None]
     np.testing.assert_allclose(jnp.stack(norms, axis=1) / first, expected, rtol=1e-4)
-    # A step of zero leaves the norm that limits the next one.
+    # A gradient of zero leaves the norm that limits the next step.
     expected = expected.at[1, -1].set(0)
     np.testing.assert_allclose(jnp.stack(lengths, axis=1) / first, expected, rtol=1e-4, atol=1e-5)
 
@@ -203,9 +205,10 @@ def test_moments_and_bases_may_be_in_8_bits(make):
         assert len(codes) == (2 if settings else 0)
     # Moments become codes only after the first update.
     assert max_difference(results[0], results[1]) <= 1e-5
-    # A code of a basis is off by up to 1/254 of the largest number in its block of 32.
+    # Numbers of a basis are off by up to 1/254 of the largest of 32, or 1/100 of their own length,
+    # and where a coordinate is smaller than its error Adam's first update has the other sign.
     moved = jnp.linalg.norm(results[0]["kernel"] - params["kernel"])
-    assert jnp.linalg.norm(results[0]["kernel"] - results[2]["kernel"]) < 0.05 * moved
+    assert jnp.linalg.norm(results[0]["kernel"] - results[2]["kernel"]) < 0.1 * moved
 
 
 @both

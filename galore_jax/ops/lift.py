@@ -56,7 +56,7 @@ def lift_and_add(
     def add_to_chunk(first: Any, weights: jax.Array) -> jax.Array:
         rows = lambda array: lax.dynamic_slice_in_dim(array, first, weights.shape[0])
         update: Any = 0
-        if left is not None:
+        if left is not None and right is not None:
             update = product(rows(left), right, right_is_transposed)
         if channels is not None:
             factors = channels if channels.shape[0] == 1 else rows(channels)

@@ -76,9 +76,9 @@ def scale_channels(name: str, step: Step) -> FullGradientTransformation:
         state: Any,
         params: PyTree = None,
         *,
-        bases: PyTree,
-        coordinates: PyTree,
-        gradients: PyTree,
+        bases: PyTree = None,
+        coordinates: PyTree = None,
+        gradients: PyTree = None,
     ) -> tuple[PyTree, ScaleChannelsState]:
         del params
 
