@@ -129,6 +129,16 @@ def lion(gradient, moments, learning_rate, b1=0.9, b2=0.99):
     return update, Moments({"first": b2 * first + (1 - b2) * gradient}, moments.count + 1)
 
 
+def newton_schulz(matrix):
+    """Five steps of Muon's iteration (kellerjordan.github.io/posts/muon), on the matrix itself."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / np.linalg.norm(wide)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x if wide is matrix else x.T
+
+
 OPTIMIZERS = {"adamw": adam, "adafactor": adafactor, "lion": lion}
 
 

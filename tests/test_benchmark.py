@@ -18,7 +18,13 @@ from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
 from galore_jax.training.config_file import load_config  # noqa: E402
 
-NAMES = ("adamw", "optax.contrib.galore", "galore_full", "galore_projected")
+NAMES = (
+    "adamw",
+    "optax.contrib.galore",
+    "galore_full",
+    "galore_projected",
+    "galore_muon_projected",
+)
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
 RANK = 4
 

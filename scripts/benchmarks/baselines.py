@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,7 +54,8 @@ def baselines(rank: int) -> list[Baseline]:
         Baseline("adamw", adamw.init, _stock_step(adamw)),
         Baseline("optax.contrib.galore", contrib.init, _stock_step(contrib), stacks=False),
         galore_full(rank),
-        galore_projected(rank),
+        projected("galore_projected", galore_jax.adamw, rank),
+        projected("galore_muon_projected", galore_jax.muon, rank),
     ]
 
 
@@ -65,19 +67,15 @@ def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Baseline
     """
     tx = galore_jax.adamw(LEARNING_RATE, rank, gap, weight_decay=WEIGHT_DECAY, stagger=stagger)
 
-    def init(params: PyTree) -> PyTree:
-        state = tx.init(params)
-        return state if stagger else jax.tree.map(_due_again, state, is_leaf=is_basis)
-
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         return galore_jax.apply_gradients(tx, jax.grad(loss)(params, batch), state, params)
 
-    return Baseline("galore_full", init, step)
+    return Baseline("galore_full", tx.init if stagger else partial(_start, tx), step)
 
 
-def galore_projected(rank: int) -> Baseline:
-    """galore_jax.adamw with projected gradients, refreshed by sketches."""
-    tx = galore_jax.adamw(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
+def projected(name: str, make: Callable[..., optax.GradientTransformation], rank: int) -> Baseline:
+    """An optimizer of galore_jax with projected gradients, refreshed by sketches."""
+    tx = make(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
 
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         _, gradients = galore_jax.value_and_grad(loss, tx)(params, state, batch)
@@ -86,7 +84,12 @@ def galore_projected(rank: int) -> Baseline:
     def refresh(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> PyTree:
         return galore_jax.refresh(loss, tx)(params, state, batch)
 
-    return replace(galore_full(rank), name="galore_projected", step=step, refresh=refresh)
+    return Baseline(name, partial(_start, tx), step, refresh=refresh)
+
+
+def _start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
+    """The state with the refresh of every matrix due, and no random basis left."""
+    return jax.tree.map(_due_again, tx.init(params), is_leaf=is_basis)
 
 
 def _due_again(node: Any) -> Any:

@@ -1,0 +1,113 @@
+"""Muon on coordinates and on whole matrices, against NumPy and what its scale promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+
+import galore_jax
+from galore_jax import apply_gradients, chain, galore, scale_by_muon
+from galore_jax.ops.newton_schulz import newton_schulz
+from galore_jax.ops.quantization import Quantized
+
+
+def random(shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6), (3, 2, 5, 8)])
+def test_newton_schulz_agrees_with_the_iteration_on_the_matrix_itself(shape):
+    matrices = random(shape)
+    expected = np.reshape(matrices, (-1, *shape[-2:]))
+    expected = [reference.newton_schulz(np.float64(matrix)) for matrix in expected]
+    result = newton_schulz(matrices).reshape(-1, *shape[-2:])
+    np.testing.assert_allclose(result, np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
+def test_newton_schulz_brings_singular_values_close_to_one_whatever_the_scale(factor):
+    values = np.linalg.svd(newton_schulz(factor * random((16, 40))))[1]
+    assert 0.6 < values.min() <= values.max() < 1.3
+
+
+def test_newton_schulz_of_zeros_is_zero():
+    np.testing.assert_array_equal(newton_schulz(jnp.zeros((2, 3, 5))), 0)
+
+
+@pytest.mark.parametrize("rank", [2, 8, 16])
+@pytest.mark.parametrize("shape", [(32, 32), (24, 80), (3, 80, 24)])
+def test_entries_of_a_lifted_update_have_the_same_root_mean_square_at_any_rank(shape, rank):
+    params, tx = {"kernel": jnp.zeros(shape)}, galore_jax.muon(1.0, rank)
+    after, _ = apply_gradients(tx, {"kernel": random(shape)}, tx.init(params), params)
+    # Singular values between 0.68 and 1.2 in place of 1.
+    assert 0.2 * 0.68 < np.sqrt(np.mean(after["kernel"] ** 2)) < 0.2 * 1.2
+
+
+def test_without_galore_it_is_muon_of_optax_with_a_consistent_root_mean_square():
+    # optax corrects the bias of the Nesterov average, which is gone after the first few hundred
+    # steps: 0.95^300 = 2e-7.
+    numbers = {"kernel": optax.contrib.MuonDimensionNumbers()}
+    other = optax.contrib.scale_by_muon(beta=0.95, weight_dimension_numbers=numbers)
+    tx, params = scale_by_muon(), {"kernel": jnp.zeros((8, 20))}
+
+    def step(states, seed):
+        gradient = {"kernel": jax.random.normal(jax.random.key(seed), (8, 20))}
+        one, state = tx.update(gradient, states[0])
+        two, other_state = other.update(gradient, states[1])
+        return (state, other_state), (one["kernel"], two["kernel"])
+
+    starts = tx.init(params), other.init(params)
+    _, (one, two) = jax.lax.scan(step, starts, jnp.arange(300))
+    np.testing.assert_allclose(one[-1], 0.2 * 20**0.5 * two[-1], atol=1e-5)
+
+
+def test_leaves_that_are_not_projected_are_trained_by_adamw():
+    params = {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16), "embedding": jnp.ones((9, 4))}
+    grads = {name: random(leaf.shape) for name, leaf in params.items()}
+    muon = galore_jax.muon(0.1, 4, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5)
+    adamw = galore_jax.adamw(0.1, 4, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5)
+    ones, twos = (apply_gradients(tx, grads, tx.init(params), params)[0] for tx in (muon, adamw))
+    for name in ("bias", "embedding"):
+        np.testing.assert_allclose(ones[name], twos[name], rtol=1e-6)
+
+
+def test_it_keeps_one_moment_of_the_coordinates():
+    state = galore_jax.muon(0.1, 4).init({"kernel": jnp.ones((8, 16))})
+    matrices = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim == 2]
+    assert sorted(matrices) == [(4, 16), (8, 4)]  # the moment and the basis
+
+
+def test_eight_bit_moments_change_the_update_by_no_more_than_their_rounding():
+    params = {"kernel": jnp.zeros((64, 256))}
+    grads = [{"kernel": random((64, 256), seed)} for seed in range(3)]
+    after = []
+    for eight_bit in (False, True):
+        tx = galore_jax.muon(0.01, 32, eight_bit=eight_bit)
+        tree, state = params, tx.init(params)
+        for grad in grads:
+            tree, state = apply_gradients(tx, grad, state, tree)
+        after.append(tree["kernel"])
+    kinds = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, Quantized))
+    assert any(isinstance(node, Quantized) for node in kinds)
+    difference = jnp.linalg.norm(after[1] - after[0]) / jnp.linalg.norm(after[0])
+    # A code is off by up to 1/280 of the largest number of its block, which is about four times a
+    # typical one; Newton–Schulz multiplies by up to 1.2 / 0.3, the spread of singular values.
+    assert 0 < difference < 4 / 280 * 4
+
+
+def test_vectors_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"layer/bias has the shape \(8,\).*use galore_jax.muon"):
+        scale_by_muon().init({"layer": {"bias": jnp.ones(8)}})
+
+
+def test_a_chain_made_by_hand_is_the_ready_made_one():
+    params = {"kernel": jnp.zeros((8, 16))}
+    by_hand = chain(galore(4, scale=1.0), scale_by_muon(0.9), optax.scale_by_learning_rate(0.1))
+    ready = galore_jax.muon(0.1, 4, beta=0.9)
+    grads = {"kernel": random((8, 16))}
+    one, two = (
+        apply_gradients(tx, grads, tx.init(params), params)[0]["kernel"] for tx in (by_hand, ready)
+    )
+    np.testing.assert_array_equal(one, two)
