@@ -268,9 +268,9 @@ def expert_loss(params, x):
     return jnp.mean((y @ params["last"] - jnp.sin(3 * x[:, :16])) ** 2)
 
 
-def train_experts(mesh, mode, **settings):
+def train_experts(mesh, mode, make=galore_jax.adamw, **settings):
     """Losses, and the text of the compiled step."""
-    tx = galore_jax.adamw(0.01, rank=8, update_proj_gap=6, **settings)
+    tx = make(0.01, rank=8, update_proj_gap=6, **settings)
     params, x = expert_params(), jax.random.normal(jax.random.key(1), (16, 32))
     if mesh is not None:
         rules = {"layers/*": P(None, "expert")}
@@ -293,11 +293,21 @@ def train_experts(mesh, mode, **settings):
     return losses, compiled.as_text()
 
 
-@pytest.mark.parametrize("mode", ["projected", "full"])
-@pytest.mark.parametrize("moments", ["keep", "rotate"])
-def test_experts_stay_on_their_devices(mode, moments):
-    expected, _ = train_experts(None, mode, moments=moments)
-    losses, program = train_experts(make_mesh({"expert": 8}), mode, moments=moments)
+@pytest.mark.parametrize(
+    ("mode", "make", "settings"),
+    [
+        ("projected", galore_jax.adamw, {"moments": "keep"}),
+        ("projected", galore_jax.adamw, {"moments": "rotate"}),
+        ("full", galore_jax.adamw, {"moments": "keep"}),
+        ("full", galore_jax.adamw, {"moments": "rotate"}),
+        ("full", galore_jax.fira, {}),
+        ("full", galore_jax.apollo, {}),
+    ],
+    ids=["keep", "rotate", "keep full", "rotate full", "fira", "apollo"],
+)
+def test_experts_stay_on_their_devices(mode, make, settings):
+    expected, _ = train_experts(None, mode, make, **settings)
+    losses, program = train_experts(make_mesh({"expert": 8}), mode, make, **settings)
     assert "all-gather" not in program
     # Losses start at 37 and are sums of squares, so rounding shows in the sixth digit.
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
