@@ -16,7 +16,9 @@ RANK, GAP, STEPS = 4, 10, 300
 # Each coordinate moves by about the rate at a step: at most 15 over all steps, a third of them in
 # any direction. The targets' largest singular values are near 4, 4 / √20 a coordinate.
 RATE = optax.cosine_decay_schedule(0.1, STEPS)
-OPTIMIZERS = {name: getattr(galore_jax, name) for name in ("adamw", "adafactor", "lion")}
+OPTIMIZERS = {
+    name: getattr(galore_jax, name) for name in ("adamw", "adafactor", "lion", "fira", "apollo")
+}
 
 
 def trained(tx, params, losses, steps):
