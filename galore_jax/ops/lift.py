@@ -42,7 +42,7 @@ def lift_and_add(
       seed: two uint32; if given, bfloat16 weights are rounded stochastically, with random bits that
         depend only on the seed, the row and the column.
       channels: (1, n) or (m, 1), factors of the columns or rows of the gradient; see
-        `scale_channels`.
+        `scaled_gradient`.
       gradient: (m, n), any floating dtype.
       right_is_transposed: use `rightᵀ` in place of `right`.
       start: row and column of the first element, if the weights are a part of a larger matrix;
@@ -60,7 +60,7 @@ def lift_and_add(
             update = product(rows(left), right, right_is_transposed)
         if channels is not None:
             factors = channels if channels.shape[0] == 1 else rows(channels)
-            update += scale_channels(factors, rows(gradient))
+            update += scaled_gradient(factors, rows(gradient))
         place = start[0] + first, start[1]
         return add(weights, update, scale, decay, seed, place, aligned=aligned)
 
@@ -75,7 +75,7 @@ def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax
     return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
-def scale_channels(channels: jax.Array, gradient: jax.Array) -> jax.Array:
+def scaled_gradient(channels: jax.Array, gradient: jax.Array) -> jax.Array:
     """`channels · gradient` in float32; 0 where the factor is, even if the gradient is not finite.
 
     Args:

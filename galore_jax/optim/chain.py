@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.explicit import specs_of, with_auto_axes
-from galore_jax.ops.lift import scale_channels
+from galore_jax.ops.lift import scaled_gradient
 from galore_jax.optim.moments import (
     BasisUpdates,
     PerMatrixState,
@@ -305,7 +305,7 @@ def _lift(updates: PyTree, gradients: PyTree, states: list[GaLoreState], like: P
         if update.value is not None:
             full += projection.lift_matrices(basis.vectors, update.value)
         if update.channels is not None:
-            full += scale_channels(update.channels, view.to_matrices(gradient))
+            full += scaled_gradient(update.channels, view.to_matrices(gradient))
         full = basis.scale * full
         if update.decay is not None:
             full -= update.decay[..., None, None] * view.to_matrices(like)
