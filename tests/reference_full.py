@@ -16,7 +16,7 @@ def norms(matrix: np.ndarray, bases: Bases) -> np.ndarray:
 
 
 def limited(step: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The norm-growth limiter (arXiv 2410.01623, section 4.3). From zero any growth is allowed."""
+    """The norm-growth limiter of arXiv 2410.01623. From zero any growth is allowed."""
     norm = np.linalg.norm(step)
     if last > 0 and norm / last > GROWTH:
         step = step / norm * GROWTH * last
@@ -24,7 +24,7 @@ def limited(step: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def fira(gradient: np.ndarray, result: np.ndarray, bases: Bases, last: np.ndarray, method: str):
-    """The direction of arXiv 2410.01623, section 4, and the norm of its step."""
+    """The direction of arXiv 2410.01623, and the norm of its step along the residual."""
     coordinates = project(gradient, bases)
     residual = gradient - lift(coordinates, bases)
     step, norm = limited(residual * norms(result, bases) / norms(coordinates, bases), last)

@@ -43,19 +43,21 @@ def apollo(
 
     With the coordinates `R = PᵀG` of a random projection and Adam's result N, the update of a
     projected leaf is `lr · scale · G diag(s)` (algorithm 1), with one factor for each column,
-    `sⱼ = ‖N₍:,ⱼ₎‖ / ‖R₍:,ⱼ₎‖`. With a right basis rows take the place of columns, so that the
-    channels are always on the side that is not projected, by default the larger one. A leaf of rank
-    1 has a single factor for the whole matrix, `s = ‖N‖ / ‖R‖`: this is APOLLO-Mini (section 4.2).
-    The norm-growth limiter (equation 4) scales the step down to 1.01 times the norm it had when it
-    was last not zero; each matrix of a stack has its own, and keeps it when it is skipped because
-    its gradient is not finite. Other leaves get plain AdamW.
+    `sⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`. With a right basis rows take the place of columns: the channels
+    are on the side that is not projected, by default the larger one. A leaf of rank 1 has a single
+    factor for the whole matrix, `s = ‖N‖ / ‖R‖`: this is APOLLO-Mini (section 4.2). The norm-growth
+    limiter (equation 4) scales the step `G diag(s)` down until its norm is at most 1.01 times that
+    of the last step that was not zero. Each matrix of a stack has its own limiter, which a matrix
+    that is skipped because its gradient is not finite leaves as it is. Other leaves get plain
+    AdamW.
 
-    The paper's projection has entries of variance 1 / rank, so that `‖R₍:,ⱼ₎‖` is about that of the
-    gradient's column. Ours has orthonormal columns and gives an R that is shorter by
-    `√(rank / size)`, where size is that of the projected side. Adam's result is the same, up to
-    `eps`. So with `refresh="random"` s is multiplied by `√(rank / size)`, and learning rates and
-    scales are the paper's. The other methods, the paper's "APOLLO with SVD", need no such factor.
-    The paper draws its projection from a seed at every step; ours is stored, `rank · size` numbers.
+    The entries of the paper's projection have the variance 1 / rank, so that the columns of R are
+    about as long as those of the gradient. With our orthonormal basis they are shorter by the
+    factor `√(rank / size)`, where size is that of the projected side, and Adam's result is the
+    same, up to `eps`. With `refresh="random"` s is therefore multiplied by `√(rank / size)`, so
+    that learning rates and scales are the paper's. The other methods, the paper's "APOLLO with
+    SVD", need no such factor. The paper draws its projection anew from a seed at every step; ours
+    is stored, `rank · size` numbers.
 
     APOLLO needs full gradients: those of `jax.value_and_grad`, or of
     `layerwise.make_step(…, projected=False)`.

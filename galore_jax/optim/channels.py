@@ -23,8 +23,8 @@ from galore_jax.subspace.placement import matrices_partition
 from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
 from galore_jax.types import PyTree
 
-# The largest factor by which the norm of a step may grow, γ in arXiv 2410.01623, section 4.3, and
-# arXiv 2412.05270, equation 4.
+# The largest factor by which the norm of a step may grow: γ in arXiv 2410.01623 and, equation 4, in
+# arXiv 2412.05270.
 MAX_GROWTH = 1.01
 
 # From the basis, the optimizer's result N, the coordinates R, the gradient `(*batch, in, out)` and

@@ -43,11 +43,11 @@ def fira(
 
     With a left basis P, the coordinates `R = PᵀG` and Adam's result N, the update of a projected
     leaf is `lr · scale · (P N + S)`. The step along the residual, `S = (G − P R) diag(φ)`, has one
-    factor for each column, `φⱼ = ‖N₍:,ⱼ₎‖ / ‖R₍:,ⱼ₎‖` (section 4.2), and 0 where R is 0. With a
-    right basis rows take the place of columns. The norm-growth limiter (section 4.3) scales S down
-    to 1.01 times the norm that S had at the last step in which it was not zero. Each matrix of a
-    stack has its own; a matrix that is skipped because its gradient is not finite keeps the norm.
-    Other leaves get plain AdamW. The authors' code multiplies only `P N` by `scale`, not S.
+    factor for each column, `φⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`; where R is 0 it is 0. With a right basis
+    rows take the place of columns. The norm-growth limiter scales S down until its norm is at most
+    1.01 times that of the last step that was not zero. Each matrix of a stack has its own limiter,
+    which a matrix that is skipped because its gradient is not finite leaves as it is. Other leaves
+    get plain AdamW.
 
     The state is GaLore's and one number per matrix. No full-size array is stored between steps, and
     of a stack the residual of one matrix at a time exists. But Fira needs full gradients: those of
@@ -57,7 +57,7 @@ def fira(
       learning_rate: a number, or a schedule of the update count.
       rank: as for `galore`.
       update_proj_gap: as for `galore`.
-      scale: as for `galore`; of both parts of the update.
+      scale: factor of both parts of the update; the paper's formula has none.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
