@@ -124,7 +124,7 @@ def muon(
 ) -> Chain:
     """Muon on the coordinates, which keeps one moment in place of two; AdamW for everything else.
 
-    Projected leaves are updated by `lr · scale · lift(0.2 √(in · out / rank) · O)`, where O is the
+    Projected leaves are updated by `lr · scale · lift(0.2 √max(in, out) · O)`, where O is the
     orthogonalised momentum of the coordinates: see `scale_by_muon`, which derives the factor.
 
     Args:

@@ -14,9 +14,9 @@ from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
-# The root mean square of the entries of an update, that of typical updates of AdamW: arXiv
-# 2502.16982, section 2.2.
-UPDATE_RMS = 0.2
+# The singular values of an update over √max(in, out). It gives the entries of a full-rank update a
+# root mean square of 0.2, as AdamW's typically have: arXiv 2502.16982, section 2.2.
+SCALE = 0.2
 
 
 class ScaleByMuonState(NamedTuple):
@@ -32,16 +32,16 @@ class ScaleByMuonState(NamedTuple):
 def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.GradientTransformation:
     """Replaces each matrix by its orthogonalised momentum (Muon), the only moment that it keeps.
 
-    The moment is `M ← β M + (1 − β) R`, and the update is the orthogonal factor `O` of the polar
+    The moment is `M ← β M + (1 − β) R`, and the update is the orthogonal factor O of the polar
     decomposition of `β M + (1 − β) R`, approximated by five steps of Newton–Schulz on the
-    coordinates themselves. For coordinates in a basis P the lifted update `P O` is the orthogonal
-    factor of the lifted moment `P M`, so nothing of the size of the weights is ever orthogonalised.
+    coordinates themselves, times `0.2 √max(in, out)`.
 
-    An `O` with k singular values of 1 (the rank of the coordinates, or the smaller side of a whole
-    matrix) is scaled by `0.2 √(in · out / k)`, so that the entries of the lifted update have a root
-    mean square of 0.2 at every rank and width. For a whole matrix that is the `0.2 √max(in, out)`
-    of arXiv 2502.16982, chosen there to resemble AdamW's updates: a learning rate carries over from
-    AdamW and from full-rank Muon.
+    For coordinates in a basis P the lifted update `P O` is the orthogonal factor of the lifted
+    moment `P M`. So it is full-rank Muon's step for a gradient that vanishes outside the subspace,
+    with the same singular values whatever the rank. Muon is steepest descent in the spectral norm
+    (arXiv 2409.20325), and in that norm a step along r directions is as long as one along all of
+    them: the learning rate of full-rank Muon, which itself carries over from AdamW and across
+    widths by the factor above (arXiv 2502.16982), suits every rank.
 
     Args:
       beta: decay of the moment.
@@ -65,11 +65,11 @@ def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.Gradi
     def init_fn(params: PyTree) -> ScaleByMuonState:
         register_if_flax_imported()
         for names, leaf in named_leaves(params, is_coordinates):
-            if not is_coordinates(leaf) and jnp.ndim(leaf) < 2:
+            if not is_coordinates(leaf) and (jnp.ndim(leaf) < 2 or jnp.iscomplexobj(leaf)):
                 raise ValueError(
-                    f"scale_by_muon: {'/'.join(names)} has the shape {jnp.shape(leaf)}, and only "
-                    "matrices can be orthogonalised: use galore_jax.muon, which updates the rest "
-                    "with AdamW, or optax.partition."
+                    f"scale_by_muon: {'/'.join(names)} is {jax.typeof(leaf)}, and only real "
+                    "matrices are orthogonalised: use galore_jax.muon, which updates the rest with "
+                    "AdamW, or optax.partition."
                 )
         zeros = lambda leaf: zero_moment(leaf, "signed" if eight_bit else None)
         return ScaleByMuonState(jax.tree.map(zeros, params))
@@ -85,11 +85,11 @@ def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.Gradi
         def at_leaf(update: Any, mu: Any) -> tuple[Any, Any]:
             if not is_coordinates(update):
                 direction, mu = at_array(update, mu)
-                return _scale(update.shape, update.shape) * direction, mu
+                return SCALE * max(update.shape[-2:]) ** 0.5 * direction, mu
             projection = update.projection
             direction, value = at_array(update.value, mu.value)
-            size = projection.view.rows, projection.view.columns
-            scaled = _scale(size, update.value.shape) * direction
+            longer = max(projection.view.rows, projection.view.columns)
+            scaled = SCALE * longer**0.5 * direction
             return Coordinates(scaled, projection), Coordinates(value, projection)
 
         leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
@@ -98,8 +98,3 @@ def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.Gradi
         return new, ScaleByMuonState(mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _scale(size: tuple[int, ...], shape: tuple[int, ...]) -> float:
-    """The factor for a matrix of this size that is updated by one of this shape."""
-    return UPDATE_RMS * (size[-2] * size[-1] / min(shape[-2:])) ** 0.5
