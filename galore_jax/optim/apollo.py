@@ -1,6 +1,7 @@
 """APOLLO: the gradient itself, scaled per channel by a low-rank Adam (arXiv 2412.05270)."""
 
 import math
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -95,7 +96,7 @@ def apollo(
       >>> params, state = galore_jax.apply_gradients(tx, grads, state, params)
     """
     if scale is None:
-        scale = MINI_SCALE if rank == 1 and isinstance(rank, int) else 1.0
+        scale = MINI_SCALE if isinstance(rank, Integral) and rank == 1 else 1.0
     return chain(
         galore(rank, update_proj_gap, scale, refresh=refresh, **settings),
         choose_adam("apollo", b1, b2, eps, eight_bit, implementation),
