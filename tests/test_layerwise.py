@@ -95,6 +95,7 @@ CASES = {
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": ADAFACTOR,
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
+    "muon rotate": (galore_jax.muon, {"moments": "rotate", "weight_decay": 0.1}),
 }
 # Of full gradients every value of a setting, of projected ones also every pair of these.
 FULL_CASES = {

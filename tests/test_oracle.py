@@ -34,6 +34,7 @@ FIELDS = {
         "columns": (1, "columns"),
     },
     "lion": {"first": (1, "mu")},
+    "muon": {"first": (1, "mu"), "second": (1, "nu")},
     "fira": {"first": (1, "mu"), "second": (1, "nu"), "norm": (2, "norm")},
     "apollo": {"first": (1, "mu"), "second": (1, "nu"), "norm": (2, "norm")},
     "apollo-mini": {"first": (1, "mu"), "second": (1, "nu"), "norm": (2, "norm")},
@@ -92,7 +93,7 @@ def matrices(optimizer, params, gradients, state):
             bases = {side: stack[i] for side, stack in stacks.items()}
             shape = reference.project(gradients[i], bases).shape
             like = start(optimizer, shape, projected=bool(bases))
-            moments = moments_of(optimizer, tree, state, leaf, i, like)
+            moments = moments_of(optimizer, tree, state, leaf, i, like, projected=bool(bases))
             found.append(Matrix(weights[i], gradients[i], bases, bool(due[i]), moments))
     return found
 
@@ -104,7 +105,7 @@ def start(optimizer, shape, projected):
     return reference.start(name, shape, projected)
 
 
-def moments_of(optimizer, tree, state, leaf, i, like):
+def moments_of(optimizer, tree, state, leaf, i, like, projected):
     """What the state has for the ith matrix of a leaf, in the shapes of `like`."""
     values, counts = {}, set()
     for name, zeros in like.values.items():
@@ -113,13 +114,16 @@ def moments_of(optimizer, tree, state, leaf, i, like):
         if isinstance(own, PerMatrixState):
             alone = tree.flatten_up_to(own.projected)[leaf]
             own = own.unprojected if isinstance(alone, optax.MaskedNode) else alone
+        if isinstance(own, optax.transforms.PartitionState):
+            label = "coordinates" if projected else "unprojected"
+            own = own.inner_states[label].inner_state
         node = getattr(own, field)
         node = node if is_coordinates(node) else tree.flatten_up_to(node)[leaf]
         stack = exact(node.value if is_coordinates(node) else node, zeros.shape)
         values[name] = stack[i]
-        if name != "norm":
+        if "count" in own._fields:
             counts.add(int(np.broadcast_to(own.count, len(stack))[i]))
-    (count,) = counts
+    (count,) = counts or {0}
     return reference.Moments(values, count)
 
 
@@ -249,7 +253,7 @@ def test_rotated_first_moments_are_those_of_the_full_space_while_the_subspace_st
         np.testing.assert_allclose(lifted, average, atol=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "muon"])
 def test_a_refresh_that_finds_the_same_basis_leaves_rotated_moments(optimizer):
     params = random_params(STACKED)
     gradients = random_gradients(params, 0)

@@ -130,6 +130,7 @@ def test_a_rule_that_cannot_hold_is_refused(rules, message):
         galore_jax.adamw(1e-3, rank=RANK, moments="reset"),
         galore_jax.adamw(1e-3, rank=RANK, proj_type="full"),
         galore_jax.lion(1e-3, rank=RANK),
+        galore_jax.muon(1e-3, rank=RANK),
         galore_jax.adafactor(1e-3, rank=RANK),
         galore_jax.fira(1e-3, rank=RANK),
         galore_jax.apollo(1e-3, rank=1),
@@ -138,7 +139,7 @@ def test_a_rule_that_cannot_hold_is_refused(rules, message):
         optax.adamw(1e-3),
     ],
     ids=[
-        *("adamw", "reset", "full", "lion", "adafactor", "fira", "apollo"),
+        *("adamw", "reset", "full", "lion", "muon", "adafactor", "fira", "apollo"),
         *("chain", "stock chain", "plain"),
     ],
 )

@@ -69,6 +69,13 @@ def test_steps_along_full_gradients_are_those_of_one_device(make, mesh, axis_typ
     assert_equal_losses(losses, on_one_device(mode, make=make))
 
 
+@pytest.mark.parametrize("mode", ["projected", "layerwise"])
+@pytest.mark.parametrize("mesh", ["fsdp", "hybrid"])
+def test_muon_takes_the_steps_of_one_device(mesh, mode):
+    losses, *_ = train(make_mesh(MESHES[mesh]), mode, make=galore_jax.muon)
+    assert_equal_losses(losses, on_one_device(mode, make=galore_jax.muon))
+
+
 @pytest.mark.parametrize("mesh", ["data", "hybrid"])
 @pytest.mark.parametrize("over", [(), ("data",)], ids=["whole", "over data"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
