@@ -7,10 +7,12 @@ from galore_jax.grads.sketch import refresh, refresh_due
 from galore_jax.grads.value_and_grad import value_and_grad
 from galore_jax.optim.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from galore_jax.optim.aliases import adafactor, adamw, lion, muon
+from galore_jax.optim.apollo import apollo
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import chain
 from galore_jax.optim.clipping import clip_by_finite_norm
 from galore_jax.optim.factored_rms import scale_by_factored_rms
+from galore_jax.optim.fira import fira
 from galore_jax.optim.galore import galore
 from galore_jax.optim.muon import scale_by_muon
 from galore_jax.optim.placement import init, state_shardings
@@ -31,12 +33,14 @@ __all__ = [
     "adam8bit",
     "adamw",
     "adamw8bit",
+    "apollo",
     "apply_gradients",
     "chain",
     "check_projection",
     "clip_by_finite_norm",
     "decay_weights",
     "describe",
+    "fira",
     "galore",
     "init",
     "layerwise",

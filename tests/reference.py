@@ -17,8 +17,9 @@ class Moments:
 
     Attributes:
       values: "first" and "second", of the coordinates' shape; Adafactor has for the second "rows"
-        and "columns", its means over the out and over the in axis.
-      count: updates so far.
+        and "columns", its means over the out and over the in axis. Fira and APOLLO have a "norm",
+        that of the last step along the gradient.
+      count: updates so far; Muon has no use for it.
     """
 
     values: dict[str, np.ndarray]
@@ -66,7 +67,8 @@ def largest_angle(one: np.ndarray, other: np.ndarray) -> float:
 def after_refresh(moments: Moments, rule: str, old: Bases, new: Bases) -> Moments:
     """The moments with which a matrix takes the first update in its new bases."""
     if rule == "reset":
-        return Moments({name: 0 * value for name, value in moments.values.items()}, 0)
+        zeros = {name: 0 * value for name, value in moments.values.items() if name != "norm"}
+        return Moments(moments.values | zeros, 0)
     return rotated(moments, old, new) if rule == "rotate" else moments
 
 
@@ -137,7 +139,14 @@ def newton_schulz(matrix):
     return x if wide is matrix else x.T
 
 
-OPTIMIZERS = {"adamw": adam, "adafactor": adafactor, "lion": lion}
+def muon(gradient, moments, learning_rate, beta=0.95):
+    """arXiv 2502.16982, algorithm 1, with the Nesterov momentum of the post; without its scale."""
+    first = beta * moments.values["first"] + (1 - beta) * gradient
+    update = -learning_rate * newton_schulz(beta * first + (1 - beta) * gradient)
+    return update, Moments({"first": first}, 0)
+
+
+OPTIMIZERS = {"adamw": adam, "adafactor": adafactor, "lion": lion, "muon": muon}
 
 
 def start(optimizer: str, shape: tuple[int, ...], projected: bool) -> Moments:
@@ -145,7 +154,7 @@ def start(optimizer: str, shape: tuple[int, ...], projected: bool) -> Moments:
     values = {"first": np.zeros(shape)}
     if optimizer == "adafactor" and (projected or (len(shape) == 2 and min(shape) >= 128)):
         values |= {"rows": np.zeros(shape[0]), "columns": np.zeros(shape[1])}
-    elif optimizer != "lion":
+    elif optimizer != "lion" and not (optimizer == "muon" and projected):
         values["second"] = np.zeros(shape)
     return Moments(values, 0)
 
@@ -163,6 +172,11 @@ def step(
 ) -> tuple[np.ndarray, Moments]:
     """One update (arXiv 2403.03507, algorithm 2), after which the whole weight decays."""
     coordinates = project(gradient, bases)
+    if optimizer == "muon":
+        # AdamW for what is not projected.
+        optimizer, scale = (
+            ("muon", scale * 0.2 * max(weight.shape) ** 0.5) if bases else ("adamw", 1)
+        )
     update, moments = OPTIMIZERS[optimizer](coordinates, moments, learning_rate)
     weight = weight + (scale * lift(update, bases) if bases else update)
     return weight - learning_rate * weight_decay * weight, moments

@@ -64,6 +64,8 @@ OPTIMIZERS = {
     "adamw": lambda: galore_jax.adamw(1e-2, 4, update_proj_gap=2, weight_decay=0.1),
     "reset": lambda: galore_jax.adamw(1e-2, 4, update_proj_gap=2, moments="reset"),
     "rotate": lambda: galore_jax.adamw(1e-2, 4, update_proj_gap=2, moments="rotate"),
+    "fira": lambda: galore_jax.fira(1e-2, 4, update_proj_gap=2, weight_decay=0.1),
+    "apollo": lambda: galore_jax.apollo(1e-2, 1, update_proj_gap=2),
     "mask": lambda: galore_jax.adamw(1e-2, 4, weight_decay=0.1, mask=mask()),
     "stock mask": lambda: chain(galore(4), optax.adamw(1e-2, mask=nn.meta.unbox(mask()))),
     "adafactor": lambda: galore_jax.adafactor(1e-2, 4),

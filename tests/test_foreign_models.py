@@ -1,14 +1,20 @@
-"""Coordinates in models that know nothing of GaLore: Flax Linen's layers, and an NNX one."""
+"""Gradients of models that know nothing of GaLore: Flax Linen's layers, and an NNX one."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import reference_full
 from flax import nnx
 from optax.contrib import GaLoreDimensionNumbers
 from projected import DENSE, MLP, compared, inputs, squared
+from reference import Moments
+
+import galore_jax
+from galore_jax.subspace.basis import is_basis
 
 
 class Twice(nn.Module):
@@ -131,3 +137,46 @@ class Gated(nn.Module):
 def test_all_kernels_of_a_layer_of_ones_own_are_projected():
     loss, params = squared(Gated(), inputs(5, 16))
     assert compared(loss, params, inputs(5, 16)) == {"kernel", "gate"}
+
+
+@pytest.mark.parametrize("optimizer", ["fira", "apollo"])
+def test_steps_along_full_gradients_are_those_of_the_reference_for_every_kernel(optimizer):
+    x = inputs(2, 7, 16)
+    mean, params = squared(Encoder(), x)
+    settings = {"learning_rate": 0.05, "scale": 0.5, "weight_decay": 0.1}
+    tx = getattr(galore_jax, optimizer)(rank=4, update_proj_gap=2, refresh="svd", **settings)
+    state = tx.init(params)
+    # Gradients far above Adam's eps.
+    gradient = jax.jit(jax.grad(lambda params: 1000 * mean(params, x)))
+    step = jax.jit(lambda p, s, g: galore_jax.apply_gradients(tx, g, s, p))
+
+    def leaves(params, state, grads):
+        """The arrays of each projected kernel: its weights, gradient, moments and norm, bases."""
+        tree = jax.tree.structure(params)
+        bases, adam, limiter, *_ = state.inner_states
+        trees = params, grads, adam.mu, adam.nu, limiter.norm, bases.bases
+        for *arrays, basis in zip(*map(tree.flatten_up_to, trees), strict=True):
+            if is_basis(basis):
+                weights, grad, *kept = (getattr(array, "value", array) for array in arrays)
+                matrices = map(basis.projection.view.to_matrices, (weights, grad))
+                yield [*matrices, *kept, basis.vectors]
+
+    for count in range(4):
+        grads = gradient(params)
+        after, new = step(params, state, grads)
+        pairs = list(zip(leaves(params, state, grads), leaves(after, new, grads), strict=True))
+        assert len(pairs) == 6
+        for old, found in pairs:
+            for layer in range(3):
+                exact = lambda array, layer=layer: np.asarray(array[layer], np.float64)
+                weights, grad, first, second, norm, _ = jax.tree.map(exact, old)
+                moments = Moments({"first": first, "second": second, "norm": norm}, count)
+                wanted, kept = reference_full.step(
+                    *(optimizer, weights, grad, moments, jax.tree.map(exact, found[-1])),
+                    method="svd",
+                    **settings,
+                )
+                np.testing.assert_allclose(found[0][layer], wanted, atol=1e-5)
+                # Of columns almost outside of the subspace the coordinates have fewer digits.
+                np.testing.assert_allclose(found[4][layer], kept.values["norm"], rtol=1e-4)
+        params, state = after, new

@@ -95,6 +95,7 @@ CASES = {
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": ADAFACTOR,
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
+    "muon rotate": (galore_jax.muon, {"moments": "rotate", "weight_decay": 0.1}),
 }
 # Of full gradients every value of a setting, of projected ones also every pair of these.
 FULL_CASES = {
@@ -102,6 +103,10 @@ FULL_CASES = {
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": ADAFACTOR,
     "lion rotate stagger": (galore_jax.lion, {"moments": "rotate", "stagger": True}),
+    "fira stagger": (galore_jax.fira, {"stagger": True, "weight_decay": 0.1}),
+    "fira reset": (galore_jax.fira, {"moments": "reset"}),
+    # Random bases are the same for all layers in a layer-wise step.
+    "apollo": (galore_jax.apollo, {"refresh": "subspace_iteration", "moments": "rotate"}),
 }
 
 
@@ -111,6 +116,7 @@ QUICK = (
     "adafactor-coordinates",
     "adamw reset-full",
     "lion rotate stagger-full",
+    "fira stagger-full",
 )
 
 

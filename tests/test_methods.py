@@ -56,7 +56,8 @@ def refreshed(gradients, method, sides, vectors=None, age=AGE_UNINITIALIZED, num
     count, *shape = gradients.shape
     vectors = start(shape, sides, count) if vectors is None else vectors
     ages, gaps = jnp.broadcast_to(jnp.asarray(age), count), jnp.full(count, GAP)
-    return refresh_where_due(vectors, ages, gaps, gradients, (0, 0, number), method)
+    numbers = jnp.arange(count)
+    return refresh_where_due(vectors, ages, gaps, numbers, gradients, (0, 0, number), method)
 
 
 def orthonormality_error(vectors):
@@ -199,7 +200,7 @@ def test_only_matrices_that_are_due_change(sides):
         jnp.array([10, 10, 9, 13, 1, 1, 10]),
     )
     vectors, new, kept = refresh_where_due(
-        old, ages, gaps, gradients, (0, 0, 0), "subspace_iteration"
+        old, ages, gaps, jnp.arange(COUNT), gradients, (0, 0, 0), "subspace_iteration"
     )
     assert new.tolist() == (ages >= gaps).tolist()
     assert (kept > 0).tolist() == new.tolist()
@@ -220,14 +221,18 @@ def test_a_gradient_whose_squares_are_not_finite_never_reaches_a_basis(method, b
 
 
 def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
-    def bases(*key_data, gradient=1):
+    def bases(*key_data, gradient=1, first=0):
+        numbers = first + jnp.arange(COUNT)
         stack = jnp.full((COUNT, *SHAPE), gradient, jnp.float32)
         ages, gaps = jnp.full(COUNT, AGE_UNINITIALIZED), jnp.full(COUNT, GAP)
         old = start(SHAPE, ("left",))
-        return refresh_where_due(old, ages, gaps, stack, key_data, "random")[0]["left"]
+        arguments = old, ages, gaps, numbers, stack, key_data
+        return refresh_where_due(*arguments, "random")[0]["left"]
 
     first = bases(0, 1, 2)
     np.testing.assert_array_equal(first, bases(0, 1, 2, gradient=3))
+    # A device that has some of the matrices draws their bases.
+    np.testing.assert_array_equal(first[2:], bases(0, 1, 2, first=2)[:-2])
     stacks = first, bases(1, 1, 2), bases(0, 2, 2), bases(0, 1, 3)
     # Two random 8-dimensional subspaces of 24 dimensions have a large principal angle.
     for one, other in itertools.combinations(itertools.chain(*stacks), 2):

@@ -33,6 +33,10 @@ CASES = [
     ("lion", "keep", True, "random"),
     ("lion", "rotate", True, "svd"),
     ("lion", "reset", False, "subspace_iteration"),
+    ("fira", "keep", True, "subspace_iteration"),
+    ("fira", "reset", False, "svd"),
+    ("apollo", "keep", False, "random"),
+    ("apollo", "rotate", True, "eigh"),
     ("stock", "keep", True, "subspace_iteration"),
     ("stock", "rotate", False, "random"),
 ]

@@ -47,7 +47,7 @@ def test_a_gradient_that_would_broadcast_into_its_parameter_is_refused_by_name(t
 def test_coordinates_of_another_rank_are_refused_by_name(tx):
     params = random_params(PLAIN)
     other = chain(galore(6), optax.identity())
-    grads, _ = other.update_coordinates(params, other.init(params))
+    grads, *_ = other.update_coordinates(params, other.init(params))
     with pytest.raises(ValueError, match=r"square/kernel has the shape \(6, 16\) instead of \(4,"):
         apply_gradients(tx, grads, init(tx, params), params)
 

@@ -24,11 +24,18 @@ def momentum(rate, rank, gap, scale, **settings):
     return chain(galore(rank, gap, scale, **settings), optax.sgd(rate, momentum=0.9))
 
 
+def apollo_mini(rate, rank, gap, scale, **settings):
+    return galore_jax.apollo(rate, 1, gap, scale, **settings)
+
+
 OPTIMIZERS = {
     "adamw": galore_jax.adamw,
     "adafactor": galore_jax.adafactor,
     "lion": galore_jax.lion,
     "muon": galore_jax.muon,
+    "fira": galore_jax.fira,
+    "apollo": galore_jax.apollo,
+    "apollo_mini": apollo_mini,
     "momentum": momentum,
 }
 CASES = pairwise(OPTIMIZERS, REFRESH, MOMENTS)

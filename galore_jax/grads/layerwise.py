@@ -141,7 +141,8 @@ def make_step(
       ValueError: an unknown `clip_by` or a negative `clip_norm`. When the step is called: leaves of
         blocks that are not stacked by layer or are projected across layers; an `embed` or
         `head_loss` that reads them; an `embed` whose second result depends on parameters; a state
-        that does not come from `init`; or, if projected, a state without galore.
+        that does not come from `init`; or, if projected, a state without galore or of an optimizer
+        that needs full gradients, as `fira` and `apollo` do.
     """
     if clip_by not in get_args(ClipBy):
         raise ValueError(f"layerwise: clip_by must be one of {get_args(ClipBy)}, not {clip_by!r}.")

@@ -14,6 +14,7 @@ from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
+from galore_jax.optim.channels import check_coordinates_suffice
 from galore_jax.optim.state import galore_states, is_low_rank, is_parameter
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
@@ -64,8 +65,9 @@ def value_and_grad(
       micro-batches.
 
     Raises:
-      ValueError: the optimizer has no galore, or was started with full-size moments; the batch
-        cannot be split; there is no mesh with the `data_axes`, or they divide a parameter.
+      ValueError: the optimizer has no galore, was started with full-size moments, or needs full
+        gradients, as `fira` and `apollo` do; the batch cannot be split; there is no mesh with the
+        `data_axes`, or they divide a parameter.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -251,8 +253,10 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     Elsewhere there is an `optax.MaskedNode()` or, on a mesh, `Unprojected`.
 
     Raises:
-      ValueError: there is no galore, or it was started with full-size moments.
+      ValueError: there is no galore, or it was started with full-size moments, or the optimizer
+        needs full gradients.
     """
+    check_coordinates_suffice(opt_state)
     states = galore_states(opt_state, inside_chains=True)
     if not states:
         raise ValueError(

@@ -16,27 +16,34 @@ MAX_CHUNK = 2**22
 
 def lift_and_add(
     weights: jax.Array,
-    left: jax.Array,
-    right: jax.Array,
+    left: jax.Array | None,
+    right: jax.Array | None,
     scale: Any,
     decay: Any,
     seed: jax.Array | None = None,
+    channels: jax.Array | None = None,
+    gradient: jax.Array | None = None,
     *,
     right_is_transposed: bool = False,
     start: tuple[Any, Any] = (0, 0),
 ) -> jax.Array:
     """`(1 - decay) weights + scale left right` in float32, rounded to the dtype of the weights.
 
+    With channels it is `(1 - decay) weights + scale (left right + channels · gradient)`.
+
     Matrix products use the backend's default precision.
 
     Args:
       weights: (m, n), bfloat16 or float32.
-      left: (m, r), bfloat16 or float32.
-      right: (r, n), or (n, r) if transposed, bfloat16 or float32.
+      left: (m, r), bfloat16 or float32; None: there is no product.
+      right: (r, n), or (n, r) if transposed, bfloat16 or float32; None: as for `left`.
       scale: float32 scalar.
       decay: float32 scalar.
       seed: two uint32; if given, bfloat16 weights are rounded stochastically, with random bits that
         depend only on the seed, the row and the column.
+      channels: (1, n) or (m, 1), factors of the columns or rows of the gradient; see
+        `scaled_gradient`.
+      gradient: (m, n), any floating dtype.
       right_is_transposed: use `rightᵀ` in place of `right`.
       start: row and column of the first element, if the weights are a part of a larger matrix;
         random bits depend on them. The column is a multiple of n.
@@ -47,10 +54,15 @@ def lift_and_add(
     aligned = isinstance(start[1], int) or weights.shape[1] % 4 == 0
 
     def add_to_chunk(first: Any, weights: jax.Array) -> jax.Array:
-        left_rows = lax.dynamic_slice_in_dim(left, first, weights.shape[0])
-        lifted = product(left_rows, right, right_is_transposed)
+        rows = lambda array: lax.dynamic_slice_in_dim(array, first, weights.shape[0])
+        update: Any = 0
+        if left is not None and right is not None:
+            update = product(rows(left), right, right_is_transposed)
+        if channels is not None:
+            factors = channels if channels.shape[0] == 1 else rows(channels)
+            update += scaled_gradient(factors, rows(gradient))
         place = start[0] + first, start[1]
-        return add(weights, lifted, scale, decay, seed, place, aligned=aligned)
+        return add(weights, update, scale, decay, seed, place, aligned=aligned)
 
     return map_chunks(add_to_chunk, weights, MAX_CHUNK)
 
@@ -61,6 +73,16 @@ def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax
     axes = (((1,), (1 if right_is_transposed else 0,)), ((), ()))
     left, right = left.astype(dtype), right.astype(dtype)
     return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
+
+
+def scaled_gradient(channels: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`channels · gradient` in float32; 0 where the factor is, even if the gradient is not finite.
+
+    Args:
+      channels: (…, 1, n) or (…, m, 1).
+      gradient: (…, m, n).
+    """
+    return jnp.where(channels == 0, 0, channels * gradient.astype(jnp.float32))
 
 
 def add(
@@ -77,7 +99,7 @@ def add(
 
     Args:
       weights: any tile of the weights.
-      lifted: the same tile of the lifted update, float32.
+      lifted: the same tile of the update, float32.
       scale: as for `lift_and_add`.
       decay: as for `lift_and_add`.
       seed: as for `lift_and_add`.

@@ -22,7 +22,7 @@ from galore_jax.types import PyTree
 Make = TypeVar("Make", bound=Callable[..., Chain])
 
 
-def _with_settings_of_galore(make: Make) -> Make:
+def with_settings_of_galore(make: Make) -> Make:
     """Replaces `**settings` in a function's signature by the keyword arguments of galore.
 
     `optax.inject_hyperparams` reads from the signature what can be a hyperparameter.
@@ -30,12 +30,13 @@ def _with_settings_of_galore(make: Make) -> Make:
     settings = inspect.signature(galore).parameters.values()
     signature = inspect.signature(make)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    own += [p for p in settings if p.kind is p.KEYWORD_ONLY]
+    names = {p.name for p in own}
+    own += [p for p in settings if p.kind is p.KEYWORD_ONLY and p.name not in names]
     make.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
     return make
 
 
-@_with_settings_of_galore
+@with_settings_of_galore
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
@@ -85,15 +86,16 @@ def adamw(
     """
     return chain(
         galore(rank, update_proj_gap, scale, **settings),
-        _scale_by_adam("adamw", b1, b2, eps, eight_bit, implementation),
+        choose_adam("adamw", b1, b2, eps, eight_bit, implementation),
         optax.scale_by_learning_rate(learning_rate),
         decay_weights(learning_rate, weight_decay, mask),
     )
 
 
-def _scale_by_adam(
+def choose_adam(
     name: str, b1: float, b2: float, eps: float, eight_bit: bool, implementation: Implementation
 ) -> optax.GradientTransformation:
+    """Adam with float32 or 8-bit moments; `name` is that of the optimizer, for error messages."""
     if eight_bit:
         return scale_by_adam8bit(b1, b2, eps, implementation=implementation)
     if implementation != "xla":
@@ -103,7 +105,7 @@ def _scale_by_adam(
     return optax.scale_by_adam(b1, b2, eps)
 
 
-@_with_settings_of_galore
+@with_settings_of_galore
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
@@ -158,7 +160,7 @@ def muon(
 
     by_label = {
         "coordinates": scale_by_muon(beta, eight_bit=eight_bit),
-        "unprojected": _scale_by_adam("muon", b1, b2, eps, eight_bit, implementation),
+        "unprojected": choose_adam("muon", b1, b2, eps, eight_bit, implementation),
     }
     return chain(
         galore(rank, update_proj_gap, scale, **settings),
@@ -168,7 +170,7 @@ def muon(
     )
 
 
-@_with_settings_of_galore
+@with_settings_of_galore
 def adafactor(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
@@ -220,7 +222,7 @@ def adafactor(
     )
 
 
-@_with_settings_of_galore
+@with_settings_of_galore
 def lion(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,

@@ -84,8 +84,9 @@ def _apply_gradients(
 ) -> tuple[PyTree, PyTree]:
     all_params, params = params, with_gradient(params, grads)
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
+    gradients = grads  # What galore received: a chain may have clipped them.
     if isinstance(tx, Chain):
-        updates, state = tx.update_coordinates(grads, state, params, **extra_args)
+        updates, gradients, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.inner_states)
     else:
         updates, state, _ = update_low_rank(tx, grads, state, params, **extra_args)
@@ -101,15 +102,17 @@ def _apply_gradients(
         param = jnp.asarray(param)
         return _rounded(_at_least_float32(param) + update, param.dtype, key)
 
-    def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
+    def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any, gradient: Any) -> Any:
         if not is_coordinates(update):
             return update
-        return _lift_and_add(basis, update, param, key, implementation)
+        gradient = None if update.channels is None else gradient
+        return _lift_and_add(basis, update, param, key, gradient, implementation)
 
     # Unprojected leaves first; then each galore replaces coordinates by new parameters.
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
-        new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
+        arguments = new, params, keys, gradients
+        new = map_bases(lift_and_add, galore_state.bases, *arguments, otherwise=new)
     new = constrain_unprojected(boxed_as(params, new), states)
     return _with_rest(new, all_params), constrain_state(state)
 
@@ -136,21 +139,29 @@ def _with_rest(new: PyTree, params: PyTree) -> PyTree:
 
 @partial(jax.jit, static_argnames="implementation")
 def _lift_and_add(
-    basis: Basis, update: Any, param: jax.Array, key: Any, implementation: Implementation
+    basis: Basis,
+    update: Any,
+    param: jax.Array,
+    key: Any,
+    gradient: Any,
+    implementation: Implementation,
 ) -> Any:
-    projection, batch = basis.projection, basis.age.ndim
+    projection, batch, full = basis.projection, basis.age.ndim, ()
+    if gradient is not None:
+        full = update.channels, projection.view.to_matrices(gradient)
+        implementation = "xla"  # The Triton kernel only lifts.
     partition = matrices_partition(projection)
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
     seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
 
     def update_one(
-        weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any
+        weights: jax.Array, vectors: Any, value: Any, decay: Any, seed: Any, *full: Any
     ) -> jax.Array:
         left, right, is_transposed = projection.factors(vectors, value)
         add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
         if partition is not None:
-            add = _on_parts(add, partition.trailing(2), is_transposed)
-        return add(weights, left, right, basis.scale, decay, seed)
+            add = _on_parts(add, partition.trailing(2), is_transposed, update.channels)
+        return add(weights, left, right, basis.scale, decay, seed, *full)
 
     def update_all(matrices: jax.Array, *others: Any) -> jax.Array:
         stack, *rest = flatten_batch((matrices, *others), batch)
@@ -168,12 +179,15 @@ def _lift_and_add(
         return new.reshape(matrices.shape)
 
     matrices = projection.view.to_matrices(param)
-    others = basis.vectors, update.value, decay, seeds
+    others = basis.vectors, update.value, decay, seeds, *full
     return projection.view.from_matrices(map_batch(partition, update_all, matrices, *others))
 
 
 def _on_parts(
-    add: Callable[..., jax.Array], partition: Partition, right_is_transposed: bool
+    add: Callable[..., jax.Array],
+    partition: Partition,
+    right_is_transposed: bool,
+    channels: jax.Array | None,
 ) -> Callable[..., jax.Array]:
     """`add` on the part of a matrix that each device has: no part of it moves."""
     rows, columns = partition.axes
@@ -184,13 +198,13 @@ def _on_parts(
         start = index(rows) * weights.shape[0], index(columns) * weights.shape[1]
         return add(weights, *others, start=start)
 
+    matrix, whole = cut(rows, columns), PartitionSpec()
     right = cut(columns, ()) if right_is_transposed else cut((), columns)
-    whole = PartitionSpec()
-    return partition.map_parts(
-        add_to_part,
-        in_specs=(cut(rows, columns), cut(rows, ()), right, whole, whole, whole),
-        out_specs=cut(rows, columns),
-    )
+    in_specs = matrix, cut(rows, ()), right, whole, whole, whole
+    if channels is not None:
+        factors = cut((), columns) if channels.shape[-2] == 1 else cut(rows, ())
+        in_specs += factors, matrix
+    return partition.map_parts(add_to_part, in_specs, matrix)
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.explicit import specs_of, with_auto_axes
+from galore_jax.ops.lift import scaled_gradient
 from galore_jax.optim.moments import (
     BasisUpdates,
     PerMatrixState,
@@ -66,11 +67,23 @@ class GaLore(optax.GradientTransformationExtraArgs):
         return chain(self, inner)
 
 
+class FullGradientTransformation(optax.GradientTransformationExtraArgs):
+    """A transformation in a `chain` that reads full gradients, although it comes after galore.
+
+    Its `update` has three more keyword arguments: `gradients`, as galore received them;
+    `coordinates`, as galore emitted them; and the `bases` that they are in.
+    """
+
+
 class Chain(optax.GradientTransformationExtraArgs):
-    """What `chain` returns: a transformation that also offers its updates before the lift."""
+    """What `chain` returns: a transformation that also offers its updates before the lift.
+
+    `update_coordinates` returns updates in which `Coordinates` are not lifted, the gradients to
+    which their `channels` refer, and the state.
+    """
 
     transforms: tuple[optax.GradientTransformation, ...]
-    update_coordinates: Callable[..., tuple[PyTree, ChainState]]
+    update_coordinates: Callable[..., tuple[PyTree, PyTree, ChainState]]
 
 
 def chain(*transforms: optax.GradientTransformation) -> Chain:
@@ -116,7 +129,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     def init_fn(params: PyTree) -> ChainState:
         states, bases, resets = [], [], False
         for tx in transforms:
-            if resets and _keeps_moments(tx):
+            needs_gradients = isinstance(tx, FullGradientTransformation)
+            if resets and not needs_gradients and _keeps_moments(tx):
                 states.append(init_per_matrix(tx, params))
             else:
                 states.append(start(tx, params))
@@ -132,10 +146,13 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
         # `basis_updates` is empty until galore has been reached.
         states, basis_updates = [], {}
+        gradients, full = updates, {}
         params = None if params is None else with_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
             _check_not_after_decay(updates)
-            if isinstance(old, PerMatrixState):
+            if isinstance(tx, FullGradientTransformation):
+                updates, new = tx.update(updates, old, params, **full)
+            elif isinstance(old, PerMatrixState):
                 updates, new = update_per_matrix(
                     tx, updates, old, params, basis_updates, **extra_args
                 )
@@ -145,19 +162,23 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 updates, new = update(updates, old, params, **extra_args)
                 new = restore_moments(old, new, basis_updates)
             else:
+                received = updates
                 updates, new, basis_updates = update_low_rank(
                     tx, updates, old, params, **extra_args
                 )
                 if params is not None:
                     params = project(params, galore_states(new))
+                if isinstance(tx, GaLore):
+                    gradients = received
+                    full = {"bases": new.bases, "coordinates": updates, "gradients": received}
             states.append(new)
-        return skip_updates(updates, basis_updates), ChainState(tuple(states))
+        return skip_updates(updates, basis_updates), gradients, ChainState(tuple(states))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         def update(updates: PyTree, state: Any, params: PyTree, extra_args: Any):
-            coordinates, state = update_coordinates(updates, state, params, **extra_args)
             like = updates if params is None else with_gradient(params, updates)
-            return _lift(coordinates, galore_states(state.inner_states), like), state
+            updates, gradients, state = update_coordinates(updates, state, params, **extra_args)
+            return _lift(updates, gradients, galore_states(state.inner_states), like), state
 
         like = updates if params is None else with_gradient(params, updates)
         arguments = updates, state, params, extra_args
@@ -273,23 +294,28 @@ def _with_age_zero(state: GaLoreState) -> GaLoreState:
     return state._replace(bases=map_bases(young, state.bases, otherwise=state.bases))
 
 
-def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
+def _lift(updates: PyTree, gradients: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
     """Full updates in the dtypes of `like`: the parameters or, without them, the gradients."""
 
-    def lifted(basis: Basis, update: Any, like: Any) -> Any:
+    def lifted(basis: Basis, update: Any, gradient: Any, like: Any) -> Any:
         if not is_coordinates(update):
             return update
-        view = basis.projection.view
-        full = basis.scale * basis.projection.lift(basis.vectors, update.value)
-        if update.decay is None:
-            return full
-        return full - view.from_matrices(update.decay[..., None, None] * view.to_matrices(like))
+        projection, full = basis.projection, jnp.float32(0)
+        view = projection.view
+        if update.value is not None:
+            full += projection.lift_matrices(basis.vectors, update.value)
+        if update.channels is not None:
+            full += scaled_gradient(update.channels, view.to_matrices(gradient))
+        full = basis.scale * full
+        if update.decay is not None:
+            full -= update.decay[..., None, None] * view.to_matrices(like)
+        return view.from_matrices(full)
 
     def cast(update: Any, like: Any) -> jax.Array:
         return jnp.asarray(update, jnp.result_type(like.value if is_coordinates(like) else like))
 
     for state in states:
-        updates = map_bases(lifted, state.bases, updates, like, otherwise=updates)
+        updates = map_bases(lifted, state.bases, updates, gradients, like, otherwise=updates)
     return constrain_unprojected(jax.tree.map(cast, boxed_as(like, updates), like), states)
 
 

@@ -109,7 +109,7 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
     """
     rotates = {basis.projection.path for basis in bases if basis.moments == "rotate"}
     for names, node in named_leaves(state, is_coordinates):
-        if not is_moment(node) or node.projection.path not in rotates:
+        if not _has_directions(node) or node.projection.path not in rotates:
             continue
         name = _field(names, node.projection.path)
         if _kind(name, node) is None:
@@ -121,11 +121,16 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
             )
 
 
+def _has_directions(node: Any) -> bool:
+    """Whether a node is a moment other than a number for each matrix, which no rotation changes."""
+    return is_moment(node) and node.value.shape != node.projection.view.batch
+
+
 def rotate(state: PyTree, basis_updates: BasisUpdates) -> PyTree:
     """Rotates the moments of parameters whose basis has `moments="rotate"` into the new bases."""
 
     def at_moment(names: tuple[str, ...], node: Any) -> Any:
-        basis_update = basis_updates.get(node.projection.path) if is_moment(node) else None
+        basis_update = basis_updates.get(node.projection.path) if _has_directions(node) else None
         if basis_update is None or basis_update.new.moments != "rotate":
             return node
         kind = _kind(_field(names, node.projection.path), node)

@@ -10,6 +10,8 @@ The policy, and where each part of it is carried out:
 * A clip in front of galore must not spread one NaN to every gradient: `clipping`.
 """
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
@@ -38,9 +40,9 @@ def skip_updates(updates: PyTree, basis_updates: BasisUpdates) -> PyTree:
         if not is_coordinates(update):
             return update
         skipped = basis_updates[update.projection.path].skipped
-        value = jnp.where(skipped[..., None, None], 0, update.value)
         decay = None if update.decay is None else jnp.where(skipped, 0, update.decay)
-        return Coordinates(value, update.projection, decay)
+        skip = lambda part: jnp.where(skipped[..., None, None], 0, part)
+        return replace(jax.tree.map(skip, replace(update, decay=None)), decay=decay)
 
     return jax.tree.map(at_leaf, updates, is_leaf=is_coordinates)
 

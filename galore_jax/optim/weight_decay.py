@@ -1,6 +1,7 @@
 """Decoupled weight decay of full weights, for chains with galore."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,8 @@ def decay_weights(
             if not decays:
                 return update
             if isinstance(update, Coordinates):
-                return Coordinates(update.value * (1 - fraction), update.projection, fraction)
+                shrunk = jax.tree.map(lambda part: part * (1 - fraction), update)
+                return replace(shrunk, decay=fraction)
             return update * (1 - fraction) - fraction * param
 
         decays = True if mask is None else mask(_full_shapes(params)) if callable(mask) else mask

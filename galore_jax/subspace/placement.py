@@ -104,9 +104,12 @@ def counters_partition(projection: Projection) -> Partition | None:
 def moment_partition(node: Coordinates) -> Partition | None:
     """The partition of a moment, or of the factors of one: `(*batch, rows)`, `(*batch, columns)`.
 
-    Arrays of other shapes are not divided.
+    A number for each matrix, `(*batch,)`, lies where the counters do. Arrays of other shapes are
+    not divided.
     """
     projection, value = node.projection, node.value
+    if value.shape == projection.view.batch:
+        return counters_partition(projection)
     coordinates = coordinates_partition(projection, block_of(value))
     if coordinates is None:
         return None

@@ -92,20 +92,21 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
 
     # Compute new vectors, with the batch axes flattened.
     key_data = seed, count, path_hash(basis.projection)
+    numbers = jnp.arange(basis.age.size).reshape(basis.age.shape)
 
-    def refresh_all(vectors: Any, age: Any, gap: Any, matrices: Any) -> Any:
+    def refresh_all(vectors: Any, age: Any, *others: Any) -> Any:
         refresh: Callable[..., Any] = partial(refresh_where_due, method=basis.method)
         if basis.method in EXACT:
             refresh = _on_whole_matrices(refresh, basis.projection)
-        stacks = flatten_batch((vectors, age, gap, matrices), age.ndim)
+        stacks = flatten_batch((vectors, age, *others), age.ndim)
         results = refresh(*stacks, key_data)
         return jax.tree.map(lambda new, old: new.reshape(old.shape), results, (vectors, age, age))
 
-    arguments = basis.vectors, basis.age, basis.gap, matrices
-    if basis.method == "subspace_iteration":
-        results = map_batch(matrices_partition(basis.projection), refresh_all, *arguments)
-    else:
+    arguments = basis.vectors, basis.age, basis.gap, numbers, matrices
+    if basis.method in EXACT:
         results = refresh_all(*arguments)
+    else:
+        results = map_batch(matrices_partition(basis.projection), refresh_all, *arguments)
     vectors, refreshed, overlaps = results
     return _apply_refresh(basis, vectors, refreshed, overlaps, lazy)
 
@@ -122,7 +123,7 @@ def _on_whole_matrices(refresh: Callable[..., Any], projection: Projection) -> C
     if partition is None or count % math.prod(partition.mesh.shape[n] for n in partition.used):
         return refresh
     matrices = PartitionSpec(partition.used or None)
-    in_specs = (matrices, matrices, matrices, matrices, PartitionSpec())
+    in_specs = (*5 * (matrices,), PartitionSpec())
     return partition.map_parts(refresh, in_specs, matrices)
 
 
@@ -187,6 +188,7 @@ def refresh_where_due(
     vectors: dict[Side, Any],
     age: jax.Array,
     gap: jax.Array,
+    numbers: jax.Array,
     matrices: jax.Array,
     key_data: tuple[Any, ...],
     method: str,
@@ -202,8 +204,10 @@ def refresh_where_due(
       vectors: for each side, `(n, in or out, r)`, possibly `Quantized`.
       age: int32 `(n,)`.
       gap: int32 `(n,)`.
+      numbers: int32 `(n,)`, of the matrices, which may be some of a larger stack.
       matrices: the gradients, `(n, in, out)`.
-      key_data: integers from which the random key is made, starting with the seed.
+      key_data: integers from which, with its number, the random key of a matrix is made, starting
+        with the seed.
       method: a name in `methods.REFRESH`.
 
     Returns:
@@ -221,7 +225,7 @@ def refresh_where_due(
         def compute_vectors() -> dict[Side, jax.Array]:
             iterations = jnp.where(age[i] >= AGE_UNINITIALIZED, 3, 1)
             key = jax.random.key(key_data[0])
-            for number in (*key_data[1:], i):
+            for number in (*key_data[1:], numbers[i]):
                 key = jax.random.fold_in(key, number)
             return {
                 side: REFRESH[method](

@@ -130,12 +130,18 @@ def test_a_rule_that_cannot_hold_is_refused(rules, message):
         galore_jax.adamw(1e-3, rank=RANK, moments="reset"),
         galore_jax.adamw(1e-3, rank=RANK, proj_type="full"),
         galore_jax.lion(1e-3, rank=RANK),
+        galore_jax.muon(1e-3, rank=RANK),
         galore_jax.adafactor(1e-3, rank=RANK),
+        galore_jax.fira(1e-3, rank=RANK),
+        galore_jax.apollo(1e-3, rank=1),
         galore_jax.chain(galore_jax.galore(RANK), optax.adamw(1e-3)),
         optax.chain(galore_jax.galore(RANK), optax.adamw(1e-3)),
         optax.adamw(1e-3),
     ],
-    ids=["adamw", "reset", "full", "lion", "adafactor", "chain", "stock chain", "plain"],
+    ids=[
+        *("adamw", "reset", "full", "lion", "muon", "adafactor", "fira", "apollo"),
+        *("chain", "stock chain", "plain"),
+    ],
 )
 @pytest.mark.parametrize("rules", [None, {"*": P()}], ids=["fsdp", "whole"])
 def test_a_state_lies_where_its_shardings_say_and_has_the_values_of_one_device(tx, rules):

@@ -59,6 +59,23 @@ def test_losses_are_those_of_one_device(mesh, axis_type, mode):
     assert_equal_losses(losses, on_one_device(mode))
 
 
+@pytest.mark.parametrize("mode", ["full", "layerwise full"])
+@pytest.mark.parametrize(
+    ("mesh", "axis_type"), [("fsdp", AUTO), ("hybrid", AUTO), ("hybrid", EXPLICIT)], ids=str
+)
+@pytest.mark.parametrize("make", [galore_jax.fira, galore_jax.apollo])
+def test_steps_along_full_gradients_are_those_of_one_device(make, mesh, axis_type, mode):
+    losses, *_ = train(make_mesh(MESHES[mesh], axis_type), mode, make=make)
+    assert_equal_losses(losses, on_one_device(mode, make=make))
+
+
+@pytest.mark.parametrize("mode", ["projected", "layerwise"])
+@pytest.mark.parametrize("mesh", ["fsdp", "hybrid"])
+def test_muon_takes_the_steps_of_one_device(mesh, mode):
+    losses, *_ = train(make_mesh(MESHES[mesh]), mode, make=galore_jax.muon)
+    assert_equal_losses(losses, on_one_device(mode, make=galore_jax.muon))
+
+
 @pytest.mark.parametrize("mesh", ["data", "hybrid"])
 @pytest.mark.parametrize("over", [(), ("data",)], ids=["whole", "over data"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -258,9 +275,9 @@ def expert_loss(params, x):
     return jnp.mean((y @ params["last"] - jnp.sin(3 * x[:, :16])) ** 2)
 
 
-def train_experts(mesh, mode, **settings):
+def train_experts(mesh, mode, make=galore_jax.adamw, **settings):
     """Losses, and the text of the compiled step."""
-    tx = galore_jax.adamw(0.01, rank=8, update_proj_gap=6, **settings)
+    tx = make(0.01, rank=8, update_proj_gap=6, **settings)
     params, x = expert_params(), jax.random.normal(jax.random.key(1), (16, 32))
     if mesh is not None:
         rules = {"layers/*": P(None, "expert")}
@@ -283,11 +300,21 @@ def train_experts(mesh, mode, **settings):
     return losses, compiled.as_text()
 
 
-@pytest.mark.parametrize("mode", ["projected", "full"])
-@pytest.mark.parametrize("moments", ["keep", "rotate"])
-def test_experts_stay_on_their_devices(mode, moments):
-    expected, _ = train_experts(None, mode, moments=moments)
-    losses, program = train_experts(make_mesh({"expert": 8}), mode, moments=moments)
+@pytest.mark.parametrize(
+    ("mode", "make", "settings"),
+    [
+        ("projected", galore_jax.adamw, {"moments": "keep"}),
+        ("projected", galore_jax.adamw, {"moments": "rotate"}),
+        ("full", galore_jax.adamw, {"moments": "keep"}),
+        ("full", galore_jax.adamw, {"moments": "rotate"}),
+        ("full", galore_jax.fira, {}),
+        ("full", galore_jax.apollo, {}),
+    ],
+    ids=["keep", "rotate", "keep full", "rotate full", "fira", "apollo"],
+)
+def test_experts_stay_on_their_devices(mode, make, settings):
+    expected, _ = train_experts(None, mode, make, **settings)
+    losses, program = train_experts(make_mesh({"expert": 8}), mode, make, **settings)
     assert "all-gather" not in program
     # Losses start at 37 and are sums of squares, so rounding shows in the sixth digit.
     np.testing.assert_allclose(losses, expected, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -113,6 +114,7 @@ def train(
     mesh: Mesh | None,
     mode: str = "projected",
     *,
+    make: Callable[..., Any] = galore_jax.adamw,
     data_axes: tuple[str, ...] = (),
     over: tuple[str, ...] = (),
     micro_batches: int = 1,
@@ -121,8 +123,12 @@ def train(
     rules: Any = None,
     **settings: Any,
 ) -> tuple[list[float], Any, Any]:
-    """Losses, parameters and state; on one device without a mesh."""
-    tx = galore_jax.adamw(0.02, rank=8, update_proj_gap=GAP, **settings)
+    """Losses, parameters and state; on one device without a mesh.
+
+    The mode says where gradients are projected: "projected" or "layerwise" in the backward pass,
+    "full" or "layerwise full" by the optimizer.
+    """
+    tx = make(0.02, rank=8, update_proj_gap=GAP, **settings)
     params = init_params(dtype)
     placed = lambda tokens: tokens
     if mesh is not None:
@@ -136,10 +142,13 @@ def train(
     of, model = (typed_loss, TYPED_MODEL) if explicit else (loss, MODEL)
     options = {"data_axes": data_axes, "micro_batches": micro_batches}
     key = jax.random.key(1) if dtype == jnp.bfloat16 else None
-    if mode == "layerwise":
+    if mode.startswith("layerwise"):
         state = galore_jax.layerwise.init(tx, params, over=over)
-        make = functools.partial(galore_jax.layerwise.make_step, model, tx)
-        steps_of = {flag: jax.jit(make(refreshes=flag), donate_argnums=(0, 1)) for flag in (0, 1)}
+        projected = {"projected": mode == "layerwise"}
+        make_step = functools.partial(galore_jax.layerwise.make_step, model, tx, **projected)
+        steps_of = {
+            flag: jax.jit(make_step(refreshes=flag), donate_argnums=(0, 1)) for flag in (0, 1)
+        }
     else:
         state = galore_jax.init(tx, params, over=over)
 
@@ -158,7 +167,7 @@ def train(
         for tokens in batches()[:steps]:
             tokens = placed(jnp.asarray(tokens))
             due = bool(galore_jax.refresh_due(state))
-            if mode == "layerwise":
+            if mode.startswith("layerwise"):
                 result = steps_of[due](params, state, tokens, key)
                 params, state, value = result.params, result.state, result.loss
             else:

@@ -1,0 +1,279 @@
+"""Fira and APOLLO: steps along the full gradient, scaled per channel, and their limiter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_layerwise import CONFIG, batch_of, loss_of, model_of, params_of
+from trees import PLAIN, STACKED, gradients, max_difference, random_params
+
+import galore_jax
+from galore_jax import Rule, apply_gradients, chain, layerwise
+from galore_jax.optim.channels import limit_growth
+
+MAKE = {"fira": galore_jax.fira, "apollo": galore_jax.apollo}
+both = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+RANK = 4
+
+
+def random_matrices(*shape, seed=0):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def first_update(tx, gradient):
+    """The update of a single kernel by its first gradient, the basis, and Adam's result."""
+    params = {"kernel": jnp.zeros(gradient.shape)}
+    updates, state = tx.update({"kernel": gradient}, tx.init(params), params)
+    (vectors,) = state.inner_states[0].bases["kernel"].vectors.values()
+    return updates["kernel"], vectors
+
+
+# What they do
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((12, 20), 0), ((20, 12), 1)], ids=["left", "right"])
+def test_fira_adds_to_adamw_the_residual_with_the_factors_of_the_coordinates(shape, axis):
+    gradient = random_matrices(*shape)
+    options = {"learning_rate": 1.0, "rank": RANK, "scale": 1.0}
+    update, basis = first_update(galore_jax.fira(**options), gradient)
+    lifted, _ = first_update(galore_jax.adamw(**options), gradient)
+    project = lambda matrix: basis @ (basis.T @ matrix) if axis == 0 else matrix @ basis @ basis.T
+    step = update - lifted
+    np.testing.assert_allclose(project(step), 0, atol=1e-5)
+    norms = [jnp.linalg.norm(m, axis=axis) for m in (lifted, project(gradient))]
+    residual = gradient - project(gradient)
+    factors = jnp.expand_dims(norms[0] / norms[1], axis)
+    np.testing.assert_allclose(step, -residual * factors, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, RANK])
+@pytest.mark.parametrize(("shape", "axis"), [((12, 20), 0), ((20, 12), 1)], ids=["left", "right"])
+def test_apollo_scales_each_channel_of_the_gradient_and_apollo_mini_all_of_it(shape, axis, rank):
+    gradient = random_matrices(*shape)
+    update, _ = first_update(galore_jax.apollo(1.0, rank), gradient)
+    factors = -update / gradient
+    assert (factors > 0).all()
+    one = factors.mean(axis=axis if rank > 1 else None, keepdims=True)
+    np.testing.assert_allclose(factors, jnp.broadcast_to(one, shape), rtol=1e-4)
+    assert rank == 1 or factors.std() > 0.1 * factors.mean()
+
+
+def test_the_random_basis_of_apollo_counts_as_the_projection_of_the_paper():
+    rows, columns, rank = 64, 400, 16
+    gradient = random_matrices(rows, columns)
+    # Adam's first result consists of signs, and the paper's projection keeps lengths on average.
+    update, _ = first_update(galore_jax.apollo(1.0, rank), gradient)
+    lengths = np.linalg.norm(update, axis=0)
+    np.testing.assert_allclose(np.median(lengths), rank**0.5, rtol=0.1)
+    # Of Gaussian gradients the one coordinate of 400 columns has a norm known to 3.5%.
+    update, _ = first_update(galore_jax.apollo(1.0, 1), gradient)
+    np.testing.assert_allclose(np.linalg.norm(update), (128 * columns) ** 0.5, rtol=0.15)
+    # Without chance no such factor is due.
+    exact, basis = first_update(galore_jax.apollo(1.0, rank, refresh="svd"), gradient)
+    expected = rank**0.5 * jnp.linalg.norm(gradient, axis=0)
+    expected /= jnp.linalg.norm(basis.T @ gradient, axis=0)
+    # A coordinate near eps, of Adam, is not quite a sign.
+    np.testing.assert_allclose(jnp.linalg.norm(exact, axis=0), expected, rtol=0.01)
+
+
+@both
+def test_leaves_that_are_not_projected_get_adamw(make):
+    params = random_params(PLAIN)
+    grads = gradients(params, jax.tree.map(jnp.zeros_like, params))
+    results = []
+    for tx in (make(0.1, RANK, weight_decay=0.1), galore_jax.adamw(0.1, RANK, weight_decay=0.1)):
+        new, _ = apply_gradients(tx, grads, tx.init(params), params)
+        results.append(new["bias"])
+    assert max_difference(*results) == 0
+
+
+# The limiter
+
+
+def test_the_norm_of_a_step_grows_by_at_most_one_percent_in_each_matrix_of_a_stack():
+    # Multiples of one residual, while the coordinates, and so Adam's result, stay as they are.
+    left, right = (jnp.linalg.qr(random_matrices(n, n))[0] for n in (12, 20))
+    inside = 10 * left[:, :RANK] @ right[:RANK]
+    outside = left[:, RANK:] @ right[RANK:12]
+    multiples = jnp.array([[1, 2, 2, 0.5, 0.5], [1, 0.5, 0.505, 0.6, 0]])
+    expected = jnp.array(
+        [[1, 1.01, 1.01**2, 0.5, 0.5], [1, 0.5, 0.505, 0.505 * 1.01, 0.505 * 1.01]]
+    )
+    params = {"kernel": jnp.zeros((2, 12, 20))}
+    tx = galore_jax.fira(1.0, RANK, scale=1.0, refresh="svd")
+    state, update, lengths, norms = tx.init(params), jax.jit(tx.update), [], []
+    for multiple in multiples.T[..., None, None]:
+        grads = {"kernel": jnp.where(multiple > 0, inside + multiple * outside, 0)}
+        updates, state = update(grads, state, params)
+        basis = state.inner_states[0].bases["kernel"].vectors["left"]
+        step = updates["kernel"] - basis @ (basis.mT @ updates["kernel"])
+        lengths.append(jnp.linalg.norm(step, axis=(1, 2)))
+        norms.append(state.inner_states[2].norm["kernel"].value)
+    first = norms[0][:, None]
+    np.testing.assert_allclose(jnp.stack(norms, axis=1) / first, expected, rtol=1e-4)
+    # A gradient of zero leaves the norm that limits the next step.
+    expected = expected.at[1, -1].set(0)
+    np.testing.assert_allclose(jnp.stack(lengths, axis=1) / first, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("norm", "last", "factor", "kept"),
+    [
+        (3, 0, 1, 3),
+        (3, 2.5, 1.01 * 2.5 / 3, 1.01 * 2.5),
+        (3, 2.98, 1, 3),
+        (0, 2, 1, 2),
+        (jnp.nan, 2, 0, 2),
+        (jnp.inf, 2, 0, 2),
+        (jnp.inf, 0, 0, 0),
+    ],
+    ids=["first", "grown", "grown little", "zero", "nan", "infinite", "infinite first"],
+)
+def test_a_step_is_limited_by_the_last_one_that_had_a_norm(norm, last, factor, kept):
+    # Two channels, 3 : 4 : 5.
+    norms = jnp.array([[[0.6, 0.8]]]) * norm
+    found = limit_growth(norms, jnp.array([last], jnp.float32))
+    np.testing.assert_allclose(found[0], jnp.full((1, 1, 1), factor), rtol=1e-6)
+    np.testing.assert_allclose(found[1], [kept], rtol=1e-6)
+
+
+# What they need
+
+
+@both
+def test_gradients_that_are_coordinates_are_refused_with_the_remedy(make):
+    tx, params, batch = make(0.1, RANK), params_of(CONFIG), batch_of(0)
+    loss = lambda params, batch: loss_of(CONFIG, params, batch)
+    state = galore_jax.init(tx, params)
+    message = r"need full gradients: use jax\.value_and_grad .*projected=False"
+    for use in (galore_jax.value_and_grad(loss, tx), galore_jax.refresh(loss, tx)):
+        with pytest.raises(ValueError, match=message):
+            use(params, state, batch)
+    for refreshes in (False, True):
+        step = layerwise.make_step(model_of(CONFIG), tx, refreshes=refreshes)
+        with pytest.raises(ValueError, match=message):
+            step(params, layerwise.init(tx, params), batch)
+    adamw = galore_jax.adamw(0.1, RANK)
+    _, grads = galore_jax.value_and_grad(loss, adamw)(params, adamw.init(params), batch)
+    with pytest.raises(ValueError, match=message):
+        apply_gradients(tx, grads, state, params)
+
+
+@both
+@pytest.mark.parametrize(
+    "settings", [{"proj_type": "full"}, {"rules": {"wide/*": Rule(proj_type="full")}}], ids=str
+)
+def test_a_projection_of_both_sides_is_refused(make, settings):
+    with pytest.raises(ValueError, match=r'"full" projects both sides of .*/kernel and leaves no'):
+        make(0.1, RANK, **settings).init(random_params(PLAIN))
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_kernel_for_moments_that_are_not_in_8_bits_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}: implementation applies to 8-bit moments"):
+        MAKE[name](0.1, RANK, implementation="pallas")
+
+
+# What they work with
+
+
+@both
+def test_the_step_is_along_the_gradient_behind_a_clip(make):
+    params = random_params(STACKED)
+    grads = gradients(params, jax.tree.map(jnp.zeros_like, params))
+    clip, tx = optax.clip_by_global_norm(0.5), make(0.1, RANK)
+    clipped, _ = clip.update(grads, clip.init(params))
+    both = chain(clip, tx)
+    one, _ = apply_gradients(both, grads, both.init(params), params)
+    other, _ = apply_gradients(tx, clipped, tx.init(params), params)
+    assert max_difference(one, other) <= 1e-6
+    updates, _ = both.update(grads, both.init(params), params)
+    assert max_difference(optax.apply_updates(params, updates), one) <= 1e-6
+
+
+@both
+def test_moments_and_bases_may_be_in_8_bits(make):
+    params = {"kernel": random_matrices(2, 64, 300)}
+    grads = {"kernel": random_matrices(2, 64, 300, seed=1)}
+    results = []
+    for settings in ({}, {"eight_bit": True}, {"eight_bit": True, "basis_dtype": jnp.int8}):
+        tx = make(0.1, 32, refresh="svd", **settings)
+        new, state = apply_gradients(tx, grads, tx.init(params), params)
+        results.append(new)
+        codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
+        assert len(codes) == (2 if settings else 0)
+    # Moments become codes only after the first update.
+    assert max_difference(results[0], results[1]) <= 1e-5
+    # Numbers of a basis are off by up to 1/254 of the largest of 32, or 1/100 of their own length,
+    # and where a coordinate is smaller than its error Adam's first update has the other sign.
+    moved = jnp.linalg.norm(results[0]["kernel"] - params["kernel"])
+    assert jnp.linalg.norm(results[0]["kernel"] - results[2]["kernel"]) < 0.1 * moved
+
+
+@both
+def test_the_state_is_that_of_galore_and_a_number_for_each_matrix(make):
+    params = jax.eval_shape(lambda: random_params(STACKED))
+    sizes = []
+    for tx in (make(0.1, RANK), galore_jax.adamw(0.1, RANK)):
+        state = jax.eval_shape(tx.init, params)
+        sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+        table = galore_jax.describe(params, tx)
+        sizes.append(int(table.split()[-1].replace(",", "")))
+    assert sizes[0] == sizes[2] + 4 * 3 * 3
+    assert sizes[1] == sizes[3] - 4 * 3 * 3
+
+
+@both
+def test_nothing_of_the_size_of_a_stack_is_stored_besides_it_and_its_gradient(make):
+    rows, columns, temporaries = 128, 192, []
+    for layers in (8, 16):
+        tx, shape = make(0.1, 2), (layers, rows, columns)
+        params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        state = jax.eval_shape(tx.init, params)
+        step = jax.jit(lambda p, s, g, tx=tx: apply_gradients(tx, g, s, p), donate_argnums=(0, 1))
+        compiled = step.lower(params, state, params).compile()
+        temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
+    # A few stacks of coordinates, 2/128 of the weights each.
+    assert temporaries[1] - temporaries[0] < 0.2 * 8 * rows * columns * 4
+
+
+@both
+def test_bfloat16_weights_are_rounded_stochastically_without_bias(make):
+    params = {"kernel": jnp.ones((12, 20))}
+    grads = {"kernel": 1 + 0.1 * random_matrices(12, 20)}
+    tx = make(2.0**-12, RANK, scale=1.0)
+    exact, _ = apply_gradients(tx, grads, tx.init(params), params)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    step = jax.jit(lambda key: apply_gradients(tx, grads, tx.init(low), low, key=key)[0]["kernel"])
+    moved = [step(jax.random.key(seed)).astype(jnp.float32) - 1 for seed in range(200)]
+    expected = float(exact["kernel"].mean() - 1)
+    assert expected < -(2.0**-14)
+    # Neighbours lie at most 2^-7 apart: the standard error of a mean of 240 · 200 is below
+    # 2^-8 / √48000.
+    np.testing.assert_allclose(np.mean(moved), expected, atol=5 * 2.0**-8 / 48000**0.5)
+
+
+@both
+def test_the_update_of_weights_does_without_a_gpu_kernel(make):
+    params = random_params(PLAIN)
+    grads = gradients(params, jax.tree.map(jnp.zeros_like, params))
+    tx = make(0.1, RANK)
+    one, other = (
+        apply_gradients(tx, grads, tx.init(params), params, implementation=implementation)[0]
+        for implementation in ("xla", "pallas")
+    )
+    assert max_difference(one, other) == 0
+
+
+def test_the_scale_of_apollo_follows_its_rank_and_may_be_a_hyperparameter():
+    gradient = {"kernel": random_matrices(12, 20)}
+    for rank, scale in ((1, 128**0.5), (RANK, 1.0)):
+        make = optax.inject_hyperparams(galore_jax.apollo, static_args="rank")
+        updates = []
+        for settings in ({}, {"scale": scale}):
+            tx = make(0.1, rank, **settings)
+            state = tx.init(gradient)
+            assert ("scale" in state.hyperparams) == bool(settings)
+            updates.append(tx.update(gradient, state, gradient)[0])
+        assert max_difference(*updates) <= 1e-6
