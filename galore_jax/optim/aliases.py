@@ -158,7 +158,7 @@ def muon(
         label = lambda leaf: "coordinates" if is_coordinates(leaf) else "unprojected"
         return jax.tree.map(label, tree, is_leaf=is_coordinates)
 
-    by_label = {
+    by_label: dict[Any, optax.GradientTransformation] = {
         "coordinates": scale_by_muon(beta, eight_bit=eight_bit),
         "unprojected": choose_adam("muon", b1, b2, eps, eight_bit, implementation),
     }

@@ -96,7 +96,8 @@ def apollo(
       >>> params, state = galore_jax.apply_gradients(tx, grads, state, params)
     """
     if scale is None:
-        scale = MINI_SCALE if isinstance(rank, Integral) and rank == 1 else 1.0
+        number: Any = rank
+        scale = MINI_SCALE if isinstance(number, Integral) and number == 1 else 1.0
     return chain(
         galore(rank, update_proj_gap, scale, refresh=refresh, **settings),
         choose_adam("apollo", b1, b2, eps, eight_bit, implementation),
