@@ -29,6 +29,11 @@ OPTIMIZERS = [
     {"name": "galore_adamw8bit"},
     {"name": "galore_adafactor"},
     {"name": "galore_lion"},
+    {"name": "galore_muon"},
+    {"name": "galore_muon8bit"},
+    {"name": "galore_fira"},
+    {"name": "apollo"},
+    {"name": "apollo", "rank": 1},
 ]
 
 
@@ -121,7 +126,7 @@ def test_bases_count_as_state_of_the_matrices():
     assert matrix_state_bytes(changed()) == 2 * 4 * (moments + bases) + 4 * counters
 
 
-@pytest.mark.parametrize("name", ["muon", "galore_adamw"])
+@pytest.mark.parametrize("name", ["muon", "galore_adamw", "galore_muon", "galore_fira", "apollo"])
 def test_layerwise_steps_equal_ordinary_ones(name):
     tokens = np.random.default_rng(0).integers(1, 97, (8, 16)).astype(np.int32)
     ones = np.ones_like(tokens)
@@ -130,6 +135,8 @@ def test_layerwise_steps_equal_ordinary_ones(name):
     optimizer = {"matrix_rate": 0.5, "weight_decay": 0.1, "warmup_steps": 0, "clip_norm": 0.5}
     # At this rate rounding does not grow in a few steps.
     optimizer |= {"name": name, "learning_rate": 1e-4, "clip_norm_of": "gradients"}
+    if name == "apollo":
+        optimizer["refresh"] = "eigh"  # Random bases are the same for all layers if layer-wise.
     config = changed(optimizer=optimizer)
     other = changed(config, training={"layerwise": True})
     step, layerwise_step = make_train_step(config), make_train_step(other)
