@@ -105,8 +105,7 @@ FULL_CASES = {
     "lion rotate stagger": (galore_jax.lion, {"moments": "rotate", "stagger": True}),
     "fira stagger": (galore_jax.fira, {"stagger": True, "weight_decay": 0.1}),
     "fira reset": (galore_jax.fira, {"moments": "reset"}),
-    # Random bases are the same for all layers in a layer-wise step.
-    "apollo": (galore_jax.apollo, {"refresh": "subspace_iteration", "moments": "rotate"}),
+    "apollo": (galore_jax.apollo, {"moments": "rotate"}),
 }
 
 

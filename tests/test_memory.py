@@ -28,8 +28,8 @@ import memory  # noqa: E402
 SEVEN_B = ROOT / "configs" / "llama_7b_24gb.toml"
 FIGURES = {"arguments", "outputs", "aliased", "temporaries", "total"}
 LAYERS, ROWS, LENGTH = 2, 2, 16
-# Of 7 bases: five counters and an overlap a layer, a scale and an interval; counts, step and norm.
-COUNTERS = 7 * (6 * 4 * LAYERS + 2 * 4) + 64
+# Of 7 bases: six counters and an overlap a layer, a scale and an interval; counts, step and norm.
+COUNTERS = 7 * (7 * 4 * LAYERS + 2 * 4) + 64
 
 
 def tiny(**optimizer) -> Config:

@@ -148,11 +148,6 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch, optimizer):
     [
         ("training", {"accumulation": 2}, "discards a layer's gradient before the next micro"),
         ("training", {"diagnostics": True}, "compares full gradients, which training.layerwise"),
-        (
-            "optimizer",
-            {"refresh": "random"},
-            "would give all layers of training.layerwise the same",
-        ),
         ("optimizer", {"gradients": "full"}, "with full gradients clips by their norm: set"),
         ("optimizer", {"clip_by": "guess"}, "optimizer.clip_by = 'guess' is unknown"),
         ("optimizer", {"basis_dtype": "int4"}, "optimizer.basis_dtype = 'int4' is unknown"),

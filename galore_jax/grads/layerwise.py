@@ -17,12 +17,13 @@ from jax import lax
 from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.sketch import refresh
-from galore_jax.grads.value_and_grad import TracedLoss, bases_in
+from galore_jax.grads.value_and_grad import TracedLoss, extended_bases, separate_complement
 from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import start
 from galore_jax.optim.clipping import finite_squares
+from galore_jax.optim.complement import without_complement
 from galore_jax.optim.placement import placed_state, shardings_of
 from galore_jax.optim.state import galore_states, to_float32
 from galore_jax.subspace.matrix_view import is_box, path_names
@@ -123,8 +124,7 @@ def make_step(
         a time, for methods that need them and for optimizers without galore.
       refreshes: with projected gradients, whether bases that are due are refreshed first, layer by
         layer. Compile such a step separately and use it when `refresh_due(state)` is true. With
-        full gradients, galore refreshes by itself. Note that `galore(refresh="random")` then draws
-        the same subspace for all layers.
+        full gradients, galore refreshes by itself.
       clip_norm: gradients are scaled down to this global norm, of coordinates where gradients are
         projected; 0: no clipping.
       clip_by: how the norm is known before the first layer is updated. "first_pass": from an extra
@@ -214,14 +214,16 @@ class _PartStep(NamedTuple):
         both = {"params": params, "x": x}
         if self.projected:
             unprojected = jax.tree.map(lambda _: optax.MaskedNode(), x)
-            bases = {"params": bases_in(params, state), "x": unprojected}
+            bases = {"params": extended_bases(params, state), "x": unprojected}
             traced = TracedLoss(joint_loss, both, bases, rest, {}, has_aux=True)
             pair, gradients = traced.value_and_grad()
         else:
             pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
         grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients["params"])
+        grads = separate_complement(grads, state)
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
-        grads, squares = lax.optimization_barrier((grads, finite_squares(grads)))
+        squares = finite_squares(without_complement(grads))
+        grads, squares = lax.optimization_barrier((grads, squares))
 
         # The update.
         if self.update is not None:

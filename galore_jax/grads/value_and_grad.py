@@ -1,6 +1,7 @@
 """`value_and_grad` for training with galore: gradients that the backward pass projects."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +16,15 @@ from galore_jax.grads.tracked import track
 from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.optim.channels import check_coordinates_suffice
-from galore_jax.optim.state import galore_states, is_low_rank, is_parameter
+from galore_jax.optim.state import (
+    GaLoreState,
+    galore_states,
+    is_low_rank,
+    is_parameter,
+    map_bases,
+)
 from galore_jax.subspace.basis import Basis, is_basis
+from galore_jax.subspace.complement import extended, split
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.placement import constrain_coordinates, coordinates_partition
 from galore_jax.subspace.projection import Coordinates, is_coordinates
@@ -96,9 +104,10 @@ def value_and_grad(
 
             return mean_over(one, micro_batches, *shard)
 
-        operands = params, bases_in(params, opt_state)
+        operands = params, extended_bases(params, opt_state)
         value, gradients = mean_over_shards(of_shard, names_of(data_axes), operands, *batch)
-        return value, jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
+        gradients = jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
+        return value, separate_complement(gradients, opt_state)
 
     return run
 
@@ -245,6 +254,35 @@ class TracedLoss:
             return varying_as(coordinates, leaf)
 
         return {i: zeros(self._leaves[i], basis) for i, basis in bases.items()}
+
+
+def extended_bases(params: PyTree, opt_state: PyTree) -> PyTree:
+    """`bases_in`, extended by the random directions of the next update where there are any."""
+
+    def at_leaf(basis: Basis, param: Any, state: GaLoreState) -> Basis:
+        if not basis.projection.complement:
+            return basis
+        # In the dtype of the products, so that no wider copies are stored.
+        return extended(basis, seed=state.seed, count=state.count, dtype=param.dtype)
+
+    bases = bases_in(params, opt_state)
+    for state in galore_states(opt_state, inside_chains=True):
+        bases = map_bases(partial(at_leaf, state=state), state.bases, params, otherwise=bases)
+    return bases
+
+
+def separate_complement(gradients: PyTree, opt_state: PyTree) -> PyTree:
+    """Gradients in extended bases, with the coordinates in the random directions separate."""
+
+    def at_leaf(basis: Basis, gradient: Any) -> Any:
+        if not is_coordinates(gradient):
+            return gradient
+        value, complement = split(basis.projection, gradient.value)
+        return Coordinates(value, basis.projection, complement=complement)
+
+    for state in galore_states(opt_state, inside_chains=True):
+        gradients = map_bases(at_leaf, state.bases, gradients, otherwise=gradients)
+    return gradients
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:

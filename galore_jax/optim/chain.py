@@ -11,6 +11,13 @@ import optax
 
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.lift import scaled_gradient
+from galore_jax.optim.complement import (
+    first_update,
+    in_directions,
+    only_complement,
+    with_complement,
+    without_complement,
+)
 from galore_jax.optim.moments import (
     BasisUpdates,
     PerMatrixState,
@@ -33,6 +40,7 @@ from galore_jax.optim.state import (
     map_bases,
     project,
     start_coordinates,
+    to_float32,
     with_galore_states,
     with_gradient,
     without_boxes,
@@ -147,9 +155,12 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         # `basis_updates` is empty until galore has been reached.
         states, basis_updates = [], {}
         gradients, full = updates, {}
+        outside = outside_params = directions = None
         params = None if params is None else with_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
             _check_not_after_decay(updates)
+            if outside is not None:
+                outside = first_update(tx, outside, old, outside_params, **extra_args)
             if isinstance(tx, FullGradientTransformation):
                 updates, new = tx.update(updates, old, params, **full)
             elif isinstance(old, PerMatrixState):
@@ -166,12 +177,17 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 updates, new, basis_updates = update_low_rank(
                     tx, updates, old, params, **extra_args
                 )
+                if isinstance(tx, GaLore):
+                    gradients, directions = received, updates
+                    outside, updates = only_complement(updates), without_complement(updates)
+                    full = {"bases": new.bases, "coordinates": updates, "gradients": received}
+                if params is not None and outside is not None:
+                    outside_params = in_directions(to_float32(params), directions)
                 if params is not None:
                     params = project(params, galore_states(new))
-                if isinstance(tx, GaLore):
-                    gradients = received
-                    full = {"bases": new.bases, "coordinates": updates, "gradients": received}
             states.append(new)
+        if outside is not None:
+            updates = with_complement(updates, outside, directions)
         return skip_updates(updates, basis_updates), gradients, ChainState(tuple(states))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
@@ -196,6 +212,11 @@ def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         params = start_coordinates(params, states)
     state = tx.init(params)
     bases = bases_of(states)
+    if not isinstance(tx, GaLore) and any(basis.projection.complement for basis in bases):
+        raise ValueError(
+            "galore: complement needs galore_jax.chain in place of optax.chain: a stock chain has "
+            "one update for a matrix, and the complement takes a second one."
+        )
     if not isinstance(tx, GaLore) and any(basis.moments == "reset" for basis in bases):
         raise ValueError(
             'galore: moments="reset" needs galore_jax.chain in place of optax.chain: a stock chain '
@@ -304,6 +325,8 @@ def _lift(updates: PyTree, gradients: PyTree, states: list[GaLoreState], like: P
         view = projection.view
         if update.value is not None:
             full += projection.lift_matrices(basis.vectors, update.value)
+        if update.complement is not None:
+            full += projection.lift_matrices(update.directions, update.complement)
         if update.channels is not None:
             full += scaled_gradient(update.channels, view.to_matrices(gradient))
         full = basis.scale * full

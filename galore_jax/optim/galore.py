@@ -35,6 +35,7 @@ from galore_jax.optim.state import (
     to_float32,
 )
 from galore_jax.subspace.basis import Basis, count_update, start_basis
+from galore_jax.subspace.complement import complement_size, draw_directions, joined, split
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import (
     MOMENTS,
@@ -74,6 +75,7 @@ def galore(
     lazy_overlap: float | None = None,
     max_gap: int | None = None,
     basis_dtype: Any = None,
+    complement: int | float = 0,
     seed: int = 0,
 ) -> GaLore:
     """Projects gradients into low-rank subspaces (arXiv 2403.03507, algorithm 2).
@@ -117,7 +119,13 @@ def galore(
       max_gap: upper bound of a doubled gap; None: 8 T.
       basis_dtype: dtype of the stored bases: float32 (None), bfloat16 or float16; int8 stores
         block-wise codes (`ops.quantization`).
-      seed: of the bases before the first gradient, and of "random".
+      complement: number k of random directions outside each subspace, an integer or a fraction of
+        the smaller side. They are drawn anew at every update and stored nowhere; the backward pass
+        computes the gradient's coordinates in them too. Along them the optimizer takes the step
+        that it takes first, without moments: for Adam the sign of the coordinates, for Muon their
+        orthogonal factor. The gradient that the optimizer sees is then unbiased: coordinates in
+        the complement, of dimension d, are multiplied by d / k.
+      seed: of the bases before the first gradient, of "random", and of the complement.
 
     Returns:
       A transformation for `chain`, or for `optax.chain` with `init` and `apply_gradients`.
@@ -159,6 +167,9 @@ def galore(
         raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
     check_gap("max_gap", max_gap)
+    expected = "a whole number of at least 0, or a fraction below 1"
+    in_range = lambda x: x >= 0 if isinstance(x, int) else 0 <= x < 1
+    check_number("complement", complement, expected, in_range)
 
     def complete(projection: Projection) -> Rule:
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
@@ -169,7 +180,9 @@ def galore(
         if not leaves:  # A placeholder, as `optax.tree.map_params` uses.
             return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
         # What is projected.
-        tree_of_projections = projections(params, default, rules, weight_dimension_numbers)
+        tree_of_projections = projections(
+            params, default, rules, weight_dimension_numbers, complement
+        )
         leaf_projections = tree.flatten_up_to(tree_of_projections)
         total = sum(math.prod(p.view.batch) for p in leaf_projections if p is not None)
         if not total:
@@ -214,7 +227,7 @@ def galore(
         del params, extra_args
         low_rank = is_low_rank(state)
         if not low_rank:
-            _check_low_rank(moments)
+            _check_low_rank(moments, complement)
         lazy, seed = settings()
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
@@ -225,13 +238,22 @@ def galore(
                 scale=jnp.asarray(rule.scale, jnp.float32),
                 interval=jnp.asarray(rule.update_proj_gap, jnp.int32),
             )
-            if is_coordinates(gradient):
-                value = gradient.value
-            else:
+            directions = outside = None
+            if not is_coordinates(gradient):
                 basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
+            if projection.complement:
+                directions = draw_directions(basis, seed=seed, count=state.count)
+            if is_coordinates(gradient):
+                value, outside = gradient.value, gradient.complement
+            else:
                 value = projection.project(basis.vectors, gradient)
-            value, finite = zero_nonfinite(value)
-            update = Coordinates(value, projection)
+                if directions is not None:
+                    outside = projection.project(directions, gradient)
+            value, finite = zero_nonfinite(joined(projection, value, outside))
+            value, outside = split(projection, value)
+            if outside is not None:
+                outside *= complement_size(projection) / projection.complement
+            update = Coordinates(value, projection, complement=outside, directions=directions)
             if basis.full_size:
                 update = projection.lift(basis.vectors, value).astype(gradient.dtype)
             return update, count_update(basis, finite)
@@ -248,10 +270,11 @@ def galore(
     return tx
 
 
-def _check_low_rank(moments: Moments) -> None:
-    if moments != "keep":
+def _check_low_rank(moments: Moments, complement: int | float) -> None:
+    if moments != "keep" or complement:
+        setting = f"complement={complement!r}" if complement else f'moments="{moments}"'
         raise ValueError(
-            f'galore: moments="{moments}" needs low-rank moments, but galore was started with '
+            f"galore: {setting} needs low-rank moments, but galore was started with "
             "tx.init(params): use galore_jax.chain in place of optax.chain, or start with "
             "galore_jax.init(tx, params)."
         )

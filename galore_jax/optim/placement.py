@@ -200,7 +200,7 @@ class _Places:
             side: self._like(stored, basis_partition(projection, side))
             for side, stored in basis.vectors.items()
         }
-        counters = ("age", "gap", "wait", "skipped", "saved", "overlap")
+        counters = ("number", "age", "gap", "wait", "skipped", "saved", "overlap")
         fields: dict[str, Any] = dict.fromkeys(counters, counters_partition(projection))
         fields |= dict.fromkeys(("scale", "interval"))
         placed = {name: partition or self.undivided for name, partition in fields.items()}

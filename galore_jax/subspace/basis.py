@@ -1,6 +1,7 @@
 """The basis of one parameter: its vectors, its refresh schedule and its counters."""
 
 import dataclasses
+import math
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,8 @@ class Basis:
     Attributes:
       vectors: for each side, orthonormal columns of shape `projection.basis_shapes`, possibly
         `Quantized`.
+      number: int32 `(*batch,)`, the place of the matrix in the batch, by which random numbers differ
+        even where a layer-wise step sees one matrix alone.
       age: int32 `(*batch,)`, number of finite updates since the last refresh; at least
         `AGE_UNINITIALIZED` before the first.
       gap: int32 `(*batch,)`, the age at which the next refresh is due.
@@ -46,6 +49,7 @@ class Basis:
     """
 
     vectors: dict[Side, Any]
+    number: Any
     age: Any
     gap: Any
     wait: Any
@@ -105,6 +109,7 @@ def start_basis(
     # Start the schedule and the counters.
     return Basis(
         vectors=vectors,
+        number=jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch),
         age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
         gap=jnp.full(batch, gap, jnp.int32),
         wait=jnp.zeros(batch, jnp.int32),

@@ -50,6 +50,7 @@ class Projection:
       partition: of the parameter over a mesh, from which `subspace.placement` derives everything
         else; None: unknown, or on a single device.
       over: mesh axes that do not divide the parameter, but do divide its moments.
+      complement: number of random directions outside the subspace; see `subspace.complement`.
     """
 
     path: tuple[str, ...]
@@ -58,6 +59,7 @@ class Projection:
     rank: int
     partition: Partition | None = None
     over: MeshAxes = ()
+    complement: int = 0
 
     @property
     def name(self) -> str:
@@ -173,12 +175,17 @@ class Coordinates:
         addition to the lifted coordinates: of columns, `(*batch, 1, out)`, with a left basis, of
         rows, `(*batch, in, 1)`, with a right one. A channel whose factor is 0 is left out even if
         it is not finite.
+      complement: None, or the coordinates in the random directions of the complement, with k in
+        place of r.
+      directions: None, or in an update these directions, for each side `(*batch, in or out, k)`.
     """
 
     value: Any
     projection: Projection = field(metadata={"static": True})
     decay: Any = None
     channels: Any = None
+    complement: Any = None
+    directions: Any = None
 
 
 def is_coordinates(node: Any) -> bool:

@@ -92,7 +92,6 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
 
     # Compute new vectors, with the batch axes flattened.
     key_data = seed, count, path_hash(basis.projection)
-    numbers = jnp.arange(basis.age.size).reshape(basis.age.shape)
 
     def refresh_all(vectors: Any, age: Any, *others: Any) -> Any:
         refresh: Callable[..., Any] = partial(refresh_where_due, method=basis.method)
@@ -102,7 +101,7 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
         results = refresh(*stacks, key_data)
         return jax.tree.map(lambda new, old: new.reshape(old.shape), results, (vectors, age, age))
 
-    arguments = basis.vectors, basis.age, basis.gap, numbers, matrices
+    arguments = basis.vectors, basis.age, basis.gap, basis.number, matrices
     if basis.method in EXACT:
         results = refresh_all(*arguments)
     else:

@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -133,7 +133,11 @@ def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
 
 
 def projections(
-    params: PyTree, default: Rule, rules: Rules, weight_dimension_numbers: PyTree
+    params: PyTree,
+    default: Rule,
+    rules: Rules,
+    weight_dimension_numbers: PyTree,
+    complement: int | float = 0,
 ) -> PyTree:
     """Determines the `Projection` of each leaf, or None if it is not projected.
 
@@ -144,13 +148,14 @@ def projections(
         is a glob, in which * also matches /, or a compiled regular expression to search for. The
         first match wins.
       weight_dimension_numbers: see `matrix_views`.
+      complement: see `galore`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: a rule that applies to no leaf; or a rank or dimension numbers that do not fit a
-        leaf, which is named.
+      ValueError: a rule that applies to no leaf; or a rank, a complement or dimension numbers that
+        do not fit a leaf, which is named.
     """
     leaves, tree = named_leaves(params, is_coordinates), jax.tree.structure(params, is_coordinates)
     if any(is_coordinates(leaf) for _, leaf in leaves):
@@ -174,7 +179,8 @@ def projections(
         if rule is None or view is None:
             result.append(None)
         else:
-            result.append(_projection(names, view, rule, rule.or_else(default)))
+            projection = _projection(names, view, rule, rule.or_else(default))
+            result.append(_with_complement(projection, complement))
     _check_all_used(unused, ["/".join(names) for names, _ in leaves], rules)
     return jax.tree_util.tree_unflatten(tree, result)
 
@@ -226,6 +232,28 @@ def _projection(
         f"galore: a rule gives {name}, a matrix of {view.rows} x {view.columns}, the rank {rank}: "
         f"choose a rank below {smaller}, or give None in place of the rule not to project it."
     )
+
+
+def _with_complement(projection: Projection | None, complement: int | float) -> Projection | None:
+    """The projection with a number of random directions that fits the matrix."""
+    if projection is None or not complement:
+        return projection
+    if len(projection.sides) == 2:
+        raise ValueError(
+            f'galore: proj_type="full" projects both sides of {projection.name}, and a complement '
+            "has one: use another proj_type, or complement=0."
+        )
+    view, ((*_, size, rank),) = projection.view, projection.basis_shapes.values()
+    number = complement
+    if isinstance(complement, float):
+        number = max(1, round(complement * min(view.rows, view.columns)))
+    if number > size - rank:
+        raise ValueError(
+            f"galore: complement={complement!r} asks for {number} directions outside the subspace "
+            f"of {projection.name}, but a basis of {rank} in {size} dimensions leaves "
+            f"{size - rank}: choose a smaller complement or rank."
+        )
+    return replace(projection, complement=int(number))
 
 
 def _check_all_used(unused: Rules, names: list[str], rules: Rules) -> None:

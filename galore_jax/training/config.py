@@ -39,7 +39,7 @@ NEED_FULL_GRADIENTS = ("galore_fira", "apollo")
 class OptimizerConfig:
     """`[optimizer]`: the optimizer and its learning-rate schedule.
 
-    `rank` to `basis_dtype` are arguments of `galore_jax.galore`; plain AdamW and Muon do not use
+    `rank` to `complement` are arguments of `galore_jax.galore`; plain AdamW and Muon do not use
     them.
 
     Attributes:
@@ -83,6 +83,8 @@ class OptimizerConfig:
       max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
       basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"`, `"float16"` or, as
         block-wise quantized codes, `"int8"`.
+      complement: number of random directions outside each subspace along which an update without
+        moments goes, or their number as a fraction of a matrix's smaller side.
       implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
         `"pallas"`.
       stochastic_rounding: round bfloat16 parameters stochastically, which is unbiased; rounding to
@@ -116,6 +118,7 @@ class OptimizerConfig:
     lazy_overlap: float | None = None
     max_gap: int | None = None
     basis_dtype: str = "float32"
+    complement: int | float = 0
     implementation: str = "xla"
     stochastic_rounding: bool = True
 
@@ -186,6 +189,7 @@ class OptimizerConfig:
             "lazy_overlap": self.lazy_overlap,
             "max_gap": self.max_gap,
             "basis_dtype": self.basis_dtype,
+            "complement": self.complement,
         }
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -306,12 +310,6 @@ class Config:
 
     def _check_layerwise(self):
         optimizer = self.optimizer
-        # Norms, for which APOLLO needs a subspace, may all come from the same one.
-        if optimizer.refresh == "random" and optimizer.name != "apollo":
-            raise InputError(
-                'optimizer.refresh = "random" would give all layers of training.layerwise the same '
-                'subspace: choose "subspace_iteration".'
-            )
         if optimizer.clips_coordinates and not optimizer.has_projected_gradients:
             raise InputError(
                 "training.layerwise with full gradients clips by their norm: set "

@@ -1,0 +1,114 @@
+"""Random directions outside a subspace, drawn anew for every update and never stored.
+
+GaLore leaves out the component of the gradient outside its subspace, `(I − P Pᵀ) G`. With k random
+orthonormal directions Q in this complement, whose dimension is d, `E[Q Qᵀ] = (k / d) (I − P Pᵀ)`,
+so that `P PᵀG + (d / k) Q QᵀG` is an unbiased estimate of the gradient (as in arXiv 2510.17802 and
+2602.23111, which choose other complements).
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from galore_jax.ops.explicit import with_auto_axes
+from galore_jax.ops.loops import flatten_batch
+from galore_jax.ops.partition import constrained, map_batch
+from galore_jax.ops.quantization import as_float32
+from galore_jax.subspace.basis import Basis, path_hash
+from galore_jax.subspace.methods import orthonormalise
+from galore_jax.subspace.placement import basis_partition, matrices_partition
+from galore_jax.subspace.projection import Projection, Side
+
+
+def draw_directions(basis: Basis, *, seed: Any, count: Any) -> dict[Side, jax.Array]:
+    """Draws k random orthonormal directions in the complement of each matrix's subspace.
+
+    Args:
+      basis: of one side, with `projection.complement` = k.
+      seed: seed of the random numbers.
+      count: number of updates before this one; each has directions of its own.
+
+    Returns:
+      For the side, float32 `(*batch, in or out, k)`.
+    """
+    projection, batch = basis.projection, basis.age.ndim
+    ((side, stored),) = basis.vectors.items()
+    key = jax.random.fold_in(jax.random.key(seed), count)
+    key = jax.random.fold_in(key, path_hash(projection))
+
+    def draw(matrix: tuple[Any, jax.Array]) -> jax.Array:
+        stored, number = matrix
+        vectors = as_float32(stored)
+        shape = len(vectors), projection.complement
+        columns = jax.random.normal(jax.random.fold_in(key, number), shape) / shape[0] ** 0.5
+        columns -= vectors @ (vectors.T @ columns)
+        return orthonormalise(columns, columns)
+
+    def draw_all(stored: Any, numbers: jax.Array) -> jax.Array:
+        # One matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
+        directions = lax.map(draw, flatten_batch((stored, numbers), batch))
+        return directions.reshape(*numbers.shape, *directions.shape[1:])
+
+    directions = map_batch(matrices_partition(projection), draw_all, stored, basis.number)
+    of_directions = replace(projection, rank=projection.complement, complement=0)
+    return {side: constrained(directions, basis_partition(of_directions, side))}
+
+
+def with_directions(
+    vectors: dict[Side, Any], directions: dict[Side, jax.Array]
+) -> dict[Side, jax.Array]:
+    """`[P | Q]` in float32, from the stored vectors P and the directions Q."""
+    return {
+        side: jnp.concatenate([as_float32(stored), directions[side]], axis=-1)
+        for side, stored in vectors.items()
+    }
+
+
+def extended(basis: Basis, *, seed: Any, count: Any, dtype: Any) -> Basis:
+    """The basis `[P | Q]` of a larger subspace, with vectors of the given dtype."""
+    projection = basis.projection
+    projection = replace(projection, rank=projection.rank + projection.complement, complement=0)
+
+    def extend(basis: Basis) -> dict[Side, jax.Array]:
+        vectors = with_directions(basis.vectors, draw_directions(basis, seed=seed, count=count))
+        return {
+            side: constrained(stored.astype(dtype), basis_partition(projection, side))
+            for side, stored in vectors.items()
+        }
+
+    specs = lambda: {side: _spec(projection, side) for side in projection.sides}
+    return replace(basis, vectors=with_auto_axes(extend, basis, out=specs), projection=projection)
+
+
+def _spec(projection: Projection, side: Side) -> PartitionSpec:
+    partition = basis_partition(projection, side)
+    return PartitionSpec() if partition is None else partition.spec
+
+
+def joined(projection: Projection, value: jax.Array, complement: jax.Array | None) -> jax.Array:
+    """Coordinates in `[P | Q]`, from those in P and those in Q (None: there are no directions)."""
+    if complement is None:
+        return value
+    return jnp.concatenate([value, complement], axis=_rank_axis(projection))
+
+
+def split(projection: Projection, array: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Inverts `joined`."""
+    if not projection.complement:
+        return array, None
+    value, complement = jnp.split(array, [projection.rank], axis=_rank_axis(projection))
+    return value, complement
+
+
+def complement_size(projection: Projection) -> int:
+    """The dimension d of the complement."""
+    ((*_, size, rank),) = projection.basis_shapes.values()
+    return size - rank
+
+
+def _rank_axis(projection: Projection) -> int:
+    return -2 if "left" in projection.sides else -1
