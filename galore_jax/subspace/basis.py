@@ -28,7 +28,7 @@ class Basis:
     Attributes:
       vectors: for each side, orthonormal columns of shape `projection.basis_shapes`, possibly
         `Quantized`.
-      number: int32 `(*batch,)`, the place of the matrix in the batch, by which random numbers differ
+      number: int32 `(*batch,)`, the place of the matrix in the batch. Random numbers depend on it,
         even where a layer-wise step sees one matrix alone.
       age: int32 `(*batch,)`, number of finite updates since the last refresh; at least
         `AGE_UNINITIALIZED` before the first.
