@@ -45,8 +45,10 @@ def draw_directions(basis: Basis, *, seed: Any, count: Any) -> dict[Side, jax.Ar
         vectors = as_float32(stored)
         shape = len(vectors), projection.complement
         columns = jax.random.normal(jax.random.fold_in(key, number), shape) / shape[0] ** 0.5
-        columns -= vectors @ (vectors.T @ columns)
-        return orthonormalise(columns, columns)
+        outside = lambda columns: columns - vectors @ (vectors.T @ columns)
+        columns = outside(columns)
+        # Again at the end: to orthonormalise nearly parallel columns magnifies rounding errors.
+        return outside(orthonormalise(columns, columns))
 
     def draw_all(stored: Any, numbers: jax.Array) -> jax.Array:
         # One matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
