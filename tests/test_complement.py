@@ -175,6 +175,12 @@ def test_fira_and_apollo_have_no_use_for_it(params, make):
         make(0.1, 4, complement=2).init(params)
 
 
+def test_a_complement_that_is_a_hyperparameter_is_refused_with_the_remedy(params):
+    tx = optax.inject_hyperparams(galore_jax.muon, static_args="rank")(0.1, 4, complement=2)
+    with pytest.raises(ValueError, match='inject_hyperparams needs static_args="complement"'):
+        tx.init(params)
+
+
 def test_a_stock_chain_is_refused(params):
     tx = optax.chain(galore(4, complement=2), optax.adam(0.1))
     with pytest.raises(ValueError, match=r"complement needs galore_jax\.chain"):

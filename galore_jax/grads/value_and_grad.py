@@ -18,6 +18,7 @@ from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.optim.channels import check_coordinates_suffice
 from galore_jax.optim.state import (
     GaLoreState,
+    bases_of,
     galore_states,
     is_low_rank,
     is_parameter,
@@ -273,16 +274,17 @@ def extended_bases(params: PyTree, opt_state: PyTree) -> PyTree:
 
 def separate_complement(gradients: PyTree, opt_state: PyTree) -> PyTree:
     """Gradients in extended bases, with the coordinates in the random directions separate."""
+    bases = bases_of(galore_states(opt_state, inside_chains=True))
+    projections = {basis.projection.path: basis.projection for basis in bases}
 
-    def at_leaf(basis: Basis, gradient: Any) -> Any:
+    def at_node(gradient: Any) -> Any:
         if not is_coordinates(gradient):
             return gradient
-        value, complement = split(basis.projection, gradient.value)
-        return Coordinates(value, basis.projection, complement=complement)
+        projection = projections[gradient.projection.path]
+        value, complement = split(projection, gradient.value)
+        return Coordinates(value, projection, complement=complement)
 
-    for state in galore_states(opt_state, inside_chains=True):
-        gradients = map_bases(at_leaf, state.bases, gradients, otherwise=gradients)
-    return gradients
+    return jax.tree.map(at_node, gradients, is_leaf=is_coordinates)
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:

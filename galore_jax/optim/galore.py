@@ -50,6 +50,7 @@ from galore_jax.subspace.rules import (
     Rank,
     Rule,
     Rules,
+    check_complement,
     check_gap,
     check_number,
     projections,
@@ -75,7 +76,7 @@ def galore(
     lazy_overlap: float | None = None,
     max_gap: int | None = None,
     basis_dtype: Any = None,
-    complement: int | float = 0,
+    complement: int | float | None = None,
     seed: int = 0,
 ) -> GaLore:
     """Projects gradients into low-rank subspaces (arXiv 2403.03507, algorithm 2).
@@ -120,7 +121,7 @@ def galore(
       basis_dtype: dtype of the stored bases: float32 (None), bfloat16 or float16; int8 stores
         block-wise codes (`ops.quantization`).
       complement: number k of random directions outside each subspace, an integer or a fraction of
-        the smaller side. They are drawn anew at every update and stored nowhere; the backward pass
+        the smaller side; None: 0. They are drawn anew at every update and stored nowhere; the backward pass
         computes the gradient's coordinates in them too. Along them the optimizer takes the step
         that it takes first, without moments: for Adam the sign of the coordinates, for Muon their
         orthogonal factor. The gradient that the optimizer sees is then unbiased: coordinates in
@@ -167,9 +168,7 @@ def galore(
         raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
     check_gap("max_gap", max_gap)
-    expected = "a whole number of at least 0, or a fraction below 1"
-    in_range = lambda x: x >= 0 if isinstance(x, int) else 0 <= x < 1
-    check_number("complement", complement, expected, in_range)
+    check_complement(complement)
 
     def complete(projection: Projection) -> Rule:
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
@@ -181,7 +180,7 @@ def galore(
             return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
         # What is projected.
         tree_of_projections = projections(
-            params, default, rules, weight_dimension_numbers, complement
+            params, default, rules, weight_dimension_numbers, complement or 0
         )
         leaf_projections = tree.flatten_up_to(tree_of_projections)
         total = sum(math.prod(p.view.batch) for p in leaf_projections if p is not None)
@@ -270,7 +269,7 @@ def galore(
     return tx
 
 
-def _check_low_rank(moments: Moments, complement: int | float) -> None:
+def _check_low_rank(moments: Moments, complement: int | float | None) -> None:
     if moments != "keep" or complement:
         setting = f"complement={complement!r}" if complement else f'moments="{moments}"'
         raise ValueError(

@@ -114,6 +114,18 @@ def check_gap(name: str, gap: Any) -> None:
     check_number(name, gap, expected, in_range)
 
 
+def check_complement(complement: Any) -> None:
+    """Checks a number of random directions, as `check_number`; it determines shapes."""
+    expected = "a whole number of at least 0, or a fraction below 1"
+    if isinstance(complement, jax.Array | np.ndarray):
+        raise ValueError(
+            f"galore: complement must be {expected}, not {complement!r}; optax.inject_hyperparams "
+            'needs static_args="complement".'
+        )
+    in_range = lambda number: number >= 0 if isinstance(number, Integral) else 0 <= number < 1
+    check_number("complement", complement, expected, in_range)
+
+
 Rules = Mapping[str | re.Pattern[str], Rule | None]
 
 

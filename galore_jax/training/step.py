@@ -18,6 +18,7 @@ from galore_jax.grads.micro_batches import mean_over
 from galore_jax.models import llama_layerwise
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
+from galore_jax.optim.complement import without_complement
 from galore_jax.optim.state import galore_states, project
 from galore_jax.training.config import Config
 from galore_jax.training.layout import data_axes, jit_on, per_shard, whole
@@ -136,7 +137,7 @@ def make_train_step(
             metrics["gradient_norm"] = optax.tree.norm(gradients)
         if config.optimizer.has_galore:
             bases = galore_states(opt_state, inside_chains=True)
-            coordinates = gradients if projected else project(gradients, bases)
+            coordinates = without_complement(gradients) if projected else project(gradients, bases)
             metrics["coordinates_norm"] = optax.tree.norm(coordinates)
         if config.training.diagnostics:
             if projected:
