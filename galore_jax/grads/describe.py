@@ -47,8 +47,8 @@ def describe(
       >>> print(describe(params, galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))))
       path    matrices      side  rank  bytes saved
       bias    -             -        -            0
-      kernel  2 x 64 x 256  left     8      225,220
-      total                                 225,220
+      kernel  2 x 64 x 256  left     8      225,216
+      total                                 225,216
     """
     state = jax.eval_shape(lambda params: init(tx, params), params)
     bases = bases_of(galore_states(state, inside_chains=True))

@@ -121,11 +121,11 @@ def galore(
       basis_dtype: dtype of the stored bases: float32 (None), bfloat16 or float16; int8 stores
         block-wise codes (`ops.quantization`).
       complement: number k of random directions outside each subspace, an integer or a fraction of
-        the smaller side; None: 0. They are drawn anew at every update and stored nowhere; the backward pass
-        computes the gradient's coordinates in them too. Along them the optimizer takes the step
+        the smaller side; None: 0. They are drawn anew at every update and stored nowhere, and the
+        backward pass computes coordinates in them too. Along them the optimizer takes the step
         that it takes first, without moments: for Adam the sign of the coordinates, for Muon their
-        orthogonal factor. The gradient that the optimizer sees is then unbiased: coordinates in
-        the complement, of dimension d, are multiplied by d / k.
+        orthogonal factor. The gradient that it sees is then unbiased: coordinates in the
+        complement, of dimension d, are multiplied by d / k.
       seed: of the bases before the first gradient, of "random", and of the complement.
 
     Returns:

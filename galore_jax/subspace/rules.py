@@ -122,7 +122,7 @@ def check_complement(complement: Any) -> None:
             f"galore: complement must be {expected}, not {complement!r}; optax.inject_hyperparams "
             'needs static_args="complement".'
         )
-    in_range = lambda number: number >= 0 if isinstance(number, Integral) else 0 <= number < 1
+    in_range = lambda number: number >= 0 and (number < 1 or isinstance(number, Integral))
     check_number("complement", complement, expected, in_range)
 
 
