@@ -75,7 +75,7 @@ def extended(basis: Basis, *, seed: Any, count: Any, dtype: Any) -> Basis:
     projection = basis.projection
     projection = replace(projection, rank=projection.rank + projection.complement, complement=0)
 
-    def extend(basis: Basis) -> dict[Side, jax.Array]:
+    def extend(basis: Basis, seed: Any, count: Any) -> dict[Side, jax.Array]:
         vectors = with_directions(basis.vectors, draw_directions(basis, seed=seed, count=count))
         return {
             side: constrained(stored.astype(dtype), basis_partition(projection, side))
@@ -83,7 +83,8 @@ def extended(basis: Basis, *, seed: Any, count: Any, dtype: Any) -> Basis:
         }
 
     specs = lambda: {side: _spec(projection, side) for side in projection.sides}
-    return replace(basis, vectors=with_auto_axes(extend, basis, out=specs), projection=projection)
+    vectors = with_auto_axes(extend, basis, seed, count, out=specs)
+    return replace(basis, vectors=vectors, projection=projection)
 
 
 def _spec(projection: Projection, side: Side) -> PartitionSpec:
