@@ -164,6 +164,12 @@ class OptimizerConfig:
                 f'optimizer.name = "{self.name}" scales what is not projected: choose an '
                 'optimizer.proj_type other than "full".'
             )
+        if self.complement and (self.proj_type == "full" or self.name in NEED_FULL_GRADIENTS):
+            raise InputError(
+                "optimizer.complement has no use where both sides are projected, or with "
+                f"{' and '.join(NEED_FULL_GRADIENTS)}, which leave the subspace by themselves: set "
+                "it to 0."
+            )
         if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
             raise InputError(
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '

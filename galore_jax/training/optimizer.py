@@ -7,14 +7,11 @@ import optax
 import optax.contrib
 
 import galore_jax
+from galore_jax.optim.muon import SCALE
 from galore_jax.subspace.rules import Rule, projections
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.schedule import learning_rate_schedule
 from galore_jax.types import PyTree
-
-# With it the entries of Muon's update are as large as those of AdamW's typically are: arXiv
-# 2502.16982, section 2.2.
-MUON_RMS = 0.2
 
 
 def make_optimizer(
@@ -94,7 +91,7 @@ def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
     def scaled(updates: PyTree, _: PyTree) -> PyTree:
         larger_side = lambda leaf: max(leaf.shape[-2:])
-        return jax.tree.map(lambda leaf: MUON_RMS * larger_side(leaf) ** 0.5 * leaf, updates)
+        return jax.tree.map(lambda leaf: SCALE * larger_side(leaf) ** 0.5 * leaf, updates)
 
     muon = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers)
     return optax.chain(muon, optax.stateless(scaled))
