@@ -173,3 +173,8 @@ def test_settings_that_fira_and_apollo_cannot_have_are_refused(name, settings, s
 def test_a_complement_without_use_is_refused(settings):
     with pytest.raises(InputError, match=r"^optimizer\.complement has no use"):
         OptimizerConfig(complement=4, **settings)
+
+
+def test_a_complement_larger_than_what_the_basis_leaves_is_refused_with_the_matrix():
+    with pytest.raises(InputError, match=r"^optimizer\.complement=30 .*a basis of 8 in 32"):
+        init_state(changed(optimizer={"name": "galore_muon", "rank": 8, "complement": 30}))

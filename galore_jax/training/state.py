@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 import galore_jax
+from galore_jax.errors import InputError
 from galore_jax.grads import layerwise
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config
@@ -35,11 +36,20 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    """The state before the first step, determined by the configuration alone; for `jax.jit`."""
+    """The state before the first step, determined by the configuration alone; for `jax.jit`.
+
+    Raises:
+      InputError: a setting of the optimizer does not fit a matrix of the model.
+    """
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
     params = Llama(config.model).init(jax.random.key(config.training.seed), tokens)["params"]
     tx, module = _optimizer(config)
-    opt_state = module.init(tx, _in_float32(params))
+    try:
+        opt_state = module.init(tx, _in_float32(params))
+    except ValueError as error:  # A setting that does not fit a matrix of this model.
+        if not str(error).startswith("galore: "):
+            raise
+        raise InputError(f"optimizer.{str(error).removeprefix('galore: ')}") from None
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 
