@@ -6,9 +6,10 @@ python scripts/compare.py --config configs/llama_5m.toml --seeds 0,1,2 \
     --rates 0.00125,0.0025,0.005,0.01,0.02 --matrix-rates 0.0625,0.125,0.25,0.5,1
 
 The second command tunes each optimizer first: on the grid of both rates, at full length and with
-the first seed, it goes from the middle to where no neighbour has a lower loss. The optimizers are
-those of the tables [compare.LABEL] in the file, whose settings replace those of [optimizer], or any
-optimizer.name. Runs are kept: the same command continues, and a larger grid uses them again.
+the first seed, it goes from the configured rates to where no neighbour has a lower loss. The
+optimizers are those of the tables [compare.LABEL] in the file, whose settings replace those of
+[optimizer], or any optimizer.name. Runs are kept: the same command continues, and a larger grid
+uses them again.
 """
 
 import argparse

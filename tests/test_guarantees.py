@@ -1,10 +1,13 @@
-"""What converges where GaLore provably does not: the counterexample of arXiv 2410.11289.
+"""What converges where GaLore provably does not: the counterexamples of GoLore and GUM.
 
 `f(X) = ½ ‖A X‖² + ⟨B, X⟩`, where A keeps the first n − r rows and B has a block D of these rows and
 columns. The gradient's noise, `± σ` on the diagonal of the other r rows and columns, is larger than
 the gradient. The leading singular vectors of every sample are therefore those of the noise, and a
-subspace of them contains nothing of the gradient (sections 3.2 and A).
+subspace of them contains nothing of the gradient (arXiv 2410.11289, sections 3.2 and A). GUM (arXiv
+2510.17802, section 5.1) takes the same problem with a dense D, a larger subspace and noise.
 """
+
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +17,50 @@ import pytest
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
 
-SIZE, RANK, GAP, STEPS = 12, 3, 10, 1500
-REST = SIZE - RANK
-NOISE = 5.0
-DIAGONAL = jnp.linspace(1, 3, REST)
+GAP, STEPS = 10, 1500
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A counterexample, tried with this rank r and, for the complement, this many directions."""
+
+    size: int
+    rank: int
+    directions: int
+    noise: float
+    dense: bool
+
+    @property
+    def rest(self):
+        return self.size - self.rank
+
+    def excess(self, x):
+        """f(X) − min f, of which the noise changes nothing."""
+        if self.dense:
+            block = jax.random.normal(jax.random.key(1), (self.rest, self.rest))
+        else:
+            block = jnp.diag(jnp.linspace(1, 3, self.rest))
+        error = x[: self.rest].at[:, : self.rest].add(block)
+        return jnp.sum(error**2) / 2
+
+
+GOLORE = Problem(size=12, rank=3, directions=3, noise=5.0, dense=False)
+GUM = Problem(size=20, rank=12, directions=2, noise=100.0, dense=True)
+PROBLEMS = pytest.mark.parametrize("problem", [GOLORE, GUM], ids=["GoLore", "GUM"])
 
 
 def rate(count):
     return 0.1 * (1 - count / STEPS)
 
 
-def excess(x):
-    """f(X) − min f, of which the noise changes nothing."""
-    block = x[:REST]
-    error = block.at[:, :REST].add(jnp.diag(DIAGONAL))
-    return jnp.sum(error**2) / 2
-
-
-def excess_after_training(tx):
+def excess_after_training(problem, tx):
     """As a fraction of the excess at the start."""
+    rest, noise = problem.rest, problem.noise * jnp.eye(problem.rank)
+    noise = jnp.zeros((problem.size, problem.size)).at[rest:, rest:].set(noise)
 
     def step(carry, sign):
         params, state = carry
-        gradient = jax.grad(lambda params: excess(params["kernel"]))(params)
-        noise = jnp.zeros((SIZE, SIZE)).at[REST:, REST:].set(NOISE * jnp.eye(RANK))
+        gradient = jax.grad(lambda params: problem.excess(params["kernel"]))(params)
         gradient = {"kernel": gradient["kernel"] + sign * noise}
         return apply_gradients(tx, gradient, state, params), None
 
@@ -45,9 +68,9 @@ def excess_after_training(tx):
     def run(params):
         signs = jax.random.rademacher(jax.random.key(0), (STEPS,), jnp.float32)
         (after, _), _ = jax.lax.scan(step, (params, tx.init(params)), signs)
-        return excess(after["kernel"]) / excess(params["kernel"])
+        return problem.excess(after["kernel"]) / problem.excess(params["kernel"])
 
-    return float(run({"kernel": jnp.zeros((SIZE, SIZE))}))
+    return float(run({"kernel": jnp.zeros((problem.size, problem.size))}))
 
 
 def momentum(rate, rank, gap, scale, **settings):
@@ -62,18 +85,42 @@ OPTIMIZERS = {
 }
 
 
+@PROBLEMS
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_leading_singular_vectors_hold_only_noise_and_nothing_is_learned(name):
-    tx = OPTIMIZERS[name](rate, RANK, GAP, 1.0, refresh="svd")
-    assert excess_after_training(tx) > 0.999
+def test_leading_singular_vectors_hold_only_noise_and_nothing_is_learned(name, problem):
+    tx = OPTIMIZERS[name](rate, problem.rank, GAP, 1.0, refresh="svd")
+    assert excess_after_training(problem, tx) > 0.999
+
+
+@PROBLEMS
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_directions_of_the_complement_they_converge(name, problem):
+    tx = OPTIMIZERS[name](
+        rate, problem.rank, GAP, 1.0, refresh="svd", complement=problem.directions
+    )
+    assert excess_after_training(problem, tx) < 0.05
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_random_subspaces_converge(name):
-    tx = OPTIMIZERS[name](rate, RANK, GAP, 1.0, refresh="random")
+def test_random_subspaces_converge_where_the_noise_is_moderate(name):
+    tx = OPTIMIZERS[name](rate, GOLORE.rank, GAP, 1.0, refresh="random")
     # The noise in a random subspace is as large as the gradient when 0.05 of the excess is left.
-    assert excess_after_training(tx) < 0.05
+    assert excess_after_training(GOLORE, tx) < 0.05
 
 
-def test_without_a_subspace_muon_converges():
-    assert excess_after_training(optax.contrib.muon(rate, consistent_rms=0.2)) < 1e-6
+@PROBLEMS
+def test_fira_learns_nothing_in_columns_without_coordinates(problem):
+    """Its residual is scaled, column by column, by what the optimizer makes of the coordinates."""
+    tx = galore_jax.fira(rate, problem.rank, GAP, 1.0, refresh="svd")
+    assert excess_after_training(problem, tx) > 0.999
+
+
+@PROBLEMS
+def test_apollo_converges(problem):
+    tx = galore_jax.apollo(rate, problem.rank, GAP, 1.0)
+    assert excess_after_training(problem, tx) < 0.05
+
+
+@PROBLEMS
+def test_without_a_subspace_muon_converges(problem):
+    assert excess_after_training(problem, optax.contrib.muon(rate, consistent_rms=0.2)) < 1e-6

@@ -1,4 +1,4 @@
-"""Approximate orthogonalisation by the Newton–Schulz iteration of Muon."""
+"""Orthogonalisation by matrix products alone: the Newton–Schulz iterations."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,9 @@ from jax import lax
 # fraction of the Frobenius norm, end between 0.68 and 1.14 after five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+# Of the iteration for inverse square roots. The smallest eigenvalue grows by 2.25 in each, so that
+# these suffice for 1e-4 of the largest.
+INVERSE_ROOT_STEPS = 16
 
 
 def newton_schulz(matrices: jax.Array) -> jax.Array:
@@ -28,7 +31,6 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
     if matrices.shape[-2] > matrices.shape[-1]:
         return newton_schulz(matrices.mT).mT
     a, b, c = COEFFICIENTS
-    multiply = lambda x, y: jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
     # Divide by the largest entry first: the square of 1e-30 is zero in float32.
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
@@ -36,12 +38,43 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
     norm = jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, norm, 1)
 
-    gram = multiply(x, x.mT)
+    gram = _multiply(x, x.mT)
     identity = jnp.eye(x.shape[-2], dtype=x.dtype)
     total = identity
     for step in range(STEPS):
-        factor = a * identity + b * gram + c * multiply(gram, gram)
-        total = factor if step == 0 else multiply(factor, total)
+        factor = a * identity + b * gram + c * _multiply(gram, gram)
+        total = factor if step == 0 else _multiply(factor, total)
         if step < STEPS - 1:
-            gram = multiply(factor, multiply(factor, gram))
-    return multiply(total, x)
+            gram = _multiply(factor, _multiply(factor, gram))
+    return _multiply(total, x)
+
+
+def orthonormal_columns(columns: jax.Array) -> jax.Array:
+    """The nearest matrices with orthonormal columns, the orthogonal factors of polar decomposition.
+
+    `Q = X (Xᵀ X)^(-1/2)`, with the inverse root from the coupled Newton–Schulz iteration (Higham,
+    Functions of Matrices, section 6.3), which unlike a factorisation is a fixed sequence of batched
+    products: XLA computes it once where a program asks for it twice.
+
+    Args:
+      columns: float32 `(..., n, k)`, well conditioned: singular values of 0.01 to 1 times the
+        largest.
+
+    Returns:
+      An array of the same shape, with `‖QᵀQ − I‖∞` of about 1e-6.
+    """
+    identity = jnp.eye(columns.shape[-1], dtype=columns.dtype)
+    gram = _multiply(columns.mT, columns)
+    bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
+    root, inverse = gram / bound, identity
+    for _ in range(INVERSE_ROOT_STEPS):
+        factor = 1.5 * identity - 0.5 * _multiply(inverse, root)
+        root, inverse = _multiply(root, factor), _multiply(factor, inverse)
+    columns = _multiply(columns, inverse) / jnp.sqrt(bound)
+    # One step of the iteration for the columns themselves removes what rounding has left.
+    error = identity - _multiply(columns.mT, columns)
+    return columns + 0.5 * _multiply(columns, error)
+
+
+def _multiply(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)

@@ -241,7 +241,7 @@ def galore(
             if not is_coordinates(gradient):
                 basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
             if projection.complement:
-                directions = draw_directions(basis, seed=seed, count=state.count)
+                directions = draw_directions(basis, seed=state.seed, count=state.count)
             if is_coordinates(gradient):
                 value, outside = gradient.value, gradient.complement
             else:

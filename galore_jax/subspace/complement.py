@@ -7,6 +7,7 @@ so that `P PᵀG + (d / k) Q QᵀG` is an unbiased estimate of the gradient (as 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,8 +17,10 @@ from jax.sharding import PartitionSpec
 
 from galore_jax.ops.explicit import with_auto_axes
 from galore_jax.ops.loops import flatten_batch
+from galore_jax.ops.newton_schulz import orthonormal_columns
 from galore_jax.ops.partition import constrained, map_batch
 from galore_jax.ops.quantization import as_float32
+from galore_jax.ops.threefry import normal, threefry
 from galore_jax.subspace.basis import Basis, path_hash
 from galore_jax.subspace.methods import orthonormalise
 from galore_jax.subspace.placement import basis_partition, matrices_partition
@@ -37,27 +40,31 @@ def draw_directions(basis: Basis, *, seed: Any, count: Any) -> dict[Side, jax.Ar
     """
     projection, batch = basis.projection, basis.age.ndim
     ((side, stored),) = basis.vectors.items()
-    key = jax.random.fold_in(jax.random.key(seed), count)
-    key = jax.random.fold_in(key, path_hash(projection))
+    *_, size, _ = projection.basis_shapes[side]
+    k = projection.complement
+    seed = (jnp.asarray(seed).astype(jnp.uint32), jnp.uint32(path_hash(projection)))
 
-    def draw(matrix: tuple[Any, jax.Array]) -> jax.Array:
-        stored, number = matrix
+    def draw(stored: Any, numbers: jax.Array) -> jax.Array:
         vectors = as_float32(stored)
-        shape = len(vectors), projection.complement
-        columns = jax.random.normal(jax.random.fold_in(key, number), shape) / shape[0] ** 0.5
-        outside = lambda columns: columns - vectors @ (vectors.T @ columns)
-        columns = outside(columns)
-        # Again at the end: to orthonormalise nearly parallel columns magnifies rounding errors.
-        return outside(orthonormalise(columns, columns))
+        words = threefry(seed, jnp.asarray(count).astype(jnp.uint32), numbers.astype(jnp.uint32))
+        columns = _outside(vectors, normal(words, (size, k)) / size**0.5)
+        if 2 * k <= complement_size(projection):
+            return orthonormal_columns(columns)
+        # Columns may be nearly parallel, and to orthonormalise them magnifies rounding errors. One
+        # matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
+        matrices = flatten_batch(columns, batch)
+        columns = lax.map(lambda each: orthonormalise(each, each), matrices).reshape(columns.shape)
+        return _outside(vectors, columns)
 
-    def draw_all(stored: Any, numbers: jax.Array) -> jax.Array:
-        # One matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
-        directions = lax.map(draw, flatten_batch((stored, numbers), batch))
-        return directions.reshape(*numbers.shape, *directions.shape[1:])
-
-    directions = map_batch(matrices_partition(projection), draw_all, stored, basis.number)
+    directions = map_batch(matrices_partition(projection), draw, stored, basis.number)
     of_directions = replace(projection, rank=projection.complement, complement=0)
     return {side: constrained(directions, basis_partition(of_directions, side))}
+
+
+def _outside(vectors: jax.Array, columns: jax.Array) -> jax.Array:
+    """`(I − P Pᵀ) X`."""
+    multiply = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    return columns - multiply(vectors, multiply(vectors.mT, columns))
 
 
 def with_directions(

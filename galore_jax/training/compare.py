@@ -27,8 +27,10 @@ from galore_jax.training.sample import generate_text
 SAMPLE_TOKENS = 400
 PROMPT_CHARACTERS = 40  # from a held-out document
 # Steps on the grid of learning rate and matrix rate, with which a descent looks for a lower loss.
-# Those on opposite diagonals change the rate of everything but the matrices and leave theirs.
-DIRECTIONS = ((0, 1), (0, -1), (1, -1), (-1, 1), (1, 0), (-1, 0))
+# The first two change the rate of the matrices alone, those along a diagonal the rate of everything
+# else alone.
+DIRECTIONS = ((0, 1), (0, -1), (1, -1), (-1, 1))
+WITH_ONE_MATRIX_RATE = ((1, 0), (-1, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +78,9 @@ def compare(
 ) -> list[Row]:
     """Trains with each optimizer from the same initial parameters on the same text.
 
-    With a grid each optimizer is tuned first: `descend` looks for the rates with the lowest
-    validation loss after all steps with the first seed. Then the other seeds run at these rates.
+    With a grid each optimizer is tuned first: `descend`, starting at the configured rates, looks
+    for those with the lowest validation loss after all steps with the first seed. Then the other
+    seeds run at these rates.
 
     Writes into `training.folder`: the folders of the runs, comparison.md, comparison.png (curves of
     the first seed), comparison-state.png (loss against bytes of the optimizer's state), and
@@ -176,17 +179,20 @@ def _paired(row: Row, baseline: Row) -> str:
     return f"{mean} ({min(differences):+.4f} to {max(differences):+.4f})"
 
 
-def descend(loss: Callable[[tuple[int, ...]], float], size: tuple[int, ...]) -> tuple[int, ...]:
+def descend(
+    loss: Callable[[tuple[int, ...]], float], size: tuple[int, ...], start: tuple[int, ...]
+) -> tuple[int, ...]:
     """Looks for the point of a grid with the lowest loss, evaluating few of them.
 
-    It starts in the middle, goes along each of `DIRECTIONS` as long as the loss falls, and stops
-    where none of the neighbours in these directions has a lower loss. That is the lowest loss of
-    the grid if the loss is unimodal along the rate of the matrices, and along that of everything
-    else.
+    It goes along each of the directions as long as the loss falls, and stops where none of the
+    neighbours in these directions has a lower loss. That is the lowest loss of the grid if the loss
+    is unimodal in the rate of the matrices and in that of everything else, and the best of the one
+    does not depend on the other.
 
     Args:
       loss: of a point, given as a pair of indices; NaN counts as infinite.
       size: of the grid along each axis.
+      start: the first point.
 
     Returns:
       The point.
@@ -199,11 +205,12 @@ def descend(loss: Callable[[tuple[int, ...]], float], size: tuple[int, ...]) -> 
         value = loss(point)
         return math.inf if math.isnan(value) else value
 
-    best = tuple((length - 1) // 2 for length in size)
+    directions = DIRECTIONS if size[1] > 1 else WITH_ONE_MATRIX_RATE
+    best = start
     lowest, improves = at(best), True
     while improves:
         improves = False
-        for direction in DIRECTIONS:
+        for direction in directions:
             while at(point := (best[0] + direction[0], best[1] + direction[1])) < lowest:
                 best, lowest, improves = point, at(point), True
     return best
@@ -234,13 +241,19 @@ def _tuned(
 
     if not any(grids.values()):
         return config, ()
-    best = descend(loss, tuple(len(axis) for _, axis in axes))
+    start = tuple(_nearest(axis, getattr(config.optimizer, name)) for name, axis in axes)
+    best = descend(loss, tuple(len(axis) for _, axis in axes), start)
     borders = tuple(
         name.replace("_", " ")
         for (name, axis), index in zip(axes, best, strict=True)
         if len(axis) > 1 and index in (0, len(axis) - 1)
     )
     return at(best), borders
+
+
+def _nearest(rates: Sequence[float], rate: float) -> int:
+    """The index of the rate with the smallest ratio to this one."""
+    return min(range(len(rates)), key=lambda index: abs(math.log(rates[index] / rate)))
 
 
 def _folder(label: str, config: Config, seed: int) -> Path:
