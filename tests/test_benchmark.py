@@ -12,18 +12,18 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402
-from benchmarks import accumulate, dead, refresh, sketch, state, step, tokens  # noqa: E402
+from benchmarks import accumulate, dead, optimizers, refresh, sketch, state, step, tokens  # noqa: E402
 
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
-from galore_jax.training.config_file import load_config  # noqa: E402
+from galore_jax.training.config import OptimizerConfig  # noqa: E402
+from galore_jax.training.config_file import load_comparison, load_config  # noqa: E402
 
 NAMES = (
     "adamw",
     "optax.contrib.galore",
     "galore_full",
     "galore_projected",
-    "galore_muon_projected",
 )
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2)
 RANK = 4
@@ -66,6 +66,43 @@ def test_a_step_has_a_row_of_every_baseline_with_refreshes_and_without(step_rows
     assert staggered["name"] == "galore_full"
     assert staggered["stagger"]
     assert staggered["slowest"] >= 1
+
+
+@pytest.mark.slow
+def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_its_state(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(
+        """
+        [model]
+        hidden_size = 8
+        num_heads = 2
+        [optimizer]
+        rank = 2
+        [compare.adamw]
+        [compare.muon]
+        [compare.galore_adamw]
+        [compare.directions]
+        name = "galore_muon"
+        complement = 1
+        [compare."apollo mini"]
+        name = "apollo"
+        rank = 1
+        """
+    )
+    settings = optimizers.Settings(config=str(path), repeats=1)
+    rows = optimizers.measure_model(TINY, settings, (2, 8))
+    assert [row["name"] for row in rows] == list(load_comparison(path))
+    assert all(row["of_adamw"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
+    (adamw, muon, galore, directions, mini) = (row["bytes_of_adamw"] for row in rows)
+    assert adamw == 1
+    assert mini < directions < galore < 1
+    assert muon == pytest.approx(0.5, abs=0.1)
+
+
+def test_ranks_and_directions_grow_with_the_width_except_rank_one():
+    scale = lambda **settings: optimizers.scaled(OptimizerConfig(**settings), 4)
+    assert (scale(rank=64).rank, scale(rank=0.25).rank, scale(rank=1).rank) == (256, 0.25, 1)
+    assert (scale(complement=16).complement, scale().complement) == (64, 0)
 
 
 @pytest.mark.slow

@@ -85,8 +85,10 @@ def first_step_of(optimizer, coordinates, size):
     return np.sign(coordinates)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
-@pytest.mark.parametrize("moments", ["keep", "rotate", "reset"])
+@pytest.mark.parametrize(
+    ("optimizer", "moments"),
+    [("adamw", "keep"), ("lion", "rotate"), ("muon", "reset"), ("muon", "keep")],
+)
 def test_the_complement_takes_the_first_step_of_the_optimizer_at_the_current_rate(
     params, optimizer, moments
 ):

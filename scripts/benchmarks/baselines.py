@@ -50,32 +50,35 @@ def baselines(rank: int) -> list[Baseline]:
         weight_decay=WEIGHT_DECAY,
         weight_dimension_numbers=_matrices_that_galore_jax_projects,
     )
+    galore = galore_jax.adamw(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
     return [
-        Baseline("adamw", adamw.init, _stock_step(adamw)),
-        Baseline("optax.contrib.galore", contrib.init, _stock_step(contrib), stacks=False),
-        galore_full(rank),
-        projected("galore_projected", galore_jax.adamw, rank),
-        projected("galore_muon_projected", galore_jax.muon, rank),
+        Baseline("adamw", adamw.init, stock_step(adamw)),
+        Baseline("optax.contrib.galore", contrib.init, stock_step(contrib), stacks=False),
+        full("galore_full", galore),
+        projected("galore_projected", galore),
     ]
 
 
-def galore_full(rank: int, gap: int = GAP, *, stagger: bool = False) -> Baseline:
-    """galore_jax.adamw with full gradients.
+def staggered(rank: int, gap: int) -> Baseline:
+    """galore_jax.adamw with full gradients, and refreshes spread over the gap.
 
-    With `stagger` the first refresh starts from random bases and has three rounds, and later ones
-    are spread over the gap; without, the first refresh has one round, as all later ones.
+    The first refresh starts from random bases and has three rounds; that of the others one.
     """
-    tx = galore_jax.adamw(LEARNING_RATE, rank, gap, weight_decay=WEIGHT_DECAY, stagger=stagger)
+    tx = galore_jax.adamw(LEARNING_RATE, rank, gap, weight_decay=WEIGHT_DECAY, stagger=True)
+    return replace(full("galore_full", tx), init=tx.init)
+
+
+def full(name: str, tx: optax.GradientTransformation) -> Baseline:
+    """An optimizer of galore_jax with full gradients."""
 
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         return galore_jax.apply_gradients(tx, jax.grad(loss)(params, batch), state, params)
 
-    return Baseline("galore_full", tx.init if stagger else partial(_start, tx), step)
+    return Baseline(name, partial(_start, tx), step)
 
 
-def projected(name: str, make: Callable[..., optax.GradientTransformation], rank: int) -> Baseline:
+def projected(name: str, tx: optax.GradientTransformation) -> Baseline:
     """An optimizer of galore_jax with projected gradients, refreshed by sketches."""
-    tx = make(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
 
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         _, gradients = galore_jax.value_and_grad(loss, tx)(params, state, batch)
@@ -87,6 +90,16 @@ def projected(name: str, make: Callable[..., optax.GradientTransformation], rank
     return Baseline(name, partial(_start, tx), step, refresh=refresh)
 
 
+def stock_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree]]:
+    """The step of an optimizer of optax."""
+
+    def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def _start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """The state with the refresh of every matrix due, and no random basis left."""
     return jax.tree.map(_due_again, tx.init(params), is_leaf=is_basis)
@@ -94,14 +107,6 @@ def _start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
 
 def _due_again(node: Any) -> Any:
     return replace(node, age=jnp.copy(node.gap)) if is_basis(node) else node
-
-
-def _stock_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree]]:
-    def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
 
 
 def _matrices_that_galore_jax_projects(params: PyTree) -> PyTree:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from benchmarks.baselines import GAP, Baseline, Loss, PyTree, baselines, galore_full
+from benchmarks.baselines import GAP, Baseline, Loss, PyTree, baselines, staggered
 from benchmarks.models import (
     blocks_loss,
     init_llama,
@@ -154,10 +154,10 @@ def staggered_steps(
 
     The interval is so long that no refresh is due at most steps, as with a gap of 200.
     """
-    state = jax.eval_shape(galore_full(rank).init, params)
+    state = jax.eval_shape(staggered(rank, GAP).init, params)
     bases = [node for node in jax.tree.leaves(state, is_leaf=is_basis) if is_basis(node)]
     gap = 2 * sum(basis.age.size for basis in bases) + 1
-    run = Run(galore_full(rank, gap, stagger=True), loss, params, batch)
+    run = Run(staggered(rank, gap), loss, params, batch)
     jax.block_until_ready(run())
     measured = [seconds(run) for _ in tqdm(range(intervals * gap), "staggered steps")]
     return [statistics.median(measured[i::gap]) for i in range(gap)]
