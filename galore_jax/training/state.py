@@ -13,7 +13,7 @@ from galore_jax.errors import InputError
 from galore_jax.grads import layerwise
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config
-from galore_jax.training.layout import TENSOR_RULES, batch_sharding, whole
+from galore_jax.training.layout import batch_sharding, tensor_rules, whole
 from galore_jax.training.mesh import DATA
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
@@ -66,7 +66,7 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     if mesh is None:
         return shapes
     tx, module = _optimizer(config)
-    shardings = galore_jax.shardings(tx, shapes.params, mesh, TENSOR_RULES)
+    shardings = galore_jax.shardings(tx, shapes.params, mesh, tensor_rules(config.model))
     params = _placed(shapes.params, shardings)
     over = (DATA,) if config.mesh.shard_moments and mesh.shape[DATA] > 1 else ()
     # This tree knows the partitions of the parameters, by which later updates divide their work.
