@@ -11,8 +11,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is the reference of these t
 transformers = pytest.importorskip("transformers", reason="it is the reference of these tests")
 pytest.importorskip("safetensors", reason="the files are safetensors")
 
-from galore_jax.interop.config_json import read_config  # noqa: E402
-from galore_jax.interop.huggingface import Checkpoint, write_checkpoint  # noqa: E402
+from model_folder import load, save  # noqa: E402
+
 from galore_jax.models.llama import Llama  # noqa: E402
 
 LENGTH = 24
@@ -79,29 +79,6 @@ def their_logits(model):
 @functools.partial(jax.jit, static_argnums=0)
 def our_logits(config, params):
     return Llama(config).apply({"params": params}, jnp.asarray(tokens(config.vocab_size)))
-
-
-def initial(config):
-    return jax.jit(Llama(config).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-
-
-def load(folder):
-    config = read_config(folder)
-    checkpoint = Checkpoint(folder, config)
-
-    def read(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return checkpoint.read(name, tuple(slice(None) for _ in leaf.shape))
-
-    shapes = jax.eval_shape(lambda: initial(config))
-    return config, jax.tree_util.tree_map_with_path(read, shapes)
-
-
-def save(folder, config, params, **options):
-    def read(path, index):
-        return np.asarray(functools.reduce(dict.__getitem__, path.split("/"), params)[index])
-
-    write_checkpoint(folder, config, read, **options)
 
 
 @pytest.mark.parametrize(("name", "changes"), MODELS.values(), ids=MODELS)

@@ -31,6 +31,7 @@ from galore_jax.interop.tensors import (
 from galore_jax.models.llama import Llama, LlamaConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Where there are both, the first has the added tokens too.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # A part of a leaf, by its path and a slice for each axis.
 Read = Callable[[str, Index], np.ndarray]
@@ -186,20 +187,31 @@ def _check_names(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> No
     if HEAD in extra and _is_tied(tensors):
         extra.remove(HEAD)
     problems = {
-        "are missing": [name for name in shapes if name not in tensors],
-        "do not belong to the model": sorted(extra),
-        "have another shape": [
+        "missing": [name for name in shapes if name not in tensors],
+        "unknown": sorted(extra),
+        "of another shape": [
             f"{name} {tensors[name].shape} in place of {shape}"
             for name, shape in shapes.items()
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    found = [f"{', '.join(names)} {what}" for what, names in problems.items() if names]
+    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
     if found:
         raise InputError(
             f"the tensors in {folder} do not fit its {CONFIG} or the settings of the model: "
             f"{'; '.join(found)}."
         )
+
+
+def _listed(names: list[str]) -> str:
+    """The names, with those that all layers share once: "model.layers.*.mlp.up_proj.weight"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=layers\.)\d+(?=\.)", "*", name), []).append(name)
+    return ", ".join(
+        names[0] if len(names) == 1 else f"{pattern} ({len(names)} times)"
+        for pattern, names in groups.items()
+    )
 
 
 def _is_tied(tensors: Mapping[str, Stored]) -> bool:

@@ -54,6 +54,9 @@ class LlamaConfig:
       initializer_range: standard deviation of the initial kernels and embedding.
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
       remat: recompute each block in the backward pass instead of keeping its activations.
+      checkpoint: folder of a model of Hugging Face's transformers whose parameters a training
+        starts from; empty: random ones. On the command line it also sets what the model consists
+        of, and the tokenizer, to those of the folder.
 
     Raises:
       InputError: a size is not positive, a number of heads does not divide evenly, or another value
@@ -81,6 +84,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     dtype: str = "float32"
     remat: bool = False
+    checkpoint: str = ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
