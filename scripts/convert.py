@@ -10,14 +10,13 @@ of a run: scripts/generate.py writes text with it. To train on from FOLDER, no c
 """
 
 import argparse
-import resource
 import sys
 
 from galore_jax.errors import run_cli
 
 
 def main() -> None:
-    """Converts, and prints what was converted and the memory that it took."""
+    """Converts, and prints what was written and the peak memory."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,13 +31,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from galore_jax.training.convert import from_huggingface, to_huggingface
+    from galore_jax.training.progress import peak_process_memory
 
     convert = from_huggingface if arguments.direction == "from-huggingface" else to_huggingface
     config = convert(arguments.source, arguments.target)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
-        f"{arguments.target}: {config.model.num_layers} layers of {arguments.source}, tokenizer "
-        f"{config.data.tokenizer}, {peak / 2**30:.2f} GiB of memory at most",
+        f"{arguments.target}: {config.model.num_layers} layers, with the tokenizer "
+        f"{config.data.tokenizer}; {peak_process_memory()}",
         file=sys.stderr,
     )
 

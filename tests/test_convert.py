@@ -113,9 +113,7 @@ def test_parameters_are_saved_one_layer_at_a_time(params, tmp_path):
             leaf = leaf[name]
         return leaf[index]
 
-    save_parameters(
-        tmp_path / "checkpoints", Config(MODEL, optimizer=OptimizerConfig("adamw")), read
-    )
+    save_parameters(tmp_path / "checkpoints", CONFIG, read)
     assert {size for path, size in asked if path.startswith("layers/")} == {1}
     assert len(asked) == 2 + 2 * len(jax.tree.leaves(params["layers"]))
     assert_equal_trees(load_for_inference(tmp_path)[1], params)

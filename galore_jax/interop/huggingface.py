@@ -8,7 +8,7 @@ A leaf of the parameters is named by its path, as in "layers/attention/q_proj/ke
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +29,11 @@ from galore_jax.interop.tensors import (
     write_tensors,
 )
 from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.types import ReadPart
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Where there are both, the first has the added tokens too.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-# A part of a leaf, by its path and a slice for each axis.
-Read = Callable[[str, Index], np.ndarray]
-
 _NAMES = {
     "attention": "self_attn",
     "input_norm": "input_layernorm",
@@ -134,7 +132,7 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path,
     config: LlamaConfig,
-    read: Read,
+    read: ReadPart,
     *,
     settings: Mapping[str, Any] | None = None,
     shard_bytes: int = 10**9,

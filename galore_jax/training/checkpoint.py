@@ -39,9 +39,7 @@ from galore_jax.training.config_file import from_dict, to_dict
 from galore_jax.training.processes import ending_together, is_first
 from galore_jax.training.run_folder import RunFolder, check_same_run
 from galore_jax.training.state import TrainState, abstract_state
-
-# Reads a part of a parameter: of "layers/mlp/up_proj/kernel", say, by a slice of each axis.
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+from galore_jax.types import ReadPart
 
 
 class Checkpoints:
@@ -183,7 +181,7 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
 
 
 @contextmanager
-def open_parameters(folder: str | Path) -> Iterator[tuple[Config, Read]]:
+def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
     """Opens the parameters of a run's latest checkpoint, to read them part by part.
 
     Checkpoints of `save_parameters` are stored layer by layer, so that a part of one layer needs no
@@ -200,12 +198,13 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, Read]]:
     """
     with _latest(folder) as (manager, step):
         config, _ = _restore_meta(manager, step)
-        store = {"driver": "ocdbt", "base": f"file://{manager.directory}/{step}/params/"}
+        files = {"driver": "file", "path": f"{manager.directory}/{step}/params/"}
         # The last stack stays, as its layers are usually read one after another.
         context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2**32}})
 
         def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
-            kvstore = {**store, "path": f"{path.replace('/', '.')}/"}
+            name = path.replace("/", ".")  # as Orbax names it
+            kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
             with raise_on_corruption(manager, step):
                 spec = {"driver": "zarr", "kvstore": kvstore}
                 array = tensorstore.open(spec, open=True, context=context).result()
@@ -214,7 +213,7 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, Read]]:
         yield config, read
 
 
-def save_parameters(folder: Path, config: Config, read: Read) -> None:
+def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
     """Saves a model as the checkpoint of step 0, holding no more than one part of it in memory.
 
     A part is a layer of a stack, or a parameter outside of the layers.
