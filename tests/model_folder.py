@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.interop.config_json import read_config
-from galore_jax.interop.huggingface import Checkpoint, write_checkpoint
+from galore_jax.interop.huggingface import ModelFolder, write_model
 from galore_jax.models.llama import Llama
 
 
@@ -26,7 +26,7 @@ def random_params(config):
 def load(folder):
     """The configuration, and the parameters."""
     config = read_config(folder)
-    checkpoint = Checkpoint(folder, config)
+    checkpoint = ModelFolder(folder, config)
 
     def read(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -39,4 +39,4 @@ def save(folder, config, params, **options):
     def read(path, index):
         return np.asarray(functools.reduce(dict.__getitem__, path.split("/"), params)[index])
 
-    write_checkpoint(folder, config, read, **options)
+    write_model(folder, config, read, **options)

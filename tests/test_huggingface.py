@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from galore_jax.errors import InputError
 from galore_jax.interop.config_json import read_config, to_json
-from galore_jax.interop.huggingface import Checkpoint
+from galore_jax.interop.huggingface import ModelFolder
 from galore_jax.models.llama import LlamaConfig
 
 LLAMA = LlamaConfig(
@@ -100,7 +100,7 @@ def test_tensors_have_the_names_and_the_layout_of_transformers(tmp_path):
 def test_any_part_of_a_parameter_can_be_read(tmp_path):
     params = random_params(LLAMA)
     save(tmp_path, LLAMA, params, shard_bytes=700)
-    checkpoint = Checkpoint(tmp_path, LLAMA)
+    checkpoint = ModelFolder(tmp_path, LLAMA)
     index = slice(1, 3), slice(2, 5), slice(None, 4)
     part = checkpoint.read("layers/mlp/up_proj/kernel", index)
     np.testing.assert_array_equal(part, params["layers"]["mlp"]["up_proj"]["kernel"][index])
@@ -278,7 +278,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence_that_names_the_file(damage,
     save(tmp_path, config, random_params(config))
     damage(tmp_path)
     with pytest.raises(InputError, match=named) as refused:
-        Checkpoint(tmp_path, config)
+        ModelFolder(tmp_path, config)
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -107,7 +107,7 @@ def _architecture(config: LlamaConfig) -> str:
 
 def _from_json(table: dict[str, Any]) -> LlamaConfig:
     kind = table.get("model_type")
-    if kind not in ARCHITECTURES:
+    if kind not in list(ARCHITECTURES):
         raise InputError(
             f"the model_type {kind!r} is unknown; there are {', '.join(ARCHITECTURES)}."
         )
@@ -115,7 +115,7 @@ def _from_json(table: dict[str, Any]) -> LlamaConfig:
         if table.get(key) not in (None, value):
             raise InputError(f"{key} = {table[key]!r} is not supported, only {value!r}.")
     dtype = table.get("dtype") or table.get("torch_dtype") or "float32"
-    if dtype not in _DTYPES:
+    if dtype not in list(_DTYPES):
         raise InputError(f"the dtype {dtype!r} is not supported; there are {', '.join(_DTYPES)}.")
     sizes: dict[str, Any] = {ours: _whole(table, theirs) for ours, theirs in _SIZES.items()}
     has_bias = kind in ("llama", "qwen3") and table.get("attention_bias", False)
@@ -142,14 +142,14 @@ _REQUIRED: Any = object()
 
 def _whole(table: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
     value = _value(table, key, default)
-    if value is not default and not isinstance(value, int):
+    if value is not default and type(value) is not int:
         raise InputError(f"{key} must be a whole number, not {value!r}.")
     return value
 
 
 def _real(table: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
     value = _value(table, key, default)
-    if not isinstance(value, int | float):
+    if type(value) not in (int, float):
         raise InputError(f"{key} must be a number, not {value!r}.")
     return float(value)
 

@@ -93,7 +93,7 @@ def _leaves(config: LlamaConfig) -> dict[str, _Leaf]:
     return leaves
 
 
-class Checkpoint:
+class ModelFolder:
     """The parameters in a folder of transformers, checked by name and shape, read when asked for.
 
     Args:
@@ -129,7 +129,7 @@ class Checkpoint:
         return read_tensor(name, stored, index).astype(self._dtype)
 
 
-def write_checkpoint(
+def write_model(
     folder: Path,
     config: LlamaConfig,
     read: ReadPart,

@@ -10,9 +10,9 @@ from galore_jax.files import atomic_write
 from galore_jax.interop.config_json import read_config
 from galore_jax.interop.huggingface import (
     TOKENIZERS,
-    Checkpoint,
+    ModelFolder,
     find_tokenizer,
-    write_checkpoint,
+    write_model,
 )
 from galore_jax.training.checkpoint import open_parameters, save_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
@@ -36,7 +36,7 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     """
     folder, run = Path(folder), RunFolder(run_folder)
     model = read_config(folder)
-    checkpoint = Checkpoint(folder, model)
+    source = ModelFolder(folder, model)
     data = DataConfig(sequence_length=min(DataConfig.sequence_length, model.max_length))
     tokenizer = find_tokenizer(folder)
     if tokenizer is not None:
@@ -48,7 +48,7 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     with open_folder(config, resume=False):
         if tokenizer is not None:
             _copy(tokenizer, run.path / tokenizer.name)
-        save_parameters(run.checkpoints, config, checkpoint.read)
+        save_parameters(run.checkpoints, config, source.read)
     return config
 
 
@@ -75,7 +75,7 @@ def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         }
-        write_checkpoint(folder, config.model, read, settings=settings)
+        write_model(folder, config.model, read, settings=settings)
     for name in TOKENIZERS:
         if Path(source).suffix == Path(name).suffix:
             _copy(Path(source), folder / name)

@@ -76,15 +76,15 @@ def _read_params(config: Config, params: PyTree) -> PyTree:
 
     Each process reads what its devices have.
     """
-    from galore_jax.interop.huggingface import Checkpoint  # needs an extra of its own
+    from galore_jax.interop.huggingface import ModelFolder  # needs an extra of its own
 
-    checkpoint = Checkpoint(Path(config.model.checkpoint), config.model)
+    folder = ModelFolder(Path(config.model.checkpoint), config.model)
 
     def read(path: Any, old: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         shape, sharding = old.shape, old.sharding
         old.delete()  # Never are all of both in memory.
-        return jax.make_array_from_callback(shape, sharding, partial(checkpoint.read, name))
+        return jax.make_array_from_callback(shape, sharding, partial(folder.read, name))
 
     return jax.tree_util.tree_map_with_path(read, params)
 
