@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -185,7 +185,7 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
     """Opens the parameters of a run's latest checkpoint, to read them part by part.
 
     Checkpoints of `save_parameters` are stored layer by layer, so that a part of one layer needs no
-    more memory than that; of others a stack of layers is decoded at a time.
+    more memory than that; of others a whole stack of layers is held.
 
     Args:
       folder: the folder of the run.
@@ -199,16 +199,18 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
     with _latest(folder) as (manager, step):
         config, _ = _restore_meta(manager, step)
         files = {"driver": "file", "path": f"{manager.directory}/{step}/params/"}
-        # The last stack stays, as its layers are usually read one after another.
-        context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2**32}})
 
-        def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
+        @lru_cache(maxsize=1)
+        def opened(path: str) -> Any:
             name = path.replace("/", ".")  # as Orbax names it
             kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+            # A stack that is stored in one piece is decoded once, not for each of its layers.
+            return array if array.chunk_layout.read_chunk.shape[0] == 1 else array.read().result()
+
+        def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
             with raise_on_corruption(manager, step):
-                spec = {"driver": "zarr", "kvstore": kvstore}
-                array = tensorstore.open(spec, open=True, context=context).result()
-                return array[index].read().result()
+                return np.asarray(opened(path)[index])
 
         yield config, read
 
