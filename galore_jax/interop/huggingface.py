@@ -83,13 +83,13 @@ def _leaves(config: LlamaConfig) -> dict[str, _Leaf]:
     params = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
     leaves = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = [key.key for key in path]
-        words = [_NAMES.get(name, name) for name in names]
-        if names[0] == "layers":
+        names = jax.tree_util.keystr(path, simple=True, separator="/")
+        words = [_NAMES.get(name, name) for name in names.split("/")]
+        if words[0] == "layers":
             words.insert(1, "{}")
-        if names[0] != "lm_head":
+        if words[0] != "lm_head":
             words.insert(0, "model")
-        leaves["/".join(names)] = _Leaf(leaf.shape, ".".join(words))
+        leaves[names] = _Leaf(leaf.shape, ".".join(words))
     return leaves
 
 
@@ -119,8 +119,8 @@ class ModelFolder:
         leaf = self._leaves[path]
         if not leaf.is_stack:
             return self._read(leaf, leaf.name, index)
-        names, *index = leaf.names[index[0]], *index[1:]
-        return np.stack([self._read(leaf, name, tuple(index)) for name in names])
+        layers, index = index[0], index[1:]
+        return np.stack([self._read(leaf, name, index) for name in leaf.names[layers]])
 
     def _read(self, leaf: _Leaf, name: str, index: Index) -> np.ndarray:
         stored = self._tensors[name]
@@ -216,5 +216,6 @@ def _is_tied(tensors: Mapping[str, Stored]) -> bool:
     """Whether a head that the files have too is the embedding."""
     if EMBEDDING not in tensors or tensors[HEAD].shape != tensors[EMBEDDING].shape:
         return False
-    head, embedding = (read_tensor(name, tensors[name], (...,)) for name in (HEAD, EMBEDDING))
+    everything = slice(None), slice(None)
+    head, embedding = (read_tensor(name, tensors[name], everything) for name in (HEAD, EMBEDDING))
     return np.array_equal(head, embedding)

@@ -84,7 +84,8 @@ def _read_params(config: Config, params: PyTree) -> PyTree:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         shape, sharding = old.shape, old.sharding
         old.delete()  # Never are all of both in memory.
-        return jax.make_array_from_callback(shape, sharding, partial(folder.read, name))
+        read_part: Any = partial(folder.read, name)
+        return jax.make_array_from_callback(shape, sharding, read_part)
 
     return jax.tree_util.tree_map_with_path(read, params)
 
