@@ -39,8 +39,6 @@ def assert_equal_losses(result, expected, bound):
         pytest.param("layerwise_muon", ["fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise", ["zero", "explicit"], EXACT, marks=pytest.mark.slow),
-        pytest.param("other_model", ["fsdp", "all", "explicit"], EXACT, marks=pytest.mark.slow),
-        pytest.param("layerwise_other_model", ["fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("8bit", ["data", "fsdp", "all", "zero"], EIGHT_BIT, marks=pytest.mark.slow),
         pytest.param("layerwise_8bit", ["fsdp", "all"], EIGHT_BIT, marks=pytest.mark.slow),
     ],

@@ -56,20 +56,6 @@ MODES = {
         "training": {"layerwise": True},
     },
 }
-# A model with everything that others have and LLaMA has not.
-OTHER_MODEL = {
-    "head_dim": 24,
-    "attention_bias": "qkvo",
-    "qk_norm": True,
-    "sliding_window": 9,
-    "tie_embeddings": True,
-    "rope_factor": 4.0,
-    "rope_original_length": 16,
-}
-MODES |= {
-    "other_model": {"model": OTHER_MODEL},
-    "layerwise_other_model": {"model": OTHER_MODEL, "training": {"layerwise": True}},
-}
 MESHES = {
     "data": {},
     "fsdp": {"data": 1, "fsdp": 8},
