@@ -21,6 +21,7 @@ _EXTRAS = {
     ),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboardX",),
+    "huggingface": ("safetensors",),
 }
 _EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}
 

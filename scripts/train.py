@@ -3,6 +3,7 @@
 python scripts/train.py --config configs/demo.toml
 python scripts/train.py --config configs/llama_60m.toml data.source=data training.steps=1000
 python scripts/train.py --config runs/demo/config.toml --resume
+python scripts/train.py --config configs/llama_1b.toml model.checkpoint=FOLDER  # of transformers
 
 It trains on all devices. Several processes, each on its devices, train together if Slurm or Open
 MPI starts them, or if all are given the address of the first one and their own number:

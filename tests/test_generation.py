@@ -47,9 +47,18 @@ def greedy_without_cache(config, params, prompt, num_tokens):
     return tokens[:, start:]
 
 
-@pytest.mark.parametrize("kv_heads", [2, None])
-def test_cached_generation_equals_the_most_likely_tokens_of_full_forward_passes(kv_heads):
-    config = dataclasses.replace(TINY, num_kv_heads=kv_heads)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": None},
+        {"head_dim": 10, "attention_bias": "qkv", "qk_norm": True, "sliding_window": 5},
+        {"tie_embeddings": True, "rope_factor": 4.0, "rope_original_length": 8},
+    ],
+    ids=["grouped", "full heads", "biases, norms, window", "tied, stretched"],
+)
+def test_cached_generation_equals_the_most_likely_tokens_of_full_forward_passes(changes):
+    config = dataclasses.replace(TINY, **changes)
     params = initial(config)
     written = generate(config, params, PROMPT, 15, jax.random.key(0), temperature=0.0)
     assert written.shape == (3, 15)

@@ -19,6 +19,17 @@ from galore_jax.models.loss import next_token_loss
 
 CONFIG = LlamaConfig(97, 32, 56, 3, 4, num_kv_heads=2, max_length=24)
 GAP = 5
+# Everything that other models have and LLaMA has not.
+OTHER_MODEL = dataclasses.replace(
+    CONFIG,
+    head_dim=10,
+    attention_bias="qkvo",
+    qk_norm=True,
+    sliding_window=5,
+    tie_embeddings=True,
+    rope_factor=4.0,
+    rope_original_length=8,
+)
 
 
 def model_of(config):
@@ -153,6 +164,29 @@ def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, set
         if projected and not due:
             assert max_difference(after[True].params, after[False].params) <= 1e-6
     assert refreshes >= 4 or not projected
+
+
+@pytest.mark.parametrize("projected", [True, False], ids=["coordinates", "full gradient"])
+def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step(projected):
+    tx = galore_jax.adamw(0.003, 8, GAP, weight_decay=0.1)
+    ordinary = Ordinary(tx, projected, OTHER_MODEL)
+    steps = layerwise_steps(tx, model_of(OTHER_MODEL), projected=projected)
+    params = params_of(OTHER_MODEL)
+    state = galore_jax.init(tx, params)
+    for t in range(GAP + 2):
+        due = projected and bool(galore_jax.refresh_due(state))
+        found = steps[due](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
+        params, state, loss, _ = ordinary.step(params, state, batch_of(t))
+        assert max_difference(found.params, params) <= 1e-5, t
+        np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
+    if projected:
+        report = galore_jax.projection_report(
+            functools.partial(loss_of, OTHER_MODEL), params, state, batch_of(0)
+        )
+        kernels = {f"layers/attention/{letter}_proj/kernel" for letter in "qkvo"}
+        kernels |= {f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
+        assert report.keys() == kernels
+        assert {uses.gradient for uses in report.values()} == {"projected"}
 
 
 def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():

@@ -21,6 +21,17 @@ TINY = LlamaConfig(
     initializer_range=0.2,
 )
 
+OTHER_MODEL = dataclasses.replace(
+    TINY,
+    head_dim=10,
+    attention_bias="qkvo",
+    qk_norm=True,
+    sliding_window=5,
+    tie_embeddings=True,
+    rope_factor=8.0,
+    rope_original_length=16,
+)
+
 
 @pytest.fixture(scope="module")
 def params():
@@ -29,10 +40,12 @@ def params():
 
 @functools.partial(jax.jit, static_argnums=0)
 def initial(config: LlamaConfig):
-    """Initial parameters, with norm scales that are not all 1."""
+    """Initial parameters, with norm scales that are not all 1 and biases that are not 0."""
     params = Llama(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
 
     def scaled(path, leaf):
+        if path[-1].key == "bias":
+            return jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape)
         if path[-1].key != "scale":
             return leaf
         return (leaf * jnp.linspace(0.5, 1.5, leaf.size).reshape(leaf.shape)).astype(leaf.dtype)
@@ -70,7 +83,16 @@ def numpy_llama(config: LlamaConfig, params, tokens: np.ndarray) -> np.ndarray:
 
     def basis_updates(head, position):
         half = config.head_size // 2
-        angle = position * config.rope_theta ** (-np.arange(half) / half)
+        frequencies = config.rope_theta ** (-np.arange(half) / half)
+        for i, frequency in enumerate(frequencies):
+            wavelength = 2 * np.pi / frequency
+            if wavelength > config.rope_original_length / config.rope_low_freq_factor:
+                frequencies[i] = frequency / config.rope_factor
+            elif wavelength > config.rope_original_length / config.rope_high_freq_factor:
+                low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+                share = (config.rope_original_length / wavelength - low) / (high - low)
+                frequencies[i] *= (1 - share) / config.rope_factor + share
+        angle = position * frequencies
         pairs = (head[:half] + 1j * head[half:]) * np.exp(1j * angle)
         return np.concatenate((pairs.real, pairs.imag))
 
@@ -78,35 +100,45 @@ def numpy_llama(config: LlamaConfig, params, tokens: np.ndarray) -> np.ndarray:
     x = params["embed_tokens"]["embedding"][tokens]
     for layer in range(config.num_layers):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
-        kernels = {name: leaf["kernel"] for name, leaf in block["attention"].items()}
+        attention = block["attention"]
+        project = lambda x, leaf: x @ leaf["kernel"] + leaf.get("bias", 0)
         h = norm(x, block["input_norm"]["scale"])
         q, k, v = (
-            (h @ kernels[name]).reshape(len(tokens), -1, config.head_size)
+            project(h, attention[name]).reshape(len(tokens), -1, config.head_size)
             for name in ("q_proj", "k_proj", "v_proj")
         )
+        if config.qk_norm:
+            q = norm(q, attention["q_norm"]["scale"])
+            k = norm(k, attention["k_norm"]["scale"])
         mixed = np.zeros_like(q)
         for t in range(len(tokens)):
+            first = max(0, t + 1 - (config.sliding_window or len(tokens)))
             for head in range(config.num_heads):
                 query = basis_updates(q[t, head], t)
                 scores = np.array(
-                    [query @ basis_updates(k[s, head // group], s) for s in range(t + 1)]
+                    [query @ basis_updates(k[s, head // group], s) for s in range(first, t + 1)]
                 )
                 weights = np.exp(scores / np.sqrt(config.head_size))
-                mixed[t, head] = weights @ v[: t + 1, head // group] / weights.sum()
-        x = x + mixed.reshape(len(tokens), -1) @ kernels["o_proj"]
+                mixed[t, head] = weights @ v[first : t + 1, head // group] / weights.sum()
+        x = x + project(mixed.reshape(len(tokens), -1), attention["o_proj"])
         kernels = {name: leaf["kernel"] for name, leaf in block["mlp"].items()}
         h = norm(x, block["post_attention_norm"]["scale"])
         gate = h @ kernels["gate_proj"]
         x = x + (gate / (1 + np.exp(-gate)) * (h @ kernels["up_proj"])) @ kernels["down_proj"]
-    return norm(x, params["norm"]["scale"]) @ params["lm_head"]["kernel"]
+    if config.tie_embeddings:
+        head = params["embed_tokens"]["embedding"].T
+    else:
+        head = params["lm_head"]["kernel"]
+    return norm(x, params["norm"]["scale"]) @ head
 
 
-def test_logits_equal_those_of_a_plain_numpy_forward_pass(params):
-    tokens = random_tokens(2, 12)
-    logits = logits_of(params, tokens)
+@pytest.mark.parametrize("config", [TINY, OTHER_MODEL], ids=["llama", "other model"])
+def test_logits_equal_those_of_a_plain_numpy_forward_pass(config):
+    params, tokens = initial(config), random_tokens(2, 12)
+    logits = logits_of(params, tokens, config=config)
     assert logits.dtype == jnp.float32
     for row in range(2):
-        expected = numpy_llama(TINY, params, np.asarray(tokens[row]))
+        expected = numpy_llama(config, params, np.asarray(tokens[row]))
         np.testing.assert_allclose(logits[row], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -249,6 +281,18 @@ def test_parameters_have_the_agreed_names_and_stacked_shapes(params):
     }
 
 
+def test_other_models_have_biases_norms_of_heads_and_no_head_of_their_own(params):
+    config = dataclasses.replace(OTHER_MODEL, attention_bias="qkv")
+    shapes = jax.eval_shape(lambda: initial(config))
+    attention = shapes["layers"]["attention"]
+    assert attention["q_proj"]["kernel"].shape == (3, 32, 40)
+    assert attention["o_proj"]["kernel"].shape == (3, 40, 32)
+    assert attention["k_proj"]["bias"].shape == (3, 20)
+    assert attention["q_norm"]["scale"].shape == attention["k_norm"]["scale"].shape == (3, 10)
+    assert shapes.keys() == params.keys() - {"lm_head"}
+    assert attention["o_proj"].keys() == {"kernel"}
+
+
 def test_initial_kernels_differ_between_layers_and_have_the_configured_deviation():
     wide = dataclasses.replace(TINY, vocab_size=500, hidden_size=128, initializer_range=0.02)
     params = initial(wide)
@@ -291,6 +335,10 @@ def test_huge_logits_give_a_finite_loss_and_gradient():
         ({"num_heads": 5}, "model.num_heads 5"),
         ({"num_kv_heads": 3}, "model.num_kv_heads 3"),
         ({"num_heads": 32, "num_kv_heads": None}, "heads of 1"),
+        ({"head_dim": 5}, "model.head_dim gives heads of 5"),
+        ({"attention_bias": "q"}, 'model.attention_bias is "q"'),
+        ({"sliding_window": 0}, "model.sliding_window is 0"),
+        ({"rope_low_freq_factor": 4.0}, "rope_low_freq_factor 4.0 must be below"),
         ({"dtype": "float16"}, "float16"),
         ({"hidden_size": 0}, "model.hidden_size is 0"),
         ({"num_layers": -1}, "model.num_layers is -1"),

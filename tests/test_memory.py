@@ -220,6 +220,14 @@ def test_the_baselines_keep_all_activations_and_only_adam_all_gradients():
     assert galore["bases"] == here["bases"]
 
 
+def test_the_gradient_of_a_tied_head_waits_for_that_of_the_embedding():
+    config = tiny(name="galore_adamw8bit")
+    tied = replace(config, model=replace(config.model, tie_embeddings=True))
+    # The embedding's is larger than that of a layer, which has coordinates.
+    assert predict(config)["gradients"] == 4 * 128 * 64
+    assert predict(tied)["gradients"] == 2 * 4 * 128 * 64
+
+
 def test_a_step_fits_a_card_or_misses_some_gib():
     assert memory.fit(18 * 2**30, 24 * 2**30) == "It fits the card's 24.0 GiB: 6.0 are left."
     more = memory.fit(20 * 2**30, 24 * 2**30)

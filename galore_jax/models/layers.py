@@ -19,6 +19,19 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
+class RotaryScaling(NamedTuple):
+    """LLaMA 3's change of rotary frequencies for sequences longer than the model was trained on.
+
+    Frequencies that turn less than `low` times over `original_length` positions are divided by
+    `factor`, those that turn more than `high` times stay, and a linear blend joins the two.
+    """
+
+    factor: float
+    low: float
+    high: float
+    original_length: int
+
+
 class KeyValueCache(NamedTuple):
     """Keys and values of all positions so far, each (batch, max length, kv heads, head)."""
 
@@ -37,12 +50,19 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, axes)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def rotation_at(positions: jax.Array, head_size: int, theta: float) -> Rotation:
+def rotation_at(
+    positions: jax.Array, head_size: int, theta: float, scaling: RotaryScaling | None = None
+) -> Rotation:
     """The rotation of RoFormer (arXiv 2104.09864, section 3.2.2) at `positions`, (batch, length).
 
-    Pair i of a head is rotated by `position / theta ** (2 i / head_size)` radians.
+    Pair i of a head is rotated by `position / theta ** (2 i / head_size)` radians, or by what
+    `scaling` makes of that.
     """
     frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    if scaling is not None:
+        turns = scaling.original_length * frequencies / (2 * jnp.pi)
+        kept = jnp.clip((turns - scaling.low) / (scaling.high - scaling.low), 0, 1)
+        frequencies *= kept + (1 - kept) / scaling.factor
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
@@ -58,11 +78,20 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def attention_mask(segments: jax.Array) -> jax.Array:
-    """Causal mask within equal `segments` (batch, length): bool (batch, 1, query, key)."""
-    length = segments.shape[1]
+def attention_mask(segments: jax.Array, window: int | None = None) -> jax.Array:
+    """Causal mask within equal `segments` (batch, length): bool (batch, 1, query, key).
+
+    With a `window`, each query sees the last `window` positions, its own included.
+    """
+    positions = jnp.arange(segments.shape[1])
     same = segments[:, None, :, None] == segments[:, None, None, :]
-    return same & jnp.tri(length, dtype=bool)
+    return same & is_visible(positions[:, None], positions, window)
+
+
+def is_visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.Array:
+    """Whether a query at one position sees the key at another: bool, of their broadcast shape."""
+    visible = queries >= keys
+    return visible if window is None else visible & (queries - keys < window)
 
 
 # Blocks of queries in attention: shorter blocks save little, and more of them compile slowly.
@@ -114,10 +143,23 @@ class Attention(nn.Module):
 
     Kernels are plain (in, out) matrices: q (hidden, heads x head), k and v (hidden, kv heads x
     head), o (heads x head, hidden).
+
+    Attributes:
+      num_heads: query heads.
+      num_kv_heads: key and value heads, a divisor of `num_heads`.
+      head_size: components of a head, an even number.
+      biased: which of the projections "q", "k", "v" and "o" have a bias, one letter each.
+      qk_norm_epsilon: added to the mean square in the RMS norms of queries and keys, which have a
+        scale for each component of a head; None: there are no such norms.
+      initializer_range: standard deviation of the initial kernels.
+      dtype: of the parameters and the result.
     """
 
     num_heads: int
     num_kv_heads: int
+    head_size: int
+    biased: str
+    qk_norm_epsilon: float | None
     initializer_range: float
     dtype: Any
 
@@ -143,16 +185,29 @@ class Attention(nn.Module):
           The activations, and the cache with `x` in it (None without a cache).
         """
         batch, length, hidden = x.shape
-        head_size = hidden // self.num_heads
 
-        def heads(name: str, count: int) -> jax.Array:
-            projected = linear(count * head_size, self.initializer_range, self.dtype, name)(x)
-            projected = projected.reshape(batch, length, count, head_size)
+        def projection(features: int, letter: str) -> nn.Dense:
+            return linear(
+                features,
+                self.initializer_range,
+                self.dtype,
+                f"{letter}_proj",
+                use_bias=letter in self.biased,
+            )
+
+        def heads(letter: str, count: int) -> jax.Array:
+            projected = projection(count * self.head_size, letter)(x)
+            projected = projected.reshape(batch, length, count, self.head_size)
             return constrain(projected, "batch", None, "heads")
 
-        queries = rotate(heads("q_proj", self.num_heads), rotation)
-        keys = rotate(heads("k_proj", self.num_kv_heads), rotation)
-        values = heads("v_proj", self.num_kv_heads)
+        def rotated(letter: str, count: int) -> jax.Array:
+            projected = heads(letter, count)
+            if self.qk_norm_epsilon is not None:
+                projected = rms_norm(self.qk_norm_epsilon, self.dtype, f"{letter}_norm")(projected)
+            return rotate(projected, rotation)
+
+        queries, keys = rotated("q", self.num_heads), rotated("k", self.num_kv_heads)
+        values = heads("v", self.num_kv_heads)
         if cache is None:
             mixed = causal_attention(queries, keys, values, mask)
         else:
@@ -160,9 +215,8 @@ class Attention(nn.Module):
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, start, axis=1)
             cache = KeyValueCache(keys, values)
             mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
-        output = linear(hidden, self.initializer_range, self.dtype, "o_proj")
-        mixed = constrain(mixed.reshape(batch, length, hidden), "batch", None, "heads")
-        return output(mixed), cache
+        mixed = constrain(mixed.reshape(batch, length, -1), "batch", None, "heads")
+        return projection(hidden, "o")(mixed), cache
 
 
 class MLP(nn.Module):
@@ -186,12 +240,16 @@ class Block(nn.Module):
     """One pre-norm layer of LLaMA: `x += attention(norm(x)); x += mlp(norm(x))`.
 
     With `remat_halves` the backward pass recomputes attention and the MLP separately, so that the
-    activations of only one of them exist at a time.
+    activations of only one of them exist at a time. With `qk_norm` queries and keys are normalised;
+    the other attributes are those of `Attention` and `MLP`.
     """
 
     num_heads: int
     num_kv_heads: int
+    head_size: int
     intermediate_size: int
+    biased: str
+    qk_norm: bool
     norm_epsilon: float
     initializer_range: float
     dtype: Any
@@ -208,22 +266,39 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, KeyValueCache | None]:
         """Arguments and results are those of `Attention`."""
         half = nn.remat if self.remat_halves else lambda layer: layer
-        settings = (self.initializer_range, self.dtype)
-        attention = half(Attention)(self.num_heads, self.num_kv_heads, *settings, name="attention")
-        mlp = half(MLP)(self.intermediate_size, *settings, name="mlp")
+        attention = half(Attention)(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            biased=self.biased,
+            qk_norm_epsilon=self.norm_epsilon if self.qk_norm else None,
+            initializer_range=self.initializer_range,
+            dtype=self.dtype,
+            name="attention",
+        )
+        mlp = half(MLP)(self.intermediate_size, self.initializer_range, self.dtype, name="mlp")
         attended, cache = attention(self._norm("input_norm", x), rotation, mask, cache, start)
         x = x + attended
         return constrain(x + mlp(self._norm("post_attention_norm", x)), "batch"), cache
 
     def _norm(self, name: str, x: jax.Array) -> jax.Array:
-        norm = nn.RMSNorm(self.norm_epsilon, dtype=self.dtype, param_dtype=self.dtype, name=name)
-        return constrain(norm(x), "batch")
+        return constrain(rms_norm(self.norm_epsilon, self.dtype, name)(x), "batch")
+
+
+def rms_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.RMSNorm:
+    """RMSNorm over the last axis, with a scale for each component."""
+    return nn.RMSNorm(epsilon, dtype=dtype, param_dtype=dtype, name=name)
 
 
 def linear(
-    features: int, initializer_range: float, dtype: Any, name: str | None = None, result: Any = None
+    features: int,
+    initializer_range: float,
+    dtype: Any,
+    name: str | None = None,
+    result: Any = None,
+    use_bias: bool = False,
 ) -> nn.Dense:
-    """A dense layer without bias, initialised from N(0, initializer_range²).
+    """A dense layer with a kernel from N(0, initializer_range²) and, if it has one, a bias of 0.
 
     Its output has the dtype `result`, by default `dtype`.
     """
@@ -237,7 +312,7 @@ def linear(
 
     return nn.Dense(
         features,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         param_dtype=dtype,
         kernel_init=nn.initializers.normal(initializer_range),

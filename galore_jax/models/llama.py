@@ -1,4 +1,7 @@
-"""LLaMA (arXiv 2302.13971) in Flax Linen, with its blocks stacked along a leading layer axis."""
+"""LLaMA (arXiv 2302.13971) in Flax Linen, with its blocks stacked along a leading layer axis.
+
+The configuration covers the models that differ from it in details: LLaMA 3, Mistral, Qwen2, Qwen3.
+"""
 
 import dataclasses
 from typing import Any, cast
@@ -11,9 +14,14 @@ from galore_jax.errors import InputError
 from galore_jax.models.layers import (
     Block,
     KeyValueCache,
+    RotaryScaling,
+    Rotation,
     attention_mask,
     constrain,
+    is_visible,
     linear,
+    matmul,
+    rms_norm,
     rotation_at,
 )
 
@@ -23,22 +31,36 @@ class LlamaConfig:
     """Sizes and numerical settings of a LLaMA.
 
     Attributes:
-      vocab_size: rows of the embedding and columns of the (untied) head.
+      vocab_size: rows of the embedding and columns of the head.
       hidden_size: width of the residual stream.
       intermediate_size: width of the gated MLP.
       num_layers: number of blocks.
-      num_heads: query heads; each has hidden_size / num_heads components, an even number.
+      num_heads: query heads.
       num_kv_heads: key and value heads, a divisor of num_heads; None: as many as num_heads.
+      head_dim: components of a head, an even number; None: hidden_size / num_heads.
+      attention_bias: which projections of attention have a bias, `"qkv"` (Qwen2) or `"qkvo"`;
+        empty: none.
+      qk_norm: RMSNorm of each head's queries and keys before the rotation (Qwen3).
+      sliding_window: how many positions a query sees, its own included (Mistral); None: all
+        up to its own.
+      tie_embeddings: the head is the transposed embedding.
       max_length: the longest sequence in tokens.
       rope_theta: base of the rotary wavelengths.
+      rope_factor: by how much the longest wavelengths are stretched, as in LLaMA 3; 1: not at all.
+      rope_low_freq_factor: frequencies with fewer turns over rope_original_length are stretched.
+      rope_high_freq_factor: frequencies with more turns over it stay; between the two is a blend.
+      rope_original_length: the longest sequence before the wavelengths were stretched.
       norm_epsilon: added to the mean square in RMSNorm.
       initializer_range: standard deviation of the initial kernels and embedding.
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
       remat: recompute each block in the backward pass instead of keeping its activations.
+      checkpoint: folder of a model of Hugging Face's transformers whose parameters a training
+        starts from; empty: random ones. On the command line it also sets what the model consists
+        of, and the tokenizer, to those of the folder.
 
     Raises:
-      InputError: a size is not positive, a number of heads does not divide evenly, or the dtype is
-        not supported.
+      InputError: a size is not positive, a number of heads does not divide evenly, or another value
+        is not supported.
     """
 
     vocab_size: int = 32000
@@ -47,32 +69,53 @@ class LlamaConfig:
     num_layers: int = 8
     num_heads: int = 8
     num_kv_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: str = ""
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    tie_embeddings: bool = False
     max_length: int = 1024
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
     norm_epsilon: float = 1e-6
     initializer_range: float = 0.02
     dtype: str = "float32"
     remat: bool = False
+    checkpoint: str = ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and field.name != "remat" and not value > 0:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if is_number and not value > 0:
                 raise InputError(f"model.{field.name} is {value}: it must be positive.")
-        if self.hidden_size % self.num_heads:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
             raise InputError(
                 f"model.num_heads {self.num_heads} does not divide model.hidden_size "
-                f"{self.hidden_size}: choose a divisor."
+                f"{self.hidden_size}: choose a divisor, or set model.head_dim."
             )
         if self.head_size % 2:
+            origin = f"model.hidden_size {self.hidden_size} over model.num_heads {self.num_heads}"
             raise InputError(
-                f"model.hidden_size {self.hidden_size} over model.num_heads {self.num_heads} gives "
-                f"heads of {self.head_size}: rotary positions need an even size."
+                f"{origin if self.head_dim is None else 'model.head_dim'} gives heads of "
+                f"{self.head_size}: rotary positions need an even size."
             )
         if self.num_heads % self.kv_heads:
             raise InputError(
                 f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads "
                 f"{self.num_heads}: choose a divisor."
+            )
+        if self.attention_bias not in ("", "qkv", "qkvo"):
+            raise InputError(
+                f'model.attention_bias is "{self.attention_bias}": choose "", "qkv" or "qkvo".'
+            )
+        if not self.rope_low_freq_factor < self.rope_high_freq_factor:
+            raise InputError(
+                f"model.rope_low_freq_factor {self.rope_low_freq_factor} must be below "
+                f"model.rope_high_freq_factor, {self.rope_high_freq_factor}."
             )
         if self.dtype not in ("float32", "bfloat16"):
             raise InputError(f'model.dtype is "{self.dtype}": choose "float32" or "bfloat16".')
@@ -80,12 +123,39 @@ class LlamaConfig:
     @property
     def head_size(self) -> int:
         """Components of a head."""
-        return self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
         """Key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def block_settings(self) -> dict[str, Any]:
+        """The attributes of `Block`."""
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.kv_heads,
+            "head_size": self.head_size,
+            "intermediate_size": self.intermediate_size,
+            "biased": self.attention_bias,
+            "qk_norm": self.qk_norm,
+            "norm_epsilon": self.norm_epsilon,
+            "initializer_range": self.initializer_range,
+            "dtype": self.dtype,
+        }
+
+    def rotation_at(self, positions: jax.Array) -> Rotation:
+        """The rotary embedding at `positions`, (batch, length)."""
+        scaling = None
+        if self.rope_factor != 1:
+            scaling = RotaryScaling(
+                self.rope_factor,
+                self.rope_low_freq_factor,
+                self.rope_high_freq_factor,
+                self.rope_original_length,
+            )
+        return rotation_at(positions, self.head_size, self.rope_theta, scaling)
 
 
 class Llama(nn.Module):
@@ -94,6 +164,8 @@ class Llama(nn.Module):
     embed_tokens/embedding (vocab, hidden); with a leading layer axis: layers/input_norm/scale,
     layers/attention/{q,k,v,o}_proj/kernel, layers/post_attention_norm/scale,
     layers/mlp/{gate,up,down}_proj/kernel; norm/scale (hidden,); lm_head/kernel (hidden, vocab).
+    As configured, also layers/attention/{q,k,v,o}_proj/bias and layers/attention/{q,k}_norm/scale;
+    and there is no lm_head if the embeddings are tied.
     """
 
     config: LlamaConfig
@@ -119,18 +191,12 @@ class Llama(nn.Module):
             in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0, nn.broadcast)),
             length=config.num_layers,
         )
-        self.layers = stack(
-            num_heads=config.num_heads,
-            num_kv_heads=config.kv_heads,
-            intermediate_size=config.intermediate_size,
-            norm_epsilon=config.norm_epsilon,
-            initializer_range=config.initializer_range,
-            dtype=config.dtype,
-        )
-        self.norm = nn.RMSNorm(config.norm_epsilon, dtype=config.dtype, param_dtype=config.dtype)
-        self.lm_head = linear(
-            config.vocab_size, config.initializer_range, config.dtype, result=jnp.float32
-        )
+        self.layers = stack(**config.block_settings)
+        self.norm = rms_norm(config.norm_epsilon, config.dtype)
+        if not config.tie_embeddings:
+            self.lm_head = linear(
+                config.vocab_size, config.initializer_range, config.dtype, result=jnp.float32
+            )
 
     def __call__(
         self,
@@ -162,7 +228,8 @@ class Llama(nn.Module):
             segments = jnp.ones((1, length), jnp.int32)
         if positions is None:
             positions = jnp.arange(length, dtype=jnp.int32)[None]
-        return self._logits(tokens, positions, attention_mask(segments))[0]
+        mask = attention_mask(segments, self.config.sliding_window)
+        return self._logits(tokens, positions, mask)[0]
 
     def extend(
         self, tokens: jax.Array, cache: KeyValueCache, start: jax.Array | int
@@ -179,11 +246,15 @@ class Llama(nn.Module):
           Logits, float32 (batch, length, vocab), and the cache with `tokens` in it.
         """
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        seen = positions[:, None] >= jnp.arange(cache.keys.shape[2])
+        keys = jnp.arange(cache.keys.shape[2])
+        seen = is_visible(positions[:, None], keys, self.config.sliding_window)
         return self._logits(tokens, positions[None], seen[None, None], cache, start)
 
     def _logits(self, tokens, positions, mask, cache=None, start: Any = 0) -> tuple[jax.Array, Any]:
-        rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
+        rotation = self.config.rotation_at(positions)
         x = constrain(self.embed_tokens(tokens), "batch").astype(self.config.dtype)
         x, cache = self.layers(x, rotation, mask, cache, start)
-        return self.lm_head(constrain(self.norm(x), "batch")), cache
+        x = constrain(self.norm(x), "batch")
+        if self.config.tie_embeddings:
+            return matmul(x, self.embed_tokens.embedding.T, jnp.float32), cache
+        return self.lm_head(x), cache

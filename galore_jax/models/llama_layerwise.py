@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from galore_jax.models.layers import Block, Rotation, attention_mask, constrain, rotation_at
+from galore_jax.models.layers import Block, Rotation, attention_mask, constrain, rms_norm
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.models.loss import chunked_next_token_loss
 from galore_jax.types import PyTree
@@ -18,8 +18,9 @@ def embed(config: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array,
     """The activations before the first block, and the rotation and mask that every block takes."""
     embedding = nn.Embed(config.vocab_size, config.hidden_size, dtype=jnp.float32)
     x: Any = embedding.apply({"params": params["embed_tokens"]}, batch["tokens"])
-    rotation = rotation_at(batch["positions"], config.head_size, config.rope_theta)
-    return constrain(x, "batch").astype(config.dtype), (rotation, attention_mask(batch["segments"]))
+    rotation = config.rotation_at(batch["positions"])
+    mask = attention_mask(batch["segments"], config.sliding_window)
+    return constrain(x, "batch").astype(config.dtype), (rotation, mask)
 
 
 def block(
@@ -31,15 +32,7 @@ def block(
     remat_halves: bool = True,
 ) -> jax.Array:
     """One block, with parameters that have no layer axis; see `Block` for `remat_halves`."""
-    layer = Block(
-        num_heads=config.num_heads,
-        num_kv_heads=config.kv_heads,
-        intermediate_size=config.intermediate_size,
-        norm_epsilon=config.norm_epsilon,
-        initializer_range=config.initializer_range,
-        dtype=config.dtype,
-        remat_halves=remat_halves,
-    )
+    layer = Block(**config.block_settings, remat_halves=remat_halves)
     return layer.apply({"params": params}, x, *block_inputs)[0]
 
 
@@ -47,9 +40,12 @@ def head_loss(
     config: LlamaConfig, params: PyTree, x: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """The mean loss per target in nats, and the number of targets, without forming all logits."""
-    norm = nn.RMSNorm(config.norm_epsilon, dtype=config.dtype)
+    norm = rms_norm(config.norm_epsilon, config.dtype)
     normed: Any = norm.apply({"params": params["norm"]}, x)
-    head = nn.meta.unbox(params["lm_head"])["kernel"]
+    if config.tie_embeddings:
+        head = nn.meta.unbox(params["embed_tokens"])["embedding"].T
+    else:
+        head = nn.meta.unbox(params["lm_head"])["kernel"]
     loss, targets = chunked_next_token_loss(
         constrain(normed, "batch"), head, batch["tokens"], batch["segments"]
     )

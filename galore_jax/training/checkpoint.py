@@ -1,21 +1,22 @@
 """Checkpoints: asynchronous and atomic, with the position in the data and the configuration.
 
-This is the only file that uses Orbax. A checkpoint is `checkpoints/<number of updates>/` with four
-items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the configuration, and
-checksums of all four). Orbax writes to a temporary folder, which it renames at the end. Each
-process writes the parts of the arrays that lie on its devices, and process 0 everything else, so
-that another number of processes, on another mesh, can read it.
+This is the only file that saves and restores with Orbax. A checkpoint is `checkpoints/<number of
+updates>/` with four items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the
+configuration, and checksums of all four); of a model that was not trained here it has `params` and
+`meta` alone. Orbax writes to a temporary folder, which it renames at the end. Each process writes
+the parts of the arrays that lie on its devices, and process 0 everything else, so that another
+number of processes, on another mesh, can read it.
 """
 
-import errno
+import asyncio
 import json
-import logging
+import math
 import os
 import shutil
-import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,15 +24,22 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
+from galore_jax.training.checkpoint_errors import (
+    raise_on_corruption,
+    raise_on_full_disk,
+    silence_duplicate_errors,
+)
 from galore_jax.training.checksum import json_checksum, tree_checksum
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import from_dict, to_dict
 from galore_jax.training.processes import ending_together, is_first
 from galore_jax.training.run_folder import RunFolder, check_same_run
 from galore_jax.training.state import TrainState, abstract_state
+from galore_jax.types import ReadPart
 
 
 class Checkpoints:
@@ -47,7 +55,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int):
-        _silence_duplicate_errors()
+        silence_duplicate_errors()
         self.folder = folder.absolute()
         with ending_together():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +72,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.callback(_remove_unfinished, self.folder)
-            stack.enter_context(_raise_on_full_disk(self.folder))
+            stack.enter_context(raise_on_full_disk(self.folder))
             stack.callback(self._manager.close)
             self._exit = stack.pop_all()
         return self
@@ -89,7 +97,7 @@ class Checkpoints:
             "data": json_checksum(position),
             "config": json_checksum(recorded),
         }
-        with _raise_on_full_disk(self.folder):
+        with raise_on_full_disk(self.folder):
             self._manager.save(
                 int(state.step),
                 args=ocp.args.Composite(
@@ -106,7 +114,7 @@ class Checkpoints:
         Raises:
           OSError: the disk is full (ENOSPC).
         """
-        with _raise_on_full_disk(self.folder):
+        with raise_on_full_disk(self.folder):
             self._manager.wait_until_finished()
 
     def restore(
@@ -117,14 +125,21 @@ class Checkpoints:
         `batches` is set to continue where the run was.
 
         Raises:
-          InputError: the checkpoint is of another configuration, or is damaged.
+          InputError: the checkpoint is of another configuration, is damaged, or holds parameters
+            only.
         """
         step = self.latest()
         assert step is not None, "there is no checkpoint to restore"
+        if not (self.folder / str(step) / "optimizer").exists():
+            raise InputError(
+                f"{self.folder / str(step)} holds parameters but no optimizer to resume: start a "
+                "training in another training.folder, with model.checkpoint=FOLDER for the folder "
+                "that they were converted from."
+            )
         recorded, checksums = _restore_meta(self._manager, step)
         check_same_run(recorded, config, self.folder)
         target = _on_devices(abstract_state(config, mesh))
-        with _raise_on_corruption(self._manager, step):
+        with raise_on_corruption(self._manager, step):
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -155,22 +170,149 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
     Raises:
       InputError: the folder holds no checkpoint, or its latest one is damaged.
     """
+    with _latest(folder) as (manager, step):
+        config, checksums = _restore_meta(manager, step)
+        target = _on_devices(abstract_state(config).params)
+        with raise_on_corruption(manager, step):
+            arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+            params = manager.restore(step, args=arguments)["params"]
+            _check_checksum("a parameter", checksums.get("params"), tree_checksum(params))
+        return config, params, step
+
+
+@contextmanager
+def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
+    """Opens the parameters of a run's latest checkpoint, to read them part by part.
+
+    Checkpoints of `save_parameters` are stored layer by layer, so that a part of one layer needs no
+    more memory than that; of others a whole stack of layers is held.
+
+    Args:
+      folder: the folder of the run.
+
+    Yields:
+      The run's configuration, and the function that reads.
+
+    Raises:
+      InputError: the folder holds no checkpoint, or its latest one is damaged.
+    """
+    with _latest(folder) as (manager, step):
+        config, _ = _restore_meta(manager, step)
+        files = {"driver": "file", "path": f"{manager.directory}/{step}/params/"}
+
+        @lru_cache(maxsize=1)
+        def opened(path: str) -> Any:
+            name = path.replace("/", ".")  # as Orbax names it
+            kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+            # A stack that is stored in one piece is decoded once, not for each of its layers.
+            return array if array.chunk_layout.read_chunk.shape[0] == 1 else array.read().result()
+
+        def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
+            with raise_on_corruption(manager, step):
+                return np.asarray(opened(path)[index])
+
+        yield config, read
+
+
+def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
+    """Saves a model as the checkpoint of step 0, holding no more than one part of it in memory.
+
+    A part is a layer of a stack, or a parameter outside of the layers.
+
+    Args:
+      folder: a run's checkpoints/.
+      config: the configuration of the run.
+      read: reads the parts.
+
+    Raises:
+      OSError: the disk is full (ENOSPC).
+    """
+
+    def streamed(path: Any, leaf: Any) -> _Streamed:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return _Streamed(leaf.shape, leaf.dtype, name.startswith("layers/"), partial(read, name))
+
+    params = jax.tree_util.tree_map_with_path(streamed, abstract_state(config).params)
+    chunks = jax.tree.map(
+        lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.is_stack else ()), params
+    )
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Streamed, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handlers = {
+        "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    recorded = to_dict(config)
+    meta = {"config": recorded, "checksums": {"config": json_checksum(recorded)}}
+    folder = folder.absolute()
+    silence_duplicate_errors()
+    try:
+        with (
+            raise_on_full_disk(folder),
+            ocp.CheckpointManager(folder, item_handlers=handlers) as manager,
+        ):
+            arguments = ocp.args.Composite(
+                params=ocp.args.PyTreeSave(params, save_args=chunks), meta=ocp.args.JsonSave(meta)
+            )
+            manager.save(0, args=arguments)
+            manager.wait_until_finished()
+    finally:
+        _remove_unfinished(folder)
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """A parameter whose parts are read when they are written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    is_stack: bool
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def indices(self) -> Iterator[tuple[slice, ...]]:
+        """The parts: slices of all axes."""
+        everything = tuple(slice(0, size) for size in self.shape)
+        if not self.is_stack:
+            yield everything
+            return
+        for layer in range(self.shape[0]):
+            yield (slice(layer, layer + 1), *everything[1:])
+
+
+class _StreamedHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a `_Streamed` parameter as the array that it stands for, one part after another."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._one_part = asyncio.Lock()
+
+    async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
+        spec = tensorstore.Spec(tspec)
+        array = await tensorstore.open(spec, create=True, open=True, context=ts_context)
+        for index in value.indices():
+            async with self._one_part:
+                await array[index].write(value.read(index))
+
+
+@contextmanager
+def _latest(folder: str | Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """A manager of a run's checkpoints, and the step of the latest one."""
     checkpoints = RunFolder(folder).checkpoints.absolute()
     if not checkpoints.is_dir():
         raise InputError(f"{folder} holds no checkpoints/: give the folder of a training run.")
-    _silence_duplicate_errors()
+    silence_duplicate_errors()
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(checkpoints, options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise InputError(f"{checkpoints} holds no complete checkpoint: let the run reach one.")
-        config, checksums = _restore_meta(manager, step)
-        target = _on_devices(abstract_state(config).params)
-        with _raise_on_corruption(manager, step):
-            arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-            params = manager.restore(step, args=arguments)["params"]
-            _check_checksum("a parameter", checksums.get("params"), tree_checksum(params))
-        return config, params, step
+        yield manager, step
 
 
 def _on_devices(abstract: Any) -> Any:
@@ -183,7 +325,7 @@ def _on_devices(abstract: Any) -> Any:
 
 def _restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Config, dict[str, int]]:
     """The configuration, and the checksums, which old checkpoints do not have."""
-    with _raise_on_corruption(manager, step):
+    with raise_on_corruption(manager, step):
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = manager.restore(step, args=arguments)["meta"]
         checksums = meta.get("checksums", {})
@@ -210,77 +352,3 @@ def _remove_unfinished(folder: Path) -> None:
         return
     for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-@contextmanager
-def _raise_on_full_disk(folder: Path) -> Iterator[None]:
-    """Converts TensorStore's ValueError about a full disk to an OSError."""
-    try:
-        yield
-    except ValueError as error:
-        if not _names_full_disk(error):
-            raise
-        raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
-
-
-@contextmanager
-def _raise_on_corruption(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-    """Converts what Orbax, TensorStore or JSON raise on reading to an `InputError`."""
-    try:
-        yield
-    except (InputError, MemoryError, jax.errors.JaxRuntimeError):
-        raise
-    except Exception as error:
-        checkpoint = Path(manager.directory, str(step))
-        for path in (checkpoint, *checkpoint.rglob("*")):
-            if not os.access(path, os.R_OK):
-                raise InputError(f"{path} is not readable: change its permissions.") from error
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        # TensorStore's message starts with the kind of error, and a long location follows.
-        reason = str(cause).partition("\n")[0].partition(": Error")[0]
-        reason = textwrap.shorten(reason, 120, placeholder=" …")
-        older = [other for other in manager.all_steps() if other < step]
-        remedy = f"resume from {max(older)}" if older else "start from the beginning"
-        raise InputError(
-            f"the checkpoint {checkpoint} is damaged ({reason}): move it out of "
-            f"{checkpoint.parent} to {remedy}."
-        ) from error
-
-
-def _names_full_disk(error: BaseException | None) -> bool:
-    return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
-
-
-class _FullDiskFilter(logging.Filter):
-    """Drops the tracebacks that each thread and task of a failed save logs, some much later."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and _names_full_disk(record.exc_info[1]))
-
-
-_FULL_DISK_FILTER = _FullDiskFilter()
-
-
-def _silence_duplicate_errors() -> None:
-    """Silences the reports that accompany the exception of a failed save or restore.
-
-    TensorStore reports each read or write that ends after Orbax has closed its event loop, and
-    Python each coroutine that waited for one, some only at the end of the process. So the filters
-    are never removed.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_FULL_DISK_FILTER)
-    hook = sys.unraisablehook
-    if getattr(hook, "hides_orbax", False):
-        return
-
-    def report(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        is_of_orbax = code is not None and "orbax" in code.co_filename
-        if not is_of_orbax and str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    report.hides_orbax = True  # pyright: ignore[reportFunctionMemberAccess]
-    sys.unraisablehook = report

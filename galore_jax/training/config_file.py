@@ -47,11 +47,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
 
     A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
-    `training.folder` defaults to `runs/<name of the file>`.
+    `training.folder` defaults to `runs/<name of the file>`. The override `model.checkpoint` stands
+    for all that the folder determines, the settings of the model and the tokenizer; the file is
+    overridden by it, and other overrides take precedence over it.
 
     Raises:
-      InputError: the file is missing or damaged, a section or key is unknown, or a value has the
-        wrong type or is out of range.
+      InputError: the file or the checkpoint is missing or damaged, a section or key is unknown, or
+        a value has the wrong type or is out of range.
     """
     table = _read(path)
     table.pop(COMPARE, None)
@@ -120,11 +122,27 @@ def _read(path: str | Path) -> dict[str, Any]:
 def _config(path: str | Path, table: dict[str, Any], overrides: Sequence[str]) -> Config:
     for section in table:
         _check_section(section, table[section])
-    for override in overrides:
-        section, key, value = _parse_override(override)
+    parsed = [_parse_override(override) for override in overrides]
+    given = [value for *name, value in parsed if name == ["model", "checkpoint"]]
+    if given and given[-1] and isinstance(given[-1], str):
+        for section, values in _settings_of_checkpoint(given[-1]).items():
+            table[section] = {**table.get(section, {}), **values}
+    for section, key, value in parsed:
         table.setdefault(section, {})[key] = value
     table.setdefault("training", {}).setdefault("folder", f"runs/{Path(path).stem}")
     return from_dict(table)
+
+
+def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
+    """By section, the settings that a model of Hugging Face's transformers determines."""
+    from galore_jax.interop.config_json import read_config  # needs an extra of its own
+    from galore_jax.interop.huggingface import find_tokenizer
+
+    model = dataclasses.asdict(read_config(Path(folder)))
+    for key in ("remat", "checkpoint"):
+        del model[key]
+    tokenizer = find_tokenizer(Path(folder))
+    return {"model": model, "data": {} if tokenizer is None else {"tokenizer": str(tokenizer)}}
 
 
 def from_dict(table: Mapping[str, Any]) -> Config:

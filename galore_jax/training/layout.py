@@ -1,7 +1,7 @@
 """How parameters, batches and activations of a training lie on its mesh.
 
 A batch is divided over the axes "data" and "fsdp", and so are activations. Parameters are divided
-over "fsdp" as `galore_jax.shardings` decides, and over "tensor" by the rules below: one of the two
+over "fsdp" as `galore_jax.shardings` decides, and over "tensor" by `tensor_rules`: one of the two
 products of attention and of the MLP is cut by columns, the other by rows, so that a sum at the end
 of each is all that the devices exchange.
 """
@@ -17,17 +17,28 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
+from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config
 from galore_jax.training.mesh import DATA, FSDP, TENSOR, any_of, divisors, make_mesh
 
 P = PartitionSpec
 BATCH_AXES = (DATA, FSDP)
-TENSOR_RULES: Mapping[str, PartitionSpec] = {
-    **{f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in ("q", "k", "v", "gate", "up")},
-    **{f"*/{name}_proj/kernel": P(None, TENSOR, None) for name in ("o", "down")},
-    "lm_head/kernel": P(None, TENSOR),
-    "embed_tokens/embedding": P(TENSOR, None),
-}
+
+
+def tensor_rules(model: LlamaConfig) -> Mapping[str, PartitionSpec]:
+    """How parameters are divided over the axis "tensor", by glob of their paths."""
+    rules = {
+        **{f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in ("q", "k", "v")},
+        **{f"*/{name}_proj/bias": P(None, TENSOR) for name in ("q", "k", "v")},
+        **{f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in ("gate", "up")},
+        **{f"*/{name}_proj/kernel": P(None, TENSOR, None) for name in ("o", "down")},
+        "lm_head/kernel": P(None, TENSOR),
+        "embed_tokens/embedding": P(TENSOR, None),
+    }
+    absent = ["lm_head/kernel"] if model.tie_embeddings else []
+    if not model.attention_bias:
+        absent += [rule for rule in rules if rule.endswith("/bias")]
+    return {rule: spec for rule, spec in rules.items() if rule not in absent}
 
 
 def training_mesh(config: Config) -> Mesh | None:

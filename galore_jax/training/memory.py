@@ -203,7 +203,10 @@ def _gradients(config: Config, params: PyTree, opt_state: PyTree) -> int:
     gradients = _coordinates(params, opt_state) if is_projected else params
     if config.training.layerwise:
         layer = tree_bytes(gradients["layers"]) // config.model.num_layers
-        return max(layer, *(tree_bytes(gradients[name]) for name in ("lm_head", "embed_tokens")))
+        embedding = tree_bytes(gradients["embed_tokens"])
+        if config.model.tie_embeddings:  # The head's gradient waits for the embedding's.
+            return embedding + max(layer, embedding)
+        return max(layer, embedding, tree_bytes(gradients["lm_head"]))
     if config.training.accumulation > 1:
         return 4 * tree_size(gradients)  # They are accumulated in float32.
     return tree_bytes(gradients)

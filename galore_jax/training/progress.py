@@ -165,5 +165,10 @@ def peak_memory() -> str:
     """The peak memory of the first device, or of the process if that is unknown."""
     if statistics := jax.local_devices()[0].memory_stats():
         return f"{format_bytes(statistics['peak_bytes_in_use'])} device memory"
+    return peak_process_memory()
+
+
+def peak_process_memory() -> str:
+    """The peak memory of the process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{format_bytes(peak if sys.platform == 'darwin' else peak * 1024)} process memory"

@@ -1,5 +1,7 @@
 """The state of a training, the shapes of a batch, and the sizes of trees."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ from galore_jax.errors import InputError
 from galore_jax.grads import layerwise
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config
-from galore_jax.training.layout import TENSOR_RULES, batch_sharding, whole
+from galore_jax.training.layout import batch_sharding, tensor_rules, whole
 from galore_jax.training.mesh import DATA
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
@@ -54,10 +56,38 @@ def init_state(config: Config) -> TrainState:
 
 
 def place_state(config: Config, mesh: Mesh | None) -> TrainState:
-    """Computes `init_state` so that each device of a mesh has, and computes, its part only."""
+    """The state to start from, of which each device of a mesh has, and computes, its part only.
+
+    It is `init_state`, with the parameters of `model.checkpoint` if there is one.
+
+    Raises:
+      InputError: the checkpoint cannot be read or does not fit the model.
+    """
     target, tree = jax.tree.flatten(abstract_state(config, mesh))
     compute = lambda: jax.tree.leaves(init_state(config))
-    return tree.unflatten(jax.jit(compute, out_shardings=[x.sharding for x in target])())
+    state = tree.unflatten(jax.jit(compute, out_shardings=[x.sharding for x in target])())
+    if config.model.checkpoint:
+        state = state._replace(params=_read_params(config, state.params))
+    return state
+
+
+def _read_params(config: Config, params: PyTree) -> PyTree:
+    """The parameters of `model.checkpoint` in place of others, on the same devices.
+
+    Each process reads what its devices have.
+    """
+    from galore_jax.interop.huggingface import ModelFolder  # needs an extra of its own
+
+    folder = ModelFolder(Path(config.model.checkpoint), config.model)
+
+    def read(path: Any, old: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape, sharding = old.shape, old.sharding
+        old.delete()  # Never are all of both in memory.
+        read_part: Any = partial(folder.read, name)
+        return jax.make_array_from_callback(shape, sharding, read_part)
+
+    return jax.tree_util.tree_map_with_path(read, params)
 
 
 def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
@@ -66,7 +96,7 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     if mesh is None:
         return shapes
     tx, module = _optimizer(config)
-    shardings = galore_jax.shardings(tx, shapes.params, mesh, TENSOR_RULES)
+    shardings = galore_jax.shardings(tx, shapes.params, mesh, tensor_rules(config.model))
     params = _placed(shapes.params, shardings)
     over = (DATA,) if config.mesh.shard_moments and mesh.shape[DATA] > 1 else ()
     # This tree knows the partitions of the parameters, by which later updates divide their work.

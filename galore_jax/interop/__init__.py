@@ -1,0 +1,5 @@
+"""Models from and to other libraries."""
+
+from galore_jax.errors import check_installed
+
+check_installed("safetensors")

@@ -1,0 +1,221 @@
+"""LLaMA-type models in the format of Hugging Face's transformers, read and written part by part.
+
+Both sides pair component i of a head with i + head/2 in the rotary embedding. They differ in names,
+in layers, which are stacked here, and in kernels, which PyTorch keeps as (out, in).
+
+A leaf of the parameters is named by its path, as in "layers/attention/q_proj/kernel".
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from galore_jax.errors import InputError
+from galore_jax.files import atomic_write
+from galore_jax.interop.config_json import CONFIG, to_json
+from galore_jax.interop.tensors import (
+    INDEX,
+    SINGLE,
+    Index,
+    Stored,
+    read_tensor,
+    stored_tensors,
+    write_tensors,
+)
+from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.types import ReadPart
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Where there are both, the first has the added tokens too.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_NAMES = {
+    "attention": "self_attn",
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+}
+# Old files hold the rotary frequencies too, which config.json determines.
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class _Leaf(NamedTuple):
+    """A leaf of the parameters as tensors of transformers.
+
+    Attributes:
+      shape: of the leaf.
+      name: of the tensor; of a stack with `{}` for the number of the layer.
+    """
+
+    shape: tuple[int, ...]
+    name: str
+
+    @property
+    def is_stack(self) -> bool:
+        return "{}" in self.name
+
+    @property
+    def is_transposed(self) -> bool:
+        # All matrices but the embedding, which a lookup reads.
+        return len(self.shape) - self.is_stack == 2 and self.name != EMBEDDING
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors, by layer."""
+        return [self.name.format(n) for n in range(self.shape[0])] if self.is_stack else [self.name]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        shape = self.shape[1:] if self.is_stack else self.shape
+        return shape[::-1] if self.is_transposed else shape
+
+
+def _leaves(config: LlamaConfig) -> dict[str, _Leaf]:
+    """The leaves of the parameters, by path."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    params = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = jax.tree_util.keystr(path, simple=True, separator="/")
+        words = [_NAMES.get(name, name) for name in names.split("/")]
+        if words[0] == "layers":
+            words.insert(1, "{}")
+        if words[0] != "lm_head":
+            words.insert(0, "model")
+        leaves[names] = _Leaf(leaf.shape, ".".join(words))
+    return leaves
+
+
+class ModelFolder:
+    """The parameters in a folder of transformers, checked by name and shape, read when asked for.
+
+    Args:
+      folder: the folder.
+      config: the model that its tensors must fit, usually from `read_config`.
+
+    Raises:
+      InputError: a file is missing or damaged, or tensors do not fit the model; they are listed.
+    """
+
+    def __init__(self, folder: Path, config: LlamaConfig):
+        self._leaves, self._dtype = _leaves(config), jnp.dtype(config.dtype)
+        self._tensors = stored_tensors(folder)
+        _check_names(folder, self._leaves.values(), self._tensors)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """A part of a leaf, in the dtype of the model.
+
+        Args:
+          path: the path of the leaf.
+          index: a slice for each of its axes.
+        """
+        leaf = self._leaves[path]
+        if not leaf.is_stack:
+            return self._read(leaf, leaf.name, index)
+        layers, index = index[0], index[1:]
+        return np.stack([self._read(leaf, name, index) for name in leaf.names[layers]])
+
+    def _read(self, leaf: _Leaf, name: str, index: Index) -> np.ndarray:
+        stored = self._tensors[name]
+        if leaf.is_transposed:
+            return read_tensor(name, stored, index[::-1]).T.astype(self._dtype)
+        return read_tensor(name, stored, index).astype(self._dtype)
+
+
+def write_model(
+    folder: Path,
+    config: LlamaConfig,
+    read: ReadPart,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    shard_bytes: int = 10**9,
+) -> None:
+    """Writes a model that transformers can load: safetensors files and, last, config.json.
+
+    Args:
+      folder: made if it does not exist; it may not hold a model.
+      config: the model.
+      read: returns parts of its parameters; one layer of a leaf at a time is asked for.
+      settings: further keys of config.json, such as eos_token_id.
+      shard_bytes: the size of a file, which is also what is held in memory.
+
+    Raises:
+      InputError: the folder holds a model already, or transformers has no such architecture.
+    """
+    content = to_json(config) | dict(settings or {})
+    held = [name for name in (CONFIG, SINGLE, INDEX) if (folder / name).exists()]
+    if held:
+        raise InputError(f"{folder} already has a {held[0]}: name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for path, leaf in _leaves(config).items():
+        for layer, name in enumerate(leaf.names):
+            found[name] = path, leaf, layer
+
+    def tensor(name: str) -> np.ndarray:
+        path, leaf, layer = found[name]
+        index = tuple(slice(0, size) for size in leaf.shape)
+        if leaf.is_stack:
+            index = (slice(layer, layer + 1), *index[1:])
+        part = read(path, index)
+        part = part[0] if leaf.is_stack else part
+        return part.T if leaf.is_transposed else part
+
+    shapes = {name: leaf.tensor_shape for name, (_, leaf, _) in found.items()}
+    write_tensors(folder, shapes, jnp.dtype(config.dtype), tensor, shard_bytes)
+    with atomic_write(folder / CONFIG) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer in a folder, of Hugging Face's tokenizers or SentencePiece, if there is one."""
+    return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
+
+
+def _check_names(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None:
+    shapes = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
+    extra = {name for name in tensors if not _COMPUTED.fullmatch(name)} - shapes.keys()
+    if HEAD in extra and _is_tied(tensors):
+        extra.remove(HEAD)
+    problems = {
+        "missing": [name for name in shapes if name not in tensors],
+        "unknown": sorted(extra),
+        "of another shape": [
+            f"{name} {tensors[name].shape} in place of {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    }
+    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    if found:
+        raise InputError(
+            f"the tensors in {folder} do not fit its {CONFIG} or the settings of the model: "
+            f"{'; '.join(found)}."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    """The names, with those that all layers share once: "model.layers.*.mlp.up_proj.weight"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=layers\.)\d+(?=\.)", "*", name), []).append(name)
+    return ", ".join(
+        names[0] if len(names) == 1 else f"{pattern} ({len(names)} times)"
+        for pattern, names in groups.items()
+    )
+
+
+def _is_tied(tensors: Mapping[str, Stored]) -> bool:
+    """Whether a head that the files have too is the embedding."""
+    if EMBEDDING not in tensors or tensors[HEAD].shape != tensors[EMBEDDING].shape:
+        return False
+    everything = slice(None), slice(None)
+    head, embedding = (read_tensor(name, tensors[name], everything) for name in (HEAD, EMBEDDING))
+    return np.array_equal(head, embedding)

@@ -1,0 +1,156 @@
+"""Named tensors in a folder of safetensors files: one file, or several with an index."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (makes bfloat16 a dtype of NumPy)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from galore_jax.errors import InputError
+from galore_jax.files import atomic_write
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+Index = tuple[slice, ...]
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors in the files of a folder, by name, from the headers alone.
+
+    Raises:
+      InputError: there are no such files; one is missing, truncated, or lacks a tensor of the
+        index; or a tensor has a dtype other than `DTYPES`.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        named = _read_index(index)
+        files = [folder / name for name in sorted(set(named.values()))]
+    elif (folder / SINGLE).is_file():
+        named, files = {}, [folder / SINGLE]
+    else:
+        raise InputError(
+            f"{folder} has neither {SINGLE} nor {INDEX}: give a folder of a model that is stored "
+            "as safetensors."
+        )
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise InputError(
+            f"{index} names {', '.join(missing)}, which {folder} does not have: download or copy "
+            "all files of the model."
+        )
+    found: dict[str, Stored] = {}
+    for file in files:
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                tensor = opened.get_slice(name)
+                dtype = tensor.get_dtype()
+                if dtype not in DTYPES:
+                    raise InputError(
+                        f"{name} in {file} has the dtype {dtype}: only {', '.join(DTYPES)} can be "
+                        "read."
+                    )
+                found[name] = Stored(file, tuple(tensor.get_shape()), DTYPES[dtype])
+    for name, file in named.items():
+        if name not in found or found[name].file.name != file:
+            raise InputError(f"{folder / file} has no {name}, which {index} says it has.")
+    return found
+
+
+def read_tensor(name: str, stored: Stored, index: Index) -> np.ndarray:
+    """A part of a tensor, without reading the rest.
+
+    The file is closed again, because what was read of an open file stays mapped in memory.
+    """
+    with _opened(stored.file) as opened:
+        return opened.get_slice(name)[index]
+
+
+def write_tensors(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    read: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+    """Writes tensors in files of at most `shard_bytes` each, holding one file at a time in memory.
+
+    A tensor that is larger than that has a file to itself. The index, of several files, is written
+    last.
+
+    Args:
+      folder: an existing folder.
+      shapes: the shape of each tensor, by name, in the order to write.
+      dtype: the dtype of all of them.
+      read: returns a tensor by name.
+      shard_bytes: the size of a file.
+    """
+    sizes = {name: int(np.prod(shape)) * dtype.itemsize for name, shape in shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    if len(shards) == 1:
+        files = [SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        with atomic_write(folder / file) as path:
+            tensors = {name: np.ascontiguousarray(read(name)) for name in names}
+            # Transformers refuses files without this.
+            save_file(tensors, path, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        with atomic_write(folder / INDEX) as path:
+            path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      InputError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"there is no {path}: give the folder of a model.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file: {error}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return value
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise InputError(f"{path} has no weight_map from names of tensors to files.")
+    outside = [file for file in where.values() if Path(file).name != file]
+    if outside:
+        raise InputError(f"{path} names {outside[0]}, which is not the name of a file beside it.")
+    return where
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, "np") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise InputError(
+            f"{file} is not a complete safetensors file ({error}): download or copy it again."
+        ) from None

@@ -1,0 +1,87 @@
+"""Runs from, and to, folders of Hugging Face's transformers."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from galore_jax.data.batches import DataConfig
+from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.files import atomic_write
+from galore_jax.interop.config_json import read_config
+from galore_jax.interop.huggingface import (
+    TOKENIZERS,
+    ModelFolder,
+    find_tokenizer,
+    write_model,
+)
+from galore_jax.training.checkpoint import open_parameters, save_parameters
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.run_folder import RunFolder, open_folder
+
+
+def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
+    """Makes a run, without a training, of a model of transformers.
+
+    Its checkpoint has the parameters alone. The tokenizer is copied if the folder has one.
+
+    Args:
+      folder: config.json and safetensors files.
+      run_folder: the folder of the new run.
+
+    Returns:
+      The configuration of the run.
+
+    Raises:
+      InputError: the model cannot be read or is not supported, or the folder of the run holds one.
+    """
+    folder, run = Path(folder), RunFolder(run_folder)
+    model = read_config(folder)
+    source = ModelFolder(folder, model)
+    data = DataConfig(sequence_length=min(DataConfig.sequence_length, model.max_length))
+    tokenizer = find_tokenizer(folder)
+    if tokenizer is not None:
+        load_tokenizer(str(tokenizer))
+        data = replace(data, tokenizer=str(run.path / tokenizer.name))
+    config = Config(
+        model, data, OptimizerConfig(name="adamw"), TrainingConfig(folder=str(run_folder))
+    )
+    with open_folder(config, resume=False):
+        if tokenizer is not None:
+            _copy(tokenizer, run.path / tokenizer.name)
+        save_parameters(run.checkpoints, config, source.read)
+    return config
+
+
+def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
+    """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
+
+    Args:
+      run_folder: the folder of the run.
+      folder: the new folder.
+
+    Returns:
+      The configuration of the run.
+
+    Raises:
+      InputError: there is no checkpoint or it is damaged, the tokenizer is missing, the folder
+        holds a model, or transformers has no such architecture.
+    """
+    folder = Path(folder)
+    with open_parameters(run_folder) as (config, read):
+        source = config.data.tokenizer
+        tokenizer = load_tokenizer(source)
+        settings = {
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        write_model(folder, config.model, read, settings=settings)
+    for name in TOKENIZERS:
+        if Path(source).suffix == Path(name).suffix:
+            _copy(Path(source), folder / name)
+    return config
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_write(target) as path:
+        shutil.copyfile(source, path)

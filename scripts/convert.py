@@ -1,0 +1,46 @@
+"""Converts models between runs and folders of Hugging Face's transformers.
+
+    python scripts/convert.py from-huggingface FOLDER RUN
+    python scripts/convert.py to-huggingface RUN FOLDER
+
+FOLDER has config.json and safetensors files, of a LLaMA, Mistral, Qwen2 or Qwen3. RUN is the folder
+of a run: scripts/generate.py writes text with it. To train on from FOLDER, no conversion is needed:
+
+    python scripts/train.py --config configs/llama_1b.toml model.checkpoint=FOLDER
+"""
+
+import argparse
+import sys
+
+from galore_jax.errors import run_cli
+
+
+def main() -> None:
+    """Converts, and prints what was written and the peak memory."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    for direction, names in {
+        "from-huggingface": ("FOLDER", "RUN"),
+        "to-huggingface": ("RUN", "FOLDER"),
+    }.items():
+        one = directions.add_parser(direction)
+        one.add_argument("source", metavar=names[0])
+        one.add_argument("target", metavar=names[1])
+    arguments = parser.parse_args()
+
+    from galore_jax.training.convert import from_huggingface, to_huggingface
+    from galore_jax.training.progress import peak_process_memory
+
+    convert = from_huggingface if arguments.direction == "from-huggingface" else to_huggingface
+    config = convert(arguments.source, arguments.target)
+    print(
+        f"{arguments.target}: {config.model.num_layers} layers, with the tokenizer "
+        f"{config.data.tokenizer}; {peak_process_memory()}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,182 @@
+"""Runs made from folders of transformers, trainings that start from one, and the way back."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="the files are safetensors")
+
+from model_folder import load, random_params, save
+
+from galore_jax.data.batches import DataConfig
+from galore_jax.errors import InputError
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.checkpoint import load_for_inference, save_parameters
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config_file import load_config
+from galore_jax.training.convert import from_huggingface, to_huggingface
+from galore_jax.training.loop import train
+from galore_jax.training.sample import generate_text
+from galore_jax.training.state import init_state, place_state
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
+MODEL = LlamaConfig(
+    vocab_size=264,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=6,
+    qk_norm=True,
+    tie_embeddings=True,
+    max_length=32,
+    dtype="bfloat16",
+)
+CONFIG = Config(MODEL, DataConfig(sequence_length=32), OptimizerConfig("adamw"))
+TOKENIZER = {
+    "model": {
+        "type": "WordLevel",
+        "vocab": {"</s>": 0, "a": 1, "b": 2, "<unk>": 3},
+        "unk_token": "<unk>",
+    },
+    "pre_tokenizer": {"type": "Whitespace"},
+    "added_tokens": [],
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.tree.map(lambda leaf: leaf / 10, random_params(MODEL))
+
+
+@pytest.fixture(scope="module")
+def folder(params, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("theirs")
+    save(folder, MODEL, params, shard_bytes=3000)
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    from_huggingface(folder, run)
+    return run
+
+
+def assert_equal_trees(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_run_has_the_model_and_the_tokenizer_and_writes_text(run, folder, params):
+    config, restored, step = load_for_inference(run)
+    assert (config.model, step) == (MODEL, 0)
+    assert_equal_trees(restored, params)
+    assert config.data.tokenizer == str(run / "tokenizer.json")
+    assert load_config(run / "config.toml") == config
+    assert generate_text(run, "a b", 3).startswith("a b")
+
+
+def test_the_way_back_gives_the_same_model(run, folder, params, tmp_path):
+    to_huggingface(run, tmp_path / "back")
+    model, again = load(tmp_path / "back")
+    assert model == MODEL
+    assert_equal_trees(again, params)
+    assert json.loads((tmp_path / "back" / "tokenizer.json").read_text()) == TOKENIZER
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_a_run_without_an_optimizer_is_neither_resumed_nor_replaced(run, folder):
+    with pytest.raises(InputError, match="holds parameters but no optimizer to resume"):
+        train(load_config(run / "config.toml"), resume=True)
+    with pytest.raises(InputError, match="already holds a run"):
+        from_huggingface(folder, run)
+
+
+def test_parameters_are_saved_one_layer_at_a_time(params, tmp_path):
+    asked = []
+
+    def read(path, index):
+        asked.append((path, index[0].stop - index[0].start))
+        leaf = params
+        for name in path.split("/"):
+            leaf = leaf[name]
+        return leaf[index]
+
+    save_parameters(tmp_path / "checkpoints", CONFIG, read)
+    assert {size for path, size in asked if path.startswith("layers/")} == {1}
+    assert len(asked) == 2 + 2 * len(jax.tree.leaves(params["layers"]))
+    assert_equal_trees(load_for_inference(tmp_path)[1], params)
+
+
+def test_a_training_starts_from_the_folder_and_its_model_goes_back(folder, params, tmp_path):
+    config = Config(
+        dataclasses.replace(MODEL, checkpoint=str(folder)),
+        DataConfig(sequence_length=32, batch_size=4),
+        OptimizerConfig("adamw", warmup_steps=0),
+        TrainingConfig(steps=2, evaluation_tokens=100, folder=str(tmp_path / "run")),
+    )
+    state = place_state(config, None)
+    assert_equal_trees(state.params, params)
+    random = jax.jit(lambda: init_state(config))()
+    assert_equal_trees(state._replace(params=None), random._replace(params=None))
+
+    train(config)
+    _, trained, step = load_for_inference(tmp_path / "run")
+    assert step == 2
+    to_huggingface(tmp_path / "run", tmp_path / "back")
+    model, again = load(tmp_path / "back")
+    assert model == MODEL
+    assert_equal_trees(again, jax.tree.map(np.asarray, trained))
+    moved = jax.tree.map(lambda old, new: (old != new).any(), params, trained)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_the_command_line_takes_the_model_and_the_tokenizer_from_the_folder(folder, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(
+        '[model]\nhidden_size = 64\nnum_heads = 8\nremat = true\n[data]\ntokenizer = "t5.model"\n'
+        "sequence_length = 16\n"
+    )
+    config = load_config(file, ["model.dtype=float32", f"model.checkpoint={folder}"])
+    assert config.model == dataclasses.replace(
+        MODEL, dtype="float32", remat=True, checkpoint=str(folder)
+    )
+    assert config.data.tokenizer == str(folder / "tokenizer.json")
+    other = load_config(file, [f"model.checkpoint={folder}", "data.tokenizer=bytes"])
+    assert other.data.tokenizer == "bytes"
+    with pytest.raises(InputError, match=r"there is no .*nowhere/config\.json"):
+        load_config(file, [f"model.checkpoint={tmp_path}/nowhere"])
+
+
+def test_a_model_that_does_not_fit_the_folder_is_refused(folder):
+    model = dataclasses.replace(MODEL, checkpoint=str(folder), tie_embeddings=False)
+    config = dataclasses.replace(CONFIG, model=model)
+    with pytest.raises(InputError, match=r"missing: lm_head\.weight"):
+        place_state(config, None)
+
+
+@pytest.mark.slow
+def test_the_script_converts_both_ways_and_refuses_in_one_line(folder, tmp_path):
+    def convert(*arguments):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    there = convert("from-huggingface", folder, tmp_path / "run")
+    assert there.returncode == 0, there.stderr
+    back = convert("to-huggingface", tmp_path / "run", tmp_path / "back")
+    assert back.returncode == 0, back.stderr
+    assert_equal_trees(load(tmp_path / "back")[1], load(folder)[1])
+    refused = convert("to-huggingface", tmp_path / "run", tmp_path / "back")
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1

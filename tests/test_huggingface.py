@@ -1,0 +1,303 @@
+"""Folders of transformers: names, layouts, settings, and what is refused, without transformers."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("safetensors", reason="the files are safetensors")
+
+from model_folder import load, random_params, save
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from galore_jax.errors import InputError
+from galore_jax.interop.config_json import read_config, to_json
+from galore_jax.interop.huggingface import ModelFolder
+from galore_jax.models.llama import LlamaConfig
+
+LLAMA = LlamaConfig(
+    vocab_size=61,
+    hidden_size=8,
+    intermediate_size=11,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    max_length=32,
+)
+MODELS = {
+    "llama": LLAMA,
+    "llama 3": dataclasses.replace(
+        LLAMA, tie_embeddings=True, rope_theta=5e5, rope_factor=32.0, attention_bias="qkvo"
+    ),
+    "mistral": dataclasses.replace(LLAMA, head_dim=6, sliding_window=7),
+    "qwen2": dataclasses.replace(LLAMA, attention_bias="qkv", tie_embeddings=True),
+    "qwen2 window": dataclasses.replace(LLAMA, attention_bias="qkv", sliding_window=7),
+    "qwen3": dataclasses.replace(LLAMA, head_dim=6, qk_norm=True, dtype="bfloat16"),
+}
+
+
+def explicit(config):
+    """The configuration with the sizes that config.json spells out."""
+    return dataclasses.replace(config, num_kv_heads=config.kv_heads, head_dim=config.head_size)
+
+
+def assert_equal_trees(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("shard_bytes", [10**9, 700], ids=["one file", "shards"])
+def test_a_model_comes_back_bit_for_bit(config, shard_bytes, tmp_path):
+    params = random_params(config)
+    save(tmp_path, config, params, shard_bytes=shard_bytes)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (shard_bytes == 10**9)
+    same, again = load(tmp_path)
+    assert same == explicit(config)
+    assert_equal_trees(again, params)
+    # A shard is over the limit only if it has a single tensor.
+    sizes = [[tensor.nbytes for tensor in load_file(file).values()] for file in files]
+    assert all(sum(each) <= shard_bytes or len(each) == 1 for each in sizes)
+
+
+def test_tensors_have_the_names_and_the_layout_of_transformers(tmp_path):
+    config = dataclasses.replace(MODELS["qwen3"], num_layers=1, dtype="float32")
+    params = random_params(config)
+    save(tmp_path, config, params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    block = "model.layers.0."
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        "model.embed_tokens.weight": (61, 8),
+        block + "input_layernorm.weight": (8,),
+        block + "self_attn.q_proj.weight": (24, 8),
+        block + "self_attn.k_proj.weight": (12, 8),
+        block + "self_attn.v_proj.weight": (12, 8),
+        block + "self_attn.o_proj.weight": (8, 24),
+        block + "self_attn.q_norm.weight": (6,),
+        block + "self_attn.k_norm.weight": (6,),
+        block + "post_attention_layernorm.weight": (8,),
+        block + "mlp.gate_proj.weight": (11, 8),
+        block + "mlp.up_proj.weight": (11, 8),
+        block + "mlp.down_proj.weight": (8, 11),
+        "model.norm.weight": (8,),
+        "lm_head.weight": (61, 8),
+    }
+    kernel = params["layers"]["mlp"]["down_proj"]["kernel"][0]
+    np.testing.assert_array_equal(tensors[block + "mlp.down_proj.weight"], kernel.T)
+    np.testing.assert_array_equal(
+        tensors["model.embed_tokens.weight"], params["embed_tokens"]["embedding"]
+    )
+    with safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_any_part_of_a_parameter_can_be_read(tmp_path):
+    params = random_params(LLAMA)
+    save(tmp_path, LLAMA, params, shard_bytes=700)
+    checkpoint = ModelFolder(tmp_path, LLAMA)
+    index = slice(1, 3), slice(2, 5), slice(None, 4)
+    part = checkpoint.read("layers/mlp/up_proj/kernel", index)
+    np.testing.assert_array_equal(part, params["layers"]["mlp"]["up_proj"]["kernel"][index])
+    part = checkpoint.read("embed_tokens/embedding", index[1:])
+    np.testing.assert_array_equal(part, params["embed_tokens"]["embedding"][index[1:]])
+    part = checkpoint.read("layers/input_norm/scale", index[:2])
+    np.testing.assert_array_equal(part, params["layers"]["input_norm"]["scale"][index[:2]])
+
+
+def write_config(folder, **changes):
+    table = to_json(LLAMA) | changes
+    table = {key: value for key, value in table.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"torch_dtype": "float16"}, {"dtype": "float32"}),
+        ({"torch_dtype": ..., "dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"num_key_value_heads": ..., "head_dim": ...}, {"num_kv_heads": None, "head_dim": None}),
+        (
+            {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 7}},
+            {"rope_theta": 7.0},
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 2.0,
+                    "high_freq_factor": 3.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            {
+                "rope_factor": 8.0,
+                "rope_low_freq_factor": 2.0,
+                "rope_high_freq_factor": 3.0,
+                "rope_original_length": 16,
+            },
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "max_window_layers": 3,
+            },
+            {"attention_bias": "qkv", "sliding_window": None},
+        ),
+        ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": None}),
+    ],
+)
+def test_config_json_of_other_versions_is_understood(changes, expected, tmp_path):
+    write_config(tmp_path, **changes)
+    assert read_config(tmp_path) == dataclasses.replace(explicit(LLAMA), **expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is unknown; there are llama, mistral"),
+        ({"model_type": ...}, "model_type None is unknown"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
+        ({"mlp_bias": True}, "mlp_bias = True is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"torch_dtype": "float8"}, "dtype 'float8' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' are not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "there is no low_freq_factor"),
+        ({"hidden_size": ...}, "there is no hidden_size"),
+        ({"hidden_size": "8"}, "hidden_size must be a whole number, not '8'"),
+        ({"num_attention_heads": 3}, "does not divide model.num_heads 3"),
+        ({"model_type": "qwen3", "head_dim": ...}, "there is no head_dim"),
+        ({"model_type": "mistral"}, "there is no sliding_window"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+            "some layers have a sliding window and others do not",
+        ),
+    ],
+)
+def test_a_model_that_would_be_another_is_refused_with_the_file(changes, named, tmp_path):
+    write_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=named) as refused:
+        read_config(tmp_path)
+    assert str(refused.value).startswith(str(tmp_path / "config.json"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": "qkv", "qk_norm": True},
+        {"attention_bias": "qkvo", "sliding_window": 7},
+    ],
+)
+def test_a_model_that_transformers_lacks_is_not_exported(changes, tmp_path):
+    config = dataclasses.replace(LLAMA, **changes)
+    with pytest.raises(InputError, match="no architecture of transformers"):
+        save(tmp_path / "new", config, {})
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_does_not_replace_a_model(tmp_path):
+    save(tmp_path, LLAMA, random_params(LLAMA))
+    with pytest.raises(InputError, match=r"already has a config\.json"):
+        save(tmp_path, LLAMA, random_params(LLAMA))
+
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE)
+
+
+def truncate(folder):
+    content = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(content[: len(content) // 2])
+
+
+def truncate_header(folder):
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:20])
+
+
+def as_integers(folder):
+    change_tensors(folder, lambda tensors: tensors.update({UP: tensors[UP].astype(np.int64)}))
+
+
+def with_other_names(folder):
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.lora_A"] = tensors.pop(UP)
+        tensors["model.norm.weight"] = np.ones(9, np.float32)
+        for layer in range(3):
+            del tensors[f"model.layers.{layer}.input_layernorm.weight"]
+
+    change_tensors(folder, change)
+
+
+def with_another_head(folder):
+    head = lambda tensors: tensors["model.embed_tokens.weight"] + 1
+    change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": head(tensors)}))
+
+
+def with_index(**files):
+    def change(folder):
+        (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncate, rf"/{FILE} is not a complete safetensors file"),
+        (truncate_header, rf"/{FILE} is not a complete safetensors file"),
+        (as_integers, rf"{UP} in .*/{FILE} has the dtype I64"),
+        (lambda folder: (folder / FILE).unlink(), rf"has neither {FILE} nor {INDEX}"),
+        (with_other_names, rf"missing: .*\*.input_layernorm.weight \(3 times\), {UP};"),
+        (with_other_names, "unknown: model.layers.0.mlp.up_proj.lora_A;"),
+        (with_other_names, r"of another shape: model.norm.weight \(9,\) in place of \(8,\)"),
+        (with_another_head, r"unknown: lm_head\.weight"),
+        (with_index(x="a.safetensors", y=FILE), rf"{INDEX} names a.safetensors, which"),
+        (with_index(x=FILE), rf"/{FILE} has no x, which .*/{INDEX} says"),
+        (with_index(x="../" + FILE), "is not the name of a file beside it"),
+        (with_index(x=1), "has no weight_map"),
+        (lambda folder: (folder / INDEX).write_text("{"), rf"/{INDEX} is not a JSON file"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_sentence_that_names_the_file(damage, named, tmp_path):
+    config = dataclasses.replace(LLAMA, tie_embeddings=True)
+    save(tmp_path, config, random_params(config))
+    damage(tmp_path)
+    with pytest.raises(InputError, match=named) as refused:
+        ModelFolder(tmp_path, config)
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_copy_of_a_tied_embedding_and_rotary_frequencies_are_accepted(tmp_path):
+    config = dataclasses.replace(LLAMA, tie_embeddings=True)
+    params = random_params(config)
+    save(tmp_path, config, params)
+
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(1, np.float32)
+
+    change_tensors(tmp_path, change)
+    assert_equal_trees(load(tmp_path)[1], params)
+
+
+def test_float16_is_converted_without_loss(tmp_path):
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float16), random_params(LLAMA))
+    save(tmp_path, LLAMA, params)
+    assert {tensor.dtype for tensor in load_file(tmp_path / FILE).values()} == {np.dtype("float16")}
+    assert_equal_trees(load(tmp_path)[1], jax.tree.map(lambda leaf: leaf.astype("f4"), params))
