@@ -21,6 +21,8 @@ _EXTRAS = {
     ),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboardX",),
+    "huggingface": ("safetensors",),
+    "glue": ("sklearn",),
 }
 _EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}
 
