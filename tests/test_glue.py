@@ -130,11 +130,11 @@ def test_a_broken_row_or_label_is_one_sentence_with_file_and_row(name, rows, mes
 
 
 def test_a_label_out_of_range_in_tfds_is_named(tmp_path, monkeypatch):
-    write_task(tmp_path, "rte")
+    (tmp_path / "glue" / "rte").mkdir(parents=True)
     row = {"sentence1": b"a", "sentence2": b"b", "label": 2, "idx": 5}
     monkeypatch.setattr(tfds, "data_source", lambda *_, **__: [row])
     with pytest.raises(InputError, match=r"glue/rte train, row 5 has the label 2"):
-        load_examples(TASKS["rte"], "train", "tfds")
+        load_examples(TASKS["rte"], "train", tmp_path)
 
 
 def test_broken_rows_of_qqp_are_left_out_with_a_warning(tmp_path):
