@@ -168,7 +168,10 @@ def encode(
 
 
 def write_predictions(
-    task: Task, split: str, predictions: Sequence[int] | Sequence[float], folder: str | Path
+    task: Task,
+    split: str,
+    predictions: Sequence[int] | Sequence[float] | np.ndarray,
+    folder: str | Path,
 ) -> Path:
     """Writes predictions for a test set in the format that gluebenchmark.com takes.
 
