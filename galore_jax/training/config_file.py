@@ -31,6 +31,8 @@ import numpy as np
 from galore_jax.errors import InputError, suggestion
 from galore_jax.training.config import OPTIMIZERS, Config
 
+# The dataclass of a configuration: that of pre-training, unless another is given.
+AnyConfig = typing.TypeVar("AnyConfig")
 # The table of the optimizers to compare, and those that are compared if it is missing.
 COMPARE = "compare"
 COMPARED = ("adamw", "muon", "galore_adamw")
@@ -43,11 +45,14 @@ _SMALLEST, _LARGEST = (
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), kind: type[AnyConfig] = Config
+) -> AnyConfig:
     """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
 
     A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
-    `training.folder` defaults to `runs/<name of the file>`. The override `model.checkpoint` stands
+    `training.folder` defaults to `runs/<name of the file>`. The configuration is of the dataclass
+    `kind`, whose attributes are the sections. For a `Config` the override `model.checkpoint` stands
     for all that the folder determines, the settings of the model and the tokenizer; the file is
     overridden by it, and other overrides take precedence over it.
 
@@ -57,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     table = _read(path)
     table.pop(COMPARE, None)
-    return _config(path, table, overrides)
+    return _config(path, table, overrides, kind)
 
 
 def load_comparison(
@@ -79,7 +84,7 @@ def load_comparison(
     """
     table = _read(path)
     tables = table.pop(COMPARE, {})
-    base = to_dict(_config(path, table, overrides))
+    base = to_dict(_config(path, table, overrides, Config))
     configs = {}
     for label in names or tables or COMPARED:
         if label not in tables and label not in OPTIMIZERS:
@@ -119,18 +124,20 @@ def _read(path: str | Path) -> dict[str, Any]:
     return table
 
 
-def _config(path: str | Path, table: dict[str, Any], overrides: Sequence[str]) -> Config:
+def _config(
+    path: str | Path, table: dict[str, Any], overrides: Sequence[str], kind: type[AnyConfig]
+) -> AnyConfig:
     for section in table:
-        _check_section(section, table[section])
-    parsed = [_parse_override(override) for override in overrides]
+        _check_section(section, table[section], kind)
+    parsed = [_parse_override(override, kind) for override in overrides]
     given = [value for *name, value in parsed if name == ["model", "checkpoint"]]
-    if given and given[-1] and isinstance(given[-1], str):
+    if kind is Config and given and given[-1] and isinstance(given[-1], str):
         for section, values in _settings_of_checkpoint(given[-1]).items():
             table[section] = {**table.get(section, {}), **values}
     for section, key, value in parsed:
         table.setdefault(section, {})[key] = value
     table.setdefault("training", {}).setdefault("folder", f"runs/{Path(path).stem}")
-    return from_dict(table)
+    return from_dict(table, kind)
 
 
 def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
@@ -145,26 +152,26 @@ def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
     return {"model": model, "data": {} if tokenizer is None else {"tokenizer": str(tokenizer)}}
 
 
-def from_dict(table: Mapping[str, Any]) -> Config:
-    """Builds a `Config` from `{section: {key: value}}`, as read from TOML or JSON.
+def from_dict(table: Mapping[str, Any], kind: type[AnyConfig] = Config) -> AnyConfig:
+    """Builds a configuration from `{section: {key: value}}`, as read from TOML or JSON.
 
     Raises:
       InputError: a section or key is unknown, or a value has the wrong type or is out of range.
     """
-    kinds = typing.get_type_hints(Config)
+    kinds = typing.get_type_hints(kind)
     sections = {}
     for section, values in table.items():
-        _check_section(section, values)
+        _check_section(section, values, kind)
         sections[section] = _build(section, kinds[section], values)
-    return Config(**sections)
+    return kind(**sections)
 
 
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+def to_dict(config: Any) -> dict[str, dict[str, Any]]:
     """The inverse of `from_dict`."""
     return dataclasses.asdict(config)
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: Any) -> str:
     """The configuration as the text of a TOML file, without the keys that are None."""
     lines = []
     for section, values in to_dict(config).items():
@@ -185,22 +192,22 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     return changed
 
 
-def _check_section(section: str, values: Any) -> None:
-    sections = [field.name for field in dataclasses.fields(Config)]
+def _check_section(section: str, values: Any, kind: Any) -> None:
+    sections = [field.name for field in dataclasses.fields(kind)]
     if section not in sections:
         raise InputError(f"there is no section [{section}]{suggestion(section, sections)}")
     if not isinstance(values, Mapping):
         raise InputError(f"{section} is a section: write [{section}], then a line for each key.")
 
 
-def _parse_override(override: str) -> tuple[str, str, Any]:
+def _parse_override(override: str, kind: type) -> tuple[str, str, Any]:
     name, equals, text = override.partition("=")
     section, dot, key = name.strip().partition(".")
     if not (equals and dot and section and key):
         raise InputError(
             f"{override!r} is not an override: write section.key=value, as in training.steps=100."
         )
-    _check_section(section, {})
+    _check_section(section, {}, kind)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

@@ -1,0 +1,159 @@
+"""Texts and pairs of texts as rows of tokens, and batches of them, for RoBERTa and BERT."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors
+
+from galore_jax.errors import InputError
+
+_PAD_NAMES = ("<pad>", "[PAD]")
+
+
+class PairTokenizer:
+    """A vocabulary with the special tokens that begin, separate and end texts.
+
+    Attributes:
+        vocab_size: ids are below it.
+        pad_id: the token that fills rows.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, path: Path):
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        pad = next((name for name in _PAD_NAMES if name in vocabulary), None)
+        if pad is None or not tokenizer.num_special_tokens_to_add(True):
+            raise InputError(
+                f"{path} is no tokenizer of RoBERTa or BERT: it has no {' or '.join(_PAD_NAMES)}, "
+                "or puts no special tokens around a text."
+            )
+        # What looks like a special token in a text is text: nothing but padding is padding.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer, self._pad = tokenizer, pad
+        self.vocab_size: int = max(vocabulary.values()) + 1
+        self.pad_id: int = vocabulary[pad]
+
+    def encode(
+        self, texts: Sequence[tuple[str, str | None]], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes texts, or pairs of texts, as rows of `length` tokens.
+
+        Of a pair that is too long, tokens are removed from the end of the longer text until both
+        are equally long, then from both.
+
+        Returns:
+            Tokens and token types (0 for the first text and, if the tokenizer tells them apart, 1
+            for the second), both int32 (texts, length).
+
+        Raises:
+            InputError: the length leaves no room between the special tokens.
+        """
+        special = self._tokenizer.num_special_tokens_to_add(True)
+        if length < special + 2:
+            raise InputError(
+                f"rows of {length} tokens have no room for a pair of texts and its {special} "
+                f"special tokens: choose a length of at least {special + 2}."
+            )
+        self._tokenizer.enable_truncation(length, strategy="longest_first")
+        self._tokenizer.enable_padding(length=length, pad_id=self.pad_id, pad_token=self._pad)
+        inputs = [text_a if text_b is None else (text_a, text_b) for text_a, text_b in texts]
+        encoded = self._tokenizer.encode_batch(inputs)
+        tokens = np.array([row.ids for row in encoded], np.int32).reshape(-1, length)
+        types = np.array([row.type_ids for row in encoded], np.int32).reshape(-1, length)
+        return tokens, types
+
+
+def load_pair_tokenizer(path: str | Path) -> PairTokenizer:
+    """Loads the tokenizer of a RoBERTa or BERT.
+
+    Args:
+        path: a `tokenizer.json`, or a folder with one; with `vocab.json` and `merges.txt`
+            (RoBERTa's byte-level BPE); or with `vocab.txt` (BERT's WordPiece; it makes letters
+            lower-case unless `do_lower_case` is false in `tokenizer_config.json`).
+
+    Raises:
+        InputError: there is no tokenizer, or a file of it is damaged.
+    """
+    path = Path(path)
+    readers = {
+        ("tokenizer.json",): _read_json,
+        ("vocab.json", "merges.txt"): _read_byte_level_bpe,
+        ("vocab.txt",): _read_word_piece,
+    }
+    if path.name == "tokenizer.json":
+        path = path.parent
+    for names, read in readers.items():
+        files = [path / name for name in names]
+        if all(file.is_file() for file in files):
+            try:
+                return PairTokenizer(read(*files), path)
+            except InputError:
+                raise
+            except Exception as error:  # The library raises bare exceptions.
+                raise InputError(
+                    f"{' and '.join(map(str, files))} cannot be read as a tokenizer ({error})."
+                ) from error
+    expected = ", ".join(" and ".join(names) for names in readers)
+    raise InputError(f"there is no tokenizer in {path}: it has none of {expected}.")
+
+
+def batches(
+    rows: Mapping[str, np.ndarray], batch_size: int, seed: Sequence[int] | int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Goes through all rows once, in batches of equal size.
+
+    Args:
+        rows: arrays with the same first axis, such as tokens, token types and labels.
+        batch_size: rows of a batch.
+        seed: of the order, such as (seed, epoch); None: the order given.
+
+    Yields:
+        These arrays for each batch, and "weights", float32 (batch_size,): 1, but 0 for the rows
+        that fill the last batch.
+    """
+    count = len(next(iter(rows.values())))
+    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+    for start in range(0, count, batch_size):
+        indices = order[start : start + batch_size]
+        weights = np.arange(batch_size) < len(indices)
+        indices = np.resize(indices, batch_size)
+        batch = {name: values[indices] for name, values in rows.items()}
+        yield batch | {"weights": weights.astype(np.float32)}
+
+
+def _read_json(path: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    first, separator = _special_ids(tokenizer, vocabulary, "<s>", "</s>")
+    tokenizer.post_processor = processors.RobertaProcessing(
+        separator, first, add_prefix_space=False
+    )
+    return tokenizer
+
+
+def _read_word_piece(vocabulary: Path) -> tokenizers.Tokenizer:
+    settings = vocabulary.with_name("tokenizer_config.json")
+    lower = not settings.is_file() or json.loads(settings.read_text()).get("do_lower_case", True)
+    tokenizer = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    first, separator = _special_ids(tokenizer, vocabulary, "[CLS]", "[SEP]")
+    tokenizer.post_processor = processors.BertProcessing(separator, first)
+    return tokenizer
+
+
+def _special_ids(tokenizer: tokenizers.Tokenizer, path: Path, *names: str) -> list[tuple[str, int]]:
+    """The special tokens and their ids."""
+    found = []
+    for name in names:
+        token_id = tokenizer.token_to_id(name)
+        if token_id is None:
+            raise InputError(f"{path} has no token {name}: give the vocabulary of the model.")
+        found.append((name, token_id))
+    return found

@@ -1,0 +1,380 @@
+"""RoBERTa and BERT from and to folders of Hugging Face: `config.json` and safetensors.
+
+A folder holds a body alone (RobertaModel, BertModel), or a body with a head: these begin the names
+of the body's tensors with `roberta.` or `bert.`.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from galore_jax.errors import InputError, check_installed
+from galore_jax.files import atomic_write
+from galore_jax.models.encoder import (
+    ARCHITECTURES,
+    Classifier,
+    Encoder,
+    EncoderConfig,
+    MaskedLanguageModel,
+)
+from galore_jax.types import PyTree
+
+EncoderModel = Encoder | Classifier | MaskedLanguageModel
+
+# Our modules and theirs; "layers" become `encoder.layer.0`, `encoder.layer.1` and so on.
+_BODY = {
+    "word_embedding": "embeddings.word_embeddings",
+    "position_embedding": "embeddings.position_embeddings",
+    "token_type_embedding": "embeddings.token_type_embeddings",
+    "embedding_norm": "embeddings.LayerNorm",
+    "layers/attention/q_proj": "encoder.layer.{}.attention.self.query",
+    "layers/attention/k_proj": "encoder.layer.{}.attention.self.key",
+    "layers/attention/v_proj": "encoder.layer.{}.attention.self.value",
+    "layers/attention/o_proj": "encoder.layer.{}.attention.output.dense",
+    "layers/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layers/mlp/up_proj": "encoder.layer.{}.intermediate.dense",
+    "layers/mlp/down_proj": "encoder.layer.{}.output.dense",
+    "layers/mlp_norm": "encoder.layer.{}.output.LayerNorm",
+}
+_HEADS = {
+    "roberta": {
+        "head/dense": "classifier.dense",
+        "head/out_proj": "classifier.out_proj",
+        "lm_head": "lm_head",
+        "lm_head/dense": "lm_head.dense",
+        "lm_head/norm": "lm_head.layer_norm",
+    },
+    "bert": {
+        "head/dense": "pooler.dense",
+        "head/out_proj": "classifier",
+        "lm_head": "cls.predictions",
+        "lm_head/dense": "cls.predictions.transform.dense",
+        "lm_head/norm": "cls.predictions.transform.LayerNorm",
+    },
+}
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_HEAD_MODULES = ("head", "lm_head")
+# Tensors that a model without their head does not need, and buffers of older versions.
+_UNUSED = re.compile(r"(pooler|classifier|lm_head|cls|qa_outputs)\.|embeddings\.position_ids$")
+# The decoder of a masked language model, where it is stored although it is tied.
+_TIED = {
+    "lm_head.decoder.weight": "embeddings.word_embeddings.weight",
+    "lm_head.decoder.bias": "lm_head.bias",
+    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+# Settings of a config.json, and their names in EncoderConfig.
+_INTEGERS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "type_vocab_size": "token_types",
+    "pad_token_id": "pad_id",
+}
+_NUMBERS = {
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "layer_norm_eps": "norm_epsilon",
+    "initializer_range": "initializer_range",
+}
+# A config.json that leaves these out means these values.
+_SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+_DEFAULT_PAD_ID = {"roberta": 1, "bert": 0}
+_CLASSES = {"roberta": "Roberta", "bert": "Bert"}
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_LISTED = 20
+
+
+class LoadedEncoder(NamedTuple):
+    """Parameters from a folder, and what the folder and the model do not share.
+
+    Attributes:
+      params: the parameters of the model, on the default device.
+      initialized: names of the head's tensors that the folder lacks; they have initial values.
+      unused: names of tensors in the folder that the model has no use for, such as those of another
+        head.
+    """
+
+    params: PyTree
+    initialized: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def encoder_config(folder: str | Path) -> EncoderConfig:
+    """The configuration in a folder's config.json, with parameters in float32.
+
+    Raises:
+      InputError: there is no such file, it is damaged, or describes a model of another kind.
+    """
+    path = Path(folder, "config.json")
+    settings = _read_json(path)
+    _check_supported(path, "model_type", settings.get("model_type"), ARCHITECTURES)
+    for name, supported in _SUPPORTED.items():
+        _check_supported(path, name, settings.get(name, supported), (supported,))
+    architecture = settings["model_type"]
+    settings.setdefault("pad_token_id", _DEFAULT_PAD_ID[architecture])
+    numbers = _NUMBERS
+    if settings.get("classifier_dropout") is not None:
+        numbers = numbers | {"classifier_dropout": "classifier_dropout"}
+
+    def number(name: str, kind: Any, what: str) -> Any:
+        value = settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise InputError(
+                f"{name} is {json.dumps(value)} and must be {what}: take the file that "
+                "belongs to the weights."
+            )
+        return value
+
+    integer = lambda name: number(name, int, "a whole number")
+    try:
+        rows = integer("max_position_embeddings")
+        config = EncoderConfig(
+            architecture=architecture,
+            max_length=rows,
+            **{ours: integer(name) for name, ours in _INTEGERS.items()},
+            **{ours: number(name, int | float, "a number") for name, ours in numbers.items()},
+        )
+        # The first rows of RoBERTa's table are not positions of tokens.
+        return dataclasses.replace(config, max_length=rows - config.first_position)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def load_encoder(folder: str | Path, model: EncoderModel, key: jax.Array) -> LoadedEncoder:
+    """Reads the parameters of a model from the safetensors of a folder.
+
+    Args:
+      folder: holds `model.safetensors`, or its shards and `model.safetensors.index.json`.
+      model: an encoder with the folder's `encoder_config`, with or without a head.
+      key: random key for what the folder lacks of the head.
+
+    Raises:
+      InputError: a file is missing or damaged; a tensor of the body is missing; a tensor has no
+        place in the model, or another shape or dtype; or the decoder is not tied. The message
+        names the tensors.
+      ModuleNotFoundError: safetensors is not installed.
+    """
+    tensors = _Tensors(Path(folder), model.config.architecture)
+    initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    initial = jax.eval_shape(initialize, key)
+    wanted = {name: path for path, leaf in _leaves(initial) for name in _names(path, leaf, model)}
+
+    missing = [name for name in wanted if name not in tensors]
+    if lost := [name for name in missing if wanted[name][0] not in _HEAD_MODULES]:
+        raise InputError(
+            f"{folder} lacks {_listed(lost)}, which a model of this config.json has: take weights "
+            "that belong to it."
+        )
+    unused = [name for name in tensors if name not in wanted]
+    if unknown := [name for name in unused if not _UNUSED.match(name)]:
+        raise InputError(
+            f"{folder} holds {_listed(map(tensors.stored_name, unknown))}, for which this "
+            f"{model.config.architecture} model has no place: take weights that belong to it."
+        )
+    for name in [name for name in unused if _TIED.get(name) in wanted]:
+        if isinstance(model, MaskedLanguageModel):
+            if not np.array_equal(tensors.read(name), tensors.read(_TIED[name])):
+                raise InputError(
+                    f"{folder}: {tensors.stored_name(name)} differs from {_TIED[name]}: a decoder "
+                    "that is not tied to the word embedding is not supported."
+                )
+            unused.remove(name)
+    if missing:
+        # Only the head is computed.
+        heads = lambda key: {k: v for k, v in initialize(key).items() if k in _HEAD_MODULES}
+        initial |= jax.jit(heads)(key)
+
+    def read(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        path = _keys(path)
+        names = _names(path, leaf, model)
+        if names[0] in missing:
+            return leaf
+        is_stacked, is_kernel = "layers" in path, path[-1] == "kernel"
+        shape = leaf.shape[is_stacked:]
+        layers = [tensors.read(name, shape[::-1] if is_kernel else shape) for name in names]
+        values = np.stack(layers) if is_stacked else layers[0]
+        return jnp.asarray(values.mT if is_kernel else values, leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(read, initial)
+    return LoadedEncoder(params, tuple(missing), tuple(map(tensors.stored_name, unused)))
+
+
+def save_encoder(folder: str | Path, model: EncoderModel, params: PyTree) -> None:
+    """Writes a folder that `transformers` loads: `config.json` and `model.safetensors`.
+
+    Args:
+      folder: created if it does not exist; these two files in it are replaced.
+      model: an encoder, with or without a head.
+      params: its parameters.
+
+    Raises:
+      ModuleNotFoundError: safetensors is not installed.
+    """
+    check_installed("safetensors")
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    prefix = f"{model.config.architecture}."
+    for path, leaf in _leaves(params):
+        leaf = np.asarray(leaf)
+        layers = leaf if "layers" in path else [leaf]
+        for name, value in zip(_names(path, leaf, model), layers, strict=True):
+            in_body = name.startswith(("embeddings.", "encoder.", "pooler."))
+            name = prefix + name if in_body and not isinstance(model, Encoder) else name
+            tensors[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(folder / "model.safetensors") as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+    with atomic_write(folder / "config.json") as unfinished:
+        unfinished.write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
+
+
+def _hugging_face_config(model: EncoderModel) -> dict[str, Any]:
+    config = model.config
+    names = _INTEGERS | _NUMBERS | {"classifier_dropout": "classifier_dropout"}
+    settings = {name: getattr(config, ours) for name, ours in names.items()}
+    task = "Model"
+    if isinstance(model, MaskedLanguageModel):
+        task = "ForMaskedLM"
+    elif isinstance(model, Classifier):
+        task = "ForSequenceClassification"
+        settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
+        settings["label2id"] = {f"LABEL_{i}": i for i in range(model.num_labels)}
+        if model.num_labels == 1:
+            settings["problem_type"] = "regression"
+    return settings | {
+        "architectures": [_CLASSES[config.architecture] + task],
+        "model_type": config.architecture,
+        "hidden_act": "gelu",
+        "max_position_embeddings": config.first_position + config.max_length,
+        "torch_dtype": config.dtype,
+    }
+
+
+def _leaves(params: PyTree) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield _keys(path), leaf
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(entry.key for entry in path)
+
+
+def _check_supported(path: Path, name: str, value: Any, supported: tuple[Any, ...]) -> None:
+    if value not in supported:
+        raise InputError(
+            f"{path}: {name} is {json.dumps(value)}, and only "
+            f"{' or '.join(map(json.dumps, supported))} is supported: choose another model."
+        )
+
+
+def _names(path: tuple[str, ...], leaf: Any, model: EncoderModel) -> list[str]:
+    """The names of a parameter's tensors without the model's prefix, one for each layer."""
+    modules = "/".join(path[:-1]).removeprefix("encoder/")
+    module = (_BODY | _HEADS[model.config.architecture])[modules]
+    name = f"{module}.{_LEAVES[path[-1]]}"
+    return [name.format(layer) for layer in range(leaf.shape[0])] if "{}" in name else [name]
+
+
+class _Tensors:
+    """The tensors in a folder's safetensors by name, without the prefix of a model with a head."""
+
+    def __init__(self, folder: Path, architecture: str):
+        check_installed("safetensors")
+        # By name: the open file, its path and the name in it.
+        self._stored: dict[str, tuple[Any, Path, str]] = {}
+        for path in _safetensors_files(folder):
+            file = _open(path)
+            for stored in sorted(file.keys()):
+                name = stored.removeprefix(f"{architecture}.")
+                # Names in checkpoints that were converted from TensorFlow.
+                name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+                name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+                self._stored[name] = file, path, stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def stored_name(self, name: str) -> str:
+        """The name in the file."""
+        return self._stored[name][-1]
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """A tensor, which must have floating point numbers and, if one is given, the shape."""
+        file, path, stored = self._stored[name]
+        tensor = file.get_slice(stored)
+        if tensor.get_dtype() not in _FLOATS:
+            raise InputError(
+                f"{path}: {stored} is of dtype {tensor.get_dtype()}: convert the weights to one of "
+                f"{', '.join(_FLOATS)}."
+            )
+        found = tuple(tensor.get_shape())
+        if shape is not None and found != shape:
+            raise InputError(
+                f"{path}: {stored} has the shape {found}, but the model needs {shape}: take the "
+                "weights that belong to this config.json, and a head with as many labels."
+            )
+        return file.get_tensor(stored)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    """The one file of a folder, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if not index.is_file():
+        raise InputError(
+            f"{folder} has no model.safetensors, nor an index of shards: save the model with "
+            "safe_serialization=True."
+        )
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InputError(f'{index} has no "weight_map" of file names: download it again.')
+    paths = [folder / name for name in sorted(set(shards.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path} is missing, which {index.name} names: download it again.")
+    return paths
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): download it again.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"there is no {path}: give the folder of a model.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): download it again.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object: download it again.")
+    return content
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The names; of many the first, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

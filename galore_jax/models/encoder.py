@@ -1,0 +1,341 @@
+"""RoBERTa (arXiv 1907.11692) and BERT (arXiv 1810.04805) in Flax Linen, with stacked blocks."""
+
+import dataclasses
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from galore_jax.errors import InputError, require, require_choice
+from galore_jax.models.layers import constrain, matmul
+
+ARCHITECTURES = ("roberta", "bert")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes and numerical settings of a RoBERTa or BERT; the defaults are those of RoBERTa base.
+
+    Attributes:
+      architecture: "roberta" or "bert". They differ in the numbering of positions (see
+        `position_ids`) and in dropout before the dense layer of a classification head.
+      vocab_size: rows of the word embedding.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the MLP.
+      num_layers: number of blocks.
+      num_heads: attention heads; each has hidden_size / num_heads components.
+      max_length: the longest sequence in tokens.
+      token_types: rows of the token type embedding.
+      pad_id: the token that is padding: no position attends to it.
+      dropout: rate of dropout of the embeddings and of what attention and MLP add to the stream.
+      attention_dropout: rate of dropout of attention weights.
+      classifier_dropout: rate of dropout in a classification head; None: `dropout`.
+      norm_epsilon: added to the variance in LayerNorm.
+      initializer_range: standard deviation of the initial kernels and embeddings.
+      dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
+      remat: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+      InputError: a value is out of range, or the number of heads does not divide evenly.
+    """
+
+    architecture: str = "roberta"
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    max_length: int = 512
+    token_types: int = 1
+    pad_id: int = 1
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    classifier_dropout: float | None = None
+    norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    remat: bool = False
+
+    def __post_init__(self):
+        require_choice("model.architecture", self.architecture, ARCHITECTURES)
+        require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
+        for name in (*sizes, "max_length", "token_types", "norm_epsilon", "initializer_range"):
+            value = getattr(self, name)
+            require(f"model.{name}", value, value > 0, "positive")
+        for name in ("dropout", "attention_dropout", "classifier_dropout"):
+            value = getattr(self, name)
+            require(f"model.{name}", value, value is None or 0 <= value < 1, "from 0 to below 1")
+        in_vocabulary = 0 <= self.pad_id < self.vocab_size
+        require("model.pad_id", self.pad_id, in_vocabulary, "a row of the word embedding")
+        if self.hidden_size % self.num_heads:
+            raise InputError(
+                f"model.num_heads {self.num_heads} does not divide model.hidden_size "
+                f"{self.hidden_size}: choose a divisor."
+            )
+
+    @property
+    def first_position(self) -> int:
+        """The row of the position embedding for the first token of a sequence."""
+        return self.pad_id + 1 if self.architecture == "roberta" else 0
+
+
+class Encoder(nn.Module):
+    """The body of the model; `init(key, tokens)["params"]` has these leaves, in config.dtype.
+
+    {word,position,token_type}_embedding/embedding (rows, hidden), embedding_norm/{scale,bias}; with
+    a leading layer axis: layers/attention/{q,k,v,o}_proj/{kernel,bias},
+    layers/attention_norm/{scale,bias}, layers/mlp/{up,down}_proj/{kernel,bias},
+    layers/mlp_norm/{scale,bias}.
+    """
+
+    config: EncoderConfig
+
+    def setup(self):
+        """Creates the layers."""
+        config = self.config
+        self.word_embedding = _embedding(config.vocab_size, config)
+        self.position_embedding = _embedding(config.first_position + config.max_length, config)
+        self.token_type_embedding = _embedding(config.token_types, config)
+        self.embedding_norm = _norm(config)
+        self.embedding_dropout = nn.Dropout(config.dropout)
+        block = EncoderBlock
+        if config.remat:
+            # Counting self, argument 3 is `deterministic`, which must not be traced.
+            block = nn.remat(EncoderBlock, prevent_cse=False, static_argnums=(3,))
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=cast(Any, (nn.broadcast, nn.broadcast)),
+            length=config.num_layers,
+        )
+        self.layers = stack(config)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        token_types: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Encodes each token with its context on both sides.
+
+        Args:
+          tokens: int32 (batch, length), padded with config.pad_id.
+          token_types: int32 (batch, length), the number of the text that a token is of. None: 0.
+          deterministic: False applies dropout, which needs the random stream "dropout".
+
+        Returns:
+          The hidden states (batch, length, hidden) in config.dtype.
+
+        Raises:
+          InputError: a row is longer than config.max_length.
+        """
+        config, length = self.config, tokens.shape[1]
+        if length > config.max_length:
+            raise InputError(
+                f"a row of {length} tokens is longer than model.max_length {config.max_length}: "
+                "shorten the rows, or choose a model with more positions."
+            )
+        if token_types is None:
+            token_types = jnp.zeros_like(tokens)
+        x = self.word_embedding(tokens) + self.token_type_embedding(token_types)
+        x = x + self.position_embedding(position_ids(tokens, config))
+        x = self.embedding_norm(constrain(x, "batch")).astype(config.dtype)
+        x = self.embedding_dropout(x, deterministic=deterministic)
+        mask = (tokens != config.pad_id)[:, None, None]
+        return self.layers(x, mask, deterministic)[0]
+
+
+class Classifier(nn.Module):
+    """An encoder with a head for whole texts: classification, or regression with one output.
+
+    Its leaves are those of `Encoder` in encoder/, head/dense/{kernel,bias} (hidden, hidden) and
+    head/out_proj/{kernel,bias} (hidden, num_labels). For BERT head/dense is the pooler.
+    """
+
+    config: EncoderConfig
+    num_labels: int
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        token_types: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits, or values of a regression, float32 (batch, num_labels); see `Encoder`."""
+        x = Encoder(self.config, name="encoder")(tokens, token_types, deterministic)
+        head = ClassificationHead(self.config, self.num_labels, name="head")
+        return head(x[:, 0], deterministic)
+
+
+class MaskedLanguageModel(nn.Module):
+    """An encoder that predicts the token at each position; its decoder is the word embedding.
+
+    Its leaves are those of `Encoder` in encoder/, lm_head/dense/{kernel,bias} (hidden, hidden),
+    lm_head/norm/{scale,bias} and lm_head/bias (vocab,).
+    """
+
+    config: EncoderConfig
+
+    def setup(self):
+        """Creates the layers."""
+        self.encoder = Encoder(self.config)
+        self.lm_head = MaskedLanguageModelHead(self.config)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        token_types: jax.Array | None = None,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """Logits, float32 (batch, length, vocab); see `Encoder`."""
+        x = self.encoder(tokens, token_types, deterministic)
+        return self.lm_head(x, self.encoder.word_embedding.embedding)
+
+
+class ClassificationHead(nn.Module):
+    """`out_proj(tanh(dense(x)))` of the first token, with dropout."""
+
+    config: EncoderConfig
+    num_labels: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """Maps (batch, hidden) to float32 (batch, num_labels)."""
+        config = self.config
+        rate = config.dropout if config.classifier_dropout is None else config.classifier_dropout
+        dropout = nn.Dropout(rate, deterministic=deterministic)
+        if config.architecture == "roberta":
+            x = dropout(x)
+        x = jnp.tanh(_dense(config.hidden_size, config, "dense")(x))
+        return _dense(self.num_labels, config, "out_proj", jnp.float32)(dropout(x))
+
+
+class MaskedLanguageModelHead(nn.Module):
+    """`norm(gelu(dense(x))) embeddingᵀ + bias`."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
+        """Maps (batch, length, hidden), with a (vocab, hidden), to float32 (…, vocab)."""
+        config = self.config
+        x = _gelu(_dense(config.hidden_size, config, "dense")(x))
+        x = _norm(config, "norm")(x)
+        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,), config.dtype)
+        return jnp.einsum("blh,vh->blv", x, embedding, preferred_element_type=jnp.float32) + bias
+
+
+class EncoderBlock(nn.Module):
+    """One post-norm layer: `x = norm(x + attention(x)); x = norm(x + mlp(x))`."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, deterministic: bool
+    ) -> tuple[jax.Array, None]:
+        """The next activations (batch, length, hidden); the mask is that of `SelfAttention`."""
+        dropout = nn.Dropout(self.config.dropout, deterministic=deterministic)
+        attended = SelfAttention(self.config, name="attention")(x, mask, deterministic)
+        x = _norm(self.config, "attention_norm")(constrain(x + dropout(attended), "batch"))
+        added = EncoderMLP(self.config, name="mlp")(x)
+        return _norm(self.config, "mlp_norm")(constrain(x + dropout(added), "batch")), None
+
+
+class SelfAttention(nn.Module):
+    """Attention to all tokens; its kernels are plain (hidden, hidden) matrices, q, k, v and o."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
+        """Attends to `x` (batch, length, hidden) where `mask` (batch, 1, 1, length) is true."""
+        config = self.config
+
+        def heads(name: str) -> jax.Array:
+            projected = _dense(config.hidden_size, config, name)(x)
+            projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
+            return constrain(projected, "batch", None, "heads")
+
+        queries, keys, values = heads("q_proj"), heads("k_proj"), heads("v_proj")
+        scores = jnp.einsum(
+            "bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32
+        ) * (queries.shape[-1] ** -0.5)
+        # Not -inf, which would give NaN for a row of nothing but padding.
+        weights = nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
+        weights = nn.Dropout(config.attention_dropout)(weights, deterministic=deterministic)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
+        mixed = constrain(mixed.reshape(x.shape), "batch", None, "heads")
+        return _dense(config.hidden_size, config, "o_proj")(mixed)
+
+
+class EncoderMLP(nn.Module):
+    """`down(gelu(up(x)))`."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, length, hidden) to the same shape."""
+        hidden = _gelu(_dense(self.config.intermediate_size, self.config, "up_proj")(x))
+        hidden = constrain(hidden, "batch", None, "mlp")
+        return _dense(self.config.hidden_size, self.config, "down_proj")(hidden)
+
+
+def position_ids(tokens: jax.Array, config: EncoderConfig) -> jax.Array:
+    """The rows of the position embedding for `tokens` (batch, length), int32 of that shape.
+
+    BERT numbers positions from 0. RoBERTa, as fairseq's `make_positions`, numbers the tokens that
+    are not padding from pad_id + 1, and padding has the row pad_id.
+    """
+    if config.architecture == "bert":
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    is_token = (tokens != config.pad_id).astype(jnp.int32)
+    return jnp.cumsum(is_token, axis=1) * is_token + config.pad_id
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return nn.gelu(x, approximate=False)
+
+
+def _embedding(rows: int, config: EncoderConfig) -> nn.Embed:
+    # Sums of embeddings, and the gradient of a token that occurs often, are float32 as in llama.py.
+    return nn.Embed(
+        rows,
+        config.hidden_size,
+        dtype=jnp.float32,
+        param_dtype=config.dtype,
+        embedding_init=nn.initializers.normal(config.initializer_range),
+    )
+
+
+def _norm(config: EncoderConfig, name: str | None = None) -> nn.LayerNorm:
+    # The variance is that of centred values: E[x²] - E[x]² cancels where the mean is large.
+    return nn.LayerNorm(
+        config.norm_epsilon,
+        dtype=config.dtype,
+        param_dtype=config.dtype,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+def _dense(features: int, config: EncoderConfig, name: str, result: Any = None) -> nn.Dense:
+    """A dense layer with bias; its output has the dtype `result`, by default config.dtype."""
+
+    def dot_general(x, kernel, dimension_numbers, precision):
+        del dimension_numbers, precision  # always the last axis of x with the first of the kernel
+        return matmul(x, kernel, config.dtype if result is None else result)
+
+    return nn.Dense(
+        features,
+        dtype=config.dtype,
+        param_dtype=config.dtype,
+        kernel_init=nn.initializers.normal(config.initializer_range),
+        dot_general=dot_general,
+        name=name,
+    )

@@ -1,0 +1,264 @@
+"""Fine-tuning an encoder on a task of GLUE, once for each seed."""
+
+import json
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import galore_jax
+from galore_jax.data.glue import TASKS, Task, encode, load_examples, write_predictions
+from galore_jax.data.glue_metrics import predictions_of, scores
+from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokenizer
+from galore_jax.errors import InputError
+from galore_jax.files import atomic_write
+from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
+from galore_jax.models.encoder import Classifier, EncoderConfig
+from galore_jax.training.config_file import to_toml
+from galore_jax.training.finetune_config import FinetuneConfig
+from galore_jax.training.optimizer import make_optimizer
+from galore_jax.types import PyTree
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("vocab.json", "merges.txt", "vocab.txt"),
+)
+Rows = dict[str, np.ndarray]
+
+
+class Steps(NamedTuple):
+    """The compiled functions of a fine-tuning.
+
+    Attributes:
+      init: the parameters → the optimizer's state.
+      refresh: parameters, state, batch and key → the state with new bases; None without projected
+        gradients.
+      update: parameters, state, batch and key → the next parameters and state, which replace those
+        given, and the loss.
+      outputs: parameters and batch → the outputs of the head, float32 (batch, outputs).
+    """
+
+    init: Callable[..., Any]
+    refresh: Callable[..., Any] | None
+    update: Callable[..., Any]
+    outputs: Callable[..., Any]
+
+
+def finetune(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tunes as configured, evaluates after each epoch and keeps the best checkpoint.
+
+    The best checkpoint of a seed has the largest first metric of the task on the first validation
+    split; it is a Hugging Face folder, `seed-N/`, with the tokenizer of the model.
+
+    Returns:
+      The summary, also written as summary.json: `metric`, the first of the task; `best`, its value
+      for each seed; their `mean` and standard `deviation` (0 for one seed).
+
+    Raises:
+      InputError: the folder holds results, or the checkpoint, its tokenizer or the data cannot be
+        used.
+    """
+    folder, task = Path(config.training.folder), TASKS[config.data.task]
+    if (folder / "metrics.jsonl").exists():
+        raise InputError(f"{folder} holds results: name another training.folder.")
+    encoder = encoder_config(config.model.checkpoint)
+    tokenizer = load_pair_tokenizer(config.model.checkpoint)
+    _check_fit(config, encoder, tokenizer)
+    rows = _encoded_splits(config, task, tokenizer)
+    model = Classifier(encoder, task.num_outputs)
+    steps = config.training.epochs * -(-len(rows["train"]["tokens"]) // config.data.batch_size)
+    if config.optimizer.warmup_steps > steps:
+        raise InputError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
+            f"{steps} steps: shorten the warm-up."
+        )
+    compiled = make_steps(config, model, steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    best = [
+        _finetune_once(config, task, model, compiled, rows, s) for s in range(config.training.seeds)
+    ]
+    summary = {
+        "task": task.name,
+        "metric": task.metrics[0],
+        "best": best,
+        "mean": statistics.mean(best),
+        "deviation": statistics.stdev(best) if len(best) > 1 else 0.0,
+    }
+    with atomic_write(folder / "summary.json") as unfinished:
+        unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def make_steps(config: FinetuneConfig, model: Classifier, steps: int) -> Steps:
+    """Makes the functions of a fine-tuning of `steps` updates."""
+    tx = make_optimizer(config.optimizer, steps)
+    task = TASKS[config.data.task]
+    implementation: Any = config.optimizer.implementation
+
+    def loss(params: PyTree, batch: Any, key: jax.Array) -> jax.Array:
+        """Mean cross-entropy, or mean squared error of a regression, with dropout."""
+        outputs: Any = model.apply(
+            {"params": params},
+            batch["tokens"],
+            batch["token_types"],
+            deterministic=False,
+            rngs={"dropout": key},
+        )
+        if task.labels:
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["labels"])
+        else:
+            losses = (outputs[:, 0] - batch["labels"]) ** 2
+        return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
+
+    projected, full = galore_jax.value_and_grad(loss, tx), jax.value_and_grad(loss)
+
+    def update(params: PyTree, state: PyTree, batch: Any, key: jax.Array) -> Any:
+        if config.optimizer.has_projected_gradients:
+            value, gradients = projected(params, state, batch, key=key)
+        else:
+            value, gradients = full(params, batch, key)
+        params, state = galore_jax.apply_gradients(
+            tx, gradients, state, params, implementation=implementation
+        )
+        return params, state, value
+
+    def outputs(params: PyTree, batch: Any) -> Any:
+        return model.apply({"params": params}, batch["tokens"], batch["token_types"])
+
+    refresh = None
+    if config.optimizer.has_projected_gradients:
+        of_loss = galore_jax.refresh(loss, tx)
+        refresh = jax.jit(lambda params, state, batch, key: of_loss(params, state, batch, key=key))
+    return Steps(
+        jax.jit(lambda params: galore_jax.init(tx, params)),
+        refresh,
+        jax.jit(update, donate_argnums=(0, 1)),
+        jax.jit(outputs),
+    )
+
+
+def _finetune_once(
+    config: FinetuneConfig,
+    task: Task,
+    model: Classifier,
+    steps: Steps,
+    rows: dict[str, Rows],
+    seed: int,
+) -> float:
+    """Fine-tunes with one seed; returns the best value of the task's first metric."""
+    folder = Path(config.training.folder)
+    place = folder / f"seed-{seed}"
+    head_key, dropout_key = jax.random.split(jax.random.key(seed))
+    loaded = load_encoder(config.model.checkpoint, model, head_key)
+    if seed == 0:
+        _report(loaded.initialized, "initialised, as the checkpoint lacks")
+        _report(loaded.unused, "not used of the checkpoint:")
+    params, state = loaded.params, steps.init(loaded.params)
+    validation = [split for split in rows if split.startswith("validation")]
+    best, count = -np.inf, 0
+    for epoch in range(1, config.training.epochs + 1):
+        # Updates, with new bases where they are due.
+        losses = []
+        for batch in batches(rows["train"], config.data.batch_size, (seed, epoch)):
+            key = jax.random.fold_in(dropout_key, count)
+            if steps.refresh is not None and galore_jax.refresh_due(state):
+                state = steps.refresh(params, state, batch, key)
+            params, state, loss = steps.update(params, state, batch, key)
+            losses.append(loss)
+            count += 1
+        mean_loss = float(np.mean(jax.device_get(losses)))
+        if not np.isfinite(mean_loss):
+            raise InputError(
+                f"the loss is not finite in epoch {epoch} of seed {seed}: lower "
+                "optimizer.learning_rate, or set optimizer.clip_norm."
+            )
+        # Evaluation; the best checkpoint is kept.
+        metrics = {
+            split: scores(
+                task, _predict(config, task, steps, params, rows[split]), rows[split]["labels"]
+            )
+            for split in validation
+        }
+        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            record = {"seed": seed, "epoch": epoch, "loss": mean_loss, **metrics}
+            file.write(json.dumps(record) + "\n")
+        first = metrics[validation[0]]
+        print(f"seed {seed}, epoch {epoch}: loss {mean_loss:.4f}, {_text(first)}")
+        if first[task.metrics[0]] > best:
+            best = first[task.metrics[0]]
+            save_encoder(place, model, params)
+            _copy_tokenizer(Path(config.model.checkpoint), place)
+    # Predictions of the best checkpoint.
+    if config.training.predict:
+        params = load_encoder(place, model, head_key).params
+        for split in (split for split in rows if split.startswith("test")):
+            found = _predict(config, task, steps, params, rows[split])
+            write_predictions(task, split, found, place)
+    return best
+
+
+def _predict(
+    config: FinetuneConfig, task: Task, steps: Steps, params: PyTree, rows: Rows
+) -> np.ndarray:
+    """Predictions for all rows, in order."""
+    inputs = {name: rows[name] for name in ("tokens", "token_types")}
+    outputs = []
+    for batch in batches(inputs, config.data.batch_size):
+        outputs.append(np.asarray(steps.outputs(params, batch))[batch["weights"] == 1])
+    return predictions_of(task, np.concatenate(outputs))
+
+
+def _encoded_splits(
+    config: FinetuneConfig, task: Task, tokenizer: PairTokenizer
+) -> dict[str, Rows]:
+    splits = [name for name in task.files if config.training.predict or not name.startswith("test")]
+    return {
+        split: encode(
+            load_examples(task, split, config.data.source), tokenizer, config.data.sequence_length
+        )
+        for split in splits
+    }
+
+
+def _check_fit(config: FinetuneConfig, encoder: EncoderConfig, tokenizer: PairTokenizer) -> None:
+    """Raises an `InputError` unless tokenizer, rows and model fit together."""
+    if tokenizer.vocab_size > encoder.vocab_size or tokenizer.pad_id != encoder.pad_id:
+        raise InputError(
+            f"the tokenizer in {config.model.checkpoint} does not belong to the model: it has "
+            f"{tokenizer.vocab_size} tokens with padding {tokenizer.pad_id}, and the model "
+            f"{encoder.vocab_size} with padding {encoder.pad_id}."
+        )
+    _, types = tokenizer.encode([("a", "b")], 16)
+    if types.max() >= encoder.token_types:
+        raise InputError(
+            f"the tokenizer in {config.model.checkpoint} does not belong to the model: it marks "
+            f"the second text with token type {types.max()}, and the model has "
+            f"{encoder.token_types} types."
+        )
+    if config.data.sequence_length > encoder.max_length:
+        raise InputError(
+            f"data.sequence_length is {config.data.sequence_length}, but the model in "
+            f"{config.model.checkpoint} takes only {encoder.max_length}: shorten the sequences."
+        )
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy(source / name, target)
+
+
+def _report(names: tuple[str, ...], what: str) -> None:
+    if names:
+        print(f"{what} {', '.join(names)}")
+
+
+def _text(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -1,0 +1,88 @@
+"""The configuration of a fine-tuning on GLUE: sections `model`, `data`, `optimizer`, `training`."""
+
+from dataclasses import dataclass, field
+
+from galore_jax.data.glue import TASKS
+from galore_jax.errors import require, require_choice
+from galore_jax.training.config import OptimizerConfig
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`[model]`: the encoder to start from.
+
+    Attributes:
+      checkpoint: a Hugging Face folder of a RoBERTa or BERT: config.json, safetensors, tokenizer.
+
+    Raises:
+      InputError: there is none.
+    """
+
+    checkpoint: str = ""
+
+    def __post_init__(self):
+        holds = bool(self.checkpoint)
+        require("model.checkpoint", repr(self.checkpoint), holds, "a folder of Hugging Face")
+
+
+@dataclass(frozen=True)
+class GlueConfig:
+    """`[data]`: the task and its rows of tokens.
+
+    Attributes:
+      task: its name in TFDS: see `galore_jax.data.glue.TASKS`.
+      source: a folder with a folder of TSV files for each task; a data folder of TFDS; or `"tfds"`,
+        which downloads.
+      sequence_length: tokens per row; longer pairs are truncated.
+      batch_size: rows per step.
+
+    Raises:
+      InputError: a value out of range.
+    """
+
+    task: str = "rte"
+    source: str = "tfds"
+    sequence_length: int = 128
+    batch_size: int = 16
+
+    def __post_init__(self):
+        require_choice("data.task", self.task, TASKS)
+        for name in ("sequence_length", "batch_size"):
+            value = getattr(self, name)
+            require(f"data.{name}", value, value >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class FinetuningConfig:
+    """`[training]`: how long, how often, and where the results go.
+
+    Attributes:
+      epochs: passes over the training examples, each followed by an evaluation.
+      seeds: number of runs, with the seeds 0, 1, 2, … of the head, the order and dropout.
+      predict: also write the best checkpoints' predictions for the test set, to submit to GLUE.
+      folder: config.toml, metrics.jsonl, seed-N/ with a run's best checkpoint, and summary.json.
+
+    Raises:
+      InputError: a value out of range.
+    """
+
+    epochs: int = 30
+    seeds: int = 5
+    predict: bool = False
+    folder: str = "runs/glue"
+
+    def __post_init__(self):
+        for name in ("epochs", "seeds"):
+            value = getattr(self, name)
+            require(f"training.{name}", value, value >= 1, "at least 1")
+        require("training.folder", repr(self.folder), bool(self.folder), "the name of a folder")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The configuration, one attribute for each section of the file."""
+
+    model: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: GlueConfig = field(default_factory=GlueConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: FinetuningConfig = field(default_factory=FinetuningConfig)

