@@ -187,8 +187,22 @@ def test_the_loop_on_a_mesh_refreshes_and_learns():
     assert trained["step"]._cache_size() == trained["refresh"]._cache_size() == 1
 
 
+def test_the_recommended_optimizer_has_the_bytes_that_its_page_says():
+    tx = Page(DOCS / "which-optimizer.md").names("galore_jax.muon")["tx"]
+    params = {"kernel": jax.ShapeDtypeStruct((1024, 2736), jnp.float32)}
+    state = jax.eval_shape(lambda: tx.init(jax.tree.map(jnp.zeros_like, params)))
+    basis = state.inner_states[0].bases["kernel"]
+    assert (basis.projection.rank, basis.projection.complement) == (320, 64)
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 0]
+    # Wide kernels take less than the average of a model, square ones more.
+    assert 1.5 < 4 * sum(leaf.size for leaf in arrays) / (1024 * 2736) < 2
+
+
 def test_every_page_with_python_is_run_above():
-    run = ("usage", "projected-gradients", "low-memory", "comparison", "scaling")
+    run = (
+        *("usage", "projected-gradients", "low-memory", "comparison", "scaling"),
+        "which-optimizer",
+    )
     assert {page for page in TEXTS if blocks(page, "python")} == {
         README,
         *(DOCS / f"{name}.md" for name in run),
