@@ -137,7 +137,7 @@ def plot_loss_by_bytes(
 
 
 def _add_labels(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes the label of each point next to it where it covers no other point or label."""
+    """Writes each point's label next to it, inside the axes, where it covers nothing else."""
     axes.figure.draw_without_rendering()  # It determines where the points are.
     places = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     covered = []
@@ -148,8 +148,10 @@ def _add_labels(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> N
         for offset, align in _OFFSETS:
             text.set(position=offset, ha=align)
             box = text.get_window_extent()
+            is_inside = all(axes.bbox.contains(*corner) for corner in (box.min, box.max))
             covers_label = any(box.overlaps(other) for other in covered)
-            if not covers_label and not any(box.padded(6).contains(*place) for place in others):
+            covers_point = any(box.padded(6).contains(*place) for place in others)
+            if is_inside and not covers_label and not covers_point:
                 break
         covered.append(box)
 
