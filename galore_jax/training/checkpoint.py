@@ -205,8 +205,9 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
             name = path.replace("/", ".")  # as Orbax names it
             kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+            chunk: Any = array.chunk_layout.read_chunk.shape
             # A stack that is stored in one piece is decoded once, not for each of its layers.
-            return array if array.chunk_layout.read_chunk.shape[0] == 1 else array.read().result()
+            return array if chunk[0] == 1 else array.read().result()
 
         def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
             with raise_on_corruption(manager, step):
