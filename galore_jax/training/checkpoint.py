@@ -249,10 +249,13 @@ def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
     meta = {"config": recorded, "checksums": {"config": json_checksum(recorded)}}
     folder = folder.absolute()
     silence_duplicate_errors()
+    # Orbax gives up after 20 minutes, and here they include the time to read the parts.
+    patient = ocp.options.AsyncOptions(timeout_secs=7 * 24 * 3600)
+    options = ocp.CheckpointManagerOptions(async_options=patient)
     try:
         with (
             raise_on_full_disk(folder),
-            ocp.CheckpointManager(folder, item_handlers=handlers) as manager,
+            ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager,
         ):
             arguments = ocp.args.Composite(
                 params=ocp.args.PyTreeSave(params, save_args=chunks), meta=ocp.args.JsonSave(meta)
