@@ -205,8 +205,9 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
             name = path.replace("/", ".")  # as Orbax names it
             kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+            chunk: Any = array.chunk_layout.read_chunk.shape
             # A stack that is stored in one piece is decoded once, not for each of its layers.
-            return array if array.chunk_layout.read_chunk.shape[0] == 1 else array.read().result()
+            return array if chunk[0] == 1 else array.read().result()
 
         def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
             with raise_on_corruption(manager, step):
@@ -248,10 +249,13 @@ def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
     meta = {"config": recorded, "checksums": {"config": json_checksum(recorded)}}
     folder = folder.absolute()
     silence_duplicate_errors()
+    # Orbax gives up after 20 minutes, and here they include the time to read the parts.
+    patient = ocp.options.AsyncOptions(timeout_secs=7 * 24 * 3600)
+    options = ocp.CheckpointManagerOptions(async_options=patient)
     try:
         with (
             raise_on_full_disk(folder),
-            ocp.CheckpointManager(folder, item_handlers=handlers) as manager,
+            ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager,
         ):
             arguments = ocp.args.Composite(
                 params=ocp.args.PyTreeSave(params, save_args=chunks), meta=ocp.args.JsonSave(meta)
