@@ -200,7 +200,7 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no benchmark stap; there are refresh, step, state, accumulate, tokens, ",
+            "there is no benchmark stap; there are refresh, step, optimizers, state, accumulate, ",
         ),
         (["state", "repeats=3"], "the setting repeats is unknown; this benchmark has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),

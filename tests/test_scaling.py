@@ -74,6 +74,7 @@ def test_each_case_has_a_line_and_the_picture_is_drawn(complete):
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_data_parallel_reduces_float32_gradients_or_coordinates_once(tiny):
     full = 4 * (UNPROJECTED + PROJECTED)
     assert full <= tiny["data", "adamw", 4]["payload"]["all-reduce"] <= full + SCALARS
