@@ -89,8 +89,7 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
         rank = 1
         """
     )
-    settings = optimizers.Settings(config=str(path), repeats=1)
-    rows = optimizers.measure_model(TINY, settings, (2, 8))
+    rows = optimizers.measure_model(TINY, load_comparison(path), (2, 8), repeats=1)
     assert [row["name"] for row in rows] == list(load_comparison(path))
     assert all(row["of_adamw"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
     (adamw, muon, galore, directions, mini) = (row["bytes_of_adamw"] for row in rows)
@@ -231,11 +230,11 @@ def test_the_script_prints_only_that_sentence():
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    benches = "refresh, step, state, accumulate, tokens, sketch, dead"
+    benches = "refresh, step, optimizers, state, accumulate, tokens, sketch, dead"
     assert done.stderr == f"error: there is no benchmark stap; there are {benches}.\n"
 
 
 def test_every_setting_is_in_the_help():
-    for bench in (refresh, step, state, accumulate, tokens, sketch, dead):
+    for bench in (refresh, step, optimizers, state, accumulate, tokens, sketch, dead):
         defaults = vars(bench.Settings())
         assert all(f"    {key}={value} " in benchmark.__doc__ for key, value in defaults.items())

@@ -158,7 +158,8 @@ def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, set
         for one, other in zip(
             jax.tree.leaves(found.state.inner), jax.tree.leaves(state), strict=True
         ):
-            np.testing.assert_allclose(one, other, atol=2e-5)
+            # Relative for the norms that Fira and APOLLO keep, which are about 20.
+            np.testing.assert_allclose(one, other, atol=2e-5, rtol=1e-5)
         np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
         # Where nothing is due, the step that refreshes is the one that does not.
         if projected and not due:

@@ -1,8 +1,8 @@
 """`optimizers`: time of a step and bytes of state of all optimizers that a file compares."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 from tqdm import tqdm
@@ -10,12 +10,12 @@ from tqdm import tqdm
 from benchmarks.baselines import GAP, Baseline, full, projected, stock_step
 from benchmarks.models import blocks_loss, init_llama, separate_layers, with_dense
 from benchmarks.report import Row
-from benchmarks.state import CONFIGS
+from benchmarks.state import CONFIGS, require_size
 from benchmarks.step import BATCH, Run
 from benchmarks.timing import interleaved, seconds
 from galore_jax.errors import require
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import load_comparison, load_config
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.state import tree_bytes
@@ -28,14 +28,15 @@ class Settings:
     """See scripts/benchmark.py.
 
     Raises:
-      InputError: a number out of range.
+      InputError: an unknown size, or a number out of range.
     """
 
-    config: str = str(CONFIGS / "llama_5m.toml")
+    size: str = "5m"
     layers: int = 4
     repeats: int = 5
 
     def __post_init__(self):
+        require_size("size", self.size)
         require("layers", self.layers, self.layers >= 1, "at least 1")
         within = 1 <= self.repeats < GAP
         require("repeats", self.repeats, within, f"at least 1 and below {GAP}, the next refresh")
@@ -45,12 +46,14 @@ def measure(settings: Settings) -> list[Row]:
     """The rows of every optimizer, for blocks of LLaMA 350M."""
     model = load_config(CONFIGS / "llama_350m.toml").model
     model = replace(model, num_layers=settings.layers, dtype="float32")
-    return measure_model(model, settings, BATCH)
+    configs = load_comparison(CONFIGS / f"llama_{settings.size}.toml")
+    return measure_model(model, configs, BATCH, settings.repeats)
 
 
-def measure_model(model: LlamaConfig, settings: Settings, shape: tuple[int, int]) -> list[Row]:
-    """The rows for any model and shape of a batch (rows, tokens)."""
-    configs = load_comparison(Path(settings.config))
+def measure_model(
+    model: LlamaConfig, configs: Mapping[str, Config], shape: tuple[int, int], repeats: int
+) -> list[Row]:
+    """The rows for any model, optimizers by label, and shape of a batch (rows, tokens)."""
     params = separate_layers({"layers": init_llama(model)["layers"]})
     batch = jax.random.normal(jax.random.key(1), (2, *shape, model.hidden_size))
     loss = with_dense("flax", functools.partial(blocks_loss, model))
@@ -62,7 +65,7 @@ def measure_model(model: LlamaConfig, settings: Settings, shape: tuple[int, int]
         bytes_of[label] = tree_bytes(jax.eval_shape(baseline.init, params))
         runs[label] = Run(baseline, loss, params, batch)
     first = {label: seconds(run) for label, run in tqdm(runs.items(), "steps with every refresh")}
-    plain = interleaved(runs, settings.repeats, "steps")
+    plain = interleaved(runs, repeats, "steps")
 
     def row(label: str, config: OptimizerConfig) -> Row:
         refresh = max(first[label] - plain[label], 0) if config.has_galore else 0
