@@ -41,7 +41,6 @@ sketch: energy that bases from sketches capture at each refresh of a training ru
     source=data          data.source of that configuration
     tokenizer=data/spiece4096.model  its data.tokenizer
     steps=1000           of training
-    rate=0.005           learning rate
 dead: time of a step of a mixture of experts, refreshes included, if one expert gets no tokens or a
   weight is frozen, relative to that if all have gradients.
     experts=8            with two weights each

@@ -39,7 +39,6 @@ class Settings:
     source: str = "data"
     tokenizer: str = "data/spiece4096.model"
     steps: int = 1000
-    rate: str = "0.005"
 
     def __post_init__(self):
         require_size("size", self.size)
@@ -52,7 +51,6 @@ def measure(settings: Settings) -> list[Row]:
         f"data.source={settings.source}",
         f"data.tokenizer={settings.tokenizer}",
         f"training.steps={settings.steps}",
-        f"optimizer.learning_rate={settings.rate}",
     )
     rows = measure_run(load_config(CONFIGS / f"llama_{settings.size}.toml", overrides))
     means = {key: float(np.mean([row[key] for row in rows])) for key in ENERGIES}
