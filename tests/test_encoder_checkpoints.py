@@ -294,7 +294,7 @@ def test_a_config_of_another_model_is_one_sentence(folder, settings, message):
 
 
 def test_a_config_that_is_no_json_object_is_named(folder):
-    for content, message in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+    for content, message in (("{", "is not a JSON file"), ("[]", "is not a JSON object")):
         (folder / "config.json").write_text(content)
         with pytest.raises(InputError, match=f"config.json {message}"):
             encoder_config(folder)

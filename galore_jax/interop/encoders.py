@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from galore_jax.errors import InputError, check_installed
+from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
+from galore_jax.interop.tensors import read_json
 from galore_jax.models.encoder import (
     ARCHITECTURES,
     Classifier,
@@ -117,7 +120,7 @@ def encoder_config(folder: str | Path) -> EncoderConfig:
       InputError: there is no such file, it is damaged, or describes a model of another kind.
     """
     path = Path(folder, "config.json")
-    settings = _read_json(path)
+    settings = read_json(path)
     _check_supported(path, "model_type", settings.get("model_type"), ARCHITECTURES)
     for name, supported in _SUPPORTED.items():
         _check_supported(path, name, settings.get(name, supported), (supported,))
@@ -163,7 +166,6 @@ def load_encoder(folder: str | Path, model: EncoderModel, key: jax.Array) -> Loa
       InputError: a file is missing or damaged; a tensor of the body is missing; a tensor has no
         place in the model, or another shape or dtype; or the decoder is not tied. The message
         names the tensors.
-      ModuleNotFoundError: safetensors is not installed.
     """
     tensors = _Tensors(Path(folder), model.config.architecture)
     initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
@@ -217,13 +219,7 @@ def save_encoder(folder: str | Path, model: EncoderModel, params: PyTree) -> Non
       folder: created if it does not exist; these two files in it are replaced.
       model: an encoder, with or without a head.
       params: its parameters.
-
-    Raises:
-      ModuleNotFoundError: safetensors is not installed.
     """
-    check_installed("safetensors")
-    from safetensors.numpy import save_file
-
     tensors = {}
     prefix = f"{model.config.architecture}."
     for path, leaf in _leaves(params):
@@ -292,7 +288,6 @@ class _Tensors:
     """The tensors in a folder's safetensors by name, without the prefix of a model with a head."""
 
     def __init__(self, folder: Path, architecture: str):
-        check_installed("safetensors")
         # By name: the open file, its path and the name in it.
         self._stored: dict[str, tuple[Any, Path, str]] = {}
         for path in _safetensors_files(folder):
@@ -342,7 +337,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
             f"{folder} has no model.safetensors, nor an index of shards: save the model with "
             "safe_serialization=True."
         )
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise InputError(f'{index} has no "weight_map" of file names: download it again.')
     paths = [folder / name for name in sorted(set(shards.values()))]
@@ -353,24 +348,10 @@ def _safetensors_files(folder: Path) -> list[Path]:
 
 
 def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
     try:
         return safe_open(path, framework="np")
     except SafetensorError as error:
         raise InputError(f"{path} is damaged ({error}): download it again.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"there is no {path}: give the folder of a model.") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): download it again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object: download it again.")
-    return content
 
 
 def _listed(names: Iterable[str]) -> str:
