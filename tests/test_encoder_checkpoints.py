@@ -222,7 +222,9 @@ def test_shards_are_read_through_their_index(folder):
         np.testing.assert_array_equal, load_encoder(folder, model, KEY).params, initial(model)
     )
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(InputError, match=r"00002-of-00002.safetensors is missing.* download"):
+    with pytest.raises(
+        InputError, match=r"names model-00002-of-00002.safetensors, which .*download"
+    ):
         load_encoder(folder, model, KEY)
 
 
@@ -251,7 +253,10 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
             lambda t: t.update({QUERY: t[QUERY][:3].copy()}),
             rf"{QUERY} has the shape \(3, 32\), but the model needs \(32, 32\)",
         ),
-        (lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}), rf"{QUERY} is of dtype I8"),
+        (
+            lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}),
+            rf"{QUERY} in .*safetensors has the dtype I8",
+        ),
     ],
     ids=["missing", "unknown", "shape", "dtype"],
 )
@@ -264,12 +269,14 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 def test_a_truncated_file_is_named(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match=r"model.safetensors is damaged .*download it again"):
+    with pytest.raises(
+        InputError, match=r"model.safetensors is not a complete safetensors file .*download"
+    ):
         load_encoder(folder, MaskedLanguageModel(BERT), KEY)
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no model.safetensors"):
+    with pytest.raises(InputError, match=r"has neither model.safetensors nor"):
         load_encoder(tmp_path, Encoder(BERT), KEY)
 
 

@@ -14,12 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
-from galore_jax.interop.tensors import read_json
+from galore_jax.interop.tensors import (
+    SINGLE,
+    check_dtypes,
+    read_json,
+    read_tensor,
+    stored_tensors,
+)
 from galore_jax.models.encoder import (
     ARCHITECTURES,
     Classifier,
@@ -94,7 +99,6 @@ _NUMBERS = {
 _SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 _DEFAULT_PAD_ID = {"roberta": 1, "bert": 0}
 _CLASSES = {"roberta": "Roberta", "bert": "Bert"}
-_FLOATS = ("F16", "BF16", "F32", "F64")
 _LISTED = 20
 
 
@@ -167,35 +171,48 @@ def load_encoder(folder: str | Path, model: EncoderModel, key: jax.Array) -> Loa
         place in the model, or another shape or dtype; or the decoder is not tied. The message
         names the tensors.
     """
-    tensors = _Tensors(Path(folder), model.config.architecture)
+    tensors = stored_tensors(Path(folder))
+    stored = _stored_names(tensors, model.config.architecture)
     initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     initial = jax.eval_shape(initialize, key)
     wanted = {name: path for path, leaf in _leaves(initial) for name in _names(path, leaf, model)}
+    tensor = lambda name: read_tensor(stored[name], tensors[stored[name]])
 
-    missing = [name for name in wanted if name not in tensors]
+    # What the folder lacks, and what the model has no use for.
+    missing = [name for name in wanted if name not in stored]
     if lost := [name for name in missing if wanted[name][0] not in _HEAD_MODULES]:
         raise InputError(
             f"{folder} lacks {_listed(lost)}, which a model of this config.json has: take weights "
             "that belong to it."
         )
-    unused = [name for name in tensors if name not in wanted]
-    if unknown := [name for name in unused if not _UNUSED.match(name)]:
+    unused = [name for name in stored if name not in wanted]
+    if unknown := [stored[name] for name in unused if not _UNUSED.match(name)]:
         raise InputError(
-            f"{folder} holds {_listed(map(tensors.stored_name, unknown))}, for which this "
-            f"{model.config.architecture} model has no place: take weights that belong to it."
+            f"{folder} holds {_listed(unknown)}, for which this {model.config.architecture} model "
+            "has no place: take weights that belong to it."
         )
+    check_dtypes({stored[name]: tensors[stored[name]] for name in wanted if name in stored})
     for name in [name for name in unused if _TIED.get(name) in wanted]:
         if isinstance(model, MaskedLanguageModel):
-            if not np.array_equal(tensors.read(name), tensors.read(_TIED[name])):
+            if not np.array_equal(tensor(name), tensor(_TIED[name])):
                 raise InputError(
-                    f"{folder}: {tensors.stored_name(name)} differs from {_TIED[name]}: a decoder "
-                    "that is not tied to the word embedding is not supported."
+                    f"{folder}: {stored[name]} differs from {_TIED[name]}: a decoder that is not "
+                    "tied to the word embedding is not supported."
                 )
             unused.remove(name)
     if missing:
         # Only the head is computed.
         heads = lambda key: {k: v for k, v in initialize(key).items() if k in _HEAD_MODULES}
         initial |= jax.jit(heads)(key)
+
+    def layer(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        file, found, _ = tensors[stored[name]]
+        if found != shape:
+            raise InputError(
+                f"{file}: {stored[name]} has the shape {found}, but the model needs {shape}: take "
+                "the weights that belong to this config.json, and a head with as many labels."
+            )
+        return tensor(name)
 
     def read(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         path = _keys(path)
@@ -204,12 +221,12 @@ def load_encoder(folder: str | Path, model: EncoderModel, key: jax.Array) -> Loa
             return leaf
         is_stacked, is_kernel = "layers" in path, path[-1] == "kernel"
         shape = leaf.shape[is_stacked:]
-        layers = [tensors.read(name, shape[::-1] if is_kernel else shape) for name in names]
+        layers = [layer(name, shape[::-1] if is_kernel else shape) for name in names]
         values = np.stack(layers) if is_stacked else layers[0]
         return jnp.asarray(values.mT if is_kernel else values, leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(read, initial)
-    return LoadedEncoder(params, tuple(missing), tuple(map(tensors.stored_name, unused)))
+    return LoadedEncoder(params, tuple(missing), tuple(stored[name] for name in unused))
 
 
 def save_encoder(folder: str | Path, model: EncoderModel, params: PyTree) -> None:
@@ -231,7 +248,7 @@ def save_encoder(folder: str | Path, model: EncoderModel, params: PyTree) -> Non
             tensors[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / "model.safetensors") as unfinished:
+    with atomic_write(folder / SINGLE) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
     with atomic_write(folder / "config.json") as unfinished:
         unfinished.write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
@@ -284,74 +301,19 @@ def _names(path: tuple[str, ...], leaf: Any, model: EncoderModel) -> list[str]:
     return [name.format(layer) for layer in range(leaf.shape[0])] if "{}" in name else [name]
 
 
-class _Tensors:
-    """The tensors in a folder's safetensors by name, without the prefix of a model with a head."""
+def _stored_names(tensors: Iterable[str], architecture: str) -> dict[str, str]:
+    """The name in the files of each tensor, by its name in this module.
 
-    def __init__(self, folder: Path, architecture: str):
-        # By name: the open file, its path and the name in it.
-        self._stored: dict[str, tuple[Any, Path, str]] = {}
-        for path in _safetensors_files(folder):
-            file = _open(path)
-            for stored in sorted(file.keys()):
-                name = stored.removeprefix(f"{architecture}.")
-                # Names in checkpoints that were converted from TensorFlow.
-                name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-                name = name.replace("LayerNorm.beta", "LayerNorm.bias")
-                self._stored[name] = file, path, stored
+    That is without the prefix of a model with a head, and without the older names of norms in
+    checkpoints that were converted from TensorFlow.
+    """
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
+    def ours(name: str) -> str:
+        name = name.removeprefix(f"{architecture}.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._stored
-
-    def stored_name(self, name: str) -> str:
-        """The name in the file."""
-        return self._stored[name][-1]
-
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor, which must have floating point numbers and, if one is given, the shape."""
-        file, path, stored = self._stored[name]
-        tensor = file.get_slice(stored)
-        if tensor.get_dtype() not in _FLOATS:
-            raise InputError(
-                f"{path}: {stored} is of dtype {tensor.get_dtype()}: convert the weights to one of "
-                f"{', '.join(_FLOATS)}."
-            )
-        found = tuple(tensor.get_shape())
-        if shape is not None and found != shape:
-            raise InputError(
-                f"{path}: {stored} has the shape {found}, but the model needs {shape}: take the "
-                "weights that belong to this config.json, and a head with as many labels."
-            )
-        return file.get_tensor(stored)
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    """The one file of a folder, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if not index.is_file():
-        raise InputError(
-            f"{folder} has no model.safetensors, nor an index of shards: save the model with "
-            "safe_serialization=True."
-        )
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise InputError(f'{index} has no "weight_map" of file names: download it again.')
-    paths = [folder / name for name in sorted(set(shards.values()))]
-    for path in paths:
-        if not path.is_file():
-            raise InputError(f"{path} is missing, which {index.name} names: download it again.")
-    return paths
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): download it again.") from error
+    return {ours(name): name for name in sorted(tensors)}
 
 
 def _listed(names: Iterable[str]) -> str:

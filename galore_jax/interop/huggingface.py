@@ -24,6 +24,7 @@ from galore_jax.interop.tensors import (
     SINGLE,
     Index,
     Stored,
+    check_dtypes,
     read_tensor,
     stored_tensors,
     write_tensors,
@@ -107,7 +108,7 @@ class ModelFolder:
     def __init__(self, folder: Path, config: LlamaConfig):
         self._leaves, self._dtype = _leaves(config), jnp.dtype(config.dtype)
         self._tensors = stored_tensors(folder)
-        _check_names(folder, self._leaves.values(), self._tensors)
+        _check_fit(folder, self._leaves.values(), self._tensors)
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """A part of a leaf, in the dtype of the model.
@@ -179,7 +180,7 @@ def find_tokenizer(folder: Path) -> Path | None:
     return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
 
 
-def _check_names(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None:
+def _check_fit(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None:
     shapes = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
     extra = {name for name in tensors if not _COMPUTED.fullmatch(name)} - shapes.keys()
     if HEAD in extra and _is_tied(tensors):
@@ -199,6 +200,7 @@ def _check_names(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> No
             f"the tensors in {folder} do not fit its {CONFIG} or the settings of the model: "
             f"{'; '.join(found)}."
         )
+    check_dtypes({name: tensors[name] for name in shapes})
 
 
 def _listed(names: list[str]) -> str:
@@ -216,6 +218,5 @@ def _is_tied(tensors: Mapping[str, Stored]) -> bool:
     """Whether a head that the files have too is the embedding."""
     if EMBEDDING not in tensors or tensors[HEAD].shape != tensors[EMBEDDING].shape:
         return False
-    everything = slice(None), slice(None)
-    head, embedding = (read_tensor(name, tensors[name], everything) for name in (HEAD, EMBEDDING))
+    head, embedding = (read_tensor(name, tensors[name]) for name in (HEAD, EMBEDDING))
     return np.array_equal(head, embedding)

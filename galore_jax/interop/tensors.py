@@ -15,12 +15,12 @@ from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+DTYPES = ("F64", "F32", "BF16", "F16")
 Index = tuple[slice, ...]
 
 
 class Stored(NamedTuple):
-    """A tensor in a file."""
+    """A tensor in a file, with the dtype's name in the format of safetensors, as in "F32"."""
 
     file: Path
     shape: tuple[int, ...]
@@ -31,8 +31,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """The tensors in the files of a folder, by name, from the headers alone.
 
     Raises:
-      InputError: there are no such files; one is missing, truncated, or lacks a tensor of the
-        index; or a tensor has a dtype other than `DTYPES`.
+      InputError: there are no such files, or one is missing, truncated, or lacks a tensor of the
+        index.
     """
     index = folder / INDEX
     if index.is_file():
@@ -56,26 +56,29 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
                 tensor = opened.get_slice(name)
-                dtype = tensor.get_dtype()
-                if dtype not in DTYPES:
-                    raise InputError(
-                        f"{name} in {file} has the dtype {dtype}: only {', '.join(DTYPES)} can be "
-                        "read."
-                    )
-                found[name] = Stored(file, tuple(tensor.get_shape()), DTYPES[dtype])
+                found[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
     for name, file in named.items():
         if name not in found or found[name].file.name != file:
             raise InputError(f"{folder / file} has no {name}, which {index} says it has.")
     return found
 
 
-def read_tensor(name: str, stored: Stored, index: Index) -> np.ndarray:
-    """A part of a tensor, without reading the rest.
+def check_dtypes(tensors: Mapping[str, Stored]) -> None:
+    """Raises an `InputError` if a tensor has a dtype other than `DTYPES`."""
+    for name, (file, _, dtype) in tensors.items():
+        if dtype not in DTYPES:
+            raise InputError(
+                f"{name} in {file} has the dtype {dtype}: convert it to one of {', '.join(DTYPES)}."
+            )
+
+
+def read_tensor(name: str, stored: Stored, index: Index | None = None) -> np.ndarray:
+    """A tensor, or a part of it without reading the rest.
 
     The file is closed again, because what was read of an open file stays mapped in memory.
     """
     with _opened(stored.file) as opened:
-        return opened.get_slice(name)[index]
+        return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
 
 
 def write_tensors(
