@@ -1,9 +1,13 @@
-"""Atomic writes: files that appear complete or not at all."""
+"""Files that appear complete or not at all, and JSON files."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from galore_jax.errors import InputError
 
 UNFINISHED = ".unfinished"
 
@@ -24,3 +28,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      InputError: the file is missing or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"there is no {path}: name a folder that has one.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file: {error}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return value

@@ -61,6 +61,7 @@ def folder(params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     save(folder, MODEL, params, shard_bytes=3000)
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "b"}')
     return folder
 
 
@@ -93,7 +94,8 @@ def test_the_way_back_gives_the_same_model(run, folder, params, tmp_path):
     assert model == MODEL
     assert_equal_trees(again, params)
     assert json.loads((tmp_path / "back" / "tokenizer.json").read_text()) == TOKENIZER
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 0
+    assert (tmp_path / "back" / "tokenizer_config.json").read_text() == '{"eos_token": "b"}'
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 2
 
 
 def test_a_run_without_an_optimizer_is_neither_resumed_nor_replaced(run, folder):

@@ -139,5 +139,5 @@ def test_the_script_ends_in_one_sentence(tmp_path):
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
-        f"error: there is no {tmp_path}/config.json: give the folder of a model.\n"
+        f"error: there is no {tmp_path}/config.json: name a folder that has one.\n"
     )

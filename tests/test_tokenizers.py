@@ -1,5 +1,6 @@
 """Tokenizers: bytes, SentencePiece, tokenizer.json, and the trained vocabulary."""
 
+import json
 import os
 import subprocess
 import sys
@@ -85,6 +86,26 @@ def test_a_tokenizer_json_is_read_without_its_template_truncation_and_padding(js
     ids = tokenizer.encode(AWKWARD)
     assert not {0, 1, 2} & set(ids)
     assert tokenizer.decode([*ids, 1, 0]) == AWKWARD
+
+
+@pytest.mark.parametrize(
+    ("settings", "ids"),
+    [
+        ({"eos_token": "<unk>"}, (0, 2)),
+        ({"eos_token": {"content": "<unk>"}, "pad_token": "</s>"}, (1, 2)),
+        ({"eos_token": None}, (0, 1)),
+    ],
+)
+def test_a_tokenizer_config_beside_the_file_names_eos_and_pad(json_file, settings, ids):
+    json_file.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(json_file))
+    assert (tokenizer.pad_id, tokenizer.eos_id) == ids
+
+
+def test_an_end_of_sequence_that_the_vocabulary_lacks_is_named(json_file):
+    json_file.with_name("tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match=r"tokenizer.json .* \(<\|im_end\|>\)"):
+        load_tokenizer(str(json_file))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +10,7 @@ import sentencepiece
 import tokenizers
 
 from galore_jax.errors import InputError
+from galore_jax.files import read_json
 
 _EOS_NAMES = (
     "</s>",
@@ -111,7 +112,11 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`; eos and pad are looked up by their usual names, pad falls back to eos."""
+    """A `tokenizer.json`, with the eos and pad tokens of the `tokenizer_config.json` beside it.
+
+    Without one, or where it names none, they are looked up by their usual names; without a pad
+    token, rows are padded with eos.
+    """
 
     def __init__(self, path: str):
         try:
@@ -126,15 +131,18 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise InputError(f"{path} has an empty vocabulary.")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
+        named = _named_tokens(Path(path).with_name("tokenizer_config.json"))
+
+        def find(names: Sequence[str]) -> int | None:
+            return next((vocabulary[name] for name in names if name in vocabulary), None)
+
+        eos_names = named.get("eos_token", _EOS_NAMES)
+        eos = find(eos_names)
         if eos is None:
-            raise InputError(
-                f"{path} has no end-of-sequence token under a usual name ({', '.join(_EOS_NAMES)})."
-            )
+            raise InputError(f"{path} has no end-of-sequence token ({', '.join(eos_names)}).")
+        pad = find(named.get("pad_token", _PAD_NAMES))
         self.eos_id: int = eos
-        self.pad_id: int = next(
-            (vocabulary[name] for name in _PAD_NAMES if name in vocabulary), eos
-        )
+        self.pad_id: int = eos if pad is None else pad
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without the special tokens that the file's post-processor adds."""
@@ -143,6 +151,19 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _named_tokens(path: Path) -> dict[str, tuple[str]]:
+    """The special tokens, by kind, that a `tokenizer_config.json` names."""
+    if not path.is_file():
+        return {}
+    found = {}
+    for kind in ("eos_token", "pad_token"):
+        token = read_json(path).get(kind)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            found[kind] = (token,)
+    return found
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:

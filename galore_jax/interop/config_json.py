@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError
-from galore_jax.interop.tensors import read_json
+from galore_jax.files import read_json
 from galore_jax.models.llama import LlamaConfig
 
 CONFIG = "config.json"

@@ -17,11 +17,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import atomic_write, read_json
 from galore_jax.interop.tensors import (
     SINGLE,
     check_dtypes,
-    read_json,
     read_tensor,
     stored_tensors,
 )

@@ -33,8 +33,6 @@ from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.types import ReadPart
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Where there are both, the first has the added tokens too.
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _NAMES = {
     "attention": "self_attn",
     "input_norm": "input_layernorm",
@@ -173,11 +171,6 @@ def write_model(
     write_tensors(folder, shapes, jnp.dtype(config.dtype), tensor, shard_bytes)
     with atomic_write(folder / CONFIG) as file:
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer in a folder, of Hugging Face's tokenizers or SentencePiece, if there is one."""
-    return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
 
 
 def _check_fit(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None:

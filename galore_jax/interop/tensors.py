@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import atomic_write, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "BF16", "F16")
@@ -119,23 +119,6 @@ def write_tensors(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         with atomic_write(folder / INDEX) as path:
             path.write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      InputError: the file is missing or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"there is no {path}: give the folder of a model.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a JSON file: {error}.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not a JSON object.")
-    return value
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -143,7 +143,7 @@ def _config(
 def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
     """By section, the settings that a model of Hugging Face's transformers determines."""
     from galore_jax.interop.config_json import read_config  # needs an extra of its own
-    from galore_jax.interop.huggingface import find_tokenizer
+    from galore_jax.interop.tokenizer_files import find_tokenizer
 
     model = dataclasses.asdict(read_config(Path(folder)))
     for key in ("remat", "checkpoint"):

@@ -1,19 +1,13 @@
 """Runs from, and to, folders of Hugging Face's transformers."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.tokenizers import load_tokenizer
-from galore_jax.files import atomic_write
 from galore_jax.interop.config_json import read_config
-from galore_jax.interop.huggingface import (
-    TOKENIZERS,
-    ModelFolder,
-    find_tokenizer,
-    write_model,
-)
+from galore_jax.interop.huggingface import ModelFolder, write_model
+from galore_jax.interop.tokenizer_files import copy_tokenizer, find_tokenizer
 from galore_jax.training.checkpoint import open_parameters, save_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.run_folder import RunFolder, open_folder
@@ -47,7 +41,7 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     )
     with open_folder(config, resume=False):
         if tokenizer is not None:
-            _copy(tokenizer, run.path / tokenizer.name)
+            copy_tokenizer(folder, run.path)
         save_parameters(run.checkpoints, config, source.read)
     return config
 
@@ -76,12 +70,6 @@ def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
             "pad_token_id": tokenizer.pad_id,
         }
         write_model(folder, config.model, read, settings=settings)
-    for name in TOKENIZERS:
-        if Path(source).suffix == Path(name).suffix:
-            _copy(Path(source), folder / name)
+    if source != "bytes":
+        copy_tokenizer(Path(source), folder)
     return config
-
-
-def _copy(source: Path, target: Path) -> None:
-    with atomic_write(target) as path:
-        shutil.copyfile(source, path)

@@ -1,7 +1,6 @@
 """Fine-tuning an encoder on a task of GLUE, once for each seed."""
 
 import json
-import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +18,13 @@ from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokeniz
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
+from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config_file import to_toml
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt", "vocab.txt"),
-)
 Rows = dict[str, np.ndarray]
 
 
@@ -194,7 +190,7 @@ def _finetune_once(
         if first[task.metrics[0]] > best:
             best = first[task.metrics[0]]
             save_encoder(place, model, params)
-            _copy_tokenizer(Path(config.model.checkpoint), place)
+            copy_tokenizer(Path(config.model.checkpoint), place)
     # Predictions of the best checkpoint.
     if config.training.predict:
         params = load_encoder(place, model, head_key).params
@@ -247,12 +243,6 @@ def _check_fit(config: FinetuneConfig, encoder: EncoderConfig, tokenizer: PairTo
             f"data.sequence_length is {config.data.sequence_length}, but the model in "
             f"{config.model.checkpoint} takes only {encoder.max_length}: shorten the sequences."
         )
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copy(source / name, target)
 
 
 def _report(names: tuple[str, ...], what: str) -> None:

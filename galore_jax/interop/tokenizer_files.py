@@ -1,0 +1,38 @@
+"""The files of a tokenizer in a folder of Hugging Face."""
+
+import shutil
+from pathlib import Path
+
+from galore_jax.files import atomic_write
+
+# Where there are both, the first has the added tokens too.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# What transformers and other programs read beside them.
+_BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
+)
+
+
+def find_tokenizer(folder: Path) -> Path | None:
+    """The tokenizer in a folder, of Hugging Face's tokenizers or SentencePiece, if there is one."""
+    return next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies a tokenizer to a folder, under the names that transformers expects.
+
+    Args:
+      source: a folder of Hugging Face, or the file of a tokenizer, which may be in such a folder.
+      folder: an existing folder.
+    """
+    if source.name in _TOKENIZERS:
+        source = source.parent
+    if source.is_file():
+        files = {f"tokenizer{source.suffix}": source}
+    else:
+        files = {name: source / name for name in (*_TOKENIZERS, *_BESIDE)}
+    for name, file in files.items():
+        if file.is_file():
+            with atomic_write(folder / name) as path:
+                shutil.copyfile(file, path)
