@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
-from galore_jax.data.packing import PackedRows, Rows, pack
+from galore_jax.data.packing import NO_TARGET, PackedRows, Rows, pack
 from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer
 from galore_jax.errors import InputError
@@ -85,9 +85,10 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIter
         tokenizer: from `load_tokenizer(config.tokenizer)`.
 
     Returns:
-        An iterator over {"tokens", "segments", "positions"}, int32 of shape
+        An iterator over {"tokens", "segments", "positions", "targets"}, int32 of shape
         (batch_size, sequence_length). Segments number the documents of a row from 1, 0 is padding;
-        positions restart with each document.
+        positions restart with each document. Targets are the tokens to predict, -1 where there is
+        none.
 
     Raises:
         InputError: the source is unusable or almost without text.
@@ -114,7 +115,9 @@ def validation_batches(config: DataConfig, tokenizer: Tokenizer) -> Iterable[Row
     _check_text(config, texts, "validation")
 
     def padded(rows: Sequence[Rows]) -> Rows:
-        return grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
+        batch = grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
+        batch["targets"][len(rows) :] = NO_TARGET
+        return batch
 
     in_order = grain.MapDataset.source(texts)
     rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)

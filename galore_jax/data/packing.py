@@ -7,6 +7,7 @@ import grain
 import numpy as np
 
 Rows = dict[str, np.ndarray]
+NO_TARGET = -1
 
 
 def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
@@ -18,12 +19,15 @@ def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
         pad_id: token id that fills the last row.
 
     Returns:
-        "tokens", "segments" and "positions", int32 of shape (rows, length). Segments number the
-        pieces of a row from 1, 0 is padding; positions count from 0 in each piece of a row.
+        "tokens", "segments", "positions" and "targets", int32 of shape (rows, length). Segments
+        number the pieces of a row from 1, 0 is padding; positions count from 0 in each piece of a
+        row. The target of a position is the next token of its piece, -1 at the end of the piece.
 
     >>> rows = pack([np.array([7, 8, 9]), np.array([5, 6])], length=4, pad_id=0)
-    >>> rows["tokens"].tolist(), rows["segments"].tolist(), rows["positions"].tolist()
-    ([[7, 8, 9, 5], [6, 0, 0, 0]], [[1, 1, 1, 2], [1, 0, 0, 0]], [[0, 1, 2, 0], [0, 0, 0, 0]])
+    >>> rows["tokens"].tolist(), rows["segments"].tolist()
+    ([[7, 8, 9, 5], [6, 0, 0, 0]], [[1, 1, 1, 2], [1, 0, 0, 0]])
+    >>> rows["positions"].tolist(), rows["targets"].tolist()
+    ([[0, 1, 2, 0], [0, 0, 0, 0]], [[8, 9, -1, -1], [-1, -1, -1, -1]])
     """
     ends = np.cumsum([len(piece) for piece in pieces])
     count = -(-ends[-1] // length)
@@ -36,10 +40,15 @@ def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
     starts[:, 0] = True
     columns = np.arange(length)
     positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    tokens = tokens.reshape(count, length)
+    targets = np.full_like(tokens, NO_TARGET)
+    continues = is_token[:, 1:] & ~starts[:, 1:]
+    targets[:, :-1][continues] = tokens[:, 1:][continues]
     return {
-        "tokens": tokens.reshape(count, length),
+        "tokens": tokens,
         "segments": np.where(is_token, np.cumsum(starts, axis=1), 0).astype(np.int32),
         "positions": np.where(is_token, positions, 0).astype(np.int32),
+        "targets": targets,
     }
 
 
