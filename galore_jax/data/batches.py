@@ -1,4 +1,4 @@
-"""Batches of token rows: documents → tokens → rows → batches, shuffled and resumable.
+"""Batches of token rows: documents or conversations → tokens → rows → batches, resumable.
 
 All processes of a training read the same batches, and each puts its own rows of them on its
 devices. So the order and the iterator's state depend on the configuration alone.
@@ -7,14 +7,18 @@ devices. So the order and the iterator's state depend on the configuration alone
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
-from galore_jax.data.packing import NO_TARGET, PackedRows, Rows, pack
+from galore_jax.data.packing import NO_TARGET, FittedRows, PackedRows, Rows, pack
 from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, require, require_choice
+
+if TYPE_CHECKING:
+    from galore_jax.data.conversations import Conversations
 
 _WINDOW_TOKENS = 2**20  # packed rows are shuffled within windows of about this many tokens
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
@@ -28,10 +32,15 @@ class DataConfig:
 
     Attributes:
         source: "python", the source text of the standard library; or a folder made by
-            prepare_c4.py.
-        tokenizer: "bytes", or the path of a SentencePiece `.model` or a `tokenizer.json`.
+            prepare_c4.py; or with conversations a JSONL file, or a folder with train.jsonl and
+            validation.jsonl.
+        tokenizer: "bytes", or the path of a SentencePiece `.model` or a `tokenizer.json`; with
+            conversations the last, next to its chat template.
         rows: "packed", documents end to end without padding; or "documents", one per row, truncated
-            or padded, with an eos token, as in the reference implementation.
+            or padded, with an eos token, as in the reference implementation; or "conversations",
+            each complete and trained on its answers only.
+        held_out: how many conversations of a single file, or which fraction of them, are the
+            validation split.
         sequence_length: tokens per row.
         batch_size: rows per step, over all processes.
         seed: random seed of the shuffle, from 0 to 2³² - 1.
@@ -43,13 +52,21 @@ class DataConfig:
     source: str = "python"
     tokenizer: str = "bytes"
     rows: str = "packed"
+    held_out: int | float = 0.05
     sequence_length: int = 256
     batch_size: int = 512
     seed: int = 42
 
     def __post_init__(self):
-        if self.rows not in ("packed", "documents"):
-            raise InputError(f'data.rows is "{self.rows}": choose "packed" or "documents".')
+        require_choice("data.rows", self.rows, ("packed", "documents", "conversations"))
+        if self.rows == "conversations" and self.source == "python":
+            raise InputError(
+                'data.rows = "conversations" needs data.source, a JSONL file of conversations or a '
+                "folder with train.jsonl and validation.jsonl."
+            )
+        is_number = isinstance(self.held_out, int) and self.held_out >= 1
+        holds = is_number or 0 < self.held_out < 1
+        require("data.held_out", self.held_out, holds, "1 or more, or a fraction between 0 and 1")
         if self.sequence_length < 2:
             raise InputError(
                 f"data.sequence_length is {self.sequence_length}: it must be at least 2."
@@ -86,16 +103,14 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIter
 
     Returns:
         An iterator over {"tokens", "segments", "positions", "targets"}, int32 of shape
-        (batch_size, sequence_length). Segments number the documents of a row from 1, 0 is padding;
-        positions restart with each document. Targets are the tokens to predict, -1 where there is
-        none.
+        (batch_size, sequence_length). Segments number the documents or conversations of a row from
+        1, 0 is padding; positions restart with each of them. Targets are the tokens to predict, of
+        conversations those of answers; -1 where there is none.
 
     Raises:
         InputError: the source is unusable or almost without text.
     """
-    texts = documents(config, "train")
-    _check_text(config, texts, "train")
-    endless = grain.MapDataset.source(texts).seed(config.seed).shuffle().repeat()
+    endless = _elements(config, "train").seed(config.seed).shuffle().repeat()
     window = max(1, _WINDOW_TOKENS // config.sequence_length)
     batches = _rows(endless, config, tokenizer, window, config.seed).batch(config.batch_size)
     return iter(
@@ -111,21 +126,49 @@ def validation_batches(config: DataConfig, tokenizer: Tokenizer) -> Iterable[Row
     The last batch is filled up with rows of padding. Arguments, element type and errors are those
     of `train_batches`.
     """
-    texts = documents(config, "validation")
-    _check_text(config, texts, "validation")
 
     def padded(rows: Sequence[Rows]) -> Rows:
         batch = grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
         batch["targets"][len(rows) :] = NO_TARGET
         return batch
 
-    in_order = grain.MapDataset.source(texts)
+    in_order = _elements(config, "validation")
     rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)
     return rows.batch(config.batch_size, batch_fn=padded)
 
 
+def describe_source(config: DataConfig) -> list[str]:
+    """What was read, cut and left out of conversations, a sentence for each split."""
+    if config.rows != "conversations":
+        return []
+    return [f"{split}: {_conversations(config, split).report}" for split in ("train", "validation")]
+
+
+def first_prompt(config: DataConfig, characters: int) -> str:
+    """The beginning of the first validation document, or the first message of a conversation."""
+    if config.rows == "conversations":
+        return _conversations(config, "validation").messages(0)[0]["content"]
+    return documents(config, "validation")[0][:characters]
+
+
+def _conversations(config: DataConfig, split: str) -> "Conversations":
+    from galore_jax.data.conversations import open_conversations  # needs an extra of its own
+
+    source, length = config.source, config.sequence_length
+    return open_conversations(source, split, config.held_out, config.tokenizer, length)
+
+
+def _elements(config: DataConfig, split: str) -> grain.MapDataset[Any]:
+    """The texts or the conversations of a split."""
+    if config.rows == "conversations":
+        return grain.MapDataset.source(_conversations(config, split))
+    texts = documents(config, split)
+    _check_text(config, texts, split)
+    return grain.MapDataset.source(texts)
+
+
 def _rows(
-    texts: grain.MapDataset[str],
+    elements: grain.MapDataset[Any],
     config: DataConfig,
     tokenizer: Tokenizer,
     window: int,
@@ -143,8 +186,11 @@ def _rows(
         return {name: values[0] for name, values in pack([tokens], length, pad_id).items()}
 
     if config.rows == "documents":
-        return texts.map(row_of_document).to_iter_dataset(_READ_OPTIONS)
-    tokenised = texts.map(with_eos).to_iter_dataset(_READ_OPTIONS)
+        return elements.map(row_of_document).to_iter_dataset(_READ_OPTIONS)
+    if config.rows == "conversations":
+        conversations = elements.to_iter_dataset(_READ_OPTIONS)
+        return FittedRows(conversations, length, pad_id, window, seed)
+    tokenised = elements.map(with_eos).to_iter_dataset(_READ_OPTIONS)
     return PackedRows(tokenised, length, pad_id, window, seed)
 
 

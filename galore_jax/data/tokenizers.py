@@ -140,6 +140,11 @@ class HuggingFaceTokenizer:
         """The ids of `text`, without the special tokens that the file's post-processor adds."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text`, and of each the characters that it stands for: [start, end)."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from galore_jax.data.batches import DataConfig
+from galore_jax.data.chat_template import COMPANIONS, ChatTemplate
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.files import atomic_write
 from galore_jax.interop.config_json import read_config
@@ -22,7 +23,8 @@ from galore_jax.training.run_folder import RunFolder, open_folder
 def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     """Makes a run, without a training, of a model of transformers.
 
-    Its checkpoint has the parameters alone. The tokenizer is copied if the folder has one.
+    Its checkpoint has the parameters alone. The tokenizer is copied if the folder has one, with its
+    settings and its chat template.
 
     Args:
       folder: config.json and safetensors files.
@@ -47,13 +49,15 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     )
     with open_folder(config, resume=False):
         if tokenizer is not None:
-            _copy(tokenizer, run.path / tokenizer.name)
+            _copy_tokenizer(tokenizer, run.path / tokenizer.name)
         save_parameters(run.checkpoints, config, source.read)
     return config
 
 
 def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
     """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
+
+    After a training on conversations the model's end of a sequence is that of an answer.
 
     Args:
       run_folder: the folder of the run.
@@ -70,16 +74,25 @@ def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
     with open_parameters(run_folder) as (config, read):
         source = config.data.tokenizer
         tokenizer = load_tokenizer(source)
+        is_chat = config.data.rows == "conversations"
         settings = {
             "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_id,
+            "eos_token_id": ChatTemplate(source).eos_id if is_chat else tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         }
         write_model(folder, config.model, read, settings=settings)
     for name in TOKENIZERS:
         if Path(source).suffix == Path(name).suffix:
-            _copy(Path(source), folder / name)
+            _copy_tokenizer(Path(source), folder / name)
     return config
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer and what there is of its settings and its chat template."""
+    _copy(source, target)
+    for name in COMPANIONS:
+        if (source.parent / name).is_file():
+            _copy(source.parent / name, target.parent / name)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from galore_jax.data.batches import train_batches, validation_batches
+from galore_jax.data.batches import describe_source, train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
@@ -72,6 +72,9 @@ def train(config: Config, resume: bool = False) -> Summary:
         mesh = training_mesh(config)
         batches = train_batches(config.data, tokenizer)
         validation = validation_batches(config.data, tokenizer)
+        if is_first():
+            for sentence in describe_source(config.data):
+                print(sentence, file=sys.stderr)
     training, steps = config.training, config.training.steps
 
     with contextlib.ExitStack() as stack:
