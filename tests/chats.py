@@ -55,7 +55,7 @@ MISTRAL = r"""
   {%- endif -%}
 {%- endfor -%}
 """
-# As published: nothing but jinja's own rules removes white space.
+# As in the published one, white space is mostly left to trim_blocks and lstrip_blocks.
 ZEPHYR = r"""{% for message in messages %}
 {% if message['role'] == 'assistant' %}
 {{ '<|assistant|>\n' -}}
