@@ -1,18 +1,21 @@
 """Conversations: formats, bad rows, splits, whole rows, and exactly resumed batches."""
 
+import functools
 import itertools
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("jinja2", reason="chat templates are written in it")
 
-from chats import ANSWER, CHATML, QUESTION, chat, save_tokenizer
+from chats import ANSWER, CHATML, QUESTION, byte_level, chat, save_tokenizer
 from next_tokens import next_tokens
 
 from galore_jax.data import batches
-from galore_jax.data.batches import DataConfig, describe_source, train_batches, validation_batches
+from galore_jax.data.batches import DataConfig, train_batches, validation_batches
 from galore_jax.data.chat_template import ChatTemplate
 from galore_jax.data.conversations import open_conversations
 from galore_jax.data.packing import Conversation, fit
@@ -85,6 +88,21 @@ def test_the_three_formats_are_the_same_conversations(write, tokenizer):
     assert tokens[4] == tokens[5] != tokens[6] == tokens[7]
     assert tokens[0] == ChatTemplate(tokenizer).encode(ROW["messages"]).tokens.tolist()
     assert read.messages(0) == ROW["messages"]
+
+
+def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "instruction-tuning.md").read_text()
+    blocks = dict(re.findall(r"^```(json|jinja)\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    tokenizer = save_tokenizer(tmp_path, None)
+    (tmp_path / "chat_template.jinja").write_text(blocks["jinja"])
+    read = everything(folder_of(write, blocks["json"].splitlines()), tokenizer)
+    assert [read.messages(index) for index in range(3)] == 3 * [chat("Legs?\n\ncat", "4")]
+    decode = functools.partial(byte_level().decode, skip_special_tokens=False)
+    tokens, is_answer = read[0]
+    assert decode(tokens.tolist()) == "<s><|user|>\nLegs?\n\ncat</s>\n<|assistant|>\n4</s>\n"
+    assert decode(tokens[is_answer].tolist()) == "4</s>\n"
+    read = everything(folder_of(write, [ROW, {"messages": chat("a", "b", "c", "d")}]), tokenizer)
+    assert read[1].is_answer.sum() == 2 * is_answer.sum()
 
 
 def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
@@ -284,7 +302,8 @@ def test_every_epoch_has_every_conversation_once(data):
 
 
 def test_validation_has_every_conversation_once_and_pads_the_last_batch(data):
-    validation = validation_batches(data, load_tokenizer(data.tokenizer))
+    reports = []
+    validation = validation_batches(data, load_tokenizer(data.tokenizer), reports.append)
     read = open_conversations(data.source, "validation", 9, data.tokenizer, LENGTH)
     drawn = [piece for batch in validation for piece in pieces(batch)]
     assert sorted(drawn) == sorted(tuple(each.tokens.tolist()) for each in read)
@@ -292,7 +311,7 @@ def test_validation_has_every_conversation_once_and_pads_the_last_batch(data):
     assert sum(int((batch["targets"] >= 0).sum()) for batch in validation) == answers
     assert all(values.shape == (4, LENGTH) for batch in validation for values in batch.values())
     assert_equal(list(validation), list(validation))
-    assert [line.split(":")[0] for line in describe_source(data)] == ["train", "validation"]
+    assert reports == [f"validation: {read.report}"]
 
 
 def test_an_iterator_resumes_exactly_at_any_batch(data):

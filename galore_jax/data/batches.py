@@ -5,7 +5,7 @@ devices. So the order and the iterator's state depend on the configuration alone
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ _WINDOW_TOKENS = 2**20  # packed rows are shuffled within windows of about this 
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _PREFETCHED_BATCHES = 8  # hides the time to read a window
 _DOCUMENTS_SAMPLED = 10_000
+Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,9 @@ def documents(config: DataConfig, split: str) -> Sequence[str]:
     return open_c4(config.source, split)
 
 
-def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIterator[Rows]:
+def train_batches(
+    config: DataConfig, tokenizer: Tokenizer, report: Report | None = None
+) -> grain.DatasetIterator[Rows]:
     """Endless batches of the training split.
 
     Each epoch has a different order, drawn from `config.seed`. The iterator resumes exactly:
@@ -100,6 +103,7 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIter
     Args:
         config: what to read, and how to batch it.
         tokenizer: from `load_tokenizer(config.tokenizer)`.
+        report: is given a sentence about what was read, cut and left out of conversations.
 
     Returns:
         An iterator over {"tokens", "segments", "positions", "targets"}, int32 of shape
@@ -110,7 +114,7 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIter
     Raises:
         InputError: the source is unusable or almost without text.
     """
-    endless = _elements(config, "train").seed(config.seed).shuffle().repeat()
+    endless = _elements(config, "train", report).seed(config.seed).shuffle().repeat()
     window = max(1, _WINDOW_TOKENS // config.sequence_length)
     batches = _rows(endless, config, tokenizer, window, config.seed).batch(config.batch_size)
     return iter(
@@ -120,7 +124,9 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIter
     )
 
 
-def validation_batches(config: DataConfig, tokenizer: Tokenizer) -> Iterable[Rows]:
+def validation_batches(
+    config: DataConfig, tokenizer: Tokenizer, report: Report | None = None
+) -> Iterable[Rows]:
     """The complete validation split in order, once per iteration.
 
     The last batch is filled up with rows of padding. Arguments, element type and errors are those
@@ -132,16 +138,9 @@ def validation_batches(config: DataConfig, tokenizer: Tokenizer) -> Iterable[Row
         batch["targets"][len(rows) :] = NO_TARGET
         return batch
 
-    in_order = _elements(config, "validation")
+    in_order = _elements(config, "validation", report)
     rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)
     return rows.batch(config.batch_size, batch_fn=padded)
-
-
-def describe_source(config: DataConfig) -> list[str]:
-    """What was read, cut and left out of conversations, a sentence for each split."""
-    if config.rows != "conversations":
-        return []
-    return [f"{split}: {_conversations(config, split).report}" for split in ("train", "validation")]
 
 
 def first_prompt(config: DataConfig, characters: int) -> str:
@@ -158,10 +157,13 @@ def _conversations(config: DataConfig, split: str) -> "Conversations":
     return open_conversations(source, split, config.held_out, config.tokenizer, length)
 
 
-def _elements(config: DataConfig, split: str) -> grain.MapDataset[Any]:
+def _elements(config: DataConfig, split: str, report: Report | None) -> grain.MapDataset[Any]:
     """The texts or the conversations of a split."""
     if config.rows == "conversations":
-        return grain.MapDataset.source(_conversations(config, split))
+        conversations = _conversations(config, split)
+        if report is not None:
+            report(f"{split}: {conversations.report}")
+        return grain.MapDataset.source(conversations)
     texts = documents(config, split)
     _check_text(config, texts, split)
     return grain.MapDataset.source(texts)

@@ -7,7 +7,6 @@ A row of a file is one of
     {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}  chat
 """
 
-import functools
 import json
 from codecs import BOM_UTF8
 from collections.abc import Mapping
@@ -97,8 +96,7 @@ class Conversations:
         length: tokens of a conversation that are kept.
 
     Raises:
-        InputError: a row is not a conversation with an answer, the template refuses it, or no
-            conversation is left.
+        InputError: a row is not a conversation with an answer, or the template refuses it.
     """
 
     def __init__(self, rows: JsonRows, indices: np.ndarray, template: ChatTemplate, length: int):
@@ -106,10 +104,10 @@ class Conversations:
         self._indices: list[int] = []
         tokens = answers = cut = 0
         for index in indices.tolist():
-            conversation = self._encode(index)
+            messages, conversation = self._encoded(index)
             kept = self._cut(conversation)
             # The first token of a conversation is not predicted.
-            if not (kept.is_answer[1:].any() and _has_text(_messages(rows[index]))):
+            if not (kept.is_answer[1:].any() and _has_answer(messages)):
                 continue
             self._indices.append(index)
             tokens += len(kept.tokens)
@@ -126,16 +124,17 @@ class Conversations:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Conversation:
-        return self._cut(self._encode(self._indices[index]))
+        return self._cut(self._encoded(self._indices[index])[1])
 
     def messages(self, index: int) -> list[Message]:
         """The messages of a conversation, which is not cut."""
-        return _messages(self._rows[self._indices[index]])
+        return self._encoded(self._indices[index])[0]
 
-    def _encode(self, index: int) -> Conversation:
+    def _encoded(self, index: int) -> tuple[list[Message], Conversation]:
         row = self._rows[index]
         try:
-            return self._template.encode(_messages(row))
+            messages = _messages(row)
+            return messages, self._template.encode(messages)
         except InputError as error:
             raise InputError(f"{self._rows.place(index)}: {error}") from None
 
@@ -144,11 +143,10 @@ class Conversations:
         return Conversation(tokens[: self._length], is_answer[: self._length])
 
 
-@functools.cache
 def open_conversations(
     source: str, split: str, held_out: int | float, tokenizer: str, length: int
 ) -> Conversations:
-    """The conversations of a split; a process opens each once.
+    """Reads the conversations of a split.
 
     Args:
         source: a JSON file, of which a part is held out for validation; or a folder with
@@ -226,7 +224,7 @@ def _messages(row: Any) -> list[Message]:
     return messages
 
 
-def _has_text(messages: list[Message]) -> bool:
+def _has_answer(messages: list[Message]) -> bool:
     return any(each["role"] == "assistant" and each["content"].strip() for each in messages)
 
 

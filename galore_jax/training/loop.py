@@ -6,12 +6,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import jax
 
-from galore_jax.data.batches import describe_source, train_batches, validation_batches
+from galore_jax.data.batches import train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
@@ -70,11 +71,9 @@ def train(config: Config, resume: bool = False) -> Summary:
         tokenizer = load_tokenizer(config.data.tokenizer)
         _check_vocabulary(config, tokenizer)
         mesh = training_mesh(config)
-        batches = train_batches(config.data, tokenizer)
-        validation = validation_batches(config.data, tokenizer)
-        if is_first():
-            for sentence in describe_source(config.data):
-                print(sentence, file=sys.stderr)
+        report = partial(print, file=sys.stderr) if is_first() else None
+        batches = train_batches(config.data, tokenizer, report)
+        validation = validation_batches(config.data, tokenizer, report)
     training, steps = config.training, config.training.steps
 
     with contextlib.ExitStack() as stack:
