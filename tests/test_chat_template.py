@@ -117,12 +117,12 @@ def test_a_template_cannot_reach_python(tmp_path):
             # As templates of reasoning models, which omit earlier thoughts.
             "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}.{% endfor %}",
             chat("ab", "cd"),
-            r"tokenizer_config\.json renders message 2 otherwise when others follow or precede",
+            r"tokenizer_config\.json renders message 2 differently when others follow, so that",
         ),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}",
             chat("a", "b", "c", "d"),
-            "renders message 2 otherwise",
+            "renders message 2 differently",
         ),
     ],
 )

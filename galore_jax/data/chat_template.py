@@ -79,7 +79,7 @@ class ChatTemplate:
         what ends the turn.
 
         Raises:
-            InputError: the template refuses the messages, or renders a turn otherwise when others
+            InputError: the template refuses the messages, or renders a turn differently when others
                 follow, so that the answers cannot be located.
         """
         text, answers = self._render(messages)
@@ -142,9 +142,9 @@ class ChatTemplate:
                 turn, _ = self._render(messages[: index + 1])
                 if not (turn.startswith(prompt) and text.startswith(turn)):
                     raise InputError(
-                        f"{self._name} renders message {index + 1} otherwise when others follow or "
-                        "precede, so that the answer cannot be located: mark answers in the "
-                        "template, {% generation %} before and {% endgeneration %} after them."
+                        f"{self._name} renders message {index + 1} differently when others follow, "
+                        "so that the answer cannot be located: mark answers in the template, "
+                        "{% generation %} before and {% endgeneration %} after them."
                     )
                 answers.append((len(prompt), len(turn)))
         return answers
