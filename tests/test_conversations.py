@@ -15,7 +15,7 @@ from chats import ANSWER, CHATML, QUESTION, byte_level, chat, save_tokenizer
 from next_tokens import next_tokens
 
 from galore_jax.data import batches
-from galore_jax.data.batches import DataConfig, train_batches, validation_batches
+from galore_jax.data.batches import DataConfig, first_prompt, train_batches, validation_batches
 from galore_jax.data.chat_template import ChatTemplate
 from galore_jax.data.conversations import open_conversations
 from galore_jax.data.packing import Conversation, fit
@@ -173,7 +173,10 @@ def test_a_bad_row_of_an_array_is_refused_with_its_number(write, tokenizer):
         ),
         ({"source": "."}, r"train\.jsonl cannot be read: No such file or directory"),
         ({"held_out": 3}, r"has 3 conversations, too few for data\.held_out = 3"),
-        ({"sequence_length": 2}, r"the train split in .* is empty: 0 conversations, .* 2 left out"),
+        (
+            {"sequence_length": 2},
+            r"the train split in .* is empty: 0 conversations .* 2 are left out",
+        ),
         ({"tokenizer": "bytes"}, "'bytes' has no chat template"),
     ],
 )
@@ -221,8 +224,8 @@ def test_what_is_cut_and_left_out_is_reported(write, tokenizer):
     answers = sum(int(conversation.is_answer.sum()) for conversation in read)
     assert lengths[0] < lengths[1] == LENGTH
     assert read.report == (
-        f"2 conversations, {sum(lengths)} tokens, {answers} of them in answers; 1 are cut at 64 "
-        "tokens, and 3 left out, without an answer in these"
+        f"2 conversations of {sum(lengths)} tokens, {answers} of them in answers; 1 are cut at 64 "
+        "tokens, 3 are left out, as their answers begin later or are empty"
     )
     assert read[1].is_answer[-1]
 
@@ -280,25 +283,40 @@ def pieces(batch):
     ]
 
 
-def test_every_epoch_has_every_conversation_once(data):
-    tokenizer = load_tokenizer(data.tokenizer)
-    iterator = train_batches(data, tokenizer)
+def test_every_epoch_of_a_small_file_has_every_conversation_once_in_another_order(write, tokenizer):
+    data = config(write(many(70)), tokenizer)
+    read = open_conversations(data.source, "train", 9, tokenizer, LENGTH)
+    number = len(fit(list(read), LENGTH, 0)["tokens"])
+    drawn = take(train_batches(data, load_tokenizer(tokenizer)), 2 * number // 4 + 1)
+    rows = {name: np.concatenate([batch[name] for batch in drawn]) for name in drawn[0]}
+    epochs = [
+        pieces({name: values[start : start + number] for name, values in rows.items()})
+        for start in (0, number)
+    ]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(tuple(each.tokens.tolist()) for each in read)
+    assert epochs[0] != epochs[1]
+
+
+def test_targets_are_the_following_tokens_of_answers(data):
     read = open_conversations(data.source, "train", 9, data.tokenizer, LENGTH)
-    expected = sorted(tuple(each.tokens.tolist()) for each in read)
-    drawn = []
-    while len(set(drawn)) < len(expected):
-        batch = next(iterator)
-        drawn += pieces(batch)
-        assert {name: values.dtype for name, values in batch.items()} == dict.fromkeys(
-            ("tokens", "segments", "positions", "targets"), np.int32
-        )
+    answers = {tuple(each.tokens.tolist()): each.is_answer for each in read}
+    for batch in take(train_batches(data, load_tokenizer(data.tokenizer)), 12):
         following = next_tokens(batch["tokens"], batch["segments"])
-        counts = batch["targets"] >= 0
-        assert 0 < counts.sum() < (following >= 0).sum()
-        np.testing.assert_array_equal(batch["targets"][counts], following[counts])
-    assert sorted(set(drawn)) == expected
-    # Rows of a window are shuffled, so that some of the second epoch come before all of the first.
-    assert len(drawn) < 1.5 * len(expected)
+        expected = np.full_like(batch["tokens"], -1)
+        for row, segments in enumerate(batch["segments"]):
+            for segment in range(1, segments.max() + 1):
+                (columns,) = np.nonzero(segments == segment)
+                is_answer = answers[tuple(batch["tokens"][row, columns].tolist())]
+                before = columns[:-1][is_answer[1:]]
+                expected[row, before] = following[row, before]
+        np.testing.assert_array_equal(batch["targets"], expected)
+        assert all(values.dtype == np.int32 for values in batch.values())
+
+
+def test_the_first_question_prompts_a_sample(data):
+    read = open_conversations(data.source, "validation", 9, data.tokenizer, LENGTH)
+    assert first_prompt(data, 3) == read.messages(0)[0]["content"][:3]
 
 
 def test_validation_has_every_conversation_once_and_pads_the_last_batch(data):

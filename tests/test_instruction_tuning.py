@@ -171,8 +171,8 @@ def test_a_folder_is_tuned_answers_and_goes_back_with_its_template(folder, tmp_p
     assert config.data.tokenizer == str(folder / "tokenizer.json")
     train(config)
     printed = capfd.readouterr().err
-    assert "train: 38 conversations, " in printed
-    assert "validation: 2 conversations, " in printed
+    assert "train: 38 conversations of " in printed
+    assert "validation: 2 conversations of " in printed
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert len(losses) == 8

@@ -114,8 +114,9 @@ def train_batches(
     Raises:
         InputError: the source is unusable or almost without text.
     """
-    endless = _elements(config, "train", report).seed(config.seed).shuffle().repeat()
-    window = max(1, _WINDOW_TOKENS // config.sequence_length)
+    source = _source(config, "train", report)
+    endless = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+    window = _window(config, source)
     batches = _rows(endless, config, tokenizer, window, config.seed).batch(config.batch_size)
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(
@@ -138,15 +139,18 @@ def validation_batches(
         batch["targets"][len(rows) :] = NO_TARGET
         return batch
 
-    in_order = _elements(config, "validation", report)
-    rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)
+    source = _source(config, "validation", report)
+    window = _window(config, source) if config.rows == "conversations" else config.batch_size
+    rows = _rows(grain.MapDataset.source(source), config, tokenizer, window, seed=None)
     return rows.batch(config.batch_size, batch_fn=padded)
 
 
 def first_prompt(config: DataConfig, characters: int) -> str:
-    """The beginning of the first validation document, or the first message of a conversation."""
+    """The beginning of the first validation document, or of the first question."""
     if config.rows == "conversations":
-        return _conversations(config, "validation").messages(0)[0]["content"]
+        messages = _conversations(config, "validation").messages(0)
+        questions = [each["content"] for each in messages if each["role"] == "user"]
+        return "".join(questions[:1])[:characters]
     return documents(config, "validation")[0][:characters]
 
 
@@ -157,16 +161,24 @@ def _conversations(config: DataConfig, split: str) -> "Conversations":
     return open_conversations(source, split, config.held_out, config.tokenizer, length)
 
 
-def _elements(config: DataConfig, split: str, report: Report | None) -> grain.MapDataset[Any]:
-    """The texts or the conversations of a split."""
+def _source(config: DataConfig, split: str, report: Report | None) -> Any:
+    """The texts or the conversations of a split, by index."""
     if config.rows == "conversations":
         conversations = _conversations(config, split)
         if report is not None:
             report(f"{split}: {conversations.report}")
-        return grain.MapDataset.source(conversations)
+        return conversations
     texts = documents(config, split)
     _check_text(config, texts, split)
-    return grain.MapDataset.source(texts)
+    return texts
+
+
+def _window(config: DataConfig, source: Any) -> int:
+    """How many rows, or conversations, are packed and shuffled at a time."""
+    if config.rows == "conversations":
+        # An epoch at most, or else copies of a conversation, which are equally long, share rows.
+        return max(1, int(len(source) * min(1, _WINDOW_TOKENS / source.tokens)))
+    return max(1, _WINDOW_TOKENS // config.sequence_length)
 
 
 def _rows(

@@ -39,7 +39,8 @@ class ChatTemplate:
     """The template of a tokenizer, and the tokens of what it renders.
 
     Attributes:
-        eos_id: the token that ends an answer, if the tokenizer's settings name one, or else a text.
+        eos_id: the end-of-sequence token of the settings, which ends an answer; if they have none,
+            that of the vocabulary.
 
     Args:
         tokenizer: the path of a tokenizer.json.

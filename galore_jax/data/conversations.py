@@ -87,6 +87,7 @@ class Conversations:
     whose answers are all empty, or begin only after that number of tokens.
 
     Attributes:
+        tokens: their number in all conversations.
         report: what was read, cut and left out, in one sentence.
 
     Args:
@@ -102,7 +103,7 @@ class Conversations:
     def __init__(self, rows: JsonRows, indices: np.ndarray, template: ChatTemplate, length: int):
         self._rows, self._template, self._length = rows, template, length
         self._indices: list[int] = []
-        tokens = answers = cut = 0
+        self.tokens = answers = cut = 0
         for index in indices.tolist():
             messages, conversation = self._encoded(index)
             kept = self._cut(conversation)
@@ -110,14 +111,14 @@ class Conversations:
             if not (kept.is_answer[1:].any() and _has_answer(messages)):
                 continue
             self._indices.append(index)
-            tokens += len(kept.tokens)
+            self.tokens += len(kept.tokens)
             answers += int(kept.is_answer.sum())
             cut += len(kept.tokens) < len(conversation.tokens)
         left_out = len(indices) - len(self._indices)
         self.report = (
-            f"{len(self._indices):,} conversations, {tokens:,} tokens, {answers:,} of them in "
-            f"answers; {cut:,} are cut at {length:,} tokens, and {left_out:,} left out, without an "
-            "answer in these"
+            f"{len(self._indices):,} conversations of {self.tokens:,} tokens, {answers:,} of them "
+            f"in answers; {cut:,} are cut at {length:,} tokens, {left_out:,} are left out, as "
+            "their answers begin later or are empty"
         )
 
     def __len__(self) -> int:
@@ -220,7 +221,7 @@ def _messages(row: Any) -> list[Message]:
             f"instruction and output, but {', '.join(row) or 'none'}."
         )
     if not any(message["role"] == "assistant" for message in messages):
-        raise InputError("the conversation has no answer, which is what is trained on.")
+        raise InputError("the conversation has no answer to train on: add one, or remove it.")
     return messages
 
 

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import grain
@@ -71,9 +72,8 @@ def fit(conversations: Sequence[Conversation], length: int, pad_id: int) -> Rows
     Returns:
         As `pack`, but only tokens of answers are targets.
 
-    >>> question, answer = [False, False, False], [True, True]
-    >>> told = Conversation(np.array([5, 6, 7, 8, 9]), np.array(question + answer))
-    >>> rows = fit([told], length=6, pad_id=0)
+    >>> is_answer = np.array([False, False, False, True, True])
+    >>> rows = fit([Conversation(np.array([5, 6, 7, 8, 9]), is_answer)], length=6, pad_id=0)
     >>> rows["tokens"].tolist(), rows["targets"].tolist()
     ([[5, 6, 7, 8, 9, 0]], [[-1, -1, 8, 9, -1, -1]])
     """
@@ -143,8 +143,8 @@ class PackedRows(grain.IterDataset[Rows]):
 class FittedRows(PackedRows):
     """Rows of shape (length,) that `fit` makes of a stream of conversations, window by window.
 
-    It has the settings of `PackedRows` and resumes as it does; a window takes as many conversations
-    as its rows have room for, and one more, and may need a few rows more.
+    It has the settings of `PackedRows`, but a window is a number of conversations, and it resumes
+    as `PackedRows` does.
     """
 
     def __iter__(self) -> grain.DatasetIterator[Rows]:
@@ -242,14 +242,7 @@ class _PackedRowsIterator(_WindowIterator):
 
 class _FittedRowsIterator(_WindowIterator):
     def _pack_window(self, offset: int) -> tuple[Rows, int]:
-        conversations = []
-        room = self._window * self._length
-        while room > 0:
-            conversation = next(self._documents, None)
-            if conversation is None:
-                break
-            conversations.append(conversation)
-            room -= len(conversation.tokens)
+        conversations = list(islice(self._documents, self._window))
         if not conversations:
             raise StopIteration
         return fit(conversations, self._length, self._pad_id), offset
