@@ -175,7 +175,7 @@ def test_a_bad_row_of_an_array_is_refused_with_its_number(write, tokenizer):
         ({"held_out": 3}, r"has 3 conversations, too few for data\.held_out = 3"),
         (
             {"sequence_length": 2},
-            r"the train split in .* is empty: 0 conversations .* 2 are left out",
+            r"the train split in .* is empty \(0 conversations .* empty: 2\)",
         ),
         ({"tokenizer": "bytes"}, "'bytes' has no chat template"),
     ],
@@ -224,8 +224,8 @@ def test_what_is_cut_and_left_out_is_reported(write, tokenizer):
     answers = sum(int(conversation.is_answer.sum()) for conversation in read)
     assert lengths[0] < lengths[1] == LENGTH
     assert read.report == (
-        f"2 conversations of {sum(lengths)} tokens, {answers} of them in answers; 1 are cut at 64 "
-        "tokens, 3 are left out, as their answers begin later or are empty"
+        f"2 conversations of {sum(lengths)} tokens, {answers} of them in answers; cut at 64 "
+        "tokens: 1; left out, as their answers begin later or are empty: 3"
     )
     assert read[1].is_answer[-1]
 

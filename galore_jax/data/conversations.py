@@ -117,8 +117,8 @@ class Conversations:
         left_out = len(indices) - len(self._indices)
         self.report = (
             f"{len(self._indices):,} conversations of {self.tokens:,} tokens, {answers:,} of them "
-            f"in answers; {cut:,} are cut at {length:,} tokens, {left_out:,} are left out, as "
-            "their answers begin later or are empty"
+            f"in answers; cut at {length:,} tokens: {cut:,}; left out, as their answers begin "
+            f"later or are empty: {left_out:,}"
         )
 
     def __len__(self) -> int:
@@ -178,8 +178,8 @@ def open_conversations(
     conversations = Conversations(rows, indices, ChatTemplate(tokenizer), length)
     if not len(conversations):
         raise InputError(
-            f"the {split} split in {path} is empty: {conversations.report}; add conversations, or "
-            "raise data.sequence_length."
+            f"the {split} split in {path} is empty ({conversations.report}): add conversations, "
+            "or raise data.sequence_length."
         )
     return conversations
 
