@@ -1,7 +1,9 @@
 """Instruction tuning: the loss on answers, its gradients, and a training from a folder and back."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 from pathlib import Path
 
@@ -158,41 +160,63 @@ def test_a_layer_wise_step_is_the_ordinary_one(config, batch):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_a_folder_is_tuned_answers_and_goes_back_with_its_template(folder, tmp_path, capfd):
+@pytest.fixture(scope="module")
+def tuned(folder, tmp_path_factory):
+    """A run that was started with the folder, what it printed, and the folder that it became."""
+    run = tmp_path_factory.mktemp("runs") / "run"
     overrides = [
         f"model.checkpoint={folder}",
         f"data.source={folder / 'chats.jsonl'}",
-        f"training.folder={tmp_path / 'run'}",
+        f"training.folder={run}",
         *("data.sequence_length=48", "data.batch_size=4", "optimizer.rank=8"),
         *("optimizer.learning_rate=0.02", "optimizer.warmup_steps=1"),
         *("training.steps=8", "training.evaluate_every=4", "model.remat=false"),
     ]
     config = load_config(INSTRUCT, overrides)
     assert config.data.tokenizer == str(folder / "tokenizer.json")
-    train(config)
-    printed = capfd.readouterr().err
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        train(config)
+    to_huggingface(run, run.parent / "back")
+    return run, errors.getvalue(), run.parent / "back"
+
+
+def test_a_folder_is_tuned_to_its_conversations(tuned):
+    run, printed, _ = tuned
     assert "train: 38 conversations of " in printed
     assert "validation: 2 conversations of " in printed
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert len(losses) == 8
     assert losses[-1] < losses[0] - 0.1
 
-    answer = generate_text(tmp_path / "run", "2 aa", 8, temperature=0)
-    assert "2 aa" not in answer
-    assert "user" not in answer
 
-    to_huggingface(tmp_path / "run", tmp_path / "back")
+def test_the_tokenizer_and_its_template_go_back_and_forth(tuned, folder, tmp_path):
+    _, _, back = tuned
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
-    back = json.loads((tmp_path / "back" / "config.json").read_text())
+        assert (back / name).read_bytes() == (folder / name).read_bytes()
+    config = json.loads((back / "config.json").read_text())
     ends = load_tokenizer(str(folder / "tokenizer.json")).encode("<|im_end|>")
-    assert [back["eos_token_id"]] == ends
+    assert [config["eos_token_id"]] == ends
+    (back / "chat_template.jinja").write_text(CHATML)
+    from_huggingface(back, tmp_path / "again")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (back / name).read_bytes()
 
-    (tmp_path / "back" / "chat_template.jinja").write_text(CHATML)
-    from_huggingface(tmp_path / "back", tmp_path / "again")
-    assert (tmp_path / "again" / "chat_template.jinja").read_text() == CHATML
-    assert (tmp_path / "again" / "tokenizer_config.json").exists()
+
+def test_a_tuned_model_answers_here_as_in_transformers(tuned):
+    run, _, back = tuned
+    answer = generate_text(run, "2 aa", 8, temperature=0)
+    assert "2 aa" not in answer
+    pytest.importorskip("torch", reason="transformers needs it")
+    transformers = pytest.importorskip("transformers", reason="it is the reference of this test")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(back)
+    model = transformers.AutoModelForCausalLM.from_pretrained(back)
+    prompt = tokenizer.apply_chat_template(
+        chat("2 aa"), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0]
+    new = tokens[prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(new, skip_special_tokens=True) == answer
 
 
 def test_a_tokenizer_of_another_model_or_none_is_refused(folder):
