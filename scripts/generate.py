@@ -2,7 +2,8 @@
 
     python scripts/generate.py RUN_FOLDER --prompt "import os" --tokens 200 --top-k 40
 
-It reads the run's latest checkpoint. The text ends early if the model ends its document.
+It reads the run's latest checkpoint. The text ends early if the model ends its document. After a
+training on conversations the prompt is a question, and the answer is printed.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from galore_jax.errors import run_cli
 
 
 def main() -> None:
-    """Prints the prompt and its continuation."""
+    """Prints the prompt and its continuation, or the answer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

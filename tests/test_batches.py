@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+from next_tokens import next_tokens
 
 from galore_jax.data import batches
 from galore_jax.data.batches import DataConfig, train_batches, validation_batches
@@ -59,7 +60,7 @@ def segments_of(rows):
 @BOTH_ROWS
 def test_batches_have_the_agreed_names_types_and_shapes(texts, rows):
     batch = next(train_batches(config(rows), TOKENIZER))
-    assert set(batch) == {"tokens", "segments", "positions"}
+    assert set(batch) == {"tokens", "segments", "positions", "targets"}
     assert all(
         values.shape == (4, LENGTH) and values.dtype == np.int32 for values in batch.values()
     )
@@ -70,6 +71,14 @@ def test_a_packed_row_counts_segments_from_1_and_positions_from_0():
     assert rows["tokens"].tolist() == [[5, 6, 1, 7], [1, 8, 9, 9], [1, 0, 0, 0]]
     assert rows["segments"].tolist() == [[1, 1, 1, 2], [1, 2, 2, 2], [1, 0, 0, 0]]
     assert rows["positions"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2], [0, 0, 0, 0]]
+
+
+@BOTH_ROWS
+def test_targets_are_the_next_tokens_of_the_same_document(texts, rows):
+    drawn = take(train_batches(config(rows), TOKENIZER), 8)
+    for batch in [*drawn, *validation_batches(config(rows), TOKENIZER)]:
+        expected = next_tokens(batch["tokens"], batch["segments"])
+        np.testing.assert_array_equal(batch["targets"], expected)
 
 
 def test_packed_training_rows_hold_no_padding_and_every_token_of_an_epoch(texts):

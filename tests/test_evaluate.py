@@ -4,6 +4,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from next_tokens import next_tokens
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
@@ -36,10 +37,12 @@ def make_batches(number, seed=0):
     for i in range(number):
         segments = np.ones((4, 8), np.int32)
         segments[:, max(2, 8 - 2 * i) :] = 0
+        tokens = random.integers(0, 31, (4, 8)).astype(np.int32)
         batches.append(
             {
-                "tokens": random.integers(0, 31, (4, 8)).astype(np.int32),
+                "tokens": tokens,
                 "segments": segments,
+                "targets": np.asarray(next_tokens(tokens, segments)),
                 "positions": np.tile(np.arange(8, dtype=np.int32), (4, 1)),
             }
         )
@@ -84,7 +87,7 @@ def test_evaluation_tokens_stop_after_the_batch_that_completes_them(params):
 
 def test_a_split_without_targets_is_refused(params):
     batch = make_batches(1)[0]
-    batch["segments"][:] = 0
+    batch["targets"] = np.full_like(batch["targets"], -1)
     with pytest.raises(InputError, match="nothing to evaluate on"):
         make_evaluate(CONFIG)(params, [batch])
 
@@ -124,7 +127,7 @@ def test_the_bigram_is_witten_and_bells():
 
 def test_the_bigram_learns_a_chain_that_a_unigram_cannot():
     tokens = np.tile(np.arange(8, dtype=np.int32), (4, 1))
-    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": tokens}
+    batch = {"tokens": tokens, "targets": np.asarray(next_tokens(tokens, np.ones_like(tokens)))}
     assert bigram_loss([batch] * 50, [batch], 8) < 0.05 < np.log(7)
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from next_tokens import next_tokens
 
 from galore_jax.errors import InputError
 from galore_jax.models.llama import Llama, LlamaConfig
@@ -64,7 +65,7 @@ def loss_and_gradient(params, tokens, segments, config=TINY):
 
     def mean_loss(params):
         logits = logits_of(params, tokens, segments, config=config)
-        total, count = next_token_loss(logits, tokens, segments)
+        total, count = next_token_loss(logits, next_tokens(tokens, segments))
         return total / count
 
     return jax.value_and_grad(mean_loss)(params)
@@ -307,12 +308,13 @@ def test_loss_counts_targets_inside_a_segment_only():
     logits = jax.random.normal(jax.random.key(0), (2, 6, 5))
     tokens = jnp.asarray([[1, 2, 3, 4, 0, 0], [0, 1, 2, 3, 4, 1]])
     segments = jnp.asarray([[1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1]])
-    total, count = next_token_loss(logits, tokens, segments)
+    targets = next_tokens(tokens, segments)
+    total, count = next_token_loss(logits, targets)
     targets_at = [(0, 0, 2), (0, 2, 4), *((1, t, int(tokens[1, t + 1])) for t in range(5))]
     expected = -sum(jax.nn.log_softmax(logits)[at] for at in targets_at)
     assert count == len(targets_at)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
-    gradient = jax.grad(lambda x: next_token_loss(x, tokens, segments)[0])(logits)
+    gradient = jax.grad(lambda x: next_token_loss(x, targets)[0])(logits)
     probabilities = jax.nn.softmax(logits)
     for row in range(2):
         for t in range(6):
@@ -323,8 +325,8 @@ def test_loss_counts_targets_inside_a_segment_only():
 
 def test_huge_logits_give_a_finite_loss_and_gradient():
     logits = jnp.asarray([[[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]]])
-    tokens, segments = jnp.asarray([[0, 1]]), jnp.ones((1, 2), jnp.int32)
-    total, gradient = jax.value_and_grad(lambda x: next_token_loss(x, tokens, segments)[0])(logits)
+    targets = jnp.asarray([[1, -1]])
+    total, gradient = jax.value_and_grad(lambda x: next_token_loss(x, targets)[0])(logits)
     assert total == 2e4
     assert jnp.isfinite(gradient).all()
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from next_tokens import next_tokens
 
 from galore_jax.models import loss
 from galore_jax.models.loss import chunked_next_token_loss, next_token_loss
@@ -18,13 +19,14 @@ def test_chunked_values_and_gradients_equal_those_from_all_logits(monkeypatch, v
     head = jax.random.normal(keys[1], (16, vocabulary), dtype)
     tokens = jax.random.randint(keys[2], (3, 10), 0, vocabulary)
     segments = jnp.ones((3, 10), jnp.int32).at[:, 6:].set(2).at[-1, 8:].set(0)
+    targets = next_tokens(tokens, segments)
 
     def chunked(x, head):
-        return chunked_next_token_loss(x, head, tokens, segments)
+        return chunked_next_token_loss(x, head, targets)
 
     def unchunked(x, head):
         logits = jnp.einsum("bth,hv->btv", x, head, preferred_element_type=jnp.float32)
-        return next_token_loss(logits, tokens, segments)
+        return next_token_loss(logits, targets)
 
     actual, expected = (
         jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, head) for f in (chunked, unchunked)

@@ -147,7 +147,7 @@ def test_activations_are_what_the_backward_pass_reads_of_the_forward_pass():
 
 def test_the_arguments_of_the_compiled_steps_are_the_predicted_state_and_the_batch(run):
     known = sum(run.predicted[part] for part in ("weights", "bases", "moments"))
-    batch = 3 * 4 * ROWS * LENGTH
+    batch = 4 * 4 * ROWS * LENGTH
     for figures in run.steps.values():
         assert 0 <= figures["arguments"] - known - batch <= COUNTERS
         assert 0 < figures["aliased"] <= figures["arguments"]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from next_tokens import next_tokens
 
 import galore_jax
 from galore_jax import (
@@ -41,6 +42,7 @@ def loss(params, tokens):
     ones = jnp.ones_like(tokens)
     positions = jnp.arange(tokens.shape[1]) * ones
     batch = {"tokens": tokens, "segments": ones, "positions": positions}
+    batch["targets"] = next_tokens(tokens, ones)
     total, targets = batch_loss(CONFIG, params, batch)
     return total / targets
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from next_tokens import next_tokens
 
 import galore_jax
 from galore_jax.data.batches import DataConfig
@@ -74,10 +75,12 @@ def batch():
     segments[:4, 3:] = 0
     segments[5, 7:] = 2
     positions = np.tile(np.arange(16, dtype=np.int32), (8, 1))
+    tokens = random.integers(0, 97, (8, 16)).astype(np.int32)
     return {
-        "tokens": random.integers(0, 97, (8, 16)).astype(np.int32),
+        "tokens": tokens,
         "segments": segments,
         "positions": positions,
+        "targets": next_tokens(tokens, segments),
     }
 
 
@@ -123,8 +126,8 @@ def test_the_loss_is_the_mean_over_the_targets(batch, params):
     np.testing.assert_allclose(measured["loss"], np.mean(losses), rtol=1e-5)
 
 
-def test_a_batch_of_padding_alone_gives_zero_gradients(batch, params):
-    batch["segments"][:] = 0
+def test_a_batch_without_targets_gives_zero_gradients(batch, params):
+    batch["targets"] = np.full_like(batch["tokens"], -1)
     actual, measured = gradients(1)(params, batch)
     assert measured["targets"] == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(actual))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from next_tokens import next_tokens
 from test_step import changed, initial
 from test_stepper import assert_equal
 
@@ -140,6 +141,7 @@ def test_layerwise_steps_equal_ordinary_ones(name):
     ones = np.ones_like(tokens)
     positions = np.arange(16, dtype=np.int32) * ones
     batch = {"tokens": tokens, "segments": ones, "positions": positions}
+    batch["targets"] = next_tokens(tokens, ones)
     optimizer = {"matrix_rate": 0.5, "weight_decay": 0.1, "warmup_steps": 0, "clip_norm": 0.5}
     # At this rate rounding does not grow in a few steps.
     optimizer |= {"name": name, "learning_rate": 1e-4, "clip_norm_of": "gradients"}

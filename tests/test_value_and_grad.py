@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from next_tokens import next_tokens
 from pairwise import pairwise
 from projected import DENSE, MLP, compared, inputs, squared, started
 
@@ -37,6 +38,7 @@ def llama(**settings):
     segments = jnp.where(jnp.arange(20) < 7, 1, 2) * jnp.ones_like(tokens)
     positions = jnp.where(jnp.arange(20) < 7, 0, -7) + jnp.arange(20) + jnp.zeros_like(tokens)
     batch = {"tokens": tokens, "segments": segments, "positions": positions}
+    batch["targets"] = next_tokens(tokens, segments)
     return config, Llama(config).init(key, tokens)["params"], batch
 
 

@@ -1,25 +1,30 @@
-"""Batches of token rows: documents → tokens → rows → batches, shuffled and resumable.
+"""Batches of token rows: documents or conversations → tokens → rows → batches, resumable.
 
 All processes of a training read the same batches, and each puts its own rows of them on its
 devices. So the order and the iterator's state depend on the configuration alone.
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
-from galore_jax.data.packing import PackedRows, Rows, pack
+from galore_jax.data.packing import NO_TARGET, FittedRows, PackedRows, Rows, pack
 from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, require, require_choice
+
+if TYPE_CHECKING:
+    from galore_jax.data.conversations import Conversations
 
 _WINDOW_TOKENS = 2**20  # packed rows are shuffled within windows of about this many tokens
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _PREFETCHED_BATCHES = 8  # hides the time to read a window
 _DOCUMENTS_SAMPLED = 10_000
+Report = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,15 @@ class DataConfig:
 
     Attributes:
         source: "python", the source text of the standard library; or a folder made by
-            prepare_c4.py.
-        tokenizer: "bytes", or the path of a SentencePiece `.model` or a `tokenizer.json`.
+            prepare_c4.py; or with conversations a JSONL file, or a folder with train.jsonl and
+            validation.jsonl.
+        tokenizer: "bytes", or the path of a SentencePiece `.model` or a `tokenizer.json`; with
+            conversations the last, next to its chat template.
         rows: "packed", documents end to end without padding; or "documents", one per row, truncated
-            or padded, with an eos token, as in the reference implementation.
+            or padded, with an eos token, as in the reference implementation; or "conversations",
+            each complete and trained on its answers only.
+        held_out: how many conversations of a single file, or which fraction of them, are the
+            validation split.
         sequence_length: tokens per row.
         batch_size: rows per step, over all processes.
         seed: random seed of the shuffle, from 0 to 2³² - 1.
@@ -43,13 +53,21 @@ class DataConfig:
     source: str = "python"
     tokenizer: str = "bytes"
     rows: str = "packed"
+    held_out: int | float = 0.05
     sequence_length: int = 256
     batch_size: int = 512
     seed: int = 42
 
     def __post_init__(self):
-        if self.rows not in ("packed", "documents"):
-            raise InputError(f'data.rows is "{self.rows}": choose "packed" or "documents".')
+        require_choice("data.rows", self.rows, ("packed", "documents", "conversations"))
+        if self.rows == "conversations" and self.source == "python":
+            raise InputError(
+                'data.rows = "conversations" needs data.source, a JSONL file of conversations or a '
+                "folder with train.jsonl and validation.jsonl."
+            )
+        is_number = isinstance(self.held_out, int) and self.held_out >= 1
+        holds = is_number or 0 < self.held_out < 1
+        require("data.held_out", self.held_out, holds, "1 or more, or a fraction between 0 and 1")
         if self.sequence_length < 2:
             raise InputError(
                 f"data.sequence_length is {self.sequence_length}: it must be at least 2."
@@ -73,7 +91,9 @@ def documents(config: DataConfig, split: str) -> Sequence[str]:
     return open_c4(config.source, split)
 
 
-def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIterator[Rows]:
+def train_batches(
+    config: DataConfig, tokenizer: Tokenizer, report: Report | None = None
+) -> grain.DatasetIterator[Rows]:
     """Endless batches of the training split.
 
     Each epoch has a different order, drawn from `config.seed`. The iterator resumes exactly:
@@ -83,19 +103,20 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIter
     Args:
         config: what to read, and how to batch it.
         tokenizer: from `load_tokenizer(config.tokenizer)`.
+        report: is given a sentence about what was read, cut and left out of conversations.
 
     Returns:
-        An iterator over {"tokens", "segments", "positions"}, int32 of shape
-        (batch_size, sequence_length). Segments number the documents of a row from 1, 0 is padding;
-        positions restart with each document.
+        An iterator over {"tokens", "segments", "positions", "targets"}, int32 of shape
+        (batch_size, sequence_length). Segments number the documents or conversations of a row from
+        1, 0 is padding; positions restart with each of them. Targets are the tokens to predict, of
+        conversations those of answers; -1 where there is none.
 
     Raises:
         InputError: the source is unusable or almost without text.
     """
-    texts = documents(config, "train")
-    _check_text(config, texts, "train")
-    endless = grain.MapDataset.source(texts).seed(config.seed).shuffle().repeat()
-    window = max(1, _WINDOW_TOKENS // config.sequence_length)
+    source = _source(config, "train", report)
+    endless = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
+    window = _window(config, source)
     batches = _rows(endless, config, tokenizer, window, config.seed).batch(config.batch_size)
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(
@@ -104,25 +125,64 @@ def train_batches(config: DataConfig, tokenizer: Tokenizer) -> grain.DatasetIter
     )
 
 
-def validation_batches(config: DataConfig, tokenizer: Tokenizer) -> Iterable[Rows]:
+def validation_batches(
+    config: DataConfig, tokenizer: Tokenizer, report: Report | None = None
+) -> Iterable[Rows]:
     """The complete validation split in order, once per iteration.
 
     The last batch is filled up with rows of padding. Arguments, element type and errors are those
     of `train_batches`.
     """
-    texts = documents(config, "validation")
-    _check_text(config, texts, "validation")
 
     def padded(rows: Sequence[Rows]) -> Rows:
-        return grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
+        batch = grain.experimental.batch_and_pad(rows, batch_size=config.batch_size)
+        batch["targets"][len(rows) :] = NO_TARGET
+        return batch
 
-    in_order = grain.MapDataset.source(texts)
-    rows = _rows(in_order, config, tokenizer, window=config.batch_size, seed=None)
+    source = _source(config, "validation", report)
+    window = _window(config, source) if config.rows == "conversations" else config.batch_size
+    rows = _rows(grain.MapDataset.source(source), config, tokenizer, window, seed=None)
     return rows.batch(config.batch_size, batch_fn=padded)
 
 
+def first_prompt(config: DataConfig, characters: int) -> str:
+    """The beginning of the first validation document, or of the first question."""
+    if config.rows == "conversations":
+        messages = _conversations(config, "validation").messages(0)
+        questions = [each["content"] for each in messages if each["role"] == "user"]
+        return "".join(questions[:1])[:characters]
+    return documents(config, "validation")[0][:characters]
+
+
+def _conversations(config: DataConfig, split: str) -> "Conversations":
+    from galore_jax.data.conversations import open_conversations  # needs an extra of its own
+
+    source, length = config.source, config.sequence_length
+    return open_conversations(source, split, config.held_out, config.tokenizer, length)
+
+
+def _source(config: DataConfig, split: str, report: Report | None) -> Any:
+    """The texts or the conversations of a split, by index."""
+    if config.rows == "conversations":
+        conversations = _conversations(config, split)
+        if report is not None:
+            report(f"{split}: {conversations.report}")
+        return conversations
+    texts = documents(config, split)
+    _check_text(config, texts, split)
+    return texts
+
+
+def _window(config: DataConfig, source: Any) -> int:
+    """How many rows, or conversations, are packed and shuffled at a time."""
+    if config.rows == "conversations":
+        # An epoch at most, or else copies of a conversation, which are equally long, share rows.
+        return max(1, int(len(source) * min(1, _WINDOW_TOKENS / source.tokens)))
+    return max(1, _WINDOW_TOKENS // config.sequence_length)
+
+
 def _rows(
-    texts: grain.MapDataset[str],
+    elements: grain.MapDataset[Any],
     config: DataConfig,
     tokenizer: Tokenizer,
     window: int,
@@ -140,8 +200,11 @@ def _rows(
         return {name: values[0] for name, values in pack([tokens], length, pad_id).items()}
 
     if config.rows == "documents":
-        return texts.map(row_of_document).to_iter_dataset(_READ_OPTIONS)
-    tokenised = texts.map(with_eos).to_iter_dataset(_READ_OPTIONS)
+        return elements.map(row_of_document).to_iter_dataset(_READ_OPTIONS)
+    if config.rows == "conversations":
+        conversations = elements.to_iter_dataset(_READ_OPTIONS)
+        return FittedRows(conversations, length, pad_id, window, seed)
+    tokenised = elements.map(with_eos).to_iter_dataset(_READ_OPTIONS)
     return PackedRows(tokenised, length, pad_id, window, seed)
 
 

@@ -1,12 +1,15 @@
-"""Packed rows: concatenated documents, cut into rows without padding."""
+"""Packed rows: documents end to end, cut at the ends of rows, or conversations that stay whole."""
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
 Rows = dict[str, np.ndarray]
+NO_TARGET = -1
 
 
 def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
@@ -18,12 +21,15 @@ def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
         pad_id: token id that fills the last row.
 
     Returns:
-        "tokens", "segments" and "positions", int32 of shape (rows, length). Segments number the
-        pieces of a row from 1, 0 is padding; positions count from 0 in each piece of a row.
+        "tokens", "segments", "positions" and "targets", int32 of shape (rows, length). Segments
+        number the pieces of a row from 1, 0 is padding; positions count from 0 in each piece of a
+        row. The target of a position is the next token of its piece, -1 at the end of the piece.
 
     >>> rows = pack([np.array([7, 8, 9]), np.array([5, 6])], length=4, pad_id=0)
-    >>> rows["tokens"].tolist(), rows["segments"].tolist(), rows["positions"].tolist()
-    ([[7, 8, 9, 5], [6, 0, 0, 0]], [[1, 1, 1, 2], [1, 0, 0, 0]], [[0, 1, 2, 0], [0, 0, 0, 0]])
+    >>> rows["tokens"].tolist(), rows["segments"].tolist()
+    ([[7, 8, 9, 5], [6, 0, 0, 0]], [[1, 1, 1, 2], [1, 0, 0, 0]])
+    >>> rows["positions"].tolist(), rows["targets"].tolist()
+    ([[0, 1, 2, 0], [0, 0, 0, 0]], [[8, 9, -1, -1], [-1, -1, -1, -1]])
     """
     ends = np.cumsum([len(piece) for piece in pieces])
     count = -(-ends[-1] // length)
@@ -36,11 +42,65 @@ def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
     starts[:, 0] = True
     columns = np.arange(length)
     positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    tokens = tokens.reshape(count, length)
+    targets = np.full_like(tokens, NO_TARGET)
+    continues = is_token[:, 1:] & ~starts[:, 1:]
+    targets[:, :-1][continues] = tokens[:, 1:][continues]
     return {
-        "tokens": tokens.reshape(count, length),
+        "tokens": tokens,
         "segments": np.where(is_token, np.cumsum(starts, axis=1), 0).astype(np.int32),
         "positions": np.where(is_token, positions, 0).astype(np.int32),
+        "targets": targets,
     }
+
+
+class Conversation(NamedTuple):
+    """The tokens of a conversation, int32 (n,), and which of them answer, bool (n,)."""
+
+    tokens: np.ndarray
+    is_answer: np.ndarray
+
+
+def fit(conversations: Sequence[Conversation], length: int, pad_id: int) -> Rows:
+    """Packs conversations into few rows without cutting any: the best fit, the longest first.
+
+    Args:
+        conversations: of at most `length` tokens each.
+        length: tokens per row.
+        pad_id: token id that fills the rest of each row.
+
+    Returns:
+        As `pack`, but only tokens of answers are targets.
+
+    >>> is_answer = np.array([False, False, False, True, True])
+    >>> rows = fit([Conversation(np.array([5, 6, 7, 8, 9]), is_answer)], length=6, pad_id=0)
+    >>> rows["tokens"].tolist(), rows["targets"].tolist()
+    ([[5, 6, 7, 8, 9, 0]], [[-1, -1, 8, 9, -1, -1]])
+    """
+    rows = []
+    for members in _best_fit([len(each.tokens) for each in conversations], length):
+        row = pack([conversations[index].tokens for index in members], length, pad_id)
+        answers = np.concatenate([conversations[index].is_answer for index in members])
+        targets = row["targets"][0, : len(answers) - 1]
+        targets[~answers[1:]] = NO_TARGET
+        rows.append(row)
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Indices of `sizes`, in groups whose sizes sum to at most `room`."""
+    groups: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # the room left in each group, ascending, and its number
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        tightest = bisect_left(free, (sizes[index], 0))
+        if tightest < len(free):
+            left, group = free.pop(tightest)
+        else:
+            left, group = room, len(groups)
+            groups.append([])
+        groups[group].append(index)
+        insort(free, (left - sizes[index], group))
+    return groups
 
 
 class PackedRows(grain.IterDataset[Rows]):
@@ -72,15 +132,27 @@ class PackedRows(grain.IterDataset[Rows]):
         super().__init__(documents)
         self._settings = (length, pad_id, window, seed)
 
-    def __iter__(self) -> "_PackedRowsIterator":
+    def __iter__(self) -> grain.DatasetIterator[Rows]:
         """Starts from the first document."""
         return _PackedRowsIterator(iter(self._parent), *self._settings)
 
     def __str__(self) -> str:
-        return "PackedRows"
+        return type(self).__name__
 
 
-class _PackedRowsIterator(grain.DatasetIterator[Rows]):
+class FittedRows(PackedRows):
+    """Rows of shape (length,) that `fit` makes of a stream of conversations, window by window.
+
+    It has the settings of `PackedRows`, but a window is a number of conversations, and it resumes
+    as `PackedRows` does.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator[Rows]:
+        """Starts from the first conversation."""
+        return _FittedRowsIterator(iter(self._parent), *self._settings)
+
+
+class _WindowIterator(grain.DatasetIterator[Rows]):
     def __init__(
         self,
         documents: grain.DatasetIterator,
@@ -113,9 +185,43 @@ class _PackedRowsIterator(grain.DatasetIterator[Rows]):
 
     def _read_window(self, start: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
         """Packs the documents from `start` on; also returns where the next window starts."""
+        rows, offset = self._pack_window(start["offset"])
+        end = {
+            "documents": self._documents.get_state(),
+            "offset": offset,
+            "window": start["window"] + 1,
+        }
+        if self._seed is not None:
+            # RandomState draws the same numbers in every version of NumPy.
+            random = np.random.RandomState([self._seed, start["window"]])
+            order = random.permutation(len(rows["tokens"]))
+            rows = {name: values[order] for name, values in rows.items()}
+        return rows, end
+
+    def _pack_window(self, offset: int) -> tuple[Rows, int]:
+        """Packs the next documents, of the first one the tokens from `offset` on.
+
+        Also returns the offset in the document with which the next window starts.
+
+        Raises:
+            StopIteration: there is no further document.
+        """
+        raise NotImplementedError
+
+    def get_state(self) -> dict[str, Any]:
+        return {**self._start, "row": self._row}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._start = {name: state[name] for name in ("documents", "offset", "window")}
+        self._documents.set_state(self._start["documents"])
+        self._row = state["row"]
+        self._rows = None
+
+
+class _PackedRowsIterator(_WindowIterator):
+    def _pack_window(self, offset: int) -> tuple[Rows, int]:
         pieces = []
         room = self._window * self._length
-        offset = start["offset"]
         while room:
             before = self._documents.get_state()
             document = next(self._documents, None)
@@ -131,24 +237,12 @@ class _PackedRowsIterator(grain.DatasetIterator[Rows]):
                 self._documents.set_state(before)
         if not pieces:
             raise StopIteration
-        end = {
-            "documents": self._documents.get_state(),
-            "offset": offset,
-            "window": start["window"] + 1,
-        }
-        rows = pack(pieces, self._length, self._pad_id)
-        if self._seed is not None:
-            # RandomState draws the same numbers in every version of NumPy.
-            random = np.random.RandomState([self._seed, start["window"]])
-            order = random.permutation(len(rows["tokens"]))
-            rows = {name: values[order] for name, values in rows.items()}
-        return rows, end
+        return pack(pieces, self._length, self._pad_id), offset
 
-    def get_state(self) -> dict[str, Any]:
-        return {**self._start, "row": self._row}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._start = {name: state[name] for name in ("documents", "offset", "window")}
-        self._documents.set_state(self._start["documents"])
-        self._row = state["row"]
-        self._rows = None
+class _FittedRowsIterator(_WindowIterator):
+    def _pack_window(self, offset: int) -> tuple[Rows, int]:
+        conversations = list(islice(self._documents, self._window))
+        if not conversations:
+            raise StopIteration
+        return fit(conversations, self._length, self._pad_id), offset

@@ -2,9 +2,9 @@
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
@@ -12,6 +12,7 @@ import tokenizers
 from galore_jax.errors import InputError
 from galore_jax.files import read_json
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _EOS_NAMES = (
     "</s>",
     "<eos>",
@@ -131,16 +132,17 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise InputError(f"{path} has an empty vocabulary.")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        named = _named_tokens(Path(path).with_name("tokenizer_config.json"))
+        settings = Path(path).with_name(TOKENIZER_CONFIG)
+        named = special_tokens(read_json(settings)) if settings.is_file() else {}
 
         def find(names: Sequence[str]) -> int | None:
             return next((vocabulary[name] for name in names if name in vocabulary), None)
 
-        eos_names = named.get("eos_token", _EOS_NAMES)
-        eos = find(eos_names)
+        eos_names = [named["eos_token"]] if "eos_token" in named else _EOS_NAMES
+        pad_names = [named["pad_token"]] if "pad_token" in named else _PAD_NAMES
+        eos, pad = find(eos_names), find(pad_names)
         if eos is None:
             raise InputError(f"{path} has no end-of-sequence token ({', '.join(eos_names)}).")
-        pad = find(named.get("pad_token", _PAD_NAMES))
         self.eos_id: int = eos
         self.pad_id: int = eos if pad is None else pad
 
@@ -148,22 +150,24 @@ class HuggingFaceTokenizer:
         """The ids of `text`, without the special tokens that the file's post-processor adds."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text`, and of each the characters that it stands for: [start, end)."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _named_tokens(path: Path) -> dict[str, tuple[str]]:
-    """The special tokens, by kind, that a `tokenizer_config.json` names."""
-    if not path.is_file():
-        return {}
-    found = {}
-    for kind in ("eos_token", "pad_token"):
-        token = read_json(path).get(kind)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str):
-            found[kind] = (token,)
-    return found
+def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens in the content of a tokenizer_config.json, as in {"eos_token": "</s>"}."""
+    tokens = {}
+    for name, value in settings.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            tokens[name] = text
+    return tokens
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -46,7 +46,5 @@ def head_loss(
         head = nn.meta.unbox(params["embed_tokens"])["embedding"].T
     else:
         head = nn.meta.unbox(params["lm_head"])["kernel"]
-    loss, targets = chunked_next_token_loss(
-        constrain(normed, "batch"), head, batch["tokens"], batch["segments"]
-    )
+    loss, targets = chunked_next_token_loss(constrain(normed, "batch"), head, batch["targets"])
     return loss / jnp.maximum(targets, 1), targets

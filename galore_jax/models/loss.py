@@ -9,24 +9,19 @@ from jax import lax
 VOCAB_CHUNK = 4096
 
 
-def next_token_loss(
-    logits: jax.Array, tokens: jax.Array, segments: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy of each next token, summed.
+def next_token_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of each target, summed.
 
-    The target of position t is token t + 1 if both are in the same segment and that is not 0
-    (padding); other positions have no target. The mean over several batches is the sum of the
-    losses divided by the sum of the targets.
+    The mean over several batches is the sum of the losses divided by the sum of the targets.
 
     Args:
       logits: float32 (batch, length, vocab).
-      tokens: int32 (batch, length).
-      segments: int32 (batch, length).
+      targets: int32 (batch, length), the token to predict at each position, -1 where there is none.
 
     Returns:
       The sum of the losses in nats and the number of targets, float32 scalars.
     """
-    targets, is_target = _targets(tokens, segments)
+    is_target = targets >= 0
     # Comparing with every token of the vocabulary fuses into the sum and, backwards, into the
     # gradient of logsumexp; gathering would scatter into an array as large as the logits.
     chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
@@ -35,7 +30,7 @@ def next_token_loss(
 
 
 def chunked_next_token_loss(
-    x: jax.Array, head: jax.Array, tokens: jax.Array, segments: jax.Array
+    x: jax.Array, head: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """`next_token_loss` of the logits `x @ head`, one chunk of the vocabulary at a time.
 
@@ -45,21 +40,15 @@ def chunked_next_token_loss(
     Args:
       x: activations (batch, length, hidden).
       head: (hidden, vocab).
-      tokens: int32 (batch, length).
-      segments: int32 (batch, length).
+      targets: as for `next_token_loss`.
 
     Returns:
       As `next_token_loss`.
     """
-    targets, is_target = _targets(tokens, segments)
-    losses = _losses(x.reshape(-1, x.shape[-1]), head, targets.reshape(-1))
-    return jnp.sum(losses * is_target.reshape(-1)), jnp.sum(is_target, dtype=jnp.float32)
-
-
-def _targets(tokens: jax.Array, segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The next token of each position, and whether it is a target; both (batch, length)."""
-    following = jnp.roll(segments, -1, axis=1).at[:, -1].set(0)
-    return jnp.roll(tokens, -1, axis=1), (segments == following) & (segments != 0)
+    targets = targets.reshape(-1)
+    is_target = targets >= 0
+    losses = _losses(x.reshape(-1, x.shape[-1]), head, targets)
+    return jnp.sum(losses * is_target), jnp.sum(is_target, dtype=jnp.float32)
 
 
 @jax.custom_vjp

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from galore_jax.data.batches import documents
+from galore_jax.data.batches import first_prompt
 from galore_jax.errors import require
 from galore_jax.files import atomic_write
 from galore_jax.training.config import Config
@@ -117,7 +117,7 @@ def compare(
         {row.label: (row.matrix_bytes, row.losses) for row in rows}, folder / "comparison-state.png"
     )
     best = min(rows, key=lambda row: (math.isnan(row.loss), row.loss))
-    prompt = documents(best.config.data, "validation")[0][:PROMPT_CHARACTERS]
+    prompt = first_prompt(best.config.data, PROMPT_CHARACTERS)
     tokens = min(SAMPLE_TOKENS, best.config.model.max_length // 2)
     sample = generate_text(_folder(best.label, best.config, seeds[0]), prompt, tokens)
     with atomic_write(folder / "sample.txt") as path:

@@ -16,7 +16,8 @@ from galore_jax.training.run_folder import RunFolder, open_folder
 def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     """Makes a run, without a training, of a model of transformers.
 
-    Its checkpoint has the parameters alone. The tokenizer is copied if the folder has one.
+    Its checkpoint has the parameters alone. The tokenizer is copied if the folder has one, with its
+    settings and its chat template.
 
     Args:
       folder: config.json and safetensors files.
@@ -48,6 +49,8 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
 
 def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
     """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
+
+    After a training on conversations the model's end of a sequence is that of an answer.
 
     Args:
       run_folder: the folder of the run.

@@ -97,9 +97,9 @@ def perplexity(loss: float) -> float:
 
 def target_pairs(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that have a target, and these targets."""
-    tokens, segments = batch["tokens"], batch["segments"]
-    has_target = (segments[:, :-1] == segments[:, 1:]) & (segments[:, 1:] != 0)
-    return tokens[:, :-1][has_target], tokens[:, 1:][has_target]
+    tokens, targets = batch["tokens"], batch["targets"]
+    has_target = targets >= 0
+    return tokens[has_target], targets[has_target]
 
 
 def take_targets(batches: Iterable[Batch], targets: int) -> Iterator[Batch]:

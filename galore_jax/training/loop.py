@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -70,8 +71,9 @@ def train(config: Config, resume: bool = False) -> Summary:
         tokenizer = load_tokenizer(config.data.tokenizer)
         _check_vocabulary(config, tokenizer)
         mesh = training_mesh(config)
-        batches = train_batches(config.data, tokenizer)
-        validation = validation_batches(config.data, tokenizer)
+        report = partial(print, file=sys.stderr) if is_first() else None
+        batches = train_batches(config.data, tokenizer, report)
+        validation = validation_batches(config.data, tokenizer, report)
     training, steps = config.training, config.training.steps
 
     with contextlib.ExitStack() as stack:

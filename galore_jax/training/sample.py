@@ -22,16 +22,18 @@ def generate_text(
 ) -> str:
     """Continues a prompt with the latest checkpoint of a run, up to the end of the document.
 
+    If the run was trained on conversations, the prompt is a question, and its answer follows.
+
     Args:
       folder: the folder of the run.
-      prompt: text to continue.
+      prompt: text to continue, or a question.
       tokens: the largest number of tokens to generate.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: sample among the k most likely tokens only; 0: among all.
       seed: random seed of the sampling, from 0 to 2³² - 1.
 
     Returns:
-      The prompt and its continuation.
+      The prompt and its continuation, or the answer alone.
 
     Raises:
       InputError: there is no checkpoint, the prompt is empty or not text, the text would be longer
@@ -47,7 +49,12 @@ def generate_text(
         ) from None
     config, params, _ = load_for_inference(folder)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    prompt_tokens = tokenizer.encode(prompt)
+    template = None
+    if config.data.rows == "conversations":
+        from galore_jax.data.chat_template import ChatTemplate  # needs an extra of its own
+
+        template = ChatTemplate(config.data.tokenizer)
+    prompt_tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
     if not prompt_tokens:
         raise InputError("the prompt is empty: give a prompt of at least one word.")
     start = jnp.asarray([prompt_tokens], jnp.int32)
@@ -56,4 +63,4 @@ def generate_text(
     document = itertools.takewhile(lambda token: token != tokenizer.eos_id, new)
     # The model's vocabulary may be larger than the tokenizer's; ids beyond that have no text.
     text_tokens = [token for token in document if token < tokenizer.vocab_size]
-    return tokenizer.decode(prompt_tokens + text_tokens)
+    return tokenizer.decode(text_tokens if template else prompt_tokens + text_tokens)

@@ -133,10 +133,10 @@ def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
 
 
 def batch_shapes(config: Config, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch: `tokens`, `segments`, `positions`, int32 (B, T)."""
+    """The shapes of a batch: `tokens`, `segments`, `positions`, `targets`, int32 (B, T)."""
     shape = config.data.batch_size, config.data.sequence_length
     leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    return dict.fromkeys(("tokens", "segments", "positions"), leaf)
+    return dict.fromkeys(("tokens", "segments", "positions", "targets"), leaf)
 
 
 def tree_size(tree: PyTree) -> int:

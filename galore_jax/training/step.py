@@ -36,7 +36,7 @@ def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Ar
     logits: Any = Llama(model).apply(
         {"params": params}, batch["tokens"], batch["segments"], batch["positions"]
     )
-    return next_token_loss(logits, batch["tokens"], batch["segments"])
+    return next_token_loss(logits, batch["targets"])
 
 
 def make_loss(config: Config) -> Callable[..., Any]:
@@ -96,8 +96,8 @@ def make_train_step(
       mesh: from `training_mesh`; None: a single device.
 
     Returns:
-      A function of a state and a batch (`tokens`, `segments`, `positions`: int32 (B, T)) that
-      returns the next state and a dictionary of scalars: `loss` (before the update), `targets`,
+      A function of a state and a batch, whose arrays are those of `train_batches`. It returns the
+      next state and a dictionary of scalars: `loss` (before the update), `targets`,
       `learning_rate`, those of `subspace_metrics`, and norms before clipping: `gradient_norm` if
       there are full gradients, and with GaLore `coordinates_norm`, the norm of the coordinates and
       the unprojected gradients. With `training.diagnostics` also those of `energy_metrics`.

@@ -43,7 +43,7 @@ def llama_loss(config: LlamaConfig, params: PyTree, tokens: jax.Array) -> jax.Ar
     x = model.apply({"params": params}, tokens, method=embed)
     x = _run_layers(config, params["layers"], x)
     logits: Any = model.apply({"params": params}, x, method=head)
-    total, targets = next_token_loss(logits, tokens, jnp.ones_like(tokens))
+    total, targets = next_token_loss(logits, jnp.roll(tokens, -1, axis=1).at[:, -1].set(-1))
     return total / targets
 
 

@@ -1,0 +1,257 @@
+"""Conversations from JSON files: Alpaca, ShareGPT and chat messages, rendered and tokenised.
+
+A row of a file is one of
+
+    {"instruction": …, "input": …, "output": …}                            Alpaca
+    {"conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}  ShareGPT
+    {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}  chat
+"""
+
+import json
+from codecs import BOM_UTF8
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from galore_jax.data.chat_template import ChatTemplate, Message
+from galore_jax.data.packing import Conversation
+from galore_jax.errors import InputError
+
+_FILES = {"train": "train.jsonl", "validation": "validation.jsonl"}
+_CHAT = {"system": "system", "user": "user", "assistant": "assistant"}
+_SHAREGPT = {"human": "user", "gpt": "assistant", **_CHAT}
+
+
+class JsonRows:
+    """The values in a JSONL file, one a line, or in a JSON file of one array.
+
+    Of a JSONL file only the places of the lines are kept in memory.
+
+    Args:
+        path: the file. Blank lines do not count.
+
+    Raises:
+        InputError: it cannot be read, or is an array that is not JSON.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._array = path, None
+        self._starts, self._numbers, position = [], [], 0
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        self._starts.append(position)
+                        self._numbers.append(number)
+                    position += len(line)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+        if self._starts and self._read(0).lstrip(BOM_UTF8 + b" \t").startswith(b"["):
+            self._array = _parse(path.read_bytes(), str(path))
+
+    def __len__(self) -> int:
+        return len(self._starts if self._array is None else self._array)
+
+    def __getitem__(self, index: int) -> Any:
+        """Raises an `InputError` if the line is not JSON."""
+        if self._array is not None:
+            return self._array[index]
+        return _parse(self._read(index), self.place(index))
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for people."""
+        if self._array is not None:
+            return f"{self._path}, item {index + 1}"
+        return f"{self._path}, line {self._numbers[index]}"
+
+    def _read(self, index: int) -> bytes:
+        # Several threads read, so each opens the file for itself.
+        with self._path.open("rb") as file:
+            file.seek(self._starts[index])
+            return file.readline()
+
+
+def _parse(text: bytes, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{place} is not JSON: {error}.") from None
+
+
+class Conversations:
+    """Conversations by index, each cut at a number of tokens.
+
+    All are read once at the start, so that no bad row stops a training later. Those are left out
+    whose answers are all empty, or begin only after that number of tokens.
+
+    Attributes:
+        tokens: their number in all conversations.
+        report: what was read, cut and left out, in one sentence.
+
+    Args:
+        rows: those of a file.
+        indices: which of them.
+        template: renders and tokenises them.
+        length: tokens of a conversation that are kept.
+
+    Raises:
+        InputError: a row is not a conversation with an answer, or the template refuses it.
+    """
+
+    def __init__(self, rows: JsonRows, indices: np.ndarray, template: ChatTemplate, length: int):
+        self._rows, self._template, self._length = rows, template, length
+        self._indices: list[int] = []
+        self.tokens = answers = cut = 0
+        for index in indices.tolist():
+            messages, conversation = self._encoded(index)
+            kept = self._cut(conversation)
+            # The first token of a conversation is not predicted.
+            if not (kept.is_answer[1:].any() and _has_answer(messages)):
+                continue
+            self._indices.append(index)
+            self.tokens += len(kept.tokens)
+            answers += int(kept.is_answer.sum())
+            cut += len(kept.tokens) < len(conversation.tokens)
+        left_out = len(indices) - len(self._indices)
+        self.report = (
+            f"{len(self._indices):,} conversations of {self.tokens:,} tokens, {answers:,} of them "
+            f"in answers; cut at {length:,} tokens: {cut:,}; left out, as their answers begin "
+            f"later or are empty: {left_out:,}"
+        )
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self._cut(self._encoded(self._indices[index])[1])
+
+    def messages(self, index: int) -> list[Message]:
+        """The messages of a conversation, which is not cut."""
+        return self._encoded(self._indices[index])[0]
+
+    def _encoded(self, index: int) -> tuple[list[Message], Conversation]:
+        row = self._rows[index]
+        try:
+            messages = _messages(row)
+            return messages, self._template.encode(messages)
+        except InputError as error:
+            raise InputError(f"{self._rows.place(index)}: {error}") from None
+
+    def _cut(self, conversation: Conversation) -> Conversation:
+        tokens, is_answer = conversation
+        return Conversation(tokens[: self._length], is_answer[: self._length])
+
+
+def open_conversations(
+    source: str, split: str, held_out: int | float, tokenizer: str, length: int
+) -> Conversations:
+    """Reads the conversations of a split.
+
+    Args:
+        source: a JSON file, of which a part is held out for validation; or a folder with
+            train.jsonl and validation.jsonl.
+        split: "train" or "validation".
+        held_out: how many conversations of a file, or which fraction of them, are the validation
+            split. Which ones depends on their number alone.
+        tokenizer: the path of a tokenizer.json with a chat template.
+        length: conversations are cut at this number of tokens.
+
+    Raises:
+        InputError: as for `Conversations` and `ChatTemplate`; a file is missing, or too small for
+            its validation split.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise InputError(
+            f"there is no data.source {path}: give a JSONL file of conversations, or a folder with "
+            f"{' and '.join(_FILES.values())}."
+        )
+    if path.is_dir():
+        path = path / _FILES[split]
+        rows = JsonRows(path)
+        indices = np.arange(len(rows))
+    else:
+        rows = JsonRows(path)
+        indices = _split(len(rows), split, held_out, path)
+    conversations = Conversations(rows, indices, ChatTemplate(tokenizer), length)
+    if not len(conversations):
+        raise InputError(
+            f"the {split} split in {path} is empty ({conversations.report}): add conversations, "
+            "or raise data.sequence_length."
+        )
+    return conversations
+
+
+def _split(count: int, split: str, held_out: int | float, path: Path) -> np.ndarray:
+    number = held_out if isinstance(held_out, int) else max(1, round(count * held_out))
+    if number >= count:
+        raise InputError(
+            f"{path} has {count} conversations, too few for data.held_out = {held_out} and a "
+            "training: lower it, or add conversations."
+        )
+    # RandomState draws the same numbers in every version of NumPy.
+    order = np.random.RandomState(0).permutation(count)
+    return np.sort(order[:number] if split == "validation" else order[number:])
+
+
+def _messages(row: Any) -> list[Message]:
+    """The messages of a row of any of the three formats.
+
+    Raises:
+        InputError: it has none of them, a role is unknown, a text is missing, or there is no
+            answer.
+    """
+    if not isinstance(row, dict):
+        raise InputError("this is not an object with the keys of a conversation.")
+    if "messages" in row:
+        messages = _listed(row, "messages", ("role", "content"), _CHAT)
+    elif "conversations" in row:
+        messages = _listed(row, "conversations", ("from", "value"), _SHAREGPT)
+    elif "instruction" in row and "output" in row:
+        question = [_text(row, "instruction"), _text({"input": "", **row}, "input")]
+        messages = [
+            {"role": "user", "content": "\n\n".join(filter(None, question))},
+            {"role": "assistant", "content": _text(row, "output")},
+        ]
+    else:
+        raise InputError(
+            "this is no conversation, which has the key messages, or conversations, or "
+            f"instruction and output, but {', '.join(row) or 'none'}."
+        )
+    if not any(message["role"] == "assistant" for message in messages):
+        raise InputError("the conversation has no answer to train on: add one, or remove it.")
+    return messages
+
+
+def _has_answer(messages: list[Message]) -> bool:
+    return any(each["role"] == "assistant" and each["content"].strip() for each in messages)
+
+
+def _listed(
+    row: Mapping[str, Any], key: str, keys: tuple[str, str], roles: Mapping[str, str]
+) -> list[Message]:
+    listed = row[key]
+    if not isinstance(listed, list) or not listed:
+        raise InputError(f"{key} must be a list of at least one message, not {listed!r:.40}.")
+    messages = []
+    for number, message in enumerate(listed, 1):
+        if not isinstance(message, dict):
+            raise InputError(f"message {number} must have {keys[0]} and {keys[1]}.")
+        role = _text(message, keys[0], number)
+        if role not in roles:
+            raise InputError(
+                f"message {number} is {keys[0]} {role!r}, which is unknown; there are "
+                f"{', '.join(roles)}."
+            )
+        messages.append({"role": roles[role], "content": _text(message, keys[1], number)})
+    return messages
+
+
+def _text(table: Mapping[str, Any], key: str, number: int | None = None) -> str:
+    value = table.get(key)
+    if not isinstance(value, str):
+        of = "" if number is None else f" of message {number}"
+        raise InputError(f"{key}{of} must be text, not {value!r:.40}.")
+    return value

@@ -1,0 +1,348 @@
+"""Conversations: formats, bad rows, splits, whole rows, and exactly resumed batches."""
+
+import functools
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("jinja2", reason="chat templates are written in it")
+
+from chats import ANSWER, CHATML, QUESTION, byte_level, chat, save_tokenizer
+from next_tokens import next_tokens
+
+from galore_jax.data import batches
+from galore_jax.data.batches import DataConfig, first_prompt, train_batches, validation_batches
+from galore_jax.data.chat_template import ChatTemplate
+from galore_jax.data.conversations import open_conversations
+from galore_jax.data.packing import Conversation, fit
+from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.errors import InputError
+
+LENGTH = 64
+ROW = {"messages": chat(QUESTION, ANSWER)}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """The path of a tokenizer with a chat template."""
+    return save_tokenizer(tmp_path, CHATML)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of rows, or of lines as they are, and returns its path."""
+
+    def write(rows, name="chats.jsonl"):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def many(count, turns=1):
+    """Conversations of different lengths, each with a number of its own."""
+    return [
+        {"messages": chat(*[f"{number} " + "a b " * (number % 5), f"{number}."] * turns)}
+        for number in range(count)
+    ]
+
+
+def everything(source, tokenizer, length=1000):
+    """All conversations of a file that has validation data of its own."""
+    return open_conversations(source, "train", 1, tokenizer, length)
+
+
+def folder_of(write, rows):
+    """A folder whose training split is the rows."""
+    write([ROW], "folder/validation.jsonl")
+    return write(rows, "folder/train.jsonl").removesuffix("/train.jsonl")
+
+
+def test_the_three_formats_are_the_same_conversations(write, tokenizer):
+    rows = [
+        ROW,
+        {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+        {"instruction": QUESTION, "input": "", "output": ANSWER, "text": "ignored"},
+        {"instruction": QUESTION, "output": ANSWER},
+        {"instruction": "Count legs.", "input": "dog", "output": "4"},
+        {"messages": chat("Count legs.\n\ndog", "4")},
+        {
+            "conversations": [
+                {"from": "system", "value": "Be short."},
+                {"from": "human", "value": "a"},
+                {"from": "gpt", "value": "b"},
+            ]
+        },
+        {"messages": chat("a", "b", system="Be short.")},
+    ]
+    read = everything(folder_of(write, rows), tokenizer)
+    tokens = [conversation.tokens.tolist() for conversation in read]
+    assert tokens[0] == tokens[1] == tokens[2] == tokens[3] != tokens[4]
+    assert tokens[4] == tokens[5] != tokens[6] == tokens[7]
+    assert tokens[0] == ChatTemplate(tokenizer).encode(ROW["messages"]).tokens.tolist()
+    assert read.messages(0) == ROW["messages"]
+
+
+def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "instruction-tuning.md").read_text()
+    blocks = dict(re.findall(r"^```(json|jinja)\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    tokenizer = save_tokenizer(tmp_path, None)
+    (tmp_path / "chat_template.jinja").write_text(blocks["jinja"])
+    read = everything(folder_of(write, blocks["json"].splitlines()), tokenizer)
+    assert [read.messages(index) for index in range(3)] == 3 * [chat("Legs?\n\ncat", "4")]
+    decode = functools.partial(byte_level().decode, skip_special_tokens=False)
+    tokens, is_answer = read[0]
+    assert decode(tokens.tolist()) == "<s><|user|>\nLegs?\n\ncat</s>\n<|assistant|>\n4</s>\n"
+    assert decode(tokens[is_answer].tolist()) == "4</s>\n"
+    read = everything(folder_of(write, [ROW, {"messages": chat("a", "b", "c", "d")}]), tokenizer)
+    assert read[1].is_answer.sum() == 2 * is_answer.sum()
+
+
+def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
+    rows = many(4)
+    lines = [json.dumps(row) for row in rows]
+    expected = [each.tokens.tolist() for each in everything(folder_of(write, rows), tokenizer)]
+    for number, text in enumerate(
+        [
+            ["", lines[0], "", "  ", *lines[1:], ""],
+            [json.dumps(rows, indent=2)],
+            ["\ufeff" + json.dumps(rows)],
+            ["\ufeff" + lines[0], *lines[1:]],
+        ]
+    ):
+        write([ROW], f"folder{number}/validation.jsonl")
+        folder = write(text, f"folder{number}/train.jsonl").removesuffix("/train.jsonl")
+        assert [each.tokens.tolist() for each in everything(folder, tokenizer)] == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ('{"messages": [', "is not JSON"),
+        ("17", "this is not an object"),
+        ({"text": "a", "id": 3}, "this is no conversation, .*, but text, id"),
+        ({"instruction": "a"}, "this is no conversation"),
+        ({"instruction": "a", "output": None}, "output must be text, not None"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "input must be text, not 3"),
+        ({"messages": []}, r"messages must be a list of at least one message, not \[\]"),
+        ({"messages": "a"}, "messages must be a list"),
+        ({"conversations": None}, "conversations must be a list"),
+        ({"messages": ["a"]}, "message 1 must have role and content"),
+        ({"messages": [{"role": "user"}]}, "content of message 1 must be text, not None"),
+        ({"messages": [{"role": "bot", "content": ""}]}, "message 1 is role 'bot', which is unkno"),
+        ({"conversations": [{"from": "tool", "value": ""}]}, "unknown; there are human, gpt, sys"),
+        ({"messages": chat("a")}, "the conversation has no answer"),
+        ({"messages": chat("", system="a")}, "the conversation has no answer"),
+        ({"messages": chat("stop", "b")}, "the chat template refuses the messages: stopped"),
+    ],
+    ids=str,
+)
+def test_a_bad_row_is_refused_at_the_start_with_its_file_and_line(row, named, write, tmp_path):
+    stops = (
+        "{%- if messages[0].content == 'stop' -%}{{- raise_exception('stopped') -}}{%- endif -%}"
+    )
+    tokenizer = save_tokenizer(tmp_path, stops + CHATML)
+    folder = folder_of(write, [ROW, "", row, ROW])
+    with pytest.raises(InputError, match=named) as refused:
+        train_batches(config(folder, tokenizer), load_tokenizer(tokenizer))
+    assert str(refused.value).startswith(f"{folder}/train.jsonl, line 3")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_bad_row_of_an_array_is_refused_with_its_number(write, tokenizer):
+    array = json.dumps([ROW, {"messages": chat("a")}, ROW], indent=1)
+    with pytest.raises(InputError, match=r"train\.jsonl, item 2: the conversation has no answer"):
+        everything(folder_of(write, [array]), tokenizer)
+    with pytest.raises(InputError, match=r"other\.jsonl is not JSON"):
+        everything(write(["[", "1"], "other.jsonl"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"source": "nowhere.jsonl"},
+            r"there is no data\.source nowhere\.jsonl: give a JSONL file",
+        ),
+        ({"source": "."}, r"train\.jsonl cannot be read: No such file or directory"),
+        ({"held_out": 3}, r"has 3 conversations, too few for data\.held_out = 3"),
+        (
+            {"sequence_length": 2},
+            r"the train split in .* is empty \(0 conversations .* empty: 2\)",
+        ),
+        ({"tokenizer": "bytes"}, "'bytes' has no chat template"),
+    ],
+)
+def test_settings_that_do_not_suit_the_files_are_refused(changes, named, write, tokenizer):
+    settings = {"source": write([ROW] * 3), "tokenizer": tokenizer, "held_out": 1} | changes
+    with pytest.raises(InputError, match=named):
+        train_batches(DataConfig(rows="conversations", **settings), load_tokenizer(tokenizer))
+
+
+@pytest.mark.parametrize("held_out", [0, -1, 1.0, 0.0, 1.5])
+def test_a_part_that_cannot_be_held_out_is_refused(held_out):
+    with pytest.raises(InputError, match=r"data\.held_out must be 1 or more, or a fraction"):
+        DataConfig(held_out=held_out)
+    with pytest.raises(InputError, match=r'"conversations" needs data\.source, a JSONL file'):
+        DataConfig(rows="conversations")
+
+
+@pytest.mark.parametrize(("held_out", "number"), [(7, 7), (0.1, 4), (0.001, 1)])
+def test_the_splits_of_a_file_are_disjoint_complete_and_always_the_same(
+    held_out, number, write, tokenizer
+):
+    rows = many(40)
+    source, other = write(rows), write(rows, "copy.jsonl")
+
+    def questions(source, split):
+        read = open_conversations(source, split, held_out, tokenizer, LENGTH)
+        return [read.messages(index)[0]["content"] for index in range(len(read))]
+
+    train, validation = questions(source, "train"), questions(source, "validation")
+    assert len(validation) == number
+    assert sorted(train + validation) == sorted(row["messages"][0]["content"] for row in rows)
+    assert (train, validation) == (questions(other, "train"), questions(other, "validation"))
+
+
+def test_what_is_cut_and_left_out_is_reported(write, tokenizer):
+    rows = [
+        ROW,
+        {"messages": chat(QUESTION, ANSWER * 3)},
+        {"messages": chat(QUESTION * 9, ANSWER)},
+        {"messages": chat(QUESTION, " \n")},
+        {"instruction": QUESTION, "output": ""},
+    ]
+    read = everything(folder_of(write, rows), tokenizer, LENGTH)
+    lengths = [len(conversation.tokens) for conversation in read]
+    answers = sum(int(conversation.is_answer.sum()) for conversation in read)
+    assert lengths[0] < lengths[1] == LENGTH
+    assert read.report == (
+        f"2 conversations of {sum(lengths)} tokens, {answers} of them in answers; cut at 64 "
+        "tokens: 1; left out, as their answers begin later or are empty: 3"
+    )
+    assert read[1].is_answer[-1]
+
+
+def test_conversations_are_fitted_into_few_rows_and_never_cut():
+    random = np.random.default_rng(0)
+    sizes = random.integers(2, 50, 200)
+    conversations = [
+        Conversation(np.full(size, number), random.random(size) < 0.5)
+        for number, size in enumerate(sizes, 1)
+    ]
+    rows = fit(conversations, LENGTH, pad_id=0)
+    assert len(rows["tokens"]) <= np.ceil(sizes.sum() / LENGTH) + 2
+    for conversation, size in zip(conversations, sizes, strict=True):
+        (row,) = np.unique(np.nonzero(rows["tokens"] == conversation.tokens[0])[0])
+        (columns,) = np.nonzero(rows["tokens"][row] == conversation.tokens[0])
+        np.testing.assert_array_equal(columns, columns[0] + np.arange(size))
+        assert len(np.unique(rows["segments"][row, columns])) == 1
+        np.testing.assert_array_equal(rows["positions"][row, columns], np.arange(size))
+        # An answer's token is the target of the position before it; the first has none.
+        wanted = np.where(conversation.is_answer, conversation.tokens, -1)[1:]
+        np.testing.assert_array_equal(rows["targets"][row, columns], [*wanted, -1])
+    assert np.all(rows["targets"][rows["segments"] == 0] == -1)
+
+
+def config(source, tokenizer, **changes):
+    settings = {"sequence_length": LENGTH, "batch_size": 4, "held_out": 9} | changes
+    return DataConfig(source, tokenizer, "conversations", **settings)
+
+
+@pytest.fixture
+def data(write, tokenizer, monkeypatch):
+    """Seventy conversations, of which nine are held out, in small windows."""
+    monkeypatch.setattr(batches, "_WINDOW_TOKENS", 10 * LENGTH)
+    return config(write(many(70)), tokenizer)
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_equal(first, second):
+    for one, other in zip(first, second, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def pieces(batch):
+    """The tokens of the conversations of a batch, row by row."""
+    return [
+        tuple(tokens[segments == segment].tolist())
+        for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
+        for segment in range(1, segments.max() + 1)
+    ]
+
+
+def test_every_epoch_of_a_small_file_has_every_conversation_once_in_another_order(write, tokenizer):
+    data = config(write(many(70)), tokenizer)
+    read = open_conversations(data.source, "train", 9, tokenizer, LENGTH)
+    number = len(fit(list(read), LENGTH, 0)["tokens"])
+    drawn = take(train_batches(data, load_tokenizer(tokenizer)), 2 * number // 4 + 1)
+    rows = {name: np.concatenate([batch[name] for batch in drawn]) for name in drawn[0]}
+    epochs = [
+        pieces({name: values[start : start + number] for name, values in rows.items()})
+        for start in (0, number)
+    ]
+    for epoch in epochs:
+        assert sorted(epoch) == sorted(tuple(each.tokens.tolist()) for each in read)
+    assert epochs[0] != epochs[1]
+
+
+def test_targets_are_the_following_tokens_of_answers(data):
+    read = open_conversations(data.source, "train", 9, data.tokenizer, LENGTH)
+    answers = {tuple(each.tokens.tolist()): each.is_answer for each in read}
+    for batch in take(train_batches(data, load_tokenizer(data.tokenizer)), 12):
+        following = next_tokens(batch["tokens"], batch["segments"])
+        expected = np.full_like(batch["tokens"], -1)
+        for row, segments in enumerate(batch["segments"]):
+            for segment in range(1, segments.max() + 1):
+                (columns,) = np.nonzero(segments == segment)
+                is_answer = answers[tuple(batch["tokens"][row, columns].tolist())]
+                before = columns[:-1][is_answer[1:]]
+                expected[row, before] = following[row, before]
+        np.testing.assert_array_equal(batch["targets"], expected)
+        assert all(values.dtype == np.int32 for values in batch.values())
+
+
+def test_the_first_question_prompts_a_sample(data):
+    read = open_conversations(data.source, "validation", 9, data.tokenizer, LENGTH)
+    assert first_prompt(data, 3) == read.messages(0)[0]["content"][:3]
+
+
+def test_validation_has_every_conversation_once_and_pads_the_last_batch(data):
+    reports = []
+    validation = validation_batches(data, load_tokenizer(data.tokenizer), reports.append)
+    read = open_conversations(data.source, "validation", 9, data.tokenizer, LENGTH)
+    drawn = [piece for batch in validation for piece in pieces(batch)]
+    assert sorted(drawn) == sorted(tuple(each.tokens.tolist()) for each in read)
+    answers = sum(int(each.is_answer[1:].sum()) for each in read)
+    assert sum(int((batch["targets"] >= 0).sum()) for batch in validation) == answers
+    assert all(values.shape == (4, LENGTH) for batch in validation for values in batch.values())
+    assert_equal(list(validation), list(validation))
+    assert reports == [f"validation: {read.report}"]
+
+
+def test_an_iterator_resumes_exactly_at_any_batch(data):
+    tokenizer = load_tokenizer(data.tokenizer)
+    iterator = train_batches(data, tokenizer)
+    drawn, states = [], [json.dumps(iterator.get_state())]
+    for _ in range(24):
+        drawn.append(next(iterator))
+        states.append(json.dumps(iterator.get_state()))
+    assert max(map(len, states)) < 1000
+    for position in (0, 1, 2, 3, 5, 8, 13, 17):
+        resumed = train_batches(data, tokenizer)
+        resumed.set_state(json.loads(states[position]))
+        assert json.dumps(resumed.get_state()) == states[position]
+        assert_equal(take(resumed, 6), drawn[position : position + 6])
+        resumed.close()
