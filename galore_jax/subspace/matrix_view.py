@@ -16,13 +16,17 @@ from galore_jax.types import PyTree
 UNPROJECTED_LEAVES = frozenset({"bias", "scale", "offset", "beta", "gamma"})
 # Nor is a leaf with one of these words in its path, unless a rule matches it; "lm_head" consists of
 # "lm" and "head".
-UNPROJECTED_WORDS = frozenset({"embed", "embedding", "embeddings", "head", "norm"})
+UNPROJECTED_WORDS = frozenset(
+    {"embed", "embedding", "embeddings", "head", "layernorm", "norm", "rmsnorm"}
+)
 # Names of attention kernels that may have separate axes for the heads: Flax's, Keras' and Tunix'.
 _ATTENTIONS = (
     ("query", "key", "value", "out"),
     ("query", "key", "value", "attention_output"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
 )
+# Nodes that hold an array and metadata about it, by package and class.
+_BOXES = {("flax", "AxisMetadata"), ("flax", "Variable"), ("haliax", "NamedArray")}
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _MULTI_HEAD = re.compile(r"multi_?head", re.IGNORECASE)  # Attention, not a language model's head.
@@ -84,11 +88,11 @@ class MatrixView:
 def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyTree:
     """Determines how each leaf is viewed as matrices, if it can be.
 
-    By default the last two axes are the matrix axes. Attention kernels that are stored with separate
-    heads (`_ATTENTIONS`, those of one module) are viewed with the model axis on one side and both
-    head axes on the other. A leaf has no view if it has fewer than two axes,
-    no elements or a dtype that is not floating point; nor, by default, if it is the `b` of a layer,
-    Haiku's name for a bias, which has two axes when layers are stacked.
+    By default the last two axes are the matrix axes. The kernels of an attention module that are
+    stored with separate heads, by the names in `_ATTENTIONS`, are viewed with the model axis on one
+    side and both head axes on the other. A leaf has no view if it has fewer than two axes, no elements
+    or a dtype that is not floating point; nor, by default, if it is the `b` of a layer, Haiku's
+    name for a bias, which has two axes when layers are stacked.
 
     Args:
       params: any pytree of arrays or of their shapes.
@@ -149,7 +153,7 @@ def named_leaves(
 ) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of a tree with the names of their paths.
 
-    A parameter inside a Flax box has the path of the box.
+    A parameter inside a box has the path of the box.
     """
 
     def ends_path(node: Any) -> bool:
@@ -163,16 +167,14 @@ def named_leaves(
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node is a Flax box: an array with the names of its axes, or an NNX variable."""
-    # Classes are compared by name because Flax may not be installed.
-    return any(
-        kind.__name__ in ("AxisMetadata", "Variable") and kind.__module__.startswith("flax.")
-        for kind in type(node).__mro__
-    )
+    """Whether a node is an array with metadata: Flax', an NNX variable, or Haliax' named array."""
+    # Classes are compared by name because Flax and Haliax may not be installed.
+    kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(node).__mro__}
+    return not kinds.isdisjoint(_BOXES)
 
 
 def unboxed(tree: PyTree) -> PyTree:
-    """Replaces Flax boxes with their arrays; unlike Flax's own function, constrains no sharding."""
+    """Replaces boxes with their arrays; unlike Flax's own function, constrains no sharding."""
 
     def unbox(node: Any) -> Any:
         return jax.tree.leaves(node, lambda child: child is not node)[0] if is_box(node) else node
