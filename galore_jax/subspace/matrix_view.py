@@ -90,9 +90,9 @@ def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyT
 
     By default the last two axes are the matrix axes. The kernels of an attention module that are
     stored with separate heads, by the names in `_ATTENTIONS`, are viewed with the model axis on one
-    side and both head axes on the other. A leaf has no view if it has fewer than two axes, no elements
-    or a dtype that is not floating point; nor, by default, if it is the `b` of a layer, Haiku's
-    name for a bias, which has two axes when layers are stacked.
+    side and both head axes on the other. A leaf has no view if it has fewer than two axes, no
+    elements or a dtype that is not floating point; nor, by default, if it is the `b` of a layer,
+    Haiku's name for a bias, which has two axes when layers are stacked.
 
     Args:
       params: any pytree of arrays or of their shapes.
