@@ -73,6 +73,7 @@ def is_unprojected(names):
         "wte/embedding",
         "lm_head/kernel",
         "Embed_0/x",
+        "input_layernorm/weight",
         "token_and_position/embeddings",
         "LayerNorm_3/w",
         "head/kernel",

@@ -1,4 +1,4 @@
-"""What stands around a chain: the wrappers and tree tools of optax, jax.vmap, NNX."""
+"""What stands around a chain: the wrappers and tree tools of optax, jax.vmap, NNX, Haliax."""
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +126,40 @@ def test_trains_with_the_optimizer_of_nnx_as_without_it(nnx):
     assert losses[-1] < losses[0]
     for name, wanted in params.items():
         np.testing.assert_allclose(getattr(model, name)[...], wanted, atol=1e-5)
+
+
+@jax.tree_util.register_pytree_node_class
+class NamedArray:
+    """As in Haliax, for which the axes' names belong to the very array below them."""
+
+    __module__ = "haliax.core"
+
+    def __init__(self, array, axes):
+        self.array, self.axes = array, axes
+
+    def tree_flatten(self):
+        return (self.array,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, children):
+        return cls(children[0], axes)
+
+
+def test_named_arrays_of_haliax_hold_parameters_but_no_bases_or_coordinates():
+    params = {"kernel": NamedArray(jnp.ones((12, 20)), ("in", "out"))}
+    tx = chain(galore(4), optax.adam(0.1))
+    state = tx.init(params)
+    assert isinstance(state.inner_states[0].bases["kernel"], galore_jax.Basis)
+    assert isinstance(optax.tree.get(state, "mu")["kernel"], galore_jax.Coordinates)
+    loss = lambda params, x: jnp.sum(jnp.sin(x @ params["kernel"].array))
+    x = jax.random.normal(jax.random.key(0), (5, 12))
+    _, grads = galore_jax.value_and_grad(loss, tx)(params, state, x)
+    new, _ = apply_gradients(tx, grads, state, params)
+    plain = jax.tree.map(lambda node: node.array, (params, grads), is_leaf=is_named)
+    wanted, _ = apply_gradients(tx, plain[1], tx.init(plain[0]), plain[0])
+    assert is_named(new["kernel"])
+    np.testing.assert_array_equal(new["kernel"].array, wanted["kernel"])
+
+
+def is_named(node):
+    return isinstance(node, NamedArray)
