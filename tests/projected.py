@@ -8,6 +8,7 @@ import optax
 
 from galore_jax import chain, galore, projection_report, value_and_grad
 from galore_jax.optim.state import galore_states
+from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import is_coordinates
 
 DENSE = (((1,), (0,)), ((), ()))
@@ -33,6 +34,7 @@ def compared(loss, params, *batch, **settings):
     value, found = jax.jit(value_and_grad(loss, tx, **options))(params, state, *batch)
     wanted, full = jax.jit(jax.value_and_grad(loss, has_aux=has_aux))(params, *batch)
     np.testing.assert_allclose(*map(jax.tree.leaves, (value, wanted)), rtol=1e-6)
+    found, full = unboxed(found), unboxed(full)
     [galore_state] = galore_states(state, inside_chains=True)
     uses = projection_report(loss, params, state, *batch, has_aux=has_aux)
 

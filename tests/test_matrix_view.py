@@ -73,6 +73,8 @@ def is_unprojected(names):
         "wte/embedding",
         "lm_head/kernel",
         "Embed_0/x",
+        "input_layernorm/weight",
+        "token_and_position/embeddings",
         "LayerNorm_3/w",
         "head/kernel",
         "input_norm/kernel",
@@ -104,6 +106,19 @@ def test_flax_attention_is_recognised_by_its_default_name(linen):
     assert {names[-2] for names in projected} == {"query", "key", "value", "out"}
 
 
+@pytest.mark.parametrize(
+    "names",
+    ["query key value out", "query key value attention_output", "q_proj k_proj v_proj o_proj"],
+)
+def test_attention_is_recognised_by_the_names_of_flax_keras_and_tunix(names):
+    *inputs, output = (f"attention/{name}/kernel" for name in names.split())
+    params = {name: jnp.zeros((32, 4, 6)) for name in inputs} | {output: jnp.zeros((4, 6, 32))}
+    views = views_of(params)
+    for name in inputs:
+        assert views[name] == MatrixView((32, 4, 6), (0,), (1, 2))
+    assert views[output] == MatrixView((4, 6, 32), (0, 1), (2,))
+
+
 @pytest.mark.parametrize("stacked", [False, True])
 def test_flax_attention_kernels_are_read_across_their_heads(linen, stacked):
     attention = linen.MultiHeadDotProductAttention(num_heads=4)
@@ -131,6 +146,11 @@ def test_the_path_of_a_leaf_is_its_names_with_or_without_the_wrapping_of_nnx(nnx
     names = [names for names, _ in named_leaves(params)]
     assert names == [("layers", "0", "kernel"), ("layers", "1", "kernel"), ("value",)]
     assert [names for names, _ in named_leaves(state)] == [("bias",), ("kernel",)]
+
+
+def test_a_key_that_is_a_path_has_the_names_of_the_path():
+    [(names, _)] = named_leaves({"attention/query": {"bias": 0.0}})
+    assert names == ("attention", "query", "bias")
 
 
 @pytest.mark.parametrize("weight", ["w", "kernel"])

@@ -1,7 +1,8 @@
-"""What stands around a chain: the wrappers and tree tools of optax, jax.vmap, NNX."""
+"""What stands around a chain: the wrappers and tree tools of optax, jax.vmap, NNX, Haliax."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from trees import PLAIN, loss, max_difference, random_params
@@ -96,21 +97,69 @@ def test_trains_an_nnx_model(nnx):
     assert fit(params) < 0.5 * before
 
 
-def test_trains_with_the_optimizer_of_nnx(nnx):
-    tx = galore_jax.adamw(1e-1, rank=4)
-    # NNX wraps each array of a state in a variable, so the state must be started from pure arrays.
-    pure = optax.GradientTransformationExtraArgs(lambda p: tx.init(nnx.as_pure(p)), tx.update)
+def test_trains_with_the_optimizer_of_nnx_as_without_it(nnx):
+    tx = galore_jax.adamw(1e-1, rank=4, update_proj_gap=3, weight_decay=0.1)
     model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, pure, wrt=nnx.Param)
+    graph, params = nnx.split(model)
+    params = nnx.as_pure(params)
+    optimizer, state = nnx.Optimizer(model, tx, wrt=nnx.Param), tx.init(params)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(optimizer.opt_state)]
+    assert sizes == [leaf.shape for leaf in jax.tree.leaves(state)]
     x = jax.random.normal(jax.random.key(0), (32, 12))
+    fit = lambda model: jnp.mean((model(x) - jnp.sin(x).sum()) ** 2)
 
     @nnx.jit
     def step(model, optimizer):
-        value, grads = nnx.value_and_grad(
-            lambda model: jnp.mean((model(x) - jnp.sin(x).sum()) ** 2)
-        )(model)
+        value, grads = nnx.value_and_grad(fit)(model)
         optimizer.update(model, grads)
         return value
 
-    losses = [float(step(model, optimizer)) for _ in range(10)]
+    @jax.jit
+    def pure_step(params, state):
+        grads = jax.grad(lambda params: fit(nnx.merge(graph, params)))(params)
+        return apply_gradients(tx, grads, state, params)
+
+    losses = []
+    for _ in range(8):
+        losses.append(float(step(model, optimizer)))
+        params, state = pure_step(params, state)
     assert losses[-1] < losses[0]
+    for name, wanted in params.items():
+        np.testing.assert_allclose(getattr(model, name)[...], wanted, atol=1e-5)
+
+
+@jax.tree_util.register_pytree_node_class
+class NamedArray:
+    """As in Haliax, for which the axes' names belong to the very array below them."""
+
+    __module__ = "haliax.core"
+
+    def __init__(self, array, axes):
+        self.array, self.axes = array, axes
+
+    def tree_flatten(self):
+        return (self.array,), self.axes
+
+    @classmethod
+    def tree_unflatten(cls, axes, children):
+        return cls(children[0], axes)
+
+
+def test_named_arrays_of_haliax_hold_parameters_but_no_bases_or_coordinates():
+    params = {"kernel": NamedArray(jnp.ones((12, 20)), ("in", "out"))}
+    tx = chain(galore(4), optax.adam(0.1))
+    state = tx.init(params)
+    assert isinstance(state.inner_states[0].bases["kernel"], galore_jax.Basis)
+    assert isinstance(optax.tree.get(state, "mu")["kernel"], galore_jax.Coordinates)
+    loss = lambda params, x: jnp.sum(jnp.sin(x @ params["kernel"].array))
+    x = jax.random.normal(jax.random.key(0), (5, 12))
+    _, grads = galore_jax.value_and_grad(loss, tx)(params, state, x)
+    new, _ = apply_gradients(tx, grads, state, params)
+    plain = jax.tree.map(lambda node: node.array, (params, grads), is_leaf=is_named)
+    wanted, _ = apply_gradients(tx, plain[1], tx.init(plain[0]), plain[0])
+    assert is_named(new["kernel"])
+    np.testing.assert_array_equal(new["kernel"].array, wanted["kernel"])
+
+
+def is_named(node):
+    return isinstance(node, NamedArray)

@@ -16,7 +16,17 @@ from galore_jax.types import PyTree
 UNPROJECTED_LEAVES = frozenset({"bias", "scale", "offset", "beta", "gamma"})
 # Nor is a leaf with one of these words in its path, unless a rule matches it; "lm_head" consists of
 # "lm" and "head".
-UNPROJECTED_WORDS = frozenset({"embed", "embedding", "head", "norm"})
+UNPROJECTED_WORDS = frozenset(
+    {"embed", "embedding", "embeddings", "head", "layernorm", "norm", "rmsnorm"}
+)
+# Names of attention kernels that may have separate axes for the heads: Flax's, Keras' and Tunix'.
+_ATTENTIONS = (
+    ("query", "key", "value", "out"),
+    ("query", "key", "value", "attention_output"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+)
+# Nodes that hold an array and metadata about it, by package and class.
+_BOXES = {("flax", "AxisMetadata"), ("flax", "Variable"), ("haliax", "NamedArray")}
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 _MULTI_HEAD = re.compile(r"multi_?head", re.IGNORECASE)  # Attention, not a language model's head.
@@ -78,10 +88,10 @@ class MatrixView:
 def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyTree:
     """Determines how each leaf is viewed as matrices, if it can be.
 
-    By default the last two axes are the matrix axes. Flax attention kernels that are stored with
-    separate heads (`query`, `key`, `value` and `out` of one module) are viewed with the model axis
-    on one side and both head axes on the other. A leaf has no view if it has fewer than two axes,
-    no elements or a dtype that is not floating point; nor, by default, if it is the `b` of a layer,
+    By default the last two axes are the matrix axes. The kernels of an attention module that are
+    stored with separate heads, by the names in `_ATTENTIONS`, are viewed with the model axis on one
+    side and both head axes on the other. A leaf has no view if it has fewer than two axes, no
+    elements or a dtype that is not floating point; nor, by default, if it is the `b` of a layer,
     Haiku's name for a bias, which has two axes when layers are stacked.
 
     Args:
@@ -131,8 +141,11 @@ def is_unprojected_by_name(names: tuple[str, ...]) -> bool:
 
 
 def path_names(path: tuple[Hashable, ...]) -> tuple[str, ...]:
-    """The names of a path, such as `("layers", "mlp", "up_proj", "kernel")`."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    """The names of a path, such as `("layers", "mlp", "up_proj", "kernel")`.
+
+    A key that is itself a path, as in Haiku's and Keras' names, counts as several names.
+    """
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/")) if path else ()
 
 
 def named_leaves(
@@ -140,12 +153,11 @@ def named_leaves(
 ) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of a tree with the names of their paths.
 
-    A parameter inside an NNX variable or a Flax box has the path of the variable or the box.
+    A parameter inside a box has the path of the box.
     """
 
     def ends_path(node: Any) -> bool:
-        is_variable = _is_flax_instance("Variable", node)
-        return is_box(node) or is_variable or (is_leaf is not None and is_leaf(node))
+        return is_box(node) or (is_leaf is not None and is_leaf(node))
 
     return [
         (path_names(path), leaf)
@@ -155,24 +167,19 @@ def named_leaves(
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node is a Flax box, which holds an array and the names of its axes."""
-    return _is_flax_instance("AxisMetadata", node)
+    """Whether a node is an array with metadata: Flax', an NNX variable, or Haliax' named array."""
+    # Classes are compared by name because Flax and Haliax may not be installed.
+    kinds = {(kind.__module__.split(".")[0], kind.__name__) for kind in type(node).__mro__}
+    return not kinds.isdisjoint(_BOXES)
 
 
 def unboxed(tree: PyTree) -> PyTree:
-    """Replaces Flax boxes with their arrays; unlike Flax's own function, constrains no sharding."""
+    """Replaces boxes with their arrays; unlike Flax's own function, constrains no sharding."""
 
     def unbox(node: Any) -> Any:
         return jax.tree.leaves(node, lambda child: child is not node)[0] if is_box(node) else node
 
     return jax.tree.map(unbox, tree, is_leaf=is_box)
-
-
-def _is_flax_instance(name: str, node: Any) -> bool:
-    # Classes are compared by name because Flax may not be installed.
-    return any(
-        kind.__name__ == name and kind.__module__.startswith("flax.") for kind in type(node).__mro__
-    )
 
 
 def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
@@ -253,14 +260,16 @@ def _head_axes(
     names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """In and out axes of an attention kernel stored as (model, heads, head size) or its reverse."""
-    if len(names) < 2 or names[-2] not in ("query", "key", "value", "out"):
-        return None
-    shape = shapes[names]
-    query = shapes.get((*names[:-2], "query", names[-1]), ())
-    out = shapes.get((*names[:-2], "out", names[-1]), ())
-    if len(shape) < 3 or len(query) != len(out) or query[-2:] != out[-3:-1]:
-        return None
-    axis = len(shape) - 3
-    if names[-2] == "out":
-        return (axis, axis + 1), (axis + 2,)
-    return (axis,), (axis + 1, axis + 2)
+    for queries, *others, outputs in _ATTENTIONS:
+        if len(names) < 2 or names[-2] not in (queries, *others, outputs):
+            continue
+        shape = shapes[names]
+        query = shapes.get((*names[:-2], queries, names[-1]), ())
+        out = shapes.get((*names[:-2], outputs, names[-1]), ())
+        if len(shape) < 3 or len(query) != len(out) or query[-2:] != out[-3:-1]:
+            continue
+        axis = len(shape) - 3
+        if names[-2] == outputs:
+            return (axis, axis + 1), (axis + 2,)
+        return (axis,), (axis + 1, axis + 2)
+    return None

@@ -1,0 +1,222 @@
+"""The examples of docs/integrations.md: each framework trains with a low-rank state."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax
+
+PAGE = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+# Those that the frameworks cause within themselves.
+ignore_deprecations = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def run(*sections: str, blocks: int | None = None) -> dict[str, Any]:
+    """The names after the Python blocks of some sections, of the last one only the first blocks."""
+    names: dict[str, Any] = {}
+    for section in sections:
+        text = PAGE.partition(f"\n## {section}\n" if section else "\n")[2].partition("\n## ")[0]
+        code = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        for block in code[: blocks if section == sections[-1] else None]:
+            exec(compile(block, f"{section} in integrations.md", "exec"), names)
+    return names
+
+
+def shapes(tree: Any) -> set[tuple[int, ...]]:
+    return {leaf.shape for leaf in jax.tree.leaves(tree)}
+
+
+def assert_close(found: Any, wanted: Any, start: Any, kernels: set[tuple[int, ...]]) -> None:
+    """Equal up to rounding, after a step in which kernels moved much further."""
+    for one, other, old in zip(*map(jax.tree.leaves, (found, wanted, start)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        assert one.shape not in kernels or np.abs(one - np.asarray(old)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("module", "section", "kernels"),
+    [
+        ("equinox", "Equinox", {(256, 64), (256, 256)}),
+        ("haiku", "Haiku", {(64, 256)}),
+    ],
+)
+def test_models_with_a_tree_of_parameters(module, section, kernels):
+    pytest.importorskip(module)
+    names = run("", section)
+    tx, params, state, loss = (names[name] for name in ("tx", "params", "state", "loss"))
+    (x, y), step = names["batches"][0], names["step"]
+    assert kernels <= shapes(params)
+    assert kernels.isdisjoint(shapes(state))
+    assert names["value"] < 0.8 * jnp.mean(y**2) / 2
+    assert not galore_jax.refresh_due(state)
+    found, *_ = step(params, state, x, y)
+    full = jax.jit(jax.grad(loss))(params, x, y)
+    wanted, _ = galore_jax.apply_gradients(tx, full, state, params)
+    assert_close(found, wanted, params, kernels)
+
+
+def test_an_nnx_model_and_optimizer(nnx):
+    names = run("", "Flax NNX", blocks=2)
+    model, optimizer, (x, y) = names["model"], names["optimizer"], names["batches"][0]
+    kernels = {(64, 256), (256, 32)}
+    assert kernels <= shapes(nnx.state(model, nnx.Param))
+    assert kernels.isdisjoint(shapes(optimizer.opt_state))
+    kept, dropped = nnx.clone(model), model.layers[2].rngs.count[...]
+    assert int(dropped) == len(names["batches"])
+    kept.eval()
+    assert names["loss_fn"](kept, x, y) < 0.8 * jnp.mean(y**2) / 2
+
+    other, other_optimizer = nnx.clone(model), nnx.clone(optimizer)
+    start = nnx.clone(model)
+    names["projected_step"](model, optimizer, x, y)
+    names["step"](other, other_optimizer, x, y)
+    params = [nnx.as_pure(nnx.state(each, nnx.Param)) for each in (model, other, start)]
+    assert_close(*params, kernels)
+    np.testing.assert_array_equal(model.layers[2].rngs.count[...], dropped + 1)
+
+
+@ignore_deprecations
+def test_the_trainer_of_tunix():
+    pytest.importorskip("tunix", reason="google-tunix is not installed")
+    from flax import nnx
+
+    names = run("Tunix")
+    trainer, model, [batch, *_] = names["trainer"], names["model"], names["dataset"]
+    assert trainer.loss_fn(model, **names["model_inputs"](batch)) < 0.8 * math.log(100)
+    kernels = {(32, 64), (64, 32), (32, 4, 8), (4, 8, 32), (32, 2, 8)}
+    assert kernels <= shapes(nnx.state(model, nnx.Param))
+    assert kernels.isdisjoint(shapes(trainer.optimizer.opt_state))
+
+    # Tunix' own accumulation keeps another copy of the parameters.
+    tx, parent = names["adamw"](1e-2, rank=8), names["PeftTrainer"]
+    settings = {"gradient_accumulation_steps": trainer.micro_batches, "eval_every_n_steps": 100}
+    accumulating = parent(nnx.clone(model), tx, names["TrainingConfig"](**settings))
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    more = size(accumulating.optimizer.opt_state) - size(trainer.optimizer.opt_state)
+    assert more == size(nnx.state(model, nnx.Param)) + 2  # and two counters
+
+    # A step with coordinates of micro-batches, and one with full gradients of the batch. Tunix
+    # starts the kernels of the MLP at zero, where they have no gradient.
+    normal = lambda leaf: 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
+    nnx.update(model, jax.tree.map(normal, nnx.state(model, nnx.Param)))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = nnx.jit(trainer._train_step)
+    step(model, optimizer, batch)
+    start, other, other_optimizer = map(nnx.clone, (model, model, optimizer))
+    value, _, _ = step(model, optimizer, batch)
+    full_step = nnx.jit(lambda *arguments: parent._train_step(trainer, *arguments))
+    wanted, _, _ = full_step(other, other_optimizer, batch)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    params = [nnx.as_pure(nnx.state(each, nnx.Param)) for each in (model, other, start)]
+    assert_close(*params, kernels)
+
+
+@ignore_deprecations
+def test_an_optimizer_and_a_model_of_keras(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="Keras is not installed")
+    names = run("Keras on JAX")
+    model, history = names["model"], names["history"].history
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    assert history["accuracy"][-1] > history["accuracy"][0]
+    kernels = {(32, 4, 8), (4, 8, 32), (32, 64), (64, 32)}
+    assert kernels <= shapes([variable.value for variable in model.trainable_variables])
+    slots = [np.asarray(variable.value) for variable in model.optimizer.variables]
+    assert kernels.isdisjoint(shapes(slots))
+
+    # The state comes back from a file, also for a model with full gradients.
+    model.save(tmp_path / "model.keras")
+    for kind in (names["GaLoreModel"], keras.Model):
+        objects = {"GaLoreModel": kind}
+        other = keras.saving.load_model(tmp_path / "model.keras", custom_objects=objects)
+        assert type(other.optimizer) is names["GaLoreAdam"]
+        assert other.optimizer.get_config() == model.optimizer.get_config()
+        for one, wanted in zip(other.optimizer.variables, slots, strict=True):
+            np.testing.assert_array_equal(one.value, wanted)
+        start = [np.asarray(variable.value) for variable in other.trainable_variables]
+        other.train_on_batch(names["x"][:16], names["y"][:16])
+        if kind is names["GaLoreModel"]:
+            model.train_on_batch(names["x"][:16], names["y"][:16])
+        ends = [
+            [variable.value for variable in each.trainable_variables] for each in (other, model)
+        ]
+        assert_close(*ends, start, kernels)
+
+
+@ignore_deprecations
+def test_the_trainer_of_levanter(tmp_path):
+    pytest.importorskip("levanter", reason="marin-levanter is not installed")
+    import draccus
+    import haliax as hax
+    from levanter.checkpoint import CheckpointerConfig
+    from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
+    from levanter.models.lm_model import LmExample
+    from levanter.tracker import NoopConfig
+    from levanter.trainer import Trainer, TrainerConfig
+
+    names = run("Levanter")
+    settings = {"type": "galore", "rank": 8, "learning_rate": 2e-2, "warmup": 0}
+    config = draccus.decode(names["OptimizerConfig"], settings)
+    optimizer = config.build(num_train_steps=6)
+    llama = LlamaConfig(
+        max_seq_len=16,
+        hidden_dim=32,
+        intermediate_dim=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+    )
+    trainer = TrainerConfig(
+        id="galore",
+        num_train_steps=6,
+        train_batch_size=8,
+        tracker=NoopConfig(),
+        require_accelerator=False,
+        log_jaxprs=False,
+        log_xla_hlo=False,
+        log_dir=tmp_path,
+        checkpointer=CheckpointerConfig(base_path=str(tmp_path)),
+    )
+    batch, vocabulary = hax.Axis("batch", 8), hax.Axis("vocab", 64)
+    tokens = jax.random.randint(jax.random.key(0), (8, 16), 0, 64)
+    examples = hax.vmap(LmExample.causal, batch)(hax.named(tokens, (batch, llama.max_Pos)))
+    model = lambda: LlamaLMHeadModel.init(vocabulary, llama, key=jax.random.key(0))
+    loss = lambda model, example, key=None: model.compute_next_token_loss(example, key=key)
+    losses = []
+    with Trainer(trainer, optimizer, loss) as trainer:
+        state = trainer.initial_state(jax.random.key(0), model_init=model)
+        for _ in range(6):
+            info = trainer.train_step(state, examples)
+            state = info.state
+            losses.append(info.loss)
+    assert losses[-1] < 0.8 * losses[0]
+    stacks = {shape for shape in shapes(state.opt_state) if len(shape) == 3}
+    assert stacks == {(2, 8, 32), (2, 32, 8), (2, 16, 8), (2, 64, 8), (2, 8, 64)}
+
+
+def test_accumulation_by_the_optimizer_holds_coordinates_and_takes_the_mean():
+    names = run("Accumulation by the optimizer")
+    steps, params = names["steps"], {"kernel": jax.random.normal(jax.random.key(0), (32, 48))}
+    state = names["tx"].init(params)
+    assert state.inner_states[1].acc_grads["kernel"].value.shape == (16, 48)
+    assert (32, 48) not in shapes(state)
+
+    # With steepest descent an update is the mean of the gradients, projected.
+    parts = galore_jax.galore(rank=16), optax.MultiSteps(optax.sgd(1.0), steps)
+    tx = galore_jax.chain(parts[0], parts[1].gradient_transformation())
+    new, state = params, tx.init(params)
+    grads = jax.random.normal(jax.random.key(1), (steps, 32, 48))
+    step = jax.jit(lambda p, s, g: galore_jax.apply_gradients(tx, {"kernel": g}, s, p))
+    for count in range(steps):
+        np.testing.assert_array_equal(new["kernel"], params["kernel"])
+        new, state = step(new, state, grads[count])
+    basis = state.inner_states[0].bases["kernel"].vectors["left"]
+    wanted = params["kernel"] - 0.25 * basis @ (basis.T @ grads.mean(axis=0))
+    np.testing.assert_allclose(new["kernel"], wanted, atol=1e-5)
