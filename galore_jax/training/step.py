@@ -47,11 +47,28 @@ def batch_loss(
 
     A batch with the array `seeds`, uint32 (B,), has dropout in the adapters, by the first of them.
     """
-    rngs = {"dropout": jax.random.key(batch["seeds"][0])} if "seeds" in batch else {}
     logits: Any = Llama(model, adapter).apply(
-        {"params": params}, batch["tokens"], batch["segments"], batch["positions"], rngs=rngs
+        {"params": params},
+        batch["tokens"],
+        batch["segments"],
+        batch["positions"],
+        rngs=dropout_rngs(batch),
     )
     return next_token_loss(logits, batch["tokens"], batch["segments"])
+
+
+def with_seeds(config: Config, step: jax.Array, batch: Batch) -> Batch:
+    """The batch with a seed of the adapters' dropout for each row, by the run's seed and step."""
+    adapter = config.optimizer.adapter
+    if adapter is None or not adapter.dropout:
+        return batch
+    key = jax.random.fold_in(step_key(config, step), DROPOUT)
+    return batch | {"seeds": jax.random.bits(key, batch["tokens"].shape[:1], "uint32")}
+
+
+def dropout_rngs(batch: Batch) -> dict[str, jax.Array]:
+    """The random streams of a model that is applied to this batch."""
+    return {"dropout": jax.random.key(batch["seeds"][0])} if "seeds" in batch else {}
 
 
 def make_loss(config: Config) -> Callable[..., Any]:
@@ -147,7 +164,7 @@ def make_train_step(
         if refreshes and config.optimizer.name == "relora":
             state = restart(config, state)
         # Gradients and the update.
-        batch = _with_seeds(config, state.step, batch)
+        batch = with_seeds(config, state.step, batch)
         gradients, metrics = gradients_of(state.params, state.opt_state, batch)
         key = _rounding_key(config, state.step)
         updated, frozen = trained(config, state.params)
@@ -223,12 +240,3 @@ def _rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
     if config.model.dtype != "bfloat16" or not config.optimizer.stochastic_rounding:
         return None
     return step_key(config, step)
-
-
-def _with_seeds(config: Config, step: jax.Array, batch: Batch) -> Batch:
-    """The batch with a seed of the adapters' dropout for each row, by the run's seed and step."""
-    adapter = config.optimizer.adapter
-    if adapter is None or not adapter.dropout:
-        return batch
-    key = jax.random.fold_in(step_key(config, step), DROPOUT)
-    return batch | {"seeds": jax.random.bits(key, batch["tokens"].shape[:1], "uint32")}
