@@ -66,9 +66,9 @@ def main() -> None:
     import jax
 
     from galore_jax.training.compile_targets import TARGETS, target
-    from galore_jax.training.config_file import load_comparison, load_config
+    from galore_jax.training.config_file import load_config
     from galore_jax.training.layout import training_mesh
-    from galore_jax.training.memory import baselines, compiled, predict, trained_size
+    from galore_jax.training.memory import baselines, compiled, predict
     from galore_jax.training.mesh import mesh_sizes
     from galore_jax.training.stepper import check_gpu
 
@@ -81,18 +81,13 @@ def main() -> None:
     sizes = mesh_sizes(chosen, devices)
     if arguments.picture and devices > 1:
         raise InputError("--picture compares optimizers on one device: leave out mesh settings.")
-    labels = [label.strip() for label in (arguments.optimizers or "").split(",") if label.strip()]
-    if arguments.optimizers is not None and (not labels or arguments.picture or devices > 1):
-        raise InputError(
-            "--optimizers takes labels separated by commas, is for one device and draws nothing: "
-            "leave out --picture and settings of the mesh."
-        )
-    if labels:
-        chosen = load_comparison(arguments.config, arguments.overrides, labels)
-        predictions = {label: predict(one) for label, one in chosen.items()}
-        print(predictions_table(predictions, {k: trained_size(one) for k, one in chosen.items()}))
-        if arguments.json:
-            write_json(arguments.json, predictions)
+    if arguments.optimizers is not None:
+        if arguments.picture or devices > 1:
+            raise InputError(
+                "--optimizers is for one device and draws nothing: leave out --picture and mesh "
+                "settings."
+            )
+        compare(arguments)
         return
     card = TARGETS.get(arguments.device)
     if card is None:
@@ -123,6 +118,20 @@ def main() -> None:
         title = f"{Path(arguments.config).stem}, {shape}"
         others[name_of(config)] = predicted
         draw(others, steps["train_step"]["total"], title, card, arguments.picture)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Predicts for each of --optimizers."""
+    from galore_jax.training.config_file import load_comparison
+    from galore_jax.training.memory import predict, trained_size
+
+    labels = [label.strip() for label in arguments.optimizers.split(",") if label.strip()]
+    configs = load_comparison(arguments.config, arguments.overrides, labels)
+    predictions = {label: predict(config) for label, config in configs.items()}
+    trained = {label: trained_size(config) for label, config in configs.items()}
+    print(predictions_table(predictions, trained))
+    if arguments.json:
+        write_json(arguments.json, predictions)
 
 
 def name_of_devices(card: Any, number: int) -> str:

@@ -69,9 +69,11 @@ def product(adapter: Adapter, a: Any, b: Any) -> jax.Array:
     return adapter.scale_of(a.shape[-1]) * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def merge(params: PyTree, adapter: Adapter) -> PyTree:
-    """The parameters of the model without adapters that computes the same, in the same dtypes."""
-    flat = flatten_dict(params)
+def merge(params: PyTree, adapter: Adapter | None) -> PyTree:
+    """The parameters of the model without an adapter that computes the same, in the same dtypes."""
+    if adapter is None:
+        return params
+    flat: Any = flatten_dict(params)
     merged = {path: leaf for path, leaf in flat.items() if path[-1] not in FACTORS}
     for path, a in flat.items():
         if path[-1] == A:
@@ -94,7 +96,7 @@ def split(params: PyTree, adapters_only: bool = False) -> tuple[PyTree, PyTree]:
     Returns:
       Two trees, which `combine` makes one again; without adapters the second one is empty.
     """
-    flat = flatten_dict(params)
+    flat: Any = flatten_dict(params)
 
     def is_trained(path: tuple[str, ...]) -> bool:
         if adapters_only:
@@ -108,10 +110,10 @@ def split(params: PyTree, adapters_only: bool = False) -> tuple[PyTree, PyTree]:
 
 def combine(params: PyTree, others: PyTree) -> PyTree:
     """The leaves of both trees in one; where both have a leaf, that of `others`."""
-    return unflatten_dict(flatten_dict(params) | flatten_dict(others))
+    return unflatten_dict({**flatten_dict(params), **flatten_dict(others)})
 
 
 def factors(params: PyTree) -> PyTree:
     """The factors alone, in a tree without the other leaves."""
-    flat = flatten_dict(params)
+    flat: Any = flatten_dict(params)
     return unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] in FACTORS})

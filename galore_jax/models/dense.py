@@ -36,7 +36,7 @@ class Dense(nn.Module):
         adapter, rows = self.adapter, x.shape[-1]
         result = self.dtype if self.result is None else self.result
         x = x.astype(self.dtype)
-        y = None
+        y: Any = None
         if adapter is None or adapter.has_kernel:
             normal = nn.initializers.normal(self.initializer_range)
             kernel = self.param(KERNEL, normal, (rows, self.features), self.dtype)

@@ -179,9 +179,7 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
             arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
             params = manager.restore(step, args=arguments)["params"]
             _check_checksum("a parameter", checksums.get("params"), tree_checksum(params))
-        if config.optimizer.adapter is not None:
-            params = merge(params, config.optimizer.adapter)
-        return config, params, step
+        return config, merge(params, config.optimizer.adapter), step
 
 
 @contextmanager
