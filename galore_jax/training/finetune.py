@@ -20,7 +20,7 @@ from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokeniz
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
-from galore_jax.models.adapters import combine, factors, merge, split
+from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config_file import to_toml
 from galore_jax.training.finetune_config import FinetuneConfig
@@ -127,12 +127,13 @@ def make_steps(config: FinetuneConfig, model: Classifier, steps: int) -> Steps:
 
     def trained(params: PyTree) -> tuple[PyTree, PyTree]:
         """The parameters to update, and those that are frozen."""
-        return split(params, adapters_only=adapter is not None)
+        return adapters.split(params, adapters_only=adapter is not None)
 
     def adapt(params: PyTree, key: jax.Array) -> PyTree:
         if adapter is None:
             return params
-        return combine(params, factors(adapted.init(key, jnp.zeros((1, 1), jnp.int32))["params"]))
+        initial = adapted.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return adapters.combine(params, adapters.factors(initial))
 
     def update(params: PyTree, state: PyTree, batch: Any, key: jax.Array) -> Any:
         updated, frozen = trained(params)
@@ -140,12 +141,12 @@ def make_steps(config: FinetuneConfig, model: Classifier, steps: int) -> Steps:
             value, gradients = projected(params, state, batch, key=key)
         else:
             value, gradients = jax.value_and_grad(
-                lambda updated: loss(combine(updated, frozen), batch, key)
+                lambda updated: loss(adapters.combine(updated, frozen), batch, key)
             )(updated)
         updated, state = galore_jax.apply_gradients(
             tx, gradients, state, updated, implementation=implementation
         )
-        return combine(updated, frozen), state, value
+        return adapters.combine(updated, frozen), state, value
 
     def outputs(params: PyTree, batch: Any) -> Any:
         return adapted.apply({"params": params}, batch["tokens"], batch["token_types"])
@@ -214,7 +215,7 @@ def _finetune_once(
         print(f"seed {seed}, epoch {epoch}: loss {mean_loss:.4f}, {_text(first)}")
         if first[task.metrics[0]] > best:
             best = first[task.metrics[0]]
-            save_encoder(place, model, merge(params, config.optimizer.adapter))
+            save_encoder(place, model, adapters.merge(params, config.optimizer.adapter))
             _copy_tokenizer(Path(config.model.checkpoint), place)
     # Predictions of the best checkpoint.
     if config.training.predict:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import galore_jax
 from galore_jax.errors import InputError
 from galore_jax.grads import layerwise
-from galore_jax.models.adapters import FACTORS, split
+from galore_jax.models.adapters import FACTORS, combine, split
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config
 from galore_jax.training.layout import batch_sharding, tensor_rules, whole
@@ -58,9 +58,17 @@ def init_state(config: Config) -> TrainState:
 
 
 def init_params(config: Config, key: jax.Array) -> PyTree:
-    """Random parameters of the configured model, with its adapters."""
+    """Random parameters of the configured model, with its adapters.
+
+    Whatever the optimizer, leaves that all models have are equal.
+    """
     tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    return Llama(config.model, config.optimizer.adapter).init(key, tokens)["params"]
+    plain, adapter = Llama(config.model).init(key, tokens)["params"], config.optimizer.adapter
+    if adapter is None:
+        return plain
+    adapted = Llama(config.model, adapter).init(key, tokens)["params"]
+    # Flax draws other kernels where a layer has more parameters.
+    return combine(adapted, plain) if adapter.has_kernel else adapted
 
 
 def step_key(config: Config, step: jax.Array) -> jax.Array:
