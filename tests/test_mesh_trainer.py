@@ -35,6 +35,11 @@ def assert_equal_losses(result, expected, bound):
         pytest.param("accumulated", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("full", ["data", "fsdp", "all", "explicit"], EXACT, marks=pytest.mark.slow),
         pytest.param("adamw", ["fsdp", "zero"], EXACT, marks=pytest.mark.slow),
+        pytest.param("lora", ["data", "all", "zero"], EXACT, marks=pytest.mark.slow),
+        pytest.param("relora", ["data", "fsdp", "all", "explicit"], EXACT, marks=pytest.mark.slow),
+        pytest.param("lowrank", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
+        # Shards of the axis "data" draw what to drop by themselves, those of others do not.
+        pytest.param("dropout", ["fsdp"], EXACT, marks=pytest.mark.slow),
         pytest.param("muon", ["fsdp", "all", "zero", "explicit"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise_muon", ["fsdp", "all"], EXACT, marks=pytest.mark.slow),
         pytest.param("layerwise", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
