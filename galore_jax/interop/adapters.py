@@ -59,7 +59,7 @@ def write_adapter(
     """
     held = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if held:
-        raise InputError(f"{folder} already has a {held[0]}: name another folder.")
+        raise InputError(f"{folder} already has an {held[0]}: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks = {}, {}
     for path, leaf in model_leaves(model).items():
