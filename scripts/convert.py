@@ -2,9 +2,12 @@
 
     python scripts/convert.py from-huggingface FOLDER RUN
     python scripts/convert.py to-huggingface RUN FOLDER
+    python scripts/convert.py to-huggingface --adapter RUN FOLDER
 
 FOLDER has config.json and safetensors files, of a LLaMA, Mistral, Qwen2 or Qwen3. RUN is the folder
-of a run: scripts/generate.py writes text with it. To train on from FOLDER, no conversion is needed:
+of a run: scripts/generate.py writes text with it. A run's adapters are merged into its kernels;
+with --adapter FOLDER gets the adapter alone, in PEFT's format. To train on from FOLDER, no
+conversion is needed:
 
     python scripts/train.py --config configs/llama_1b.toml model.checkpoint=FOLDER
 """
@@ -28,13 +31,17 @@ def main() -> None:
         one = directions.add_parser(direction)
         one.add_argument("source", metavar=names[0])
         one.add_argument("target", metavar=names[1])
+        if direction == "to-huggingface":
+            one.add_argument("--adapter", action="store_true", help="LoRA's adapter alone")
     arguments = parser.parse_args()
 
     from galore_jax.training.convert import from_huggingface, to_huggingface
     from galore_jax.training.progress import peak_process_memory
 
-    convert = from_huggingface if arguments.direction == "from-huggingface" else to_huggingface
-    config = convert(arguments.source, arguments.target)
+    if arguments.direction == "from-huggingface":
+        config = from_huggingface(arguments.source, arguments.target)
+    else:
+        config = to_huggingface(arguments.source, arguments.target, adapter_only=arguments.adapter)
     print(
         f"{arguments.target}: {config.model.num_layers} layers, with the tokenizer "
         f"{config.data.tokenizer}; {peak_process_memory()}",

@@ -3,6 +3,7 @@
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
 python scripts/memory.py --config configs/llama_60m.toml --json memory.json data.batch_size=16
 python scripts/memory.py --config configs/llama_7b.toml --device h100 mesh.fsdp=8
+python scripts/memory.py --config configs/llama_60m.toml --optimizers adamw,galore_adamw,lora
 
 A GPU is only a target of the compiler: that needs galore-jax[cuda], but no GPU. On a mesh all
 figures are those of each device; mesh.data is 1 unless it is set.
@@ -10,7 +11,9 @@ figures are those of each device; mesh.data is 1 unless it is set.
 With --json a file gets the figures, in bytes, too: {"predicted": {part: ..., "total": ...},
 "compiled": {"train_step": {"arguments", "outputs", "aliased", "temporaries", "total"},
 "refresh_step": ...}}. --picture draws the predicted parts together with those of other optimizers
-for the same model and batch.
+for the same model and batch. --optimizers predicts for several optimizers, of the tables
+[compare.LABEL] of the file or by optimizer.name, and compiles nothing; its file has
+{label: {part: ..., "total": ...}}.
 """
 
 import argparse
@@ -46,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/llama_60m.toml")
     parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
+    parser.add_argument("--optimizers", metavar="LABEL,…", help="predict for each of these")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures to this file too"
     )
@@ -77,6 +81,14 @@ def main() -> None:
     sizes = mesh_sizes(chosen, devices)
     if arguments.picture and devices > 1:
         raise InputError("--picture compares optimizers on one device: leave out mesh settings.")
+    if arguments.optimizers is not None:
+        if arguments.picture or devices > 1:
+            raise InputError(
+                "--optimizers is for one device and draws nothing: leave out --picture and mesh "
+                "settings."
+            )
+        compare(arguments)
+        return
     card = TARGETS.get(arguments.device)
     if card is None:
         jax.config.update("jax_platforms", "cpu")
@@ -100,15 +112,26 @@ def main() -> None:
         print(f"\nCompiled for {name}, without such a card: nothing was run.")
         print(fit(max(step["total"] for step in steps.values()), card.memory))
     if arguments.json:
-        with atomic_write(arguments.json) as path:
-            path.write_text(
-                json.dumps({"predicted": predicted, "compiled": steps}, indent=1) + "\n"
-            )
+        write_json(arguments.json, {"predicted": predicted, "compiled": steps})
     if arguments.picture:
         shape = f"{config.data.batch_size} × {config.data.sequence_length} tokens per step"
         title = f"{Path(arguments.config).stem}, {shape}"
         others[name_of(config)] = predicted
         draw(others, steps["train_step"]["total"], title, card, arguments.picture)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Predicts for each of --optimizers."""
+    from galore_jax.training.config_file import load_comparison
+    from galore_jax.training.memory import predict, trained_size
+
+    labels = [label.strip() for label in arguments.optimizers.split(",") if label.strip()]
+    configs = load_comparison(arguments.config, arguments.overrides, labels)
+    predictions = {label: predict(config) for label, config in configs.items()}
+    trained = {label: trained_size(config) for label, config in configs.items()}
+    print(predictions_table(predictions, trained))
+    if arguments.json:
+        write_json(arguments.json, predictions)
 
 
 def name_of_devices(card: Any, number: int) -> str:
@@ -141,6 +164,23 @@ def table(predicted: Parts, steps: dict[str, Parts]) -> str:
         line = f"{part:<12}{size:>8}    {key:<24}" + "".join(f"{size:>14}" for size in sizes)
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def predictions_table(predictions: dict[str, Parts], trained: dict[str, int]) -> str:
+    """A line for each optimizer: its trained parameters, and the predicted parts in GiB."""
+    width = max(len("GiB of"), *map(len, predictions)) + 2
+    parts = list(next(iter(predictions.values())))
+    lines = [f"{'GiB of':<{width}}{'trained':>14}" + "".join(f"{part:>13}" for part in parts)]
+    for label, sizes in predictions.items():
+        figures = "".join(f"{sizes[part] / GIB:>13.3f}" for part in parts)
+        lines.append(f"{label:<{width}}{trained[label]:>14,}{figures}")
+    return "\n".join(lines)
+
+
+def write_json(file: Path, figures: Any) -> None:
+    """Writes the figures of --json."""
+    with atomic_write(file) as path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def fit(needed: int, memory: int) -> str:

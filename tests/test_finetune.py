@@ -21,6 +21,7 @@ from galore_jax.data.glue_metrics import predictions_of, scores
 from galore_jax.data.text_pairs import load_pair_tokenizer
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.models.encoder import Classifier, MaskedLanguageModel
+from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.config_file import from_dict, load_config
 from galore_jax.training.finetune import finetune
 from galore_jax.training.finetune_config import FinetuneConfig
@@ -71,7 +72,12 @@ def configured(place, folder, optimizer, **training):
 GALORE = {"name": "galore_adamw", "rank": 4, "scale": 1.0}
 
 
-@pytest.mark.parametrize("optimizer", [GALORE, {"name": "adamw"}], ids=["galore", "adamw"])
+LORA = {"name": "lora", "rank": 4}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [GALORE, {"name": "adamw"}, LORA], ids=["galore", "adamw", "lora"]
+)
 def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_path, optimizer):
     folder = tmp_path / "run"
     summary = finetune(configured(place, folder, optimizer, predict=True))
@@ -93,6 +99,23 @@ def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_pa
     lines = (best / "RTE.tsv").read_text().splitlines()
     assert lines[0] == "index\tprediction"
     assert len(lines) == 6
+
+
+def test_lora_trains_its_adapters_and_the_head_and_nothing_else(place, tmp_path):
+    finetune(configured(place, tmp_path / "run", LORA, epochs=1))
+    model, key = Classifier(CONFIG, 2), jax.random.key(0)
+    before = load_encoder(place / "model", model, key).params
+    after = load_encoder(tmp_path / "run" / "seed-0", model, key).params
+    for names, leaf in named_leaves(after):
+        old = before
+        for name in names:
+            old = old[name]
+        is_adapted = "layers" in names and names[-1] == "kernel"
+        assert np.array_equal(leaf, old) != (is_adapted or names[0] == "head"), names
+        if is_adapted:
+            # What was added to a layer's kernel has the rank of the adapter.
+            added = np.asarray(leaf - old)[0]
+            assert np.linalg.matrix_rank(added, tol=1e-6 * np.abs(leaf).max() * 32) == 4
 
 
 def test_seeds_differ_and_repeat_themselves(place, tmp_path):

@@ -10,7 +10,7 @@ from projected import compared, inputs, started
 from galore_jax import projection_report, value_and_grad
 from galore_jax.grads import jaxpr
 from galore_jax.grads.tracked import take_matrices
-from galore_jax.models.layers import matmul
+from galore_jax.models.dense import matmul
 
 
 def params():

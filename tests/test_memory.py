@@ -15,7 +15,7 @@ import pytest
 
 from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import from_dict, load_config, to_toml
 from galore_jax.training.memory import PARTS, baselines, predict
 from galore_jax.training.state import init_state, tree_bytes
@@ -60,6 +60,8 @@ CHOICES = {
     "layerwise": {"name": "galore_adamw8bit", "basis_dtype": "bfloat16"},
     "int8 bases": {"name": "galore_adamw8bit", "basis_dtype": "int8"},
     "8-bit adamw": {"name": "adamw8bit"},
+    "lora": {"name": "lora"},
+    "lowrank": {"name": "lowrank"},
 }
 COMPILED = (pytest.param("galore", marks=pytest.mark.slow), "adamw", "layerwise")
 
@@ -101,12 +103,13 @@ def test_the_parts_of_a_prediction_add_up_to_its_total(choice):
     predicted = predict(tiny(**CHOICES[choice]))
     assert tuple(predicted) == (*PARTS, "total")
     assert all(predicted[part] > 0 for part in ("weights", "gradients", "moments", "activations"))
-    assert (predicted["bases"] > 0) == ("adamw" not in choice)
+    has_galore = OptimizerConfig(**CHOICES[choice]).has_galore
+    assert (predicted["bases"] > 0) == has_galore
     assert predicted["total"] == sum(predicted[part] for part in PARTS)
     assert predicted["total"] > predicted["weights"] + predicted["bases"] + predicted["moments"]
 
 
-@pytest.mark.parametrize("choice", ["adafactor", "int8 bases"])
+@pytest.mark.parametrize("choice", ["adafactor", "int8 bases", "lora"])
 def test_weights_bases_and_moments_are_predicted_to_the_byte(choice):
     config = tiny(**CHOICES[choice])
     predicted, state = predict(config), init_state(config)
@@ -118,6 +121,38 @@ def test_weights_bases_and_moments_are_predicted_to_the_byte(choice):
     if choice != "adafactor":
         moments = [optax.tree.get(state.opt_state, name) for name in ("mu", "nu")]
         assert predicted["moments"] == tree_bytes(moments)
+
+
+def test_adapters_cost_weights_and_save_gradients_and_moments_of_frozen_kernels():
+    lora, lowrank = predict(tiny(name="lora", dropout=0.0)), predict(tiny(name="lowrank"))
+    adamw, with_dropout = predict(tiny(name="adamw")), predict(tiny(name="lora"))
+    # In bfloat16, of each layer: four square kernels, and three between 64 and 96.
+    kernels = 2 * LAYERS * (4 * 64 * 64 + 3 * 64 * 96)
+    factors = 2 * LAYERS * 8 * (4 * (64 + 64) + 3 * (64 + 96))
+    assert lora["weights"] == adamw["weights"] + factors
+    assert lowrank["weights"] == adamw["weights"] - kernels + factors
+    assert lora["gradients"] == lowrank["gradients"] == adamw["gradients"] - kernels + factors
+    assert lora["moments"] == lowrank["moments"] == 4 * lora["gradients"]  # float32, two
+    # The inputs of seven kernels: of each number a byte that says whether it is dropped, and more.
+    inputs = ROWS * LENGTH * LAYERS * (6 * 64 + 96)
+    assert with_dropout["activations"] - lora["activations"] >= inputs
+    # The inputs are kept for the factors instead of the kernels, and the products with A are new.
+    between = 7 * 2 * ROWS * LENGTH * LAYERS * 8
+    assert lora["activations"] - adamw["activations"] == between
+
+
+def test_the_script_predicts_for_several_optimizers(tmp_path, capsys):
+    labels, file = ("adamw", "galore_adamw", "lora", "relora", "lowrank"), tmp_path / "all.json"
+    run_script(tmp_path, tiny(), "--optimizers", ", ".join(labels), "--json", str(file))
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["GiB", "of", "trained", *PARTS, "total"]
+    assert [line.split()[0] for line in lines] == list(labels)
+    figures = json.loads(file.read_text())
+    assert figures["lora"] == figures["relora"] == predict(tiny(name="lora"))
+    assert int(lines[2].split()[1].replace(",", "")) == figures["lora"]["gradients"] // 2
+    with pytest.raises(SystemExit):
+        run_script(tmp_path, tiny(), "--optimizers", "adamw", "mesh.fsdp=2")
+    assert "--optimizers is for one device" in capsys.readouterr().err
 
 
 def test_activations_are_fewer_with_remat_and_micro_batches_which_accumulate_in_float32():

@@ -31,7 +31,7 @@ from galore_jax.types import PyTree
 Report = Callable[[int, str | None], None]
 
 # The name of a jitted product of two arrays with a custom derivative, equal to that of the plain
-# product up to rounding: see `models.layers.matmul`.
+# product up to rounding: see `models.dense.matmul`.
 PRODUCT = "galore_jax_product"
 
 

@@ -76,7 +76,7 @@ class _Leaf(NamedTuple):
         return shape[::-1] if self.is_transposed else shape
 
 
-def _leaves(config: LlamaConfig) -> dict[str, _Leaf]:
+def model_leaves(config: LlamaConfig) -> dict[str, _Leaf]:
     """The leaves of the parameters, by path."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
@@ -104,7 +104,7 @@ class ModelFolder:
     """
 
     def __init__(self, folder: Path, config: LlamaConfig):
-        self._leaves, self._dtype = _leaves(config), jnp.dtype(config.dtype)
+        self._leaves, self._dtype = model_leaves(config), jnp.dtype(config.dtype)
         self._tensors = stored_tensors(folder)
         _check_fit(folder, self._leaves.values(), self._tensors)
 
@@ -154,7 +154,7 @@ def write_model(
         raise InputError(f"{folder} already has a {held[0]}: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
-    for path, leaf in _leaves(config).items():
+    for path, leaf in model_leaves(config).items():
         for layer, name in enumerate(leaf.names):
             found[name] = path, leaf, layer
 

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.errors import InputError, require, require_choice
-from galore_jax.models.layers import constrain, matmul
+from galore_jax.models.adapters import Adapter
+from galore_jax.models.dense import Dense
+from galore_jax.models.layers import constrain
 
 ARCHITECTURES = ("roberta", "bert")
 
@@ -35,6 +37,7 @@ class EncoderConfig:
       initializer_range: standard deviation of the initial kernels and embeddings.
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
       remat: recompute each block in the backward pass instead of keeping its activations.
+      adapter: of the kernels in the blocks.
 
     Raises:
       InputError: a value is out of range, or the number of heads does not divide evenly.
@@ -56,6 +59,7 @@ class EncoderConfig:
     initializer_range: float = 0.02
     dtype: str = "float32"
     remat: bool = False
+    adapter: Adapter | None = None
 
     def __post_init__(self):
         require_choice("model.architecture", self.architecture, ARCHITECTURES)
@@ -257,7 +261,7 @@ class SelfAttention(nn.Module):
         config = self.config
 
         def heads(name: str) -> jax.Array:
-            projected = _dense(config.hidden_size, config, name)(x)
+            projected = _dense(config.hidden_size, config, name, adapter=config.adapter)(x)
             projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
             return constrain(projected, "batch", None, "heads")
 
@@ -270,7 +274,7 @@ class SelfAttention(nn.Module):
         weights = nn.Dropout(config.attention_dropout)(weights, deterministic=deterministic)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
         mixed = constrain(mixed.reshape(x.shape), "batch", None, "heads")
-        return _dense(config.hidden_size, config, "o_proj")(mixed)
+        return _dense(config.hidden_size, config, "o_proj", adapter=config.adapter)(mixed)
 
 
 class EncoderMLP(nn.Module):
@@ -281,9 +285,10 @@ class EncoderMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, length, hidden) to the same shape."""
-        hidden = _gelu(_dense(self.config.intermediate_size, self.config, "up_proj")(x))
-        hidden = constrain(hidden, "batch", None, "mlp")
-        return _dense(self.config.hidden_size, self.config, "down_proj")(hidden)
+        config = self.config
+        up = _dense(config.intermediate_size, config, "up_proj", adapter=config.adapter)(x)
+        hidden = constrain(_gelu(up), "batch", None, "mlp")
+        return _dense(config.hidden_size, config, "down_proj", adapter=config.adapter)(hidden)
 
 
 def position_ids(tokens: jax.Array, config: EncoderConfig) -> jax.Array:
@@ -324,18 +329,20 @@ def _norm(config: EncoderConfig, name: str | None = None) -> nn.LayerNorm:
     )
 
 
-def _dense(features: int, config: EncoderConfig, name: str, result: Any = None) -> nn.Dense:
+def _dense(
+    features: int,
+    config: EncoderConfig,
+    name: str,
+    result: Any = None,
+    adapter: Adapter | None = None,
+) -> Dense:
     """A dense layer with bias; its output has the dtype `result`, by default config.dtype."""
-
-    def dot_general(x, kernel, dimension_numbers, precision):
-        del dimension_numbers, precision  # always the last axis of x with the first of the kernel
-        return matmul(x, kernel, config.dtype if result is None else result)
-
-    return nn.Dense(
+    return Dense(
         features,
-        dtype=config.dtype,
-        param_dtype=config.dtype,
-        kernel_init=nn.initializers.normal(config.initializer_range),
-        dot_general=dot_general,
+        config.initializer_range,
+        config.dtype,
+        result,
+        use_bias=True,
+        adapter=adapter,
         name=name,
     )

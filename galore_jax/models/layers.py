@@ -4,12 +4,14 @@ Every layer works on activations of shape (batch, length, hidden) in the dtype o
 Norm statistics, the rotation and the softmax are computed in float32 whatever that dtype is.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from galore_jax.models.adapters import Adapter
+from galore_jax.models.dense import Dense
 
 
 class Rotation(NamedTuple):
@@ -153,6 +155,7 @@ class Attention(nn.Module):
         scale for each component of a head; None: there are no such norms.
       initializer_range: standard deviation of the initial kernels.
       dtype: of the parameters and the result.
+      adapter: of the kernels.
     """
 
     num_heads: int
@@ -162,6 +165,7 @@ class Attention(nn.Module):
     qk_norm_epsilon: float | None
     initializer_range: float
     dtype: Any
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(
@@ -186,13 +190,14 @@ class Attention(nn.Module):
         """
         batch, length, hidden = x.shape
 
-        def projection(features: int, letter: str) -> nn.Dense:
-            return linear(
+        def projection(features: int, letter: str) -> Dense:
+            return Dense(
                 features,
                 self.initializer_range,
                 self.dtype,
-                f"{letter}_proj",
                 use_bias=letter in self.biased,
+                adapter=self.adapter,
+                name=f"{letter}_proj",
             )
 
         def heads(letter: str, count: int) -> jax.Array:
@@ -225,15 +230,21 @@ class MLP(nn.Module):
     intermediate_size: int
     initializer_range: float
     dtype: Any
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, length, hidden) to the same shape."""
-        settings = (self.initializer_range, self.dtype)
-        gate = linear(self.intermediate_size, *settings, "gate_proj")(x)
-        up = linear(self.intermediate_size, *settings, "up_proj")(x)
+
+        def projection(features: int, name: str) -> Dense:
+            return Dense(
+                features, self.initializer_range, self.dtype, adapter=self.adapter, name=name
+            )
+
+        gate = projection(self.intermediate_size, "gate_proj")(x)
+        up = projection(self.intermediate_size, "up_proj")(x)
         hidden = constrain(nn.silu(gate) * up, "batch", None, "mlp")
-        return linear(x.shape[-1], *settings, "down_proj")(hidden)
+        return projection(x.shape[-1], "down_proj")(hidden)
 
 
 class Block(nn.Module):
@@ -253,6 +264,7 @@ class Block(nn.Module):
     norm_epsilon: float
     initializer_range: float
     dtype: Any
+    adapter: Adapter | None = None
     remat_halves: bool = False
 
     @nn.compact
@@ -274,9 +286,12 @@ class Block(nn.Module):
             qk_norm_epsilon=self.norm_epsilon if self.qk_norm else None,
             initializer_range=self.initializer_range,
             dtype=self.dtype,
+            adapter=self.adapter,
             name="attention",
         )
-        mlp = half(MLP)(self.intermediate_size, self.initializer_range, self.dtype, name="mlp")
+        mlp = half(MLP)(
+            self.intermediate_size, self.initializer_range, self.dtype, self.adapter, name="mlp"
+        )
         attended, cache = attention(self._norm("input_norm", x), rotation, mask, cache, start)
         x = x + attended
         return constrain(x + mlp(self._norm("post_attention_norm", x)), "batch"), cache
@@ -288,74 +303,3 @@ class Block(nn.Module):
 def rms_norm(epsilon: float, dtype: Any, name: str | None = None) -> nn.RMSNorm:
     """RMSNorm over the last axis, with a scale for each component."""
     return nn.RMSNorm(epsilon, dtype=dtype, param_dtype=dtype, name=name)
-
-
-def linear(
-    features: int,
-    initializer_range: float,
-    dtype: Any,
-    name: str | None = None,
-    result: Any = None,
-    use_bias: bool = False,
-) -> nn.Dense:
-    """A dense layer with a kernel from N(0, initializer_range²) and, if it has one, a bias of 0.
-
-    Its output has the dtype `result`, by default `dtype`.
-    """
-
-    def dot_general(x, kernel, dimension_numbers, precision):
-        del (
-            dimension_numbers,
-            precision,
-        )  # always contracts the last axis of x with the first of the kernel
-        return matmul(x, kernel, dtype if result is None else result)
-
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        param_dtype=dtype,
-        kernel_init=nn.initializers.normal(initializer_range),
-        dot_general=dot_general,
-        name=name,
-    )
-
-
-def galore_jax_product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
-    """`x @ kernel`, (..., in) by (in, out), summed in float32 and returned in `dtype`.
-
-    The derivative is written by hand for two reasons: the one that JAX derives forms the kernel's
-    gradient as (out, in) and transposes it, which takes twice the time on CPUs, and it multiplies a
-    float32 cotangent with a bfloat16 kernel in float32. Forward-mode differentiation is not
-    supported.
-    """
-    return _matmul(x, kernel, dtype)
-
-
-# grads/jaxpr.py recognises this product in a traced loss by the name of the jitted function.
-matmul = jax.jit(galore_jax_product, static_argnums=2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, kernel, dtype):
-    return _dot(x, kernel, (x.ndim - 1,), (0,)).astype(dtype)
-
-
-def _matmul_forward(x, kernel, dtype):
-    return _matmul(x, kernel, dtype), (x, kernel)
-
-
-def _matmul_backward(dtype, residuals, cotangent):
-    x, kernel = residuals
-    cotangent = cotangent.astype(kernel.dtype)
-    tokens = tuple(range(x.ndim - 1))
-    x_gradient = _dot(cotangent, kernel, (x.ndim - 1,), (1,)).astype(x.dtype)
-    return x_gradient, _dot(x, cotangent, tokens, tokens).astype(kernel.dtype)
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _dot(a, b, axes_of_a, axes_of_b):
-    axes = ((axes_of_a, axes_of_b), ((), ()))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.errors import InputError
+from galore_jax.models.adapters import Adapter
+from galore_jax.models.dense import Dense, matmul
 from galore_jax.models.layers import (
     Block,
     KeyValueCache,
@@ -19,8 +21,6 @@ from galore_jax.models.layers import (
     attention_mask,
     constrain,
     is_visible,
-    linear,
-    matmul,
     rms_norm,
     rotation_at,
 )
@@ -165,10 +165,12 @@ class Llama(nn.Module):
     layers/attention/{q,k,v,o}_proj/kernel, layers/post_attention_norm/scale,
     layers/mlp/{gate,up,down}_proj/kernel; norm/scale (hidden,); lm_head/kernel (hidden, vocab).
     As configured, also layers/attention/{q,k,v,o}_proj/bias and layers/attention/{q,k}_norm/scale;
-    and there is no lm_head if the embeddings are tied.
+    and there is no lm_head if the embeddings are tied. With an adapter all kernels in layers/ have
+    the leaves that it says.
     """
 
     config: LlamaConfig
+    adapter: Adapter | None = None
 
     def setup(self):
         """Creates the layers."""
@@ -187,14 +189,14 @@ class Llama(nn.Module):
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0, nn.broadcast)),
             length=config.num_layers,
         )
-        self.layers = stack(**config.block_settings)
+        self.layers = stack(**config.block_settings, adapter=self.adapter)
         self.norm = rms_norm(config.norm_epsilon, config.dtype)
         if not config.tie_embeddings:
-            self.lm_head = linear(
+            self.lm_head = Dense(
                 config.vocab_size, config.initializer_range, config.dtype, result=jnp.float32
             )
 

@@ -28,6 +28,7 @@ import tensorstore
 from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
+from galore_jax.models.adapters import merge
 from galore_jax.training.checkpoint_errors import (
     raise_on_corruption,
     raise_on_full_disk,
@@ -165,7 +166,8 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
       folder: the folder of the run.
 
     Returns:
-      The run's configuration, the parameters, and the number of updates made.
+      The run's configuration, the parameters, with adapters merged into the kernels, and the number
+      of updates made.
 
     Raises:
       InputError: the folder holds no checkpoint, or its latest one is damaged.
@@ -177,7 +179,7 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
             arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
             params = manager.restore(step, args=arguments)["params"]
             _check_checksum("a parameter", checksums.get("params"), tree_checksum(params))
-        return config, params, step
+        return config, merge(params, config.optimizer.adapter), step
 
 
 @contextmanager
@@ -191,7 +193,7 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
       folder: the folder of the run.
 
     Yields:
-      The run's configuration, and the function that reads.
+      The run's configuration, and the function that reads. Adapters are apart from the kernels.
 
     Raises:
       InputError: the folder holds no checkpoint, or its latest one is damaged.

@@ -13,6 +13,7 @@ import numpy as np
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError, require, require_choice
 from galore_jax.grads.layerwise import ClipBy
+from galore_jax.models.adapters import Adapter
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.ops.implementation import IMPLEMENTATIONS
 from galore_jax.optim.galore import BASIS_DTYPES, galore
@@ -30,6 +31,9 @@ OPTIMIZERS = (
     "galore_fira",
     "apollo",
     "muon",
+    "lora",
+    "relora",
+    "lowrank",
 )
 # They use more of a gradient than its coordinates.
 NEED_FULL_GRADIENTS = ("galore_fira", "apollo")
@@ -40,7 +44,7 @@ class OptimizerConfig:
     """`[optimizer]`: the optimizer and its learning-rate schedule.
 
     `rank` to `complement` are arguments of `galore_jax.galore`; plain AdamW and Muon do not use
-    them.
+    them, and LoRA, ReLoRA and low-rank factors only `rank`, and ReLoRA `update_proj_gap`.
 
     Attributes:
       name: `"adamw"`, `"galore_adamw"` or `"galore_muon"`, each with the suffix `8bit` for moments
@@ -48,8 +52,9 @@ class OptimizerConfig:
         `"muon"`, of optax. Both kinds of Muon update what is not one of the matrices with AdamW.
       learning_rate: the peak, reached after the warm-up.
       matrix_rate: factor of the learning rate of the matrices: the kernels of the blocks, which
-        GaLore projects, whatever the optimizer. With GaLore it multiplies the lifted update, as
-        `scale` does. Weight decay is decoupled: it has the learning rate without this factor.
+        GaLore projects, whatever the optimizer, or their low-rank factors. With GaLore it
+        multiplies the lifted update, as `scale` does. Weight decay is decoupled: it has the
+        learning rate without this factor.
       warmup_steps: updates of linear warm-up.
       floor: the last update's learning rate, as a fraction of the peak.
       b1: decay of the first moment (with 0 Adafactor keeps none); for Lion its weight in the
@@ -69,8 +74,9 @@ class OptimizerConfig:
         `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
         time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
         clips the step after it.
-      rank: columns of each basis, or their number as a fraction of a matrix's smaller side.
-      update_proj_gap: steps between two refreshes of the bases.
+      rank: columns of each basis, or their number as a fraction of a matrix's smaller side; with
+        LoRA, ReLoRA and low-rank factors the rank of these.
+      update_proj_gap: steps between two refreshes of the bases, or restarts of ReLoRA.
       scale: factor of the lifted update; None: the default of the optimizer in `galore_jax`, 0.25,
         or 1 for Muon and APOLLO, for the latter at rank 1 √128.
       proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
@@ -85,6 +91,8 @@ class OptimizerConfig:
         block-wise quantized codes, `"int8"`.
       complement: number of random directions outside each subspace along which an update without
         moments goes, or their number as a fraction of a matrix's smaller side.
+      alpha: with LoRA and ReLoRA the product of the factors is multiplied by alpha / rank.
+      dropout: with LoRA and ReLoRA the rate of dropout of the input of the factors.
       implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
         `"pallas"`.
       stochastic_rounding: round bfloat16 parameters stochastically, which is unbiased; rounding to
@@ -119,6 +127,8 @@ class OptimizerConfig:
     max_gap: int | None = None
     basis_dtype: str = "float32"
     complement: int | float = 0
+    alpha: float = 32.0
+    dropout: float = 0.05
     implementation: str = "xla"
     stochastic_rounding: bool = True
 
@@ -131,7 +141,7 @@ class OptimizerConfig:
         require_choice("optimizer.clip_by", self.clip_by, get_args(ClipBy))
         require_choice("optimizer.basis_dtype", self.basis_dtype, basis_dtypes)
         require_choice("optimizer.implementation", self.implementation, IMPLEMENTATIONS)
-        for name in ("learning_rate", "matrix_rate", "eps"):
+        for name in ("learning_rate", "matrix_rate", "eps", "alpha"):
             value = getattr(self, name)
             require(f"optimizer.{name}", value, value > 0, "positive")
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
@@ -142,6 +152,7 @@ class OptimizerConfig:
             # The nearest float32 counts: with a decay of 1, bias corrections divide by 0.
             holds = value is None or 0 <= float(np.float32(value)) < 1
             require(f"optimizer.{name}", value, holds, "at least 0 and below 1 in float32")
+        require("optimizer.dropout", self.dropout, 0 <= self.dropout < 1, "from 0 to below 1")
         require("optimizer.floor", self.floor, 0 <= self.floor <= 1, "between 0 and 1")
         try:
             galore(**self.galore_settings)
@@ -200,6 +211,14 @@ class OptimizerConfig:
         return {name: value for name, value in settings.items() if value is not None}
 
     @property
+    def adapter(self) -> Adapter | None:
+        """The low-rank factors of LoRA, ReLoRA and `"lowrank"`."""
+        if self.name == "lowrank":
+            return Adapter(self.rank, has_kernel=False)
+        has_adapter = self.name in ("lora", "relora")
+        return Adapter(self.rank, self.alpha, self.dropout) if has_adapter else None
+
+    @property
     def has_galore(self) -> bool:
         """Whether the optimizer works in low-rank subspaces."""
         return self.name.startswith("galore_") or self.name == "apollo"
@@ -209,6 +228,11 @@ class OptimizerConfig:
         """Whether the backward pass projects gradients."""
         needs_full = self.gradients == "full" or self.name in NEED_FULL_GRADIENTS
         return self.has_galore and not needs_full
+
+    @property
+    def has_refreshes(self) -> bool:
+        """Whether some steps begin with a refresh of bases, or a restart of ReLoRA."""
+        return self.has_projected_gradients or self.name == "relora"
 
     @property
     def clips_coordinates(self) -> bool:
@@ -285,8 +309,8 @@ class Config:
 
     Raises:
       InputError: the sections do not fit together: a sequence longer than the model takes,
-        micro-batches that do not divide the batch, a warm-up longer than the training, or settings
-        that a layer-wise step cannot have.
+        micro-batches that do not divide the batch, a warm-up longer than the training, settings
+        that a layer-wise step cannot have, or low-rank factors in place of a checkpoint's matrices.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -311,11 +335,26 @@ class Config:
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, but training.steps is "
                 f"only {self.training.steps}: shorten the warm-up too."
             )
+        if self.optimizer.name == "lowrank" and self.model.checkpoint:
+            raise InputError(
+                'optimizer.name = "lowrank" trains random factors in place of the matrices of '
+                'model.checkpoint: leave out the checkpoint, or set optimizer.name = "lora".'
+            )
         if self.training.layerwise:
             self._check_layerwise()
 
+    @property
+    def trains_adapters_only(self) -> bool:
+        """Whether everything but the adapters is frozen, as usual with LoRA for a trained model."""
+        return self.optimizer.name == "lora" and bool(self.model.checkpoint)
+
     def _check_layerwise(self):
         optimizer = self.optimizer
+        if optimizer.adapter is not None:
+            raise InputError(
+                "training.layerwise updates whole matrices layer by layer: set it to false with "
+                f'optimizer.name = "{optimizer.name}", whose gradients are small.'
+            )
         if optimizer.clips_coordinates and not optimizer.has_projected_gradients:
             raise InputError(
                 "training.layerwise with full gradients clips by their norm: set "

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.errors import InputError
+from galore_jax.interop.adapters import merged, write_adapter
 from galore_jax.interop.config_json import read_config
 from galore_jax.interop.huggingface import ModelFolder, write_model
 from galore_jax.interop.tokenizer_files import copy_tokenizer, find_tokenizer
@@ -47,24 +49,39 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     return config
 
 
-def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
+def to_huggingface(
+    run_folder: str | Path, folder: str | Path, *, adapter_only: bool = False
+) -> Config:
     """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
 
-    After a training on conversations the model's end of a sequence is that of an answer.
+    After a training on conversations the model's end of a sequence is that of an answer. Adapters
+    and other low-rank factors are merged into plain kernels.
 
     Args:
       run_folder: the folder of the run.
       folder: the new folder.
+      adapter_only: write LoRA's adapter alone, in PEFT's format, for the model of the run's
+        `model.checkpoint`.
 
     Returns:
       The configuration of the run.
 
     Raises:
       InputError: there is no checkpoint or it is damaged, the tokenizer is missing, the folder
-        holds a model, or transformers has no such architecture.
+        holds a model, transformers has no such architecture, or the run has no adapter that belongs
+        to a checkpoint.
     """
     folder = Path(folder)
     with open_parameters(run_folder) as (config, read):
+        adapter = config.optimizer.adapter
+        if adapter_only:
+            if adapter is None or not config.trains_adapters_only:
+                raise InputError(
+                    f"{run_folder} trained more than an adapter: leave out --adapter, or train "
+                    'with optimizer.name = "lora" and model.checkpoint=FOLDER.'
+                )
+            write_adapter(folder, config.model, adapter, read, config.model.checkpoint)
+            return config
         source = config.data.tokenizer
         tokenizer = load_tokenizer(source)
         settings = {
@@ -72,6 +89,8 @@ def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         }
+        if adapter is not None:
+            read = merged(read, adapter)
         write_model(folder, config.model, read, settings=settings)
     if source != "bytes":
         copy_tokenizer(Path(source), folder)

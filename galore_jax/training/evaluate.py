@@ -57,7 +57,7 @@ def make_evaluate(
     the last one is that which completes `training.evaluation_tokens`, unless that is 0. The
     function raises an `InputError` if the batches have no targets.
     """
-    loss = functools.partial(batch_loss, config.model)
+    loss = functools.partial(batch_loss, config.model, adapter=config.optimizer.adapter)
 
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         parts = split(batch, config.training.accumulation)

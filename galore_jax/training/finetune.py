@@ -1,5 +1,6 @@
 """Fine-tuning an encoder on a task of GLUE, once for each seed."""
 
+import dataclasses
 import json
 import statistics
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.interop.tokenizer_files import copy_tokenizer
+from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config_file import to_toml
 from galore_jax.training.finetune_config import FinetuneConfig
@@ -32,6 +34,8 @@ class Steps(NamedTuple):
     """The compiled functions of a fine-tuning.
 
     Attributes:
+      adapt: the parameters of a checkpoint and a key → those to train, with new adapters if the
+        optimizer is LoRA.
       init: the parameters → the optimizer's state.
       refresh: parameters, state, batch and key → the state with new bases; None without projected
         gradients.
@@ -40,6 +44,7 @@ class Steps(NamedTuple):
       outputs: parameters and batch → the outputs of the head, float32 (batch, outputs).
     """
 
+    adapt: Callable[..., Any]
     init: Callable[..., Any]
     refresh: Callable[..., Any] | None
     update: Callable[..., Any]
@@ -93,14 +98,15 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def make_steps(config: FinetuneConfig, model: Classifier, steps: int) -> Steps:
-    """Makes the functions of a fine-tuning of `steps` updates."""
-    tx = make_optimizer(config.optimizer, steps)
+    """Makes the functions of a fine-tuning of `steps` updates of a model without adapters."""
+    tx, adapter = make_optimizer(config.optimizer, steps), config.optimizer.adapter
     task = TASKS[config.data.task]
     implementation: Any = config.optimizer.implementation
+    adapted = model.clone(config=dataclasses.replace(model.config, adapter=adapter))
 
     def loss(params: PyTree, batch: Any, key: jax.Array) -> jax.Array:
         """Mean cross-entropy, or mean squared error of a regression, with dropout."""
-        outputs: Any = model.apply(
+        outputs: Any = adapted.apply(
             {"params": params},
             batch["tokens"],
             batch["token_types"],
@@ -113,27 +119,41 @@ def make_steps(config: FinetuneConfig, model: Classifier, steps: int) -> Steps:
             losses = (outputs[:, 0] - batch["labels"]) ** 2
         return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
 
-    projected, full = galore_jax.value_and_grad(loss, tx), jax.value_and_grad(loss)
+    projected = galore_jax.value_and_grad(loss, tx)
+
+    def trained(params: PyTree) -> tuple[PyTree, PyTree]:
+        """The parameters to update, and those that are frozen."""
+        return adapters.split(params, adapters_only=adapter is not None)
+
+    def adapt(params: PyTree, key: jax.Array) -> PyTree:
+        if adapter is None:
+            return params
+        initial = adapted.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return adapters.combine(params, adapters.factors(initial))
 
     def update(params: PyTree, state: PyTree, batch: Any, key: jax.Array) -> Any:
+        updated, frozen = trained(params)
         if config.optimizer.has_projected_gradients:
             value, gradients = projected(params, state, batch, key=key)
         else:
-            value, gradients = full(params, batch, key)
-        params, state = galore_jax.apply_gradients(
-            tx, gradients, state, params, implementation=implementation
+            value, gradients = jax.value_and_grad(
+                lambda updated: loss(adapters.combine(updated, frozen), batch, key)
+            )(updated)
+        updated, state = galore_jax.apply_gradients(
+            tx, gradients, state, updated, implementation=implementation
         )
-        return params, state, value
+        return adapters.combine(updated, frozen), state, value
 
     def outputs(params: PyTree, batch: Any) -> Any:
-        return model.apply({"params": params}, batch["tokens"], batch["token_types"])
+        return adapted.apply({"params": params}, batch["tokens"], batch["token_types"])
 
     refresh = None
     if config.optimizer.has_projected_gradients:
         of_loss = galore_jax.refresh(loss, tx)
         refresh = jax.jit(lambda params, state, batch, key: of_loss(params, state, batch, key=key))
     return Steps(
-        jax.jit(lambda params: galore_jax.init(tx, params)),
+        jax.jit(adapt),
+        jax.jit(lambda params: galore_jax.init(tx, trained(params)[0])),
         refresh,
         jax.jit(update, donate_argnums=(0, 1)),
         jax.jit(outputs),
@@ -152,11 +172,13 @@ def _finetune_once(
     folder = Path(config.training.folder)
     place = folder / f"seed-{seed}"
     head_key, dropout_key = jax.random.split(jax.random.key(seed))
+    adapter_key = jax.random.fold_in(head_key, 1)
     loaded = load_encoder(config.model.checkpoint, model, head_key)
     if seed == 0:
         _report(loaded.initialized, "initialised, as the checkpoint lacks")
         _report(loaded.unused, "not used of the checkpoint:")
-    params, state = loaded.params, steps.init(loaded.params)
+    params = steps.adapt(loaded.params, adapter_key)
+    state = steps.init(params)
     validation = [split for split in rows if split.startswith("validation")]
     best, count = -np.inf, 0
     for epoch in range(1, config.training.epochs + 1):
@@ -189,11 +211,11 @@ def _finetune_once(
         print(f"seed {seed}, epoch {epoch}: loss {mean_loss:.4f}, {_text(first)}")
         if first[task.metrics[0]] > best:
             best = first[task.metrics[0]]
-            save_encoder(place, model, params)
+            save_encoder(place, model, adapters.merge(params, config.optimizer.adapter))
             copy_tokenizer(Path(config.model.checkpoint), place)
     # Predictions of the best checkpoint.
     if config.training.predict:
-        params = load_encoder(place, model, head_key).params
+        params = steps.adapt(load_encoder(place, model, head_key).params, adapter_key)
         for split in (split for split in rows if split.startswith("test")):
             found = _predict(config, task, steps, params, rows[split])
             write_predictions(task, split, found, place)

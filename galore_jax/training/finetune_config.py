@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from galore_jax.data.glue import TASKS
-from galore_jax.errors import require, require_choice
+from galore_jax.errors import InputError, require, require_choice
 from galore_jax.training.config import OptimizerConfig
 
 
@@ -80,9 +80,22 @@ class FinetuningConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The configuration, one attribute for each section of the file."""
+    """The configuration, one attribute for each section of the file.
+
+    With LoRA only the adapters and the head of the classifier are trained.
+
+    Raises:
+      InputError: the optimizer is for pre-training only.
+    """
 
     model: CheckpointConfig = field(default_factory=CheckpointConfig)
     data: GlueConfig = field(default_factory=GlueConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: FinetuningConfig = field(default_factory=FinetuningConfig)
+
+    def __post_init__(self):
+        if self.optimizer.name in ("relora", "lowrank"):
+            raise InputError(
+                f'optimizer.name = "{self.optimizer.name}" is for pre-training: choose "lora", '
+                "which keeps the checkpoint's matrices."
+            )

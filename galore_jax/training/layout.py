@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
-from galore_jax.models.llama import LlamaConfig
+from galore_jax.models.adapters import A, B
 from galore_jax.training.config import Config
 from galore_jax.training.mesh import DATA, FSDP, TENSOR, any_of, divisors, make_mesh
 
@@ -25,20 +25,22 @@ P = PartitionSpec
 BATCH_AXES = (DATA, FSDP)
 
 
-def tensor_rules(model: LlamaConfig) -> Mapping[str, PartitionSpec]:
+def tensor_rules(config: Config) -> Mapping[str, PartitionSpec]:
     """How parameters are divided over the axis "tensor", by glob of their paths."""
-    rules = {
-        **{f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in ("q", "k", "v")},
-        **{f"*/{name}_proj/bias": P(None, TENSOR) for name in ("q", "k", "v")},
-        **{f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in ("gate", "up")},
-        **{f"*/{name}_proj/kernel": P(None, TENSOR, None) for name in ("o", "down")},
-        "lm_head/kernel": P(None, TENSOR),
-        "embed_tokens/embedding": P(TENSOR, None),
-    }
-    absent = ["lm_head/kernel"] if model.tie_embeddings else []
-    if not model.attention_bias:
-        absent += [rule for rule in rules if rule.endswith("/bias")]
-    return {rule: spec for rule, spec in rules.items() if rule not in absent}
+    model, adapter = config.model, config.optimizer.adapter
+    by_columns, by_rows = ("q", "k", "v", "gate", "up"), ("o", "down")
+    rules = {}
+    if adapter is None or adapter.has_kernel:
+        rules |= {f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in by_columns}
+        rules |= {f"*/{name}_proj/kernel": P(None, TENSOR, None) for name in by_rows}
+    if adapter is not None:
+        rules |= {f"*/{name}_proj/{B}": P(None, None, TENSOR) for name in by_columns}
+        rules |= {f"*/{name}_proj/{A}": P(None, TENSOR, None) for name in by_rows}
+    if model.attention_bias:
+        rules |= {f"*/{name}_proj/bias": P(None, TENSOR) for name in ("q", "k", "v")}
+    if not model.tie_embeddings:
+        rules["lm_head/kernel"] = P(None, TENSOR)
+    return rules | {"embed_tokens/embedding": P(TENSOR, None)}
 
 
 def training_mesh(config: Config) -> Mesh | None:

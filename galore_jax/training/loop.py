@@ -37,7 +37,7 @@ from galore_jax.training.run_folder import (
     open_folder,
     resume_command,
 )
-from galore_jax.training.state import place_state, tree_bytes, tree_size
+from galore_jax.training.state import place_state, trained, tree_bytes, tree_size
 from galore_jax.training.stepper import Stepper
 
 
@@ -100,10 +100,12 @@ def train(config: Config, resume: bool = False) -> Summary:
                 _check_metrics(run, start == steps)
                 metrics = Metrics(run, start, training.tensorboard)
                 stack.callback(metrics.close)
+                updated = tree_size(trained(config, state.params)[0])
+                share = f", {updated:,} of them trained" if updated < parameters else ""
                 print(
-                    f"{run.path}: {parameters:,} parameters, {format_bytes(optimizer_bytes)} of "
-                    f"optimizer state, {'resumed at' if resume else 'from'} step {start:,} of "
-                    f"{steps:,}",
+                    f"{run.path}: {parameters:,} parameters{share}, "
+                    f"{format_bytes(optimizer_bytes)} of optimizer state, "
+                    f"{'resumed at' if resume else 'from'} step {start:,} of {steps:,}",
                     file=sys.stderr,
                 )
         stepper = Stepper(config, state, mesh)

@@ -13,9 +13,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from galore_jax.models import llama_layerwise
+from galore_jax.models.adapters import combine
+from galore_jax.models.layers import Block
 from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.training.config import Config, OptimizerConfig
@@ -26,10 +29,11 @@ from galore_jax.training.state import (
     abstract_state,
     batch_shapes,
     init_state,
+    trained,
     tree_bytes,
     tree_size,
 )
-from galore_jax.training.step import batch_loss, make_train_step
+from galore_jax.training.step import batch_loss, dropout_rngs, make_train_step, with_seeds
 from galore_jax.types import PyTree
 
 Parts = dict[str, int]
@@ -80,8 +84,9 @@ def predict(config: Config, mesh: Mesh | None = None) -> Parts:
     """Bytes of a training step by part, on each device of a mesh, without compiling it.
 
     * `weights`, `bases` and `moments` are exact; counters are left out.
-    * `gradients`: all of them, float32 coordinates where the backward pass projects them; of a
-      layer-wise step the largest that exist at a time, those of a layer, the head or the embedding.
+    * `gradients`: of all trained parameters, float32 coordinates where the backward pass projects
+      them; of a layer-wise step the largest that exist at a time, those of a layer, the head or the
+      embedding.
     * `activations`: what automatic differentiation keeps for the backward pass of a micro-batch,
       logits included. With `model.remat` or a layer-wise step that is the inputs of the blocks, and
       what one block keeps when it is computed again.
@@ -99,12 +104,19 @@ def predict(config: Config, mesh: Mesh | None = None) -> Parts:
     return _with_total(
         {
             "weights": tree_bytes(here.params),
-            "gradients": _gradients(config, params, opt_state) // divided(FSDP, TENSOR),
+            "gradients": _gradients(config, trained(config, params)[0], opt_state)
+            // divided(FSDP, TENSOR),
             "bases": parts["bases"],
             "moments": parts["moments"],
             "activations": _activations(config, params) // divided(*BATCH_AXES),
         }
     )
+
+
+def trained_size(config: Config) -> int:
+    """The number of parameters that the optimizer updates."""
+    params, _, _ = jax.eval_shape(lambda: init_state(config))
+    return tree_size(trained(config, params)[0])
 
 
 def baselines(config: Config) -> dict[str, Parts]:
@@ -160,12 +172,12 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
         default device.
 
     Returns:
-      Parts of `train_step` and, with projected gradients, of `refresh_step`, which refreshes the
-      bases before its update: `arguments`, `outputs`, `aliased` (outputs that share the memory of
-      arguments), `temporaries`, and the `total` that the step needs.
+      Parts of `train_step` and, with projected gradients or ReLoRA, of `refresh_step`, which first
+      refreshes the bases or restarts the adapters: `arguments`, `outputs`, `aliased` (outputs that
+      share the memory of arguments), `temporaries`, and the `total` that the step needs.
     """
     steps = {"train_step": False}
-    if config.optimizer.has_projected_gradients:
+    if config.optimizer.has_refreshes:
         steps["refresh_step"] = True
     with on_mesh(mesh):
         arguments = abstract_state(config, mesh), batch_shapes(config, mesh)
@@ -214,24 +226,33 @@ def _gradients(config: Config, params: PyTree, opt_state: PyTree) -> int:
 
 def _activations(config: Config, params: PyTree) -> int:
     """Bytes that are kept from the forward to the backward pass of a micro-batch."""
-    model = config.model
+    model, adapter = config.model, config.optimizer.adapter
     rows = config.data.batch_size // config.training.accumulation
     batch = {
         name: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
         for name, leaf in batch_shapes(config).items()
     }
+    batch = jax.eval_shape(lambda batch: with_seeds(config, jnp.int32(0), batch), batch)
     x, block_inputs = jax.eval_shape(partial(llama_layerwise.embed, model), params, batch)
+
+    def loss(updated: PyTree, frozen: PyTree, batch: Any) -> jax.Array:
+        return batch_loss(model, combine(updated, frozen), batch, adapter)[0]
+
+    def block(updated: PyTree, frozen: PyTree, batch: Any, x: Any, block_inputs: Any) -> jax.Array:
+        layer = {"params": combine(updated, frozen)}
+        settings = {**model.block_settings, "adapter": adapter}
+        return Block(**settings).apply(layer, x, *block_inputs, rngs=dropout_rngs(batch))[0]
+
     kept = 0
     if config.training.layerwise:
         kept += model.num_layers * tree_bytes(x)
     else:
-        kept += _kept_for_backward(lambda *given: batch_loss(model, *given)[0], params, batch)
+        kept += _kept_for_backward(loss, *trained(config, params), batch)
     if config.training.layerwise or model.remat:
         layer = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]
         )
-        block = partial(llama_layerwise.block, model, remat_halves=False)
-        kept += _kept_for_backward(block, layer, x, block_inputs)
+        kept += _kept_for_backward(block, *trained(config, layer), batch, x, block_inputs)
     return kept
 
 

@@ -7,7 +7,9 @@ import optax
 import optax.contrib
 
 import galore_jax
+from galore_jax.models.adapters import FACTORS
 from galore_jax.optim.muon import SCALE
+from galore_jax.subspace.matrix_view import path_names
 from galore_jax.subspace.rules import Rule, projections
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.schedule import learning_rate_schedule
@@ -46,6 +48,8 @@ def make_optimizer(
 def matrices(params: PyTree) -> PyTree:
     """Whether each leaf is one of those that GaLore projects, by name and shape, at some rank.
 
+    So are low-rank factors, which take the place of these matrices.
+
     Args:
       params: arrays or their shapes, of a model or of one of its layers. If some of them are
         `Coordinates`, these are the matrices.
@@ -54,13 +58,17 @@ def matrices(params: PyTree) -> PyTree:
       A tree of booleans like `params`.
     """
     found = projections(params, Rule(rank=1, proj_type="std"), {}, None)
-    return jax.tree.map(lambda leaf: leaf is not None, found, is_leaf=lambda leaf: leaf is None)
+
+    def is_matrix(path: Any, projection: Any) -> bool:
+        return projection is not None or path_names(path)[-1:] in [(name,) for name in FACTORS]
+
+    return jax.tree_util.tree_map_with_path(is_matrix, found, is_leaf=lambda leaf: leaf is None)
 
 
 def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     implementation: Any = config.implementation
     match config.name:
-        case "adamw":
+        case "adamw" | "lora" | "relora" | "lowrank":
             normalise = optax.scale_by_adam(**_adam(config))
         case "adamw8bit":
             normalise = galore_jax.scale_by_adam8bit(**_adam(config), implementation=implementation)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import galore_jax
 from galore_jax.errors import InputError
 from galore_jax.grads import layerwise
+from galore_jax.models.adapters import FACTORS, combine, split
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config
 from galore_jax.training.layout import batch_sharding, tensor_rules, whole
@@ -21,6 +22,8 @@ from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
 Batch = dict[str, Any]
+# What random numbers of a step are for, besides stochastic rounding.
+DROPOUT, RESTART = 1, 2
 
 
 class TrainState(NamedTuple):
@@ -43,11 +46,10 @@ def init_state(config: Config) -> TrainState:
     Raises:
       InputError: a setting of the optimizer does not fit a matrix of the model.
     """
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    params = Llama(config.model).init(jax.random.key(config.training.seed), tokens)["params"]
+    params = init_params(config, jax.random.key(config.training.seed))
     tx, module = _optimizer(config)
     try:
-        opt_state = module.init(tx, _in_float32(params))
+        opt_state = module.init(tx, _in_float32(trained(config, params)[0]))
     except ValueError as error:  # A setting that does not fit a matrix of this model.
         if not str(error).startswith("galore: "):
             raise
@@ -55,10 +57,35 @@ def init_state(config: Config) -> TrainState:
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 
+def init_params(config: Config, key: jax.Array) -> PyTree:
+    """Random parameters of the configured model, with its adapters.
+
+    Whatever the optimizer, leaves that all models have are equal.
+    """
+    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
+    plain, adapter = Llama(config.model).init(key, tokens)["params"], config.optimizer.adapter
+    if adapter is None:
+        return plain
+    adapted = Llama(config.model, adapter).init(key, tokens)["params"]
+    # Flax draws other kernels where a layer has more parameters.
+    return combine(adapted, plain) if adapter.has_kernel else adapted
+
+
+def step_key(config: Config, step: jax.Array) -> jax.Array:
+    """The random key of a step, which a resumed run has too."""
+    return jax.random.fold_in(jax.random.key(config.training.seed), step)
+
+
+def trained(config: Config, params: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters that the optimizer updates, and those that are frozen."""
+    return split(params, config.trains_adapters_only)
+
+
 def place_state(config: Config, mesh: Mesh | None) -> TrainState:
     """The state to start from, of which each device of a mesh has, and computes, its part only.
 
-    It is `init_state`, with the parameters of `model.checkpoint` if there is one.
+    It is `init_state`, with the parameters of `model.checkpoint` if there is one. Adapters are not
+    in it.
 
     Raises:
       InputError: the checkpoint cannot be read or does not fit the model.
@@ -82,6 +109,8 @@ def _read_params(config: Config, params: PyTree) -> PyTree:
 
     def read(path: Any, old: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith(FACTORS):
+            return old
         shape, sharding = old.shape, old.sharding
         old.delete()  # Never are all of both in memory.
         read_part: Any = partial(folder.read, name)
@@ -96,11 +125,12 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     if mesh is None:
         return shapes
     tx, module = _optimizer(config)
-    shardings = galore_jax.shardings(tx, shapes.params, mesh, tensor_rules(config.model))
+    shardings = galore_jax.shardings(tx, shapes.params, mesh, tensor_rules(config))
     params = _placed(shapes.params, shardings)
     over = (DATA,) if config.mesh.shard_moments and mesh.shape[DATA] > 1 else ()
     # This tree knows the partitions of the parameters, by which later updates divide their work.
-    shardings = module.state_shardings(tx, _in_float32(params), over=over)
+    updated, _ = trained(config, params)
+    shardings = module.state_shardings(tx, _in_float32(updated), over=over)
     opt_state, step = _placed(shapes.opt_state, shardings), _placed(shapes.step, whole(mesh))
     return TrainState(params, opt_state, step)
 

@@ -16,6 +16,7 @@ from galore_jax.grads import layerwise
 from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.models import llama_layerwise
+from galore_jax.models.adapters import Adapter, combine
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 from galore_jax.optim.complement import without_complement
@@ -23,25 +24,57 @@ from galore_jax.optim.state import galore_states, project
 from galore_jax.training.config import Config
 from galore_jax.training.layout import data_axes, jit_on, per_shard, whole
 from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.relora import restart
 from galore_jax.training.schedule import learning_rate_schedule
-from galore_jax.training.state import Batch, TrainState, abstract_state
+from galore_jax.training.state import (
+    DROPOUT,
+    Batch,
+    TrainState,
+    abstract_state,
+    step_key,
+    trained,
+)
 from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 from galore_jax.types import PyTree
 
 Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
 
 
-def batch_loss(model: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The sum of the losses in nats, and the number of targets, of a batch of (B, T) arrays."""
-    logits: Any = Llama(model).apply(
-        {"params": params}, batch["tokens"], batch["segments"], batch["positions"]
+def batch_loss(
+    model: LlamaConfig, params: PyTree, batch: Batch, adapter: Adapter | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the losses in nats, and the number of targets, of a batch of (B, T) arrays.
+
+    A batch with the array `seeds`, uint32 (B,), has dropout in the adapters, by the first of them.
+    """
+    logits: Any = Llama(model, adapter).apply(
+        {"params": params},
+        batch["tokens"],
+        batch["segments"],
+        batch["positions"],
+        rngs=dropout_rngs(batch),
     )
     return next_token_loss(logits, batch["targets"])
 
 
+def with_seeds(config: Config, step: jax.Array, batch: Batch) -> Batch:
+    """The batch with a seed of the adapters' dropout for each row, by the run's seed and step."""
+    adapter = config.optimizer.adapter
+    if adapter is None or not adapter.dropout:
+        return batch
+    key = jax.random.fold_in(step_key(config, step), DROPOUT)
+    return batch | {"seeds": jax.random.bits(key, batch["tokens"].shape[:1], "uint32")}
+
+
+def dropout_rngs(batch: Batch) -> dict[str, jax.Array]:
+    """The random streams of a model that is applied to this batch."""
+    return {"dropout": jax.random.key(batch["seeds"][0])} if "seeds" in batch else {}
+
+
 def make_loss(config: Config) -> Callable[..., Any]:
     """`batch_loss` of the configured model, for a batch or for a shard of one."""
-    return per_shard(functools.partial(batch_loss, config.model))
+    adapter = config.optimizer.adapter
+    return per_shard(functools.partial(batch_loss, config.model, adapter=adapter))
 
 
 def make_gradients(
@@ -53,19 +86,22 @@ def make_gradients(
     spread over them.
 
     Returns:
-      A function of the parameters, the optimizer's state and a batch. It returns the gradients in
-      float32, `Coordinates` where the backward pass projects them, and float32 scalars: `loss`, in
-      nats per target, and `targets`, how many there are.
+      A function of the parameters, the optimizer's state and a batch. It returns the gradients of
+      the trained parameters in float32, `Coordinates` where the backward pass projects them, and
+      float32 scalars: `loss`, in nats per target, and `targets`, how many there are.
     """
     loss, number, axes = make_loss(config), config.training.accumulation, data_axes(mesh)
     parts = number if mesh is None else number * math.prod(mesh.shape[axis] for axis in axes)
     projected = galore_jax.value_and_grad(
         loss, tx, has_aux=True, micro_batches=number, data_axes=axes
     )
-    full = jax.value_and_grad(loss, has_aux=True)
 
     def full_of_shard(params: PyTree, batch: Batch) -> Any:
-        return mean_over(functools.partial(full, params), number, batch)
+        updated, frozen = trained(config, params)
+        full = jax.value_and_grad(
+            lambda updated, batch: loss(combine(updated, frozen), batch), has_aux=True
+        )
+        return mean_over(functools.partial(full, updated), number, batch)
 
     def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
         # Sums over the targets of a part, averaged over the parts: micro-batches of shards. The
@@ -92,7 +128,8 @@ def make_train_step(
 
     Args:
       config: the configuration of the run.
-      refreshes: with projected gradients, refresh the bases that are due before the update.
+      refreshes: with projected gradients, refresh the bases that are due before the update; with
+        ReLoRA, restart.
       mesh: from `training_mesh`; None: a single device.
 
     Returns:
@@ -120,16 +157,21 @@ def make_train_step(
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        # New bases where they are due.
+        # New bases where they are due, or new adapters.
         if refreshes and projected:
             opt_state = refresh(state.params, state.opt_state, batch)
             state = state._replace(opt_state=opt_state)
+        if refreshes and config.optimizer.name == "relora":
+            state = restart(config, state)
         # Gradients and the update.
+        batch = with_seeds(config, state.step, batch)
         gradients, metrics = gradients_of(state.params, state.opt_state, batch)
         key = _rounding_key(config, state.step)
+        updated, frozen = trained(config, state.params)
         params, opt_state = galore_jax.apply_gradients(
-            tx, gradients, state.opt_state, state.params, key=key, implementation=implementation
+            tx, gradients, state.opt_state, updated, key=key, implementation=implementation
         )
+        params = combine(params, frozen)
         # Metrics.
         metrics["learning_rate"] = schedule(state.step)
         metrics |= subspace_metrics(opt_state)
@@ -197,4 +239,4 @@ def _compiled(train_step: Callable[..., Any], config: Config, mesh: Mesh | None)
 def _rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
     if config.model.dtype != "bfloat16" or not config.optimizer.stochastic_rounding:
         return None
-    return jax.random.fold_in(jax.random.key(config.training.seed), step)
+    return step_key(config, step)

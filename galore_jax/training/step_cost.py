@@ -53,7 +53,7 @@ def trainer_steps(config: Config, mesh: Mesh | None) -> tuple[TrainState, list[A
 
     These are the training step and, with projected gradients, one that refreshes bases too.
     """
-    refreshes = (False, True) if config.optimizer.has_projected_gradients else (False,)
+    refreshes = (False, True) if config.optimizer.has_refreshes else (False,)
     steps = [make_train_step(config, mesh=mesh, refreshes=refresh) for refresh in refreshes]
     return abstract_state(config, mesh), steps
 

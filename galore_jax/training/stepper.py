@@ -1,4 +1,4 @@
-"""Training steps compiled ahead of time, with and without a refresh of the bases."""
+"""Training steps compiled ahead of time, with and without a refresh of the bases or a restart."""
 
 import time
 
@@ -9,6 +9,7 @@ from galore_jax.errors import InputError
 from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.training.config import Config
 from galore_jax.training.layout import on_mesh
+from galore_jax.training.relora import steps_until_restart
 from galore_jax.training.state import Batch, TrainState, batch_shapes
 from galore_jax.training.step import make_train_step
 
@@ -29,8 +30,9 @@ def check_gpu(config: Config) -> None:
 class Stepper:
     """Training steps, compiled ahead of time: one that refreshes the bases, and one that does not.
 
-    To know whether a refresh is due, the host has to wait for the device. So it does not ask at
-    every step, but only after as many steps as the next refresh was away when it last asked.
+    With ReLoRA the first one restarts the adapters. To know whether a refresh is due, the host has
+    to wait for the device. So it does not ask at every step, but only after as many steps as the
+    next refresh was away when it last asked.
 
     Args:
       config: the configuration of the run.
@@ -49,12 +51,13 @@ class Stepper:
         batch = batch_shapes(config, mesh)
         start = time.perf_counter()
         step, refreshing_step = make_train_step(config, mesh=mesh), None
-        if config.optimizer.has_projected_gradients:
+        if config.optimizer.has_refreshes:
             refreshing_step = make_train_step(config, refreshes=True, mesh=mesh)
         with on_mesh(mesh):
             self._step = step.lower(state, batch).compile()
             if refreshing_step is not None:
                 refreshing_step = refreshing_step.lower(state, batch).compile()
+        self._config = config
         self._refreshing_step = refreshing_step
         self._steps_left = 0
         self.compile_seconds = time.perf_counter() - start
@@ -62,11 +65,16 @@ class Stepper:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """One step; arguments and results are those of the function from `make_train_step`."""
         if self._refreshing_step is not None and self._steps_left == 0:
-            self._steps_left = int(updates_until_refresh(state.opt_state))
+            self._steps_left = self._steps_until_refresh(state)
             if self._steps_left == 0:
                 state, metrics = self._refreshing_step(state, batch)
                 # 0 if a basis could not be refreshed: the next step tries again.
-                self._steps_left = int(updates_until_refresh(state.opt_state))
+                self._steps_left = self._steps_until_refresh(state)
                 return state, metrics
         self._steps_left -= 1
         return self._step(state, batch)
+
+    def _steps_until_refresh(self, state: TrainState) -> int:
+        if self._config.optimizer.has_projected_gradients:
+            return int(updates_until_refresh(state.opt_state))
+        return steps_until_restart(self._config, state.step)

@@ -44,6 +44,10 @@ MODES = {
     "accumulated": {"training": {"accumulation": 2}},
     "full": {"optimizer": {"gradients": "full"}, "training": {"accumulation": 2}},
     "adamw": {"optimizer": {"name": "adamw"}},
+    "lora": {"optimizer": {"name": "lora", "dropout": 0.0}},
+    "relora": {"optimizer": {"name": "relora", "dropout": 0.0}, "training": {"accumulation": 2}},
+    "lowrank": {"optimizer": {"name": "lowrank"}},
+    "dropout": {"optimizer": {"name": "lora"}},
     "muon": {"optimizer": {"name": "muon", "matrix_rate": 0.5}},
     "layerwise_muon": {
         "optimizer": {"name": "muon", "matrix_rate": 0.5},

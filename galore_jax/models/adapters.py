@@ -1,0 +1,119 @@
+"""Low-rank adapters: LoRA (arXiv 2106.09685), and low-rank factors in place of a kernel.
+
+An adapted layer has the parameters `lora_a` (in, rank) and `lora_b` (rank, out), with the leading
+layer axis of its kernel. In a tree of parameters they are next to `kernel` (in, out), which is then
+frozen, or there is no `kernel`.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from galore_jax.types import PyTree
+
+A, B, KERNEL = "lora_a", "lora_b", "kernel"
+FACTORS = (A, B)
+# The head of a classifier, which is trained with its adapters: a checkpoint does not have it.
+HEAD = "head"
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The factors of each kernel in the blocks of a model.
+
+    Attributes:
+      rank: of the factors, or its fraction of the kernel's smaller side.
+      alpha: the product of the factors is multiplied by alpha / rank if it is added to a kernel.
+      dropout: rate of dropout of the factors' input, if there is a random stream "dropout".
+      has_kernel: True: `y = x W + alpha / rank · (dropout(x) A) B` with a frozen kernel W;
+        False: `y = (x A) B`.
+    """
+
+    rank: int | float
+    alpha: float = 32.0
+    dropout: float = 0.0
+    has_kernel: bool = True
+
+    def rank_of(self, rows: int, columns: int) -> int:
+        """The rank of the factors of a kernel with this shape."""
+        if isinstance(self.rank, int):
+            return self.rank
+        return max(1, round(self.rank * min(rows, columns)))
+
+    def scale_of(self, rank: int) -> float:
+        """The factor of the product of factors with this rank."""
+        return self.alpha / rank if self.has_kernel else 1.0
+
+    def initializers(self, rank: int, kernel_deviation: float) -> tuple[Any, Any]:
+        """Initial values of A and B.
+
+        Beside a kernel A is uniform within ±1/√in, as PEFT's, and B is 0, so that the model is
+        unchanged. In place of a kernel both are normal with equal variances, and the product has
+        the standard deviation that the kernel would have.
+        """
+        if self.has_kernel:
+            uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            return uniform, nn.initializers.zeros
+        normal = nn.initializers.normal(math.sqrt(kernel_deviation / math.sqrt(rank)))
+        return normal, normal
+
+
+def product(adapter: Adapter, a: Any, b: Any) -> jax.Array:
+    """What the factors add to a kernel, or what they replace, in float32: (…, in, out)."""
+    a, b = (jnp.asarray(factor, jnp.float32) for factor in (a, b))
+    return adapter.scale_of(a.shape[-1]) * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def merge(params: PyTree, adapter: Adapter | None) -> PyTree:
+    """The parameters of the model without an adapter that computes the same, in the same dtypes."""
+    if adapter is None:
+        return params
+    flat: Any = flatten_dict(params)
+    merged = {path: leaf for path, leaf in flat.items() if path[-1] not in FACTORS}
+    for path, a in flat.items():
+        if path[-1] == A:
+            layer = path[:-1]
+            kernel = product(adapter, a, flat[*layer, B])
+            if adapter.has_kernel:
+                kernel += flat[*layer, KERNEL].astype(jnp.float32)
+            merged[*layer, KERNEL] = kernel.astype(a.dtype)
+    return unflatten_dict(merged)
+
+
+def split(params: PyTree, adapters_only: bool = False) -> tuple[PyTree, PyTree]:
+    """Splits parameters into those that are trained and those that are frozen.
+
+    Args:
+      params: nested dictionaries.
+      adapters_only: False freezes the kernels that have an adapter; True freezes everything but
+        adapters and the head of a classifier.
+
+    Returns:
+      Two trees, which `combine` makes one again; without adapters the second one is empty.
+    """
+    flat: Any = flatten_dict(params)
+
+    def is_trained(path: tuple[str, ...]) -> bool:
+        if adapters_only:
+            return path[-1] in FACTORS or path[0] == HEAD
+        return path[-1] != KERNEL or (*path[:-1], A) not in flat
+
+    trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    return unflatten_dict(trained), unflatten_dict(frozen)
+
+
+def combine(params: PyTree, others: PyTree) -> PyTree:
+    """The leaves of both trees in one; where both have a leaf, that of `others`."""
+    return unflatten_dict({**flatten_dict(params), **flatten_dict(others)})
+
+
+def factors(params: PyTree) -> PyTree:
+    """The factors alone, in a tree without the other leaves."""
+    flat: Any = flatten_dict(params)
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] in FACTORS})

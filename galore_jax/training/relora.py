@@ -1,0 +1,49 @@
+"""Restarts of ReLoRA (arXiv 2307.05695): merged adapters, new ones, and pruned moments."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.models.adapters import FACTORS, combine, factors, merge
+from galore_jax.subspace.matrix_view import path_names
+from galore_jax.training.config import Config
+from galore_jax.training.state import RESTART, TrainState, init_params, step_key
+from galore_jax.types import PyTree
+
+# The fraction of each adapter's moments that a restart sets to 0 (section 3 of the paper).
+PRUNED = 0.99
+
+
+def restart(config: Config, state: TrainState) -> TrainState:
+    """Merges the adapters into the kernels and starts new ones, which leaves the model as it is.
+
+    Kernels are rounded to the nearest number of their dtype. The new A are drawn as the first ones
+    were, from the seed and the step, so a resumed run draws the same; the new B are 0. Of the
+    moments of each factor of a layer the largest hundredth is kept, and the count of updates. The
+    learning rate is the schedule's business.
+    """
+    adapter = config.optimizer.adapter
+    assert adapter is not None, "only ReLoRA restarts"
+    key = jax.random.fold_in(step_key(config, state.step), RESTART)
+    params = combine(merge(state.params, adapter), factors(init_params(config, key)))
+    return state._replace(params=params, opt_state=prune_moments(state.opt_state))
+
+
+def prune_moments(opt_state: PyTree) -> PyTree:
+    """Sets all but the largest hundredth of each factor's moments to 0, in each layer by itself."""
+
+    def pruned(path: Any, leaf: jax.Array) -> jax.Array:
+        if path_names(path)[-1:] not in [(name,) for name in FACTORS]:
+            return leaf
+        size = jnp.abs(leaf)
+        limit = jnp.quantile(size, PRUNED, axis=(-2, -1), keepdims=True)
+        return jnp.where(size > limit, leaf, 0)
+
+    return jax.tree_util.tree_map_with_path(pruned, opt_state)
+
+
+def steps_until_restart(config: Config, step: Any) -> int:
+    """How many steps there are before the next one that begins with a restart, the first at T."""
+    gap = config.optimizer.update_proj_gap
+    return gap if int(step) == 0 else -int(step) % gap
