@@ -170,9 +170,9 @@ def predictions_table(predictions: dict[str, Parts], trained: dict[str, int]) ->
     """A line for each optimizer: its trained parameters, and the predicted parts in GiB."""
     width = max(len("GiB of"), *map(len, predictions)) + 2
     parts = list(next(iter(predictions.values())))
-    lines = [f"{'GiB of':<{width}}{'trained':>14}" + "".join(f"{part:>13}" for part in parts)]
+    lines = [f"{'GiB of':<{width}}{'trained':>14}" + "".join(f"{part:>12}" for part in parts)]
     for label, sizes in predictions.items():
-        figures = "".join(f"{sizes[part] / GIB:>13.3f}" for part in parts)
+        figures = "".join(f"{sizes[part] / GIB:>12.3f}" for part in parts)
         lines.append(f"{label:<{width}}{trained[label]:>14,}{figures}")
     return "\n".join(lines)
 

@@ -202,7 +202,8 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
         config, _ = _restore_meta(manager, step)
         files = {"driver": "file", "path": f"{manager.directory}/{step}/params/"}
 
-        @lru_cache(maxsize=1)
+        # A merged kernel is made of three parameters, of which two are small.
+        @lru_cache(maxsize=1 if config.optimizer.adapter is None else 3)
         def opened(path: str) -> Any:
             name = path.replace("/", ".")  # as Orbax names it
             kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
