@@ -118,6 +118,12 @@ def test_lora_trains_its_adapters_and_the_head_and_nothing_else(place, tmp_path)
             assert np.linalg.matrix_rank(added, tol=1e-6 * np.abs(leaf).max() * 32) == 4
 
 
+def test_a_setting_that_does_not_fit_the_model_is_named(place, tmp_path):
+    settings = {"name": "galore_muon", "rank": 24, "complement": 24}
+    with pytest.raises(InputError, match=r"^optimizer\.complement=24 asks for 24"):
+        finetune(configured(place, tmp_path / "run", settings))
+
+
 def test_seeds_differ_and_repeat_themselves(place, tmp_path):
     first, second = (
         finetune(configured(place, tmp_path / name, GALORE, epochs=1, seeds=2)) for name in "ab"

@@ -5,6 +5,8 @@
 settings.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -37,6 +39,17 @@ OPTIMIZERS = (
 )
 # They use more of a gradient than its coordinates.
 NEED_FULL_GRADIENTS = ("galore_fira", "apollo")
+
+
+@contextlib.contextmanager
+def naming_settings() -> Iterator[None]:
+    """Makes an `InputError` of what `galore` says of an argument, or of one that a matrix lacks."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("galore: "):
+            raise
+        raise InputError(f"optimizer.{str(error).removeprefix('galore: ')}") from None
 
 
 @dataclass(frozen=True)
@@ -154,10 +167,8 @@ class OptimizerConfig:
             require(f"optimizer.{name}", value, holds, "at least 0 and below 1 in float32")
         require("optimizer.dropout", self.dropout, 0 <= self.dropout < 1, "from 0 to below 1")
         require("optimizer.floor", self.floor, 0 <= self.floor <= 1, "between 0 and 1")
-        try:
+        with naming_settings():
             galore(**self.galore_settings)
-        except ValueError as error:
-            raise InputError(f"optimizer.{str(error).removeprefix('galore: ')}") from None
         gap = self.update_proj_gap
         require(
             "optimizer.max_gap",

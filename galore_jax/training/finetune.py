@@ -22,6 +22,7 @@ from galore_jax.interop.encoders import encoder_config, load_encoder, save_encod
 from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
+from galore_jax.training.config import naming_settings
 from galore_jax.training.config_file import to_toml
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.optimizer import make_optimizer
@@ -178,7 +179,8 @@ def _finetune_once(
         _report(loaded.initialized, "initialised, as the checkpoint lacks")
         _report(loaded.unused, "not used of the checkpoint:")
     params = steps.adapt(loaded.params, adapter_key)
-    state = steps.init(params)
+    with naming_settings():
+        state = steps.init(params)
     validation = [split for split in rows if split.startswith("validation")]
     best, count = -np.inf, 0
     for epoch in range(1, config.training.epochs + 1):

@@ -11,11 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 import galore_jax
-from galore_jax.errors import InputError
 from galore_jax.grads import layerwise
 from galore_jax.models.adapters import FACTORS, combine, split
 from galore_jax.models.llama import Llama
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, naming_settings
 from galore_jax.training.layout import batch_sharding, tensor_rules, whole
 from galore_jax.training.mesh import DATA
 from galore_jax.training.optimizer import make_optimizer
@@ -48,12 +47,8 @@ def init_state(config: Config) -> TrainState:
     """
     params = init_params(config, jax.random.key(config.training.seed))
     tx, module = _optimizer(config)
-    try:
+    with naming_settings():
         opt_state = module.init(tx, _in_float32(trained(config, params)[0]))
-    except ValueError as error:  # A setting that does not fit a matrix of this model.
-        if not str(error).startswith("galore: "):
-            raise
-        raise InputError(f"optimizer.{str(error).removeprefix('galore: ')}") from None
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 
