@@ -119,6 +119,30 @@ def test_the_trainer_of_tunix():
 
 
 @ignore_deprecations
+def test_a_checkpoint_of_tunix_brings_the_state_back(tmp_path):
+    pytest.importorskip("tunix", reason="google-tunix is not installed")
+    from flax import nnx
+
+    names = run("Tunix", blocks=2)
+    settings = {"eval_every_n_steps": 100, "checkpoint_root_directory": str(tmp_path)}
+
+    def trainer():
+        model = names["Llama3"](names["config"], rngs=nnx.Rngs(0))
+        config = names["TrainingConfig"](**settings, max_steps=2)
+        own = names["GaLoreTrainer"](model, names["adamw"](1e-2, rank=8), config)
+        return own.with_gen_model_input_fn(names["model_inputs"])
+
+    first = trainer()
+    first.train(names["dataset"])
+    second = trainer()
+    assert second.train_steps == 2
+    for each in (lambda own: own.model, lambda own: own.optimizer):
+        states = [jax.tree.leaves(nnx.state(each(own))) for own in (first, second)]
+        for one, other in zip(*states, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@ignore_deprecations
 def test_an_optimizer_and_a_model_of_keras(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras", reason="Keras is not installed")

@@ -45,6 +45,12 @@ def test_names_decide_without_rules():
     assert ranks() == {QUERY: 4, OUT: 4, UP: 4}
 
 
+def test_two_parameters_with_one_path_are_refused():
+    params = {"a/b": jnp.zeros((8, 8)), "a": {"b": jnp.zeros((8, 8))}}
+    with pytest.raises(ValueError, match="two parameters have the path a/b: rename one"):
+        galore_jax.galore(4).init(params)
+
+
 @pytest.mark.parametrize(
     ("rank", "expected"),
     [

@@ -102,8 +102,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     of parameters; so `optax.adamw` after galore decays only the component of the weights inside the
     subspace, while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the
     parameters (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain
-    in them. If the parameters are in Flax's boxes, masks and labels for optax's transformations
-    after galore must be functions, or trees without boxes.
+    in them. If the parameters are in boxes (Flax's, NNX variables, Haliax' named arrays), masks and
+    labels for optax's transformations after galore must be functions, or trees without boxes.
 
     With `galore(moments="reset")` a transformation that keeps moments runs once per matrix, with a
     count of its own. If it is itself an `optax.chain` with a clip by global norm, that clip then

@@ -166,8 +166,8 @@ def projections(
       A tree like `params`.
 
     Raises:
-      ValueError: a rule that applies to no leaf; or a rank, a complement or dimension numbers that
-        do not fit a leaf, which is named.
+      ValueError: a rule that applies to no leaf; a rank, a complement or dimension numbers that do
+        not fit a leaf, which is named; or two leaves with one path.
     """
     leaves, tree = named_leaves(params, is_coordinates), jax.tree.structure(params, is_coordinates)
     if any(is_coordinates(leaf) for _, leaf in leaves):
@@ -194,7 +194,19 @@ def projections(
             projection = _projection(names, view, rule, rule.or_else(default))
             result.append(_with_complement(projection, complement))
     _check_all_used(unused, ["/".join(names) for names, _ in leaves], rules)
+    _check_paths_differ(result)
     return jax.tree_util.tree_unflatten(tree, result)
+
+
+def _check_paths_differ(found: list[Projection | None]) -> None:
+    """Coordinates belong to a parameter by its path, which a key with a slash can imitate."""
+    paths = set()
+    for projection in filter(None, found):
+        if projection.path in paths:
+            raise ValueError(
+                f"galore: two parameters have the path {projection.name}: rename one of them."
+            )
+        paths.add(projection.path)
 
 
 def warn_if_nothing_projected(
