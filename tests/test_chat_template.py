@@ -142,6 +142,11 @@ def without_settings(folder):
     (folder / "tokenizer_config.json").unlink()
 
 
+def with_a_template_in_latin_1(folder):
+    save_tokenizer(folder, CHATML)
+    (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
+
+
 def with_settings(text):
     def change(folder):
         save_tokenizer(folder, CHATML)
@@ -155,6 +160,7 @@ def with_settings(text):
     [
         (without_template, r"no chat template in .*: write one into .*/chat_template\.jinja"),
         (without_settings, r"there is no .*/tokenizer_config\.json, which names the special"),
+        (with_a_template_in_latin_1, r"/chat_template\.jinja is not text in UTF-8"),
         (with_settings("{"), r"/tokenizer_config\.json is not a JSON file"),
         (with_settings("[]"), r"/tokenizer_config\.json is not a JSON file"),
         (

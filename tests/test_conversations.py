@@ -138,6 +138,7 @@ def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
         ({"messages": [{"role": "user"}]}, "content of message 1 must be text, not None"),
         ({"messages": [{"role": "bot", "content": ""}]}, "message 1 is role 'bot', which is unkno"),
         ({"conversations": [{"from": "tool", "value": ""}]}, "unknown; there are human, gpt, sys"),
+        ('{"instruction": "a\\ud83d", "output": "b"}', "instruction has half of a surrogate pair"),
         ({"messages": chat("a")}, "the conversation has no answer"),
         ({"messages": chat("", system="a")}, "the conversation has no answer"),
         ({"messages": chat("stop", "b")}, "the chat template refuses the messages: stopped"),

@@ -119,7 +119,8 @@ class ChatTemplate:
             ):
                 written.append(part)
         except (jinja2.TemplateError, TypeError) as error:
-            raise InputError(f"the chat template refuses the messages: {error}") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"the chat template refuses the messages: {reason}") from None
         return "".join(written), answers
 
     def _locate(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
@@ -142,7 +143,10 @@ def _find_template(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
     """The template and the name of its file."""
     path = folder / TEMPLATE
     if path.is_file():
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is not text in UTF-8.") from None
     source = settings.get("chat_template")
     if isinstance(source, list):  # Several by name.
         named = {each.get("name"): each.get("template") for each in source}

@@ -251,7 +251,13 @@ def _listed(
 
 def _text(table: Mapping[str, Any], key: str, number: int | None = None) -> str:
     value = table.get(key)
+    of = "" if number is None else f" of message {number}"
     if not isinstance(value, str):
-        of = "" if number is None else f" of message {number}"
         raise InputError(f"{key}{of} must be text, not {value!r:.40}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{key}{of} has half of a surrogate pair, which is no character."
+        ) from None
     return value

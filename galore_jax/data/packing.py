@@ -45,7 +45,7 @@ def pack(pieces: Sequence[np.ndarray], length: int, pad_id: int) -> Rows:
     tokens = tokens.reshape(count, length)
     targets = np.full_like(tokens, NO_TARGET)
     continues = is_token[:, 1:] & ~starts[:, 1:]
-    targets[:, :-1][continues] = tokens[:, 1:][continues]
+    targets[:, :-1] = np.where(continues, tokens[:, 1:], NO_TARGET)
     return {
         "tokens": tokens,
         "segments": np.where(is_token, np.cumsum(starts, axis=1), 0).astype(np.int32),
