@@ -94,13 +94,6 @@ def test_the_template_in_its_own_file_and_the_default_one_of_several_count(tmp_p
     assert "<|user|>" in load_tokenizer(path).decode(ChatTemplate(path).prompt("Hi"))
 
 
-def test_what_ends_an_answer_is_the_end_of_sequence_of_the_settings(tmp_path):
-    path = save_tokenizer(tmp_path, CHATML, eos_token="<|im_end|>")
-    assert ChatTemplate(path).eos_id == byte_level().token_to_id("<|im_end|>")
-    path = save_tokenizer(tmp_path, CHATML, eos_token=None)
-    assert ChatTemplate(path).eos_id == load_tokenizer(path).eos_id
-
-
 def test_a_template_cannot_reach_python(tmp_path):
     path = save_tokenizer(tmp_path, "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
     with pytest.raises(InputError, match="the chat template refuses the messages"):
@@ -159,17 +152,17 @@ def with_settings(text):
     ("damage", "named"),
     [
         (without_template, r"no chat template in .*: write one into .*/chat_template\.jinja"),
-        (without_settings, r"there is no .*/tokenizer_config\.json, which names the special"),
+        (without_settings, r"there is no .*/tokenizer_config\.json: name a folder that has one"),
         (with_a_template_in_latin_1, r"/chat_template\.jinja is not text in UTF-8"),
         (with_settings("{"), r"/tokenizer_config\.json is not a JSON file"),
-        (with_settings("[]"), r"/tokenizer_config\.json is not a JSON file"),
+        (with_settings("[]"), r"/tokenizer_config\.json is not a JSON object"),
         (
             lambda folder: save_tokenizer(folder, "{% for %}"),
             r"/tokenizer_config\.json is not a chat template in Jinja: .* in line 1",
         ),
         (
             lambda folder: save_tokenizer(folder, CHATML, eos_token="<|end|>"),
-            r"/tokenizer_config\.json has the eos_token '<|end|>', which is no token of",
+            r"/tokenizer\.json has no end-of-sequence token \(<\|end\|>\)",
         ),
         (
             lambda folder: save_tokenizer(folder, [{"name": "tools", "template": CHATML}]),
