@@ -76,7 +76,13 @@ def tokens():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "checkpoint"), [(LORA, True), (RELORA, True), (LOWRANK, False)], ids=str
+    ("optimizer", "checkpoint"),
+    [
+        (LORA, True),
+        pytest.param(RELORA, True, marks=pytest.mark.slow),
+        pytest.param(LOWRANK, False, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_is_written_with_its_adapters_merged(run_of, optimizer, checkpoint, tmp_path):
     run = run_of(optimizer, checkpoint)

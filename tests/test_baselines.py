@@ -261,6 +261,7 @@ def test_a_restored_training_repeats_dropout_and_restarts_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (restored, measured), (state, expected))
 
 
+@pytest.mark.slow
 def test_they_are_compared_by_name_and_their_runs_write_text(tmp_path):
     configs = {
         name: configured(

@@ -143,7 +143,8 @@ def test_a_step_draws_its_directions_once(params):
     assert products_in(lowered.compile().as_text()) == 3
 
 
-@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_layerwise_steps_take_the_same_directions(clip):
     settings = {"rank": 8, "update_proj_gap": 5, "complement": 4}
     tx = galore_jax.muon(0.003, **settings)

@@ -124,6 +124,7 @@ def test_a_setting_that_does_not_fit_the_model_is_named(place, tmp_path):
         finetune(configured(place, tmp_path / "run", settings))
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat_themselves(place, tmp_path):
     first, second = (
         finetune(configured(place, tmp_path / name, GALORE, epochs=1, seeds=2)) for name in "ab"

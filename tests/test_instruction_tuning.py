@@ -143,6 +143,7 @@ def test_projected_gradients_are_the_projections_of_full_ones(config, batch, sta
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
+@pytest.mark.slow
 def test_a_layer_wise_step_is_the_ordinary_one(config, batch):
     results = []
     for is_layerwise in (False, True):

@@ -126,14 +126,8 @@ FULL_CASES = {
 }
 
 
-# Here each optimizer occurs, and each way to treat moments. The other cases are slow.
-QUICK = (
-    "adamw rotate stagger-coordinates",
-    "adafactor-coordinates",
-    "adamw reset-full",
-    "lion rotate stagger-full",
-    "fira stagger-full",
-)
+# The other cases are slow.
+QUICK = ("adamw rotate stagger-coordinates", "fira stagger-full")
 
 
 def run_cases():
@@ -196,6 +190,7 @@ def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step(pro
         assert {uses.gradient for uses in report.values()} == {"projected"}
 
 
+@pytest.mark.slow
 def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():
     tx = galore_jax.adamw(0.003, 8, GAP, eight_bit=True, basis_dtype=jnp.int8)
     config = LlamaConfig(97, 64, 96, 3, 4, max_length=24)
@@ -242,6 +237,7 @@ def test_a_first_pass_clips_as_an_ordinary_clip_does(projected):
         state = state._replace(inner_states=tuple(links))
 
 
+@pytest.mark.slow
 def test_the_previous_step_clips_by_its_own_norm_and_the_first_step_not_at_all():
     tx = galore_jax.chain(galore_jax.galore(8), optax.sgd(1.0))
     settings = {"clip_norm": 0.3, "clip_by": "previous_step"}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from eight_devices import environment
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent / "mesh" / "trainer_on_mesh.py"
 # Rounding in another order moves a loss by a few units in its last place, 2.4e-7, and 20 steps by
 # ten times as much. Where it changes an 8-bit code, by a fraction of a step of that code.
@@ -34,22 +35,22 @@ def assert_equal_losses(result, expected, bound):
     ("mode", "meshes", "bound"),
     [
         ("projected", ["fsdp", "all"], EXACT),
-        pytest.param("projected", ["data", "zero", "explicit"], EXACT, marks=pytest.mark.slow),
-        pytest.param("accumulated", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
-        pytest.param("full", ["data", "fsdp", "all", "explicit"], EXACT, marks=pytest.mark.slow),
-        pytest.param("adamw", ["fsdp", "zero"], EXACT, marks=pytest.mark.slow),
-        pytest.param("lora", ["data", "all", "zero"], EXACT, marks=pytest.mark.slow),
-        pytest.param("relora", ["data", "fsdp"], RESTARTED, marks=pytest.mark.slow),
-        pytest.param("relora", ["all", "explicit"], RESTARTED, marks=pytest.mark.slow),
-        pytest.param("lowrank", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
+        ("projected", ["data", "zero", "explicit"], EXACT),
+        ("accumulated", ["data", "fsdp", "all"], EXACT),
+        ("full", ["data", "fsdp", "all", "explicit"], EXACT),
+        ("adamw", ["fsdp", "zero"], EXACT),
+        ("lora", ["data", "all", "zero"], EXACT),
+        ("relora", ["data", "fsdp"], RESTARTED),
+        ("relora", ["all", "explicit"], RESTARTED),
+        ("lowrank", ["data", "fsdp", "all"], EXACT),
         # Shards of the axis "data" draw what to drop by themselves, those of others do not.
-        pytest.param("dropout", ["fsdp"], EXACT, marks=pytest.mark.slow),
-        pytest.param("muon", ["fsdp", "all", "zero", "explicit"], EXACT, marks=pytest.mark.slow),
-        pytest.param("layerwise_muon", ["fsdp", "all"], EXACT, marks=pytest.mark.slow),
-        pytest.param("layerwise", ["data", "fsdp", "all"], EXACT, marks=pytest.mark.slow),
-        pytest.param("layerwise", ["zero", "explicit"], EXACT, marks=pytest.mark.slow),
-        pytest.param("8bit", ["data", "fsdp", "all", "zero"], EIGHT_BIT, marks=pytest.mark.slow),
-        pytest.param("layerwise_8bit", ["fsdp", "all"], EIGHT_BIT, marks=pytest.mark.slow),
+        ("dropout", ["fsdp"], EXACT),
+        ("muon", ["fsdp", "all", "zero", "explicit"], EXACT),
+        ("layerwise_muon", ["fsdp", "all"], EXACT),
+        ("layerwise", ["data", "fsdp", "all"], EXACT),
+        ("layerwise", ["zero", "explicit"], EXACT),
+        ("8bit", ["data", "fsdp", "all", "zero"], EIGHT_BIT),
+        ("layerwise_8bit", ["fsdp", "all"], EIGHT_BIT),
     ],
     ids=str,
 )
@@ -65,7 +66,6 @@ def test_losses_on_a_mesh_are_those_of_one_device(mode, meshes, bound):
             assert other["start"]["optimizer"] <= single["start"]["optimizer"] / 8 * 1.1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "bound"),
     [("moved_projected", EXACT), ("moved_layerwise_8bit", EIGHT_BIT)],

@@ -97,7 +97,7 @@ def largest_angle(one, other):
     return np.linalg.norm(other - one @ (one.T @ other), 2)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 def test_a_sketch_spans_what_the_iteration_on_the_full_gradient_spans(proj_type, micro_batches):
     params, tokens = start()
@@ -124,7 +124,10 @@ def test_a_sketch_spans_what_the_iteration_on_the_full_gradient_spans(proj_type,
         assert bool(refresh_due(state))
 
 
-@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize(
+    "moments",
+    ["keep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reset", "rotate"))],
+)
 def test_steps_of_projected_and_of_full_gradients_agree_along_a_run(moments):
     params, tokens = start()
     tx = galore_jax.adamw(1e-2, 6, 8, 1.0, weight_decay=0.1, moments=moments)

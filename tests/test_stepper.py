@@ -129,8 +129,8 @@ def test_settings_that_need_full_gradients_are_refused(settings, sentence):
     "optimizer",
     [
         {"clip_by": "first_pass"},
-        {"gradients": "full", "clip_norm": 0.0},
-        {"name": "adamw", "clip_norm": 0.0},
+        pytest.param({"gradients": "full", "clip_norm": 0.0}, marks=pytest.mark.slow),
+        pytest.param({"name": "adamw", "clip_norm": 0.0}, marks=pytest.mark.slow),
     ],
     ids=["projected, clipped", "full", "adamw"],
 )
