@@ -20,7 +20,8 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from galore_jax.errors import InputError, run_cli
+from galore_jax.command_line import numbers, parts
+from galore_jax.errors import run_cli
 
 
 def main() -> None:
@@ -41,10 +42,10 @@ def main() -> None:
     parser.add_argument("--matrix-rates", help="and matrix rates, as in 0.125,0.25,0.5")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    names = _parts("--optimizers", arguments.optimizers)
-    seeds = _numbers("--seeds", arguments.seeds, int)
-    rates = _numbers("--rates", arguments.rates, float)
-    matrix_rates = _numbers("--matrix-rates", arguments.matrix_rates, float)
+    names = parts("--optimizers", arguments.optimizers)
+    seeds = numbers("--seeds", arguments.seeds, int)
+    rates = numbers("--rates", arguments.rates, float)
+    matrix_rates = numbers("--matrix-rates", arguments.matrix_rates, float)
 
     from galore_jax.training.compare import compare, table
     from galore_jax.training.config_file import load_comparison
@@ -56,26 +57,6 @@ def main() -> None:
     except Interrupted:
         sys.exit("stopped, all saved: run the same command again to continue.")
     print(table(rows), end="")
-
-
-def _numbers(option: str, text: str | None, kind: type) -> list:
-    parts = _parts(option, text)
-    try:
-        return [kind(part) for part in parts]
-    except ValueError:
-        raise InputError(f"{option} is {text!r}: give numbers, as in 1,2,3.") from None
-
-
-def _parts(option: str, text: str | None) -> list[str]:
-    """The parts between commas, without repetitions; none if the option is not given."""
-    if text is None:
-        return []
-    parts = dict.fromkeys(part.strip() for part in text.split(",") if part.strip())
-    if not parts:
-        raise InputError(
-            f"{option} is empty: list something, separated by commas, or leave it out."
-        )
-    return list(parts)
 
 
 if __name__ == "__main__":

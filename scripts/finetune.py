@@ -3,25 +3,39 @@
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base \
     data.source=glue training.seeds=3 optimizer.rank=8 optimizer.scale=2
+python scripts/finetune.py --config configs/minilm.toml --rates 2e-5,5e-5,1e-4,2e-4
+
+The last command compares the optimizers of the tables [compare.LABEL] in the file, each at the rate
+with which the first seed is best. Runs are kept: the same command continues.
 """
 
 import argparse
 
+from galore_jax.command_line import numbers
 from galore_jax.errors import run_cli
 
 
 def main() -> None:
     """Reads the arguments, fine-tunes and prints the mean and deviation over the seeds."""
-    parser = argparse.ArgumentParser(description="Fine-tunes an encoder on a task of GLUE.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/glue/rte.toml")
+    parser.add_argument("--rates", help="compare at learning rates to choose from, as in 2e-5,5e-5")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
-    from galore_jax.training.config_file import load_config
+    from galore_jax.training.compare_finetuning import compare_finetuning, table
+    from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.finetune import finetune
     from galore_jax.training.finetune_config import FinetuneConfig
 
+    if arguments.rates is not None:
+        rates = numbers("--rates", arguments.rates, float)
+        configs = load_comparison(arguments.config, arguments.overrides, kind=FinetuneConfig)
+        print(table(compare_finetuning(configs, rates)), end="")
+        return
     summary = finetune(load_config(arguments.config, arguments.overrides, FinetuneConfig))
     print(
         f"{summary['task']}: {summary['metric']} {summary['mean']:.4f} "

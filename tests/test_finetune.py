@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from encoders import BERT, initial
+from scipy import stats
 
 from galore_jax.errors import InputError
 
@@ -22,7 +23,8 @@ from galore_jax.data.text_pairs import load_pair_tokenizer
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.models.encoder import Classifier, MaskedLanguageModel
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.training.config_file import from_dict, load_config
+from galore_jax.training.compare_finetuning import compare_finetuning, table
+from galore_jax.training.config_file import from_dict, load_comparison, load_config, to_toml
 from galore_jax.training.finetune import finetune
 from galore_jax.training.finetune_config import FinetuneConfig
 
@@ -84,7 +86,9 @@ def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_pa
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["metric"] == "accuracy"
     assert summary["mean"] == summary["best"][0] > 0.9  # half of the examples entail
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [record["epoch"] for record in records] == [1, 2, 3]
     assert records[-1]["loss"] < records[0]["loss"]
     assert max(record["validation"]["accuracy"] for record in records) == summary["best"][0]
@@ -125,15 +129,47 @@ def test_a_setting_that_does_not_fit_the_model_is_named(place, tmp_path):
 
 
 @pytest.mark.slow
-def test_seeds_differ_and_repeat_themselves(place, tmp_path):
-    first, second = (
-        finetune(configured(place, tmp_path / name, GALORE, epochs=1, seeds=2)) for name in "ab"
-    )
-    assert first == second
-    lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
-    assert lines == (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()
-    assert len({json.loads(line)["loss"] for line in lines}) == 2
-    np.testing.assert_allclose(first["deviation"], np.std(first["best"], ddof=1), atol=1e-12)
+def test_seeds_differ_and_an_interrupted_fine_tuning_continues_with_those_missing(place, tmp_path):
+    first, second = (tmp_path / name for name in "ab")
+    expected = finetune(configured(place, first, GALORE, epochs=1, seeds=2))
+    losses = [(first / f"seed-{n}" / "metrics.jsonl").read_text() for n in (0, 1)]
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(expected["deviation"], np.std(expected["best"], ddof=1), atol=1e-12)
+
+    finetune(configured(place, second, GALORE, epochs=1))
+    seconds = json.loads((second / "seed-0" / "result.json").read_text())["seconds"]
+    (second / "seed-1").mkdir()
+    (second / "seed-1" / "metrics.jsonl").write_text("of an interrupted run\n")
+    found = finetune(configured(place, second, GALORE, epochs=1, seeds=2))
+    assert found["best"] == expected["best"]
+    assert found["seconds"][0] == seconds
+    assert (second / "seed-1" / "metrics.jsonl").read_text() == losses[1]
+
+
+@pytest.mark.slow
+def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_path):
+    configs = {
+        name: configured(place, tmp_path, settings, epochs=1, seeds=2)
+        for name, settings in (("adamw", {"name": "adamw"}), ("lora", LORA))
+    }
+    rows = compare_finetuning(configs, [1e-6, 0.01])
+    for row in rows:
+        first = [
+            json.loads((tmp_path / f"{row.label}-{rate:g}" / "seed-0" / "result.json").read_text())
+            for rate in (1e-6, 0.01)
+        ]
+        assert row.rate == (0.01 if first[1]["best"] > first[0]["best"] else 1e-6)
+        assert len(row.summary["best"]) == 2
+    text = (tmp_path / "comparison.md").read_text()
+    assert text == table(rows)
+    lora = [cell.strip() for cell in text.splitlines()[3].split("|")][1:-1]
+    assert lora[:2] == ["lora", f"{rows[1].rate:g}"]
+    ours, theirs = (row.summary["best"] for row in reversed(rows))
+    test = stats.ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(0.95)
+    if not np.isnan(low):
+        assert lora[5] == f"{low:+.4f} to {high:+.4f}"
+    assert lora[4] == f"{np.mean(ours) - np.mean(theirs):+.4f}"
 
 
 def test_what_does_not_fit_is_one_sentence(place, tmp_path):
@@ -143,8 +179,8 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
         finetune(dataclasses.replace(config, data=data))
     with pytest.raises(InputError, match="warmup_steps is 99, but there are only 12 steps"):
         finetune(configured(place, tmp_path, GALORE | {"warmup_steps": 99}))
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(InputError, match=r"holds results: name another training.folder"):
+    (tmp_path / "config.toml").write_text(to_toml(configured(place, tmp_path, {"name": "adamw"})))
+    with pytest.raises(InputError, match=r"holds results with optimizer.name = 'adamw', which is"):
         finetune(configured(place, tmp_path, GALORE))
     model = tmp_path / "model"
     save_encoder(model, MaskedLanguageModel(CONFIG), initial(MaskedLanguageModel(CONFIG)))
@@ -159,6 +195,10 @@ def test_the_configurations_in_the_repository_are_valid():
         assert config.data.task == path.stem
     with pytest.raises(InputError, match=r"data.task = 'rtl' is unknown"):
         load_config(path, ["data.task=rtl"], FinetuneConfig)
+    compared = load_comparison(ROOT / "configs" / "minilm.toml", kind=FinetuneConfig)
+    assert [config.optimizer.name for config in compared.values()] == [
+        *("adamw", "galore_adamw", "galore_adamw", "galore_muon", "lora", "lora")
+    ]
 
 
 def test_the_script_ends_in_one_sentence(tmp_path):

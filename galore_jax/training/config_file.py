@@ -66,8 +66,11 @@ def load_config(
 
 
 def load_comparison(
-    path: str | Path, overrides: Sequence[str] = (), names: Sequence[str] = ()
-) -> dict[str, Config]:
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    names: Sequence[str] = (),
+    kind: type[AnyConfig] = Config,
+) -> dict[str, AnyConfig]:
     """Reads the optimizers to compare from a TOML file.
 
     Args:
@@ -75,6 +78,7 @@ def load_comparison(
       overrides: as for `load_config`; the tables of the optimizers take precedence over them.
       names: which ones, by the label of their table or, without a table, by `optimizer.name`.
         Empty: all tables of the file; if there is none, `COMPARED`.
+      kind: as for `load_config`.
 
     Returns:
       By label, the configurations, which differ in `[optimizer]` alone.
@@ -84,7 +88,7 @@ def load_comparison(
     """
     table = _read(path)
     tables = table.pop(COMPARE, {})
-    base = to_dict(_config(path, table, overrides, Config))
+    base = to_dict(_config(path, table, overrides, kind))
     configs = {}
     for label in names or tables or COMPARED:
         if label not in tables and label not in OPTIMIZERS:
@@ -100,7 +104,7 @@ def load_comparison(
             )
         optimizer = {**base["optimizer"], "name": label, **settings}
         try:
-            configs[label] = from_dict(base | {"optimizer": optimizer})
+            configs[label] = from_dict(base | {"optimizer": optimizer}, kind)
         except InputError as error:
             raise InputError(f"[{COMPARE}.{label}]: {error}") from None
     return configs

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +18,19 @@ from galore_jax.data.glue import TASKS, Task, encode, load_examples, write_predi
 from galore_jax.data.glue_metrics import predictions_of, scores
 from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokenizer
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import atomic_write, read_json
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import naming_settings
-from galore_jax.training.config_file import to_toml
+from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.state import tree_bytes
 from galore_jax.types import PyTree
 
+CONFIG = "config.toml"
 Rows = dict[str, np.ndarray]
 
 
@@ -56,19 +59,20 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tunes as configured, evaluates after each epoch and keeps the best checkpoint.
 
     The best checkpoint of a seed has the largest first metric of the task on the first validation
-    split; it is a Hugging Face folder, `seed-N/`, with the tokenizer of the model.
+    split; it is a Hugging Face folder, `seed-N/`, with the tokenizer of the model. Seeds that an
+    earlier call completed in the same folder, with the same settings, are not trained again.
 
     Returns:
       The summary, also written as summary.json: `metric`, the first of the task; `best`, its value
-      for each seed; their `mean` and standard `deviation` (0 for one seed).
+      for each seed; their `mean` and standard `deviation` (0 for one seed); `optimizer_bytes`, of
+      the state; and `seconds` of training, evaluation and compilation included, for each seed.
 
     Raises:
-      InputError: the folder holds results, or the checkpoint, its tokenizer or the data cannot be
-        used.
+      InputError: the folder holds results of other settings, or the checkpoint, its tokenizer or
+        the data cannot be used.
     """
     folder, task = Path(config.training.folder), TASKS[config.data.task]
-    if (folder / "metrics.jsonl").exists():
-        raise InputError(f"{folder} holds results: name another training.folder.")
+    _check_folder(folder, config)
     encoder = encoder_config(config.model.checkpoint)
     tokenizer = load_pair_tokenizer(config.model.checkpoint)
     _check_fit(config, encoder, tokenizer)
@@ -82,16 +86,25 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         )
     compiled = make_steps(config, model, steps)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
-    best = [
-        _finetune_once(config, task, model, compiled, rows, s) for s in range(config.training.seeds)
-    ]
+    with atomic_write(folder / CONFIG) as unfinished:
+        unfinished.write_text(to_toml(config), encoding="utf-8")
+    results = []
+    for seed in range(config.training.seeds):
+        result = folder / f"seed-{seed}" / "result.json"
+        if not result.is_file():
+            found = _finetune_once(config, task, model, compiled, rows, seed)
+            with atomic_write(result) as unfinished:
+                unfinished.write_text(json.dumps(found) + "\n")
+        results.append(read_json(result))
+    best = [found["best"] for found in results]
     summary = {
         "task": task.name,
         "metric": task.metrics[0],
         "best": best,
         "mean": statistics.mean(best),
         "deviation": statistics.stdev(best) if len(best) > 1 else 0.0,
+        "optimizer_bytes": results[0]["optimizer_bytes"],
+        "seconds": [found["seconds"] for found in results],
     }
     with atomic_write(folder / "summary.json") as unfinished:
         unfinished.write_text(json.dumps(summary, indent=2) + "\n")
@@ -168,10 +181,12 @@ def _finetune_once(
     steps: Steps,
     rows: dict[str, Rows],
     seed: int,
-) -> float:
-    """Fine-tunes with one seed; returns the best value of the task's first metric."""
-    folder = Path(config.training.folder)
-    place = folder / f"seed-{seed}"
+) -> dict[str, Any]:
+    """Fine-tunes with one seed; returns the best value of the task's first metric, and the cost."""
+    start = time.perf_counter()
+    place = Path(config.training.folder) / f"seed-{seed}"
+    place.mkdir(exist_ok=True)
+    (place / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was interrupted
     head_key, dropout_key = jax.random.split(jax.random.key(seed))
     adapter_key = jax.random.fold_in(head_key, 1)
     loaded = load_encoder(config.model.checkpoint, model, head_key)
@@ -206,9 +221,8 @@ def _finetune_once(
             )
             for split in validation
         }
-        with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            record = {"seed": seed, "epoch": epoch, "loss": mean_loss, **metrics}
-            file.write(json.dumps(record) + "\n")
+        with (place / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"epoch": epoch, "loss": mean_loss, **metrics}) + "\n")
         first = metrics[validation[0]]
         print(f"seed {seed}, epoch {epoch}: loss {mean_loss:.4f}, {_text(first)}")
         if first[task.metrics[0]] > best:
@@ -221,7 +235,8 @@ def _finetune_once(
         for split in (split for split in rows if split.startswith("test")):
             found = _predict(config, task, steps, params, rows[split])
             write_predictions(task, split, found, place)
-    return best
+    seconds = time.perf_counter() - start
+    return {"best": best, "optimizer_bytes": tree_bytes(state), "seconds": seconds}
 
 
 def _predict(
@@ -245,6 +260,19 @@ def _encoded_splits(
         )
         for split in splits
     }
+
+
+def _check_folder(folder: Path, config: FinetuneConfig) -> None:
+    """Raises an `InputError` if the folder holds results of other settings."""
+    if not (folder / CONFIG).exists():
+        return
+    recorded = to_dict(load_config(folder / CONFIG, kind=FinetuneConfig))
+    for key, (old, new) in differences(recorded, to_dict(config)).items():
+        if key not in ("training.seeds", "training.folder"):
+            raise InputError(
+                f"{folder} holds results with {key} = {old!r}, which is {new!r} here: name another "
+                "training.folder."
+            )
 
 
 def _check_fit(config: FinetuneConfig, encoder: EncoderConfig, tokenizer: PairTokenizer) -> None:

@@ -60,7 +60,8 @@ class FinetuningConfig:
       epochs: passes over the training examples, each followed by an evaluation.
       seeds: number of runs, with the seeds 0, 1, 2, … of the head, the order and dropout.
       predict: also write the best checkpoints' predictions for the test set, to submit to GLUE.
-      folder: config.toml, metrics.jsonl, seed-N/ with a run's best checkpoint, and summary.json.
+      folder: config.toml; for each seed seed-N/ with metrics.jsonl, the best checkpoint and
+        result.json; and summary.json.
 
     Raises:
       InputError: a value out of range.

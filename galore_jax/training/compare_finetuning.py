@@ -1,0 +1,99 @@
+"""Comparison of optimizers on a task of GLUE, each at the best learning rate of one grid."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from galore_jax.files import atomic_write
+from galore_jax.training.finetune import finetune
+from galore_jax.training.finetune_config import FinetuneConfig
+from galore_jax.training.metrics import format_bytes
+
+COLUMNS = (
+    *("optimizer", "learning rate", "metric", "deviation", "against adamw", "95% interval"),
+    *("optimizer state", "seconds"),
+)
+
+
+class Row(NamedTuple):
+    """One optimizer of a comparison: its label, its chosen learning rate, and the summary there."""
+
+    label: str
+    rate: float
+    summary: dict[str, Any]
+
+
+def compare_finetuning(
+    configs: Mapping[str, FinetuneConfig], rates: Sequence[float] = ()
+) -> list[Row]:
+    """Fine-tunes with each optimizer from the same checkpoint on the same examples.
+
+    Each optimizer takes the learning rate with which the first seed reaches the best value of the
+    task's first metric, the smaller one of two that are equal. Then all seeds run at this rate.
+    Runs are kept, each in a folder of its own, so an interrupted comparison continues.
+
+    Args:
+      configs: by label, as from `load_comparison`.
+      rates: the grid. Empty: the configured rates.
+
+    Returns:
+      One row per optimizer. `table` of them is also written to `comparison.md` in
+      `training.folder`.
+
+    Raises:
+      InputError: as for `finetune`, and if a rate is out of range.
+    """
+    rows = []
+    for label, config in configs.items():
+        seeds = config.training.seeds
+        first = {rate: finetune(_at(label, config, rate, 1))["mean"] for rate in sorted(set(rates))}
+        best = max(first, key=lambda rate: first[rate], default=config.optimizer.learning_rate)
+        rows.append(Row(label, best, finetune(_at(label, config, best, seeds))))
+    folder = Path(next(iter(configs.values())).training.folder)
+    with atomic_write(folder / "comparison.md") as path:
+        path.write_text(table(rows), encoding="utf-8")
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of the rows, with paired differences from AdamW.
+
+    The interval is that of Student's t for the mean of the differences of runs with equal seeds.
+    """
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
+    baseline = next((row for row in rows if row.label == "adamw"), None)
+    for row in rows:
+        difference, interval = "", ""
+        if baseline is not None and row is not baseline:
+            pairs = np.subtract(row.summary["best"], baseline.summary["best"])
+            difference = f"{pairs.mean():+.4f}"
+            if len(pairs) > 1:
+                half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
+                interval = f"{pairs.mean() - half:+.4f} to {pairs.mean() + half:+.4f}"
+        cells = (
+            row.label,
+            f"{row.rate:g}",
+            f"{row.summary['mean']:.4f}",
+            f"{row.summary['deviation']:.4f}",
+            difference,
+            interval,
+            format_bytes(row.summary["optimizer_bytes"]),
+            f"{statistics.median(row.summary['seconds']):.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _at(label: str, config: FinetuneConfig, rate: float, seeds: int) -> FinetuneConfig:
+    """The configuration at a learning rate, in a folder with the rate in its name."""
+    folder = Path(config.training.folder) / f"{label}-{rate:g}"
+    return dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
+        training=dataclasses.replace(config.training, folder=str(folder), seeds=seeds),
+    )
