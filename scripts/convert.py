@@ -38,13 +38,14 @@ def main() -> None:
     from galore_jax.training.convert import from_huggingface, to_huggingface
     from galore_jax.training.progress import peak_process_memory
 
+    adapter_only = arguments.direction == "to-huggingface" and arguments.adapter
     if arguments.direction == "from-huggingface":
         config = from_huggingface(arguments.source, arguments.target)
     else:
-        config = to_huggingface(arguments.source, arguments.target, adapter_only=arguments.adapter)
+        config = to_huggingface(arguments.source, arguments.target, adapter_only=adapter_only)
+    tokenizer = "" if adapter_only else f", with the tokenizer {config.data.tokenizer}"
     print(
-        f"{arguments.target}: {config.model.num_layers} layers, with the tokenizer "
-        f"{config.data.tokenizer}; {peak_process_memory()}",
+        f"{arguments.target}: {config.model.num_layers} layers{tokenizer}; {peak_process_memory()}",
         file=sys.stderr,
     )
 

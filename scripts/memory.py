@@ -82,10 +82,10 @@ def main() -> None:
     if arguments.picture and devices > 1:
         raise InputError("--picture compares optimizers on one device: leave out mesh settings.")
     if arguments.optimizers is not None:
-        if arguments.picture or devices > 1:
+        if arguments.picture or devices > 1 or arguments.device != "cpu":
             raise InputError(
-                "--optimizers is for one device and draws nothing: leave out --picture and mesh "
-                "settings."
+                "--optimizers is for one device, compiles nothing and draws nothing: leave out "
+                "--device, --picture and mesh settings."
             )
         compare(arguments)
         return

@@ -226,12 +226,13 @@ def test_restarts_are_due_at_multiples_of_the_gap_but_not_at_the_start(batch):
 
 
 def test_the_rate_of_relora_warms_up_again_after_each_restart():
-    settings = {"learning_rate": 1.0, "warmup_steps": 50, "floor": 0.1, "update_proj_gap": 40}
+    settings = {"learning_rate": 1.0, "warmup_steps": 42, "floor": 0.1, "update_proj_gap": 40}
     adamw, relora = (
         np.asarray(learning_rate_schedule(OptimizerConfig(name, **settings), 200)(np.arange(200)))
         for name in ("adamw", "relora")
     )
-    # The restart at 40 is in the first warm-up; those at 80, 120 and 160 have four steps each.
+    # The restart at 40 is in the first warm-up, which ends earlier than its own four steps would;
+    # those at 80, 120 and 160 have theirs.
     ratio = np.ones(200)
     for start in (80, 120, 160):
         ratio[start : start + 4] = [0.25, 0.5, 0.75, 1]

@@ -106,6 +106,8 @@ def test_a_template_cannot_reach_python(tmp_path):
         (MISTRAL, chat("a", "b")[::-1], "refuses the messages: roles must alternate user/assis"),
         (CHATML + "{{ nothing.at.all }}", chat("a", "b"), "'nothing' is undefined"),
         (CHATML + "{{ 1 + eos_token }}", chat("a", "b"), "refuses the messages: unsupported"),
+        (CHATML + "{{ 'a'.index('b') }}", chat("a", "b"), "refuses the messages: substring"),
+        (CHATML, chat("a", "b")[1:], "message 1 is an answer with no message before it"),
         (
             # As templates of reasoning models, which omit earlier thoughts.
             "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}.{% endfor %}",
@@ -165,7 +167,7 @@ def with_settings(text):
             r"/tokenizer\.json has no end-of-sequence token \(<\|end\|>\)",
         ),
         (
-            lambda folder: save_tokenizer(folder, [{"name": "tools", "template": CHATML}]),
+            lambda folder: save_tokenizer(folder, ["a", {"name": "tools", "template": CHATML}]),
             "no chat template in",
         ),
     ],

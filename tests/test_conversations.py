@@ -1,5 +1,6 @@
 """Conversations: formats, bad rows, splits, whole rows, and exactly resumed batches."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -29,7 +30,7 @@ ROW = {"messages": chat(QUESTION, ANSWER)}
 @pytest.fixture
 def tokenizer(tmp_path):
     """The path of a tokenizer with a chat template."""
-    return save_tokenizer(tmp_path, CHATML)
+    return save_tokenizer(tmp_path, CHATML, eos_token="<|im_end|>")
 
 
 @pytest.fixture
@@ -105,6 +106,24 @@ def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
     assert read[1].is_answer.sum() == 2 * is_answer.sum()
 
 
+def test_a_file_of_conversations_without_the_setting_for_them_is_named(write, tokenizer):
+    one = dataclasses.replace(config(write([ROW]), tokenizer), rows="packed")
+    with pytest.raises(InputError, match=r'is a file, .* need data\.rows = "conversations"'):
+        train_batches(one, load_tokenizer(tokenizer))
+
+
+def test_a_missing_input_and_none_are_the_same(write, tokenizer):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "input": None, "output": "b"}]
+    one, other = everything(folder_of(write, rows), tokenizer)
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_a_template_whose_answers_do_not_end_with_the_end_of_sequence_is_refused(write, tmp_path):
+    tokenizer = save_tokenizer(tmp_path, CHATML)  # which ends them with <|im_end|>
+    with pytest.raises(InputError, match="no answer has the tokenizer's end of sequence"):
+        everything(folder_of(write, [ROW]), tokenizer)
+
+
 def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
     rows = many(4)
     lines = [json.dumps(row) for row in rows]
@@ -149,7 +168,7 @@ def test_a_bad_row_is_refused_at_the_start_with_its_file_and_line(row, named, wr
     stops = (
         "{%- if messages[0].content == 'stop' -%}{{- raise_exception('stopped') -}}{%- endif -%}"
     )
-    tokenizer = save_tokenizer(tmp_path, stops + CHATML)
+    tokenizer = save_tokenizer(tmp_path, stops + CHATML, eos_token="<|im_end|>")
     folder = folder_of(write, [ROW, "", row, ROW])
     with pytest.raises(InputError, match=named) as refused:
         train_batches(config(folder, tokenizer), load_tokenizer(tokenizer))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from model_folder import load, random_params, save
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
+from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import load_for_inference, save_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
@@ -96,6 +98,16 @@ def test_the_way_back_gives_the_same_model(run, folder, params, tmp_path):
     assert json.loads((tmp_path / "back" / "tokenizer.json").read_text()) == TOKENIZER
     assert (tmp_path / "back" / "tokenizer_config.json").read_text() == '{"eos_token": "b"}'
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_tokenizer_of_another_name_takes_along_what_is_beside_it(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / name.replace("tokenizer.json", "own.json"))
+    (tmp_path / "new").mkdir()
+    copy_tokenizer(tmp_path / "own.json", tmp_path / "new")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes()
+    assert len(list((tmp_path / "new").iterdir())) == 2
 
 
 def test_a_run_without_an_optimizer_is_neither_resumed_nor_replaced(run, folder):

@@ -7,6 +7,7 @@ devices. So the order and the iterator's state depend on the configuration alone
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -39,7 +40,7 @@ class DataConfig:
             conversations the last, next to its chat template.
         rows: "packed", documents end to end without padding; or "documents", one per row, truncated
             or padded, with an eos token, as in the reference implementation; or "conversations",
-            each complete and trained on its answers only.
+            never cut to fill a row, and trained on their answers only.
         held_out: how many conversations of a single file, or which fraction of them, are the
             validation split.
         sequence_length: tokens per row.
@@ -84,6 +85,11 @@ def documents(config: DataConfig, split: str) -> Sequence[str]:
     Raises:
         InputError: `config.source` is neither "python" nor a folder made by prepare_c4.py.
     """
+    if Path(config.source).is_file():
+        raise InputError(
+            f"data.source is a file, {config.source}: conversations in a file need data.rows = "
+            '"conversations", and other text a folder made by scripts/prepare_c4.py.'
+        )
     if config.source == "python":
         return standard_library_texts(split)
     from galore_jax.data.c4 import open_c4  # TFDS takes a second to import

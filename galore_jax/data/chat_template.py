@@ -42,6 +42,9 @@ _TODAY = datetime(2024, 7, 26)
 class ChatTemplate:
     """The template of a tokenizer, and the tokens of what it renders.
 
+    Attributes:
+        eos_id: the tokenizer's end-of-sequence token, which has to end answers.
+
     Args:
         tokenizer: the path of a tokenizer.json.
 
@@ -57,7 +60,7 @@ class ChatTemplate:
                 f"data.tokenizer = {tokenizer!r} has no chat template: conversations need a "
                 "tokenizer.json of Hugging Face, which model.checkpoint=FOLDER brings along."
             )
-        self._tokenizer = loaded
+        self._tokenizer, self.eos_id = loaded, loaded.eos_id
         folder = Path(tokenizer).parent
         settings = read_json(folder / TOKENIZER_CONFIG)
         self._special = special_tokens(settings)
@@ -118,7 +121,7 @@ class ChatTemplate:
                 **{_Generation.RECORD: (written, answers)},
             ):
                 written.append(part)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # A template can raise whatever Python does.
             reason = " ".join(str(error).split())
             raise InputError(f"the chat template refuses the messages: {reason}") from None
         return "".join(written), answers
@@ -127,6 +130,11 @@ class ChatTemplate:
         answers = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
+                if index == 0:
+                    raise InputError(
+                        "message 1 is an answer with no message before it: begin with a user's "
+                        "message, or remove the conversation."
+                    )
                 prompt, _ = self._render(messages[:index], prompts=True)
                 turn, _ = self._render(messages[: index + 1])
                 if not (turn.startswith(prompt) and text.startswith(turn)):
@@ -149,8 +157,9 @@ def _find_template(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
             raise InputError(f"{path} is not text in UTF-8.") from None
     source = settings.get("chat_template")
     if isinstance(source, list):  # Several by name.
-        named = {each.get("name"): each.get("template") for each in source}
-        source = named.get("default")
+        named = [each for each in source if isinstance(each, dict)]
+        defaults = [each.get("template") for each in named if each.get("name") == "default"]
+        source = defaults[0] if defaults else None
     if not isinstance(source, str):
         raise InputError(
             f"there is no chat template in {folder}: write one into {path}, or take the tokenizer "

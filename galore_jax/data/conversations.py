@@ -97,13 +97,14 @@ class Conversations:
         length: tokens of a conversation that are kept.
 
     Raises:
-        InputError: a row is not a conversation with an answer, or the template refuses it.
+        InputError: a row is not a conversation with an answer, the template refuses it, or no
+            answer ends with the tokenizer's end of sequence, so that none would be learnt.
     """
 
     def __init__(self, rows: JsonRows, indices: np.ndarray, template: ChatTemplate, length: int):
         self._rows, self._template, self._length = rows, template, length
         self._indices: list[int] = []
-        self.tokens = answers = cut = 0
+        self.tokens = answers = ends = cut = 0
         for index in indices.tolist():
             messages, conversation = self._encoded(index)
             kept = self._cut(conversation)
@@ -113,7 +114,14 @@ class Conversations:
             self._indices.append(index)
             self.tokens += len(kept.tokens)
             answers += int(kept.is_answer.sum())
+            ends += int((conversation.tokens[conversation.is_answer] == template.eos_id).sum())
             cut += len(kept.tokens) < len(conversation.tokens)
+        if answers and not ends:
+            raise InputError(
+                "no answer has the tokenizer's end of sequence, with which generating stops: name "
+                "the token that ends an answer in the chat template as eos_token in "
+                "tokenizer_config.json."
+            )
         left_out = len(indices) - len(self._indices)
         self.report = (
             f"{len(self._indices):,} conversations of {self.tokens:,} tokens, {answers:,} of them "
@@ -210,7 +218,7 @@ def _messages(row: Any) -> list[Message]:
     elif "conversations" in row:
         messages = _listed(row, "conversations", ("from", "value"), _SHAREGPT)
     elif "instruction" in row and "output" in row:
-        question = [_text(row, "instruction"), _text({"input": "", **row}, "input")]
+        question = [_text(row, "instruction"), _text({"input": row.get("input") or ""}, "input")]
         messages = [
             {"role": "user", "content": "\n\n".join(filter(None, question))},
             {"role": "assistant", "content": _text(row, "output")},

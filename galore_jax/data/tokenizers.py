@@ -142,7 +142,10 @@ class HuggingFaceTokenizer:
         pad_names = [named["pad_token"]] if "pad_token" in named else _PAD_NAMES
         eos, pad = find(eos_names), find(pad_names)
         if eos is None:
-            raise InputError(f"{path} has no end-of-sequence token ({', '.join(eos_names)}).")
+            raise InputError(
+                f"{path} has no end-of-sequence token ({', '.join(eos_names)}): name one as "
+                f"eos_token in a {TOKENIZER_CONFIG} beside it."
+            )
         self.eos_id: int = eos
         self.pad_id: int = eos if pad is None else pad
 

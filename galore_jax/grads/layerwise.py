@@ -26,7 +26,7 @@ from galore_jax.optim.clipping import finite_squares
 from galore_jax.optim.complement import without_complement
 from galore_jax.optim.placement import placed_state, shardings_of
 from galore_jax.optim.state import galore_states, to_float32
-from galore_jax.subspace.matrix_view import is_box, path_names
+from galore_jax.subspace.matrix_view import is_box
 from galore_jax.types import PyTree
 
 ClipBy = Literal["first_pass", "previous_step"]
@@ -348,7 +348,8 @@ def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
     # Which parameters embed and head_loss read.
     read_by_embed, read_by_inputs, (x, _) = reads(lambda params: model.embed(params, batch))
     read_by_loss, read_by_aux, _ = reads(lambda params, x: model.head_loss(params, x, batch), x)
-    blocks = {path for path in paths if path_names(path)[0] == model.layers}
+    first = lambda path: jax.tree_util.keystr(path[:1], simple=True)
+    blocks = {path for path in paths if first(path) == model.layers}
     if read_by_inputs - blocks:
         raise ValueError(
             "layerwise: the second result of embed depends on parameters, whose gradient through "

@@ -24,14 +24,17 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
     Args:
       source: a folder of Hugging Face, or the file of a tokenizer, which may be in such a folder.
+        What is beside a `.json` belongs to it.
       folder: an existing folder.
     """
     if source.name in _TOKENIZERS:
         source = source.parent
-    if source.is_file():
-        files = {f"tokenizer{source.suffix}": source}
-    else:
+    if source.is_dir():
         files = {name: source / name for name in (*_TOKENIZERS, *_BESIDE)}
+    else:
+        files = {f"tokenizer{source.suffix}": source}
+        if source.suffix == ".json":
+            files |= {name: source.with_name(name) for name in _BESIDE}
     for name, file in files.items():
         if file.is_file():
             with atomic_write(folder / name) as path:

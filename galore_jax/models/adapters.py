@@ -7,6 +7,7 @@ frozen, or there is no `kernel`.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -63,6 +64,11 @@ class Adapter:
         return normal, normal
 
 
+def is_factor(names: Sequence[str]) -> bool:
+    """Whether the leaf with these names in its path is A or B of an adapter."""
+    return len(names) > 0 and names[-1] in FACTORS
+
+
 def product(adapter: Adapter, a: Any, b: Any) -> jax.Array:
     """What the factors add to a kernel, or what they replace, in float32: (…, in, out)."""
     a, b = (jnp.asarray(factor, jnp.float32) for factor in (a, b))
@@ -74,7 +80,7 @@ def merge(params: PyTree, adapter: Adapter | None) -> PyTree:
     if adapter is None:
         return params
     flat: Any = flatten_dict(params)
-    merged = {path: leaf for path, leaf in flat.items() if path[-1] not in FACTORS}
+    merged = {path: leaf for path, leaf in flat.items() if not is_factor(path)}
     for path, a in flat.items():
         if path[-1] == A:
             layer = path[:-1]
@@ -100,7 +106,7 @@ def split(params: PyTree, adapters_only: bool = False) -> tuple[PyTree, PyTree]:
 
     def is_trained(path: tuple[str, ...]) -> bool:
         if adapters_only:
-            return path[-1] in FACTORS or path[0] == HEAD
+            return is_factor(path) or path[0] == HEAD
         return path[-1] != KERNEL or (*path[:-1], A) not in flat
 
     trained = {path: leaf for path, leaf in flat.items() if is_trained(path)}
@@ -116,4 +122,4 @@ def combine(params: PyTree, others: PyTree) -> PyTree:
 def factors(params: PyTree) -> PyTree:
     """The factors alone, in a tree without the other leaves."""
     flat: Any = flatten_dict(params)
-    return unflatten_dict({path: leaf for path, leaf in flat.items() if path[-1] in FACTORS})
+    return unflatten_dict({path: leaf for path, leaf in flat.items() if is_factor(path)})

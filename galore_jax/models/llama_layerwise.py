@@ -28,11 +28,9 @@ def block(
     params: PyTree,
     x: jax.Array,
     block_inputs: tuple[Rotation, jax.Array],
-    *,
-    remat_halves: bool = True,
 ) -> jax.Array:
-    """One block, with parameters that have no layer axis; see `Block` for `remat_halves`."""
-    layer = Block(**config.block_settings, remat_halves=remat_halves)
+    """One block, with parameters that have no layer axis."""
+    layer = Block(**config.block_settings, remat_halves=True)
     return layer.apply({"params": params}, x, *block_inputs)[0]
 
 

@@ -61,8 +61,9 @@ class OptimizerConfig:
 
     Attributes:
       name: `"adamw"`, `"galore_adamw"` or `"galore_muon"`, each with the suffix `8bit` for moments
-        in 8 bits; `"galore_adafactor"`, `"galore_lion"`, `"galore_fira"` or `"apollo"`; or
-        `"muon"`, of optax. Both kinds of Muon update what is not one of the matrices with AdamW.
+        in 8 bits; `"galore_adafactor"`, `"galore_lion"`, `"galore_fira"` or `"apollo"`; `"muon"`,
+        of optax; or `"lora"`, `"relora"` or `"lowrank"`. Both kinds of Muon update what is not one
+        of the matrices with AdamW.
       learning_rate: the peak, reached after the warm-up.
       matrix_rate: factor of the learning rate of the matrices: the kernels of the blocks, which
         GaLore projects, whatever the optimizer, or their low-rank factors. With GaLore it
@@ -258,7 +259,7 @@ class TrainingConfig:
 
     Attributes:
       steps: number of updates.
-      seed: random seed of the initial parameters and of stochastic rounding.
+      seed: random seed of the initial parameters, of stochastic rounding and of adapters.
       accumulation: micro-batches per step; memory for activations shrinks by this factor.
       layerwise: update each layer as soon as the backward pass has its gradient, so that only one
         layer's gradient and update exist at a time: see grads/layerwise.py.

@@ -7,7 +7,7 @@ import optax
 import optax.contrib
 
 import galore_jax
-from galore_jax.models.adapters import FACTORS
+from galore_jax.models.adapters import is_factor
 from galore_jax.optim.muon import SCALE
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.subspace.rules import Rule, projections
@@ -60,7 +60,7 @@ def matrices(params: PyTree) -> PyTree:
     found = projections(params, Rule(rank=1, proj_type="std"), {}, None)
 
     def is_matrix(path: Any, projection: Any) -> bool:
-        return projection is not None or path_names(path)[-1:] in [(name,) for name in FACTORS]
+        return projection is not None or is_factor(path_names(path))
 
     return jax.tree_util.tree_map_with_path(is_matrix, found, is_leaf=lambda leaf: leaf is None)
 

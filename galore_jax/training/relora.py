@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.models.adapters import FACTORS, combine, factors, merge
+from galore_jax.models.adapters import combine, factors, is_factor, merge
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.config import Config
 from galore_jax.training.state import RESTART, TrainState, init_params, step_key
@@ -34,7 +34,7 @@ def prune_moments(opt_state: PyTree) -> PyTree:
     """Sets all but the largest hundredth of each factor's moments to 0, in each layer by itself."""
 
     def pruned(path: Any, leaf: jax.Array) -> jax.Array:
-        if path_names(path)[-1:] not in [(name,) for name in FACTORS]:
+        if not is_factor(path_names(path)):
             return leaf
         size = jnp.abs(leaf)
         limit = jnp.quantile(size, PRUNED, axis=(-2, -1), keepdims=True)

@@ -35,7 +35,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         falling = peak * (config.floor + (1 - config.floor) * (1 + jnp.cos(jnp.pi * progress)) / 2)
         if config.name == "relora":
             after_restart = jnp.minimum((count % gap + 1) / restart_warmup, 1)
-            falling *= jnp.where(count >= gap, after_restart, 1)
+            restarted = count - count % gap >= max(gap, warmup)
+            falling *= jnp.where(restarted, after_restart, 1)
         return jnp.where(count < warmup, rising, falling)
 
     return schedule

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 import galore_jax
 from galore_jax.grads import layerwise
-from galore_jax.models.adapters import FACTORS, combine, split
+from galore_jax.models.adapters import combine, is_factor, split
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config, naming_settings
 from galore_jax.training.layout import batch_sharding, tensor_rules, whole
@@ -21,8 +21,9 @@ from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
 Batch = dict[str, Any]
-# What random numbers of a step are for, besides stochastic rounding.
-DROPOUT, RESTART = 1, 2
+# What random numbers of a step are for, besides stochastic rounding, whose key is split over the
+# leaves: smaller numbers would give the keys of some of them.
+DROPOUT, RESTART = 2**32 - 1, 2**32 - 2
 
 
 class TrainState(NamedTuple):
@@ -79,8 +80,8 @@ def trained(config: Config, params: PyTree) -> tuple[PyTree, PyTree]:
 def place_state(config: Config, mesh: Mesh | None) -> TrainState:
     """The state to start from, of which each device of a mesh has, and computes, its part only.
 
-    It is `init_state`, with the parameters of `model.checkpoint` if there is one. Adapters are not
-    in it.
+    It is `init_state`, with the parameters of `model.checkpoint` if there is one. That has no
+    adapters, so these stay as they were.
 
     Raises:
       InputError: the checkpoint cannot be read or does not fit the model.
@@ -104,7 +105,7 @@ def _read_params(config: Config, params: PyTree) -> PyTree:
 
     def read(path: Any, old: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name.endswith(FACTORS):
+        if is_factor(name.split("/")):
             return old
         shape, sharding = old.shape, old.sharding
         old.delete()  # Never are all of both in memory.

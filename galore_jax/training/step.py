@@ -82,8 +82,8 @@ def make_gradients(
 ) -> Gradients:
     """Gradients of the mean loss per target, over all micro-batches.
 
-    The number of micro-batches changes the rounding and nothing else, however the targets are
-    spread over them.
+    Without dropout, the number of micro-batches changes the rounding and nothing else, however the
+    targets are spread over them.
 
     Returns:
       A function of the parameters, the optimizer's state and a batch. It returns the gradients of

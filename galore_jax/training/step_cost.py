@@ -51,7 +51,8 @@ class Cost:
 def trainer_steps(config: Config, mesh: Mesh | None) -> tuple[TrainState, list[Any]]:
     """The shapes of a trainer's state, with their shardings, and the functions to compile.
 
-    These are the training step and, with projected gradients, one that refreshes bases too.
+    These are the training step and, if there are refreshes of bases or restarts of adapters, one
+    that begins with them.
     """
     refreshes = (False, True) if config.optimizer.has_refreshes else (False,)
     steps = [make_train_step(config, mesh=mesh, refreshes=refresh) for refresh in refreshes]
