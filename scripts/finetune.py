@@ -3,7 +3,7 @@
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base \
     data.source=glue training.seeds=3 optimizer.rank=8 optimizer.scale=2
-python scripts/finetune.py --config configs/minilm.toml --rates 2e-5,5e-5,1e-4,2e-4
+python scripts/finetune.py --config configs/glue/minilm.toml --rates 2e-5,5e-5,1e-4,2e-4
 
 The last command compares the optimizers of the tables [compare.LABEL] in the file, each at the rate
 with which the first seed is best. Runs are kept: the same command continues.
