@@ -12,15 +12,14 @@ def numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[A
     Raises:
       InputError: there are none, or one is not of the kind, `int` or `float`.
     """
+    found = comma_separated(option, text)
     try:
-        return [kind(part) for part in parts(option, text)]
-    except InputError:
-        raise
+        return [kind(part) for part in found]
     except ValueError:
         raise InputError(f"{option} is {text!r}: give numbers, as in 1,2,3.") from None
 
 
-def parts(option: str, text: str | None) -> list[str]:
+def comma_separated(option: str, text: str | None) -> list[str]:
     """The parts between commas, without repetitions; none if the option is not given.
 
     Raises:

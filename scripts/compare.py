@@ -20,7 +20,7 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from galore_jax.command_line import numbers, parts
+from galore_jax.command_line import comma_separated, numbers
 from galore_jax.errors import run_cli
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--matrix-rates", help="and matrix rates, as in 0.125,0.25,0.5")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    names = parts("--optimizers", arguments.optimizers)
+    names = comma_separated("--optimizers", arguments.optimizers)
     seeds = numbers("--seeds", arguments.seeds, int)
     rates = numbers("--rates", arguments.rates, float)
     matrix_rates = numbers("--matrix-rates", arguments.matrix_rates, float)

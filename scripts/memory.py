@@ -25,6 +25,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from galore_jax.command_line import comma_separated
 from galore_jax.errors import InputError, check_installed, run_cli
 from galore_jax.files import atomic_write
 
@@ -125,7 +126,7 @@ def compare(arguments: argparse.Namespace) -> None:
     from galore_jax.training.config_file import load_comparison
     from galore_jax.training.memory import predict, trained_size
 
-    labels = [label.strip() for label in arguments.optimizers.split(",") if label.strip()]
+    labels = comma_separated("--optimizers", arguments.optimizers)
     configs = load_comparison(arguments.config, arguments.overrides, labels)
     predictions = {label: predict(config) for label, config in configs.items()}
     trained = {label: trained_size(config) for label, config in configs.items()}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from next_tokens import next_tokens
+from next_tokens import random_rows
 from test_adapters import ROUNDING, noisy
 from test_step import CONFIG, changed, initial
 
@@ -48,14 +48,7 @@ def adapters_only():
 
 @pytest.fixture
 def batch():
-    tokens = np.random.default_rng(0).integers(1, 97, (8, 16)).astype(np.int32)
-    ones = np.ones_like(tokens)
-    return {
-        "tokens": tokens,
-        "segments": ones,
-        "positions": np.arange(16, dtype=np.int32) * ones,
-        "targets": next_tokens(tokens, ones),
-    }
+    return random_rows()
 
 
 @functools.cache

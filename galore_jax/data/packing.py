@@ -1,5 +1,6 @@
 """Packed rows: documents end to end, cut at the ends of rows, or conversations that stay whole."""
 
+from abc import abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import islice
@@ -198,6 +199,7 @@ class _WindowIterator(grain.DatasetIterator[Rows]):
             rows = {name: values[order] for name, values in rows.items()}
         return rows, end
 
+    @abstractmethod
     def _pack_window(self, offset: int) -> tuple[Rows, int]:
         """Packs the next documents, of the first one the tokens from `offset` on.
 
@@ -206,7 +208,6 @@ class _WindowIterator(grain.DatasetIterator[Rows]):
         Raises:
             StopIteration: there is no further document.
         """
-        raise NotImplementedError
 
     def get_state(self) -> dict[str, Any]:
         return {**self._start, "row": self._row}
