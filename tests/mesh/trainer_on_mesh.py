@@ -45,7 +45,12 @@ MODES = {
     "full": {"optimizer": {"gradients": "full"}, "training": {"accumulation": 2}},
     "adamw": {"optimizer": {"name": "adamw"}},
     "lora": {"optimizer": {"name": "lora", "dropout": 0.0}},
-    "relora": {"optimizer": {"name": "relora", "dropout": 0.0}, "training": {"accumulation": 2}},
+    # A restart sets moments to 0, and Adam then divides gradients by their own size. With a usual
+    # eps that turns those which are nothing but rounding into whole steps.
+    "relora": {
+        "optimizer": {"name": "relora", "dropout": 0.0, "eps": 1e-3},
+        "training": {"accumulation": 2},
+    },
     "lowrank": {"optimizer": {"name": "lowrank"}},
     "dropout": {"optimizer": {"name": "lora"}},
     "muon": {"optimizer": {"name": "muon", "matrix_rate": 0.5}},
