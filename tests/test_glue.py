@@ -283,21 +283,39 @@ def test_examples_become_rows_with_labels_unless_there_are_none(word_pieces):
 
 
 def test_batches_hold_every_row_once_in_an_order_by_seed():
-    rows = {"tokens": np.arange(20).reshape(10, 2), "labels": np.arange(10)}
+    rows = {"tokens": 1 + np.arange(20).reshape(10, 2), "labels": np.arange(10)}
 
     def order(seed):
-        found = list(batches(rows, 4, seed))
+        found = list(batches(rows, 4, 0, seed))
         assert [batch["tokens"].shape for batch in found] == [(4, 2)] * 3
         for batch in found:
-            np.testing.assert_array_equal(batch["tokens"][:, 0], 2 * batch["labels"])
+            np.testing.assert_array_equal(batch["tokens"][:, 0], 1 + 2 * batch["labels"])
         kept = [batch["labels"][batch["weights"] == 1].tolist() for batch in found]
-        assert [len(labels) for labels in kept] == [4, 4, 2]
+        assert sorted(len(labels) for labels in kept) == [2, 4, 4]
         return [label for labels in kept for label in labels]
 
     assert order(None) == list(range(10))
     assert order((3, 0)) == order((3, 0))
     assert len({tuple(order((seed, epoch))) for seed in (3, 4) for epoch in (0, 1)}) == 4
     assert sorted(order(3)) == list(range(10))
+
+
+def test_batches_have_rows_of_similar_length_and_one_of_four_lengths():
+    lengths = np.random.default_rng(0).integers(1, 31, 1000)
+    tokens = (np.arange(30) < lengths[:, None]).astype(np.int32)
+    rows = {"tokens": tokens, "token_types": 2 * tokens, "labels": lengths}
+    found = list(batches(rows, 10, 0, seed=0))
+    assert {batch["tokens"].shape for batch in found} == {(10, 8), (10, 16), (10, 24), (10, 30)}
+    for batch in found:
+        # Nothing but padding is cut, a quarter of the length at a time.
+        np.testing.assert_array_equal(batch["tokens"].sum(axis=1), batch["labels"])
+        np.testing.assert_array_equal(batch["token_types"], 2 * batch["tokens"])
+        assert batch["tokens"].shape[1] - batch["labels"].max() < 8
+    # A batch of rows at random would be 28 long on average.
+    assert np.mean([batch["labels"].max() for batch in found]) < 17
+    # Long batches do not all come after the short ones.
+    longest = [batch["labels"].max() for batch in found]
+    assert abs(np.corrcoef(longest, np.arange(100))[0, 1]) < 0.5
 
 
 def test_metrics_are_those_of_their_formulas():

@@ -11,6 +11,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 from galore_jax.errors import InputError
 
 _PAD_NAMES = ("<pad>", "[PAD]")
+_GROUP = 50  # batches of which rows are sorted by length
 
 
 class PairTokenizer:
@@ -100,27 +101,56 @@ def load_pair_tokenizer(path: str | Path) -> PairTokenizer:
 
 
 def batches(
-    rows: Mapping[str, np.ndarray], batch_size: int, seed: Sequence[int] | int | None = None
+    rows: Mapping[str, np.ndarray],
+    batch_size: int,
+    pad_id: int,
+    seed: Sequence[int] | int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Goes through all rows once, in batches of equal size.
+    """Goes through all rows once, in batches of equally many.
+
+    The rows of a batch are cut where all of them are padding, to one of four lengths, for each of
+    which a step is compiled. So that little padding is left, rows are drawn at random into groups
+    of 50 batches, and a batch has rows of similar length from one group.
 
     Args:
-        rows: arrays with the same first axis, such as tokens, token types and labels.
+        rows: "tokens" (rows, length), padded at the end, with other arrays of that shape, such as
+            token types, or of the shape (rows,), such as labels.
         batch_size: rows of a batch.
+        pad_id: the token that is padding.
         seed: of the order, such as (seed, epoch); None: the order given.
 
     Yields:
         These arrays for each batch, and "weights", float32 (batch_size,): 1, but 0 for the rows
-        that fill the last batch.
+        that fill an incomplete batch.
     """
-    count = len(next(iter(rows.values())))
-    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
-    for start in range(0, count, batch_size):
-        indices = order[start : start + batch_size]
+    lengths = (rows["tokens"] != pad_id).sum(axis=1)
+    quarter = -(-rows["tokens"].shape[1] // 4)
+    for indices in _batch_indices(lengths, batch_size, seed):
         weights = np.arange(batch_size) < len(indices)
+        width = -(-lengths[indices].max() // quarter) * quarter
         indices = np.resize(indices, batch_size)
-        batch = {name: values[indices] for name, values in rows.items()}
+        batch = {
+            name: values[indices] if values.ndim == 1 else values[indices, :width]
+            for name, values in rows.items()
+        }
         yield batch | {"weights": weights.astype(np.float32)}
+
+
+def _batch_indices(
+    lengths: np.ndarray, batch_size: int, seed: Sequence[int] | int | None
+) -> Iterator[np.ndarray]:
+    """The rows of each batch; the last batch of all, in the order given, may be incomplete."""
+    count = len(lengths)
+    if seed is None:
+        yield from np.split(np.arange(count), range(batch_size, count, batch_size))
+        return
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(count)
+    for group in np.split(order, range(_GROUP * batch_size, count, _GROUP * batch_size)):
+        by_length = group[np.argsort(lengths[group], kind="stable")]
+        found = np.split(by_length, range(batch_size, len(group), batch_size))
+        for index in generator.permutation(len(found)):
+            yield found[index]
 
 
 def _read_json(path: Path) -> tokenizers.Tokenizer:

@@ -196,12 +196,23 @@ def _finetune_once(
     params = steps.adapt(loaded.params, adapter_key)
     with naming_settings():
         state = steps.init(params)
+    size, pad_id = config.data.batch_size, model.config.pad_id
+
+    def predict(params: PyTree, rows: Rows) -> np.ndarray:
+        """Predictions for all rows, in order."""
+        inputs = {name: rows[name] for name in ("tokens", "token_types")}
+        outputs = [
+            np.asarray(steps.outputs(params, batch))[batch["weights"] == 1]
+            for batch in batches(inputs, size, pad_id)
+        ]
+        return predictions_of(task, np.concatenate(outputs))
+
     validation = [split for split in rows if split.startswith("validation")]
     best, count = -np.inf, 0
     for epoch in range(1, config.training.epochs + 1):
         # Updates, with new bases where they are due.
         losses = []
-        for batch in batches(rows["train"], config.data.batch_size, (seed, epoch)):
+        for batch in batches(rows["train"], size, pad_id, (seed, epoch)):
             key = jax.random.fold_in(dropout_key, count)
             if steps.refresh is not None and galore_jax.refresh_due(state):
                 state = steps.refresh(params, state, batch, key)
@@ -216,9 +227,7 @@ def _finetune_once(
             )
         # Evaluation; the best checkpoint is kept.
         metrics = {
-            split: scores(
-                task, _predict(config, task, steps, params, rows[split]), rows[split]["labels"]
-            )
+            split: scores(task, predict(params, rows[split]), rows[split]["labels"])
             for split in validation
         }
         with (place / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -233,21 +242,9 @@ def _finetune_once(
     if config.training.predict:
         params = steps.adapt(load_encoder(place, model, head_key).params, adapter_key)
         for split in (split for split in rows if split.startswith("test")):
-            found = _predict(config, task, steps, params, rows[split])
-            write_predictions(task, split, found, place)
+            write_predictions(task, split, predict(params, rows[split]), place)
     seconds = time.perf_counter() - start
     return {"best": best, "optimizer_bytes": tree_bytes(state), "seconds": seconds}
-
-
-def _predict(
-    config: FinetuneConfig, task: Task, steps: Steps, params: PyTree, rows: Rows
-) -> np.ndarray:
-    """Predictions for all rows, in order."""
-    inputs = {name: rows[name] for name in ("tokens", "token_types")}
-    outputs = []
-    for batch in batches(inputs, config.data.batch_size):
-        outputs.append(np.asarray(steps.outputs(params, batch))[batch["weights"] == 1])
-    return predictions_of(task, np.concatenate(outputs))
 
 
 def _encoded_splits(
