@@ -1,6 +1,5 @@
 """Low-rank adapters in the models: against NumPy, merged, frozen, with dropout."""
 
-import dataclasses
 import functools
 
 import encoders
@@ -114,8 +113,7 @@ def test_a_merged_decoder_computes_the_same_logits(adapter):
 
 
 def test_a_merged_encoder_computes_the_same_outputs():
-    config = dataclasses.replace(encoders.BERT, adapter=LORA)
-    model, plain = Classifier(config, 2), Classifier(encoders.BERT, 2)
+    model, plain = Classifier(encoders.BERT, 2, LORA), Classifier(encoders.BERT, 2)
     params = encoders.initial(model)
     inputs = encoders.random_tokens(3, 9)
     # Six products in each of three blocks, and attention weights and norms of them.

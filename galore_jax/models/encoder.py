@@ -37,7 +37,6 @@ class EncoderConfig:
       initializer_range: standard deviation of the initial kernels and embeddings.
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
       remat: recompute each block in the backward pass instead of keeping its activations.
-      adapter: of the kernels in the blocks.
 
     Raises:
       InputError: a value is out of range, or the number of heads does not divide evenly.
@@ -59,7 +58,6 @@ class EncoderConfig:
     initializer_range: float = 0.02
     dtype: str = "float32"
     remat: bool = False
-    adapter: Adapter | None = None
 
     def __post_init__(self):
         require_choice("model.architecture", self.architecture, ARCHITECTURES)
@@ -96,6 +94,7 @@ class Encoder(nn.Module):
     """
 
     config: EncoderConfig
+    adapter: Adapter | None = None
 
     def setup(self):
         """Creates the layers."""
@@ -116,7 +115,7 @@ class Encoder(nn.Module):
             in_axes=cast(Any, (nn.broadcast, nn.broadcast)),
             length=config.num_layers,
         )
-        self.layers = stack(config)
+        self.layers = stack(config, self.adapter)
 
     def __call__(
         self,
@@ -162,6 +161,7 @@ class Classifier(nn.Module):
 
     config: EncoderConfig
     num_labels: int
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(
@@ -171,7 +171,7 @@ class Classifier(nn.Module):
         deterministic: bool = True,
     ) -> jax.Array:
         """Logits, or values of a regression, float32 (batch, num_labels); see `Encoder`."""
-        x = Encoder(self.config, name="encoder")(tokens, token_types, deterministic)
+        x = Encoder(self.config, self.adapter, name="encoder")(tokens, token_types, deterministic)
         head = ClassificationHead(self.config, self.num_labels, name="head")
         return head(x[:, 0], deterministic)
 
@@ -238,23 +238,26 @@ class EncoderBlock(nn.Module):
     """One post-norm layer: `x = norm(x + attention(x)); x = norm(x + mlp(x))`."""
 
     config: EncoderConfig
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(
         self, x: jax.Array, mask: jax.Array, deterministic: bool
     ) -> tuple[jax.Array, None]:
         """The next activations (batch, length, hidden); the mask is that of `SelfAttention`."""
-        dropout = nn.Dropout(self.config.dropout, deterministic=deterministic)
-        attended = SelfAttention(self.config, name="attention")(x, mask, deterministic)
-        x = _norm(self.config, "attention_norm")(constrain(x + dropout(attended), "batch"))
-        added = EncoderMLP(self.config, name="mlp")(x)
-        return _norm(self.config, "mlp_norm")(constrain(x + dropout(added), "batch")), None
+        config, adapter = self.config, self.adapter
+        dropout = nn.Dropout(config.dropout, deterministic=deterministic)
+        attended = SelfAttention(config, adapter, name="attention")(x, mask, deterministic)
+        x = _norm(config, "attention_norm")(constrain(x + dropout(attended), "batch"))
+        added = EncoderMLP(config, adapter, name="mlp")(x)
+        return _norm(config, "mlp_norm")(constrain(x + dropout(added), "batch")), None
 
 
 class SelfAttention(nn.Module):
     """Attention to all tokens; its kernels are plain (hidden, hidden) matrices, q, k, v and o."""
 
     config: EncoderConfig
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
@@ -262,7 +265,7 @@ class SelfAttention(nn.Module):
         config = self.config
 
         def heads(name: str) -> jax.Array:
-            projected = _dense(config.hidden_size, config, name, adapter=config.adapter)(x)
+            projected = _dense(config.hidden_size, config, name, adapter=self.adapter)(x)
             projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
             return constrain(projected, "batch", None, "heads")
 
@@ -275,21 +278,22 @@ class SelfAttention(nn.Module):
         weights = nn.Dropout(config.attention_dropout)(weights, deterministic=deterministic)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
         mixed = constrain(mixed.reshape(x.shape), "batch", None, "heads")
-        return _dense(config.hidden_size, config, "o_proj", adapter=config.adapter)(mixed)
+        return _dense(config.hidden_size, config, "o_proj", adapter=self.adapter)(mixed)
 
 
 class EncoderMLP(nn.Module):
     """`down(gelu(up(x)))`."""
 
     config: EncoderConfig
+    adapter: Adapter | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, length, hidden) to the same shape."""
         config = self.config
-        up = _dense(config.intermediate_size, config, "up_proj", adapter=config.adapter)(x)
+        up = _dense(config.intermediate_size, config, "up_proj", adapter=self.adapter)(x)
         hidden = constrain(_gelu(up), "batch", None, "mlp")
-        return _dense(config.hidden_size, config, "down_proj", adapter=config.adapter)(hidden)
+        return _dense(config.hidden_size, config, "down_proj", adapter=self.adapter)(hidden)
 
 
 def position_ids(tokens: jax.Array, config: EncoderConfig) -> jax.Array:

@@ -1,6 +1,5 @@
 """Fine-tuning an encoder on a task of GLUE, once for each seed."""
 
-import dataclasses
 import json
 import statistics
 import time
@@ -116,7 +115,7 @@ def make_steps(config: FinetuneConfig, model: Classifier, steps: int) -> Steps:
     tx, adapter = make_optimizer(config.optimizer, steps), config.optimizer.adapter
     task = TASKS[config.data.task]
     implementation: Any = config.optimizer.implementation
-    adapted = model.clone(config=dataclasses.replace(model.config, adapter=adapter))
+    adapted = model.clone(adapter=adapter)
 
     def loss(params: PyTree, batch: Any, key: jax.Array) -> jax.Array:
         """Mean cross-entropy, or mean squared error of a regression, with dropout."""
