@@ -122,8 +122,7 @@ def train_batches(
     """
     source = _source(config, "train", report)
     endless = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
-    window = _window(config, source)
-    batches = _rows(endless, config, tokenizer, window, config.seed).batch(config.batch_size)
+    batches = _rows(source, endless, config, tokenizer, config.seed).batch(config.batch_size)
     return iter(
         grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=_PREFETCHED_BATCHES
@@ -146,8 +145,7 @@ def validation_batches(
         return batch
 
     source = _source(config, "validation", report)
-    window = _window(config, source) if config.rows == "conversations" else config.batch_size
-    rows = _rows(grain.MapDataset.source(source), config, tokenizer, window, seed=None)
+    rows = _rows(source, grain.MapDataset.source(source), config, tokenizer, seed=None)
     return rows.batch(config.batch_size, batch_fn=padded)
 
 
@@ -179,21 +177,14 @@ def _source(config: DataConfig, split: str, report: Report | None) -> Any:
     return texts
 
 
-def _window(config: DataConfig, source: Any) -> int:
-    """How many rows, or conversations, are packed and shuffled at a time."""
-    if config.rows == "conversations":
-        # An epoch at most, or else copies of a conversation, which are equally long, share rows.
-        return max(1, int(len(source) * min(1, _WINDOW_TOKENS / source.tokens)))
-    return max(1, _WINDOW_TOKENS // config.sequence_length)
-
-
 def _rows(
+    source: Any,
     elements: grain.MapDataset[Any],
     config: DataConfig,
     tokenizer: Tokenizer,
-    window: int,
     seed: int | None,
 ) -> grain.IterDataset[Rows]:
+    """Rows of the elements of a source, shuffled in windows by a seed; None: in order."""
     length, pad_id = config.sequence_length, tokenizer.pad_id
 
     def with_eos(text: str) -> np.ndarray:
@@ -208,9 +199,11 @@ def _rows(
     if config.rows == "documents":
         return elements.map(row_of_document).to_iter_dataset(_READ_OPTIONS)
     if config.rows == "conversations":
-        conversations = elements.to_iter_dataset(_READ_OPTIONS)
-        return FittedRows(conversations, length, pad_id, window, seed)
+        # An epoch at most, or else copies of a conversation, which are equally long, share rows.
+        window = max(1, int(len(source) * min(1, _WINDOW_TOKENS / source.tokens)))
+        return FittedRows(elements.to_iter_dataset(_READ_OPTIONS), length, pad_id, window, seed)
     tokenised = elements.map(with_eos).to_iter_dataset(_READ_OPTIONS)
+    window = config.batch_size if seed is None else max(1, _WINDOW_TOKENS // length)
     return PackedRows(tokenised, length, pad_id, window, seed)
 
 
