@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from galore_jax.ops.partition import MeshAxes, Partition, placed
+from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.optim.state import Unprojected, is_parameter
 from galore_jax.subspace.basis import is_basis
-from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.matrix_view import is_head, path_names, unboxed
 from galore_jax.subspace.placement import coordinates_partition
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
@@ -84,31 +84,33 @@ def mean_over_shards(
     return on_shards(means, out_specs)(operands, *batch)
 
 
-def divide_tables(params: PyTree, bases: PyTree) -> PyTree:
-    """Divides unprojected parameters over all mesh axes, if they are over some, inside of a shard.
+def needs_whole_tables() -> bool:
+    """Whether a lookup in a divided embedding would fail here: in a shard with several mesh axes.
 
-    XLA (as of jaxlib 0.12) ends the process when it divides a lookup in an embedding over some, but
-    not all, of the axes that a `shard_map` leaves to it. An embedding that cannot be divided over
-    all of them is made whole.
+    XLA (as of jaxlib 0.12) ends the process when it divides a lookup over some, but not all, of the
+    axes that a `shard_map` leaves to it. It does so, whatever divides the embedding, if the lookup
+    has more indices than the embedding has rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
     free = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
+    return bool(mesh.manual_axes) and len(free) > 1
 
-    def at_leaf(node: Any, leaf: Any) -> Any:
-        if not isinstance(node, Unprojected) or not mesh.manual_axes:
+
+def whole_tables(params: PyTree, bases: PyTree) -> PyTree:
+    """Makes unprojected parameters but for heads whole where that is needed.
+
+    A head is multiplied, and its product may be divided.
+    """
+    if not needs_whole_tables():
+        return params
+
+    def at_leaf(path: Any, node: Any, leaf: Any) -> Any:
+        if not isinstance(node, Unprojected) or is_head(path_names(path)):
             return leaf
-        axes, shape = node.partition.axes, leaf.shape
-        used = [name for name in free if name in node.partition.used]
-        if not used or len(used) == len(free):
-            return leaf
-        wanted = [(name, range(len(shape))) for name in free if name not in used]
-        finer = placed(node.partition.mesh, shape, wanted, start=axes)
-        is_divided = set(free) <= set(finer.used)
-        whole = Partition(finer.mesh, ((),) * len(shape))
-        return (finer if is_divided else whole).constrain(leaf)
+        return Partition(node.partition.mesh, ((),) * len(leaf.shape)).constrain(leaf)
 
     boxed = jax.tree.structure(params)
-    leaves = jax.tree.map(at_leaf, bases, unboxed(params), is_leaf=is_parameter)
+    leaves = jax.tree_util.tree_map_with_path(at_leaf, bases, unboxed(params), is_leaf=is_parameter)
     return jax.tree.unflatten(boxed, jax.tree.leaves(leaves))
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.grads.data_parallel import divide_tables, mean_over_shards
+from galore_jax.grads.data_parallel import mean_over_shards, whole_tables
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, Uses, bases_in
 from galore_jax.ops.explicit import specs_of, with_auto_axes
@@ -110,7 +110,7 @@ def refresh(
 
             def of_shard(operands: tuple[PyTree, PyTree, PyTree], *shard: Any) -> PyTree:
                 params, bases, given = operands
-                params = divide_tables(params, bases)
+                params = whole_tables(params, bases)
                 trace = lambda *part: TracedLoss(loss, params, bases, part, unsplit, has_aux)
                 of_part = lambda *part: f(whole or trace(*part), given)
                 return mean_over(of_part, micro_batches, *shard)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.grads.data_parallel import divide_tables, mean_over_shards
+from galore_jax.grads.data_parallel import mean_over_shards, whole_tables
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import varying_as
@@ -98,7 +98,7 @@ def value_and_grad(
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
         def of_shard(operands: tuple[PyTree, PyTree], *shard: Any) -> tuple[Any, PyTree]:
-            params, bases = divide_tables(*operands), operands[1]
+            params, bases = whole_tables(*operands), operands[1]
 
             def one(*part: Any) -> tuple[Any, PyTree]:
                 return TracedLoss(loss, params, bases, part, unsplit, has_aux).value_and_grad()

@@ -136,8 +136,17 @@ def is_bias_or_scale(names: tuple[str, ...]) -> bool:
 
 def is_unprojected_by_name(names: tuple[str, ...]) -> bool:
     """Whether a path contains the word embed, embedding, head or norm: no projection by default."""
+    return not UNPROJECTED_WORDS.isdisjoint(_words(names))
+
+
+def is_head(names: tuple[str, ...]) -> bool:
+    """Whether a path contains the word head."""
+    return "head" in _words(names)
+
+
+def _words(names: tuple[str, ...]) -> list[str]:
     words = _WORD.findall(_MULTI_HEAD.sub("", " ".join(names)))
-    return any(word.lower() in UNPROJECTED_WORDS for word in words)
+    return [word.lower() for word in words]
 
 
 def path_names(path: tuple[Hashable, ...]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ of each is all that the devices exchange.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -17,30 +17,38 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
-from galore_jax.models.adapters import A, B
+from galore_jax.grads.data_parallel import needs_whole_tables
+from galore_jax.models.adapters import A, Adapter, B
+from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.config import Config
-from galore_jax.training.mesh import DATA, FSDP, TENSOR, any_of, divisors, make_mesh
+from galore_jax.training.mesh import DATA, FSDP, TENSOR, MeshConfig, any_of, divisors, make_mesh
+from galore_jax.types import PyTree
 
 P = PartitionSpec
 BATCH_AXES = (DATA, FSDP)
 
 
 def tensor_rules(config: Config) -> Mapping[str, PartitionSpec]:
-    """How parameters are divided over the axis "tensor", by glob of their paths."""
-    model, adapter = config.model, config.optimizer.adapter
-    by_columns, by_rows = ("q", "k", "v", "gate", "up"), ("o", "down")
-    rules = {}
+    """How parameters of a decoder are divided over the axis "tensor", by glob of their paths."""
+    model, by_columns = config.model, ("q", "k", "v", "gate", "up")
+    rules = kernel_rules(config.optimizer.adapter, by_columns)
+    if model.attention_bias:
+        rules |= {f"*/{name}_proj/bias": P(None, TENSOR) for name in ("q", "k", "v")}
+    if not model.tie_embeddings:
+        rules["lm_head/kernel"] = P(None, TENSOR)
+    return rules | {"embed_tokens/embedding": P(TENSOR, None)}
+
+
+def kernel_rules(adapter: Adapter | None, by_columns: Sequence[str]) -> dict[str, PartitionSpec]:
+    """Those of the blocks' kernels and adapters, some of which are divided by columns."""
+    by_rows, rules = ("o", "down"), {}
     if adapter is None or adapter.has_kernel:
         rules |= {f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in by_columns}
         rules |= {f"*/{name}_proj/kernel": P(None, TENSOR, None) for name in by_rows}
     if adapter is not None:
         rules |= {f"*/{name}_proj/{B}": P(None, None, TENSOR) for name in by_columns}
         rules |= {f"*/{name}_proj/{A}": P(None, TENSOR, None) for name in by_rows}
-    if model.attention_bias:
-        rules |= {f"*/{name}_proj/bias": P(None, TENSOR) for name in ("q", "k", "v")}
-    if not model.tie_embeddings:
-        rules["lm_head/kernel"] = P(None, TENSOR)
-    return rules | {"embed_tokens/embedding": P(TENSOR, None)}
+    return rules
 
 
 def training_mesh(config: Config) -> Mesh | None:
@@ -50,28 +58,6 @@ def training_mesh(config: Config) -> Mesh | None:
       InputError: the mesh does not have as many devices as there are, the rows of a micro-batch
         cannot be divided among them, or the heads, the MLP or the vocabulary cannot.
     """
-    mesh = make_mesh(config.mesh)
-    if mesh is not None:
-        _check_rows(config, mesh)
-        _check_tensor(config, mesh)
-    return mesh
-
-
-def _check_rows(config: Config, mesh: Mesh) -> None:
-    parts = config.training.accumulation
-    rows = config.data.batch_size // parts
-    divided = math.prod(mesh.shape[name] for name in BATCH_AXES)
-    if rows % divided:
-        possible = [size for size in divisors(mesh.size) if rows % size == 0]
-        raise InputError(
-            f"mesh.data × mesh.fsdp is {divided}, which does not divide data.batch_size / "
-            f"training.accumulation, {rows} rows: set data.batch_size to a multiple of "
-            f"{parts * divided}, or choose a mesh in which mesh.data × mesh.fsdp is "
-            f"{any_of(possible)}."
-        )
-
-
-def _check_tensor(config: Config, mesh: Mesh) -> None:
     model = config.model
     sizes = {
         "num_heads": model.num_heads,
@@ -79,12 +65,51 @@ def _check_tensor(config: Config, mesh: Mesh) -> None:
         "intermediate_size": model.intermediate_size,
         "vocab_size": model.vocab_size,
     }
+    return checked_mesh(config.mesh, config.data.batch_size, sizes, config.training.accumulation)
+
+
+def checked_mesh(
+    config: MeshConfig, batch_size: int, sizes: Mapping[str, int], parts: int | None = None
+) -> Mesh | None:
+    """The mesh of all devices for a batch in some parts and a model with these sizes.
+
+    Raises:
+      InputError: as for `training_mesh`.
+    """
+    mesh = make_mesh(config)
+    if mesh is None:
+        return None
+    rows, divided = batch_size // (parts or 1), math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if rows % divided:
+        possible = [size for size in divisors(mesh.size) if rows % size == 0]
+        micro_batch = "" if parts is None else " / training.accumulation"
+        raise InputError(
+            f"mesh.data × mesh.fsdp is {divided}, which does not divide data.batch_size"
+            f"{micro_batch}, {rows} rows: set data.batch_size to a multiple of "
+            f"{(parts or 1) * divided}, or choose a mesh in which mesh.data × mesh.fsdp is "
+            f"{any_of(possible)}."
+        )
     for name, size in sizes.items():
         if size % mesh.shape[TENSOR]:
             raise InputError(
                 f"mesh.tensor is {mesh.shape[TENSOR]}, which does not divide model.{name}, {size}: "
                 f"choose {any_of(divisors(math.gcd(*sizes.values())))}."
             )
+    return mesh
+
+
+def moment_axes(config: MeshConfig, mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which the optimizer's moments are divided, besides those of the parameters."""
+    return (DATA,) if config.shard_moments and mesh.shape[DATA] > 1 else ()
+
+
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """The shapes with these shardings, in the tree of the shardings."""
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    ]
+    return jax.tree.structure(shardings).unflatten(leaves)
 
 
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
@@ -151,17 +176,25 @@ def _rules(batch_axes: tuple[str, ...]) -> list[tuple[str, Any]]:
 
 
 def per_shard(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """The loss, also inside a `shard_map` over some of the batch's axes.
+    """The loss of parameters and a batch, also inside a `shard_map` over some of the batch's axes.
 
-    There a sharding may name the other axes only.
+    There a sharding may name the other axes only, and an embedding may have to be whole.
     """
 
-    def shard_loss(*arguments: Any) -> Any:
+    def shard_loss(params: PyTree, *batch: Any) -> Any:
         manual = jax.sharding.get_abstract_mesh().manual_axes
         if not manual:
-            return loss(*arguments)
+            return loss(params, *batch)
+        if needs_whole_tables():
+            params = jax.tree_util.tree_map_with_path(_whole_table, params)
         free = tuple(name for name in BATCH_AXES if name not in manual)
         with nn.logical_axis_rules(_rules(free)):
-            return loss(*arguments)
+            return loss(params, *batch)
 
     return shard_loss
+
+
+def _whole_table(path: Any, leaf: jax.Array) -> jax.Array:
+    if path_names(path)[-1] != "embedding":
+        return leaf
+    return jax.lax.with_sharding_constraint(leaf, P())

@@ -22,6 +22,7 @@ from galore_jax.models.layers import Block
 from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.training.config import Config, OptimizerConfig
+from galore_jax.training.gradients import dropout_rngs
 from galore_jax.training.layout import BATCH_AXES, on_mesh
 from galore_jax.training.mesh import FSDP, TENSOR
 from galore_jax.training.optimizer import matrices
@@ -33,7 +34,7 @@ from galore_jax.training.state import (
     tree_bytes,
     tree_size,
 )
-from galore_jax.training.step import batch_loss, dropout_rngs, make_train_step, with_seeds
+from galore_jax.training.step import batch_loss, make_train_step, with_seeds
 from galore_jax.types import PyTree
 
 Parts = dict[str, int]

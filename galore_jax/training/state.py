@@ -15,8 +15,13 @@ from galore_jax.grads import layerwise
 from galore_jax.models.adapters import combine, is_factor, split
 from galore_jax.models.llama import Llama
 from galore_jax.training.config import Config, naming_settings
-from galore_jax.training.layout import batch_sharding, tensor_rules, whole
-from galore_jax.training.mesh import DATA
+from galore_jax.training.layout import (
+    batch_sharding,
+    moment_axes,
+    tensor_rules,
+    whole,
+    with_shardings,
+)
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
@@ -122,13 +127,12 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
         return shapes
     tx, module = _optimizer(config)
     shardings = galore_jax.shardings(tx, shapes.params, mesh, tensor_rules(config))
-    params = _placed(shapes.params, shardings)
-    over = (DATA,) if config.mesh.shard_moments and mesh.shape[DATA] > 1 else ()
+    params, over = with_shardings(shapes.params, shardings), moment_axes(config.mesh, mesh)
     # This tree knows the partitions of the parameters, by which later updates divide their work.
     updated, _ = trained(config, params)
     shardings = module.state_shardings(tx, _in_float32(updated), over=over)
-    opt_state, step = _placed(shapes.opt_state, shardings), _placed(shapes.step, whole(mesh))
-    return TrainState(params, opt_state, step)
+    opt_state = with_shardings(shapes.opt_state, shardings)
+    return TrainState(params, opt_state, with_shardings(shapes.step, whole(mesh)))
 
 
 def _optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
@@ -147,15 +151,6 @@ def _in_float32(params: PyTree) -> PyTree:
         return leaf.astype(jnp.float32)
 
     return jax.tree.map(cast, params)
-
-
-def _placed(shapes: PyTree, shardings: PyTree) -> PyTree:
-    """The shapes with shardings, in the tree of the shardings."""
-    leaves = [
-        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
-    ]
-    return jax.tree.structure(shardings).unflatten(leaves)
 
 
 def batch_shapes(config: Config, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:

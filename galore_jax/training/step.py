@@ -2,19 +2,15 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 import galore_jax
 from galore_jax.grads import layerwise
-from galore_jax.grads.data_parallel import mean_over_shards
-from galore_jax.grads.micro_batches import mean_over
 from galore_jax.models import llama_layerwise
 from galore_jax.models.adapters import Adapter, combine
 from galore_jax.models.llama import Llama, LlamaConfig
@@ -22,6 +18,7 @@ from galore_jax.models.loss import next_token_loss
 from galore_jax.optim.complement import without_complement
 from galore_jax.optim.state import galore_states, project
 from galore_jax.training.config import Config
+from galore_jax.training.gradients import Gradients, dropout_rngs, mean_gradients, seeded
 from galore_jax.training.layout import data_axes, jit_on, per_shard, whole
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.relora import restart
@@ -37,15 +34,13 @@ from galore_jax.training.state import (
 from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 from galore_jax.types import PyTree
 
-Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
-
 
 def batch_loss(
     model: LlamaConfig, params: PyTree, batch: Batch, adapter: Adapter | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of the losses in nats, and the number of targets, of a batch of (B, T) arrays.
 
-    A batch with the array `seeds`, uint32 (B,), has dropout in the adapters, by the first of them.
+    A `seeded` batch has dropout in the adapters.
     """
     logits: Any = Llama(model, adapter).apply(
         {"params": params},
@@ -58,17 +53,11 @@ def batch_loss(
 
 
 def with_seeds(config: Config, step: jax.Array, batch: Batch) -> Batch:
-    """The batch with a seed of the adapters' dropout for each row, by the run's seed and step."""
+    """The batch, `seeded` by the run's seed and the step if the adapters have dropout."""
     adapter = config.optimizer.adapter
     if adapter is None or not adapter.dropout:
         return batch
-    key = jax.random.fold_in(step_key(config, step), DROPOUT)
-    return batch | {"seeds": jax.random.bits(key, batch["tokens"].shape[:1], "uint32")}
-
-
-def dropout_rngs(batch: Batch) -> dict[str, jax.Array]:
-    """The random streams of a model that is applied to this batch."""
-    return {"dropout": jax.random.key(batch["seeds"][0])} if "seeds" in batch else {}
+    return seeded(batch, jax.random.fold_in(step_key(config, step), DROPOUT))
 
 
 def make_loss(config: Config) -> Callable[..., Any]:
@@ -80,41 +69,15 @@ def make_loss(config: Config) -> Callable[..., Any]:
 def make_gradients(
     config: Config, tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Gradients:
-    """Gradients of the mean loss per target, over all micro-batches.
-
-    Without dropout, the number of micro-batches changes the rounding and nothing else, however the
-    targets are spread over them.
-
-    Returns:
-      A function of the parameters, the optimizer's state and a batch. It returns the gradients of
-      the trained parameters in float32, `Coordinates` where the backward pass projects them, and
-      float32 scalars: `loss`, in nats per target, and `targets`, how many there are.
-    """
-    loss, number, axes = make_loss(config), config.training.accumulation, data_axes(mesh)
-    parts = number if mesh is None else number * math.prod(mesh.shape[axis] for axis in axes)
-    projected = galore_jax.value_and_grad(
-        loss, tx, has_aux=True, micro_batches=number, data_axes=axes
+    """`mean_gradients` of the configured model and optimizer."""
+    return mean_gradients(
+        make_loss(config),
+        tx,
+        functools.partial(trained, config),
+        projected=config.optimizer.has_projected_gradients,
+        micro_batches=config.training.accumulation,
+        mesh=mesh,
     )
-
-    def full_of_shard(params: PyTree, batch: Batch) -> Any:
-        updated, frozen = trained(config, params)
-        full = jax.value_and_grad(
-            lambda updated, batch: loss(combine(updated, frozen), batch), has_aux=True
-        )
-        return mean_over(functools.partial(full, updated), number, batch)
-
-    def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
-        # Sums over the targets of a part, averaged over the parts: micro-batches of shards. The
-        # ratio of two such averages is that of the sums over the batch.
-        if config.optimizer.has_projected_gradients:
-            (loss_sum, targets), sums = projected(params, opt_state, batch)
-        else:
-            (loss_sum, targets), sums = mean_over_shards(full_of_shard, axes, params, batch)
-        divisor = jnp.where(targets > 0, targets, 1)
-        means = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * (1 / divisor), sums)
-        return means, {"loss": loss_sum / divisor, "targets": jnp.round(parts * targets)}
-
-    return gradients
 
 
 def make_train_step(

@@ -116,6 +116,14 @@ def test_micro_batches_share_one_reduction_and_cost_no_more_work():
     assert flops(four.as_text()) <= 1.1 * flops(one.as_text())
 
 
+@pytest.mark.parametrize("mode", ["projected", "full"])
+def test_a_shard_of_more_tokens_than_words_compiles(mode):
+    # XLA ends the process here if the embedding is divided: see `needs_whole_tables`.
+    program = compiled((2, 2, 2), rows=512, **MODES[mode])
+    # Nothing larger than the activations of a shard, for the embedding's gradient.
+    assert max(found.payload for found in gathered(program)) == 512 // 2 * 256 * WIDTH * FLOAT32
+
+
 @pytest.mark.parametrize("mode", ["projected", "layer-wise, 8-bit"])
 def test_each_device_holds_an_eighth_of_the_state(mode):
     held = [
