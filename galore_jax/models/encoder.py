@@ -247,10 +247,13 @@ class EncoderBlock(nn.Module):
         """The next activations (batch, length, hidden); the mask is that of `SelfAttention`."""
         config, adapter = self.config, self.adapter
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
-        attended = SelfAttention(config, adapter, name="attention")(x, mask, deterministic)
-        x = _norm(config, "attention_norm")(constrain(x + dropout(attended), "batch"))
-        added = EncoderMLP(config, adapter, name="mlp")(x)
-        return _norm(config, "mlp_norm")(constrain(x + dropout(added), "batch")), None
+        # What goes into a sublayer and what comes out is whole along the last axis: neither the
+        # scales of norms nor dropout decide how XLA divides the products.
+        attention = SelfAttention(config, adapter, name="attention")
+        attended = constrain(attention(constrain(x, "batch"), mask, deterministic), "batch")
+        x = _norm(config, "attention_norm")(x + dropout(attended))
+        added = constrain(EncoderMLP(config, adapter, name="mlp")(constrain(x, "batch")), "batch")
+        return _norm(config, "mlp_norm")(x + dropout(added)), None
 
 
 class SelfAttention(nn.Module):

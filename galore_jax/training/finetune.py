@@ -3,14 +3,11 @@
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 import galore_jax
 from galore_jax.data.glue import TASKS, Task, encode, load_examples, write_predictions
@@ -25,33 +22,12 @@ from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import naming_settings
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
 from galore_jax.training.finetune_config import FinetuneConfig
-from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.finetune_steps import Steps, finetuning_mesh, make_steps
 from galore_jax.training.state import tree_bytes
 from galore_jax.types import PyTree
 
 CONFIG = "config.toml"
 Rows = dict[str, np.ndarray]
-
-
-class Steps(NamedTuple):
-    """The compiled functions of a fine-tuning.
-
-    Attributes:
-      adapt: the parameters of a checkpoint and a key → those to train, with new adapters if the
-        optimizer is LoRA.
-      init: the parameters → the optimizer's state.
-      refresh: parameters, state, batch and key → the state with new bases; None without projected
-        gradients.
-      update: parameters, state, batch and key → the next parameters and state, which replace those
-        given, and the loss.
-      outputs: parameters and batch → the outputs of the head, float32 (batch, outputs).
-    """
-
-    adapt: Callable[..., Any]
-    init: Callable[..., Any]
-    refresh: Callable[..., Any] | None
-    update: Callable[..., Any]
-    outputs: Callable[..., Any]
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -67,8 +43,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
       the state; and `seconds` of training, evaluation and compilation included, for each seed.
 
     Raises:
-      InputError: the folder holds results of other settings, or the checkpoint, its tokenizer or
-        the data cannot be used.
+      InputError: the folder holds results of other settings, the devices do not fit the mesh, or
+        the checkpoint, its tokenizer or the data cannot be used.
     """
     folder, task = Path(config.training.folder), TASKS[config.data.task]
     _check_folder(folder, config)
@@ -83,7 +59,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
             f"{steps} steps: shorten the warm-up."
         )
-    compiled = make_steps(config, model, steps)
+    compiled = make_steps(config, model, steps, finetuning_mesh(config, encoder))
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / CONFIG) as unfinished:
         unfinished.write_text(to_toml(config), encoding="utf-8")
@@ -108,69 +84,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     with atomic_write(folder / "summary.json") as unfinished:
         unfinished.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def make_steps(config: FinetuneConfig, model: Classifier, steps: int) -> Steps:
-    """Makes the functions of a fine-tuning of `steps` updates of a model without adapters."""
-    tx, adapter = make_optimizer(config.optimizer, steps), config.optimizer.adapter
-    task = TASKS[config.data.task]
-    implementation: Any = config.optimizer.implementation
-    adapted = model.clone(adapter=adapter)
-
-    def loss(params: PyTree, batch: Any, key: jax.Array) -> jax.Array:
-        """Mean cross-entropy, or mean squared error of a regression, with dropout."""
-        outputs: Any = adapted.apply(
-            {"params": params},
-            batch["tokens"],
-            batch["token_types"],
-            deterministic=False,
-            rngs={"dropout": key},
-        )
-        if task.labels:
-            losses = optax.softmax_cross_entropy_with_integer_labels(outputs, batch["labels"])
-        else:
-            losses = (outputs[:, 0] - batch["labels"]) ** 2
-        return jnp.sum(losses * batch["weights"]) / jnp.sum(batch["weights"])
-
-    projected = galore_jax.value_and_grad(loss, tx)
-
-    def trained(params: PyTree) -> tuple[PyTree, PyTree]:
-        """The parameters to update, and those that are frozen."""
-        return adapters.split(params, adapters_only=adapter is not None)
-
-    def adapt(params: PyTree, key: jax.Array) -> PyTree:
-        if adapter is None:
-            return params
-        initial = adapted.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return adapters.combine(params, adapters.factors(initial))
-
-    def update(params: PyTree, state: PyTree, batch: Any, key: jax.Array) -> Any:
-        updated, frozen = trained(params)
-        if config.optimizer.has_projected_gradients:
-            value, gradients = projected(params, state, batch, key=key)
-        else:
-            value, gradients = jax.value_and_grad(
-                lambda updated: loss(adapters.combine(updated, frozen), batch, key)
-            )(updated)
-        updated, state = galore_jax.apply_gradients(
-            tx, gradients, state, updated, implementation=implementation
-        )
-        return adapters.combine(updated, frozen), state, value
-
-    def outputs(params: PyTree, batch: Any) -> Any:
-        return adapted.apply({"params": params}, batch["tokens"], batch["token_types"])
-
-    refresh = None
-    if config.optimizer.has_projected_gradients:
-        of_loss = galore_jax.refresh(loss, tx)
-        refresh = jax.jit(lambda params, state, batch, key: of_loss(params, state, batch, key=key))
-    return Steps(
-        jax.jit(adapt),
-        jax.jit(lambda params: galore_jax.init(tx, trained(params)[0])),
-        refresh,
-        jax.jit(update, donate_argnums=(0, 1)),
-        jax.jit(outputs),
-    )
 
 
 def _finetune_once(
@@ -201,7 +114,7 @@ def _finetune_once(
         """Predictions for all rows, in order."""
         inputs = {name: rows[name] for name in ("tokens", "token_types")}
         outputs = [
-            np.asarray(steps.outputs(params, batch))[batch["weights"] == 1]
+            np.asarray(steps.outputs(params, steps.put(batch)))[batch["weights"] == 1]
             for batch in batches(inputs, size, pad_id)
         ]
         return predictions_of(task, np.concatenate(outputs))
@@ -212,7 +125,7 @@ def _finetune_once(
         # Updates, with new bases where they are due.
         losses = []
         for batch in batches(rows["train"], size, pad_id, (seed, epoch)):
-            key = jax.random.fold_in(dropout_key, count)
+            batch, key = steps.put(batch), jax.random.fold_in(dropout_key, count)
             if steps.refresh is not None and galore_jax.refresh_due(state):
                 state = steps.refresh(params, state, batch, key)
             params, state, loss = steps.update(params, state, batch, key)
@@ -264,7 +177,7 @@ def _check_folder(folder: Path, config: FinetuneConfig) -> None:
         return
     recorded = to_dict(load_config(folder / CONFIG, kind=FinetuneConfig))
     for key, (old, new) in differences(recorded, to_dict(config)).items():
-        if key not in ("training.seeds", "training.folder"):
+        if not key.startswith(("training.seeds", "training.folder", "mesh.")):
             raise InputError(
                 f"{folder} holds results with {key} = {old!r}, which is {new!r} here: name another "
                 "training.folder."

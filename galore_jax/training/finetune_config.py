@@ -1,10 +1,11 @@
-"""The configuration of a fine-tuning on GLUE: sections `model`, `data`, `optimizer`, `training`."""
+"""The configuration of a fine-tuning on GLUE, in the sections of its TOML file."""
 
 from dataclasses import dataclass, field
 
 from galore_jax.data.glue import TASKS
 from galore_jax.errors import InputError, require, require_choice
 from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.mesh import MeshConfig
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class FinetuneConfig:
     data: GlueConfig = field(default_factory=GlueConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: FinetuningConfig = field(default_factory=FinetuningConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
         if self.optimizer.name in ("relora", "lowrank"):
