@@ -82,7 +82,7 @@ def tokens():
         pytest.param(RELORA, True, marks=pytest.mark.slow),
         pytest.param(LOWRANK, False, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["lora", "relora", "lowrank"],
 )
 def test_a_run_is_written_with_its_adapters_merged(run_of, optimizer, checkpoint, tmp_path):
     run = run_of(optimizer, checkpoint)

@@ -135,7 +135,12 @@ def test_a_batch_without_targets_gives_zero_gradients(batch, params):
 
 @pytest.mark.parametrize(
     ("name", "rate"),
-    [("adamw", 0.01), ("galore_adamw", 0.01), ("galore_adafactor", 0.01), ("galore_lion", 0.003)],
+    [
+        ("adamw", 0.01),
+        ("galore_adamw", 0.01),
+        pytest.param("galore_adafactor", 0.01, marks=pytest.mark.slow),
+        pytest.param("galore_lion", 0.003, marks=pytest.mark.slow),
+    ],
 )
 def test_steps_learn_count_and_donate_the_state(batch, name, rate):
     config = changed(optimizer={"name": name, "clip_norm": 1.0, "learning_rate": rate})
