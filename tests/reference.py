@@ -66,9 +66,6 @@ def largest_angle(one: np.ndarray, other: np.ndarray) -> float:
 
 def after_refresh(moments: Moments, rule: str, old: Bases, new: Bases) -> Moments:
     """The moments with which a matrix takes the first update in its new bases."""
-    if rule == "reset":
-        zeros = {name: 0 * value for name, value in moments.values.items() if name != "norm"}
-        return Moments(moments.values | zeros, 0)
     return rotated(moments, old, new) if rule == "rotate" else moments
 
 

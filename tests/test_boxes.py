@@ -62,7 +62,6 @@ OPTIMIZERS = {
     "chain": lambda: chain(optax.trace(0.5), galore(4, 2), optax.adam(1e-2)),
     "literal": lambda: optax.chain(optax.clip(1.0), galore(4, 2), optax.adamw(1e-2)),
     "adamw": lambda: galore_jax.adamw(1e-2, 4, update_proj_gap=2, weight_decay=0.1),
-    "reset": lambda: galore_jax.adamw(1e-2, 4, update_proj_gap=2, moments="reset"),
     "rotate": lambda: galore_jax.adamw(1e-2, 4, update_proj_gap=2, moments="rotate"),
     "fira": lambda: galore_jax.fira(1e-2, 4, update_proj_gap=2, weight_decay=0.1),
     "apollo": lambda: galore_jax.apollo(1e-2, 1, update_proj_gap=2),
@@ -111,7 +110,7 @@ def test_boxes_change_no_number_of_the_training(name):
         assert max_difference(nn.meta.unbox(train(name, params)[0]), plain) == 0
 
 
-@pytest.mark.parametrize("name", ["literal", "adamw", "reset", "rotate"])
+@pytest.mark.parametrize("name", ["literal", "adamw", "rotate"])
 def test_projected_gradients_of_boxed_parameters_train_as_those_of_plain_ones(name):
     params = params_in("partitioned")
     for gradients in ("projected", "updates") if name == "adamw" else ("projected",):
@@ -130,7 +129,7 @@ def test_a_state_has_boxes_where_its_arrays_are_shaped_like_the_parameters():
     assert not any(map(is_box, jax.tree.leaves(bases, is_leaf=is_box)))
 
 
-@pytest.mark.parametrize("name", ["chain", "literal", "adamw", "reset", "partition"])
+@pytest.mark.parametrize("name", ["chain", "literal", "adamw", "partition"])
 def test_states_of_boxed_parameters_are_written_read_and_mapped(name):
     params = params_in("partitioned")
     _, state = train(name, params, steps=1)

@@ -87,7 +87,7 @@ def first_step_of(optimizer, coordinates, size):
 
 @pytest.mark.parametrize(
     ("optimizer", "moments"),
-    [("adamw", "keep"), ("lion", "rotate"), ("muon", "reset"), ("muon", "keep")],
+    [("adamw", "keep"), ("lion", "rotate"), ("muon", "rotate"), ("muon", "keep")],
 )
 def test_the_complement_takes_the_first_step_of_the_optimizer_at_the_current_rate(
     params, optimizer, moments

@@ -93,7 +93,7 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ),
         (
             "optimizer.moments=drop",
-            "optimizer.moments must be one of keep, reset, rotate, not 'drop'.",
+            "optimizer.moments must be one of keep, rotate, not 'drop'.",
         ),
         ("optimizer.scale=0", "optimizer.scale must be positive and finite, not 0.0."),
         ("optimizer.scale=-1", "optimizer.scale must be positive and finite, not -1.0."),

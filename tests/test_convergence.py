@@ -47,13 +47,12 @@ def trained(tx, params, losses, steps):
         ("svd", "keep"),
         ("random", "keep"),
         ("subspace_iteration", "rotate"),
-        ("subspace_iteration", "reset"),
     ],
 )
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_a_quadratic_and_a_low_rank_regression_are_solved(name, method, moments):
     if (name, method) == ("muon", "random"):
-        moments = "reset"  # Of a moment of the last subspace 0.95^10 = 0.6 is left in the next one.
+        moments = "rotate"  # Kept, 0.95^10 = 0.6 of a moment goes along random directions.
     random = lambda key, shape: 0.5 * jax.random.normal(key, shape)
     keys = iter(jax.random.split(jax.random.key(0), 9))
     target = {"stack": random(next(keys), (2, 12, 20)), "bias": random(next(keys), (12,))}

@@ -61,13 +61,6 @@ def test_labels_of_a_partition_may_be_the_names_of_leaves(label):
     assert found == {"kernel": projected(), "bias": WHOLE, "total": (f"{SAVED:,}",)}
 
 
-def test_an_optimizer_for_each_matrix_is_counted_with_its_matrix():
-    params = {"kernel": KERNEL, "bias": BIAS}
-    # A count of its own.
-    tx = galore_jax.adamw(1e-3, RANK, moments="reset")
-    assert rows(params, tx)["kernel"] == projected(SAVED - 4)
-
-
 def test_an_optimizer_with_rules_and_a_wrapper_is_described():
     tx = optax.MultiSteps(galore_jax.adamw(1e-3, RANK, rules={"bias": None}), 2)
     full = 4 * 64 * 256  # The accumulated gradient.

@@ -22,14 +22,14 @@ SHAPES = {"stack": (2, 72, 300), "tall": (300, 72), "bias": (300,)}
     [
         galore_jax.adamw(0.1, 16, weight_decay=0.1),
         galore_jax.adamw(0.1, 16, eight_bit=True, basis_dtype=jnp.int8),
-        galore_jax.adamw(0.1, 16, moments="reset", basis_dtype=jnp.bfloat16),
+        galore_jax.adamw(0.1, 16, moments="rotate", basis_dtype=jnp.bfloat16),
         galore_jax.adafactor(0.1, 16, proj_type="full"),
         galore_jax.fira(0.1, 16),
         galore_jax.apollo(0.1, 1),
         optax.chain(galore(16), optax.adam(0.1)),
         galore_jax.adamw8bit(0.1),
     ],
-    ids=["adamw", "int8", "reset", "adafactor", "fira", "apollo", "stock", "without galore"],
+    ids=["adamw", "int8", "rotate", "adafactor", "fira", "apollo", "stock", "without galore"],
 )
 def test_a_state_comes_back_from_its_bytes_and_goes_on_as_it_would(tx):
     params, grads = random_params(SHAPES), random_params(SHAPES, seed=1)

@@ -108,7 +108,6 @@ ADAFACTOR = (galore_jax.adafactor, {"clipping_threshold": 1e9})
 CASES = {
     "adamw keep": (galore_jax.adamw, {"moments": "keep", "weight_decay": 0.1}),
     "adamw rotate stagger": (galore_jax.adamw, {"moments": "rotate", "stagger": True}),
-    "adamw reset": (galore_jax.adamw, {"moments": "reset", "weight_decay": 0.1}),
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": ADAFACTOR,
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
@@ -116,12 +115,11 @@ CASES = {
 }
 # Of full gradients every value of a setting, of projected ones also every pair of these.
 FULL_CASES = {
-    "adamw reset": (galore_jax.adamw, {"moments": "reset", "weight_decay": 0.1}),
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": ADAFACTOR,
     "lion rotate stagger": (galore_jax.lion, {"moments": "rotate", "stagger": True}),
     "fira stagger": (galore_jax.fira, {"stagger": True, "weight_decay": 0.1}),
-    "fira reset": (galore_jax.fira, {"moments": "reset"}),
+    "fira rotate": (galore_jax.fira, {"moments": "rotate"}),
     "apollo": (galore_jax.apollo, {"moments": "rotate"}),
 }
 

@@ -176,14 +176,14 @@ def test_every_setting_of_galore_reaches_it(batch):
         "rank": 0.25,
         "update_proj_gap": 14,
         "proj_type": "full",
-        "moments": "reset",
+        "moments": "rotate",
         "stagger": True,
     }
     config = changed(optimizer=settings)
     actual = bases(initial(config).opt_state)
     assert all(basis.projection.rank == 8 for basis in actual)
     assert all(basis.projection.sides == ("left", "right") for basis in actual)
-    assert all(basis.moments == "reset" for basis in actual)
+    assert all(basis.moments == "rotate" for basis in actual)
     # The first gaps of 7 kernels of 2 layers, spread over one gap.
     assert sorted(int(gap) for basis in actual for gap in basis.gap) == list(range(1, 15))
 

@@ -38,7 +38,7 @@ batch_size = 4
 [optimizer]
 rank = 8
 update_proj_gap = 7
-moments = "reset"
+moments = "rotate"
 stagger = true
 lazy_overlap = 0.3
 warmup_steps = 5

@@ -27,7 +27,7 @@ OPTIMIZERS = [
     {"name": "adamw8bit"},
     {"name": "muon"},
     {"name": "galore_adamw"},
-    {"name": "galore_adamw", "moments": "reset"},
+    {"name": "galore_adamw", "moments": "rotate"},
     {"name": "galore_adamw8bit"},
     {"name": "galore_adafactor"},
     {"name": "galore_lion"},

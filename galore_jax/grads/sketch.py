@@ -76,7 +76,7 @@ def refresh(
     matrix whose gradient is zero or not finite keeps its basis and is retried 1, 2, 4, 8, … finite
     updates after it became due, with at most `update_proj_gap` between attempts. Parameters whose
     gradient is full in `value_and_grad` are refreshed by `apply_gradients` instead. Moments are
-    kept, rotated or reset as chosen by `galore(moments=…)`. A refresh does not count as an update.
+    kept or rotated, as chosen by `galore(moments=…)`. A refresh does not count as an update.
 
     Args:
       loss: as for `value_and_grad`.

@@ -43,8 +43,7 @@ def scale_by_adam8bit(
 
     Updates are computed from the moments in float32, before they are rounded to codes. The two
     moments take 2.03 bytes per parameter instead of 8 (2.5 if the last axis is as short as 16).
-    Leaves with fewer than 4,096 elements (per matrix after `galore(moments="reset")`) or with a
-    last axis shorter than 16 keep float32 moments.
+    Leaves with fewer than 4,096 elements or with a last axis shorter than 16 keep float32 moments.
 
     Args:
       b1: decay of the first moment.

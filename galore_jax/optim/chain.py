@@ -18,16 +18,7 @@ from galore_jax.optim.complement import (
     with_complement,
     without_complement,
 )
-from galore_jax.optim.moments import (
-    BasisUpdates,
-    PerMatrixState,
-    check_rotation,
-    compare_bases,
-    init_per_matrix,
-    is_moment,
-    rotate,
-    update_per_matrix,
-)
+from galore_jax.optim.moments import BasisUpdates, check_rotation, compare_bases, rotate
 from galore_jax.optim.nonfinite import restore_moments, skip_updates
 from galore_jax.optim.state import (
     ChainState,
@@ -46,8 +37,7 @@ from galore_jax.optim.state import (
     without_boxes,
 )
 from galore_jax.subspace.basis import Basis
-from galore_jax.subspace.matrix_view import MatrixView
-from galore_jax.subspace.projection import Coordinates, Moments, Projection, is_coordinates
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
 # Names of states with a copy of the parameters, which would mix coordinates of different bases.
@@ -67,8 +57,6 @@ _STATES_WITH_COPIES = frozenset(
 
 class GaLore(optax.GradientTransformationExtraArgs):
     """The result of `galore`. Put it in `chain`, or call it with the inner transformation."""
-
-    moments: Moments
 
     def __call__(self, inner: optax.GradientTransformation) -> "Chain":
         """`galore(...)(inner)` is `chain(galore(...), inner)`."""
@@ -105,10 +93,6 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     in them. If the parameters are in boxes (Flax's, NNX variables, Haliax' named arrays), masks and
     labels for optax's transformations after galore must be functions, or trees without boxes.
 
-    With `galore(moments="reset")` a transformation that keeps moments runs once per matrix, with a
-    count of its own. If it is itself an `optax.chain` with a clip by global norm, that clip then
-    works within one matrix: make the clip a separate argument.
-
     Args:
       *transforms: as for `optax.chain`. A `chain` among them is flattened, so that a clip can be
         put in front of a ready-made optimizer. The decay of full weights comes last.
@@ -135,17 +119,12 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         raise ValueError("chain: there is more than one galore; leave only one.")
 
     def init_fn(params: PyTree) -> ChainState:
-        states, bases, resets = [], [], False
+        states, bases = [], []
         for tx in transforms:
-            needs_gradients = isinstance(tx, FullGradientTransformation)
-            if resets and not needs_gradients and _keeps_moments(tx):
-                states.append(init_per_matrix(tx, params))
-            else:
-                states.append(start(tx, params))
+            states.append(start(tx, params))
             check_rotation(states[-1], bases)
             if bases:
                 _warn_of_copies(states[-1])
-            resets |= isinstance(tx, GaLore) and tx.moments == "reset"
             new_galores = galore_states(states[-1])
             bases += bases_of(new_galores)
             params = start_coordinates(params, new_galores)
@@ -163,10 +142,6 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 outside = first_update(tx, outside, old, outside_params, **extra_args)
             if isinstance(tx, FullGradientTransformation):
                 updates, new = tx.update(updates, old, params, **full)
-            elif isinstance(old, PerMatrixState):
-                updates, new = update_per_matrix(
-                    tx, updates, old, params, basis_updates, **extra_args
-                )
             elif basis_updates:
                 old = rotate(old, basis_updates)
                 update = optax.with_extra_args_support(tx).update
@@ -216,11 +191,6 @@ def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         raise ValueError(
             "galore: complement needs galore_jax.chain in place of optax.chain: a stock chain has "
             "one update for a matrix, and the complement takes a second one."
-        )
-    if not isinstance(tx, GaLore) and any(basis.moments == "reset" for basis in bases):
-        raise ValueError(
-            'galore: moments="reset" needs galore_jax.chain in place of optax.chain: a stock chain '
-            "keeps one count for all matrices."
         )
     check_rotation(state, bases)
     if bases:
@@ -294,20 +264,6 @@ def update_low_rank(
     updates, after = tx.update(updates, ready, coordinates, **extra_args)
     after = restore_moments(ready, after, basis_updates)
     return skip_updates(updates, basis_updates), with_galore_states(after, new), basis_updates
-
-
-def _keeps_moments(tx: optax.GradientTransformation) -> bool:
-    """Whether a transformation keeps per-parameter state.
-
-    Decided on a dummy matrix, because `optax.tree.map_params` calls init without parameters.
-    """
-    view = MatrixView((2, 3), (0,), (1,))
-    sample = Coordinates(jnp.zeros((1, 3)), Projection((), view, ("left",), 1))
-    try:
-        state = jax.eval_shape(tx.init, sample)
-    except (AttributeError, TypeError, ValueError):
-        return True  # It needs a whole tree; `init_per_matrix` says which leaf it cannot start.
-    return any(map(is_moment, jax.tree.leaves(state, is_leaf=is_coordinates)))
 
 
 def _with_age_zero(state: GaLoreState) -> GaLoreState:

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import optax
 
-from galore_jax.optim.moments import PerMatrixState
 from galore_jax.subspace.matrix_view import named_leaves, unboxed
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
@@ -65,7 +64,6 @@ def first_update(
 
     The counts of schedules are those of `state`.
     """
-    state = state.unprojected if isinstance(state, PerMatrixState) else state
     fresh = tx.init(updates)
     leaves = named_leaves(fresh, is_coordinates)
     # A moment is the field of a state, below which there is a tree like the parameters.

@@ -110,8 +110,7 @@ def galore(
         leaves it matches, or None not to project them. The first match wins, and a leaf that a
         `Rule` matches is projected even if it is an embedding, a head or part of a norm.
       moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
-        "keep" (the reference), "reset" (restart at zero, with bias corrections counted from there)
-        or "rotate" (express them in the new basis; see `moments.rotated`).
+        "keep" (the reference) or "rotate" (express them in the new basis; see `moments.rotated`).
       stagger: spread the refreshes after update 0 evenly over the interval, so that no later step
         has to do all of them.
       lazy_overlap: if the mean squared cosine of the principal angles between the old and the new
@@ -265,7 +264,6 @@ def galore(
         return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
     tx = GaLore(init_fn, update_fn)
-    tx.moments = moments
     return tx
 
 

@@ -5,8 +5,6 @@ A moment is any `Coordinates` node in an optimizer's state; it records the path 
 
 * "keep": nothing (the reference).
 * "rotate": they are expressed in the new basis (`rotate`, `rotated`).
-* "reset": they restart at zero. So that bias corrections count from there, the optimizer then runs
-  once per matrix, with a state of its own for each (`init_per_matrix`, `update_per_matrix`).
 """
 
 from functools import partial
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import constrained, map_batch
@@ -51,14 +48,6 @@ class BasisUpdate(NamedTuple):
         """Bool `(*batch,)`, whether the gradient was not finite."""
         return self.new.skipped > self.old.skipped
 
-    @property
-    def is_first_update(self) -> jax.Array:
-        """Bool `(*batch,)`, whether the update is the first one in its basis.
-
-        The basis comes from the update itself or from a `refresh` just before it.
-        """
-        return self.refreshed | (self.old.age == 0)
-
 
 BasisUpdates = dict[tuple[str, ...], BasisUpdate]
 
@@ -94,9 +83,6 @@ def constrain_state(state: PyTree) -> PyTree:
     return jax.tree.map(at_node, state, is_leaf=is_leaf)
 
 
-# Rotation
-
-
 def check_rotation(state: PyTree, bases: list[Basis]) -> None:
     """Checks that every moment that is to be rotated can be.
 
@@ -117,7 +103,7 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
                 f'galore: moments="rotate" cannot rotate {name!r}, shape {node.value.shape}, which '
                 f"the optimizer keeps for {node.projection.name}: it rotates first and second "
                 f"moments of the coordinates' shape, {node.projection.coordinates_shape}. Use "
-                'moments="keep" or "reset".'
+                'moments="keep".'
             )
 
 
@@ -212,121 +198,3 @@ def _kind(name: str, node: Coordinates) -> str | None:
 def _field(names: tuple[str, ...], parameter: tuple[str, ...]) -> str:
     """The name of the state's field with a tree like the parameters, from the path of a leaf."""
     return names[len(names) - len(parameter) - 1]
-
-
-# Reset
-
-
-class PerMatrixState(NamedTuple):
-    """State of a transformation that runs once per projected matrix and once for everything else.
-
-    Attributes:
-      unprojected: its state for the unprojected leaves.
-      projected: the parameters' tree with its state for each projected leaf, every array of which
-        has a leading axis over the matrices; `optax.MaskedNode()` elsewhere.
-    """
-
-    unprojected: PyTree
-    projected: PyTree
-
-
-def init_per_matrix(tx: optax.GradientTransformation, params: PyTree) -> PerMatrixState:
-    """Starts `tx` for each matrix, from the parameters as they are after galore.
-
-    Raises:
-      ValueError: `tx` cannot run on one matrix alone; the message names the leaf.
-    """
-
-    def at_leaf(param: Any) -> PyTree:
-        if not is_coordinates(param):
-            return optax.MaskedNode()
-        try:
-            return jax.vmap(tx.init)(_stacked(param))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f'galore: moments="reset" starts what follows galore for {param.projection.name} '
-                f"alone, which it cannot do ({str(error).splitlines()[0]}): give masks and labels "
-                'as functions of the parameters, or use moments="keep".'
-            ) from error
-
-    projected = jax.tree.map(at_leaf, params, is_leaf=is_coordinates)
-    return PerMatrixState(tx.init(_unprojected(params)), projected)
-
-
-def update_per_matrix(
-    tx: optax.GradientTransformation,
-    updates: PyTree,
-    state: PerMatrixState,
-    params: PyTree,
-    basis_updates: BasisUpdates,
-    **extra_args: Any,
-) -> tuple[PyTree, PerMatrixState]:
-    """`tx.update` for each matrix, restarted where the basis is new.
-
-    Everything stored next to a moment is reset with it, Adam's count included; the count of a
-    schedule goes on.
-
-    Args:
-      tx: a transformation that treats each leaf separately.
-      updates: `Coordinates` where galore projects.
-      state: from `init_per_matrix`.
-      params: like `updates`, or None.
-      basis_updates: what this update did to the bases.
-      **extra_args: for `tx.update`.
-
-    Returns:
-      The updates and the state, in which a skipped matrix keeps its moments.
-    """
-    # Unprojected leaves, all at once.
-    tx = optax.with_extra_args_support(tx)
-    unprojected_params = None if params is None else _unprojected(params)
-    unprojected, unprojected_state = tx.update(
-        _unprojected(updates), state.unprojected, unprojected_params, **extra_args
-    )
-
-    def update_one(update: Any, state: PyTree, param: Any) -> tuple[Any, PyTree]:
-        return tx.update(update, state, param, **extra_args)
-
-    # Projected leaves, vectorised over the matrices of each.
-    leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
-    param_leaves = [None] * len(leaves) if params is None else tree.flatten_up_to(params)
-    new_updates, states = tree.flatten_up_to(unprojected), tree.flatten_up_to(state.projected)
-    for i, (update, param) in enumerate(zip(leaves, param_leaves, strict=True)):
-        if not is_coordinates(update):
-            continue
-        basis_update, stack = basis_updates[update.projection.path], _stacked(update)
-        initial = jax.vmap(tx.init)(jax.tree.map(jnp.zeros_like, stack))
-        start = _where(basis_update.is_first_update.reshape(-1), initial, states[i])
-        stacked_param = None if param is None else _stacked(param)
-        new, after = jax.vmap(update_one)(stack, start, stacked_param)
-        new_updates[i] = Coordinates(new.value.reshape(update.value.shape), update.projection)
-        states[i] = _where(basis_update.skipped.reshape(-1), start, after)
-    new_state = PerMatrixState(unprojected_state, jax.tree.unflatten(tree, states))
-    return jax.tree.unflatten(tree, new_updates), new_state
-
-
-def _where(flags: jax.Array, one: PyTree, other: PyTree) -> PyTree:
-    """Moments and what is stored next to them from `one` where the flag is set; else `other`."""
-
-    def holds_moments(node: Any) -> bool:
-        return is_coordinates(node) or (
-            isinstance(node, tuple) and any(is_coordinates(field) for field in node)
-        )
-
-    def at_node(one: Any, other: Any) -> Any:
-        if not holds_moments(one):
-            return other
-        pick = lambda a, b: jnp.where(flags.reshape((-1,) + (1,) * (a.ndim - 1)), a, b)
-        return jax.tree.map(pick, one, other)
-
-    return jax.tree.map(at_node, one, other, is_leaf=holds_moments)
-
-
-def _stacked(node: Any) -> Any:
-    """Coordinates with a single batch axis, over the matrices."""
-    return Coordinates(node.value.reshape(-1, *node.value.shape[-2:]), node.projection)
-
-
-def _unprojected(tree: PyTree) -> PyTree:
-    masked = lambda leaf: optax.MaskedNode() if is_coordinates(leaf) else leaf
-    return jax.tree.map(masked, tree, is_leaf=is_coordinates)

@@ -51,9 +51,8 @@ def init(tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = 
       lifted; those of a `chain` are.)
 
     Raises:
-      ValueError: a stock transformation around `galore(moments="reset")`; moments that cannot be
-        rotated, naming the leaf; an axis in `over` that the mesh does not have, or that divides a
-        parameter.
+      ValueError: moments that cannot be rotated, naming the leaf; an axis in `over` that the mesh
+        does not have, or that divides a parameter.
     """
     return placed_state(lambda params: start(tx, params), params, over)
 

@@ -18,7 +18,7 @@ from galore_jax.subspace.matrix_view import MatrixView
 
 Side = Literal["left", "right"]
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
-Moments = Literal["keep", "reset", "rotate"]
+Moments = Literal["keep", "rotate"]
 
 PROJ_TYPES: tuple[str, ...] = get_args(ProjType)
 MOMENTS: tuple[str, ...] = get_args(Moments)

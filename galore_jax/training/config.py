@@ -96,7 +96,7 @@ class OptimizerConfig:
       proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
       refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`;
         None: the first of these, with APOLLO the last.
-      moments: what a refresh does with the moments: `"keep"`, `"reset"` or `"rotate"`.
+      moments: what a refresh does with the moments: `"keep"` or `"rotate"`.
       stagger: spread the refreshes of the matrices over the gap.
       lazy_overlap: the gap of a matrix doubles if its new subspace overlaps the old one at least
         this much; None: gaps are constant.

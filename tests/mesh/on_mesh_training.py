@@ -109,11 +109,9 @@ def test_8_bit_losses_are_those_of_one_device(mesh, axis_type, mode):
     assert_equal_losses(losses, on_one_device(mode, **settings), EIGHT_BIT)
 
 
-@pytest.mark.parametrize("moments", ["rotate", "reset"])
-def test_moments_follow_their_bases_on_a_mesh(moments):
-    # Adam divides the first update after a reset by its own size, which enlarges rounding.
-    losses, *_ = train(make_mesh(MESHES["hybrid"]), moments=moments)
-    assert_equal_losses(losses, on_one_device(moments=moments), 1e-4)
+def test_moments_follow_their_bases_on_a_mesh():
+    losses, *_ = train(make_mesh(MESHES["hybrid"]), moments="rotate")
+    assert_equal_losses(losses, on_one_device(moments="rotate"), 1e-4)
 
 
 def test_exact_refreshes_divide_whole_matrices_among_devices():
