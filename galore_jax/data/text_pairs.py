@@ -106,7 +106,7 @@ def batches(
     pad_id: int,
     seed: Sequence[int] | int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Goes through all rows once, in batches of equally many.
+    """Goes through all rows once, in batches of equal size.
 
     The rows of a batch are cut where all of them are padding, to one of four lengths, for each of
     which a step is compiled. So that little padding is left, rows are drawn at random into groups
@@ -139,7 +139,7 @@ def batches(
 def _batch_indices(
     lengths: np.ndarray, batch_size: int, seed: Sequence[int] | int | None
 ) -> Iterator[np.ndarray]:
-    """The rows of each batch; the last batch of all, in the order given, may be incomplete."""
+    """The rows of each batch, one of which may be incomplete."""
     count = len(lengths)
     if seed is None:
         yield from np.split(np.arange(count), range(batch_size, count, batch_size))
