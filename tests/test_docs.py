@@ -187,7 +187,7 @@ def test_the_recommended_optimizer_has_the_bytes_that_its_page_says():
     params = {"kernel": jax.ShapeDtypeStruct((1024, 2736), jnp.float32)}
     state = jax.eval_shape(lambda: tx.init(jax.tree.map(jnp.zeros_like, params)))
     basis = state.inner_states[0].bases["kernel"]
-    assert (basis.projection.rank, basis.projection.complement) == (320, 64)
+    assert basis.projection.rank == 320
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 0]
     # Wide kernels take less than the average of a model, square ones more.
     assert 1.5 < 4 * sum(leaf.size for leaf in arrays) / (1024 * 2736) < 2
