@@ -11,7 +11,10 @@ import tempfile
 import pytest
 
 # Tests compile many small programs and run each a few times, so that optimising them does not pay.
-FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+FLAGS = [
+    *("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"),
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if importlib.metadata.version("jaxlib").startswith("0.10.") and platform.machine() == "x86_64":
     # Half the time. Later versions have no other emitters than the new ones. Without fused
     # multiplications and additions results do not depend on what these emitters fuse.
