@@ -21,7 +21,7 @@ from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import load_for_inference, save_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.config_file import load_config
+from galore_jax.training.config_file import load_config, to_toml
 from galore_jax.training.convert import from_huggingface, to_huggingface
 from galore_jax.training.loop import train
 from galore_jax.training.sample import generate_text
@@ -171,6 +171,61 @@ def test_the_command_line_takes_the_model_and_the_tokenizer_from_the_folder(fold
     assert other.data.tokenizer == "bytes"
     with pytest.raises(InputError, match=r"there is no .*nowhere/config\.json"):
         load_config(file, [f"model.checkpoint={tmp_path}/nowhere"])
+
+
+def test_a_checkpoint_in_the_file_determines_what_the_file_leaves_out(folder, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(
+        f'[model]\ncheckpoint = "{folder}"\ndtype = "float32"\n[data]\nsequence_length = 16\n'
+    )
+    config = load_config(file)
+    assert config.model == dataclasses.replace(MODEL, dtype="float32", checkpoint=str(folder))
+    assert config.data.tokenizer == str(folder / "tokenizer.json")
+    # The file of a run is complete and needs the folder no more.
+    gone = dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint="gone"))
+    file.write_text(to_toml(gone))
+    assert load_config(file) == gone
+
+
+def test_a_folder_without_a_tokenizer_needs_one_by_name(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    file = tmp_path / "own.toml"
+    file.write_text('[data]\ntokenizer = "t5.model"\nsequence_length = 16\n')
+    with pytest.raises(InputError, match=r"bare has no tokenizer.json or tokenizer.model: give"):
+        load_config(file, [f"model.checkpoint={bare}"])
+    own = load_config(file, [f"model.checkpoint={bare}", "data.tokenizer=own.json"])
+    assert own.data.tokenizer == "own.json"
+    # Nothing is known of the tokens of a model that was converted without its tokenizer.
+    from_huggingface(bare, tmp_path / "run")
+    to_huggingface(tmp_path / "run", tmp_path / "back")
+    assert "eos_token_id" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
+def test_a_prompt_begins_with_what_the_tokenizer_puts_before_a_text(folder, tmp_path, monkeypatch):
+    with_start = tmp_path / "with-start"
+    shutil.copytree(folder, with_start)
+    processor = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "</s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {"</s>": {"id": "</s>", "ids": [0], "tokens": ["</s>"]}},
+    }
+    text = json.dumps(TOKENIZER | {"post_processor": processor})
+    (with_start / "tokenizer.json").write_text(text)
+    from_huggingface(with_start, tmp_path / "run")
+    prompts = []
+
+    def generate(model, params, start, *others):
+        prompts.append(start.tolist())
+        return np.array([[2]])
+
+    monkeypatch.setattr("galore_jax.training.sample.generate", generate)
+    generate_text(tmp_path / "run", "a b", 1)
+    assert prompts == [[[0, 1, 2]]]
 
 
 def test_a_model_that_does_not_fit_the_folder_is_refused(folder):

@@ -181,6 +181,30 @@ def test_a_head_that_the_folder_lacks_is_initialised_and_reported(tmp_path, conf
     assert all(name.startswith(("lm_head.", "cls.predictions.")) for name in unused)
 
 
+@CONFIGS
+def test_a_head_for_other_labels_is_not_used_and_reported(tmp_path, config):
+    model = Classifier(config, 2)
+    save_encoder(tmp_path, model, initial(model), ("no", "yes"))
+    kept = load_encoder(tmp_path, model, KEY, ("no", "yes"))
+    jax.tree.map(np.testing.assert_array_equal, kept.params, initial(model))
+    assert kept[1:] == ((), ())
+    for labels in (("yes", "no"), ("no", "yes", "maybe"), ()):
+        new = load_encoder(tmp_path, Classifier(config, len(labels) or 1), KEY, labels)
+        assert "classifier.bias" in new.initialized or "classifier.out_proj.bias" in new.initialized
+        assert set(new.unused) == set(new.initialized)
+        assert new.params["head"]["out_proj"]["kernel"].shape[1] == (len(labels) or 1)
+        body = new.params["encoder"]
+        jax.tree.map(np.testing.assert_array_equal, body, initial(model)["encoder"])
+
+
+def test_one_file_takes_precedence_over_shards(tmp_path):
+    model = Encoder(BERT)
+    save_encoder(tmp_path, model, initial(model))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone"}}')
+    loaded = load_encoder(tmp_path, model, KEY).params
+    jax.tree.map(np.testing.assert_array_equal, loaded, initial(model))
+
+
 def changed(folder, change):
     """Rewrites the tensors of a folder after `change` of the dictionary of them."""
     tensors = dict(safetensors.load_file(folder / "model.safetensors"))

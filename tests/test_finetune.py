@@ -25,7 +25,7 @@ from galore_jax.models.encoder import Classifier, MaskedLanguageModel
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.compare_finetuning import compare_finetuning, table
 from galore_jax.training.config_file import from_dict, load_comparison, load_config, to_toml
-from galore_jax.training.finetune import finetune
+from galore_jax.training.finetune import NotFiniteError, finetune
 from galore_jax.training.finetune_config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +170,39 @@ def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_p
     if not np.isnan(low):
         assert lora[5] == f"{low:+.4f} to {high:+.4f}"
     assert lora[4] == f"{np.mean(ours) - np.mean(theirs):+.4f}"
+
+
+def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path, monkeypatch):
+    metrics = {1e-5: 0.6, 1e-4: 0.7, 1e-3: None}
+
+    def stub(config):
+        metric = metrics[config.optimizer.learning_rate]
+        if metric is None:
+            raise NotFiniteError("the losses are not finite")
+        best = config.training.seeds * [metric]
+        return {
+            "mean": metric,
+            "best": best,
+            "deviation": 0.0,
+            "optimizer_bytes": 8,
+            "seconds": [1.0],
+        }
+
+    monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", stub)
+    config = dataclasses.replace(configured(tmp_path, tmp_path, {"name": "adamw"}))
+    (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4, 1e-3])
+    assert (row.rate, row.is_tuned) == (1e-4, True)
+    assert "Not tuned" not in table([row])
+    (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4])
+    assert (row.rate, row.is_tuned) == (1e-4, False)
+    assert "best rate is at the end of the grid: adamw. Extend the grid" in table([row])
+
+
+def test_outputs_that_are_not_finite_are_refused_although_the_losses_are(place, tmp_path):
+    config = configured(place, tmp_path, {"name": "adamw", "learning_rate": 1e30}, epochs=1)
+    data = dataclasses.replace(config.data, batch_size=64)  # one step, whose loss is finite
+    with pytest.raises(NotFiniteError, match=r"the outputs of epoch 1 of seed 0 are not finite"):
+        finetune(dataclasses.replace(config, data=data))
 
 
 def test_what_does_not_fit_is_one_sentence(place, tmp_path):

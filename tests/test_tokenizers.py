@@ -102,6 +102,27 @@ def test_a_tokenizer_config_beside_the_file_names_eos_and_pad(json_file, setting
     assert (tokenizer.pad_id, tokenizer.eos_id) == ids
 
 
+def test_a_map_of_special_tokens_counts_where_the_config_does_not_list_the_added_ones(json_file):
+    json_file.with_name("special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
+    assert load_tokenizer(str(json_file)).eos_id == 2
+    config = {"eos_token": "</s>"}
+    json_file.with_name("tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(str(json_file)).eos_id == 2
+    config["added_tokens_decoder"] = {}
+    json_file.with_name("tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(str(json_file)).eos_id == 1
+
+
+@pytest.mark.parametrize(("template", "prefix"), [("$A </s>", []), ("<pad> $A </s>", [0])])
+def test_the_prefix_is_what_the_template_puts_before_a_text(json_file, template, prefix):
+    tokenizer = tokenizers.Tokenizer.from_file(str(json_file))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[("</s>", 1), ("<pad>", 0)]
+    )
+    tokenizer.save(str(json_file))
+    assert list(load_tokenizer(str(json_file)).prefix) == prefix
+
+
 def test_an_end_of_sequence_that_the_vocabulary_lacks_is_named(json_file):
     json_file.with_name("tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     with pytest.raises(InputError, match=r"tokenizer.json .* \(<\|im_end\|>\)"):

@@ -63,7 +63,7 @@ class ChatTemplate:
         self._tokenizer, self.eos_id = loaded, loaded.eos_id
         folder = Path(tokenizer).parent
         settings = read_json(folder / TOKENIZER_CONFIG)
-        self._special = special_tokens(settings)
+        self._special = special_tokens(folder)
         source, self._name = _find_template(folder, settings)
         self._marks_answers = _GENERATION.search(source) is not None
         try:

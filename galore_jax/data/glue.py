@@ -120,6 +120,7 @@ _ALL = (
     Task("wnli", "WNLI", _PAIR, "label", _BINARY, ("accuracy",)),
 )
 TASKS = {task.name: task for task in _ALL}
+SCORES = 0, 5  # the smallest and the largest similarity of STS-B
 
 
 def load_examples(task: Task, split: str, source: str | os.PathLike[str]) -> list[Example]:
@@ -194,7 +195,10 @@ def write_predictions(
     with atomic_write(path) as unfinished:
         lines = ["index\tprediction"]
         for index, prediction in enumerate(predictions):
-            text = task.labels[int(prediction)] if task.labels else f"{float(prediction):.3f}"
+            if task.labels:
+                text = task.labels[int(prediction)]
+            else:
+                text = f"{np.clip(prediction, *SCORES):.3f}"
             lines.append(f"{index}\t{text}")
         unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -216,7 +220,7 @@ def _read_tsv(task: Task, split: str, path: Path) -> list[Example]:
     examples, broken = [], []
     for row, fields in rows:
         if len(fields) != len(header):
-            if not task.has_broken_rows:
+            if is_test or not task.has_broken_rows:  # Predictions are numbered by row.
                 raise InputError(
                     f"{path}, row {row} has {len(fields)} columns, not {len(header)}: repair it or "
                     "download the file again."
@@ -240,6 +244,7 @@ def _read_tsv(task: Task, split: str, path: Path) -> list[Example]:
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number and the fields of each row; quotes have no meaning in these files."""
+    empty = []  # Only at the end of a file they are no rows.
     try:
         with path.open("rb") as file:
             for row, line in enumerate(file, 1):
@@ -249,7 +254,12 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     raise InputError(
                         f"{path}, row {row} is not UTF-8: download the file again."
                     ) from error
-                yield row, text.rstrip("\r\n").split("\t")
+                if not (text := text.rstrip("\r\n")):
+                    empty.append(row)
+                    continue
+                yield from ((before, [""]) for before in empty)
+                empty.clear()
+                yield row, text.split("\t")
     except FileNotFoundError as error:
         raise InputError(f"there is no {path}: download the task again.") from error
 
@@ -273,10 +283,11 @@ def _label_of_text(task: Task, text: str, place: str) -> int | float:
 
 
 def _similarity(value: float, place: str) -> float:
-    if not 0 <= value <= 5:
+    low, high = SCORES
+    if not low <= value <= high:
         raise InputError(
-            f"{place} has the score {value}, which is not from 0 to 5: repair it or download the "
-            "file again."
+            f"{place} has the score {value}, which is not from {low} to {high}: repair it or "
+            "download the file again."
         )
     return value
 

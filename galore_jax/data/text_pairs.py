@@ -1,6 +1,5 @@
 """Texts and pairs of texts as rows of tokens, and batches of them, for RoBERTa and BERT."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -8,9 +7,17 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from galore_jax.data.tokenizers import TOKENIZER_CONFIG
 from galore_jax.errors import InputError
+from galore_jax.files import read_json
 
 _PAD_NAMES = ("<pad>", "[PAD]")
+# Settings of a tokenizer_config.json, and their names in a BertNormalizer.
+_LETTERS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 _GROUP = 50  # batches of which rows are sorted by length
 
 
@@ -71,8 +78,9 @@ def load_pair_tokenizer(path: str | Path) -> PairTokenizer:
 
     Args:
         path: a `tokenizer.json`, or a folder with one; with `vocab.json` and `merges.txt`
-            (RoBERTa's byte-level BPE); or with `vocab.txt` (BERT's WordPiece; it makes letters
-            lower-case unless `do_lower_case` is false in `tokenizer_config.json`).
+            (RoBERTa's byte-level BPE); or with `vocab.txt` (BERT's WordPiece). What
+            `tokenizer_config.json` says of WordPiece's letters (`do_lower_case`, `strip_accents`,
+            `tokenize_chinese_chars`) takes precedence, as in transformers.
 
     Raises:
         InputError: there is no tokenizer, or a file of it is damaged.
@@ -154,7 +162,10 @@ def _batch_indices(
 
 
 def _read_json(path: Path) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    if isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
+        tokenizer.normalizer = _as_configured(tokenizer.normalizer, path)
+    return tokenizer
 
 
 def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
@@ -168,14 +179,24 @@ def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer
 
 
 def _read_word_piece(vocabulary: Path) -> tokenizers.Tokenizer:
-    settings = vocabulary.with_name("tokenizer_config.json")
-    lower = not settings.is_file() or json.loads(settings.read_text()).get("do_lower_case", True)
     tokenizer = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    tokenizer.normalizer = _as_configured(normalizers.BertNormalizer(), vocabulary)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     first, separator = _special_ids(tokenizer, vocabulary, "[CLS]", "[SEP]")
     tokenizer.post_processor = processors.BertProcessing(separator, first)
     return tokenizer
+
+
+def _as_configured(
+    normalizer: normalizers.BertNormalizer, vocabulary: Path
+) -> normalizers.BertNormalizer:
+    """The normalizer with the settings of the tokenizer_config.json beside the vocabulary."""
+    path = vocabulary.with_name(TOKENIZER_CONFIG)
+    settings = read_json(path) if path.is_file() else {}
+    for name, ours in _LETTERS.items():
+        if name in settings:
+            setattr(normalizer, ours, settings[name])
+    return normalizer
 
 
 def _special_ids(tokenizer: tokenizers.Tokenizer, path: Path, *names: str) -> list[tuple[str, int]]:

@@ -1,10 +1,11 @@
 """Text to token ids and back: bytes, SentencePiece, Hugging Face `tokenizers`."""
 
 import io
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import sentencepiece
 import tokenizers
@@ -12,7 +13,7 @@ import tokenizers
 from galore_jax.errors import InputError
 from galore_jax.files import read_json
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _EOS_NAMES = (
     "</s>",
     "<eos>",
@@ -26,11 +27,17 @@ _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 
 class Tokenizer(Protocol):
-    """A vocabulary with ids from 0 to `vocab_size` - 1."""
+    """A vocabulary with ids from 0 to `vocab_size` - 1.
+
+    Attributes:
+        prefix: the ids that a model pretrained with this tokenizer expects before a text, such as
+            that of the beginning of a sequence.
+    """
 
     vocab_size: int
     pad_id: int
     eos_id: int
+    prefix: Sequence[int]
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without an end-of-sequence id."""
@@ -78,6 +85,7 @@ class ByteTokenizer:
     vocab_size = 258
     pad_id = 0
     eos_id = 1
+    prefix: Sequence[int] = ()
 
     def encode(self, text: str) -> list[int]:
         """The ids of the UTF-8 bytes of `text`."""
@@ -102,6 +110,8 @@ class SentencePieceTokenizer:
             raise InputError(f"{path} has no end-of-sequence piece, which training needs.")
         pad_id = self._processor.pad_id()
         self.pad_id: int = self.eos_id if pad_id < 0 else pad_id
+        bos_id = self._processor.bos_id()
+        self.prefix: Sequence[int] = () if bos_id < 0 else (bos_id,)
 
     def encode(self, text: str) -> list[int]:
         """The ids of the pieces of `text`."""
@@ -113,9 +123,9 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, with the eos and pad tokens of the `tokenizer_config.json` beside it.
+    """A `tokenizer.json`, with the eos and pad tokens of the `special_tokens` beside it.
 
-    Without one, or where it names none, they are looked up by their usual names; without a pad
+    Where these name none, they are looked up by their usual names; without a pad
     token, rows are padded with eos.
     """
 
@@ -132,8 +142,7 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise InputError(f"{path} has an empty vocabulary.")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        settings = Path(path).with_name(TOKENIZER_CONFIG)
-        named = special_tokens(read_json(settings)) if settings.is_file() else {}
+        named = special_tokens(Path(path).parent)
 
         def find(names: Sequence[str]) -> int | None:
             return next((vocabulary[name] for name in names if name in vocabulary), None)
@@ -148,6 +157,11 @@ class HuggingFaceTokenizer:
             )
         self.eos_id: int = eos
         self.pad_id: int = eos if pad is None else pad
+        encoding = self._tokenizer.encode("a")
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        self.prefix: Sequence[int] = [
+            i for i, _ in itertools.takewhile(lambda pair: pair[1], added)
+        ]
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without the special tokens that the file's post-processor adds."""
@@ -163,8 +177,17 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens in the content of a tokenizer_config.json, as in {"eos_token": "</s>"}."""
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The special tokens of a tokenizer of Hugging Face, as in {"eos_token": "</s>"}.
+
+    They stand in tokenizer_config.json. Older folders, in which that has no
+    `added_tokens_decoder`, may have others in special_tokens_map.json, which take precedence, as in
+    transformers.
+    """
+    settings = {}
+    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
+        if (folder / name).is_file() and "added_tokens_decoder" not in settings:
+            settings |= read_json(folder / name)
     tokens = {}
     for name, value in settings.items():
         text = value.get("content") if isinstance(value, dict) else value

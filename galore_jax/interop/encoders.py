@@ -7,7 +7,7 @@ of the body's tensors with `roberta.` or `bert.`.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,13 +157,17 @@ def encoder_config(folder: str | Path) -> EncoderConfig:
         raise InputError(f"{path}: {error}") from None
 
 
-def load_encoder(folder: str | Path, model: EncoderModel, key: jax.Array) -> LoadedEncoder:
+def load_encoder(
+    folder: str | Path, model: EncoderModel, key: jax.Array, labels: Sequence[str] | None = None
+) -> LoadedEncoder:
     """Reads the parameters of a model from the safetensors of a folder.
 
     Args:
       folder: holds `model.safetensors`, or its shards and `model.safetensors.index.json`.
       model: an encoder with the folder's `encoder_config`, with or without a head.
       key: random key for what the folder lacks of the head.
+      labels: the names of the classes, in order, or none for a regression. A classifier in the
+        folder is not used if its config.json names others. None: it is used whatever its classes.
 
     Raises:
       InputError: a file is missing or damaged; a tensor of the body is missing; a tensor has no
@@ -172,6 +176,10 @@ def load_encoder(folder: str | Path, model: EncoderModel, key: jax.Array) -> Loa
     """
     tensors = stored_tensors(Path(folder))
     stored = _stored_names(tensors, model.config.architecture)
+    other_head = []
+    if labels is not None and _class_names(labels) != _stored_class_names(Path(folder)):
+        other_head = [name for name in stored if name.startswith("classifier.")]
+    not_used = [stored.pop(name) for name in other_head]
     initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     initial = jax.eval_shape(initialize, key)
     wanted = {name: path for path, leaf in _leaves(initial) for name in _names(path, leaf, model)}
@@ -225,16 +233,19 @@ def load_encoder(folder: str | Path, model: EncoderModel, key: jax.Array) -> Loa
         return jnp.asarray(values.mT if is_kernel else values, leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(read, initial)
-    return LoadedEncoder(params, tuple(missing), tuple(stored[name] for name in unused))
+    return LoadedEncoder(params, tuple(missing), (*not_used, *(stored[name] for name in unused)))
 
 
-def save_encoder(folder: str | Path, model: EncoderModel, params: PyTree) -> None:
+def save_encoder(
+    folder: str | Path, model: EncoderModel, params: PyTree, labels: Sequence[str] = ()
+) -> None:
     """Writes a folder that `transformers` loads: `config.json` and `model.safetensors`.
 
     Args:
       folder: created if it does not exist; these two files in it are replaced.
       model: an encoder, with or without a head.
       params: its parameters.
+      labels: the names of a classifier's classes, in order. Empty: LABEL_0, LABEL_1 and so on.
     """
     tensors = {}
     prefix = f"{model.config.architecture}."
@@ -250,20 +261,30 @@ def save_encoder(folder: str | Path, model: EncoderModel, params: PyTree) -> Non
     with atomic_write(folder / SINGLE) as unfinished:
         save_file(tensors, unfinished, metadata={"format": "pt"})
     with atomic_write(folder / "config.json") as unfinished:
-        unfinished.write_text(json.dumps(_hugging_face_config(model), indent=2) + "\n")
+        unfinished.write_text(json.dumps(_hugging_face_config(model, labels), indent=2) + "\n")
 
 
-def _hugging_face_config(model: EncoderModel) -> dict[str, Any]:
+def _class_names(labels: Sequence[str], count: int = 1) -> list[str]:
+    return list(labels) or [f"LABEL_{index}" for index in range(count)]
+
+
+def _stored_class_names(folder: Path) -> list[str]:
+    names = read_json(folder / "config.json").get("id2label") or {}
+    return [names[key] for key in sorted(names, key=int)]
+
+
+def _hugging_face_config(model: EncoderModel, labels: Sequence[str]) -> dict[str, Any]:
     config = model.config
-    names = _INTEGERS | _NUMBERS | {"classifier_dropout": "classifier_dropout"}
-    settings = {name: getattr(config, ours) for name, ours in names.items()}
+    numbers = _INTEGERS | _NUMBERS | {"classifier_dropout": "classifier_dropout"}
+    settings = {name: getattr(config, ours) for name, ours in numbers.items()}
     task = "Model"
     if isinstance(model, MaskedLanguageModel):
         task = "ForMaskedLM"
     elif isinstance(model, Classifier):
         task = "ForSequenceClassification"
-        settings["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.num_labels)}
-        settings["label2id"] = {f"LABEL_{i}": i for i in range(model.num_labels)}
+        names = _class_names(labels, model.num_labels)
+        settings["id2label"] = {str(index): name for index, name in enumerate(names)}
+        settings["label2id"] = {name: index for index, name in enumerate(names)}
         if model.num_labels == 1:
             settings["problem_type"] = "regression"
     return settings | {

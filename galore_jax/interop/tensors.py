@@ -35,11 +35,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         index.
     """
     index = folder / INDEX
-    if index.is_file():
+    if (folder / SINGLE).is_file():  # Where there are both, transformers reads this one too.
+        named, files = {}, [folder / SINGLE]
+    elif index.is_file():
         named = _read_index(index)
         files = [folder / name for name in sorted(set(named.values()))]
-    elif (folder / SINGLE).is_file():
-        named, files = {}, [folder / SINGLE]
     else:
         raise InputError(
             f"{folder} has neither {SINGLE} nor {INDEX}: give a folder of a model that is stored "

@@ -3,13 +3,14 @@
 import shutil
 from pathlib import Path
 
+from galore_jax.data.tokenizers import SPECIAL_TOKENS, TOKENIZER_CONFIG
 from galore_jax.files import atomic_write
 
 # Where there are both, the first has the added tokens too.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # What transformers and other programs read beside them.
 _BESIDE = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *(TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json"),
     *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
 )
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from galore_jax.files import atomic_write
-from galore_jax.training.finetune import finetune
+from galore_jax.training.finetune import NotFiniteError, finetune
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.metrics import format_bytes
 
@@ -21,25 +21,32 @@ COLUMNS = (
 
 
 class Row(NamedTuple):
-    """One optimizer of a comparison: its label, its chosen learning rate, and the summary there."""
+    """One optimizer of a comparison.
+
+    Attributes:
+      label: its label.
+      rate: the chosen learning rate.
+      is_tuned: whether that is not the end of the grid.
+      summary: that of `finetune` at this rate.
+    """
 
     label: str
     rate: float
+    is_tuned: bool
     summary: dict[str, Any]
 
 
-def compare_finetuning(
-    configs: Mapping[str, FinetuneConfig], rates: Sequence[float] = ()
-) -> list[Row]:
+def compare_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[float]) -> list[Row]:
     """Fine-tunes with each optimizer from the same checkpoint on the same examples.
 
     Each optimizer takes the learning rate with which the first seed reaches the best value of the
-    task's first metric, the smaller one of two that are equal. Then all seeds run at this rate.
-    Runs are kept, each in a folder of its own, so an interrupted comparison continues.
+    task's first metric, the smaller one of two that are equal. Then all seeds run at this rate, the
+    first one included. Runs are kept, each in a folder of its own, so an interrupted comparison
+    continues.
 
     Args:
       configs: by label, as from `load_comparison`.
-      rates: the grid. Empty: the configured rates.
+      rates: the grid.
 
     Returns:
       One row per optimizer. `table` of them is also written to `comparison.md` in
@@ -51,9 +58,12 @@ def compare_finetuning(
     rows = []
     for label, config in configs.items():
         seeds = config.training.seeds
-        first = {rate: finetune(_at(label, config, rate, 1))["mean"] for rate in sorted(set(rates))}
-        best = max(first, key=lambda rate: first[rate], default=config.optimizer.learning_rate)
-        rows.append(Row(label, best, finetune(_at(label, config, best, seeds))))
+        grid = sorted(set(rates))
+        first = [_metric(_at(label, config, rate, 1)) for rate in grid]
+        best = int(np.argmax(first))
+        is_tuned = len(grid) == 1 or 0 < best < len(grid) - 1
+        summary = finetune(_at(label, config, grid[best], seeds))
+        rows.append(Row(label, grid[best], is_tuned, summary))
     folder = Path(next(iter(configs.values())).training.folder)
     with atomic_write(folder / "comparison.md") as path:
         path.write_text(table(rows), encoding="utf-8")
@@ -63,7 +73,8 @@ def compare_finetuning(
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table of the rows, with paired differences from AdamW.
 
-    The interval is that of Student's t for the mean of the differences of runs with equal seeds.
+    The interval is that of Student's t for the mean of the differences of runs with equal seeds. A
+    last sentence names the optimizers whose best rate is at the end of the grid.
     """
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
     baseline = next((row for row in rows if row.label == "adamw"), None)
@@ -86,7 +97,21 @@ def table(rows: Sequence[Row]) -> str:
             f"{statistics.median(row.summary['seconds']):.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if ends := [row.label for row in rows if not row.is_tuned]:
+        lines += [
+            "",
+            f"Not tuned, as the best rate is at the end of the grid: {', '.join(ends)}. Extend the "
+            "grid and run the command again.",
+        ]
     return "\n".join(lines) + "\n"
+
+
+def _metric(config: FinetuneConfig) -> float:
+    """The task's first metric; -inf if the training diverges."""
+    try:
+        return finetune(config)["mean"]
+    except NotFiniteError:
+        return -np.inf
 
 
 def _at(label: str, config: FinetuneConfig, rate: float, seeds: int) -> FinetuneConfig:

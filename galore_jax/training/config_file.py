@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from galore_jax.errors import InputError, suggestion
+from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import OPTIMIZERS, Config
 
 # The dataclass of a configuration: that of pre-training, unless another is given.
@@ -38,6 +39,10 @@ COMPARE = "compare"
 COMPARED = ("adamw", "muon", "galore_adamw")
 # What the label of an optimizer consists of: it is part of a folder's name and of Markdown tables.
 _LABEL = re.compile(r"\w[\w .+=-]*")
+# The settings of a model that `to_toml` writes whatever their values.
+_ALWAYS_WRITTEN = {
+    field.name for field in dataclasses.fields(LlamaConfig) if field.default is not None
+}
 
 # The range of normal float32 numbers: devices flush smaller ones to 0.
 _SMALLEST, _LARGEST = (
@@ -52,9 +57,10 @@ def load_config(
 
     A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
     `training.folder` defaults to `runs/<name of the file>`. The configuration is of the dataclass
-    `kind`, whose attributes are the sections. For a `Config` the override `model.checkpoint` stands
-    for all that the folder determines, the settings of the model and the tokenizer; the file is
-    overridden by it, and other overrides take precedence over it.
+    `kind`, whose attributes are the sections. For a `Config`, `model.checkpoint` stands for all
+    that the folder determines, the settings of the model and the tokenizer. As an override it takes
+    precedence over the file, and other overrides over it; in a file it determines what the file
+    leaves out.
 
     Raises:
       InputError: the file or the checkpoint is missing or damaged, a section or key is unknown, or
@@ -134,14 +140,36 @@ def _config(
     for section in table:
         _check_section(section, table[section], kind)
     parsed = [_parse_override(override, kind) for override in overrides]
-    given = [value for *name, value in parsed if name == ["model", "checkpoint"]]
-    if kind is Config and given and given[-1] and isinstance(given[-1], str):
-        for section, values in _settings_of_checkpoint(given[-1]).items():
-            table[section] = {**table.get(section, {}), **values}
+    if kind is Config:
+        _add_checkpoint(table, parsed)
     for section, key, value in parsed:
         table.setdefault(section, {})[key] = value
     table.setdefault("training", {}).setdefault("folder", f"runs/{Path(path).stem}")
     return from_dict(table, kind)
+
+
+def _add_checkpoint(table: dict[str, Any], overrides: Sequence[tuple[str, str, Any]]) -> None:
+    """Adds what the folder of `model.checkpoint` determines to the settings of a file."""
+    given = [value for *name, value in overrides if name == ["model", "checkpoint"]]
+    in_file = table.get("model", {})
+    folder = given[-1] if given else in_file.get("checkpoint")
+    # The file of a run leaves out nothing, and the folder may be gone.
+    is_complete = not given and set(in_file) >= _ALWAYS_WRITTEN
+    if not isinstance(folder, str) or not folder or is_complete:
+        return
+    settings = _settings_of_checkpoint(folder)
+    named = [settings["data"], dict(name[1:] for name in overrides if name[0] == "data")]
+    if not given:  # Otherwise the file's is that of another model.
+        named.append(table.get("data", {}))
+    if not any("tokenizer" in keys for keys in named):
+        raise InputError(
+            f"{folder} has no tokenizer.json or tokenizer.model: give the tokenizer of this model "
+            "as data.tokenizer, or have transformers write it, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+    for section, values in settings.items():
+        written = table.get(section, {})
+        table[section] = {**written, **values} if given else {**values, **written}
 
 
 def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.tokenizers import load_tokenizer
@@ -84,11 +85,10 @@ def to_huggingface(
             return config
         source = config.data.tokenizer
         tokenizer = load_tokenizer(source)
-        settings = {
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-        }
+        # A model that came without a tokenizer has "bytes", whose tokens are not its own.
+        settings: dict[str, Any] = {"bos_token_id": None}
+        if source != "bytes" or tokenizer.vocab_size == config.model.vocab_size:
+            settings |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         if adapter is not None:
             read = merged(read, adapter)
         write_model(folder, config.model, read, settings=settings)

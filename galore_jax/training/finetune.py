@@ -30,6 +30,10 @@ CONFIG = "config.toml"
 Rows = dict[str, np.ndarray]
 
 
+class NotFiniteError(InputError):
+    """The loss or the outputs of a fine-tuning are not finite."""
+
+
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tunes as configured, evaluates after each epoch and keeps the best checkpoint.
 
@@ -43,6 +47,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
       the state; and `seconds` of training, evaluation and compilation included, for each seed.
 
     Raises:
+      NotFiniteError: the learning rate is too high.
       InputError: the folder holds results of other settings, the devices do not fit the mesh, or
         the checkpoint, its tokenizer or the data cannot be used.
     """
@@ -101,7 +106,7 @@ def _finetune_once(
     (place / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was interrupted
     head_key, dropout_key = jax.random.split(jax.random.key(seed))
     adapter_key = jax.random.fold_in(head_key, 1)
-    loaded = load_encoder(config.model.checkpoint, model, head_key)
+    loaded = load_encoder(config.model.checkpoint, model, head_key, task.labels)
     if seed == 0:
         _report(loaded.initialized, "initialised, as the checkpoint lacks")
         _report(loaded.unused, "not used of the checkpoint:")
@@ -117,7 +122,16 @@ def _finetune_once(
             np.asarray(steps.outputs(params, steps.put(batch)))[batch["weights"] == 1]
             for batch in batches(inputs, size, pad_id)
         ]
-        return predictions_of(task, np.concatenate(outputs))
+        found = np.concatenate(outputs)
+        check_finite(found, "the outputs")
+        return predictions_of(task, found)
+
+    def check_finite(values: Any, what: str) -> None:
+        if not np.isfinite(values).all():
+            raise NotFiniteError(
+                f"{what} of epoch {epoch} of seed {seed} are not finite: lower "
+                "optimizer.learning_rate, or set optimizer.clip_norm."
+            )
 
     validation = [split for split in rows if split.startswith("validation")]
     best, count = -np.inf, 0
@@ -132,11 +146,7 @@ def _finetune_once(
             losses.append(loss)
             count += 1
         mean_loss = float(np.mean(jax.device_get(losses)))
-        if not np.isfinite(mean_loss):
-            raise InputError(
-                f"the loss is not finite in epoch {epoch} of seed {seed}: lower "
-                "optimizer.learning_rate, or set optimizer.clip_norm."
-            )
+        check_finite(mean_loss, "the losses")
         # Evaluation; the best checkpoint is kept.
         metrics = {
             split: scores(task, predict(params, rows[split]), rows[split]["labels"])
@@ -148,7 +158,8 @@ def _finetune_once(
         print(f"seed {seed}, epoch {epoch}: loss {mean_loss:.4f}, {_text(first)}")
         if first[task.metrics[0]] > best:
             best = first[task.metrics[0]]
-            save_encoder(place, model, adapters.merge(params, config.optimizer.adapter))
+            best_params = adapters.merge(params, config.optimizer.adapter)
+            save_encoder(place, model, best_params, task.labels)
             copy_tokenizer(Path(config.model.checkpoint), place)
     # Predictions of the best checkpoint.
     if config.training.predict:

@@ -47,7 +47,7 @@ def generate_text(
         raise InputError(
             f"the prompt {prompt!a} is not UTF-8: convert it, or set the terminal to UTF-8."
         ) from None
-    config, params, _ = load_for_inference(folder)
+    config, params, steps = load_for_inference(folder)
     tokenizer = load_tokenizer(config.data.tokenizer)
     template = None
     if config.data.rows == "conversations":
@@ -57,6 +57,9 @@ def generate_text(
     prompt_tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
     if not prompt_tokens:
         raise InputError("the prompt is empty: give a prompt of at least one word.")
+    is_pretrained = steps == 0 or bool(config.model.checkpoint)
+    if is_pretrained and template is None:
+        prompt_tokens = [*tokenizer.prefix, *prompt_tokens]
     start = jnp.asarray([prompt_tokens], jnp.int32)
     key = jax.random.key(seed)
     new = generate(config.model, params, start, tokens, key, temperature, top_k)[0].tolist()

