@@ -133,6 +133,7 @@ def test_peft_and_transformers_compute_the_same_logits(run_of, folder, tmp_path)
         np.testing.assert_allclose(theirs, ours, atol=bound)
 
 
+@pytest.mark.slow
 def test_the_script_writes_an_adapter_once_and_refuses_runs_without_one(run_of, tmp_path):
     def run_script(run, target):
         command = [sys.executable, SCRIPT, "to-huggingface", "--adapter", run, tmp_path / target]

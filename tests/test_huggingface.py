@@ -211,6 +211,7 @@ def test_an_export_does_not_replace_a_model(tmp_path):
 
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = "model-00001-of-00001.safetensors"
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -248,11 +249,16 @@ def with_another_head(folder):
     change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": head(tensors)}))
 
 
-def with_index(**files):
+def with_index(text):
     def change(folder):
-        (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+        (folder / FILE).rename(folder / SHARD)
+        (folder / INDEX).write_text(text)
 
     return change
+
+
+def with_map(**files):
+    return with_index(json.dumps({"weight_map": files}))
 
 
 @pytest.mark.parametrize(
@@ -266,11 +272,11 @@ def with_index(**files):
         (with_other_names, "unknown: model.layers.0.mlp.up_proj.lora_A;"),
         (with_other_names, r"of another shape: model.norm.weight \(9,\) in place of \(8,\)"),
         (with_another_head, r"unknown: lm_head\.weight"),
-        (with_index(x="a.safetensors", y=FILE), rf"{INDEX} names a.safetensors, which"),
-        (with_index(x=FILE), rf"/{FILE} has no x, which .*/{INDEX} says"),
-        (with_index(x="../" + FILE), "is not the name of a file beside it"),
-        (with_index(x=1), "has no weight_map"),
-        (lambda folder: (folder / INDEX).write_text("{"), rf"/{INDEX} is not a JSON file"),
+        (with_map(x="a.safetensors", y=SHARD), rf"{INDEX} names a.safetensors, which"),
+        (with_map(x=SHARD), rf"/{SHARD} has no x, which .*/{INDEX} says"),
+        (with_map(x="../" + SHARD), "is not the name of a file beside it"),
+        (with_map(x=1), "has no weight_map"),
+        (with_index("{"), rf"/{INDEX} is not a JSON file"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_one_sentence_that_names_the_file(damage, named, tmp_path):

@@ -86,6 +86,7 @@ def test_data_parallel_reduces_float32_gradients_or_coordinates_once(tiny):
     assert sent["between"] == 0
 
 
+@pytest.mark.slow
 def test_a_refresh_moves_coordinates_and_columns_more(tiny):
     more = tiny["data", "projected", 4]["refresh"]
     assert 4 * (COORDINATES + BASES) <= more["all-reduce"] <= 1.01 * 4 * (COORDINATES + BASES)
