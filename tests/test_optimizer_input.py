@@ -119,12 +119,17 @@ def test_an_optimizer_starts_from_the_shapes_of_the_parameters_alone(tx):
         contrib.cocob(),
         contrib.dog(),
         contrib.dowg(),
+        optax.scale_by_distance_over_gradients(),
+        contrib.madgrad(0.1),
         contrib.mechanize(optax.sgd(0.1)),
         contrib.prodigy(),
         contrib.sam(optax.sgd(0.1), optax.sgd(0.1)),
         contrib.schedule_free(optax.sgd(0.1), 0.1),
     ],
-    ids=["lbfgs", "cocob", "dog", "dowg", "mechanic", "prodigy", "sam", "schedule_free"],
+    ids=[
+        *("lbfgs", "cocob", "dog", "dowg", "ldog", "madgrad", "mechanic", "prodigy", "sam"),
+        "schedule_free",
+    ],
 )
 def test_what_keeps_copies_of_the_parameters_is_warned_of_after_galore(inner):
     for tx in (chain(galore(4), inner), optax.chain(galore(4), inner)):

@@ -68,7 +68,8 @@ def mean_over_shards(
     def mean(node: Any) -> Any:
         axis = _scattered_axis(node, data_axes)
         if axis is None:
-            return jax.tree.map(lambda x: lax.pmean(x.astype(jnp.float32), data_axes), node)
+            wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            return jax.tree.map(lambda x: lax.pmean(wide(x), data_axes), node)
         total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
         return Coordinates(total / count, node.projection)
 

@@ -167,8 +167,10 @@ def _dot_general(equation: Any, params: Any, operands: list[Any], report: Report
     contracting, batch = params["dimension_numbers"]
     numbers = contracting[order], batch[order]
     dot = lambda *pair: _bind(equation, pair[order])[0]
-    tracked = isinstance(x, Tracked)
-    product = None if tracked else projected_product(dot, x, parameter, numbers, parameter_first)
+    if isinstance(x, Tracked):
+        raise NoRule
+    precision = params.get("precision")
+    product = projected_product(dot, x, parameter, numbers, parameter_first, precision)
     if product is None:
         raise NoRule
     report(parameter.leaf, None)

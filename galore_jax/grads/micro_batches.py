@@ -22,7 +22,10 @@ def check_micro_batches(micro_batches: Any) -> None:
 
 
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
-    """The mean of `f` over equal parts of the batch, in float32; for one part, `f(*batch)`."""
+    """The mean of `f` over equal parts of the batch; for one part, `f(*batch)`.
+
+    It is in float32, or in a wider or complex dtype of the leaf.
+    """
     if micro_batches == 1:
         return f(*batch)
     parts = split(batch, micro_batches)
@@ -30,11 +33,12 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
 
     def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
         return jax.tree.map(
-            lambda old, new: old + jnp.asarray(new, jnp.float32), total, f(*part)
+            lambda old, new: old + jnp.asarray(new, old.dtype), total, f(*part)
         ), None
 
     def zeros(leaf: Any) -> jax.Array:
-        array = varying_as(jnp.zeros(leaf.shape, jnp.float32), leaf)
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+        array = varying_as(jnp.zeros(leaf.shape, dtype), leaf)
         # The sum has the sharding type of the parts.
         return with_auto_axes(lambda array: array, array, out=lambda: specs_of(leaf))
 

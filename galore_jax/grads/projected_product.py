@@ -30,6 +30,7 @@ def projected_product(
     parameter: Tracked,
     numbers: DimensionNumbers,
     parameter_first: bool,
+    precision: Any = None,
 ) -> jax.Array | None:
     """`dot(x, parameter.array)`, whose backward pass gives dx and the coordinates.
 
@@ -40,6 +41,7 @@ def projected_product(
       parameter: the projected parameter.
       numbers: dimension numbers of the product.
       parameter_first: whether the axes of the parameter precede those of x in the result.
+      precision: that of the product, as in `lax.dot_general`.
 
     Returns:
       The product; None unless it contracts the whole in side or the whole out side of the
@@ -57,7 +59,10 @@ def projected_product(
     kept = [axis for i, axis in enumerate(axes) if i not in shared.values()]
     tokens = [TOKEN] * x_axes.count(TOKEN)
     y_axes = [axes[i] for i in batch] + (kept + tokens if parameter_first else tokens + kept)
-    layout = _Layout("".join(x_axes), "".join(y_axes), contracts_in=contracted == sides[0])
+    # An algorithm of another type than a precision is one for the types of this product.
+    precision = precision if isinstance(precision, tuple) else None
+    contracts_in = contracted == sides[0]
+    layout = _Layout("".join(x_axes), "".join(y_axes), contracts_in, precision)
     coordinates = varying_as(parameter.coordinates, x, parameter.array)
     if explicit_mesh((x, parameter.array)) is not None:
         layout = layout._replace(coordinates=specs_of(coordinates))
@@ -75,7 +80,7 @@ def varying_as(array: jax.Array, *others: Any) -> jax.Array:
 
 
 class _Layout(NamedTuple):
-    """The axes of x and of the result, and whether the product contracts the in side.
+    """The axes of x and of the result, whether the product contracts the in side, its precision.
 
     On a mesh with Explicit axes, also the sharding type of the coordinates.
     """
@@ -83,6 +88,7 @@ class _Layout(NamedTuple):
     x_axes: str
     y_axes: str
     contracts_in: bool
+    precision: tuple[Any, Any] | None
     coordinates: PartitionSpec | None = None
 
 
@@ -107,22 +113,32 @@ def _backward(dot, layout, residuals, dy):
     return dx, None, None, value.astype(like.dtype)
 
 
+def product_dtype(dtype: Any) -> Any:
+    """The dtype in which coordinates are computed from operands of this one.
+
+    That is float32 for 8 bits, and for float16, in whose range neither every gradient nor every
+    product with a basis is.
+    """
+    dtype = jnp.dtype(dtype)
+    return jnp.float32 if dtype.itemsize == 1 or dtype == jnp.float16 else dtype
+
+
 def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> jax.Array:
     """The coordinates of the gradient `xᵀ dy`, or `dyᵀ x`, of a parameter with this dtype."""
-    # x and dy as batches of matrices of tokens; float8 operands are multiplied in float32.
-    wide = [one if one.itemsize > 1 else jnp.float32 for one in (x.dtype, dtype)]
-    dtype = jnp.promote_types(*wide)
+    # x and dy as batches of matrices of tokens.
+    dtype = jnp.promote_types(product_dtype(x.dtype), product_dtype(dtype))
+    einsum = partial(_einsum, layout.precision)
     inputs = _matrices(x.astype(dtype), layout.x_axes)
     outputs = _matrices(dy.astype(dtype), layout.y_axes)
     batch = "".join(sorted({*inputs[1], *outputs[1]}))  # Each is in x, in the result, or in both.
     rows, columns = (inputs, outputs) if layout.contracts_in else (outputs, inputs)
     if "left" in vectors:
-        rows = _in_basis(*rows, vectors["left"], batch)
+        rows = _in_basis(einsum, *rows, vectors["left"], batch)
     if "right" in vectors:
-        columns = _in_basis(*columns, vectors["right"], batch)
+        columns = _in_basis(einsum, *columns, vectors["right"], batch)
     # Both operands keep their tokens where they are: given a transpose, XLA would compute Pᵀ xᵀ,
     # which takes twice the time on CPUs.
-    coordinates = _einsum(f"{rows[1]}ta,{columns[1]}tc->{batch}ac", rows[0], columns[0])
+    coordinates = einsum(f"{rows[1]}ta,{columns[1]}tc->{batch}ac", rows[0], columns[0])
     return jnp.real(coordinates)
 
 
@@ -138,12 +154,14 @@ def _matrices(array: jax.Array, axes: str) -> tuple[jax.Array, str]:
     return array.reshape(shape), batch
 
 
-def _in_basis(matrices: jax.Array, axes: str, vectors: Any, batch: str) -> tuple[jax.Array, str]:
+def _in_basis(
+    einsum: Any, matrices: jax.Array, axes: str, vectors: Any, batch: str
+) -> tuple[jax.Array, str]:
     vectors = dequantize(vectors).astype(matrices.dtype)
-    product = _einsum(f"{axes}tn,{batch}nr->{batch}tr", matrices, vectors)
+    product = einsum(f"{axes}tn,{batch}nr->{batch}tr", matrices, vectors)
     return product.astype(matrices.dtype), batch
 
 
-def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _einsum(precision: Any, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(subscripts, a, b, preferred_element_type=wide)
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=wide)

@@ -18,6 +18,7 @@ from jax import lax
 
 from galore_jax.grads.data_parallel import mean_over_shards, whole_tables
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
+from galore_jax.grads.projected_product import product_dtype
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, Uses, bases_in
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
@@ -137,7 +138,8 @@ def refresh(
                     return optax.MaskedNode()
                 basis = given[basis.projection.path]
                 # Already in the dtype of the products, so that no wider copies are stored.
-                vectors = jax.tree.map(lambda own: own.astype(param.dtype), basis.vectors)
+                dtype = product_dtype(param.dtype)
+                vectors = jax.tree.map(lambda own: own.astype(dtype), basis.vectors)
                 return dataclasses.replace(basis, vectors=vectors)
 
             chosen_bases = map_bases(chosen, bases, params, otherwise=bases)

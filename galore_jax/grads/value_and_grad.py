@@ -11,7 +11,7 @@ import optax
 from galore_jax.grads.data_parallel import mean_over_shards, whole_tables
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
-from galore_jax.grads.projected_product import varying_as
+from galore_jax.grads.projected_product import product_dtype, varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
@@ -264,7 +264,7 @@ def extended_bases(params: PyTree, opt_state: PyTree) -> PyTree:
         if not basis.projection.complement:
             return basis
         # In the dtype of the products, so that no wider copies are stored.
-        return extended(basis, seed=state.seed, count=state.count, dtype=param.dtype)
+        return extended(basis, seed=state.seed, count=state.count, dtype=product_dtype(param.dtype))
 
     bases = bases_in(params, opt_state)
     for state in galore_states(opt_state, inside_chains=True):

@@ -46,9 +46,11 @@ _STATES_WITH_COPIES = frozenset(
         "COCOBState",
         "DoGState",
         "DoWGState",
+        "MadgradState",
         "MechanicState",
         "ProdigyState",
         "SAMState",
+        "ScaleByDistanceOverGradientsState",
         "ScaleByLBFGSState",
         "ScheduleFreeState",
     }

@@ -89,7 +89,7 @@ def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
         def clip(update: Any) -> Any:
             axis = (-2, -1) if is_coordinates(update) else None
             array = update.value if is_coordinates(update) else update
-            rms = jnp.sqrt(jnp.mean(array**2, axis=axis, keepdims=True))
+            rms = jnp.sqrt(jnp.mean(jnp.abs(array) ** 2, axis=axis, keepdims=True))
             clipped = array / jnp.maximum(1, rms / threshold)
             return Coordinates(clipped, update.projection) if is_coordinates(update) else clipped
 

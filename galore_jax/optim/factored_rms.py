@@ -74,7 +74,7 @@ def scale_by_factored_rms(
         average = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
 
         def at_matrix(update: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
-            square = update**2 + eps
+            square = jnp.abs(update) ** 2 + eps
             rows, columns = average(rows, square.mean(-1)), average(columns, square.mean(-2))
             # Separate roots: the product of two tiny factors would underflow.
             of_rows = (rows.mean(axis=-1, keepdims=True) ** 0.5 * rows**-0.5)[..., None]
@@ -89,7 +89,7 @@ def scale_by_factored_rms(
                 return new, rows, columns, nu
             if is_factored(update):
                 return (*at_matrix(update, rows, columns), nu)
-            nu = average(nu, update**2 + eps)
+            nu = average(nu, jnp.abs(update) ** 2 + eps)
             return update * nu**-0.5, rows, columns, nu
 
         leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)

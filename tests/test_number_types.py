@@ -1,0 +1,101 @@
+"""Projected gradients in complex numbers, narrow floats and products of a given precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import galore_jax
+from galore_jax.grads.projected_product import product_dtype
+
+X = jax.random.normal(jax.random.key(0), (8, 6))
+W = jax.random.normal(jax.random.key(1), (6, 8))
+
+
+def start(params, **options):
+    tx = galore_jax.chain(galore_jax.galore(2, refresh="random", **options), optax.sgd(1.0))
+    return tx, tx.init(params)
+
+
+def test_micro_batches_keep_the_imaginary_part_of_gradients():
+    params = {"w": W, "z": jnp.exp(1j * jnp.arange(8.0))}
+    tx, state = start(params)
+    loss = lambda params, x: jnp.mean(jnp.abs(x @ params["w"] * params["z"] + 1j) ** 2)
+    _, expected = galore_jax.value_and_grad(loss, tx)(params, state, X)
+    _, found = galore_jax.value_and_grad(loss, tx, micro_batches=2)(params, state, X)
+    assert found["z"].dtype == jnp.complex64
+    # Sums of 8 products, in another order.
+    np.testing.assert_allclose(found["z"], expected["z"], atol=1e-6)
+
+
+def test_coordinates_have_the_precision_of_the_product():
+    tx, state = start({"w": W})
+    loss = lambda params, x: jnp.mean(jnp.sin(jnp.matmul(x, params["w"], precision="highest")))
+    jaxpr = jax.make_jaxpr(galore_jax.value_and_grad(loss, tx))({"w": W}, state, X)
+    highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
+    found = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(equation.params["precision"])
+            for inner in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jaxpr.jaxpr)
+    assert len(found) >= 3
+    assert set(found) == {highest}
+
+
+def test_small_float16_cotangents_do_not_vanish():
+    params = {"w": W.astype(jnp.float16)}
+    tx, state = start(params)
+
+    def loss(params, x):
+        wide = {"preferred_element_type": jnp.float32}
+        return 1e-6 * jnp.mean(jnp.sin(jnp.matmul(x.astype(jnp.float16), params["w"], **wide)))
+
+    _, found = galore_jax.value_and_grad(loss, tx)(params, state, X)
+    x, w = np.float64(X.astype(jnp.float16)), np.float64(params["w"])
+    gradient = 1e-6 * x.T @ np.cos(x @ w) / (x @ w).size
+    basis = state.inner_states[0].bases["w"]
+    expected = np.float64(basis.vectors["left"]).T @ gradient
+    # The product itself is in float16: 2⁻¹¹ for each of cos and x w.
+    error = np.linalg.norm(found["w"].value - expected) / np.linalg.norm(expected)
+    assert error < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("float16", "float32"), ("bfloat16", "bfloat16"), ("float8_e4m3fn", "float32")],
+)
+def test_products_of_8_bits_and_of_float16_are_in_float32(dtype, expected):
+    assert product_dtype(dtype) == jnp.dtype(expected)
+
+
+def test_random_directions_leave_the_basis_of_float8_parameters_as_it_is():
+    params = {"w": W.astype(jnp.float8_e4m3fn)}
+    loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"].astype(jnp.float32)))
+    tx, state = start(params, complement=2)
+    _, found = galore_jax.value_and_grad(loss, tx)(params, state, X)
+    plain, without = start(params)
+    _, expected = galore_jax.value_and_grad(loss, plain)(params, without, X)
+    # The first coordinates are those without the complement: the same random basis.
+    value = found["w"].value[: expected["w"].value.shape[0]]
+    np.testing.assert_allclose(value, expected["w"].value, rtol=1e-5, atol=1e-7)
+
+
+def test_adafactor_keeps_the_phase_of_complex_gradients():
+    params, gradient = {"z": jnp.ones(3, jnp.complex64)}, {"z": jnp.array([2 + 2j, 4 - 2j, 1j])}
+    tx = galore_jax.adafactor(1e-2, rank=2, b1=None)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    # The first step divides each entry by its absolute value, and the whole by its length.
+    expected = -gradient["z"] / jnp.abs(gradient["z"])
+    found = updates["z"] / jnp.abs(updates["z"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
