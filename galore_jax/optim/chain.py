@@ -243,7 +243,8 @@ def update_low_rank(
             raise ValueError(
                 "a wrapper around a chain with galore, or a transformation in front of galore, "
                 f"cannot work on gradients that are coordinates ({str(error).splitlines()[0]}): "
-                "remove it, or use full gradients, by jax.value_and_grad."
+                "remove it, give it labels or masks as trees instead of functions, or use full "
+                "gradients, by jax.value_and_grad."
             ) from error
 
     # First call: the refreshed bases.
