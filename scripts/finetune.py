@@ -3,7 +3,7 @@
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base \
     data.source=glue training.seeds=3 optimizer.rank=8 optimizer.scale=2
-python scripts/finetune.py --config configs/glue/minilm.toml --rates 2e-5,5e-5,1e-4,2e-4
+python scripts/finetune.py --config configs/glue/minilm.toml --rates 3e-5,1e-4,3e-4,1e-3
 
 The last command compares the optimizers of the tables [compare.LABEL] in the file, each at the rate
 with which the first seed is best. Runs are kept: the same command continues.
@@ -21,7 +21,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/glue/rte.toml")
-    parser.add_argument("--rates", help="compare at learning rates to choose from, as in 2e-5,5e-5")
+    parser.add_argument("--rates", help="compare at learning rates to choose from, as in 3e-5,1e-4")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 

@@ -125,8 +125,8 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, with the eos and pad tokens of the `special_tokens` beside it.
 
-    Where these name none, they are looked up by their usual names; without a pad
-    token, rows are padded with eos.
+    Where these name none, they are looked up by their usual names; without a pad token, rows are
+    padded with eos.
     """
 
     def __init__(self, path: str):

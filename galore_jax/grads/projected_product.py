@@ -30,7 +30,7 @@ def projected_product(
     parameter: Tracked,
     numbers: DimensionNumbers,
     parameter_first: bool,
-    precision: Any = None,
+    precision: Any,
 ) -> jax.Array | None:
     """`dot(x, parameter.array)`, whose backward pass gives dx and the coordinates.
 

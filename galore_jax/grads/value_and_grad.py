@@ -61,7 +61,7 @@ def value_and_grad(
       tx: the optimizer.
       has_aux: whether the loss returns a pair, the second part of which is not differentiated.
       micro_batches: number of equal parts into which each array of the batch is split along its
-        first axis. Loss, aux and gradients are then means over the parts, accumulated in float32;
+        first axis. Loss, aux and gradients are then means over the parts, in float32 or wider;
         projected gradients are accumulated as coordinates.
       data_axes: mesh axes that divide the batch along its first axis, but no parameter. Each device
         then computes loss, aux and gradients of its shard, split into micro-batches, and they are
