@@ -99,3 +99,44 @@ def test_adafactor_keeps_the_phase_of_complex_gradients():
     expected = -gradient["z"] / jnp.abs(gradient["z"])
     found = updates["z"] / jnp.abs(updates["z"])
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_layerwise_steps_keep_the_imaginary_parts_of_parameters_and_activations(projected):
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape) / 2
+    params = {
+        "inputs": {"kernel": normal(0, 6, 8)},
+        "layers": {"kernel": normal(1, 3, 8, 8), "phase": jnp.exp(1j * normal(2, 3, 8))},
+        "outputs": {"kernel": normal(3, 8, 4) * (1 + 1j)},
+    }
+
+    def embed(params, x):
+        return (x @ params["inputs"]["kernel"]).astype(jnp.complex64), ()
+
+    def block(layer, x, _):
+        return x + jnp.tanh((x @ layer["kernel"]) * layer["phase"])
+
+    def head_loss(params, x, _):
+        return jnp.mean(jnp.abs(x @ params["outputs"]["kernel"]) ** 2), None
+
+    def loss(params, x):
+        x, _ = embed(params, x)
+        for i in range(3):
+            x = block(jax.tree.map(lambda stack, i=i: stack[i], params["layers"]), x, ())
+        return head_loss(params, x, None)[0]
+
+    tx, _ = start(params)
+    state = galore_jax.layerwise.init(tx, params)
+    model = galore_jax.layerwise.LayeredModel(embed, block, head_loss)
+    step = galore_jax.layerwise.make_step(model, tx, projected=projected)
+    gradients_of = lambda *arguments: (
+        galore_jax.value_and_grad(loss, tx)(*arguments)
+        if projected
+        else jax.value_and_grad(loss)(arguments[0], arguments[2])
+    )
+    _, gradients = gradients_of(params, state.inner, X)
+    expected, _ = galore_jax.apply_gradients(tx, gradients, state.inner, params)
+    found = step(params, state, X).params
+    # Sums of at most 8 x 8 products in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+    assert jnp.abs(found["layers"]["phase"] - params["layers"]["phase"]).max() > 1e-2

@@ -219,8 +219,7 @@ class _PartStep(NamedTuple):
             pair, gradients = traced.value_and_grad()
         else:
             pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
-        grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients["params"])
-        grads = separate_complement(grads, state)
+        grads = separate_complement(jax.tree.map(_widened, gradients["params"]), state)
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
         squares = finite_squares(without_complement(grads))
         grads, squares = lax.optimization_barrier((grads, squares))
@@ -391,8 +390,10 @@ def _clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:
-    """The sum of products, float32; its derivative with respect to `a` is `b`."""
-    products = jax.tree.map(
-        lambda a, b: jnp.sum(a.astype(jnp.float32) * b.astype(jnp.float32)), a, b
-    )
+    """The real part of the sum of products; its derivative with respect to `a` is `b`."""
+    products = jax.tree.map(lambda a, b: jnp.sum(_widened(a) * _widened(b)).real, a, b)
     return jnp.sum(jnp.stack([jnp.float32(0), *jax.tree.leaves(products)]))
+
+
+def _widened(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
