@@ -25,6 +25,26 @@ def test_chains_of_optax_around_and_in_place_of_a_chain_change_nothing():
     assert max_difference(runs[0], runs[2]) <= 2e-6
 
 
+@pytest.mark.parametrize("change", ["tree.map", "filter_jit", "update"])
+def test_a_chain_rebuilt_from_its_fields_takes_the_same_step(change):
+    target, params = random_params(PLAIN, seed=1), random_params(PLAIN)
+    tx = chain(galore(4, 2), optax.adam(0.1))
+
+    def step(tx, params, state):
+        return apply_gradients(tx, jax.grad(loss)(params, target), state, params)[0]
+
+    arguments = params, tx.init(params)
+    if change == "tree.map":
+        found = step(chain(jax.tree.map(lambda field: field, tx)), *arguments)
+    elif change == "filter_jit":
+        found = pytest.importorskip("equinox").filter_jit(step)(tx, *arguments)
+    else:
+        # A function around that of the chain, of which nothing else is known.
+        found = step(tx._replace(update=lambda *a, **k: tx.update(*a, **k)), *arguments)
+    # Adam's first step divides gradients by their size, and rounds.
+    assert max_difference(found, step(tx, *arguments)) <= 2e-6
+
+
 def test_a_partition_may_mix_a_chain_with_a_stock_one():
     target = random_params(PLAIN, seed=1)
     labels = dict.fromkeys(PLAIN, "chain") | {"tall": "stock"}

@@ -86,7 +86,7 @@ def _apply_gradients(
     all_params, params = params, with_gradient(params, grads)
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
     gradients = grads  # What galore received: a chain may have clipped them.
-    if isinstance(tx, Chain):
+    if isinstance(tx, Chain) and tx.is_intact:
         updates, gradients, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.inner_states)
     else:

@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -74,14 +74,30 @@ class FullGradientTransformation(optax.GradientTransformationExtraArgs):
 
 
 class Chain(optax.GradientTransformationExtraArgs):
-    """What `chain` returns: a transformation that also offers its updates before the lift.
+    """What `chain` returns: a transformation that also offers its updates before the lift."""
 
-    `update_coordinates` returns updates in which `Coordinates` are not lifted, the gradients to
-    which their `channels` refer, and the state.
-    """
+    @property
+    def transforms(self) -> tuple[optax.GradientTransformation, ...]:
+        """The parts of the chain."""
+        return self._function.transforms
 
-    transforms: tuple[optax.GradientTransformation, ...]
-    update_coordinates: Callable[..., tuple[PyTree, PyTree, ChainState]]
+    @property
+    def update_coordinates(self) -> Callable[..., tuple[PyTree, PyTree, ChainState]]:
+        """`update` that leaves `Coordinates` as they are.
+
+        It also returns, before the state, the gradients to which their `channels` refer.
+        """
+        return self._function.update_coordinates
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether `update` is the one that `chain` made: `_replace` may have changed it."""
+        return isinstance(self.update, _ChainUpdate)
+
+    @property
+    def _function(self) -> "_ChainUpdate":
+        # What JAX and `_replace` make of a named tuple has its fields, but no other attributes.
+        return cast(_ChainUpdate, self.update)
 
 
 def chain(*transforms: optax.GradientTransformation) -> Chain:
@@ -115,7 +131,9 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
       (8, 128)
     """
     transforms = tuple(
-        inner for tx in transforms for inner in (tx.transforms if isinstance(tx, Chain) else (tx,))
+        inner
+        for tx in transforms
+        for inner in (tx.transforms if isinstance(tx, Chain) and tx.is_intact else (tx,))
     )
     if sum(isinstance(tx, GaLore) for tx in transforms) > 1:
         raise ValueError("chain: there is more than one galore; leave only one.")
@@ -167,19 +185,28 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
             updates = with_complement(updates, outside, directions)
         return skip_updates(updates, basis_updates), gradients, ChainState(tuple(states))
 
-    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
+    return Chain(init_fn, _ChainUpdate(transforms, update_coordinates))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ChainUpdate:
+    """The `update` of a chain, with what `Chain` offers besides."""
+
+    transforms: tuple[optax.GradientTransformation, ...]
+    update_coordinates: Callable[..., tuple[PyTree, PyTree, ChainState]]
+
+    def __call__(
+        self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
         def update(updates: PyTree, state: Any, params: PyTree, extra_args: Any):
             like = updates if params is None else with_gradient(params, updates)
-            updates, gradients, state = update_coordinates(updates, state, params, **extra_args)
+            found = self.update_coordinates(updates, state, params, **extra_args)
+            updates, gradients, state = found
             return _lift(updates, gradients, galore_states(state.inner_states), like), state
 
         like = updates if params is None else with_gradient(params, updates)
         arguments = updates, state, params, extra_args
         return with_auto_axes(update, *arguments, out=lambda: specs_of((like, state)))
-
-    tx = Chain(init_fn, update_fn)
-    tx.transforms, tx.update_coordinates = transforms, update_coordinates
-    return tx
 
 
 def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
