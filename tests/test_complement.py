@@ -143,6 +143,18 @@ def test_a_step_draws_its_directions_once(params):
     assert products_in(lowered.compile().as_text()) == 3
 
 
+def test_a_clip_counts_the_coordinates_in_the_basis_alone_and_scales_all(params):
+    tx = galore_jax.muon(0.1, 4, complement=3)
+    gradients_of = galore_jax.value_and_grad(products, tx)
+    gradient = gradients_of(params, tx.init(params), random((5, params["kernel"].shape[1])))[1]
+    clip = galore_jax.clip_by_finite_norm(0.5)
+    clipped, _ = clip.update(gradient, clip.init(gradient))
+    factor = 0.5 / jnp.linalg.norm(gradient["kernel"].value)
+    for part in ("value", "complement"):
+        found, expected = (getattr(tree["kernel"], part) for tree in (clipped, gradient))
+        np.testing.assert_allclose(found, factor * expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_layerwise_steps_take_the_same_directions(clip):
@@ -150,8 +162,7 @@ def test_layerwise_steps_take_the_same_directions(clip):
     tx = galore_jax.muon(0.003, **settings)
     ordinary_tx = tx
     if clip:
-        galore_part, *rest = tx.transforms
-        ordinary_tx = chain(galore_part, galore_jax.clip_by_finite_norm(clip), *rest)
+        ordinary_tx = chain(galore_jax.clip_by_finite_norm(clip), tx)
     ordinary, params = Ordinary(ordinary_tx, projected=True), params_of(CONFIG)
     steps = layerwise_steps(tx, clip_norm=clip)
     state, other = ordinary_tx.init(params), galore_jax.layerwise.init(tx, params)

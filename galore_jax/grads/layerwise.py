@@ -23,7 +23,6 @@ from galore_jax.ops.partition import AxisNames
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import start
 from galore_jax.optim.clipping import finite_squares
-from galore_jax.optim.complement import without_complement
 from galore_jax.optim.placement import placed_state, shardings_of
 from galore_jax.optim.state import galore_states, to_float32
 from galore_jax.subspace.matrix_view import is_box
@@ -221,7 +220,7 @@ class _PartStep(NamedTuple):
             pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
         grads = separate_complement(jax.tree.map(_widened, gradients["params"]), state)
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
-        squares = finite_squares(without_complement(grads))
+        squares = finite_squares(grads)
         grads, squares = lax.optimization_barrier((grads, squares))
 
         # The update.
