@@ -103,7 +103,8 @@ class Chain(optax.GradientTransformationExtraArgs):
 def chain(*transforms: optax.GradientTransformation) -> Chain:
     """`optax.chain` with galore in it: what comes after it works on coordinates, then is lifted.
 
-    Transformations before `galore` see full gradients and parameters. Those after it are
+    Transformations before `galore` see full parameters, and gradients as the update receives them:
+    full ones, or coordinates from `galore_jax.value_and_grad`. Those after it are
     initialised with coordinates, and receive coordinates in place of updates and, if they use them,
     of parameters; so `optax.adamw` after galore decays only the component of the weights inside the
     subspace, while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the
@@ -121,7 +122,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     Raises:
       ValueError: more than one galore; at init, moments that cannot be rotated, naming the leaf;
-        at an update, a transformation after the decay of full weights.
+        at an update, a transformation after the decay of full weights, or one before galore that
+        cannot work on projected gradients.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -262,10 +264,14 @@ def update_low_rank(
         return updates, state, compare_bases(old, galore_states(state)) if low_rank else {}
     tx = optax.with_extra_args_support(tx)
     if not old or not low_rank:
+        projected = any(map(is_coordinates, jax.tree.leaves(updates, is_leaf=is_coordinates)))
         try:
-            return *tx.update(updates, state, params, **extra_args), {}
+            updates, new = tx.update(updates, state, params, **extra_args)
+            if projected and jax.tree.structure(new) != jax.tree.structure(state):
+                raise ValueError(f"its {type(state).__name__} would have another structure")
+            return updates, new, {}
         except (AttributeError, TypeError, ValueError) as error:
-            if not any(map(is_coordinates, jax.tree.leaves(updates, is_leaf=is_coordinates))):
+            if not projected:
                 raise
             raise ValueError(
                 "a wrapper around a chain with galore, or a transformation in front of galore, "
