@@ -87,9 +87,12 @@ def test_names_of_embeddings_heads_norms_biases_and_scales_are_not_projected(pat
 
 @pytest.mark.parametrize(
     "path",
-    ["q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "bias/kernel", "scaled"],
+    [
+        *("q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "bias/kernel"),
+        *("scaled", "PreNorm_0/FeedForward_0/Dense_0/kernel", "AdaLayerNorm_0/Dense_0/kernel"),
+    ],
 )
-def test_only_complete_words_count(path):
+def test_only_complete_words_count_and_norms_only_in_the_last_two_names(path):
     assert not is_unprojected(tuple(path.split("/")))
 
 

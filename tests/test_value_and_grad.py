@@ -156,6 +156,28 @@ def test_a_batch_is_split_and_keywords_are_not():
         value_and_grad(loss, tx, micro_batches=4)(params, state, inputs(6, 16))
 
 
+@pytest.mark.parametrize("compute", [value_and_grad, galore_jax.refresh])
+def test_parameters_that_the_state_was_not_started_with_are_refused(compute):
+    loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+    tx, state = started({"w": inputs(16, 12)})
+    with pytest.raises(ValueError, match=r"w has the shape \(16, 20\), but .* with \(16, 12\)"):
+        compute(loss, tx)({"w": inputs(16, 20)}, state, inputs(5, 16))
+    with pytest.raises(ValueError, match="parameters of another structure"):
+        compute(loss, tx)({"w": inputs(16, 12), "v": jnp.ones(3)}, state, inputs(5, 16))
+
+
+def test_what_a_loss_must_return_and_where_a_batch_must_be_is_said():
+    params = {"w": inputs(16, 12)}
+    tx, state = started(params)
+    run = lambda loss, **options: value_and_grad(loss, tx, **options)(params, state, x=1.0)
+    with pytest.raises(TypeError, match="must return a number, not None"):
+        run(lambda params, x: None)
+    with pytest.raises(TypeError, match="has_aux=True the loss must return a pair"):
+        run(lambda params, x: jnp.sum(params["w"] * x), has_aux=True)
+    with pytest.raises(ValueError, match="pass the batch by position"):
+        run(lambda params, x: jnp.sum(params["w"] * x), micro_batches=2)
+
+
 def test_optimizers_that_want_full_gradients_are_refused():
     loss, params = squared(MLP(), inputs(5, 16))
     adam = optax.adam(1e-3)

@@ -65,7 +65,7 @@ def check_projection(
     """Compares the gradients of `value_and_grad` with full gradients, in random bases.
 
     Args:
-      loss: as for `value_and_grad`.
+      loss: as for `value_and_grad`; with keyword arguments, a `functools.partial` of it.
       params: the parameters.
       *batch: the other arguments of the loss.
       has_aux: whether the loss returns a pair.

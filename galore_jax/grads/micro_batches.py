@@ -28,6 +28,11 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
     """
     if micro_batches == 1:
         return f(*batch)
+    if not jax.tree.leaves(batch):
+        raise ValueError(
+            "micro_batches: there is no array to split: pass the batch by position; arguments that "
+            "are passed by keyword are not split."
+        )
     parts = split(batch, micro_batches)
     shapes = jax.eval_shape(f, *first_part(batch, micro_batches))
 

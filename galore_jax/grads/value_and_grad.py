@@ -74,9 +74,10 @@ def value_and_grad(
       micro-batches.
 
     Raises:
-      ValueError: the optimizer has no galore, was started with full-size moments, or needs full
-        gradients, as `fira` and `apollo` do; the batch cannot be split; there is no mesh with the
-        `data_axes`, or they divide a parameter.
+      ValueError: the optimizer has no galore, was started with full-size moments or with other
+        parameters, or needs full gradients, as `fira` and `apollo` do; the batch cannot be split;
+        there is no mesh with the `data_axes`, or they divide a parameter.
+      TypeError: the loss does not return a number or, with has_aux, a pair.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -159,7 +160,11 @@ class TracedLoss:
     ):
         def pair(params: PyTree) -> tuple[Any, Any]:
             returned = loss(params, *batch, **unsplit)
+            if has_aux and not (isinstance(returned, tuple | list) and len(returned) == 2):
+                raise TypeError("with has_aux=True the loss must return a pair.")
             value, aux = returned if has_aux else (returned, None)
+            if value is None:
+                raise TypeError("the loss must return a number, not None.")
             return value, aux
 
         self._program = Program(pair, params)
@@ -293,8 +298,8 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     Elsewhere there is an `optax.MaskedNode()` or, on a mesh, `Unprojected`.
 
     Raises:
-      ValueError: there is no galore, or it was started with full-size moments, or the optimizer
-        needs full gradients.
+      ValueError: there is no galore, or it was started with full-size moments or other parameters,
+        or the optimizer needs full gradients.
     """
     check_coordinates_suffice(opt_state)
     states = galore_states(opt_state, inside_chains=True)
@@ -310,7 +315,23 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
             "galore_jax.init(tx, params)."
         )
     bases = jax.tree.map(lambda _: optax.MaskedNode(), unboxed(params))
-    for state in states:
-        pick = lambda own, other: other if isinstance(own, optax.MaskedNode) else own
-        bases = jax.tree.map(pick, state.bases, bases, is_leaf=is_parameter)
+    pick = lambda own, other: other if isinstance(own, optax.MaskedNode) else own
+    try:
+        for state in states:
+            bases = jax.tree.map(pick, state.bases, bases, is_leaf=is_parameter)
+    except ValueError as error:
+        raise ValueError(
+            "the optimizer's state was started with parameters of another structure: start it with "
+            "these."
+        ) from error
+
+    def check(basis: Any, param: Any) -> None:
+        if is_basis(basis) and basis.projection.view.shape != jnp.shape(param):
+            raise ValueError(
+                f"{basis.projection.name} has the shape {jnp.shape(param)}, but the optimizer's "
+                f"state was started with {basis.projection.view.shape}: start it with these "
+                "parameters."
+            )
+
+    jax.tree.map(check, bases, unboxed(params), is_leaf=is_parameter)
     return bases

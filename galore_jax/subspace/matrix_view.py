@@ -14,11 +14,11 @@ from galore_jax.types import PyTree
 # A leaf whose last name is one of these is not projected: they are the names of biases and of the
 # scales of norms in Flax and Equinox, Haiku, and Keras.
 UNPROJECTED_LEAVES = frozenset({"bias", "scale", "offset", "beta", "gamma"})
-# Nor is a leaf with one of these words in its path, unless a rule matches it; "lm_head" consists of
-# "lm" and "head".
-UNPROJECTED_WORDS = frozenset(
-    {"embed", "embedding", "embeddings", "head", "layernorm", "norm", "rmsnorm"}
-)
+# Nor, unless a rule matches it, is a leaf with one of these words in its path, or with the name of
+# a norm in its last two names: a "PreNorm" may contain whole layers. "lm_head" consists of "lm" and
+# "head".
+UNPROJECTED_WORDS = frozenset({"embed", "embedding", "embeddings", "head"})
+NORMS = frozenset({"layernorm", "norm", "rmsnorm"})
 # Names of attention kernels that may have separate axes for the heads: Flax's, Keras' and Tunix'.
 _ATTENTIONS = (
     ("query", "key", "value", "out"),
@@ -135,8 +135,10 @@ def is_bias_or_scale(names: tuple[str, ...]) -> bool:
 
 
 def is_unprojected_by_name(names: tuple[str, ...]) -> bool:
-    """Whether a path contains the word embed, embedding, head or norm: no projection by default."""
-    return not UNPROJECTED_WORDS.isdisjoint(_words(names))
+    """Whether a leaf is of an embedding, a head or a norm by its path: no projection by default."""
+    return not (
+        UNPROJECTED_WORDS.isdisjoint(_words(names)) and NORMS.isdisjoint(_words(names[-2:]))
+    )
 
 
 def is_head(names: tuple[str, ...]) -> bool:
