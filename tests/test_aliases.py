@@ -37,19 +37,27 @@ def test_decay_shrinks_whole_weights_after_the_update_and_is_not_scaled():
 
 
 @pytest.mark.parametrize(
-    "mask",
+    ("mask", "decays"),
     [
-        {"kernel": True, "bias": False},
-        lambda params: jax.tree.map(lambda p: p.shape == (12, 20), params),
+        ({"kernel": True, "bias": False}, {"kernel"}),
+        ({"kernel": False, "bias": True}, {"bias"}),
+        (lambda params: jax.tree.map(lambda p: p.shape == (12, 20), params), {"kernel"}),
+        (lambda params: jax.tree.map(lambda p: p.shape != (12, 20), params), {"bias"}),
+        (False, set()),
     ],
-    ids=["tree", "function of the full shapes"],
+    ids=["kernel", "bias", "function of the full shapes", "its opposite", "nothing"],
 )
-def test_a_mask_says_which_leaves_decay(mask):
+@pytest.mark.parametrize("make", ["adamw", "muon", "lion", "adafactor"])
+def test_a_mask_says_which_leaves_decay(make, mask, decays):
     params, grads = params_and_grads()
-    plain, _ = step(galore_jax.adamw(0.1, rank=4), params, grads)
-    decayed, _ = step(galore_jax.adamw(0.1, rank=4, weight_decay=0.5, mask=mask), params, grads)
-    np.testing.assert_allclose(decayed["kernel"], plain["kernel"] * 0.95, atol=1e-6)
-    np.testing.assert_array_equal(decayed["bias"], plain["bias"])
+    make = getattr(galore_jax, make)
+    plain, _ = step(make(0.1, rank=4), params, grads)
+    decayed, _ = step(make(0.1, rank=4, weight_decay=0.5, mask=mask), params, grads)
+    for name in params:
+        if name in decays:
+            np.testing.assert_allclose(decayed[name], plain[name] * 0.95, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(decayed[name], plain[name])
 
 
 def test_a_schedule_sets_the_rate_of_the_update_and_of_the_decay():

@@ -208,6 +208,12 @@ def test_a_complement_that_is_a_hyperparameter_is_refused_with_the_remedy(params
         tx.init(params)
 
 
+def test_accumulation_after_galore_is_refused(params):
+    accumulated = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
+    with pytest.raises(ValueError, match="put MultiSteps around the chain"):
+        chain(galore(4, complement=3), accumulated).init(params)
+
+
 def test_a_stock_chain_is_refused(params):
     tx = optax.chain(galore(4, complement=2), optax.adam(0.1))
     with pytest.raises(ValueError, match=r"complement needs galore_jax\.chain"):

@@ -52,6 +52,14 @@ def test_bytes_of_another_optimizer_are_refused_by_name():
         serialization.from_bytes(galore_jax.adamw(0.1, 4).init(params), written)
 
 
+@pytest.mark.parametrize("settings", [{}, {"eight_bit": True, "basis_dtype": jnp.int8}], ids=str)
+def test_bytes_of_another_rank_are_refused_by_name(settings):
+    params = random_params({"wide": (12, 20)})
+    written = serialization.to_bytes(galore_jax.adamw(0.1, 4, **settings).init(params))
+    with pytest.raises(ValueError, match=r"restored .* has the shapes .*: restore into the state"):
+        serialization.from_bytes(galore_jax.adamw(0.1, 6, **settings).init(params), written)
+
+
 def test_flax_may_be_imported_after_galore_and_is_not_by_it():
     code = (
         "import sys, galore_jax, jax.numpy as jnp\n"

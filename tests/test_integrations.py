@@ -244,3 +244,14 @@ def test_accumulation_by_the_optimizer_holds_coordinates_and_takes_the_mean():
     basis = state.inner_states[0].bases["kernel"].vectors["left"]
     wanted = params["kernel"] - 0.25 * basis @ (basis.T @ grads.mean(axis=0))
     np.testing.assert_allclose(new["kernel"], wanted, atol=1e-5)
+
+    # A micro-batch that is not finite counts as zeros, the last one of an update too.
+    for bad in range(1, steps):
+        new, state = params, tx.init(params)
+        for count in range(steps):
+            gradient = jnp.full_like(grads[count], jnp.nan) if count == bad else grads[count]
+            new, state = step(new, state, gradient)
+        rest = grads.at[bad].set(0).mean(axis=0)
+        wanted = params["kernel"] - 0.25 * basis @ (basis.T @ rest)
+        np.testing.assert_allclose(new["kernel"], wanted, atol=1e-5)
+        assert not jnp.any(state.inner_states[1].acc_grads["kernel"].value)

@@ -63,6 +63,16 @@ def test_a_matrix_whose_gradient_is_none_is_refused_by_name(tx):
             take_step(tx, grads, init(tx, params), params)
 
 
+@pytest.mark.parametrize("make", [galore_jax.adamw, galore_jax.muon, galore_jax.fira])
+def test_an_unprojected_leaf_may_have_no_gradient_if_the_state_has_no_place_for_it(make):
+    params = random_params(PLAIN)
+    grads, tx = replaced(params, "bias", None), make(0.1, 4)
+    found, _ = apply_gradients(tx, grads, tx.init(grads), params)
+    np.testing.assert_array_equal(found["bias"]["bias"], params["bias"]["bias"])
+    with pytest.raises(ValueError, match="gradient of bias/bias is None, for which"):
+        apply_gradients(tx, grads, tx.init(params), params)
+
+
 @pytest.mark.parametrize(
     "tx",
     [

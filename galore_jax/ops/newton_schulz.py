@@ -39,7 +39,7 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
     x = x / jnp.where(norm > 0, norm, 1)
 
     gram = _multiply(x, x.mT)
-    identity = jnp.eye(x.shape[-2], dtype=x.dtype)
+    identity = jnp.broadcast_to(jnp.eye(x.shape[-2], dtype=x.dtype), gram.shape)
     total = identity
     for step in range(STEPS):
         factor = a * identity + b * gram + c * _multiply(gram, gram)
@@ -63,8 +63,8 @@ def orthonormal_columns(columns: jax.Array) -> jax.Array:
     Returns:
       An array of the same shape, with `‖QᵀQ − I‖∞` of about 1e-6.
     """
-    identity = jnp.eye(columns.shape[-1], dtype=columns.dtype)
     gram = _multiply(columns.mT, columns)
+    identity = jnp.broadcast_to(jnp.eye(columns.shape[-1], dtype=columns.dtype), gram.shape)
     bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
     root, inverse = gram / bound, identity
     for _ in range(INVERSE_ROOT_STEPS):

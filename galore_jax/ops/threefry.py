@@ -82,9 +82,11 @@ def normal(seeds: tuple[jax.Array, jax.Array], shape: tuple[int, int]) -> jax.Ar
       `(*batch, rows, columns)`.
     """
     rows, columns = shape
-    counters_shape = (rows, -(-columns // 2))
-    counters = (lax.broadcasted_iota(jnp.uint32, counters_shape, axis) for axis in (0, 1))
     first, second = seeds
+    counters_shape = (*(1,) * first.ndim, rows, -(-columns // 2))
+    counters = (
+        lax.broadcasted_iota(jnp.uint32, counters_shape, first.ndim + axis) for axis in (0, 1)
+    )
     words = threefry((first[..., None, None], second[..., None, None]), *counters)
     bits = jnp.concatenate(words, axis=-1)[..., :columns]
     # 23 random bits as the fraction of a number between 1 and 2, moved to the middle of its

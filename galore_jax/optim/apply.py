@@ -55,7 +55,8 @@ def apply_gradients(
       tx: any transformation.
       grads: full gradients, or `Coordinates` for projected leaves.
       state: from `init(tx, params)`, or from `tx.init(params)` for a `chain`.
-      params: the parameters; leaves whose gradient is None are returned unchanged.
+      params: the parameters; leaves whose gradient is None are returned unchanged, if the state was
+        started with None there too, or the transformations keep nothing for a leaf.
       key: if given, bfloat16 parameters are rounded stochastically, which is unbiased; rounding to
         nearest loses updates below 1/512 of a weight.
       implementation: of the lift: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
@@ -65,8 +66,9 @@ def apply_gradients(
       The new parameters and the new state.
 
     Raises:
-      ValueError: a gradient whose shape differs from its parameter's, naming the parameter; a stock
-        transformation that cannot work on coordinates; an unknown implementation.
+      ValueError: a gradient whose shape differs from its parameter's, or which is None where the
+        state does not allow it, naming the parameter; a stock transformation that cannot work on
+        coordinates; an unknown implementation.
     """
     check_implementation(implementation)
     apply = partial(_apply_gradients, tx, implementation)
@@ -86,12 +88,16 @@ def _apply_gradients(
     all_params, params = params, with_gradient(params, grads)
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
     gradients = grads  # What galore received: a chain may have clipped them.
-    if isinstance(tx, Chain) and tx.is_intact:
-        updates, gradients, state = tx.update_coordinates(grads, state, params, **extra_args)
-        states = galore_states(state.inner_states)
-    else:
-        updates, state, _ = update_low_rank(tx, grads, state, params, **extra_args)
-        states = galore_states(state)
+    try:
+        if isinstance(tx, Chain) and tx.is_intact:
+            updates, gradients, state = tx.update_coordinates(grads, state, params, **extra_args)
+            states = galore_states(state.inner_states)
+        else:
+            updates, state, _ = update_low_rank(tx, grads, state, params, **extra_args)
+            states = galore_states(state)
+    except ValueError as error:
+        _raise_on_none(grads, error)
+        raise
     leaves, tree = jax.tree.flatten(params)
     keys = tree.unflatten(
         [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
@@ -130,6 +136,17 @@ def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> N
                 f"{jnp.shape(grad)}, but the parameter {jnp.shape(param)}: pass gradients with the "
                 "shapes of the parameters."
             )
+
+
+def _raise_on_none(grads: PyTree, error: ValueError) -> None:
+    """Explains an error of a transformation by a gradient that is None, if there is one."""
+    is_leaf = lambda node: node is None or is_coordinates(node)
+    for names, grad in named_leaves(grads, is_leaf):
+        if grad is None and not str(error).startswith("galore: "):
+            raise ValueError(
+                f"apply_gradients: the gradient of {'/'.join(names)} is None, for which the "
+                "optimizer's state has a place: pass zeros, or start the optimizer with None there."
+            ) from error
 
 
 def _with_rest(new: PyTree, params: PyTree) -> PyTree:

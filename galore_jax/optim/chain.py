@@ -19,7 +19,12 @@ from galore_jax.optim.complement import (
     without_complement,
 )
 from galore_jax.optim.moments import BasisUpdates, check_rotation, compare_bases, rotate
-from galore_jax.optim.nonfinite import restore_moments, skip_updates
+from galore_jax.optim.nonfinite import (
+    accumulates,
+    restore_moments,
+    skip_updates,
+    without_skips,
+)
 from galore_jax.optim.state import (
     ChainState,
     GaLoreState,
@@ -122,8 +127,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     Raises:
       ValueError: more than one galore; at init, moments that cannot be rotated, naming the leaf;
-        at an update, a transformation after the decay of full weights, or one before galore that
-        cannot work on projected gradients.
+        a complement with `optax.MultiSteps` after galore; at an update, a transformation after the
+        decay of full weights, or one before galore that cannot work on projected gradients.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -150,6 +155,12 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
             new_galores = galore_states(states[-1])
             bases += bases_of(new_galores)
             params = start_coordinates(params, new_galores)
+        if accumulates(states) and any(basis.projection.complement for basis in bases):
+            raise ValueError(
+                "chain: a complement has new directions for each update, which optax.MultiSteps "
+                "after galore cannot accumulate: put MultiSteps around the chain, or accumulate by "
+                "value_and_grad(…, micro_batches=…)."
+            )
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
@@ -175,6 +186,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                     tx, updates, old, params, **extra_args
                 )
                 if isinstance(tx, GaLore):
+                    if accumulates(state):
+                        basis_updates = without_skips(basis_updates)
                     gradients, directions = received, updates
                     outside, updates = only_complement(updates), without_complement(updates)
                     full = {"bases": new.bases, "coordinates": updates, "gradients": received}
@@ -292,6 +305,8 @@ def update_low_rank(
         ) from error
     new = galore_states(probe)
     basis_updates = compare_bases(old, new)
+    if accumulates(state):
+        basis_updates = without_skips(basis_updates)
 
     # Second call: the update in these bases, whose ages of zero make no refresh due.
     fresh = [_with_age_zero(state) for state in new]

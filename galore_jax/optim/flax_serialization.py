@@ -5,6 +5,9 @@ import sys
 from functools import cache
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from galore_jax.ops.quantization import Quantized
 from galore_jax.optim.state import Unprojected
 from galore_jax.subspace.basis import Basis
@@ -37,9 +40,25 @@ def _register() -> None:
                 name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
                 for name in names
             }
+            for name in names:
+                _check_shapes(node, name, fields[name])
             return dataclasses.replace(node, **fields)
 
         serialization.register_serialization_state(kind, to_dict, from_dict)
 
     for kind in (Basis, Coordinates, Quantized, Unprojected):
         register(kind)
+
+
+def _check_shapes(node: Any, name: str, restored: Any) -> None:
+    """Raises a ValueError if arrays of a field have other shapes than those of the target."""
+    found, expected = (
+        [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+        for tree in (restored, getattr(node, name))
+    )
+    if found != expected:
+        owner = node.projection.name if isinstance(node, Basis | Coordinates) else "a moment"
+        raise ValueError(
+            f"the restored {name} of {owner} has the shapes {found}, but the target {expected}: "
+            "restore into the state of an optimizer with the same settings, such as the rank."
+        )

@@ -234,7 +234,7 @@ def galore(
             basis = dataclasses.replace(
                 basis,
                 scale=jnp.asarray(rule.scale, jnp.float32),
-                interval=jnp.asarray(rule.update_proj_gap, jnp.int32),
+                interval=jnp.array(rule.update_proj_gap, jnp.int32),
             )
             directions = outside = None
             if not is_coordinates(gradient):
@@ -263,8 +263,7 @@ def galore(
         updates = new if low_rank else boxed_as(updates, new)
         return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
-    tx = GaLore(init_fn, update_fn)
-    return tx
+    return GaLore(init_fn, update_fn)
 
 
 def _check_low_rank(moments: Moments, complement: int | float | None) -> None:
@@ -283,7 +282,8 @@ def _warn_of_full_size() -> None:
     """Warns once per process."""
     warnings.warn(
         "galore was started with tx.init(params), so the optimizer after it keeps full-size "
-        "moments. For low-rank ones use galore_jax.chain in place of optax.chain, or start with "
+        "moments, scale has no effect, and a matrix whose gradient is not finite still takes the "
+        "step of a gradient of zeros. Use galore_jax.chain in place of optax.chain, or start with "
         "galore_jax.init(tx, params) and step with galore_jax.apply_gradients.",
         stacklevel=2,
     )

@@ -101,9 +101,9 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
         if _kind(name, node) is None:
             raise ValueError(
                 f'galore: moments="rotate" cannot rotate {name!r}, shape {node.value.shape}, which '
-                f"the optimizer keeps for {node.projection.name}: it rotates first and second "
-                f"moments of the coordinates' shape, {node.projection.coordinates_shape}. Use "
-                'moments="keep".'
+                f"the optimizer keeps for {node.projection.name}: it rotates moments of the "
+                f"coordinates' shape, {node.projection.coordinates_shape}, with one of the names "
+                f'{", ".join(sorted(FIRST_MOMENTS | SECOND_MOMENTS))}. Use moments="keep".'
             )
 
 

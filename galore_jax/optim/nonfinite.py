@@ -7,6 +7,8 @@ The policy, and where each part of it is carried out:
 * The optimizer after it sees the zeros. Afterwards its moments are put back (`restore_moments`) and
   its updates, weight decay included, become zero (`skip_updates`), so that weights, moments and
   basis stay as they were, bit for bit.
+* Where `optax.MultiSteps` after galore accumulates micro-batches, one that is not finite counts as
+  zeros, and nothing is skipped (`accumulates`, `without_skips`).
 * A clip in front of galore must not spread one NaN to every gradient: `clipping`.
 """
 
@@ -14,6 +16,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from galore_jax.optim.moments import BasisUpdates, is_moment
 from galore_jax.subspace.projection import Coordinates, is_coordinates
@@ -31,6 +34,20 @@ def zero_nonfinite(value: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))
     return jnp.where(finite[..., None, None], value, 0), finite
+
+
+def accumulates(state: PyTree) -> bool:
+    """Whether a transformation with this state accumulates micro-batches."""
+    is_accumulator = lambda node: isinstance(node, optax.MultiStepsState)
+    return any(map(is_accumulator, jax.tree.leaves(state, is_leaf=is_accumulator)))
+
+
+def without_skips(basis_updates: BasisUpdates) -> BasisUpdates:
+    """What happened to the bases, as if no update had been skipped."""
+    return {
+        path: update._replace(old=replace(update.old, skipped=update.new.skipped))
+        for path, update in basis_updates.items()
+    }
 
 
 def skip_updates(updates: PyTree, basis_updates: BasisUpdates) -> PyTree:

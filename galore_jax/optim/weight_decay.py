@@ -64,7 +64,9 @@ def decay_weights(
             return update * (1 - fraction) - fraction * param
 
         decays = True if mask is None else mask(_full_shapes(params)) if callable(mask) else mask
-        decays = jax.tree.broadcast(unboxed(decays), updates, is_leaf=is_coordinates)
+        # One answer for each parameter, not for each array of its coordinates.
+        leaves = jax.tree.map(lambda _: 0, updates, is_leaf=is_coordinates)
+        decays = jax.tree.broadcast(unboxed(decays), leaves)
         updates = jax.tree.map(decay, updates, params, decays, is_leaf=is_coordinates)
         return updates, DecayWeightsState(optax.safe_increment(state.count))
 

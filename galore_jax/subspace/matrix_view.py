@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -233,7 +234,7 @@ def _is_dimension_numbers(node: Any) -> bool:
 
 def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixView:
     def axes(given: int | Sequence[int]) -> tuple[int, ...]:
-        return (given,) if isinstance(given, int) else tuple(given)
+        return (int(given),) if isinstance(given, Integral) else tuple(map(int, given))
 
     if not _is_dimension_numbers(numbers):
         raise ValueError(

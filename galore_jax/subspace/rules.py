@@ -59,7 +59,7 @@ class Rule:
     def __post_init__(self):
         rank: Any = self.rank
         is_integer = isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1
-        is_fraction = isinstance(rank, float) and 0 < rank < 1
+        is_fraction = isinstance(rank, Real) and 0 < rank < 1
         if not (rank is None or is_integer or is_fraction or callable(rank)):
             is_injected = isinstance(rank, jax.Array | np.ndarray)
             hint = '; optax.inject_hyperparams needs static_args="rank"' if is_injected else ""
@@ -239,7 +239,7 @@ def _projection(
 ) -> Projection | None:
     name, smaller = "/".join(names), min(view.rows, view.columns)
     rank: Any = settings.rank
-    if isinstance(rank, float):
+    if isinstance(rank, Real) and not isinstance(rank, Integral):
         rank = max(1, round(rank * smaller))
     elif callable(rank):
         rank = rank((view.rows, view.columns))
@@ -269,7 +269,7 @@ def _with_complement(projection: Projection | None, complement: int | float) -> 
         )
     view, ((*_, size, rank),) = projection.view, projection.basis_shapes.values()
     number = complement
-    if isinstance(complement, float):
+    if not isinstance(complement, Integral):
         number = max(1, round(complement * min(view.rows, view.columns)))
     if number > size - rank:
         raise ValueError(
