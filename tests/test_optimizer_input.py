@@ -157,3 +157,23 @@ def test_tree_map_params_knows_the_parameters_of_an_optimizer_with_rules():
     )
     np.testing.assert_array_equal(other, 2 * basis)
     assert doubled.inner_states[0].count == state.inner_states[0].count
+
+
+def test_numbers_of_numpy_are_numbers():
+    params = random_params({"wide": (12, 20)})
+    axes = optax.contrib.GaLoreDimensionNumbers(np.int64(1), np.int64(0))
+    tx = galore(np.float32(0.25), np.int32(7), weight_dimension_numbers=axes)
+    state = tx.init(params)
+    basis = state.bases["wide"]["kernel"]
+    assert (basis.projection.rank, basis.projection.view.rows) == (3, 20)
+    assert basis.interval == 7
+
+
+def test_a_gap_in_an_array_does_not_make_states_share_a_buffer():
+    params = random_params(PLAIN)
+    tx = galore_jax.adamw(0.1, 4, update_proj_gap=jnp.int32(5))
+    state = tx.init(params)
+    step = jax.jit(lambda p, s: apply_gradients(tx, p, s, p), donate_argnums=(0, 1))
+    for _ in range(2):
+        params, state = step(params, state)
+    assert state.inner_states[0].bases["wide"]["kernel"].interval == 5

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -233,7 +233,7 @@ def _is_dimension_numbers(node: Any) -> bool:
 
 
 def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixView:
-    def axes(given: int | Sequence[int]) -> tuple[int, ...]:
+    def axes(given: Any) -> tuple[int, ...]:
         return (int(given),) if isinstance(given, Integral) else tuple(map(int, given))
 
     if not _is_dimension_numbers(numbers):

@@ -59,7 +59,7 @@ class Rule:
     def __post_init__(self):
         rank: Any = self.rank
         is_integer = isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1
-        is_fraction = isinstance(rank, Real) and 0 < rank < 1
+        is_fraction = isinstance(rank, Real) and 0 < float(rank) < 1
         if not (rank is None or is_integer or is_fraction or callable(rank)):
             is_injected = isinstance(rank, jax.Array | np.ndarray)
             hint = '; optax.inject_hyperparams needs static_args="rank"' if is_injected else ""
@@ -240,7 +240,7 @@ def _projection(
     name, smaller = "/".join(names), min(view.rows, view.columns)
     rank: Any = settings.rank
     if isinstance(rank, Real) and not isinstance(rank, Integral):
-        rank = max(1, round(rank * smaller))
+        rank = max(1, round(float(rank) * smaller))
     elif callable(rank):
         rank = rank((view.rows, view.columns))
         if not isinstance(rank, Integral) or rank < 1:
