@@ -14,7 +14,7 @@ def numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[A
     """
     found = comma_separated(option, text)
     try:
-        return [kind(part) for part in found]
+        return list(dict.fromkeys(kind(part) for part in found))
     except ValueError:
         raise InputError(f"{option} is {text!r}: give numbers, as in 1,2,3.") from None
 

@@ -24,6 +24,7 @@ moments. The batch is that of the configuration, in micro-batches of --rows rows
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from galore_jax.errors import InputError, check_installed, require_choice, run_cli
+from galore_jax.errors import InputError, check_installed, require, require_choice, run_cli
 from galore_jax.files import atomic_write
 
 GIB = 2**30
@@ -372,8 +373,10 @@ def check(arguments: argparse.Namespace) -> None:
         if not number.isdecimal() or int(number).bit_count() != 1:
             raise InputError(f"--devices {number} is not a power of two: take 1, 2, 4, 8, …")
     require_choice("--device", arguments.device, ("cpu", "a100", "rtx4090", "h100"))
-    if arguments.rows < 1:
-        raise InputError(f"--rows must be at least 1, not {arguments.rows}.")
+    require("--rows", arguments.rows, arguments.rows >= 1, "at least 1")
+    for option in ("tflops", "network"):
+        rate = getattr(arguments, option)
+        require(f"--{option}", rate, 0 < rate < math.inf, "positive and finite")
 
 
 def start_cpus(number: int) -> None:

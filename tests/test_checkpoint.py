@@ -1,7 +1,7 @@
 import dataclasses
 import errno
-import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -225,23 +225,15 @@ def test_without_the_latest_checkpoint_the_previous_one_is_restored(saved, state
         assert checkpoints.restore(CONFIG, batches).step == 0
 
 
-def test_old_checkpoints_without_checksums_are_still_read(saved, state, batches):
-    meta = saved / "checkpoints" / "0" / "meta" / "metadata"
-    recorded = json.loads(meta.read_text())
-    del recorded["checksums"]
-    meta.write_text(json.dumps(recorded))
+def test_a_checkpoint_without_the_optimizer_is_damaged_unless_it_never_had_one(
+    saved, state, batches
+):
     with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
-        assert_same(checkpoints.restore(CONFIG, batches), state)
-    assert_same(load_for_inference(saved)[1], state.params)
-
-
-def test_old_checkpoints_have_the_position_in_the_data_in_another_file(saved, batches):
-    data = saved / "checkpoints" / "0" / "data"
-    (data / "metadata").rename(data / "process_0-of-1.json")
-    expected = next(batches)
-    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
-        checkpoints.restore(CONFIG, batches)
-    assert_same(next(batches), expected)
+        checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
+        checkpoints.wait()
+        shutil.rmtree(saved / "checkpoints" / "1" / "optimizer")
+        with pytest.raises(InputError, match=r"damaged.*: move it out of .* to resume from 0"):
+            checkpoints.restore(CONFIG, batches)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_a_save(tmp_path, monkeypatch):

@@ -124,6 +124,22 @@ def test_a_template_whose_answers_do_not_end_with_the_end_of_sequence_is_refused
         everything(folder_of(write, [ROW]), tokenizer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro turn(text) %}A: {% generation %}{{ text }}{% endgeneration %}{% endmacro %}"
+        "{% for message in messages %}{{ turn(message.content) }}{% endfor %}",
+        "{% for message in messages %}{% filter trim %} A: {% generation %}{{ message.content }}"
+        "{% endgeneration %}{% endfilter %}{% endfor %}",
+    ],
+    ids=["macro", "filter"],
+)
+def test_answers_whose_place_in_the_text_is_unknown_are_refused(template, write, tmp_path):
+    tokenizer = save_tokenizer(tmp_path, template)
+    with pytest.raises(InputError, match="inside of a macro, a filter or a call"):
+        everything(folder_of(write, [ROW]), tokenizer)
+
+
 def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
     rows = many(4)
     lines = [json.dumps(row) for row in rows]

@@ -72,11 +72,15 @@ def test_the_loss_is_weighted_by_tokens(params, sums, accumulation):
     np.testing.assert_allclose(evaluation.perplexity, np.exp(losses / targets), rtol=1e-5)
 
 
-def test_the_reference_loss_divides_batch_means_by_one_batch_too_many(params, sums):
-    evaluation = make_evaluate(CONFIG)(params, make_batches(3))
-    means = sums[:, 0] / sums[:, 1]
-    np.testing.assert_allclose(evaluation.reference_loss, means.sum() / 4, rtol=1e-6)
-    np.testing.assert_allclose(evaluation.reference_perplexity, np.exp(means.sum() / 4), rtol=1e-5)
+@pytest.mark.parametrize("rows", [2, 4, 6])
+def test_the_reference_loss_divides_by_one_of_its_batches_too_many(params, sums, rows):
+    training = dataclasses.replace(CONFIG.training, reference_batch_size=rows)
+    config = dataclasses.replace(CONFIG, training=training)
+    evaluation = make_evaluate(config)(params, make_batches(3))
+    number = 12 // rows
+    expected = np.mean(sums[:, 0] / sums[:, 1]) * number / (number + 1)
+    np.testing.assert_allclose(evaluation.reference_loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(evaluation.reference_perplexity, np.exp(expected), rtol=1e-5)
 
 
 def test_evaluation_tokens_stop_after_the_batch_that_completes_them(params):

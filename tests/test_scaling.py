@@ -169,6 +169,8 @@ def test_the_weights_of_a_layer_are_gathered_when_they_are_used(tmp_path):
         (["--devices", "3"], "--devices 3 is not a power of two"),
         (["--optimizers", "adamv"], "--optimizers = 'adamv' is unknown; did you mean adamw?"),
         (["--rows", "0"], "--rows must be at least 1"),
+        (["--network", "0"], "--network must be positive and finite"),
+        (["--tflops", "nan"], "--tflops must be positive and finite"),
         (["--json", "missing/figures.json"], "there is no folder missing for --json"),
         (["--device", "rtx9999", "--devices", "2"], "--device = 'rtx9999' is unknown"),
     ],

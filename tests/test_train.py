@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from galore_jax.errors import InputError
-from galore_jax.training import loop
+from galore_jax.training import loop, run_folder
 from galore_jax.training.config_file import load_config
 from galore_jax.training.lock import locked
 
@@ -289,6 +289,32 @@ def test_bad_input_ends_in_one_sentence(error_of, place):
     assert not (place / "refused").exists()
 
 
+def test_a_run_that_ended_before_its_first_metrics_is_resumed_from_the_start(place):
+    overrides = [f"training.folder={place / 'early'}", "training.steps=1"]
+    config = load_config(place / "tiny.toml", [*overrides, "optimizer.warmup_steps=0"])
+    with run_folder.open_folder(config, resume=False):
+        pass  # Killed here.
+    run_folder.check_start(config, resume=True)
+    assert loop.train(config, resume=True).steps == 1
+
+
+def test_an_evaluation_that_was_lost_at_the_end_is_made_again(place):
+    overrides = [f"training.folder={place / 'lost'}", "training.steps=2"]
+    overrides += ["training.evaluate_every=1", "optimizer.warmup_steps=0"]
+    config = load_config(place / "tiny.toml", overrides)
+    complete = loop.train(config)
+    run = run_folder.RunFolder(place / "lost")
+    run.summary.unlink()
+    lines = run.metrics.read_text().splitlines()
+    run.metrics.write_text("\n".join(lines[:-1]) + "\n")
+    assert "validation_loss" in lines[-1]
+    assert loop.train(config, resume=True).validation_loss == complete.validation_loss
+    run.summary.unlink()
+    run.metrics.write_text("")
+    with pytest.raises(InputError, match=r"no steps in metrics\.jsonl"):
+        loop.train(config, resume=True)
+
+
 def test_a_folder_that_is_a_file_is_refused(error_of, place):
     (place / "a file").write_text("")
     assert "cannot be created" in error_of(name="a file/run")
@@ -353,7 +379,7 @@ def test_checkpoints_without_metrics_are_a_run_too(error_of, uninterrupted):
     try:
         assert "already holds a run" in error_of(name="uninterrupted")
         refused = error_of("--resume", name="uninterrupted")
-        assert "has its last checkpoint but no metrics.jsonl" in refused
+        assert "has its last checkpoint but no steps in metrics.jsonl" in refused
     finally:
         for path in aside:
             path.with_suffix(".aside").replace(path)

@@ -110,7 +110,7 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the characters in it that the template marks as answers."""
         written: list[str] = []
-        answers: list[tuple[int, int]] = []
+        answers: list[tuple[int, str]] = []
         try:
             for part in self._template.generate(
                 messages=messages,
@@ -124,7 +124,14 @@ class ChatTemplate:
         except Exception as error:  # A template can raise whatever Python does.
             reason = " ".join(str(error).split())
             raise InputError(f"the chat template refuses the messages: {reason}") from None
-        return "".join(written), answers
+        text = "".join(written)
+        for start, answer in answers:
+            if not text.startswith(answer, start):
+                raise InputError(
+                    f"{self._name} has {{% generation %}} inside of a macro, a filter or a call, "
+                    "where the place of the answer in the text is unknown: move it out of there."
+                )
+        return text, [(start, start + len(answer)) for start, answer in answers]
 
     def _locate(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         answers = []
@@ -184,7 +191,7 @@ class _Generation(Extension):
         text = caller()
         written, answers = context[self.RECORD]
         start = sum(map(len, written))
-        answers.append((start, start + len(text)))
+        answers.append((start, text))
         return text
 
 

@@ -9,7 +9,6 @@ number of processes, on another mesh, can read it.
 """
 
 import asyncio
-import json
 import math
 import os
 import shutil
@@ -131,7 +130,7 @@ class Checkpoints:
         """
         step = self.latest()
         assert step is not None, "there is no checkpoint to restore"
-        if not (self.folder / str(step) / "optimizer").exists():
+        if step == 0 and not (self.folder / str(step) / "optimizer").exists():
             raise InputError(
                 f"{self.folder / str(step)} holds parameters but no optimizer to resume: start a "
                 "training in another training.folder, with model.checkpoint=FOLDER for the folder "
@@ -331,21 +330,17 @@ def _on_devices(abstract: Any) -> Any:
 
 
 def _restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Config, dict[str, int]]:
-    """The configuration, and the checksums, which old checkpoints do not have."""
+    """The configuration and the checksums."""
     with raise_on_corruption(manager, step):
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = manager.restore(step, args=arguments)["meta"]
-        checksums = meta.get("checksums", {})
+        checksums = meta["checksums"]
         _check_checksum("the configuration", checksums.get("config"), json_checksum(meta["config"]))
         return from_dict(meta["config"]), checksums
 
 
 def _restore_position(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """The state of the iterator of batches."""
-    # Where checkpoints had it before several processes could train.
-    old = Path(manager.directory, str(step), "data", "process_0-of-1.json")
-    if old.exists():
-        return json.loads(old.read_text())
     return manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from galore_jax.data.batches import first_prompt
-from galore_jax.errors import require
+from galore_jax.errors import InputError, require
 from galore_jax.files import atomic_write
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import load_config
@@ -117,8 +117,10 @@ def compare(
         {row.label: (row.matrix_bytes, row.losses) for row in rows}, folder / "comparison-state.png"
     )
     best = min(rows, key=lambda row: (math.isnan(row.loss), row.loss))
-    prompt = first_prompt(best.config.data, PROMPT_CHARACTERS)
-    tokens = min(SAMPLE_TOKENS, best.config.model.max_length // 2)
+    # A character is four bytes at most, so that prompt and text each fit into half of the context.
+    context = best.config.model.max_length
+    prompt = first_prompt(best.config.data, min(PROMPT_CHARACTERS, max(1, context // 8)))
+    tokens = min(SAMPLE_TOKENS, context // 2)
     sample = generate_text(_folder(best.label, best.config, seeds[0]), prompt, tokens)
     with atomic_write(folder / "sample.txt") as path:
         path.write_text(sample, encoding="utf-8")
@@ -273,6 +275,14 @@ def _run(label: str, config: Config, seed: int) -> Summary:
     )
     run = RunFolder(folder)
     if run.summary.exists():
-        check_same_run(load_config(run.config), config, folder)
+        recorded = load_config(run.config)
+        check_same_run(recorded, config, folder)
+        for key in ("evaluation_tokens", "reference_batch_size", "bigram"):
+            old, new = getattr(recorded.training, key), getattr(config.training, key)
+            if old != new:
+                raise InputError(
+                    f"{folder} was evaluated with training.{key} = {old}, which is {new} here: "
+                    "use the same, or name another training.folder."
+                )
         return read_summary(run)
     return train(config, resume=run.holds_run())

@@ -265,6 +265,8 @@ class TrainingConfig:
         layer's gradient and update exist at a time: see grads/layerwise.py.
       evaluate_every: updates between evaluations; 0 evaluates at the end only.
       evaluation_tokens: number of targets to evaluate on; 0 evaluates on the full validation split.
+      reference_batch_size: rows in a batch of the reference's evaluator, on all its devices, which
+        `reference_loss` depends on: see evaluate.py.
       checkpoint_every: updates between checkpoints; 0 saves at the end only.
       keep_checkpoints: how many of the latest checkpoints are kept on disk.
       log_every: updates between reads of the metrics from the device; every step has its line.
@@ -284,6 +286,7 @@ class TrainingConfig:
     layerwise: bool = False
     evaluate_every: int = 1000
     evaluation_tokens: int = 0
+    reference_batch_size: int = 256
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -293,7 +296,8 @@ class TrainingConfig:
     bigram: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):
+        positive = "steps", "accumulation", "reference_batch_size", "keep_checkpoints", "log_every"
+        for name in positive:
             value = getattr(self, name)
             require(f"training.{name}", value, value >= 1, "at least 1")
         require("training.steps", self.steps, self.steps < 2**31, "below 2147483648")

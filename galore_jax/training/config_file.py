@@ -119,7 +119,7 @@ def load_comparison(
 def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         others = [other.name for other in path.parent.glob("*.toml")]
         raise InputError(f"there is no file {path}{suggestion(path.name, others)}") from None

@@ -26,10 +26,10 @@ class Evaluation:
 
     Attributes:
       loss: the sum of the losses divided by the number of targets, in nats.
-      reference_loss: the sum of the batches' mean losses divided by the number of batches *plus
-        one*, as in the evaluator of the reference repository; published tables hold exp of it. It
-        is too low by a factor of N / (N + 1), and batches have equal weight however many targets
-        they hold.
+      reference_loss: the loss as the evaluator of the reference repository counts it; published
+        tables hold exp of it. It divides the sum of the mean losses of N batches, which have equal
+        weight however many targets they hold, by N + 1, and is too low by that factor. N is the
+        number of rows over `training.reference_batch_size`.
       targets: number of tokens that were predicted.
     """
 
@@ -67,9 +67,11 @@ def make_evaluate(
     compiled = jit_on(mesh, sums)
 
     def evaluate(params: Any, batches: Iterable[Batch]) -> Evaluation:
-        limited = take_targets(batches, config.training.evaluation_tokens)
+        results, rows = [], 0
         with on_mesh(mesh):
-            results = [compiled(params, put_batch(batch, mesh)) for batch in limited]
+            for batch in take_targets(batches, config.training.evaluation_tokens):
+                rows += int(np.sum(np.any(batch["targets"] >= 0, axis=1)))
+                results.append(compiled(params, put_batch(batch, mesh)))
         results = np.array(jax.device_get(results), np.float64)
         losses, targets = results.reshape(-1, 2).T
         if not targets.sum():
@@ -78,9 +80,10 @@ def make_evaluate(
                 f"data.source = {config.data.source!r} holds no two tokens in one row."
             )
         means = losses[targets > 0] / targets[targets > 0]
+        reference_batches = rows / config.training.reference_batch_size
         return Evaluation(
             loss=losses.sum() / targets.sum(),
-            reference_loss=means.sum() / (means.size + 1),
+            reference_loss=means.mean() * reference_batches / (reference_batches + 1),
             targets=int(targets.sum()),
         )
 

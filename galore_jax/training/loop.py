@@ -97,9 +97,10 @@ def train(config: Config, resume: bool = False) -> Summary:
         metrics = None
         with ending_together():
             if is_first():
-                _check_metrics(run, start == steps)
                 metrics = Metrics(run, start, training.tensorboard)
                 stack.callback(metrics.close)
+                if start == steps:
+                    _check_metrics(run, metrics)
                 updated = tree_size(trained(config, state.params)[0])
                 share = f", {updated:,} of them trained" if updated < parameters else ""
                 print(
@@ -111,6 +112,9 @@ def train(config: Config, resume: bool = False) -> Summary:
         stepper = Stepper(config, state, mesh)
         evaluate = make_evaluate(config, mesh)
         progress = stack.enter_context(Progress(metrics, start, steps))
+
+        if start == steps:  # Of a complete run the last evaluation may have been lost.
+            progress.report_evaluation(steps, evaluate(state.params, validation))
 
         # The steps, with evaluations and checkpoints between them.
         for step in range(start, steps):
@@ -168,11 +172,11 @@ def train(config: Config, resume: bool = False) -> Summary:
     return read_summary(run)
 
 
-def _check_metrics(run: RunFolder, is_complete: bool) -> None:
-    if is_complete and not run.metrics.exists():
+def _check_metrics(run: RunFolder, metrics: Metrics) -> None:
+    if not any("loss" in line for line in metrics.lines):
         raise InputError(
-            f"{run.path} has its last checkpoint but no {run.metrics.name}, which the summary "
-            "needs: restore the file, or name another training.folder."
+            f"{run.path} has its last checkpoint but no steps in {run.metrics.name}, which the "
+            "summary needs: restore the file, or name another training.folder."
         )
 
 

@@ -210,4 +210,4 @@ def _events(folder: Path, step: int) -> Any:
             "training.tensorboard needs tensorboardX: "
             'pip install "galore-jax[tensorboard]", or leave it off.'
         ) from None
-    return tensorboardx.SummaryWriter(str(folder), purge_step=step or None)
+    return tensorboardx.SummaryWriter(str(folder), purge_step=step)

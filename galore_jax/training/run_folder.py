@@ -34,6 +34,7 @@ MAY_CHANGE = frozenset(
         "folder",
         "evaluate_every",
         "evaluation_tokens",
+        "reference_batch_size",
         "checkpoint_every",
         "keep_checkpoints",
         "log_every",
@@ -82,7 +83,8 @@ def _check_start(config: Config, resume: bool) -> None:
                 "training.folder."
             )
         return
-    if not run.holds_run():
+    # A run that ended before its first metrics starts from the beginning.
+    if not run.holds_run() and not run.config.exists():
         raise InputError(
             f"there is nothing to resume in {run.path}: start without --resume, or name the "
             "training.folder of the run."
@@ -149,6 +151,7 @@ def resume_command(config: Config) -> str:
     """The command that resumes a run, with the configuration in its folder."""
     inside = Path(sys.executable).is_relative_to(Path.cwd())
     python = os.path.relpath(sys.executable) if inside else sys.executable
-    script = Path(sys.argv[0]).with_name("train.py")
+    beside = Path(sys.argv[0] or ".").absolute().with_name("train.py")
+    script = os.path.relpath(beside) if beside.is_file() else "scripts/train.py"
     recorded = RunFolder(config.training.folder).config
-    return shlex.join([python, str(script), "--config", str(recorded), "--resume"])
+    return shlex.join([python, script, "--config", str(recorded), "--resume"])
