@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from galore_jax.data.batches import fingerprint
 from galore_jax.errors import InputError
 from galore_jax.training import loop, run_folder
 from galore_jax.training.config_file import load_config
@@ -313,6 +314,18 @@ def test_an_evaluation_that_was_lost_at_the_end_is_made_again(place):
     run.metrics.write_text("")
     with pytest.raises(InputError, match=r"no steps in metrics\.jsonl"):
         loop.train(config, resume=True)
+
+
+def test_a_run_is_not_resumed_on_another_text(place, monkeypatch):
+    overrides = [f"training.folder={place / 'text'}", "training.steps=1"]
+    config = load_config(place / "tiny.toml", [*overrides, "optimizer.warmup_steps=0"])
+    with run_folder.open_folder(config, resume=False) as run:
+        run_folder.check_same_text(run, fingerprint(config.data), resume=False)
+    changed = lambda split: ["another text"] * 9
+    monkeypatch.setattr("galore_jax.data.batches.standard_library_texts", changed)
+    with pytest.raises(InputError, match=r"text of data\.source is not the one .*: restore it, or"):
+        loop.train(config, resume=True)
+    assert loop.train(config, resume=False).steps == 1  # Nothing was trained on the other one.
 
 
 def test_a_folder_that_is_a_file_is_refused(error_of, place):

@@ -5,6 +5,7 @@ devices. So the order and the iterator's state depend on the configuration alone
 """
 
 import random
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ _WINDOW_TOKENS = 2**20  # packed rows are shuffled within windows of about this 
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
 _PREFETCHED_BATCHES = 8  # hides the time to read a window
 _DOCUMENTS_SAMPLED = 10_000
+_DOCUMENTS_SUMMED = 1000
 Report = Callable[[str], object]
 
 
@@ -147,6 +149,23 @@ def validation_batches(
     source = _source(config, "validation", report)
     rows = _rows(source, grain.MapDataset.source(source), config, tokenizer, seed=None)
     return rows.batch(config.batch_size, batch_fn=padded)
+
+
+def fingerprint(config: DataConfig) -> dict[str, int]:
+    """Numbers that are others if the training text is another one.
+
+    They are how many documents, or bytes in a file of conversations, there are, and a checksum of
+    all of them or, of more than a thousand documents, of so many.
+    """
+    if config.rows == "conversations":
+        file = Path(config.source)
+        text = (file / "train.jsonl" if file.is_dir() else file).read_bytes()
+        return {"bytes": len(text), "checksum": zlib.crc32(text)}
+    texts = documents(config, "train")
+    checksum = 0
+    for index in range(0, len(texts), max(1, len(texts) // _DOCUMENTS_SUMMED)):
+        checksum = zlib.crc32(texts[index].encode("utf-8", "surrogatepass"), checksum)
+    return {"documents": len(texts), "checksum": checksum}
 
 
 def first_prompt(config: DataConfig, characters: int) -> str:

@@ -270,7 +270,8 @@ class TrainingConfig:
       checkpoint_every: updates between checkpoints; 0 saves at the end only.
       keep_checkpoints: how many of the latest checkpoints are kept on disk.
       log_every: updates between reads of the metrics from the device; every step has its line.
-      folder: folder of the run: config.toml, metrics.jsonl, checkpoints/, curves.png, summary.json.
+      folder: folder of the run: config.toml, text.json (a fingerprint of the training text),
+        metrics.jsonl, checkpoints/, curves.png, summary.json.
       diagnostics: with GaLore, also measure `captured_energy` and `update_ratio` at every step: see
         subspace_metrics.py.
       tensorboard: also write TensorBoard events, into the folder's tensorboard/.

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from galore_jax.data.batches import train_batches, validation_batches
+from galore_jax.data.batches import fingerprint, train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
@@ -33,6 +33,7 @@ from galore_jax.training.processes import check_same, ending_together, is_first,
 from galore_jax.training.progress import Progress
 from galore_jax.training.run_folder import (
     RunFolder,
+    check_same_text,
     check_start,
     open_folder,
     resume_command,
@@ -86,6 +87,7 @@ def train(config: Config, resume: bool = False) -> Summary:
         with ending_together():
             if is_first():
                 stack.enter_context(open_folder(config, resume))
+                check_same_text(run, fingerprint(config.data), resume)
         checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints)
         stack.enter_context(checkpoints)
         if checkpoints.latest() is None:

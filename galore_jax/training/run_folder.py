@@ -14,6 +14,7 @@ which affect output, evaluation and checkpoints, but not what is computed.
 """
 
 import dataclasses
+import json
 import os
 import shlex
 import sys
@@ -22,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from galore_jax.errors import FULL_DISK, InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import atomic_write, read_json
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
 from galore_jax.training.lock import locked
@@ -51,6 +52,7 @@ class RunFolder:
     def __init__(self, folder: str | Path):
         self.path = Path(folder)
         self.config = self.path / "config.toml"
+        self.text = self.path / "text.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
@@ -111,6 +113,25 @@ def check_same_run(recorded: Config, config: Config, place: Path) -> None:
         raise InputError(
             f"{place} holds a run of {what}: {key} is {old!r} there and {new!r} here{others}; "
             "resume with the same configuration, or name another training.folder."
+        )
+
+
+def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None:
+    """Records the fingerprint of the training text, or on resuming compares it.
+
+    Raises:
+      InputError: the text is another one.
+    """
+    if not (resume and run.text.exists()):
+        with atomic_write(run.text) as path:
+            path.write_text(json.dumps(found) + "\n")
+        return
+    recorded = read_json(run.text)
+    if recorded != found:
+        raise InputError(
+            f"the text of data.source is not the one that the run in {run.path} was started on "
+            f"({recorded} in {run.text.name}, {found} now): restore it, or name another "
+            "training.folder."
         )
 
 
