@@ -13,9 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from galore_jax.data.batches import fingerprint
 from galore_jax.errors import InputError
-from galore_jax.training import loop, run_folder
+from galore_jax.training import loop
 from galore_jax.training.config_file import load_config
 from galore_jax.training.lock import locked
 
@@ -288,44 +287,6 @@ def test_bad_input_ends_in_one_sentence(error_of, place):
     assert "has 258 tokens, more than model.vocab_size, 100" in error_of("model.vocab_size=100")
     assert "nothing to resume" in error_of("--resume")
     assert not (place / "refused").exists()
-
-
-def test_a_run_that_ended_before_its_first_metrics_is_resumed_from_the_start(place):
-    overrides = [f"training.folder={place / 'early'}", "training.steps=1"]
-    config = load_config(place / "tiny.toml", [*overrides, "optimizer.warmup_steps=0"])
-    with run_folder.open_folder(config, resume=False):
-        pass  # Killed here.
-    run_folder.check_start(config, resume=True)
-    assert loop.train(config, resume=True).steps == 1
-
-
-def test_an_evaluation_that_was_lost_at_the_end_is_made_again(place):
-    overrides = [f"training.folder={place / 'lost'}", "training.steps=2"]
-    overrides += ["training.evaluate_every=1", "optimizer.warmup_steps=0"]
-    config = load_config(place / "tiny.toml", overrides)
-    complete = loop.train(config)
-    run = run_folder.RunFolder(place / "lost")
-    run.summary.unlink()
-    lines = run.metrics.read_text().splitlines()
-    run.metrics.write_text("\n".join(lines[:-1]) + "\n")
-    assert "validation_loss" in lines[-1]
-    assert loop.train(config, resume=True).validation_loss == complete.validation_loss
-    run.summary.unlink()
-    run.metrics.write_text("")
-    with pytest.raises(InputError, match=r"no steps in metrics\.jsonl"):
-        loop.train(config, resume=True)
-
-
-def test_a_run_is_not_resumed_on_another_text(place, monkeypatch):
-    overrides = [f"training.folder={place / 'text'}", "training.steps=1"]
-    config = load_config(place / "tiny.toml", [*overrides, "optimizer.warmup_steps=0"])
-    with run_folder.open_folder(config, resume=False) as run:
-        run_folder.check_same_text(run, fingerprint(config.data), resume=False)
-    changed = lambda split: ["another text"] * 9
-    monkeypatch.setattr("galore_jax.data.batches.standard_library_texts", changed)
-    with pytest.raises(InputError, match=r"text of data\.source is not the one .*: restore it, or"):
-        loop.train(config, resume=True)
-    assert loop.train(config, resume=False).steps == 1  # Nothing was trained on the other one.
 
 
 def test_a_folder_that_is_a_file_is_refused(error_of, place):

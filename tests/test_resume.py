@@ -1,0 +1,53 @@
+"""Runs whose folder is not as the training left it: incomplete, or of another text."""
+
+import pytest
+
+from galore_jax.data.batches import DataConfig, fingerprint
+from galore_jax.errors import InputError
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.loop import train
+from galore_jax.training.run_folder import RunFolder, check_same_text, check_start, open_folder
+
+
+def config_of(folder, **training):
+    return Config(
+        LlamaConfig(258, 16, 32, 1, 2, max_length=32),
+        DataConfig(sequence_length=32, batch_size=2),
+        OptimizerConfig(rank=4, warmup_steps=0),
+        TrainingConfig(folder=str(folder), evaluation_tokens=200, **training),
+    )
+
+
+def test_a_run_that_ended_before_its_first_metrics_is_resumed_from_the_start(tmp_path):
+    config = config_of(tmp_path / "early", steps=1)
+    with open_folder(config, resume=False):
+        pass  # Killed here.
+    check_start(config, resume=True)
+    assert train(config, resume=True).steps == 1
+
+
+def test_an_evaluation_that_was_lost_at_the_end_is_made_again(tmp_path):
+    config = config_of(tmp_path / "lost", steps=2, evaluate_every=1)
+    complete = train(config)
+    run = RunFolder(tmp_path / "lost")
+    run.summary.unlink()
+    lines = run.metrics.read_text().splitlines()
+    run.metrics.write_text("\n".join(lines[:-1]) + "\n")
+    assert "validation_loss" in lines[-1]
+    assert train(config, resume=True).validation_loss == complete.validation_loss
+    run.summary.unlink()
+    run.metrics.write_text("")
+    with pytest.raises(InputError, match=r"no steps in metrics\.jsonl"):
+        train(config, resume=True)
+
+
+def test_a_run_is_not_resumed_on_another_text(tmp_path, monkeypatch):
+    config = config_of(tmp_path / "text", steps=1)
+    with open_folder(config, resume=False) as run:
+        check_same_text(run, fingerprint(config.data), resume=False)
+    changed = lambda split: 9 * [20_000 * "another text "]
+    monkeypatch.setattr("galore_jax.data.batches.standard_library_texts", changed)
+    with pytest.raises(InputError, match=r"text of data\.source is not the one .*: restore it, or"):
+        train(config, resume=True)
+    assert train(config, resume=False).steps == 1  # Nothing was trained on the other text.
