@@ -15,7 +15,7 @@ from galore_jax.ops.implementation import Implementation, check_implementation, 
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import Partition, map_batch
 from galore_jax.ops.rounding import stochastic_round
-from galore_jax.optim.chain import Chain, update_low_rank
+from galore_jax.optim.chain import is_chain, update_low_rank
 from galore_jax.optim.moments import constrain_state
 from galore_jax.optim.state import (
     GaLoreState,
@@ -89,7 +89,7 @@ def _apply_gradients(
     _check_shapes(grads, params, galore_states(state, inside_chains=True))
     gradients = grads  # What galore received: a chain may have clipped them.
     try:
-        if isinstance(tx, Chain) and tx.is_intact:
+        if is_chain(tx):
             updates, gradients, state = tx.update_coordinates(grads, state, params, **extra_args)
             states = galore_states(state.inner_states)
         else:
@@ -139,13 +139,14 @@ def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> N
 
 
 def _raise_on_none(grads: PyTree, error: ValueError) -> None:
-    """Explains an error of a transformation by a gradient that is None, if there is one."""
+    """Names a gradient that is None, if there is one, as the likely reason for an error."""
     is_leaf = lambda node: node is None or is_coordinates(node)
     for names, grad in named_leaves(grads, is_leaf):
-        if grad is None and not str(error).startswith("galore: "):
+        if grad is None:
             raise ValueError(
-                f"apply_gradients: the gradient of {'/'.join(names)} is None, for which the "
-                "optimizer's state has a place: pass zeros, or start the optimizer with None there."
+                f"apply_gradients: the gradient of {'/'.join(names)} is None, and the optimizer "
+                f"failed ({str(error).splitlines()[0]}): if its state has a place for this leaf, "
+                "pass zeros, or start the optimizer with None there."
             ) from error
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class Chain(optax.GradientTransformationExtraArgs):
     @property
     def transforms(self) -> tuple[optax.GradientTransformation, ...]:
         """The parts of the chain."""
-        return self._function.transforms
+        return cast(_ChainUpdate, self.update).transforms
 
     @property
     def update_coordinates(self) -> Callable[..., tuple[PyTree, PyTree, ChainState]]:
@@ -92,30 +92,25 @@ class Chain(optax.GradientTransformationExtraArgs):
 
         It also returns, before the state, the gradients to which their `channels` refer.
         """
-        return self._function.update_coordinates
+        return cast(_ChainUpdate, self.update).update_coordinates
 
-    @property
-    def is_intact(self) -> bool:
-        """Whether `update` is the one that `chain` made: `_replace` may have changed it."""
-        return isinstance(self.update, _ChainUpdate)
 
-    @property
-    def _function(self) -> "_ChainUpdate":
-        # What JAX and `_replace` make of a named tuple has its fields, but no other attributes.
-        return cast(_ChainUpdate, self.update)
+def is_chain(tx: Any) -> TypeGuard[Chain]:
+    """Whether this is a `Chain` with the `update` that `chain` made: `_replace` may change it."""
+    return isinstance(tx, Chain) and isinstance(tx.update, _ChainUpdate)
 
 
 def chain(*transforms: optax.GradientTransformation) -> Chain:
     """`optax.chain` with galore in it: what comes after it works on coordinates, then is lifted.
 
     Transformations before `galore` see full parameters, and gradients as the update receives them:
-    full ones, or coordinates from `galore_jax.value_and_grad`. Those after it are
-    initialised with coordinates, and receive coordinates in place of updates and, if they use them,
-    of parameters; so `optax.adamw` after galore decays only the component of the weights inside the
-    subspace, while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the
-    parameters (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain
-    in them. If the parameters are in boxes (Flax's, NNX variables, Haliax' named arrays), masks and
-    labels for optax's transformations after galore must be functions, or trees without boxes.
+    full ones, or coordinates from `galore_jax.value_and_grad`. Those after it are initialised with
+    coordinates, and receive coordinates in place of updates and, if they use them, of parameters;
+    so `optax.adamw` after galore decays only the component of the weights inside the subspace,
+    while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the parameters
+    (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain in them.
+    If the parameters are in boxes (Flax's, NNX variables, Haliax' named arrays), masks and labels
+    for optax's transformations after galore must be functions, or trees without boxes.
 
     Args:
       *transforms: as for `optax.chain`. A `chain` among them is flattened, so that a clip can be
@@ -138,9 +133,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
       (8, 128)
     """
     transforms = tuple(
-        inner
-        for tx in transforms
-        for inner in (tx.transforms if isinstance(tx, Chain) and tx.is_intact else (tx,))
+        inner for tx in transforms for inner in (tx.transforms if is_chain(tx) else (tx,))
     )
     if sum(isinstance(tx, GaLore) for tx in transforms) > 1:
         raise ValueError("chain: there is more than one galore; leave only one.")
@@ -205,7 +198,10 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ChainUpdate:
-    """The `update` of a chain, with what `Chain` offers besides."""
+    """The `update` of a chain, with what `Chain` offers besides.
+
+    They are here because what JAX and `_replace` make of a named tuple has its fields alone.
+    """
 
     transforms: tuple[optax.GradientTransformation, ...]
     update_coordinates: Callable[..., tuple[PyTree, PyTree, ChainState]]

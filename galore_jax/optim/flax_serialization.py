@@ -40,8 +40,8 @@ def _register() -> None:
                 name: serialization.from_state_dict(getattr(node, name), state[name], name=name)
                 for name in names
             }
-            for name in names:
-                _check_shapes(node, name, fields[name])
+            if isinstance(node, Basis | Coordinates):
+                _check_shapes(node, fields)
             return dataclasses.replace(node, **fields)
 
         serialization.register_serialization_state(kind, to_dict, from_dict)
@@ -50,15 +50,14 @@ def _register() -> None:
         register(kind)
 
 
-def _check_shapes(node: Any, name: str, restored: Any) -> None:
+def _check_shapes(target: Basis | Coordinates, restored: dict[str, Any]) -> None:
     """Raises a ValueError if arrays of a field have other shapes than those of the target."""
-    found, expected = (
-        [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
-        for tree in (restored, getattr(node, name))
-    )
-    if found != expected:
-        owner = node.projection.name if isinstance(node, Basis | Coordinates) else "a moment"
-        raise ValueError(
-            f"the restored {name} of {owner} has the shapes {found}, but the target {expected}: "
-            "restore into the state of an optimizer with the same settings, such as the rank."
-        )
+    shapes = lambda tree: [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    for name, field in restored.items():
+        found, expected = shapes(field), shapes(getattr(target, name))
+        if found != expected:
+            raise ValueError(
+                f"the restored {name} of {target.projection.name} has the shapes {found}, but the "
+                f"target {expected}: restore into the state of an optimizer with the same "
+                "settings, such as the rank."
+            )

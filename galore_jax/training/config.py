@@ -266,7 +266,7 @@ class TrainingConfig:
       evaluate_every: updates between evaluations; 0 evaluates at the end only.
       evaluation_tokens: number of targets to evaluate on; 0 evaluates on the full validation split.
       reference_batch_size: rows in a batch of the reference's evaluator, on all its devices, which
-        `reference_loss` depends on: see evaluate.py.
+        `reference_loss` depends on: see evaluate.py; 0: data.batch_size.
       checkpoint_every: updates between checkpoints; 0 saves at the end only.
       keep_checkpoints: how many of the latest checkpoints are kept on disk.
       log_every: updates between reads of the metrics from the device; every step has its line.
@@ -287,7 +287,7 @@ class TrainingConfig:
     layerwise: bool = False
     evaluate_every: int = 1000
     evaluation_tokens: int = 0
-    reference_batch_size: int = 256
+    reference_batch_size: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     log_every: int = 10
@@ -297,12 +297,12 @@ class TrainingConfig:
     bigram: bool = False
 
     def __post_init__(self):
-        positive = "steps", "accumulation", "reference_batch_size", "keep_checkpoints", "log_every"
-        for name in positive:
+        for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):
             value = getattr(self, name)
             require(f"training.{name}", value, value >= 1, "at least 1")
         require("training.steps", self.steps, self.steps < 2**31, "below 2147483648")
-        for name in ("evaluate_every", "evaluation_tokens", "checkpoint_every"):
+        counts = "evaluate_every", "evaluation_tokens", "reference_batch_size", "checkpoint_every"
+        for name in counts:
             value = getattr(self, name)
             require(f"training.{name}", value, value >= 0, "0 or more")
         require("training.seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 4294967295")

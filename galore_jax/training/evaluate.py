@@ -80,7 +80,8 @@ def make_evaluate(
                 f"data.source = {config.data.source!r} holds no two tokens in one row."
             )
         means = losses[targets > 0] / targets[targets > 0]
-        reference_batches = rows / config.training.reference_batch_size
+        size = config.training.reference_batch_size or config.data.batch_size
+        reference_batches = rows / size
         return Evaluation(
             loss=losses.sum() / targets.sum(),
             reference_loss=means.mean() * reference_batches / (reference_batches + 1),
