@@ -17,6 +17,7 @@ import tensorflow_datasets as tfds
 from galore_jax.data.batches import DataConfig, documents
 from galore_jax.data.c4 import open_c4, prepare_c4, read_examples
 from galore_jax.errors import InputError
+from galore_jax.lock import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -233,6 +234,20 @@ def test_a_folder_with_another_dataset_is_not_touched(tmp_path):
     with pytest.raises(InputError, match="holds files that are not from prepare_c4"):
         prepare_c4(str(tmp_path), str(tmp_path / "data"))
     assert foreign.read_text() == "mine"
+
+
+def test_a_folder_that_another_process_prepares_is_not_touched(tmp_path):
+    write_inputs(tmp_path)
+    unfinished = tmp_path / "data/c4/en/3.1.0/c4-train.array_record-00000-of-00001.unfinished"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.write_text("half")
+    refusal = r"is preparing .* since .*, or choose another --out\."
+    with (
+        locked(tmp_path / "data/c4/en/lock", "preparing it", "wait"),
+        pytest.raises(InputError, match=refusal),
+    ):
+        prepare_c4(str(tmp_path), str(tmp_path / "data"))
+    assert unfinished.read_text() == "half"
 
 
 def test_a_folder_that_is_not_c4_is_named(tmp_path):

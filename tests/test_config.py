@@ -35,7 +35,8 @@ def test_a_file_sets_what_it_names_and_leaves_the_rest(small):
 
 def test_the_run_is_named_after_the_file_unless_it_names_a_folder(small):
     assert load_config(small).training.folder == "runs/small"
-    assert load_config(small, ["training.folder=elsewhere"]).training.folder == "elsewhere"
+    for name in ("elsewhere", "2026", "2026-11-27", "true"):
+        assert load_config(small, [f"training.folder={name}"]).training.folder == name
 
 
 def test_overrides_are_toml_values_and_bare_words_are_text(small):
@@ -135,7 +136,8 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ),
         ('data.source="a\\u0000"', "data.source must be text in UTF-8 without a null character"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate must be finite, not nan."),
-        ("optimizer.name=3", "optimizer.name must be text, not 3."),
+        ("optimizer.name=3", "optimizer.name = '3' is unknown"),
+        ("model.sliding_window=5000000000", "model.sliding_window is 5000000000: it must be below"),
         ("training.bigram=1", "training.bigram must be true or false, not 1."),
         ("data.sequence_length=4096", "data.sequence_length is 4096, but model.max_length is only"),
         ("training.accumulation=3", "training.accumulation is 3, which does not divide"),

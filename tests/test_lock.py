@@ -6,25 +6,29 @@ import sys
 
 import pytest
 
+from galore_jax import lock
 from galore_jax.errors import InputError
-from galore_jax.training import lock
-from galore_jax.training.lock import locked
+from galore_jax.lock import locked
 
 HOLD = """
 import sys, runpy
 from pathlib import Path
-with runpy.run_path(sys.argv[1])["locked"](Path(sys.argv[2])):
+with runpy.run_path(sys.argv[1])["locked"](Path(sys.argv[2]), "working", "wait"):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
+def hold(folder):
+    return locked(folder / "lock", "training in runs/demo", "name another training.folder")
+
+
 def test_a_second_process_is_refused_with_the_holder_its_host_and_the_time(tmp_path):
-    with locked(tmp_path / "lock"):
-        holder = rf"process {os.getpid()} on {socket.gethostname()} is training in {tmp_path} since"
+    with hold(tmp_path):
+        holder = rf"process {os.getpid()} on {socket.gethostname()} is training in runs/demo since"
         with pytest.raises(InputError, match=rf"^{holder} 2\d\d\d-.*name another training\.folder"):
-            locked(tmp_path / "lock").__enter__()
-    with locked(tmp_path / "lock"):
+            hold(tmp_path).__enter__()
+    with hold(tmp_path):
         pass
 
 
@@ -38,21 +42,21 @@ def test_a_lock_ends_with_its_killed_process(tmp_path):
     with holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(InputError, match=f"process {holder.pid} on "):
-            locked(tmp_path / "lock").__enter__()
+            hold(tmp_path).__enter__()
         holder.send_signal(signal.SIGKILL)
     assert f"process {holder.pid}" in (tmp_path / "lock").read_text()
-    with locked(tmp_path / "lock"):
+    with hold(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / "lock").read_text()
 
 
 def test_an_empty_lock_file_is_held_by_another_process(tmp_path):
-    with locked(tmp_path / "lock"):
+    with hold(tmp_path):
         (tmp_path / "lock").write_text("")
-        with pytest.raises(InputError, match=f"another process is training in {tmp_path}: let it"):
-            locked(tmp_path / "lock").__enter__()
+        with pytest.raises(InputError, match="another process is training in runs/demo: let it"):
+            hold(tmp_path).__enter__()
 
 
 def test_a_system_without_locks_locks_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "fcntl", None)
-    with locked(tmp_path / "lock"), locked(tmp_path / "lock"):
+    with hold(tmp_path), hold(tmp_path):
         pass

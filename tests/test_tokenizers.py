@@ -177,6 +177,14 @@ def test_the_script_trains_on_some_documents_of_the_standard_library(tmp_path):
     assert os.listdir(out.parent) == ["spiece.model"]
 
 
+@pytest.mark.parametrize("size", [-5, 0, 2**31])
+def test_the_script_refuses_a_size_out_of_range_before_it_reads_the_text(size):
+    result = run_script(f"--vocab-size={size}")
+    assert result.stderr == (
+        f"error: --vocab-size is {size}: it must be at least 1 and below 2147483648.\n"
+    )
+
+
 @pytest.mark.slow
 def test_the_script_refuses_a_folder_that_is_not_c4_in_one_sentence(tmp_path):
     result = run_script("--source", tmp_path, "--out", tmp_path / "spiece.model")

@@ -14,9 +14,9 @@ import jax
 import pytest
 
 from galore_jax.errors import InputError
+from galore_jax.lock import locked
 from galore_jax.training import loop
 from galore_jax.training.config_file import load_config
-from galore_jax.training.lock import locked
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "scripts" / "train.py"
@@ -319,7 +319,7 @@ def test_a_folder_on_a_read_only_disk_is_refused(error_of, place):
 def test_a_second_process_in_the_folder_is_refused(error_of, place):
     folder = place / "at work"
     folder.mkdir()
-    with locked(folder / "lock"):
+    with locked(folder / "lock", "training", "wait"):
         refused = error_of(name="at work")
         assert f"process {os.getpid()} on " in refused
         assert f"is training in {folder} since" in refused

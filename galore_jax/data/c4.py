@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from galore_jax.errors import InputError
 from galore_jax.files import UNFINISHED, atomic_write
+from galore_jax.lock import locked
 
 # Their classes are created at import, which type checkers cannot see.
 _example_pb2: Any = tf_example_pb2
@@ -55,7 +56,7 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
 
     Raises:
         InputError: there are no such files, one is damaged (the message names it and the line), or
-            the output folder was made from other files.
+            the output folder was made from other files, or another process is preparing it.
         OSError: the disk is full.
     """
     inputs = {split: _input_files(folder, split) for split in _SPLITS}
@@ -69,15 +70,16 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
         target.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise InputError(f"{data_dir} cannot become a data folder: {error.strerror}.") from error
-    for leftover in target.glob(f"*{UNFINISHED}"):
-        leftover.unlink()
-    _claim(target, {shard.name: file.name for shard, file in sources.items()})
-    missing = {shard: file for shard, file in sources.items() if not shard.exists()}
-    if missing:
-        (target / _METADATA).unlink(missing_ok=True)
-        _convert(missing, workers)
-    if not (target / _METADATA).exists():
-        _write_metadata(target, data_dir)
+    with locked(target.parent / "lock", f"preparing {target}", "choose another --out"):
+        for leftover in target.glob(f"*{UNFINISHED}"):
+            leftover.unlink()
+        _claim(target, {shard.name: file.name for shard, file in sources.items()})
+        missing = {shard: file for shard, file in sources.items() if not shard.exists()}
+        if missing:
+            (target / _METADATA).unlink(missing_ok=True)
+            _convert(missing, workers)
+        if not (target / _METADATA).exists():
+            _write_metadata(target, data_dir)
 
 
 def open_c4(data_dir: str, split: str) -> "C4Documents":

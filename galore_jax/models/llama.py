@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, require_choice
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.dense import Dense, matmul
 from galore_jax.models.layers import (
@@ -92,6 +92,9 @@ class LlamaConfig:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if is_number and not value > 0:
                 raise InputError(f"model.{field.name} is {value}: it must be positive.")
+            if isinstance(value, int) and value >= 2**31:
+                raise InputError(f"model.{field.name} is {value}: it must be below {2**31}.")
+        require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise InputError(
                 f"model.num_heads {self.num_heads} does not divide model.hidden_size "
@@ -117,8 +120,6 @@ class LlamaConfig:
                 f"model.rope_low_freq_factor {self.rope_low_freq_factor} must be below "
                 f"model.rope_high_freq_factor, {self.rope_high_freq_factor}."
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f'model.dtype is "{self.dtype}": choose "float32" or "bfloat16".')
 
     @property
     def head_size(self) -> int:

@@ -55,7 +55,8 @@ def load_config(
 ) -> AnyConfig:
     """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
 
-    A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
+    A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes, and
+    neither does text that would be another value, as in `training.folder=2026`.
     `training.folder` defaults to `runs/<name of the file>`. The configuration is of the dataclass
     `kind`, whose attributes are the sections. For a `Config`, `model.checkpoint` stands for all
     that the folder determines, the settings of the model and the tokenizer. As an override it takes
@@ -244,7 +245,8 @@ def _parse_override(override: str, kind: type) -> tuple[str, str, Any]:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
-    return section, key, value
+    is_text = typing.get_type_hints(typing.get_type_hints(kind)[section]).get(key) is str
+    return section, key, text if is_text and not isinstance(value, str) else value
 
 
 def _build(section: str, kind: type, values: Mapping[str, Any]) -> Any:

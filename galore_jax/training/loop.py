@@ -41,6 +41,9 @@ from galore_jax.training.run_folder import (
 from galore_jax.training.state import place_state, trained, tree_bytes, tree_size
 from galore_jax.training.stepper import Stepper
 
+# How to resume several processes: those that a cluster starts have no such arguments.
+_EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"
+
 
 class Interrupted(KeyboardInterrupt):
     """Stopped by SIGINT or SIGTERM with everything saved; the message says how to resume."""
@@ -138,7 +141,7 @@ def train(config: Config, resume: bool = False) -> Summary:
                 checkpoints.wait()
                 raise Interrupted(
                     f"stopped after {done:,} of {steps:,} steps, all saved. Resume"
-                    f"{' every process' if jax.process_count() > 1 else ''} with\n"
+                    f"{_EVERY_PROCESS if jax.process_count() > 1 else ''} with\n"
                     f"  {resume_command(config)}"
                 )
         checkpoints.wait()

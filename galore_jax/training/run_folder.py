@@ -24,9 +24,9 @@ from pathlib import Path
 
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.files import atomic_write, read_json
+from galore_jax.lock import locked
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
-from galore_jax.training.lock import locked
 from galore_jax.training.mesh import MeshConfig
 
 MAY_CHANGE = frozenset(
@@ -147,7 +147,8 @@ def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
     with ExitStack() as stack:
         with _raise_on_unusable_folder(config):
             run.path.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(run.lock))
+            lock = locked(run.lock, f"training in {run.path}", "name another training.folder")
+            stack.enter_context(lock)
             # Another process may have trained here since the first check.
             _check_start(config, resume)
             with atomic_write(run.config) as path:

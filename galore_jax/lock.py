@@ -1,4 +1,4 @@
-"""A lock that keeps two processes from training in one folder."""
+"""A lock that keeps two processes from writing to one folder."""
 
 import errno
 import os
@@ -17,11 +17,16 @@ except ModuleNotFoundError:  # on Windows, which has no such locks
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, work: str, remedy: str) -> Iterator[None]:
     """Holds an exclusive lock on the file `path`, which records the holder and the time.
 
     The operating system releases the lock however this process ends. File systems and platforms
     without such locks have none.
+
+    Args:
+      path: created if it does not exist.
+      work: what the holder does, for the message, as in "training in runs/demo".
+      remedy: what to do instead, as in "name another training.folder".
 
     Raises:
       InputError: another process holds the lock; the message names its id, its host and the time.
@@ -33,7 +38,7 @@ def locked(path: Path) -> Iterator[None]:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise InputError(_refusal(path)) from None
+                    raise InputError(_refusal(path, work, remedy)) from None
                 # Others, such as ENOLCK or EOPNOTSUPP, mean that there are no locks.
         os.ftruncate(descriptor, 0)
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -47,10 +52,9 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _refusal(path: Path) -> str:
+def _refusal(path: Path, work: str, remedy: str) -> str:
     holder, _, since = path.read_text(errors="replace").strip().partition(", ")
     return (
-        f"{holder or 'another process'} is training in {path.parent}"
-        f"{f' since {since}' if since else ''}: let it finish or stop it, or name another "
-        "training.folder."
+        f"{holder or 'another process'} is {work}{f' since {since}' if since else ''}: let it "
+        f"finish or stop it, or {remedy}."
     )
