@@ -30,6 +30,20 @@ def test_micro_batches_keep_the_imaginary_part_of_gradients():
     np.testing.assert_allclose(found["z"], expected["z"], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_relies_on_implicit_promotion(dtype):
+    params, x = {"w": W.astype(dtype), "b": jnp.zeros(8, dtype)}, X.astype(dtype)
+    tx = galore_jax.lion(1e-3, rank=2, moments="rotate")
+    loss = lambda params, x: jnp.mean((x @ params["w"] + params["b"]).astype("float32") ** 2)
+    options = {"micro_batches": 2}
+    with jax.numpy_dtype_promotion("strict"):
+        state = galore_jax.refresh(loss, tx, **options)(params, galore_jax.init(tx, params), x)
+        _, grads = galore_jax.value_and_grad(loss, tx, **options)(params, state, x)
+        new, _ = galore_jax.apply_gradients(tx, grads, state, params)
+        full, _ = galore_jax.apply_gradients(tx, jax.grad(loss)(params, x), state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves((new, full))} == {jnp.dtype(dtype)}
+
+
 def test_coordinates_have_the_precision_of_the_product():
     tx, state = start({"w": W})
     loss = lambda params, x: jnp.mean(jnp.sin(jnp.matmul(x, params["w"], precision="highest")))

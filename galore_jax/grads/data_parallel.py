@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.optim.state import Unprojected, is_parameter
 from galore_jax.subspace.basis import is_basis
@@ -68,8 +69,7 @@ def mean_over_shards(
     def mean(node: Any) -> Any:
         axis = _scattered_axis(node, data_axes)
         if axis is None:
-            wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            return jax.tree.map(lambda x: lax.pmean(wide(x), data_axes), node)
+            return jax.tree.map(lambda x: lax.pmean(widened(x), data_axes), node)
         total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
         return Coordinates(total / count, node.projection)
 
@@ -83,6 +83,17 @@ def mean_over_shards(
     shapes = jax.eval_shape(on_shards(f, PartitionSpec()), operands, *batch)
     out_specs = jax.tree.map(out_spec, shapes, is_leaf=is_coordinates)
     return on_shards(means, out_specs)(operands, *batch)
+
+
+def arrays_of(tree: PyTree) -> tuple[dict[int, jax.Array], Callable[[Any], PyTree]]:
+    """The arrays of a tree, by leaf, and a function that puts others in their places.
+
+    What runs on shards must not use arrays from outside if the mesh has Explicit axes.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    put = lambda new: structure.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
+    return arrays, put
 
 
 def needs_whole_tables() -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
 from jax.interpreters.partial_eval import dce_jaxpr
-from jax.sharding import Sharding
+from jax.sharding import PartitionSpec, Sharding
 
 from galore_jax.grads.projected_product import projected_product
 from galore_jax.grads.tracked import BATCH, Tracked, kind, moved, reshape_groups, take_matrices
@@ -236,16 +236,17 @@ SIZES |= dict.fromkeys(("dynamic_slice", "gather"), "slice_sizes")
 
 def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     """Selects, moves or repeats entire matrices; applied to their indices, it shows which ones."""
-    # The sides must be kept in full.
     name, (value, *others) = equation.primitive.name, operands
     arrays, shape = _bind(equation, [value.array, *others]), value.array.shape
     sources = _sources(name, params, len(shape), arrays[0].ndim)
+    after = {source: i for i, source in enumerate(sources)}
     sides = {i for i, axis in enumerate(value.axes) if kind(axis) != BATCH}
-    after = {source: i for i, source in enumerate(sources) if source in sides}
-    for i in sides:
-        kept = i in after and all(array.shape[after[i]] == shape[i] for array in arrays)
-        if shape[i] > 1 and not kept:
-            raise NoRule
+    # The sides must be kept in full; their axes of size 1 may go, or be repeated as batch axes.
+    for i in tuple(sides):
+        if i not in after or any(array.shape[after[i]] != shape[i] for array in arrays):
+            if shape[i] > 1:
+                raise NoRule
+            sides.discard(i)
 
     # The same equation for the indices, as matrices of one element each.
     count = math.prod(value.coordinates.shape[:-2])
@@ -256,7 +257,7 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
         modes, mode = lax.GatherScatterMode, params["mode"]
         promised = mode is modes.PROMISE_IN_BOUNDS
         changed = {"fill_value": count, "mode": modes.FILL_OR_DROP if promised else mode}
-    ones = {*after.values()} if name == "broadcast_in_dim" else sides
+    ones = {after[i] for i in sides} if name == "broadcast_in_dim" else sides
     if (sizes := SIZES.get(name)) is not None:
         changed[sizes] = tuple(1 if i in ones else n for i, n in enumerate(params[sizes]))
     smaller = equation.replace(params={**params, **changed})
@@ -266,7 +267,7 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
         with jax.ensure_compile_time_eval():
             selections = [*map(np.asarray, _bind(smaller, [indices]))]
 
-    axes = [BATCH if i is None else value.axes[i] for i in sources]
+    axes = [value.axes[i] if i in sides else BATCH for i in sources]
     batch = [i for i, axis in enumerate(axes) if kind(axis) == BATCH]
     outputs = []
     for array, selection in zip(arrays, selections, strict=True):
@@ -368,10 +369,13 @@ def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) 
     names = {"mesh", "in_specs", "out_specs", "check_vma"}
     settings = params.settings(names, besides={"jaxpr", "newly_manual_axes"})
     # A parameter is tracked only if every device has all of it.
-    operands = [
-        value if not any(spec) else _as_plain(equation, [value], report)[0]
-        for value, spec in zip(operands, params["in_specs"], strict=True)
-    ]
+    operands, specs = [*operands], [*params["in_specs"]]
+    for i, value in enumerate(operands):
+        if any(specs[i]):
+            [operands[i]] = _as_plain(equation, [value], report)
+        elif isinstance(value, Tracked):
+            specs[i] = PartitionSpec()  # of its basis too, which has other axes
+    settings["in_specs"] = tuple(specs)
 
     def inner(*operands: Any) -> tuple[Any, ...]:
         return tuple(

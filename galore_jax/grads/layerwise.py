@@ -18,6 +18,7 @@ from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.sketch import refresh
 from galore_jax.grads.value_and_grad import TracedLoss, extended_bases, separate_complement
+from galore_jax.ops.dtypes import widened
 from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
 from galore_jax.optim.apply import apply_gradients
@@ -218,7 +219,7 @@ class _PartStep(NamedTuple):
             pair, gradients = traced.value_and_grad()
         else:
             pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
-        grads = separate_complement(jax.tree.map(_widened, gradients["params"]), state)
+        grads = separate_complement(jax.tree.map(widened, gradients["params"]), state)
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
         squares = finite_squares(grads)
         grads, squares = lax.optimization_barrier((grads, squares))
@@ -390,9 +391,5 @@ def _clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:
     """The real part of the sum of products; its derivative with respect to `a` is `b`."""
-    products = jax.tree.map(lambda a, b: jnp.sum(_widened(a) * _widened(b)).real, a, b)
+    products = jax.tree.map(lambda a, b: jnp.sum(widened(a) * widened(b)).real, a, b)
     return jnp.sum(jnp.stack([jnp.float32(0), *jax.tree.leaves(products)]))
-
-
-def _widened(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.grads.projected_product import varying_as
+from galore_jax.ops.dtypes import promoted
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.types import PyTree
 
@@ -42,8 +43,7 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
         ), None
 
     def zeros(leaf: Any) -> jax.Array:
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-        array = varying_as(jnp.zeros(leaf.shape, dtype), leaf)
+        array = varying_as(jnp.zeros(leaf.shape, promoted(leaf.dtype, jnp.float32)), leaf)
         # The sum has the sharding type of the parts.
         return with_auto_axes(lambda array: array, array, out=lambda: specs_of(leaf))
 

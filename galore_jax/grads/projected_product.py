@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from galore_jax.grads.tracked import BATCH, IN, OUT, TOKEN, Tracked, kind
+from galore_jax.ops.dtypes import promoted
 from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.quantization import dequantize
 
@@ -126,7 +127,7 @@ def product_dtype(dtype: Any) -> Any:
 def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> jax.Array:
     """The coordinates of the gradient `xᵀ dy`, or `dyᵀ x`, of a parameter with this dtype."""
     # x and dy as batches of matrices of tokens.
-    dtype = jnp.promote_types(product_dtype(x.dtype), product_dtype(dtype))
+    dtype = promoted(product_dtype(x.dtype), product_dtype(dtype))
     einsum = partial(_einsum, layout.precision)
     inputs = _matrices(x.astype(dtype), layout.x_axes)
     outputs = _matrices(dy.astype(dtype), layout.y_axes)
@@ -163,5 +164,5 @@ def _in_basis(
 
 
 def _einsum(precision: Any, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = promoted(a.dtype, jnp.float32)
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=wide)

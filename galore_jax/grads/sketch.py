@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.grads.data_parallel import mean_over_shards, whole_tables
+from galore_jax.grads.data_parallel import arrays_of, mean_over_shards, whole_tables
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, Uses, bases_in
@@ -105,18 +105,19 @@ def refresh(
         bases, axes = bases_in(params, opt_state), names_of(data_axes)
         is_whole = micro_batches == 1 and not axes
         whole = TracedLoss(loss, params, bases, batch, unsplit, has_aux) if is_whole else None
+        arrays, with_arrays = arrays_of(unsplit)
 
         def mean_of(f: Callable[[TracedLoss, PyTree], PyTree], given: PyTree) -> PyTree:
             """The mean of `f(traced loss, given)` over the shards and micro-batches."""
 
-            def of_shard(operands: tuple[PyTree, PyTree, PyTree], *shard: Any) -> PyTree:
-                params, bases, given = operands
-                params = whole_tables(params, bases)
+            def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
+                params, bases, arrays, given = operands
+                params, unsplit = whole_tables(params, bases), with_arrays(arrays)
                 trace = lambda *part: TracedLoss(loss, params, bases, part, unsplit, has_aux)
                 of_part = lambda *part: f(whole or trace(*part), given)
                 return mean_over(of_part, micro_batches, *shard)
 
-            return mean_over_shards(of_shard, axes, (params, bases, given), *batch)
+            return mean_over_shards(of_shard, axes, (params, bases, arrays, given), *batch)
 
         # Which parameters the loss multiplies by.
         uses: dict[Path, Uses] = {}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.grads.data_parallel import mean_over_shards, whole_tables
+from galore_jax.grads.data_parallel import arrays_of, mean_over_shards, whole_tables
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype, varying_as
@@ -98,15 +98,18 @@ def value_and_grad(
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
-        def of_shard(operands: tuple[PyTree, PyTree], *shard: Any) -> tuple[Any, PyTree]:
-            params, bases = whole_tables(*operands), operands[1]
+        arrays, with_arrays = arrays_of(unsplit)
+
+        def of_shard(operands: tuple[PyTree, PyTree, Any], *shard: Any) -> tuple[Any, PyTree]:
+            params, bases, arrays = operands
+            params, unsplit = whole_tables(params, bases), with_arrays(arrays)
 
             def one(*part: Any) -> tuple[Any, PyTree]:
                 return TracedLoss(loss, params, bases, part, unsplit, has_aux).value_and_grad()
 
             return mean_over(one, micro_batches, *shard)
 
-        operands = params, extended_bases(params, opt_state)
+        operands = params, extended_bases(params, opt_state), arrays
         value, gradients = mean_over_shards(of_shard, names_of(data_axes), operands, *batch)
         gradients = jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
         return value, separate_complement(gradients, opt_state)

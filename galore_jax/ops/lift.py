@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from galore_jax.ops.dtypes import promoted, widened
 from galore_jax.ops.loops import map_chunks
 from galore_jax.ops.rounding import round_with_noise
 from galore_jax.ops.threefry import noise
@@ -69,7 +70,7 @@ def lift_and_add(
 
 def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax.Array:
     """Multiplies (m, r) by (r, n), or by the transpose of (n, r), in float32."""
-    dtype = jnp.promote_types(left.dtype, right.dtype)
+    dtype = promoted(left.dtype, right.dtype)
     axes = (((1,), (1 if right_is_transposed else 0,)), ((), ()))
     left, right = left.astype(dtype), right.astype(dtype)
     return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
@@ -109,8 +110,7 @@ def add(
     Returns:
       The new weights of the tile.
     """
-    wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
-    new = wide * (1 - decay) + scale * lifted
+    new = widened(weights) * (1 - decay) + scale * lifted
     if seed is None or weights.dtype != jnp.bfloat16:
         return new.astype(weights.dtype)
     return round_with_noise(new, noise(seed, *start, new.shape, aligned=aligned))

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
 from galore_jax.ops.loops import flatten_batch
@@ -232,7 +233,7 @@ def _on_parts(
 def _at_least_float32(x: jax.Array) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return widened(x)
 
 
 def _rounded(x: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:

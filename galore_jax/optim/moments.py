@@ -58,7 +58,7 @@ def compare_bases(old: list[GaLoreState], new: list[GaLoreState]) -> BasisUpdate
     def compare(old: Basis, new: Basis) -> BasisUpdate:
         # A refresh sets the age to 0 before the update is counted.
         counted = new.skipped == old.skipped
-        return BasisUpdate(old, new, new.age - counted < old.age)
+        return BasisUpdate(old, new, jnp.where(counted, new.age - 1, new.age) < old.age)
 
     pairs = zip(bases_of(old), bases_of(new), strict=True)
     return {old.projection.path: compare(old, new) for old, new in pairs}

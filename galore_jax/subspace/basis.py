@@ -147,11 +147,10 @@ def count_update(basis: Basis, finite: jax.Array) -> Basis:
     Returns:
       The basis with its counters advanced.
     """
-    age = basis.age + finite
-    saved = finite & (age < basis.gap) & (age % basis.interval == 0)
-    return dataclasses.replace(
-        basis, age=age, skipped=basis.skipped + ~finite, saved=basis.saved + saved
-    )
+    count = lambda number, happened: jnp.where(happened, number + 1, number)
+    age = count(basis.age, finite)
+    saved = count(basis.saved, finite & (age < basis.gap) & (age % basis.interval == 0))
+    return dataclasses.replace(basis, age=age, skipped=count(basis.skipped, ~finite), saved=saved)
 
 
 def path_hash(projection: Projection) -> int:

@@ -340,6 +340,21 @@ def a_shard_map_over_the_batch(params, x):
     return squared(mapped(params, x))
 
 
+@loss(
+    projected="query out/kernel",
+    params=lambda: {"query": normal(6, 8), "out": {"kernel": normal(2, 4, 6)}},
+)
+def a_shard_map_with_an_entry_for_every_axis_of_heads(params, x):
+    mesh, rows = Mesh(jax.devices()[:1], ("data",)), PartitionSpec("data", None)
+
+    def attention(query, out, x):
+        return jnp.einsum("nhk,hkd->nd", jnp.tanh(jnp.einsum("nd,dhk->nhk", x, query)), out)
+
+    specs = (PartitionSpec(None, None, None),) * 2
+    mapped = jax.shard_map(attention, mesh=mesh, in_specs=(*specs, rows), out_specs=rows)
+    return squared(mapped(params["query"].reshape(6, 2, 4), params["out"]["kernel"], x))
+
+
 @loss(full="w", params=square)
 def a_fixed_point_by_custom_root(params, x):
     solve = lambda f, z: jax.lax.fori_loop(0, 20, lambda _, z: z + f(z), z)

@@ -124,6 +124,17 @@ def a_kernel_broadcast_over_the_batch(params, x):
     return squared(jnp.einsum("bni,bio->bno", x, repeated))
 
 
+@loss(projected="w", params=one, batch=lambda: (inputs(3, 5, 6),))
+def a_kernel_tiled_over_the_batch(params, x):
+    return squared(x @ jnp.tile(params["w"].reshape(1, 6, 8), (3, 1, 1)))
+
+
+@loss(projected="w", params=one)
+def a_kernel_repeated_along_an_axis_of_one_between_its_sides(params, x):
+    repeated = jnp.broadcast_to(params["w"].reshape(6, 1, 8), (6, 3, 8))
+    return squared(jnp.einsum("nd,dhk->nhk", x, repeated) * jnp.arange(3.0)[:, None])
+
+
 @loss(full="w", params=one)
 def a_product_with_half_of_the_in_axis(params, x):
     return squared(x[:, :3] @ params["w"][:3])
@@ -178,6 +189,28 @@ def heads_merged_by_a_reshape_of_the_kernel(params, x):
 def heads_repeated_for_groups_of_queries(params, x):
     repeated = jnp.repeat(params["w"], 2, axis=1)
     return squared(jnp.einsum("nd,dhk->hnk", x, repeated) * jnp.arange(4.0)[:, None, None])
+
+
+def one_head():
+    return {"k_proj": {"kernel": normal(6, 1, 8)}}
+
+
+@loss(projected="k_proj/kernel", params=one_head)
+def one_head_of_keys_repeated_for_all_queries(params, x):
+    repeated = jnp.broadcast_to(params["k_proj"]["kernel"], (6, 3, 8))
+    return squared(jnp.einsum("nd,dhk->nhk", x, repeated) * jnp.arange(3.0)[:, None])
+
+
+@loss(projected="k_proj/kernel", params=one_head)
+def one_head_of_keys_tiled_for_all_queries(params, x):
+    repeated = jnp.tile(params["k_proj"]["kernel"], (1, 3, 1))
+    return squared(jnp.einsum("nd,dhk->nhk", x, repeated) * jnp.arange(3.0)[:, None])
+
+
+@loss(partly="k_proj/kernel", params=one_head)
+def a_sum_over_no_heads(params, x):
+    kernel = params["k_proj"]["kernel"]
+    return squared(jnp.einsum("nd,dhk->nhk", x, kernel)) + jnp.sum(kernel[:, 1:])
 
 
 @loss(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_model import init_params, loss, make_mesh
 
@@ -256,6 +256,36 @@ def test_8_bit_adam_on_parts_equals_that_of_whole_arrays_up_to_rounding(monkeypa
     is_code = lambda node: isinstance(node, Quantized)
     codes = [node for node in jax.tree.leaves(results[1][1], is_leaf=is_code) if is_code(node)]
     assert all(node.partition is not None for node in codes)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+def test_shards_take_arrays_by_keyword_and_return_numbers(axis_type):
+    def loss(params, x, *, key, scale, squared=True):
+        y = scale * x @ params["w"] * jax.random.bernoulli(key, 0.5, (16,))
+        return jnp.mean(y**2 if squared else y), {"rows": x.shape[0]}
+
+    tx = galore_jax.adamw(1e-3, rank=2)
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 16))}
+    x = jax.random.normal(jax.random.key(1), (16, 8))
+    unsplit = {"key": jax.random.key(2), "scale": jnp.float32(2), "squared": True}
+
+    def coordinates(params, x, **options):
+        state = galore_jax.init(tx, params)
+        state = galore_jax.refresh(loss, tx, has_aux=True, **options)(params, state, x, **unsplit)
+        gradients = galore_jax.value_and_grad(loss, tx, has_aux=True, **options)
+        (value, aux), grads = gradients(params, state, x, **unsplit)
+        return value, aux["rows"], grads["w"].value
+
+    value, _, expected = coordinates(params, x)
+    mesh = make_mesh({"data": 8}, axis_type)
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put(params, NamedSharding(mesh, P()))
+        rows = jax.device_put(x, NamedSharding(mesh, P("data")))
+        found = coordinates(on_mesh, rows, data_axes="data")
+    # Sums of 16 products, in another order, in bases that differ by rounding.
+    np.testing.assert_allclose(found[0], value, rtol=1e-5)
+    assert found[1] == 2
+    np.testing.assert_allclose(found[2], expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 def test_a_batch_that_the_data_axes_do_not_divide_is_refused():

@@ -1,0 +1,18 @@
+"""The dtypes in which this package computes, whatever `jax_numpy_dtype_promotion` is."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def promoted(one: Any, other: Any) -> Any:
+    """The dtype to which JAX by default promotes two others."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(one, other)
+
+
+def widened(array: Any) -> jax.Array:
+    """An array, or a number, in float32 or in its own dtype if that is wider or complex."""
+    array = jnp.asarray(array)
+    return array.astype(promoted(array.dtype, jnp.float32))
