@@ -340,10 +340,11 @@ def a_shard_map_over_the_batch(params, x):
     return squared(mapped(params, x))
 
 
-@loss(
-    projected="query out/kernel",
-    params=lambda: {"query": normal(6, 8), "out": {"kernel": normal(2, 4, 6)}},
-)
+def heads():
+    return {"query": {"kernel": normal(6, 2, 4)}, "out": {"kernel": normal(2, 4, 6)}}
+
+
+@loss(projected="query/kernel out/kernel", params=heads)
 def a_shard_map_with_an_entry_for_every_axis_of_heads(params, x):
     mesh, rows = Mesh(jax.devices()[:1], ("data",)), PartitionSpec("data", None)
 
@@ -352,7 +353,7 @@ def a_shard_map_with_an_entry_for_every_axis_of_heads(params, x):
 
     specs = (PartitionSpec(None, None, None),) * 2
     mapped = jax.shard_map(attention, mesh=mesh, in_specs=(*specs, rows), out_specs=rows)
-    return squared(mapped(params["query"].reshape(6, 2, 4), params["out"]["kernel"], x))
+    return squared(mapped(params["query"]["kernel"], params["out"]["kernel"], x))
 
 
 @loss(full="w", params=square)
