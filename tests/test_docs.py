@@ -262,3 +262,6 @@ def test_every_public_name_is_in_the_reference():
         if getattr(value, "__module__", None) == layerwise.__name__ and not name.startswith("_")
     }
     assert documented == names | own
+    table = read(DOCS / "api" / "index.md").partition("Signatures use")[0]
+    listed = set(re.findall(r"`(\w+)`", table.partition("| --- | --- |")[2]))
+    assert listed == names | {"layerwise"}

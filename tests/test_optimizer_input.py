@@ -73,6 +73,25 @@ def test_an_unprojected_leaf_may_have_no_gradient_if_the_state_has_no_place_for_
         apply_gradients(tx, grads, tx.init(params), params)
 
 
+def test_trees_like_an_equinox_model_are_no_functions():
+    model = eqx.nn.MLP(8, 8, 16, depth=1, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    mask = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    numbers = jax.tree.map(
+        lambda leaf: contrib.GaLoreDimensionNumbers(1, 0) if leaf.ndim == 2 else None, params
+    )
+    settings = {"weight_dimension_numbers": numbers, "weight_decay": 0.5}
+    plain = galore_jax.adamw(0.1, 2, weight_dimension_numbers=numbers)
+    decayed = galore_jax.adamw(0.1, 2, mask=mask, **settings)
+    one, other = (
+        galore_jax.apply_gradients(tx, params, tx.init(params), params)[0]
+        for tx in (plain, decayed)
+    )
+    for before, after in zip(one.layers, other.layers, strict=True):
+        np.testing.assert_allclose(after.weight, 0.95 * before.weight, atol=1e-6)
+        np.testing.assert_array_equal(after.bias, before.bias)
+
+
 @pytest.mark.parametrize(
     "tx",
     [

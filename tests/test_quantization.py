@@ -119,22 +119,6 @@ def test_a_block_with_a_number_that_is_not_finite_becomes_nan_and_the_others_do_
         np.testing.assert_array_equal(found, np.ones((2, 600)))
 
 
-def test_int8_rounds_stochastically_to_neighbours_and_without_bias():
-    # A quarter of the way from code 40 to 41; 100,000 draws: standard error 0.433/316.
-    x = jnp.full((100_000,), 40.25 / 127).at[::256].set(1.0)
-    found = np.asarray(quantize(x, "int8", jax.random.key(0)).codes)
-    up = found[x < 1]
-    assert set(np.unique(up)) == {40, 41}
-    assert abs((up == 41).mean() - 0.25) < 5 * 0.433 / 316
-    assert (found[::256] == 127).all()
-    assert (np.asarray(quantize(jnp.zeros(300), "int8", jax.random.key(1)).codes) == 0).all()
-
-
-def test_a_key_for_a_dynamic_code_is_refused():
-    with pytest.raises(ValueError, match='only the code "int8" rounds stochastically'):
-        quantize(jnp.ones(3), "signed", jax.random.key(0))
-
-
 def test_unknown_codes_and_scalars_are_refused():
     with pytest.raises(ValueError, match=r"the code must be one of .* not 'int4'"):
         quantize(jnp.ones(3), "int4")

@@ -70,6 +70,14 @@ def test_more_than_one_galore_is_refused():
         ({"rank": 4, "basis_dtype": "uint8"}, r"basis_dtype must be one of .* int8, not 'uint8'"),
         ({"rank": 4, "basis_dtype": "foo"}, r"basis_dtype must be one of .* int8, not 'foo'"),
         ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
+        ({"rank": 4, "max_gap": 400}, "max_gap bounds the gaps that lazy_overlap doubles: set"),
+        (
+            {"rank": 4, "max_gap": 100, "lazy_overlap": 0.5},
+            "max_gap must be at least update_proj_gap, 200, not 100",
+        ),
+        ({"rank": 4, "seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"rank": 4, "stagger": "no"}, "stagger must be True or False, not 'no'"),
+        ({"rank": 4, "rules": ["*"]}, r"rules must be a mapping from patterns to Rules, not \['"),
     ],
 )
 def test_a_wrong_setting_is_refused_in_a_sentence(settings, sentence):
@@ -94,6 +102,55 @@ def test_parameters_that_are_left_whole_by_a_rule_or_have_no_matrix_are_not_warn
     assert not is_projected(
         galore(4), {"bias": params["bias"], "tall": {"bias": params["tall"]["kernel"]}}
     )
+
+
+@pytest.mark.parametrize("other", [1e-3, optax.adam])
+def test_what_is_no_transformation_is_named(other):
+    with pytest.raises(ValueError, match=r"chain: .* is no optax transformation: pass what"):
+        galore_jax.chain(galore(4), other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"rank": 5}, "rank = 4, which is 5 here"),
+        ({"rules": {"*/kernel": None}}, "rank = 4, which is None here"),
+        ({"proj_type": "full"}, r"sides = \('left',\), which is \('left', 'right'\) here"),
+        ({"refresh": "svd"}, "refresh = 'subspace_iteration', which is 'svd' here"),
+        ({"moments": "rotate"}, "moments = 'keep', which is 'rotate' here"),
+        ({"basis_dtype": jnp.int8}, "basis_dtype = 'float32', which is 'int8' here"),
+        ({"complement": 2}, "complement = 0, which is 2 here"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(changed, sentence):
+    params = {"layer": {"kernel": random_params(PLAIN)["tall"]["kernel"]}}
+    state = galore_jax.adamw(0.1, rank=4, proj_type="left").init(params)
+    other = galore_jax.adamw(0.1, **{"rank": 4, "proj_type": "left"} | changed)
+    with pytest.raises(ValueError, match=f"state of layer/kernel was started with {sentence}: use"):
+        apply_gradients(other, params, state, params)
+
+
+def test_settings_that_may_change_between_updates_are_those_of_the_optimizer():
+    params = {"kernel": random_params(PLAIN)["tall"]["kernel"]}
+    state = galore_jax.adamw(0.1, rank=4).init(params)
+    other = galore_jax.adamw(0.1, rank=4, scale=0.5, update_proj_gap=7, seed=3, lazy_overlap=0.5)
+    _, state = apply_gradients(other, params, state, params)
+    (basis,) = bases_of([state.inner_states[0]])
+    assert (basis.scale, basis.interval) == (0.5, 7)
+
+
+def test_a_kernel_without_a_gpu_is_refused():
+    params = {"kernel": random_params(PLAIN)["tall"]["kernel"]}
+    tx = galore_jax.adamw(0.1, rank=4)
+    with pytest.raises(ValueError, match='"pallas" needs an NVIDIA GPU, but JAX finds none: use'):
+        apply_gradients(tx, params, tx.init(params), params, implementation="pallas")
+
+
+def test_a_centred_second_moment_is_not_rotated():
+    params = random_params(PLAIN)
+    tx = galore_jax.chain(galore(4, moments="rotate"), optax.rmsprop(0.1, centered=True))
+    with pytest.raises(ValueError, match="cannot rotate the moments of optax"):
+        tx.init(params)
 
 
 def test_kernels_that_nothing_would_use_are_refused():

@@ -36,6 +36,7 @@ def adam_8bit(
     interpret: bool = False,
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`ops.adam8bit.adam_8bit` in one pass over memory, in place if the moments are donated."""
+    _check_gpu(interpret)
     # View everything as matrices, and divide them into tiles of one block per row.
     shape = gradient.shape
     gradient, mu_rows, nu_rows = adam8bit.as_rows((gradient, mu, nu))
@@ -121,6 +122,7 @@ def lift_and_add(
             right_is_transposed=right_is_transposed,
             start=start,
         )
+    _check_gpu(interpret)
     places = jnp.stack([jnp.asarray(place, jnp.int32) for place in start])
     scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])
     return pl.pallas_call(
@@ -132,6 +134,13 @@ def lift_and_add(
         interpret=interpret,
         name="lift_and_add",
     )(weights, left, right, scalars, places, seed)
+
+
+def _check_gpu(interpret: bool) -> None:
+    if not interpret and jax.default_backend() != "gpu":
+        raise ValueError(
+            'implementation="pallas" needs an NVIDIA GPU, but JAX finds none: use "xla".'
+        )
 
 
 def _lift_kernel(weights, left, right, scalars, places, seed, new_weights, *, right_is_transposed):

@@ -53,7 +53,7 @@ class Quantized:
         return self.codes.ndim
 
 
-def quantize(x: jax.Array, code: Code, key: jax.Array | None = None) -> Quantized:
+def quantize(x: jax.Array, code: Code) -> Quantized:
     """Quantises block-wise to the nearest values of a code; ties may go either way.
 
     The error is at most half the distance between neighbouring values: 1/254 of the block's largest
@@ -67,27 +67,23 @@ def quantize(x: jax.Array, code: Code, key: jax.Array | None = None) -> Quantize
     Args:
       x: real, at least one axis.
       code: name of the code; "unsigned" is for non-negative numbers.
-      key: for "int8" only: stochastic rounding, unbiased.
 
     Returns:
       The codes and scales.
 
     Raises:
-      ValueError: an unknown code, a key with a dynamic code, or a scalar.
+      ValueError: an unknown code, or a scalar.
     """
     if code not in get_args(Code):
         raise ValueError(f"quantize: the code must be one of {get_args(Code)}, not {code!r}.")
     if not jnp.ndim(x):
         raise ValueError("quantize: a scalar has no blocks; pass an array with at least one axis.")
-    if key is not None and code != "int8":
-        raise ValueError(f'quantize: only the code "int8" rounds stochastically, not "{code}".')
     x = x.astype(jnp.float32)
     blocks = to_blocks(x)
     max_magnitude = block_max(blocks)
     fractions = block_fractions(blocks, max_magnitude)
     if code == "int8":
-        noise = 0.5 if key is None else jax.random.uniform(key, fractions.shape)
-        codes = jnp.clip(jnp.floor(fractions * 127 + noise), -127, 127).astype(jnp.int8)
+        codes = jnp.floor(fractions * 127 + 0.5).astype(jnp.int8)
     else:
         codes = encode(fractions, signed=code == "signed").astype(jnp.uint8)
     return Quantized(from_blocks(codes, x.shape), max_magnitude.squeeze(-1), code)

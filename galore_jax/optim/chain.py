@@ -121,9 +121,10 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
       applies them without ever holding a lifted update of the whole tree.
 
     Raises:
-      ValueError: more than one galore; at init, moments that cannot be rotated, naming the leaf;
-        a complement with `optax.MultiSteps` after galore; at an update, a transformation after the
-        decay of full weights, or one before galore that cannot work on projected gradients.
+      ValueError: something that is no transformation, or more than one galore; at init, moments
+        that cannot be rotated, naming the leaf; a complement with `optax.MultiSteps` after galore;
+        at an update, a transformation after the decay of full weights, or one before galore that
+        cannot work on projected gradients.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -135,6 +136,12 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     transforms = tuple(
         inner for tx in transforms for inner in (tx.transforms if is_chain(tx) else (tx,))
     )
+    for tx in transforms:
+        if not callable(getattr(tx, "init", None)):
+            raise ValueError(
+                f"chain: {tx!r} is no optax transformation: pass what a function such as "
+                "optax.adam(1e-3) returns."
+            )
     if sum(isinstance(tx, GaLore) for tx in transforms) > 1:
         raise ValueError("chain: there is more than one galore; leave only one.")
 

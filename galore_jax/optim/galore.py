@@ -16,11 +16,14 @@ algorithm in plain NumPy, which the tests compare with step by step, is `tests/r
 import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from functools import cache
+from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_jax.optim.chain import GaLore
@@ -53,6 +56,7 @@ from galore_jax.subspace.rules import (
     check_complement,
     check_gap,
     check_number,
+    projection_of,
     projections,
     rule_for,
     warn_if_nothing_projected,
@@ -133,7 +137,8 @@ def galore(
     Raises:
       ValueError: a setting out of range; at init, a rule that matches no leaf, or a rank, a rule or
         dimension numbers that do not fit a leaf (the message names it); at an update, a gradient of
-        a projected leaf that is None or has the wrong shape.
+        a projected leaf that is None or has the wrong shape, or a state that was started with
+        another rank, side, complement, refresh, basis_dtype or handling of moments.
 
     Warns:
       UserWarning: at init, there are matrices, but none is projected.
@@ -149,6 +154,8 @@ def galore(
       >>> params, state = apply_gradients(tx, jax.tree.map(jnp.ones_like, params), state, params)
     """
     default = Rule(rank, proj_type, scale, update_proj_gap, refresh)
+    if not isinstance(rules, Mapping | None):
+        raise ValueError(f"galore: rules must be a mapping from patterns to Rules, not {rules!r}.")
     rules = dict(rules or {})
     if moments not in MOMENTS:
         raise ValueError(f"galore: moments must be one of {', '.join(MOMENTS)}, not {moments!r}.")
@@ -167,10 +174,34 @@ def galore(
         raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
     check_gap("max_gap", max_gap)
+    _check_max_gap(max_gap, lazy_overlap, update_proj_gap)
     check_complement(complement)
+    check_number("seed", seed, "a whole number", lambda seed: isinstance(seed, Integral))
+    if not isinstance(stagger, bool | np.bool_):
+        raise ValueError(f"galore: stagger must be True or False, not {stagger!r}.")
 
     def complete(projection: Projection) -> Rule:
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
+
+    def check_settings(basis: Basis) -> None:
+        """Checks that the state was started with these settings, as far as it depends on them."""
+        found, (_, rule) = basis.projection, rule_for(basis.projection.path, rules)
+        wanted = rule and projection_of(found.path, found.view, rule, default, complement or 0)
+        stored = jax.tree.leaves(basis.vectors)[0].dtype  # of the codes, if they are quantised
+        pairs: dict[str, tuple[Any, Any]] = {
+            "rank": (found.rank, wanted and wanted.rank),
+            "sides": (found.sides, wanted and wanted.sides),
+            "complement": (found.complement, wanted and wanted.complement),
+            "refresh": (basis.method, complete(found).refresh),
+            "moments": (basis.moments, moments),
+            "basis_dtype": (stored.name, jnp.dtype(basis_dtype or jnp.float32).name),
+        }
+        for name, (old, new) in pairs.items():
+            if old != new:
+                raise ValueError(
+                    f"galore: the state of {found.name} was started with {name} = {old!r}, which "
+                    f"is {new!r} here: use the optimizer that it was started with, or start anew."
+                )
 
     def init_fn(params: PyTree) -> GaLoreState:
         register_if_flax_imported()
@@ -230,6 +261,7 @@ def galore(
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
             projection, rule = basis.projection, complete(basis.projection)
+            check_settings(basis)
             check_gradient(gradient, projection)
             basis = dataclasses.replace(
                 basis,
@@ -264,6 +296,20 @@ def galore(
         return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
     return GaLore(init_fn, update_fn)
+
+
+def _check_max_gap(max_gap: Any, lazy_overlap: Any, update_proj_gap: Any) -> None:
+    if max_gap is None:
+        return
+    if lazy_overlap is None:
+        raise ValueError(
+            "galore: max_gap bounds the gaps that lazy_overlap doubles: set lazy_overlap, or leave "
+            "out max_gap."
+        )
+    if isinstance(max_gap, int) and isinstance(update_proj_gap, int) and max_gap < update_proj_gap:
+        raise ValueError(
+            f"galore: max_gap must be at least update_proj_gap, {update_proj_gap}, not {max_gap}."
+        )
 
 
 def _check_low_rank(moments: Moments, complement: int | float | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import constrained, map_batch
@@ -91,9 +92,17 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
       bases: the bases of galore.
 
     Raises:
-      ValueError: a moment is neither a first nor a second one; the message names the leaf.
+      ValueError: a moment is neither a first nor a second one, in which case the message names the
+        leaf; or the optimizer subtracts one from the other.
     """
     rotates = {basis.projection.path for basis in bases if basis.moments == "rotate"}
+    is_centred = lambda node: isinstance(node, optax.ScaleByRStdDevState)
+    if rotates and any(map(is_centred, jax.tree.leaves(state, is_leaf=is_centred))):
+        raise ValueError(
+            'galore: moments="rotate" cannot rotate the moments of optax.scale_by_stddev, as in '
+            "optax.rmsprop(centered=True): the difference of the second moment and the square of "
+            'the first would become negative. Use moments="keep".'
+        )
     for names, node in named_leaves(state, is_coordinates):
         if not _has_directions(node) or node.projection.path not in rotates:
             continue

@@ -3,10 +3,10 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -15,6 +15,7 @@ from galore_jax.optim.chain import start
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.matrix_view import is_bias_or_scale, is_box, named_leaves
 from galore_jax.subspace.projection import Projection
+from galore_jax.subspace.rules import matches
 from galore_jax.types import PyTree
 
 FSDP = "fsdp"
@@ -26,7 +27,7 @@ def shardings(
     tx: optax.GradientTransformation,
     params: PyTree,
     mesh: Mesh,
-    rules: Mapping[str, PartitionSpec] | None = None,
+    rules: Mapping[Any, PartitionSpec] | None = None,
 ) -> PyTree:
     """Shardings of parameters for training with `tx` on a mesh.
 
@@ -45,14 +46,14 @@ def shardings(
       tx: the optimizer, with galore in it or without.
       params: the parameters, or their shapes.
       mesh: the mesh, with Auto or Explicit axes.
-      rules: by glob of a path, in which * also matches /, the spec of the leaves that match.
+      rules: by pattern of the path, as for `galore`, the spec of the leaves that match.
 
     Returns:
       A tree like `params`, with a `NamedSharding` at each leaf.
 
     Raises:
-      ValueError: a rule that matches no leaf, or that does not fit one, or that names an axis that
-        the mesh does not have.
+      ValueError: a rule that matches no leaf; or the spec of a rule or a box that does not fit its
+        leaf, names an axis twice, or one that the mesh does not have.
 
     Warns:
       UserWarning: more than 2% of all numbers stay whole; the message names the five largest
@@ -72,15 +73,16 @@ def shardings(
       >>> state = init(tx, params)
     """
     rules, unused = dict(rules or {}), dict(rules or {})
-    unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    state = jax.eval_shape(lambda params: start(tx, params), unsharded)
+    unsharded = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+    params = jax.tree.map(unsharded, params)
+    state = jax.eval_shape(lambda params: start(tx, params), params)
     bases = bases_of(galore_states(state, inside_chains=True))
     projections = {basis.projection.path: basis.projection for basis in bases}
 
     def partition(names: tuple[str, ...], leaf: Any, spec: PartitionSpec | None) -> Partition:
         name = "/".join(names)
         if spec is None:
-            pattern = next((glob for glob in rules if fnmatchcase(name, glob)), None)
+            pattern = next((pattern for pattern in rules if matches(pattern, name)), None)
             spec = PartitionSpec() if pattern is None else rules[pattern]
             unused.pop(pattern or "", None)
         _check(spec, name, leaf.shape, mesh)
@@ -151,10 +153,19 @@ def _check(spec: PartitionSpec, name: str, shape: Sequence[int], mesh: Mesh) -> 
                 f'shardings: {spec} of {name} names the axis "{axis}", but the mesh has only '
                 f"{', '.join(map(str, mesh.axis_names))}."
             )
+        if used.count(axis) > 1:
+            raise ValueError(f'shardings: {spec} of {name} names the axis "{axis}" twice.')
     if len(spec) > len(shape):
         raise ValueError(
             f"shardings: {spec} has more entries than {name} has axes, {len(shape)}: remove some."
         )
+    for size, entry in zip(shape, spec, strict=False):
+        parts = math.prod(mesh.shape[axis] for axis in names_of(entry))
+        if size % parts:
+            raise ValueError(
+                f"shardings: {spec} divides an axis of {name}, of shape {tuple(shape)}, into "
+                f"{parts} parts, which do not divide {size}: choose another spec for it."
+            )
 
 
 def _warn_of_whole_leaves(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.matrix_view import is_function, unboxed
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
@@ -63,7 +63,9 @@ def decay_weights(
                 return replace(shrunk, decay=fraction)
             return update * (1 - fraction) - fraction * param
 
-        decays = True if mask is None else mask(_full_shapes(params)) if callable(mask) else mask
+        decays: Any = True if mask is None else mask
+        if is_function(decays):
+            decays = decays(_full_shapes(params))
         # One answer for each parameter, not for each array of its coordinates.
         leaves = jax.tree.map(lambda _: 0, updates, is_leaf=is_coordinates)
         decays = jax.tree.broadcast(unboxed(decays), leaves)

@@ -185,6 +185,14 @@ def is_box(node: Any) -> bool:
     return not kinds.isdisjoint(_BOXES)
 
 
+def is_function(setting: Any) -> bool:
+    """Whether a setting is a function from the parameters, as opposed to a tree like them.
+
+    A tree like an Equinox model is callable too.
+    """
+    return callable(setting) and all(map(callable, jax.tree.leaves(setting)))
+
+
 def unboxed(tree: PyTree) -> PyTree:
     """Replaces boxes with their arrays; unlike Flax's own function, constrains no sharding."""
 
@@ -199,7 +207,7 @@ def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
     leaves = named_leaves(params)
     if numbers is None:
         return [_DEFAULT] * len(leaves)
-    if callable(numbers):
+    if is_function(numbers):
         numbers = numbers(params)
     is_leaf = lambda node: node is None or _is_dimension_numbers(node)
     entries = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
@@ -217,7 +225,10 @@ def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
         result.append(entries[prefix])
         used.add(prefix)
 
-    # Refuse entries for paths that do not exist.
+    # Refuse entries for paths that do not exist, where a tree like the parameters has none either.
+    is_none = lambda node: node is None
+    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_none)
+    used.update(path for path, node in nodes if node is None)
     for path in entries:
         if path not in used:
             raise ValueError(

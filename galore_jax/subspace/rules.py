@@ -133,12 +133,13 @@ def rule_for(path: tuple[str, ...], rules: Rules) -> tuple[str | re.Pattern[str]
     """The first pattern that matches a path, and its rule; ("", Rule()) if none matches."""
     name = "/".join(path)
     for pattern, rule in rules.items():
-        if _matches(pattern, name):
+        if matches(pattern, name):
             return pattern, rule
     return "", Rule()
 
 
-def _matches(pattern: str | re.Pattern[str], name: str) -> bool:
+def matches(pattern: str | re.Pattern[str], name: str) -> bool:
+    """Whether a pattern, a glob in which * also matches / or a regular expression, fits a path."""
     if isinstance(pattern, re.Pattern):
         return pattern.search(name) is not None
     return fnmatchcase(name, pattern)
@@ -191,8 +192,7 @@ def projections(
         if rule is None or view is None:
             result.append(None)
         else:
-            projection = _projection(names, view, rule, rule.or_else(default))
-            result.append(_with_complement(projection, complement))
+            result.append(projection_of(names, view, rule, default, complement))
     _check_all_used(unused, ["/".join(names) for names, _ in leaves], rules)
     _check_paths_differ(result)
     return jax.tree_util.tree_unflatten(tree, result)
@@ -232,6 +232,17 @@ def warn_if_nothing_projected(
             "Rule for the leaves to project.",
             stacklevel=2,
         )
+
+
+def projection_of(
+    names: tuple[str, ...], view: MatrixView, rule: Rule, default: Rule, complement: int | float
+) -> Projection | None:
+    """The projection of a leaf with this path and view, or None if its rank is not small enough.
+
+    Raises:
+      ValueError: a rank or a complement that does not fit it.
+    """
+    return _with_complement(_projection(names, view, rule, rule.or_else(default)), complement)
 
 
 def _projection(
@@ -283,7 +294,7 @@ def _with_complement(projection: Projection | None, complement: int | float) -> 
 def _check_all_used(unused: Rules, names: list[str], rules: Rules) -> None:
     for pattern in unused:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        matched = [name for name in names if _matches(pattern, name)]
+        matched = [name for name in names if matches(pattern, name)]
         similar = get_close_matches(text, names, n=3, cutoff=0.3)
         if not matched:
             reason = f"it matches no path; existing paths include {', '.join(similar or names[:3])}"

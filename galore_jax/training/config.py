@@ -170,13 +170,6 @@ class OptimizerConfig:
         require("optimizer.floor", self.floor, 0 <= self.floor <= 1, "between 0 and 1")
         with naming_settings():
             galore(**self.galore_settings)
-        gap = self.update_proj_gap
-        require(
-            "optimizer.max_gap",
-            self.max_gap,
-            self.max_gap is None or self.max_gap >= gap,
-            f"at least optimizer.update_proj_gap, {gap}",
-        )
         if self.gradients == "projected" and self.name in NEED_FULL_GRADIENTS:
             raise InputError(
                 f'optimizer.name = "{self.name}" needs full gradients: leave optimizer.gradients '

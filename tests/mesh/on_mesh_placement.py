@@ -1,5 +1,6 @@
 """Where parameters and optimizer states lie on a mesh of 8 devices, and work on parts of arrays."""
 
+import re
 import warnings
 
 import flax.linen as nn
@@ -113,11 +114,20 @@ def test_little_that_no_axis_divides_is_not_reported():
         ({"nothing/*": P("tensor")}, r"the rule 'nothing/\*' matches no parameter"),
         ({"up": P("model")}, 'names the axis "model", but the mesh has only fsdp, tensor'),
         ({"up": P(None, None, "tensor")}, r"has more entries than up has axes, 2"),
+        ({re.compile("^up$"): P("fsdp", "fsdp")}, 'of up names the axis "fsdp" twice'),
+        ({"up": P("tensor")}, r"up, of shape \(15, 64\), into 2 parts, which do not divide 15"),
     ],
 )
 def test_a_rule_that_cannot_hold_is_refused(rules, message):
     with pytest.raises(ValueError, match=message):
-        chosen({"up": shape(16, 64)}, {"fsdp": 4, "tensor": 2}, rules)
+        chosen({"up": shape(15, 64)}, {"fsdp": 4, "tensor": 2}, rules)
+
+
+def test_numbers_and_patterns_have_shardings():
+    params = {"up": shape(16, 64), "temperature": 1.0}
+    rules = {re.compile("^u"): P("tensor")}
+    expected = {"up": ("tensor", "fsdp"), "temperature": ()}
+    assert chosen(params, {"fsdp": 4, "tensor": 2}, rules) == expected
 
 
 # Optimizer states
