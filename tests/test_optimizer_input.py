@@ -22,6 +22,14 @@ def replaced(tree, name, leaf):
 
 
 @both
+def test_gradients_of_another_structure_are_refused_with_the_difference(tx):
+    params = random_params(PLAIN)
+    grads = {name: leaf for name, leaf in params.items() if name != "bias"}
+    with pytest.raises(ValueError, match=r"another structure .* \(only one of them has bias/bias\)"):
+        apply_gradients(tx, grads, init(tx, params), params)
+
+
+@both
 @pytest.mark.parametrize("shape", [(20, 12), (1, 20), (12,)])
 def test_a_gradient_of_another_shape_than_its_matrix_is_refused_by_name(tx, shape):
     params = random_params(PLAIN)

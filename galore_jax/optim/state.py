@@ -10,7 +10,7 @@ import optax
 
 from galore_jax.ops.partition import Partition
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.matrix_view import named_leaves, unboxed
 from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
 from galore_jax.subspace.refresh import Lazy
 from galore_jax.types import PyTree
@@ -139,13 +139,26 @@ def boxed_as(like: PyTree, tree: PyTree) -> PyTree:
 
 
 def with_gradient(params: PyTree, gradients: PyTree) -> PyTree:
-    """`params` with None where the gradients are None, as for functions in an Equinox model."""
+    """`params` with None where the gradients are None, as for functions in an Equinox model.
+
+    Raises:
+      ValueError: they have different structures; names up to three differing leaves.
+    """
 
     def at_leaf(gradient: Any, param: Any) -> Any:
         return None if gradient is None else param
 
     is_leaf = lambda node: node is None or is_coordinates(node)
-    return jax.tree.map(at_leaf, gradients, params, is_leaf=is_leaf)
+    try:
+        return jax.tree.map(at_leaf, gradients, params, is_leaf=is_leaf)
+    except ValueError as error:
+        paths = lambda tree: {"/".join(names) for names, _ in named_leaves(tree, is_leaf)}
+        differing = ", ".join(sorted(paths(params) ^ paths(gradients))[:3])
+        raise ValueError(
+            "the gradients have another structure than the parameters"
+            f"{f' (only one of them has {differing})' if differing else ''}: pass the gradients of "
+            "these parameters."
+        ) from error
 
 
 def check_gradient(gradient: Any, projection: Projection) -> None:
