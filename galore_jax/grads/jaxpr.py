@@ -242,11 +242,10 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
     after = {source: i for i, source in enumerate(sources)}
     sides = {i for i, axis in enumerate(value.axes) if kind(axis) != BATCH}
     # The sides must be kept in full; their axes of size 1 may go, or be repeated as batch axes.
-    for i in tuple(sides):
-        if i not in after or any(array.shape[after[i]] != shape[i] for array in arrays):
-            if shape[i] > 1:
-                raise NoRule
-            sides.discard(i)
+    keeps = lambda i: i in after and all(array.shape[after[i]] == shape[i] for array in arrays)
+    if any(shape[i] > 1 and not keeps(i) for i in sides):
+        raise NoRule
+    sides = {i for i in sides if keeps(i)}
 
     # The same equation for the indices, as matrices of one element each.
     count = math.prod(value.coordinates.shape[:-2])
@@ -306,11 +305,8 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
 
     def constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
         # Inlining the jit would lose the shardings it sets.
-        pairs = zip(_plain(values), shardings, strict=True)
-        constrain = lax.with_sharding_constraint
-        return _with_arrays(
-            values, [constrain(a, to) if isinstance(to, Sharding) else a for a, to in pairs]
-        )
+        at = lambda a, to: lax.with_sharding_constraint(a, to) if isinstance(to, Sharding) else a
+        return _with_arrays(values, list(map(at, _plain(values), shardings)))
 
     place = source_info_util.summarize(equation.source_info)
 
@@ -378,9 +374,8 @@ def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) 
     settings["in_specs"] = tuple(specs)
 
     def inner(*operands: Any) -> tuple[Any, ...]:
-        return tuple(
-            _as_plain(equation, _evaluate_inner(params["jaxpr"], operands, report), report)
-        )
+        outputs = _evaluate_inner(params["jaxpr"], operands, report)
+        return tuple(_as_plain(equation, outputs, report))
 
     axes = set(params["newly_manual_axes"])
     return [*jax.shard_map(inner, **settings, axis_names=axes)(*operands)]
