@@ -207,7 +207,7 @@ def test_a_bad_row_of_an_array_is_refused_with_its_number(write, tokenizer):
             {"source": "nowhere.jsonl"},
             r"there is no data\.source nowhere\.jsonl: give a JSONL file",
         ),
-        ({"source": "."}, r"train\.jsonl cannot be read: No such file or directory"),
+        ({"source": "."}, r"train\.jsonl cannot be read \(No such file or directory\): name"),
         ({"held_out": 3}, r"has 3 conversations, too few for data\.held_out = 3"),
         (
             {"sequence_length": 2},

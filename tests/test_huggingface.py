@@ -153,6 +153,12 @@ def write_config(folder, **changes):
             {"attention_bias": "qkv", "sliding_window": None},
         ),
         ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": None}),
+        ({"model_type": "mistral", "sliding_window": 4}, {"sliding_window": 4}),
+        (
+            {"model_type": "mistral", "sliding_window": 4, "layer_types": ["full_attention"] * 3},
+            {"sliding_window": None},
+        ),
+        ({"is_causal": True}, {}),
     ],
 )
 def test_config_json_of_other_versions_is_understood(changes, expected, tmp_path):
@@ -171,6 +177,24 @@ def test_config_json_of_other_versions_is_understood(changes, expected, tmp_path
         ({"torch_dtype": "float8"}, "dtype 'float8' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' are not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "there is no low_freq_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope_parameters and rope_scaling differ",
+        ),
+        ({"is_causal": False}, "is_causal = False is not supported, only True"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, not 'no'"),
+        (
+            {
+                "model_type": "mistral",
+                "sliding_window": 4,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            "some layers have a sliding window and others do not",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 4, "layer_types": [{}]},
+            r"layer_types must be 3 times sliding_attention or full_attention, not \[{}\]",
+        ),
         ({"hidden_size": ...}, "there is no hidden_size"),
         ({"hidden_size": "8"}, "hidden_size must be a whole number, not '8'"),
         ({"num_attention_heads": 3}, "does not divide model.num_heads 3"),
@@ -287,6 +311,23 @@ def test_a_damaged_folder_is_refused_in_one_sentence_that_names_the_file(damage,
         ModelFolder(tmp_path, config)
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_of_a_tensor_in_two_files_the_index_names_one(tmp_path):
+    params = random_params(LLAMA)
+    save(tmp_path, LLAMA, params)
+    tensors = load_file(tmp_path / FILE)
+    (tmp_path / FILE).unlink()
+    other = {UP: tensors[UP] + 1, "model.norm.weight": tensors.pop("model.norm.weight")}
+    for name, content in (("b.safetensors", tensors), ("a.safetensors", other)):
+        save_file(content, tmp_path / name)
+    where = {"model.norm.weight": "a.safetensors"} | dict.fromkeys(tensors, "b.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    assert_equal_trees(load(tmp_path)[1], params)
+    where[UP] = "a.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": where}))
+    found = load(tmp_path)[1]["layers"]["mlp"]["up_proj"]["kernel"][1]
+    np.testing.assert_array_equal(found, other[UP].T)
 
 
 def test_a_copy_of_a_tied_embedding_and_rotary_frequencies_are_accepted(tmp_path):

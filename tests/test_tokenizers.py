@@ -113,6 +113,38 @@ def test_a_map_of_special_tokens_counts_where_the_config_does_not_list_the_added
     assert load_tokenizer(str(json_file)).eos_id == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<|turn|>": 300}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<|turn|>"}}}),
+    ],
+)
+def test_tokens_that_only_the_files_beside_it_have_are_named(json_file, name, content):
+    json_file.with_name(name).write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=r"lacks '<\|turn\|>', which the files beside it add: have"
+    ):
+        load_tokenizer(str(json_file))
+
+
+def test_a_pad_token_beyond_the_vocabulary_is_left_to_eos(json_file):
+    settings = {"pad_token": "[PAD]", "added_tokens_decoder": {"300": {"content": "[PAD]"}}}
+    json_file.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(str(json_file)).pad_id == 1
+
+
+def test_sentencepiece_has_the_end_of_sequence_that_the_files_beside_it_name(model_file, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model_file.read_bytes())
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"eos_token": "<pad>"}')
+    assert load_tokenizer(str(path)).eos_id == 0
+    config.write_text('{"eos_token": "<|im_end|>"}')
+    with pytest.raises(InputError, match=r"lacks the end of a sequence '<\|im_end\|>'"):
+        load_tokenizer(str(path))
+
+
 @pytest.mark.parametrize(("template", "prefix"), [("$A </s>", []), ("<pad> $A </s>", [0])])
 def test_the_prefix_is_what_the_template_puts_before_a_text(json_file, template, prefix):
     tokenizer = tokenizers.Tokenizer.from_file(str(json_file))

@@ -47,7 +47,10 @@ class JsonRows:
                         self._numbers.append(number)
                     position += len(line)
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+            raise InputError(
+                f"{path} cannot be read ({error.strerror}): name a folder that has it, or a .jsonl "
+                "file, as data.source."
+            ) from None
         if self._starts and self._read(0).lstrip(BOM_UTF8 + b" \t").startswith(b"["):
             self._array = _parse(path.read_bytes(), str(path))
 
@@ -197,7 +200,7 @@ def _split(count: int, split: str, held_out: int | float, path: Path) -> np.ndar
     if number >= count:
         raise InputError(
             f"{path} has {count} conversations, too few for data.held_out = {held_out} and a "
-            "training: lower it, or add conversations."
+            "training: add conversations."
         )
     # RandomState draws the same numbers in every version of NumPy.
     order = np.random.RandomState(0).permutation(count)

@@ -170,10 +170,11 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
 
 def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    space = bool(_settings_beside(vocabulary).get("add_prefix_space", False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     first, separator = _special_ids(tokenizer, vocabulary, "<s>", "</s>")
     tokenizer.post_processor = processors.RobertaProcessing(
-        separator, first, add_prefix_space=False
+        separator, first, add_prefix_space=space
     )
     return tokenizer
 
@@ -187,12 +188,16 @@ def _read_word_piece(vocabulary: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _settings_beside(vocabulary: Path) -> dict[str, object]:
+    path = vocabulary.with_name(TOKENIZER_CONFIG)
+    return read_json(path) if path.is_file() else {}
+
+
 def _as_configured(
     normalizer: normalizers.BertNormalizer, vocabulary: Path
 ) -> normalizers.BertNormalizer:
     """The normalizer with the settings of the tokenizer_config.json beside the vocabulary."""
-    path = vocabulary.with_name(TOKENIZER_CONFIG)
-    settings = read_json(path) if path.is_file() else {}
+    settings = _settings_beside(vocabulary)
     for name, ours in _LETTERS.items():
         if name in settings:
             setattr(normalizer, ours, settings[name])

@@ -3,7 +3,7 @@
 import io
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,11 @@ from galore_jax.errors import InputError
 from galore_jax.files import read_json
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
+_REWRITE = (
+    "have transformers write a tokenizer.json that has it, "
+    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+)
 _EOS_NAMES = (
     "</s>",
     "<eos>",
@@ -97,7 +102,10 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file; a model without a pad piece pads with eos."""
+    """A SentencePiece model file, with the eos that the `special_tokens` beside it name.
+
+    A model without a pad piece pads with eos.
+    """
 
     def __init__(self, path: str):
         try:
@@ -106,6 +114,13 @@ class SentencePieceTokenizer:
             raise InputError(f"{path} is not a SentencePiece model.") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
+        if (eos := special_tokens(Path(path).parent).get("eos_token")) is not None:
+            self.eos_id = self._processor.piece_to_id(eos)
+            if self._processor.is_unknown(self.eos_id):
+                raise InputError(
+                    f"{path} lacks the end of a sequence {eos!r}, which the files beside it name: "
+                    f"{_REWRITE}"
+                )
         if self.eos_id < 0:
             raise InputError(f"{path} has no end-of-sequence piece, which training needs.")
         pad_id = self._processor.pad_id()
@@ -142,6 +157,7 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise InputError(f"{path} has an empty vocabulary.")
         self.vocab_size: int = max(vocabulary.values()) + 1
+        _check_added_tokens(path, vocabulary)
         named = special_tokens(Path(path).parent)
 
         def find(names: Sequence[str]) -> int | None:
@@ -175,6 +191,25 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _check_added_tokens(path: str, vocabulary: Container[str]) -> None:
+    """Checks that a tokenizer.json has the tokens that the files beside it add.
+
+    A token that only pads is none of a text.
+    """
+    folder = Path(path).parent
+    settings, added = (
+        read_json(folder / name) if (folder / name).is_file() else {}
+        for name in (TOKENIZER_CONFIG, ADDED_TOKENS)
+    )
+    tokens = [*added]
+    for token in (settings.get("added_tokens_decoder") or {}).values():
+        tokens.append(str(token.get("content") if isinstance(token, dict) else token))
+    pad = special_tokens(folder).get("pad_token")
+    lacking = [token for token in tokens if token not in vocabulary and token != pad]
+    if lacking:
+        raise InputError(f"{path} lacks {lacking[0]!r}, which the files beside it add: {_REWRITE}")
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

@@ -32,6 +32,7 @@ _LLAMA3_ROPE = {
 _FIXED = {
     "hidden_act": "silu",
     "mlp_bias": False,
+    "is_causal": True,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
@@ -132,12 +133,13 @@ def _from_json(table: dict[str, Any]) -> LlamaConfig:
         attention_bias="qkv" if kind == "qwen2" else "qkvo" if has_bias else "",
         qk_norm=kind == "qwen3",
         sliding_window=None if kind == "llama" else _window(kind, table, sizes["num_layers"]),
-        tie_embeddings=bool(table.get("tie_word_embeddings", False)),
+        tie_embeddings=_flag(table, "tie_word_embeddings"),
         dtype=_DTYPES[dtype],
     )
 
 
 _REQUIRED: Any = object()
+_SLIDING, _FULL = "sliding_attention", "full_attention"  # what a layer is, in layer_types
 
 
 def _whole(table: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
@@ -154,6 +156,13 @@ def _real(table: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
     return float(value)
 
 
+def _flag(table: dict[str, Any], key: str) -> bool:
+    value = _value(table, key, False)
+    if not isinstance(value, bool):
+        raise InputError(f"{key} must be true or false, not {value!r}.")
+    return value
+
+
 def _value(table: dict[str, Any], key: str, default: Any) -> Any:
     value = table.get(key)
     if value is None and default is _REQUIRED:
@@ -163,7 +172,10 @@ def _value(table: dict[str, Any], key: str, default: Any) -> Any:
 
 def _rope(table: dict[str, Any]) -> dict[str, Any]:
     """The rotary embedding, which transformers 5 has in one object and 4 in two keys."""
-    rope = table.get("rope_parameters") or table.get("rope_scaling") or {}
+    found = [table[key] for key in ("rope_parameters", "rope_scaling") if table.get(key)]
+    if found[1:] and found[0] != found[1]:
+        raise InputError("rope_parameters and rope_scaling differ: remove the one not meant.")
+    rope = found[0] if found else {}
     if not isinstance(rope, dict):
         raise InputError(f"the rotary embedding must be an object, not {rope!r}.")
     theta = _real(table, "rope_theta", 10000.0)
@@ -178,17 +190,23 @@ def _rope(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _window(kind: str, table: dict[str, Any], layers: int) -> int | None:
-    """The sliding window of all layers; Qwen's first layers may not have it."""
+    """The sliding window of all layers; some layers of Qwen and Mistral may not have it."""
     if kind == "mistral":
         if "sliding_window" not in table:
             raise InputError("there is no sliding_window.")
-        return _whole(table, "sliding_window", None)
-    if not table.get("use_sliding_window", False):
+        first = 0 if table["sliding_window"] is not None else layers
+    elif table.get("use_sliding_window", False):
+        first = _whole(table, "max_window_layers")
+    else:
         return None
-    first = _whole(table, "max_window_layers")
-    types = table.get("layer_types") or [
-        "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
-    ]
+    types = table.get("layer_types")
+    if types is None:
+        types = [_SLIDING if layer >= first else _FULL for layer in range(layers)]
+    known = isinstance(types, list) and all(kind in (_SLIDING, _FULL) for kind in types)
+    if not known or len(types) != layers:
+        raise InputError(
+            f"layer_types must be {layers} times {_SLIDING} or {_FULL}, not {types!r}."
+        )
     if len(set(types)) > 1:
         raise InputError("some layers have a sliding window and others do not: not supported.")
-    return _whole(table, "sliding_window") if types[0] == "sliding_attention" else None
+    return _whole(table, "sliding_window") if types[0] == _SLIDING else None

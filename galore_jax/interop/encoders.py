@@ -269,7 +269,10 @@ def _class_names(labels: Sequence[str], count: int = 1) -> list[str]:
 
 
 def _stored_class_names(folder: Path) -> list[str]:
-    names = read_json(folder / "config.json").get("id2label") or {}
+    path = folder / "config.json"
+    names = read_json(path).get("id2label") or {}
+    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
+        raise InputError(f"{path}: id2label must map whole numbers to labels, not {names!r}.")
     return [names[key] for key in sorted(names, key=int)]
 
 

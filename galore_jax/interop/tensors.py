@@ -55,6 +55,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for file in files:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                if name in found and named.get(name) != file.name:
+                    continue  # It is in several files, of which the index names one.
                 tensor = opened.get_slice(name)
                 found[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
     for name, file in named.items():

@@ -3,14 +3,14 @@
 import shutil
 from pathlib import Path
 
-from galore_jax.data.tokenizers import SPECIAL_TOKENS, TOKENIZER_CONFIG
+from galore_jax.data.tokenizers import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from galore_jax.files import atomic_write
 
 # Where there are both, the first has the added tokens too.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # What transformers and other programs read beside them.
 _BESIDE = (
-    *(TOKENIZER_CONFIG, SPECIAL_TOKENS, "added_tokens.json"),
+    *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS),
     *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
 )
 

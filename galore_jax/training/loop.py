@@ -189,10 +189,15 @@ def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     if config.training.bigram:
         check_bigram_vocabulary(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.model.vocab_size:
+        remedy = f"set model.vocab_size to at least {tokenizer.vocab_size}"
+        if config.model.checkpoint:
+            remedy = (
+                "remove the added ones, or enlarge the checkpoint's embedding by transformers' "
+                f"resize_token_embeddings({tokenizer.vocab_size})"
+            )
         raise InputError(
             f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size, {config.model.vocab_size}: set model.vocab_size to at least "
-            f"{tokenizer.vocab_size}."
+            f"model.vocab_size, {config.model.vocab_size}: {remedy}."
         )
 
 
