@@ -157,8 +157,8 @@ class HuggingFaceTokenizer:
         if not vocabulary:
             raise InputError(f"{path} has an empty vocabulary.")
         self.vocab_size: int = max(vocabulary.values()) + 1
-        _check_added_tokens(path, vocabulary)
         named = special_tokens(Path(path).parent)
+        _check_added_tokens(path, vocabulary, named.get("pad_token"))
 
         def find(names: Sequence[str]) -> int | None:
             return next((vocabulary[name] for name in names if name in vocabulary), None)
@@ -193,10 +193,10 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _check_added_tokens(path: str, vocabulary: Container[str]) -> None:
+def _check_added_tokens(path: str, vocabulary: Container[str], pad: str | None) -> None:
     """Checks that a tokenizer.json has the tokens that the files beside it add.
 
-    A token that only pads is none of a text.
+    The pad token may be missing: it stands in no text.
     """
     folder = Path(path).parent
     settings, added = (
@@ -206,7 +206,6 @@ def _check_added_tokens(path: str, vocabulary: Container[str]) -> None:
     tokens = [*added]
     for token in (settings.get("added_tokens_decoder") or {}).values():
         tokens.append(str(token.get("content") if isinstance(token, dict) else token))
-    pad = special_tokens(folder).get("pad_token")
     lacking = [token for token in tokens if token not in vocabulary and token != pad]
     if lacking:
         raise InputError(f"{path} lacks {lacking[0]!r}, which the files beside it add: {_REWRITE}")

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax.grads.data_parallel import leaves_of
 from galore_jax.grads.value_and_grad import Loss, TracedLoss, Uses, bases_in
 from galore_jax.optim.galore import galore
 from galore_jax.optim.state import map_bases
@@ -40,14 +41,12 @@ def projection_report(
     Raises:
       ValueError: as `value_and_grad`.
     """
-    leaves, tree = jax.tree.flatten(batch)
-    shapes = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)}
+    shapes, with_arrays = leaves_of(jax.ShapeDtypeStruct, batch)
     report: dict[str, Uses] = {}
 
     def trace(params: PyTree, opt_state: PyTree, arrays: dict[int, jax.Array]) -> None:
-        batch = tree.unflatten([arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
         bases = bases_in(params, opt_state)
-        traced = TracedLoss(loss, params, bases, batch, unsplit, has_aux)
+        traced = TracedLoss(loss, params, bases, with_arrays(arrays), unsplit, has_aux)
         report.update({"/".join(path): uses for path, uses in traced.uses.items()})
 
     jax.eval_shape(trace, params, opt_state, shapes)

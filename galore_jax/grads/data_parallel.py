@@ -85,15 +85,12 @@ def mean_over_shards(
     return on_shards(means, out_specs)(operands, *batch)
 
 
-def arrays_of(tree: PyTree) -> tuple[dict[int, jax.Array], Callable[[Any], PyTree]]:
-    """The arrays of a tree, by leaf, and a function that puts others in their places.
-
-    What runs on shards must not use arrays from outside if the mesh has Explicit axes.
-    """
+def leaves_of(kind: type, tree: PyTree) -> tuple[dict[int, Any], Callable[[Any], PyTree]]:
+    """The leaves of one kind, by their number, and a function that puts others in their places."""
     leaves, structure = jax.tree.flatten(tree)
-    arrays = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    found = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, kind)}
     put = lambda new: structure.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
-    return arrays, put
+    return found, put
 
 
 def needs_whole_tables() -> bool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.grads.data_parallel import arrays_of, mean_over_shards, whole_tables
+from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_tables
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype
 from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, Uses, bases_in
@@ -105,7 +105,8 @@ def refresh(
         bases, axes = bases_in(params, opt_state), names_of(data_axes)
         is_whole = micro_batches == 1 and not axes
         whole = TracedLoss(loss, params, bases, batch, unsplit, has_aux) if is_whole else None
-        arrays, with_arrays = arrays_of(unsplit)
+        # On an Explicit mesh, what runs on shards must not use arrays from outside.
+        arrays, with_arrays = leaves_of(jax.Array, unsplit)
 
         def mean_of(f: Callable[[TracedLoss, PyTree], PyTree], given: PyTree) -> PyTree:
             """The mean of `f(traced loss, given)` over the shards and micro-batches."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.grads.data_parallel import arrays_of, mean_over_shards, whole_tables
+from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_tables
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype, varying_as
@@ -98,7 +98,8 @@ def value_and_grad(
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
-        arrays, with_arrays = arrays_of(unsplit)
+        # On an Explicit mesh, what runs on shards must not use arrays from outside.
+        arrays, with_arrays = leaves_of(jax.Array, unsplit)
 
         def of_shard(operands: tuple[PyTree, PyTree, Any], *shard: Any) -> tuple[Any, PyTree]:
             params, bases, arrays = operands

@@ -86,14 +86,12 @@ def to_huggingface(
         source = config.data.tokenizer
         tokenizer = load_tokenizer(source)
         # A model that came without a tokenizer has "bytes", whose tokens are not its own.
-        ids: dict[str, Any] = {}
+        ids: dict[str, Any] = {"bos_token_id": next(iter(tokenizer.prefix), None)}
         if source != "bytes" or tokenizer.vocab_size == config.model.vocab_size:
-            ids = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-            ids |= {"bos_token_id": next(iter(tokenizer.prefix), None)}
+            ids |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         # Transformers refuses an id beyond the embedding, and has its own for one that is left out.
         fits = lambda id: id is not None and id < config.model.vocab_size
         settings = {name: id if fits(id) else None for name, id in ids.items()}
-        settings.setdefault("bos_token_id", None)
         if adapter is not None:
             read = merged(read, adapter)
         write_model(folder, config.model, read, settings=settings)
