@@ -124,6 +124,8 @@ def product_dtype(dtype: Any) -> Any:
     return jnp.float32 if dtype.itemsize == 1 or dtype == jnp.float16 else dtype
 
 
+# Layers of equal shapes share one trace, which is inlined.
+@partial(jax.jit, static_argnames=("layout", "dtype"), inline=True)
 def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> jax.Array:
     """The coordinates of the gradient `xᵀ dy`, or `dyᵀ x`, of a parameter with this dtype."""
     # x and dy as batches of matrices of tokens.
