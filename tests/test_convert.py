@@ -100,6 +100,21 @@ def test_the_way_back_gives_the_same_model(run, folder, params, tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 2
 
 
+@pytest.mark.parametrize(
+    ("theirs", "exported"), [([5, 2], [5, 2]), (5, [5, 2]), (2, 2), (None, [2])]
+)
+def test_settings_of_generation_go_along_with_the_end_of_the_tokenizer(
+    folder, tmp_path, theirs, exported
+):
+    ends = {} if theirs is None else {"eos_token_id": theirs}
+    shutil.copytree(folder, tmp_path / "theirs")
+    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"top_k": 3} | ends))
+    from_huggingface(tmp_path / "theirs", tmp_path / "run")
+    to_huggingface(tmp_path / "run", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert back == {"top_k": 3, "eos_token_id": exported}
+
+
 def test_a_tokenizer_of_another_name_takes_along_what_is_beside_it(folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path / name.replace("tokenizer.json", "own.json"))

@@ -9,6 +9,7 @@ from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.interop.adapters import merged, write_adapter
 from galore_jax.interop.config_json import read_config
+from galore_jax.interop.generation_config import copy_generation_config
 from galore_jax.interop.huggingface import ModelFolder, write_model
 from galore_jax.interop.tokenizer_files import copy_tokenizer, find_tokenizer
 from galore_jax.training.checkpoint import open_parameters, save_parameters
@@ -20,7 +21,7 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     """Makes a run, without a training, of a model of transformers.
 
     Its checkpoint has the parameters alone. The tokenizer is copied if the folder has one, with its
-    settings and its chat template.
+    settings, its chat template and the settings of generation.
 
     Args:
       folder: config.json and safetensors files.
@@ -46,6 +47,7 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     with open_folder(config, resume=False):
         if tokenizer is not None:
             copy_tokenizer(folder, run.path)
+            copy_generation_config(folder, run.path)
         save_parameters(run.checkpoints, config, source.read)
     return config
 
@@ -55,8 +57,9 @@ def to_huggingface(
 ) -> Config:
     """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
 
-    After a training on conversations the model's end of a sequence is that of an answer. Adapters
-    and other low-rank factors are merged into plain kernels.
+    The model's end of a sequence is that of its tokenizer, and after a training on conversations
+    that of an answer. Settings of generation that are beside the tokenizer are copied with this end
+    added. Adapters and other low-rank factors are merged into plain kernels.
 
     Args:
       run_folder: the folder of the run.
@@ -97,4 +100,5 @@ def to_huggingface(
         write_model(folder, config.model, read, settings=settings)
     if source != "bytes":
         copy_tokenizer(Path(source), folder)
+        copy_generation_config(Path(source).parent, folder, eos_id=settings["eos_token_id"])
     return config

@@ -1,0 +1,27 @@
+"""The generation_config.json of Hugging Face's transformers."""
+
+import json
+from pathlib import Path
+
+from galore_jax.files import atomic_write, read_json
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def copy_generation_config(source: Path, folder: Path, *, eos_id: int | None = None) -> None:
+    """Copies the settings with which transformers generates text, if the source has any.
+
+    Args:
+      source: a folder of Hugging Face.
+      folder: an existing folder.
+      eos_id: a token at which generating stops too.
+    """
+    if not (source / GENERATION_CONFIG).is_file():
+        return
+    content = read_json(source / GENERATION_CONFIG)
+    ends = content.get("eos_token_id", [])
+    ends = ends if isinstance(ends, list) else [ends]
+    if eos_id is not None and eos_id not in ends:
+        content["eos_token_id"] = [*ends, eos_id]
+    with atomic_write(folder / GENERATION_CONFIG) as file:
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
