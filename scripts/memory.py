@@ -95,7 +95,7 @@ def main() -> None:
         jax.config.update("jax_platforms", "cpu")
         if devices > 1:
             jax.config.update("jax_num_cpu_devices", devices)
-        check_gpu(config)
+        check_gpu(config.optimizer)
     with nullcontext() if card is None else target(arguments.device, sizes) as sharding:
         mesh: Any = training_mesh(config) if sharding is None else sharding.mesh
         predicted = predict(config, mesh)

@@ -91,6 +91,15 @@ def test_the_three_formats_are_the_same_conversations(write, tokenizer):
     assert read.messages(0) == ROW["messages"]
 
 
+def test_a_conversation_is_tokenised_once(write, tokenizer, monkeypatch):
+    read = everything(folder_of(write, 3 * [ROW]), tokenizer)
+    monkeypatch.delattr(ChatTemplate, "encode")
+    first, *others = [read[index] for index in (0, 1, 2, 0)]
+    assert (first.tokens.dtype, first.is_answer.dtype) == (np.int32, np.bool_)
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
 def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "instruction-tuning.md").read_text()
     blocks = dict(re.findall(r"^```(json|jinja)\n(.*?)^```", page, re.DOTALL | re.MULTILINE))

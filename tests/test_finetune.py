@@ -17,16 +17,21 @@ from galore_jax.errors import InputError
 pytest.importorskip("safetensors", reason="needs safetensors")
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 
+from galore_jax.data.batches import DataConfig
 from galore_jax.data.glue import TASKS, encode, load_examples
 from galore_jax.data.glue_metrics import predictions_of, scores
 from galore_jax.data.text_pairs import load_pair_tokenizer
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
+from galore_jax.lock import locked
 from galore_jax.models.encoder import Classifier, MaskedLanguageModel
+from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.compare_finetuning import compare_finetuning, table
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import from_dict, load_comparison, load_config, to_toml
-from galore_jax.training.finetune import NotFiniteError, finetune
+from galore_jax.training.finetune import NotFiniteError, _encoded_splits, finetune
 from galore_jax.training.finetune_config import FinetuneConfig
+from galore_jax.training.run_folder import check_start
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
@@ -145,14 +150,24 @@ def test_seeds_differ_and_an_interrupted_fine_tuning_continues_with_those_missin
     assert found["seconds"][0] == seconds
     assert (second / "seed-1" / "metrics.jsonl").read_text() == losses[1]
 
+    # Asked for fewer seeds, as by a comparison with a larger grid, all of them stay in the files.
+    assert finetune(configured(place, second, GALORE, epochs=1))["best"] == expected["best"][:1]
+    assert json.loads((second / "summary.json").read_text()) == found
+    assert load_config(second / "config.toml", kind=FinetuneConfig).training.seeds == 2
+
 
 @pytest.mark.slow
-def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_path):
+def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_path, monkeypatch):
+    read = []
+    load = lambda task, split, source: read.append(split) or load_examples(task, split, source)
+    monkeypatch.setattr("galore_jax.training.finetune.load_examples", load)
+    _encoded_splits.cache_clear()
     configs = {
         name: configured(place, tmp_path, settings, epochs=1, seeds=2)
         for name, settings in (("adamw", {"name": "adamw"}), ("lora", LORA))
     }
     rows = compare_finetuning(configs, [1e-6, 0.01])
+    assert read == ["train", "validation"]  # once for all runs
     for row in rows:
         first = [
             json.loads((tmp_path / f"{row.label}-{rate:g}" / "seed-0" / "result.json").read_text())
@@ -198,11 +213,17 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
     assert "best rate is at the end of the grid: adamw. Extend the grid" in table([row])
 
 
-def test_outputs_that_are_not_finite_are_refused_although_the_losses_are(place, tmp_path):
+def test_outputs_that_are_not_finite_are_refused_although_the_losses_are(
+    place, tmp_path, monkeypatch
+):
     config = configured(place, tmp_path, {"name": "adamw", "learning_rate": 1e30}, epochs=1)
     data = dataclasses.replace(config.data, batch_size=64)  # one step, whose loss is finite
+    config = dataclasses.replace(config, data=data)
     with pytest.raises(NotFiniteError, match=r"the outputs of epoch 1 of seed 0 are not finite"):
-        finetune(dataclasses.replace(config, data=data))
+        finetune(config)
+    monkeypatch.delattr("galore_jax.training.finetune.load_examples")  # It is not trained again.
+    with pytest.raises(NotFiniteError, match=r"the outputs of epoch 1 of seed 0 are not finite"):
+        finetune(config)
 
 
 def test_what_does_not_fit_is_one_sentence(place, tmp_path):
@@ -220,6 +241,51 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
     (model / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
     with pytest.raises(InputError, match="does not belong to the model: it has 13 tokens"):
         finetune(configured(tmp_path, tmp_path / "new", GALORE))
+
+
+def test_what_would_fail_later_is_refused_at_the_start(place, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with pytest.raises(InputError, match=r"pallas.* needs an NVIDIA GPU"):
+        finetune(configured(place, folder, GALORE | {"implementation": "pallas"}))
+    for rate in (float("inf"), 0.0):
+        with pytest.raises(InputError, match="learning_rate must be positive and finite"):
+            compare_finetuning({"galore": configured(place, folder, GALORE)}, [1e-3, rate])
+    config = configured(place, folder, GALORE)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sklearn", None)
+        with pytest.raises(ModuleNotFoundError, match="glue"):
+            finetune(
+                dataclasses.replace(config, data=dataclasses.replace(config.data, task="cola"))
+            )
+    assert not folder.exists()
+
+
+def test_a_folder_has_one_fine_tuning_at_a_time_and_no_training_beside_it(place, tmp_path):
+    config = configured(place, tmp_path, GALORE)
+    busy = pytest.raises(InputError, match=r"is fine-tuning in .*: let it finish or stop it")
+    with locked(tmp_path / "lock", "fine-tuning", "wait"), busy:
+        finetune(config)
+    training = Config(LlamaConfig(), DataConfig(), OptimizerConfig("adamw"))
+    training = dataclasses.replace(training, training=TrainingConfig(folder=str(tmp_path)))
+    (tmp_path / "seed-0").mkdir()
+    with pytest.raises(InputError, match="already holds a run"):
+        check_start(training, resume=False)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    with pytest.raises(InputError, match=r"config\.toml is not of a training .*: name another"):
+        check_start(training, resume=True)
+    (tmp_path / "config.toml").write_text(to_toml(training))
+    with pytest.raises(InputError, match=r"config\.toml is not of a fine-tuning .*: name another"):
+        finetune(config)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
+def test_too_little_memory_is_one_sentence(place, tmp_path, monkeypatch, error):
+    def exhausted(*arguments):
+        raise error
+
+    monkeypatch.setattr("galore_jax.training.finetune._finetune_once", exhausted)
+    with pytest.raises(InputError, match=r"too little memory .*: lower data\.batch_size or"):
+        finetune(configured(place, tmp_path, GALORE))
 
 
 def test_the_configurations_in_the_repository_are_valid():

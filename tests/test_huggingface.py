@@ -1,6 +1,7 @@
 """Folders of transformers: names, layouts, settings, and what is refused, without transformers."""
 
 import dataclasses
+import errno
 import json
 
 import jax
@@ -10,12 +11,13 @@ import pytest
 pytest.importorskip("safetensors", reason="the files are safetensors")
 
 from model_folder import load, random_params, save
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from galore_jax.errors import InputError
 from galore_jax.interop.config_json import read_config, to_json
 from galore_jax.interop.huggingface import ModelFolder
+from galore_jax.interop.tensors import write_file
 from galore_jax.models.llama import LlamaConfig
 
 LLAMA = LlamaConfig(
@@ -341,6 +343,16 @@ def test_a_copy_of_a_tied_embedding_and_rotary_frequencies_are_accepted(tmp_path
 
     change_tensors(tmp_path, change)
     assert_equal_trees(load(tmp_path)[1], params)
+
+
+def test_a_full_disk_is_the_error_of_other_files(tmp_path, monkeypatch):
+    def on_a_full_disk(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr("galore_jax.interop.tensors.save_file", on_a_full_disk)
+    with pytest.raises(OSError, match=str(tmp_path / "a")) as raised:
+        write_file(tmp_path / "a", {"x": np.zeros(2)})
+    assert raised.value.errno == errno.ENOSPC
 
 
 def test_float16_is_converted_without_loss(tmp_path):

@@ -42,12 +42,24 @@ def test_an_evaluation_that_was_lost_at_the_end_is_made_again(tmp_path):
         train(config, resume=True)
 
 
+def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
+    files = {name: tmp_path / name for name in ("tokenizer.json", "chat_template.jinja")}
+    data = DataConfig(tokenizer=str(files["tokenizer.json"]))
+    found = []
+    for name in ("tokenizer.json", "tokenizer.json", "chat_template.jinja"):
+        files[name].write_text(f"{len(found)}")
+        found.append(fingerprint(data)["tokenizer"])
+    assert len({*found, fingerprint(DataConfig())["tokenizer"]}) == 4
+
+
 def test_a_run_is_not_resumed_on_another_text(tmp_path, monkeypatch):
     config = config_of(tmp_path / "text", steps=1)
     with open_folder(config, resume=False) as run:
         check_same_text(run, fingerprint(config.data), resume=False)
     changed = lambda split: 9 * [20_000 * "another text "]
     monkeypatch.setattr("galore_jax.data.batches.standard_library_texts", changed)
-    with pytest.raises(InputError, match=r"text of data\.source is not the one .*: restore it, or"):
+    with pytest.raises(
+        InputError, match=r"text of data\.source, or .* not the one .*: restore it,"
+    ):
         train(config, resume=True)
     assert train(config, resume=False).steps == 1  # Nothing was trained on the other text.

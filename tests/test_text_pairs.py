@@ -42,6 +42,14 @@ def test_word_pieces_get_special_tokens_types_and_padding(word_pieces):
     assert words(tokens[0]) == "[CLS] [UNK] cat [SEP] [PAD] [PAD] [PAD]"
 
 
+def test_texts_are_encoded_a_part_at_a_time(word_pieces, monkeypatch):
+    tokenizer = load_pair_tokenizer(word_pieces)
+    texts = [("the " * n, "cat" if n % 2 else None) for n in range(1, 6)]
+    at_once = tokenizer.encode(texts, 9)
+    monkeypatch.setattr("galore_jax.data.text_pairs._ENCODED_AT_ONCE", 2)
+    np.testing.assert_array_equal(tokenizer.encode(texts, 9), at_once)
+
+
 def test_special_tokens_in_a_text_are_text(word_pieces):
     path = word_pieces / "tokenizer.json"
     tokenizer = tokenizers.Tokenizer(

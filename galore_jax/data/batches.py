@@ -16,7 +16,7 @@ import numpy as np
 
 from galore_jax.data.packing import NO_TARGET, FittedRows, PackedRows, Rows, pack
 from galore_jax.data.stdlib_corpus import standard_library_texts
-from galore_jax.data.tokenizers import Tokenizer
+from galore_jax.data.tokenizers import Tokenizer, tokenizer_files
 from galore_jax.errors import InputError, require, require_choice
 
 if TYPE_CHECKING:
@@ -152,20 +152,23 @@ def validation_batches(
 
 
 def fingerprint(config: DataConfig) -> dict[str, int]:
-    """Numbers that are others if the training text is another one.
+    """Numbers that are others if the training text or the tokenizer is another one.
 
-    They are how many documents, or bytes in a file of conversations, there are, and a checksum of
-    all of them or, of more than a thousand documents, of so many.
+    They are how many documents, or bytes in a file of conversations, there are; a checksum of all
+    of them or, of more than a thousand documents, of so many; and one of the tokenizer's files.
     """
+    tokenizer = 0
+    for file in tokenizer_files(config.tokenizer):
+        tokenizer = zlib.crc32(file.read_bytes(), tokenizer)
     if config.rows == "conversations":
         file = Path(config.source)
         text = (file / "train.jsonl" if file.is_dir() else file).read_bytes()
-        return {"bytes": len(text), "checksum": zlib.crc32(text)}
+        return {"bytes": len(text), "checksum": zlib.crc32(text), "tokenizer": tokenizer}
     texts = documents(config, "train")
     checksum = 0
     for index in range(0, len(texts), max(1, len(texts) // _DOCUMENTS_SUMMED)):
         checksum = zlib.crc32(texts[index].encode("utf-8", "surrogatepass"), checksum)
-    return {"documents": len(texts), "checksum": checksum}
+    return {"documents": len(texts), "checksum": checksum, "tokenizer": tokenizer}
 
 
 def first_prompt(config: DataConfig, characters: int) -> str:

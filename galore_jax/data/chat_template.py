@@ -21,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from galore_jax.data.packing import Conversation
 from galore_jax.data.tokenizers import (
+    CHAT_TEMPLATE,
     TOKENIZER_CONFIG,
     HuggingFaceTokenizer,
     load_tokenizer,
@@ -31,7 +32,6 @@ from galore_jax.files import read_json
 
 Message = dict[str, str]
 
-TEMPLATE = "chat_template.jinja"
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # Templates that tell the model a date would otherwise give other tokens to a run that is resumed
 # tomorrow. This is the date on which LLaMA 3's templates fall back.
@@ -155,7 +155,7 @@ class ChatTemplate:
 
 def _find_template(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
     """The template and the name of its file."""
-    path = folder / TEMPLATE
+    path = folder / CHAT_TEMPLATE
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8"), str(path)

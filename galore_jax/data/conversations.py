@@ -86,8 +86,8 @@ def _parse(text: bytes, place: str) -> Any:
 class Conversations:
     """Conversations by index, each cut at a number of tokens.
 
-    All are read once at the start, so that no bad row stops a training later. Those are left out
-    whose answers are all empty, or begin only after that number of tokens.
+    All are read and tokenised once, at the start; their tokens stay in memory, with five bytes for
+    each. Those are left out whose answers are all empty, or begin only after that number of tokens.
 
     Attributes:
         tokens: their number in all conversations.
@@ -105,16 +105,18 @@ class Conversations:
     """
 
     def __init__(self, rows: JsonRows, indices: np.ndarray, template: ChatTemplate, length: int):
-        self._rows, self._template, self._length = rows, template, length
-        self._indices: list[int] = []
+        self._rows, self._indices = rows, list[int]()
+        self._conversations: list[Conversation] = []
         self.tokens = answers = ends = cut = 0
         for index in indices.tolist():
-            messages, conversation = self._encoded(index)
-            kept = self._cut(conversation)
+            messages, conversation = _encoded(rows, index, template)
+            # Copies, as a slice would keep all of the array.
+            kept = Conversation(*(array[:length].copy() for array in conversation))
             # The first token of a conversation is not predicted.
             if not (kept.is_answer[1:].any() and _has_answer(messages)):
                 continue
             self._indices.append(index)
+            self._conversations.append(kept)
             self.tokens += len(kept.tokens)
             answers += int(kept.is_answer.sum())
             ends += int((conversation.tokens[conversation.is_answer] == template.eos_id).sum())
@@ -136,23 +138,22 @@ class Conversations:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Conversation:
-        return self._cut(self._encoded(self._indices[index])[1])
+        return self._conversations[index]
 
     def messages(self, index: int) -> list[Message]:
         """The messages of a conversation, which is not cut."""
-        return self._encoded(self._indices[index])[0]
+        return _messages(self._rows[self._indices[index]])
 
-    def _encoded(self, index: int) -> tuple[list[Message], Conversation]:
-        row = self._rows[index]
-        try:
-            messages = _messages(row)
-            return messages, self._template.encode(messages)
-        except InputError as error:
-            raise InputError(f"{self._rows.place(index)}: {error}") from None
 
-    def _cut(self, conversation: Conversation) -> Conversation:
-        tokens, is_answer = conversation
-        return Conversation(tokens[: self._length], is_answer[: self._length])
+def _encoded(
+    rows: JsonRows, index: int, template: ChatTemplate
+) -> tuple[list[Message], Conversation]:
+    row = rows[index]
+    try:
+        messages = _messages(row)
+        return messages, template.encode(messages)
+    except InputError as error:
+        raise InputError(f"{rows.place(index)}: {error}") from None
 
 
 def open_conversations(

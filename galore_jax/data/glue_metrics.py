@@ -19,6 +19,16 @@ def predictions_of(task: Task, outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(axis=1) if task.labels else outputs[:, 0]
 
 
+def check_metrics(task: Task) -> None:
+    """Checks that the metrics of a task can be computed.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    if {"f1", "matthews"} & {*task.metrics}:
+        check_installed("sklearn")
+
+
 def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The metrics of a task by name, in the order of `task.metrics`.
 
@@ -39,7 +49,6 @@ def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> Any:
 
 def _f1(predictions: np.ndarray, labels: np.ndarray) -> Any:
     """F1 of class 1; 0 if it neither occurs nor is predicted."""
-    check_installed("sklearn")
     from sklearn.metrics import f1_score
 
     return f1_score(labels, predictions, zero_division=0)  # pyright: ignore[reportArgumentType]
@@ -47,7 +56,6 @@ def _f1(predictions: np.ndarray, labels: np.ndarray) -> Any:
 
 def _matthews(predictions: np.ndarray, labels: np.ndarray) -> Any:
     """Matthews' correlation; 0 if all predictions are the same."""
-    check_installed("sklearn")
     from sklearn.metrics import matthews_corrcoef
 
     return matthews_corrcoef(labels, predictions)

@@ -19,6 +19,7 @@ _LETTERS = {
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
 _GROUP = 50  # batches of which rows are sorted by length
+_ENCODED_AT_ONCE = 1000  # before they are arrays, the tokens of a text take 14 times the memory
 
 
 class PairTokenizer:
@@ -67,9 +68,12 @@ class PairTokenizer:
         self._tokenizer.enable_truncation(length, strategy="longest_first")
         self._tokenizer.enable_padding(length=length, pad_id=self.pad_id, pad_token=self._pad)
         inputs = [text_a if text_b is None else (text_a, text_b) for text_a, text_b in texts]
-        encoded = self._tokenizer.encode_batch(inputs)
-        tokens = np.array([row.ids for row in encoded], np.int32).reshape(-1, length)
-        types = np.array([row.type_ids for row in encoded], np.int32).reshape(-1, length)
+        tokens, types = np.empty((2, len(texts), length), np.int32)
+        for start in range(0, len(texts), _ENCODED_AT_ONCE):
+            part = slice(start, start + _ENCODED_AT_ONCE)
+            encoded = self._tokenizer.encode_batch(inputs[part])
+            tokens[part] = [row.ids for row in encoded]
+            types[part] = [row.type_ids for row in encoded]
         return tokens, types
 
 

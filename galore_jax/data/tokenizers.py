@@ -14,7 +14,7 @@ from galore_jax.errors import InputError
 from galore_jax.files import read_json
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
-ADDED_TOKENS = "added_tokens.json"
+ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
 _REWRITE = (
     "have transformers write a tokenizer.json that has it, "
     "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
@@ -191,6 +191,14 @@ class HuggingFaceTokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def tokenizer_files(path: str) -> list[Path]:
+    """The files of the tokenizer at `path` that determine the tokens; none for "bytes"."""
+    if path == "bytes":
+        return []
+    names = (Path(path).name, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE)
+    return [file for file in map(Path(path).with_name, names) if file.is_file()]
 
 
 def _check_added_tokens(path: str, vocabulary: Container[str], pad: str | None) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
 from galore_jax.interop.huggingface import model_leaves
+from galore_jax.interop.tensors import write_file
 from galore_jax.models.adapters import KERNEL, A, Adapter, B, product
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.types import ReadPart
@@ -73,8 +73,7 @@ def write_adapter(
                 index = (slice(layer, layer + 1), slice(None), slice(None))
                 part = read(path.removesuffix(KERNEL) + factor, index)
                 tensors[f"{module}.{theirs}.weight"] = np.ascontiguousarray(part[0].T)
-    with atomic_write(folder / WEIGHTS) as file:
-        save_file(tensors, file, metadata={"format": "pt"})
+    write_file(folder / WEIGHTS, tensors)
     usual = max(ranks.values())
     content: dict[str, Any] = {
         "peft_type": "LORA",

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write, read_json
@@ -23,6 +22,7 @@ from galore_jax.interop.tensors import (
     check_dtypes,
     read_tensor,
     stored_tensors,
+    write_file,
 )
 from galore_jax.models.encoder import (
     ARCHITECTURES,
@@ -258,8 +258,7 @@ def save_encoder(
             tensors[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / SINGLE) as unfinished:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+    write_file(folder / SINGLE, tensors)
     with atomic_write(folder / "config.json") as unfinished:
         unfinished.write_text(json.dumps(_hugging_face_config(model, labels), indent=2) + "\n")
 

@@ -1,6 +1,8 @@
 """Named tensors in a folder of safetensors files: one file, or several with an index."""
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,15 +114,30 @@ def write_tensors(
     if len(shards) == 1:
         files = [SINGLE]
     for file, names in zip(files, shards, strict=True):
-        with atomic_write(folder / file) as path:
-            tensors = {name: np.ascontiguousarray(read(name)) for name in names}
-            # Transformers refuses files without this.
-            save_file(tensors, path, metadata={"format": "pt"})
+        write_file(folder / file, {name: np.ascontiguousarray(read(name)) for name in names})
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         with atomic_write(folder / INDEX) as path:
             path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file that transformers can load.
+
+    Raises:
+      OSError: it cannot be written, as when the disk is full.
+    """
+    with atomic_write(path) as unfinished:
+        try:
+            # Transformers refuses files without this.
+            save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -3,15 +3,15 @@
 import shutil
 from pathlib import Path
 
-from galore_jax.data.tokenizers import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG
+from galore_jax.data.tokenizers import ADDED_TOKENS, CHAT_TEMPLATE, SPECIAL_TOKENS, TOKENIZER_CONFIG
 from galore_jax.files import atomic_write
 
 # Where there are both, the first has the added tokens too.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 # What transformers and other programs read beside them.
 _BESIDE = (
-    *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS),
-    *("chat_template.jinja", "vocab.json", "merges.txt", "vocab.txt"),
+    *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
+    *("vocab.json", "merges.txt", "vocab.txt"),
 )
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from galore_jax.data.batches import first_prompt
-from galore_jax.errors import InputError, require
+from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, check_grid
 from galore_jax.training.config_file import load_config
 from galore_jax.training.loop import train
 from galore_jax.training.memory import matrix_state_bytes
@@ -100,8 +100,7 @@ def compare(
     """
     grids = {"learning_rate": rates, "matrix_rate": matrix_rates}
     for name, grid in grids.items():
-        for rate in grid:
-            require(name, rate, 0 < rate < math.inf, "positive and finite")
+        check_grid(name, grid)
     rows = []
     for label, config in configs.items():
         config, borders = _tuned(label, config, seeds[0], grids)

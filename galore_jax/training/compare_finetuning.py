@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 from galore_jax.files import atomic_write
+from galore_jax.training.config import check_grid
 from galore_jax.training.finetune import NotFiniteError, finetune
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.metrics import format_bytes
@@ -53,8 +54,9 @@ def compare_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[fl
       `training.folder`.
 
     Raises:
-      InputError: as for `finetune`, and if a rate is out of range.
+      InputError: a rate is not a positive number; and as for `finetune`.
     """
+    check_grid("learning_rate", rates)
     rows = []
     for label, config in configs.items():
         seeds = config.training.seeds
@@ -107,9 +109,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _metric(config: FinetuneConfig) -> float:
-    """The task's first metric; -inf if the training diverges."""
+    """The task's first metric with the first seed; -inf if the training diverges."""
     try:
-        return finetune(config)["mean"]
+        return finetune(config)["best"][0]
     except NotFiniteError:
         return -np.inf
 

@@ -6,7 +6,8 @@ settings.
 """
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -39,6 +40,12 @@ OPTIMIZERS = (
 )
 # They use more of a gradient than its coordinates.
 NEED_FULL_GRADIENTS = ("galore_fira", "apollo")
+
+
+def check_grid(name: str, rates: Iterable[float]) -> None:
+    """Raises an `InputError` unless all rates of a grid are positive and finite."""
+    for rate in rates:
+        require(name, rate, 0 < rate < math.inf, "positive and finite")
 
 
 @contextlib.contextmanager

@@ -1,32 +1,40 @@
 """Fine-tuning an encoder on a task of GLUE, once for each seed."""
 
+import functools
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-import galore_jax
 from galore_jax.data.glue import TASKS, Task, encode, load_examples, write_predictions
-from galore_jax.data.glue_metrics import predictions_of, scores
+from galore_jax.data.glue_metrics import check_metrics, predictions_of, scores
 from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write, read_json
+from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.interop.tokenizer_files import copy_tokenizer
+from galore_jax.lock import locked
 from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import naming_settings
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
+from galore_jax.training.countdown import Countdown
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.finetune_steps import Steps, finetuning_mesh, make_steps
+from galore_jax.training.full_memory import raise_on_full_memory
 from galore_jax.training.state import tree_bytes
+from galore_jax.training.stepper import check_gpu
 from galore_jax.types import PyTree
 
 CONFIG = "config.toml"
+# The key of a result that holds the message of a `NotFiniteError`.
+DIVERGED = "diverged"
 Rows = dict[str, np.ndarray]
 
 
@@ -39,7 +47,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     The best checkpoint of a seed has the largest first metric of the task on the first validation
     split; it is a Hugging Face folder, `seed-N/`, with the tokenizer of the model. Seeds that an
-    earlier call completed in the same folder, with the same settings, are not trained again.
+    earlier call completed in the same folder, with the same settings, are not trained again, even
+    if they diverged.
 
     Returns:
       The summary, also written as summary.json: `metric`, the first of the task; `best`, its value
@@ -48,35 +57,23 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises:
       NotFiniteError: the learning rate is too high.
-      InputError: the folder holds results of other settings, the devices do not fit the mesh, or
-        the checkpoint, its tokenizer or the data cannot be used.
+      InputError: the folder holds results of other settings, another process works there, there is
+        too little memory, the devices do not fit the mesh, or the checkpoint, its tokenizer or the
+        data cannot be used.
+      ModuleNotFoundError: the metrics need scikit-learn, which is not installed.
     """
     folder, task = Path(config.training.folder), TASKS[config.data.task]
     _check_folder(folder, config)
-    encoder = encoder_config(config.model.checkpoint)
-    tokenizer = load_pair_tokenizer(config.model.checkpoint)
-    _check_fit(config, encoder, tokenizer)
-    rows = _encoded_splits(config, task, tokenizer)
-    model = Classifier(encoder, task.num_outputs)
-    steps = config.training.epochs * -(-len(rows["train"]["tokens"]) // config.data.batch_size)
-    if config.optimizer.warmup_steps > steps:
-        raise InputError(
-            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
-            f"{steps} steps: shorten the warm-up."
-        )
-    compiled = make_steps(config, model, steps, finetuning_mesh(config, encoder))
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / CONFIG) as unfinished:
-        unfinished.write_text(to_toml(config), encoding="utf-8")
-    results = []
-    for seed in range(config.training.seeds):
-        result = folder / f"seed-{seed}" / "result.json"
-        if not result.is_file():
-            found = _finetune_once(config, task, model, compiled, rows, seed)
-            with atomic_write(result) as unfinished:
-                unfinished.write_text(json.dumps(found) + "\n")
-        results.append(read_json(result))
-    best = [found["best"] for found in results]
+    seeds = range(config.training.seeds)
+    results = {
+        seed: _read_result(folder, seed) for seed in seeds if _result(folder, seed).is_file()
+    }
+    if missing := [seed for seed in seeds if seed not in results]:
+        check_gpu(config.optimizer)
+        check_metrics(task)
+        with raise_on_full_memory("lower data.batch_size or data.sequence_length"):
+            results |= _finetune_seeds(config, task, missing)
+    best = [results[seed]["best"] for seed in seeds]
     summary = {
         "task": task.name,
         "metric": task.metrics[0],
@@ -84,11 +81,69 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "mean": statistics.mean(best),
         "deviation": statistics.stdev(best) if len(best) > 1 else 0.0,
         "optimizer_bytes": results[0]["optimizer_bytes"],
-        "seconds": [found["seconds"] for found in results],
+        "seconds": [results[seed]["seconds"] for seed in seeds],
     }
-    with atomic_write(folder / "summary.json") as unfinished:
-        unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    # A summary of more seeds stays.
+    written = folder / "summary.json"
+    if missing or not written.exists() or len(read_json(written)["best"]) < len(best):
+        _write(written, summary)
     return summary
+
+
+def _finetune_seeds(
+    config: FinetuneConfig, task: Task, seeds: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """Fine-tunes with these seeds, and records and returns the result of each."""
+    folder = Path(config.training.folder)
+    encoder = encoder_config(config.model.checkpoint)
+    tokenizer = load_pair_tokenizer(config.model.checkpoint)
+    _check_fit(config, encoder, tokenizer)
+    rows = _encoded_splits(
+        config.model.checkpoint,
+        *(config.data.source, config.data.task, config.data.sequence_length),
+        with_test=config.training.predict,
+    )
+    model = Classifier(encoder, task.num_outputs)
+    steps = config.training.epochs * -(-len(rows["train"]["tokens"]) // config.data.batch_size)
+    if config.optimizer.warmup_steps > steps:
+        raise InputError(
+            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
+            f"{steps} steps: shorten the warm-up."
+        )
+    with naming_settings():
+        compiled = make_steps(config, model, steps, finetuning_mesh(config, encoder))
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", f"fine-tuning in {folder}", "name another training.folder"):
+        # Another process may have written here since the first check.
+        _check_folder(folder, config)
+        with atomic_write(folder / CONFIG) as unfinished:
+            unfinished.write_text(to_toml(config), encoding="utf-8")
+        results = {}
+        for seed in seeds:
+            try:
+                results[seed] = _finetune_once(config, task, model, compiled, rows, seed)
+            except NotFiniteError as error:
+                _write(_result(folder, seed), {DIVERGED: str(error)})
+                raise
+            _write(_result(folder, seed), results[seed])
+        return results
+
+
+def _result(folder: Path, seed: int) -> Path:
+    return folder / f"seed-{seed}" / "result.json"
+
+
+def _read_result(folder: Path, seed: int) -> dict[str, Any]:
+    """The recorded result of a seed; raises a `NotFiniteError` if it diverged."""
+    result = read_json(_result(folder, seed))
+    if DIVERGED in result:
+        raise NotFiniteError(result[DIVERGED])
+    return result
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _finetune_once(
@@ -135,12 +190,13 @@ def _finetune_once(
 
     validation = [split for split in rows if split.startswith("validation")]
     best, count = -np.inf, 0
+    new_bases = Countdown(lambda state: int(updates_until_refresh(state)))
     for epoch in range(1, config.training.epochs + 1):
         # Updates, with new bases where they are due.
         losses = []
         for batch in batches(rows["train"], size, pad_id, (seed, epoch)):
             batch, key = steps.put(batch), jax.random.fold_in(dropout_key, count)
-            if steps.refresh is not None and galore_jax.refresh_due(state):
+            if steps.refresh is not None and new_bases.is_over(state):
                 state = steps.refresh(params, state, batch, key)
             params, state, loss = steps.update(params, state, batch, key)
             losses.append(loss)
@@ -170,23 +226,29 @@ def _finetune_once(
     return {"best": best, "optimizer_bytes": tree_bytes(state), "seconds": seconds}
 
 
+@functools.lru_cache(maxsize=1)
 def _encoded_splits(
-    config: FinetuneConfig, task: Task, tokenizer: PairTokenizer
+    checkpoint: str, source: str, task: str, length: int, with_test: bool
 ) -> dict[str, Rows]:
-    splits = [name for name in task.files if config.training.predict or not name.startswith("test")]
+    """The rows of each split; a comparison fine-tunes many times on the same ones."""
+    tokenizer, splits = load_pair_tokenizer(checkpoint), TASKS[task].files
     return {
-        split: encode(
-            load_examples(task, split, config.data.source), tokenizer, config.data.sequence_length
-        )
+        split: encode(load_examples(TASKS[task], split, source), tokenizer, length)
         for split in splits
+        if with_test or not split.startswith("test")
     }
 
 
 def _check_folder(folder: Path, config: FinetuneConfig) -> None:
-    """Raises an `InputError` if the folder holds results of other settings."""
+    """Raises an `InputError` if the folder holds a training, or results of other settings."""
     if not (folder / CONFIG).exists():
         return
-    recorded = to_dict(load_config(folder / CONFIG, kind=FinetuneConfig))
+    try:
+        recorded = to_dict(load_config(folder / CONFIG, kind=FinetuneConfig))
+    except InputError as error:
+        raise InputError(
+            f"{folder / CONFIG} is not of a fine-tuning ({error}): name another training.folder."
+        ) from None
     for key, (old, new) in differences(recorded, to_dict(config)).items():
         if not key.startswith(("training.seeds", "training.folder", "mesh.")):
             raise InputError(

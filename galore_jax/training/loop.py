@@ -20,6 +20,7 @@ from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import to_dict
 from galore_jax.training.evaluate import make_evaluate, perplexity
+from galore_jax.training.full_memory import raise_on_full_memory
 from galore_jax.training.layout import put_batch, training_mesh
 from galore_jax.training.metrics import (
     Metrics,
@@ -43,6 +44,11 @@ from galore_jax.training.stepper import Stepper
 
 # How to resume several processes: those that a cluster starts have no such arguments.
 _EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"
+
+_LESS_MEMORY = (
+    "lower data.batch_size, raise training.accumulation or set training.layerwise = true; "
+    "scripts/memory.py shows how much a configuration needs"
+)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -83,7 +89,7 @@ def train(config: Config, resume: bool = False) -> Summary:
     with contextlib.ExitStack() as stack:
         # The folder, and the state to start from.
         stack.enter_context(_raise_on_full_disk(config))
-        stack.enter_context(_raise_on_full_memory())
+        stack.enter_context(raise_on_full_memory(_LESS_MEMORY))
         stops = stopping_together(stack.enter_context(_stop_signals()))
         stack.callback(batches.close)
         run = RunFolder(training.folder)
@@ -248,18 +254,4 @@ def _raise_on_full_disk(config: Config) -> Iterator[None]:
         raise InputError(
             f"the disk is full while writing {error.filename or config.training.folder}; what was "
             f"saved before is intact: free some space, then resume with {command}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _raise_on_full_memory() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise InputError(
-            "there is too little memory for this training: lower data.batch_size, raise "
-            "training.accumulation or set training.layerwise = true; scripts/memory.py shows how "
-            "much a configuration needs."
         ) from error

@@ -61,8 +61,9 @@ class RunFolder:
         self.lock = self.path / "lock"
 
     def holds_run(self) -> bool:
-        """Whether the folder has metrics or checkpoints."""
-        return self.metrics.exists() or any(self.checkpoints.glob("*"))
+        """Whether the folder has metrics or checkpoints, or results of a fine-tuning."""
+        has_checkpoints = any(self.checkpoints.glob("*"))
+        return self.metrics.exists() or has_checkpoints or any(self.path.glob("seed-*"))
 
 
 def check_start(config: Config, resume: bool) -> None:
@@ -96,7 +97,13 @@ def _check_start(config: Config, resume: bool) -> None:
             f"the run in {run.path} is finished, there is nothing to resume: name another "
             "training.folder to start a new one."
         )
-    check_same_run(load_config(run.config), config, run.path)
+    try:
+        recorded = load_config(run.config)
+    except InputError as error:
+        raise InputError(
+            f"{run.config} is not of a training ({error}): name another training.folder."
+        ) from None
+    check_same_run(recorded, config, run.path)
 
 
 def check_same_run(recorded: Config, config: Config, place: Path) -> None:
@@ -129,9 +136,9 @@ def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None
     recorded = read_json(run.text)
     if recorded != found:
         raise InputError(
-            f"the text of data.source is not the one that the run in {run.path} was started on "
-            f"({recorded} in {run.text.name}, {found} now): restore it, or name another "
-            "training.folder."
+            f"the text of data.source, or the tokenizer, is not the one that the run in {run.path} "
+            f"was started with ({recorded} in {run.text.name}, {found} now): restore it, or name "
+            "another training.folder."
         )
 
 

@@ -7,20 +7,21 @@ from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
 from galore_jax.grads.sketch import updates_until_refresh
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, OptimizerConfig
+from galore_jax.training.countdown import Countdown
 from galore_jax.training.layout import on_mesh
 from galore_jax.training.relora import steps_until_restart
 from galore_jax.training.state import Batch, TrainState, batch_shapes
 from galore_jax.training.step import make_train_step
 
 
-def check_gpu(config: Config) -> None:
+def check_gpu(optimizer: OptimizerConfig) -> None:
     """Checks that there is a GPU if the configured implementation needs one.
 
     Raises:
       InputError: there is none.
     """
-    if config.optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
+    if optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
         raise InputError(
             'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none: set '
             'optimizer.implementation = "xla".'
@@ -30,9 +31,7 @@ def check_gpu(config: Config) -> None:
 class Stepper:
     """Training steps, compiled ahead of time: one that refreshes the bases, and one that does not.
 
-    With ReLoRA the first one restarts the adapters. To know whether a refresh is due, the host has
-    to wait for the device. So it does not ask at every step, but only after as many steps as the
-    next refresh was away when it last asked.
+    With ReLoRA the first one restarts the adapters.
 
     Args:
       config: the configuration of the run.
@@ -47,7 +46,7 @@ class Stepper:
     """
 
     def __init__(self, config: Config, state: TrainState, mesh: Mesh | None = None):
-        check_gpu(config)
+        check_gpu(config.optimizer)
         batch = batch_shapes(config, mesh)
         start = time.perf_counter()
         step, refreshing_step = make_train_step(config, mesh=mesh), None
@@ -59,19 +58,13 @@ class Stepper:
                 refreshing_step = refreshing_step.lower(state, batch).compile()
         self._config = config
         self._refreshing_step = refreshing_step
-        self._steps_left = 0
+        self._refresh = Countdown(self._steps_until_refresh)
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         """One step; arguments and results are those of the function from `make_train_step`."""
-        if self._refreshing_step is not None and self._steps_left == 0:
-            self._steps_left = self._steps_until_refresh(state)
-            if self._steps_left == 0:
-                state, metrics = self._refreshing_step(state, batch)
-                # 0 if a basis could not be refreshed: the next step tries again.
-                self._steps_left = self._steps_until_refresh(state)
-                return state, metrics
-        self._steps_left -= 1
+        if self._refreshing_step is not None and self._refresh.is_over(state):
+            return self._refreshing_step(state, batch)
         return self._step(state, batch)
 
     def _steps_until_refresh(self, state: TrainState) -> int:
