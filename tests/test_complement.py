@@ -204,7 +204,7 @@ def test_fira_and_apollo_have_no_use_for_it(params, make):
 
 def test_a_complement_that_is_a_hyperparameter_is_refused_with_the_remedy(params):
     tx = optax.inject_hyperparams(galore_jax.muon, static_args="rank")(0.1, 4, complement=2)
-    with pytest.raises(ValueError, match='inject_hyperparams needs static_args="complement"'):
+    with pytest.raises(ValueError, match='add "complement" to the static_args of optax'):
         tx.init(params)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def test_models_with_a_tree_of_parameters(module, section, kernels):
     assert_close(found, wanted, params, kernels)
 
 
+def test_a_linen_train_state_and_its_checkpoint():
+    names = run("", "Flax Linen")
+    state, (x, y) = names["state"], names["batches"][0]
+    kernels = {(64, 256), (256, 32)}
+    assert kernels <= shapes(state.params)
+    assert kernels.isdisjoint(shapes(state.opt_state))
+    assert names["loss"](state.params, x, y) < 0.8 * jnp.mean(y**2) / 2
+    jax.tree.map(np.testing.assert_array_equal, names["restored"], state)
+
+    grads = jax.grad(names["loss"])(state.params, x, y)
+    found, _ = names["step"](state, x, y)
+    wanted = state.apply_gradients(grads=grads)
+    assert_close(found.params, wanted.params, state.params, kernels)
+
+
 def test_an_nnx_model_and_optimizer(nnx):
     names = run("", "Flax NNX", blocks=2)
     model, optimizer, (x, y) = names["model"], names["optimizer"], names["batches"][0]
@@ -73,6 +89,9 @@ def test_an_nnx_model_and_optimizer(nnx):
     kept.eval()
     assert names["loss_fn"](kept, x, y) < 0.8 * jnp.mean(y**2) / 2
 
+    wrapped = optimizer.opt_state
+    assert names["refresh_due"](wrapped) == names["refresh_due"](nnx.as_pure(wrapped))
+
     other, other_optimizer = nnx.clone(model), nnx.clone(optimizer)
     start = nnx.clone(model)
     names["projected_step"](model, optimizer, x, y)
@@ -80,6 +99,9 @@ def test_an_nnx_model_and_optimizer(nnx):
     params = [nnx.as_pure(nnx.state(each, nnx.Param)) for each in (model, other, start)]
     assert_close(*params, kernels)
     np.testing.assert_array_equal(model.layers[2].rngs.count[...], dropped + 1)
+    names["value_and_grad"] = partial(galore_jax.value_and_grad, micro_batches=4)
+    names["projected_step"].__wrapped__(model, optimizer, x, y)
+    np.testing.assert_array_equal(model.layers[2].rngs.count[...], dropped + 2)
 
 
 @ignore_deprecations

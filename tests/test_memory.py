@@ -228,7 +228,7 @@ def test_on_a_mesh_the_figures_are_those_of_each_device(tmp_path):
     assert known + batch <= here["compiled"]["train_step"]["arguments"] <= known + batch + COUNTERS
 
 
-@pytest.mark.parametrize(("rows", "compiled"), [(2, 18.79), (16, 20.11)])
+@pytest.mark.parametrize(("rows", "compiled"), [(2, 18.84), (16, 20.10)])
 def test_7b_layer_by_layer_is_predicted_within_5_percent_of_what_was_compiled_for_a_card(
     rows, compiled
 ):

@@ -305,13 +305,18 @@ def test_every_form_of_an_optimizer_refreshes_as_its_chain_does(form):
 
 
 @pytest.mark.parametrize(
-    "around", [lambda tx: optax.apply_if_finite(tx, 3), lambda tx: optax.MultiSteps(tx, 2)]
+    ("around", "remedy"),
+    [
+        (lambda tx: optax.apply_if_finite(tx, 3), "remove it, give it labels"),
+        (lambda tx: optax.MultiSteps(tx, 2), "accumulate by value_and_grad.*micro_batches"),
+    ],
 )
-def test_wrappers_that_cannot_take_coordinates_are_refused_in_a_sentence(around):
+def test_wrappers_that_cannot_take_coordinates_are_refused_in_a_sentence(around, remedy):
     params, tokens = start()
     tx = around(chain(galore(6), optax.adam(1e-2)))
     state = tx.init(params)
     sentence = "a wrapper around a chain with galore, .* cannot work on gradients that are coord"
+    sentence = f"{sentence}.*{remedy}"
     with pytest.raises(ValueError, match=sentence):
         compiled_step(tx)(params, state, tokens)
 

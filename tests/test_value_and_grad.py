@@ -156,6 +156,30 @@ def test_a_batch_is_split_and_keywords_are_not():
         value_and_grad(loss, tx, micro_batches=4)(params, state, inputs(6, 16))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_keys_and_counts_in_the_aux_stay_what_they_are(micro_batches):
+    def loss(params, x):
+        aux = {"key": jax.random.key(3), "count": jnp.uint32(7), "right": jnp.sum(x > 0)}
+        return jnp.mean((x @ params["w"]) ** 2), aux
+
+    params, x = {"w": inputs(16, 12)}, inputs(6, 16)
+    tx, state = started(params)
+    gradients = value_and_grad(loss, tx, has_aux=True, micro_batches=micro_batches)
+    (_, aux), _ = jax.jit(gradients)(params, state, x)
+    assert aux["key"] == jax.random.key(3)
+    assert (aux["count"], aux["count"].dtype) == (7, jnp.uint32)
+    np.testing.assert_allclose(aux["right"], jnp.sum(x > 0) / micro_batches)
+
+
+def test_functions_among_the_parameters_are_refused_with_the_remedy():
+    eqx = pytest.importorskip("equinox", reason="equinox is not installed")
+    model = eqx.nn.MLP(16, 4, 32, depth=1, key=jax.random.key(0))
+    tx, state = started(eqx.filter(model, eqx.is_inexact_array))
+    loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
+    with pytest.raises(ValueError, match=r"activation of .* is a function: .*equinox\.partition"):
+        value_and_grad(loss, tx)(model, state, inputs(6, 16))
+
+
 @pytest.mark.parametrize("compute", [value_and_grad, galore_jax.refresh])
 def test_parameters_that_the_state_was_not_started_with_are_refused(compute):
     loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)

@@ -8,7 +8,7 @@ import pytest
 from trees import PLAIN, loss, max_difference, random_params
 
 import galore_jax
-from galore_jax import apply_gradients, chain, galore, init
+from galore_jax import apply_gradients, chain, galore, init, value_and_grad
 
 
 def test_chains_of_optax_around_and_in_place_of_a_chain_change_nothing():
@@ -83,8 +83,45 @@ def test_the_numbers_of_a_ready_made_optimizer_can_be_hyperparameters(name, sett
 
 def test_a_rank_that_is_a_hyperparameter_is_refused_with_the_remedy():
     tx = optax.inject_hyperparams(galore_jax.adamw)(learning_rate=0.1, rank=4)
-    with pytest.raises(ValueError, match='inject_hyperparams needs static_args="rank"'):
+    with pytest.raises(ValueError, match=r'add "rank" to the static_args of optax.inject_hyper'):
         tx.init(random_params(PLAIN))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {
+            "mask": lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            "weight_decay": 0.1,
+        },
+        {"basis_dtype": jnp.int8},
+        {"basis_dtype": jnp.bfloat16},
+    ],
+    ids=["mask", "int8", "bfloat16"],
+)
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_a_setting_that_became_an_array_is_refused_with_the_remedy(setting, transform):
+    params, [name, *_] = random_params(PLAIN), setting
+    tx = optax.inject_hyperparams(galore_jax.adamw, static_args="rank")(0.1, 4, **setting)
+
+    def step(tx):
+        return apply_gradients(tx, params, tx.init(params), params)
+
+    with pytest.raises(ValueError, match=f'add "{name}" to the static_args of optax.inject_hyper'):
+        transform(lambda: step(tx))()
+    static = ("rank", name)
+    tx = optax.inject_hyperparams(galore_jax.adamw, static_args=static)(0.1, 4, **setting)
+    transform(lambda: step(tx))()
+
+
+def test_an_error_of_galore_inside_of_a_wrapper_is_its_own():
+    target, params = random_params(PLAIN, seed=1), random_params(PLAIN)
+    make = optax.inject_hyperparams(galore_jax.adamw, static_args="rank")
+    state = make(0.1, rank=5).init(params)
+    value = lambda params, x: loss(params, target) + jnp.sum(x @ params["wide"]["kernel"])
+    grads = value_and_grad(value, make(0.1, rank=5))(params, state, jnp.ones((1, 12)))[1]
+    with pytest.raises(ValueError, match=r"^galore: the state of .* was started with rank = 5"):
+        apply_gradients(make(0.1, rank=4), grads, state, params)
 
 
 def test_extra_arguments_reach_the_transformations():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from galore_jax.grads.micro_batches import has_mean
 from galore_jax.ops.dtypes import widened
 from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.optim.state import Unprojected, is_parameter
@@ -33,7 +34,8 @@ def mean_over_shards(
       *batch: arrays (B, …).
 
     Returns:
-      The mean, in float32. `Coordinates` that are divided over the same axes are reduced and
+      The mean, in float32; leaves without one (see `has_mean`) are those of some shard.
+      `Coordinates` that are divided over the same axes are reduced and
       scattered in one operation.
 
     Raises:
@@ -69,7 +71,8 @@ def mean_over_shards(
     def mean(node: Any) -> Any:
         axis = _scattered_axis(node, data_axes)
         if axis is None:
-            return jax.tree.map(lambda x: lax.pmean(widened(x), data_axes), node)
+            average = lambda x: lax.pmean(widened(x), data_axes) if has_mean(x) else x
+            return jax.tree.map(average, node)
         total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
         return Coordinates(total / count, node.projection)
 

@@ -364,9 +364,14 @@ def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
     shapes = [leaf.shape for path, leaf in zip(paths, leaves, strict=True) if path in blocks]
     sizes = {shape[0] if shape else 0 for shape in shapes}
     if len(sizes) != 1 or sizes == {0}:
+        found = (
+            f"its sizes are {sorted(sizes)}"
+            if blocks
+            else "there are none: set LayeredModel.layers"
+        )
         raise ValueError(
             f'layerwise: the leaves below "{model.layers}" must be stacked by layer along their '
-            f"first axis, but its sizes are {sorted(sizes)}."
+            f"first axis, but {found}."
         )
     groups = {path: EMBEDDING if path in read_by_embed else HEAD for path in paths}
     groups |= dict.fromkeys(blocks, LAYERS)

@@ -25,7 +25,8 @@ def check_micro_batches(micro_batches: Any) -> None:
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
     """The mean of `f` over equal parts of the batch; for one part, `f(*batch)`.
 
-    It is in float32, or in a wider or complex dtype of the leaf.
+    It is in float32, or in a wider or complex dtype of the leaf. Leaves without a mean (see
+    `has_mean`) are those of the last part.
     """
     if micro_batches == 1:
         return f(*batch)
@@ -35,20 +36,30 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
             "are passed by keyword are not split."
         )
     parts = split(batch, micro_batches)
-    shapes = jax.eval_shape(f, *first_part(batch, micro_batches))
+    shapes, structure = jax.tree.flatten(jax.eval_shape(f, *first_part(batch, micro_batches)))
+    averaged = [i for i, leaf in enumerate(shapes) if has_mean(leaf)]
 
-    def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
-        return jax.tree.map(
-            lambda old, new: old + jnp.asarray(new, old.dtype), total, f(*part)
-        ), None
+    def add(total: dict[int, Any], part: Any) -> tuple[dict[int, Any], dict[int, Any]]:
+        new = dict(enumerate(jax.tree.leaves(f(*part))))
+        total = {i: total[i] + jnp.asarray(new.pop(i), total[i].dtype) for i in averaged}
+        return total, new
 
     def zeros(leaf: Any) -> jax.Array:
         array = varying_as(jnp.zeros(leaf.shape, promoted(leaf.dtype, jnp.float32)), leaf)
         # The sum has the sharding type of the parts.
         return with_auto_axes(lambda array: array, array, out=lambda: specs_of(leaf))
 
-    total, _ = lax.scan(add, jax.tree.map(zeros, shapes), parts)
-    return jax.tree.map(lambda leaf: leaf / micro_batches, total)
+    total, others = lax.scan(add, {i: zeros(shapes[i]) for i in averaged}, parts)
+    means = {i: leaf / micro_batches for i, leaf in total.items()}
+    found = means | {i: leaf[-1] for i, leaf in others.items()}
+    return structure.unflatten([found[i] for i in range(len(shapes))])
+
+
+def has_mean(leaf: Any) -> bool:
+    """Whether a leaf is averaged; PRNG keys and unsigned integers, such as counts, are not."""
+    dtype = jnp.result_type(leaf)
+    is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return not (is_key or jnp.issubdtype(dtype, jnp.unsignedinteger))
 
 
 def first_part(batch: Any, micro_batches: int) -> Any:

@@ -33,6 +33,7 @@ from galore_jax.optim.state import (
     with_galore_states,
 )
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
+from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.methods import orthonormalise, span
 from galore_jax.subspace.placement import constrain_coordinates, matrices_partition
 from galore_jax.subspace.projection import Side
@@ -48,7 +49,7 @@ def updates_until_refresh(opt_state: PyTree) -> jax.Array:
 
     It is 0 if one is due now, and 2**30 if nothing is projected.
     """
-    return _least_left(bases_of(galore_states(opt_state, inside_chains=True)))
+    return _least_left(unboxed(bases_of(galore_states(opt_state, inside_chains=True))))
 
 
 @jax.jit

@@ -26,7 +26,7 @@ from galore_jax.optim.state import (
 )
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.complement import extended, split
-from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.matrix_view import named_leaves, unboxed
 from galore_jax.subspace.placement import constrain_coordinates, coordinates_partition
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
@@ -61,8 +61,9 @@ def value_and_grad(
       tx: the optimizer.
       has_aux: whether the loss returns a pair, the second part of which is not differentiated.
       micro_batches: number of equal parts into which each array of the batch is split along its
-        first axis. Loss, aux and gradients are then means over the parts, in float32 or wider;
-        projected gradients are accumulated as coordinates.
+        first axis. Loss, aux and gradients are then means over the parts, in float32 or wider, but
+        PRNG keys and unsigned integers in the aux are those of the last part; projected gradients
+        are accumulated as coordinates.
       data_axes: mesh axes that divide the batch along its first axis, but no parameter. Each device
         then computes loss, aux and gradients of its shard, split into micro-batches, and they are
         averaged over the shards once: in float32, as coordinates. Other mesh axes stay as they are.
@@ -75,7 +76,8 @@ def value_and_grad(
 
     Raises:
       ValueError: the optimizer has no galore, was started with full-size moments or with other
-        parameters, or needs full gradients, as `fira` and `apollo` do; the batch cannot be split;
+        parameters, or needs full gradients, as `fira` and `apollo` do; a leaf of the parameters is
+        a function; the batch cannot be split;
         there is no mesh with the `data_axes`, or they divide a parameter.
       TypeError: the loss does not return a number or, with has_aux, a pair.
 
@@ -318,6 +320,12 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
             "gradients: use galore_jax.chain in place of optax.chain, or start with "
             "galore_jax.init(tx, params)."
         )
+    for names, leaf in named_leaves(params):
+        if callable(leaf):
+            raise ValueError(
+                f"the leaf {'/'.join(names)} of the parameters is a function: pass the arrays "
+                "alone, as by equinox.partition(model, equinox.is_inexact_array)."
+            )
     bases = jax.tree.map(lambda _: optax.MaskedNode(), unboxed(params))
     pick = lambda own, other: other if isinstance(own, optax.MaskedNode) else own
     try:
@@ -326,7 +334,7 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     except ValueError as error:
         raise ValueError(
             "the optimizer's state was started with parameters of another structure: start it with "
-            "these."
+            "these, or pass those."
         ) from error
 
     def check(basis: Any, param: Any) -> None:

@@ -45,12 +45,12 @@ def apply_gradients(
     implementation: Implementation = "xla",
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
-    """`tx.update` and `optax.apply_updates` in one step, for any transformation.
+    """`tx.update` and `optax.apply_updates` in one step, for any transformation of parameters.
 
     Call it under `jax.jit` with the parameters and the state donated. Coordinates are then lifted
     and added in place, one matrix at a time, so that the lifted update of a stacked leaf never
     exists as a whole. (Wrappers around a `chain`, such as `optax.inject_hyperparams`, return lifted
-    updates.)
+    updates. `optax.lookahead`, whose parameters are pairs, is stepped by its own `update`.)
 
     Args:
       tx: any transformation.

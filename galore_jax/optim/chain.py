@@ -45,21 +45,19 @@ from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
-# Names of states with a copy of the parameters, which would mix coordinates of different bases.
-_STATES_WITH_COPIES = frozenset(
-    {
-        "COCOBState",
-        "DoGState",
-        "DoWGState",
-        "MadgradState",
-        "MechanicState",
-        "ProdigyState",
-        "SAMState",
-        "ScaleByDistanceOverGradientsState",
-        "ScaleByLBFGSState",
-        "ScheduleFreeState",
-    }
-)
+# Names of states with a copy of the parameters, which would mix coordinates of different bases: of
+# wrappers, which can stand around a chain, and of optimizers.
+_WRAPPERS_WITH_COPIES = frozenset({"MechanicState", "SAMState", "ScheduleFreeState"})
+_STATES_WITH_COPIES = _WRAPPERS_WITH_COPIES | {
+    "COCOBState",
+    "DoGState",
+    "DoWGState",
+    "MadgradState",
+    "ProdigyState",
+    "ScaleByDistanceOverGradientsState",
+    "ScaleByLBFGSState",
+}
+_OWN_ERRORS = ("galore:", "chain:", "decay_weights")
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
@@ -287,13 +285,15 @@ def update_low_rank(
                 raise ValueError(f"its {type(state).__name__} would have another structure")
             return updates, new, {}
         except (AttributeError, TypeError, ValueError) as error:
-            if not projected:
+            if not projected or str(error).startswith(_OWN_ERRORS):
                 raise
+            remedy = "remove it, give it labels or masks as trees instead of functions"
+            if accumulates(state):
+                remedy = "remove it, and accumulate by value_and_grad(…, micro_batches=…)"
             raise ValueError(
                 "a wrapper around a chain with galore, or a transformation in front of galore, "
                 f"cannot work on gradients that are coordinates ({str(error).splitlines()[0]}): "
-                "remove it, give it labels or masks as trees instead of functions, or use full "
-                "gradients, by jax.value_and_grad."
+                f"{remedy}, or use full gradients, by jax.value_and_grad."
             ) from error
 
     # First call: the refreshed bases.
@@ -365,9 +365,11 @@ def _warn_of_copies(state: PyTree) -> None:
     keeps_copies = lambda node: type(node).__name__ in _STATES_WITH_COPIES
     for node in jax.tree.leaves(state, is_leaf=keeps_copies):
         if keeps_copies(node):
+            name = type(node).__name__
+            is_wrapper = name in _WRAPPERS_WITH_COPIES
+            remedy = "put it around the whole chain" if is_wrapper else "use another optimizer"
             warnings.warn(
-                f"the transformation with the state {type(node).__name__} keeps a copy of the "
-                "parameters, and after galore these are coordinates in a basis that changes: put "
-                "it around the whole chain instead.",
+                f"the transformation with the state {name} keeps a copy of the parameters, and "
+                f"after galore these are coordinates in a basis that changes: {remedy} instead.",
                 stacklevel=2,
             )

@@ -17,6 +17,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from numbers import Integral
 from typing import Any
@@ -59,6 +60,7 @@ from galore_jax.subspace.rules import (
     projection_of,
     projections,
     rule_for,
+    static_hint,
     warn_if_nothing_projected,
 )
 from galore_jax.types import PyTree
@@ -90,7 +92,8 @@ def galore(
     side is not larger than the rank. Each matrix has a basis of its own, computed anew at updates
     0, T, 2T, … from that update's gradient. A matrix is skipped if its gradient is not finite or
     the sum of squares of its coordinates overflows float32: its weights, moments and basis stay as
-    they are, and a refresh that was due takes place at the next finite gradient.
+    they are, and a refresh that was due takes place at the next finite gradient (that of projected
+    gradients 1, 2, 4, … updates later).
 
     The updates that leave galore are float32: `Coordinates` for projected leaves, `(*batch, r,
     out)` with a left basis, `(*batch, in, r)` with a right one; full gradients for the others.
@@ -165,13 +168,7 @@ def galore(
                 f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None "
                 "not to project its leaves."
             )
-    try:
-        known = basis_dtype is None or jnp.dtype(basis_dtype) in BASIS_DTYPES
-    except TypeError:  # not a dtype
-        known = False
-    if not known:
-        names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
-        raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
+    dtype_of_bases = _basis_dtype(basis_dtype)
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
     check_gap("max_gap", max_gap)
     _check_max_gap(max_gap, lazy_overlap, update_proj_gap)
@@ -194,7 +191,7 @@ def galore(
             "complement": (found.complement, wanted and wanted.complement),
             "refresh": (basis.method, complete(found).refresh),
             "moments": (basis.moments, moments),
-            "basis_dtype": (stored.name, jnp.dtype(basis_dtype or jnp.float32).name),
+            "basis_dtype": (stored.name, dtype_of_bases.name),
         }
         for name, (old, new) in pairs.items():
             if old != new:
@@ -237,7 +234,7 @@ def galore(
                 method=str(rule.refresh),
                 moments=moments,
                 full_size=not is_coordinates(leaf),
-                dtype=basis_dtype or jnp.float32,
+                dtype=dtype_of_bases,
                 seed=seed,
             )
             bases.append(basis)
@@ -310,6 +307,18 @@ def _check_max_gap(max_gap: Any, lazy_overlap: Any, update_proj_gap: Any) -> Non
         raise ValueError(
             f"galore: max_gap must be at least update_proj_gap, {update_proj_gap}, not {max_gap}."
         )
+
+
+def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
+    is_array = isinstance(basis_dtype, jax.Array)
+    if not is_array:
+        with suppress(TypeError):  # not a dtype
+            found = jnp.dtype(jnp.float32 if basis_dtype is None else basis_dtype)
+            if found in BASIS_DTYPES:
+                return found
+    names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
+    hint = f"; {static_hint('basis_dtype')}" if is_array else ""
+    raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}{hint}.")
 
 
 def _check_low_rank(moments: Moments, complement: int | float | None) -> None:

@@ -10,6 +10,7 @@ import optax
 
 from galore_jax.subspace.matrix_view import is_function, unboxed
 from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.subspace.rules import static_hint
 from galore_jax.types import PyTree
 
 
@@ -40,7 +41,8 @@ def decay_weights(
       An optax transformation.
 
     Raises:
-      ValueError: its `update` is called without `params`.
+      ValueError: its `update` is called without `params`, or the mask is one boolean for a tree of
+        parameters.
     """
 
     def init_fn(params: PyTree) -> DecayWeightsState:
@@ -54,6 +56,13 @@ def decay_weights(
             )
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         fraction = jnp.asarray(rate * weight_decay, jnp.float32)
+        is_tree = not jax.tree_util.all_leaves([params])
+        if is_tree and isinstance(mask, bool | jax.Array):
+            # What optax.inject_hyperparams makes of a function, which it calls with the count.
+            raise ValueError(
+                "decay_weights: mask must be a function or a tree of booleans like the parameters, "
+                f"not {mask}; {static_hint('mask')}."
+            )
 
         def decay(update: Any, param: Any, decays: bool) -> Any:
             if not decays:

@@ -61,8 +61,7 @@ class Rule:
         is_integer = isinstance(rank, Integral) and not isinstance(rank, bool) and int(rank) >= 1
         is_fraction = isinstance(rank, Real) and 0 < float(rank) < 1
         if not (rank is None or is_integer or is_fraction or callable(rank)):
-            is_injected = isinstance(rank, jax.Array | np.ndarray)
-            hint = '; optax.inject_hyperparams needs static_args="rank"' if is_injected else ""
+            hint = f"; {static_hint('rank')}" if isinstance(rank, jax.Array | np.ndarray) else ""
             raise ValueError(
                 "galore: rank must be an integer of at least 1, a fraction of the smaller side or "
                 f"a function of the shape, not {rank!r}{hint}."
@@ -119,11 +118,16 @@ def check_complement(complement: Any) -> None:
     expected = "a whole number of at least 0, or a fraction below 1"
     if isinstance(complement, jax.Array | np.ndarray):
         raise ValueError(
-            f"galore: complement must be {expected}, not {complement!r}; optax.inject_hyperparams "
-            'needs static_args="complement".'
+            f"galore: complement must be {expected}, not {complement!r}; "
+            f"{static_hint('complement')}."
         )
     in_range = lambda number: number >= 0 and (number < 1 or isinstance(number, Integral))
     check_number("complement", complement, expected, in_range)
+
+
+def static_hint(name: str) -> str:
+    """The remedy if optax.inject_hyperparams made an array of a setting."""
+    return f'add "{name}" to the static_args of optax.inject_hyperparams'
 
 
 Rules = Mapping[str | re.Pattern[str], Rule | None]
