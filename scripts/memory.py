@@ -101,8 +101,8 @@ def main() -> None:
         predicted = predict(config, mesh)
         name = name_of_devices(card, devices)
         print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)
-        steps = compiled(config, mesh)
         others = baselines(config) if arguments.picture else {}
+        steps = compiled(config, mesh)
 
     if devices > 1:
         print(f"Of each of {devices} devices:\n")

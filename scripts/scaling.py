@@ -114,7 +114,9 @@ def configuration(case: Case, rows: int, overrides: list[str]) -> Any:
     axes = [f"mesh.{name}={size}" for name, size in case.axes.items()]
     settings = [*OPTIMIZERS[case.optimizer], *axes, "training.accumulation=1", *overrides]
     config = load_config(ROOT / "configs" / f"llama_{case.model}.toml", settings)
-    accumulation = -(-config.data.batch_size // (rows * case.devices))
+    size = config.data.batch_size
+    least = -(-size // (rows * case.devices))
+    accumulation = next(parts for parts in range(least, size + 1) if size % parts == 0)
     return replace(config, training=replace(config.training, accumulation=accumulation))
 
 
@@ -214,8 +216,9 @@ def statement(costs: dict[Case, Any], rate: float, network: float) -> str:
     lines = []
     for case, cost in costs.items():
         base = costs.get(replace(case, optimizer="adamw"))
-        if case.layout == "data" and case.devices == NODE and base and case.optimizer != "adamw":
-            part = cost.payload["all-reduce"] / base.payload["all-reduce"]
+        reduced = base.payload["all-reduce"] if base else 0
+        if case.layout == "data" and case.devices == NODE and reduced and case.optimizer != "adamw":
+            part = cost.payload["all-reduce"] / reduced
             lines.append(
                 f"{case.model.upper()}, data parallel over {NODE}: {case.optimizer} all-reduces "
                 f"{part:.3f} of the bytes that adamw does."
@@ -351,11 +354,11 @@ def main() -> None:
         name = f"{case.model} {case.layout} {case.devices} {case.optimizer}"
         print(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     print(table(costs))
-    print(f"\n{statement(costs, 1e12 * arguments.tflops, 1e9 * arguments.network)}".rstrip())
     if arguments.json:
         rows = [asdict(case) | asdict(cost) for case, cost in costs.items()]
         with atomic_write(arguments.json) as path:
             path.write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"\n{statement(costs, 1e12 * arguments.tflops, 1e9 * arguments.network)}".rstrip())
     if arguments.picture:
         draw(costs, arguments.picture)
 

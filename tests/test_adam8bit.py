@@ -77,7 +77,8 @@ def test_a_gradient_whose_square_is_infinite_leaves_the_moments_finite(implement
     for size in (1.0, 1e30, 1.0, 1.0):
         grads = {"kernel": jnp.ones((16, 512)).at[3, 5].set(size)}
         updates, state = jax.jit(tx.update)(grads, state)
-        assert jnp.isfinite(updates["kernel"]).all()
+        # At most that of a gradient which is 0 in all but the last step: (1 - b1) / √(1 - b2).
+        assert jnp.abs(updates["kernel"]).max() <= 0.1 / 0.001**0.5
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(as_float(state)))
 
 

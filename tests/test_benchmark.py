@@ -1,11 +1,14 @@
 """The benchmarks of scripts/benchmark.py at tiny sizes: their rows, not their times."""
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -13,6 +16,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402
 from benchmarks import accumulate, dead, optimizers, refresh, sketch, state, step, tokens  # noqa: E402
+from benchmarks.models import blocks_loss, init_llama, with_dense  # noqa: E402
 
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
@@ -111,6 +115,17 @@ def test_stacked_leaves_are_without_the_baseline_that_does_not_project_them():
     names = [name for name in NAMES if name != "optax.contrib.galore"]
     assert [row["name"] for row in rows] == [name for name in names for _ in range(2)]
     assert {(row["model"], row["leaves"]) for row in rows} == {("llama", "stacked")}
+
+
+def test_layers_as_in_flax_have_the_derivative_that_jax_makes():
+    model = LlamaConfig(16, 8, 12, num_layers=1, num_heads=2)
+    params, batch = init_llama(model), 2 * (jnp.ones((2, 4, 8)),)
+    transposed = {}
+    for kind in ("flax", "galore_jax"):
+        loss = with_dense(kind, functools.partial(blocks_loss, model))
+        transposed[kind] = str(jax.make_jaxpr(jax.grad(loss))(params, batch)).count(" transpose[")
+    # One for each of the seven kernels of a block.
+    assert transposed["flax"] == transposed["galore_jax"] + 7
 
 
 def test_the_bytes_of_a_state_are_those_of_its_bases_moments_and_counters():

@@ -255,6 +255,26 @@ ENTRY %main (x: f32[3]) -> f32[3] {{
     assert (found.groups, found.size) == (GROUPS[groups], 12)
 
 
+def test_an_all_reduce_that_is_started_and_ended_is_used_in_full():
+    program = """HloModule f, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[24]) -> f32[24] {
+  %x = f32[24]{0} parameter(0)
+  %s = ((f32[24]{0}), f32[24]{0}) all-reduce-start(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %d = f32[24]{0} all-reduce-done(%s)
+  ROOT %r = f32[24]{0} negate(%d)
+}
+"""
+    found = only(program)
+    assert (found.kind, found.payload, found.scatters) == ("all-reduce", 96, False)
+
+
 def test_asynchronous_forms_count_once_by_what_goes_in():
     program = """HloModule f, num_partitions=4
 

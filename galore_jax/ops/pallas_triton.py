@@ -137,7 +137,10 @@ def lift_and_add(
 
 
 def _check_gpu(interpret: bool) -> None:
-    if not interpret and jax.default_backend() != "gpu":
+    # The target of a compilation without a card is the device of the mesh.
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if target is None else target.platform
+    if not interpret and platform != "gpu":
         raise ValueError(
             'implementation="pallas" needs an NVIDIA GPU, but JAX finds none: use "xla".'
         )

@@ -79,8 +79,7 @@ def with_directions(
 
 def extended(basis: Basis, *, seed: Any, count: Any, dtype: Any) -> Basis:
     """The basis `[P | Q]` of a larger subspace, with vectors of the given dtype."""
-    projection = basis.projection
-    projection = replace(projection, rank=projection.rank + projection.complement, complement=0)
+    projection = basis.projection.extended
 
     def extend(basis: Basis, seed: Any, count: Any) -> dict[Side, jax.Array]:
         vectors = with_directions(basis.vectors, draw_directions(basis, seed=seed, count=count))

@@ -4,7 +4,7 @@ GaLore (arXiv 2403.03507, section 3) represents the gradient G of a weight matri
 in the span of r orthonormal vectors P: `PᵀG` (left), `G P` (right), or `PᵀG Q` (both sides).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import jax
@@ -78,6 +78,11 @@ class Projection:
         rows = self.rank if "left" in self.sides else self.view.rows
         columns = self.rank if "right" in self.sides else self.view.columns
         return (*self.view.batch, rows, columns)
+
+    @property
+    def extended(self) -> "Projection":
+        """The projection into the larger subspace `[P | Q]` with the random directions."""
+        return replace(self, rank=self.rank + self.complement, complement=0)
 
     def project(self, vectors: dict[Side, Any], array: jax.Array) -> jax.Array:
         """Projects an array: `PᵀG`, `G P` or `PᵀG Q`, in float32.

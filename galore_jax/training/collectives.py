@@ -131,10 +131,9 @@ def collectives(program: str) -> list[Collective]:
         groups = _groups(instruction.text, devices)
         if max(map(len, groups)) > 1:
             size = _size(instruction, computation, computations)
-            scatters = kind == "all-reduce" and (
-                len(groups[0]) * _used(instruction, computation, computations)
-                < WHOLE * sum(_bytes([array]) for array in instruction.shape)
-            )
+            end = _end(instruction, computation)
+            used = _used(end, computation, computations)
+            scatters = kind == "all-reduce" and len(groups[0]) * used < WHOLE * _bytes(end.shape)
             source = instruction.source
             found.append(Collective(kind, size, times, within, groups, source, scatters))
     return found
@@ -298,6 +297,13 @@ def _size(
         elements = sum(math.prod(axes) for operand in operands for _, axes in operand.shape)
         return min(size, int(max(widths) * elements))
     return size
+
+
+def _end(instruction: _Instruction, computation: _Computation) -> _Instruction:
+    """The instruction with the results: of a collective that was only started, its end."""
+    users = computation.users.get(instruction.name, ())
+    ends = (user for user in users if user.opcode == instruction.opcode.replace("-start", "-done"))
+    return next(ends, instruction) if instruction.opcode.endswith("-start") else instruction
 
 
 def _used(

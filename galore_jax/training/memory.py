@@ -21,6 +21,7 @@ from galore_jax.models.adapters import combine
 from galore_jax.models.layers import Block
 from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.subspace.matrix_view import named_leaves, path_names
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.gradients import dropout_rngs
 from galore_jax.training.layout import BATCH_AXES, on_mesh
@@ -132,6 +133,7 @@ def baselines(config: Config) -> dict[str, Parts]:
     model = dataclasses.replace(config.model, dtype="bfloat16", remat=False)
     optimizer = OptimizerConfig(
         name="galore_adamw8bit",
+        warmup_steps=0,  # which may not exceed those of the training
         rank=config.optimizer.rank,
         proj_type=config.optimizer.proj_type,
         basis_dtype="bfloat16",
@@ -207,8 +209,15 @@ def _with_total(parts: Parts) -> Parts:
 
 def _coordinates(params: PyTree, opt_state: PyTree) -> PyTree:
     """The shapes of float32 gradients, of coordinates where they are projected."""
+
+    def extended(node: Any) -> Any:
+        if not is_coordinates(node):
+            return node
+        return jax.ShapeDtypeStruct(node.projection.extended.coordinates_shape, node.value.dtype)
+
     states = galore_states(opt_state, inside_chains=True)
-    return jax.eval_shape(lambda params: start_coordinates(params, states), params)
+    shapes = jax.eval_shape(lambda params: start_coordinates(params, states), params)
+    return jax.tree.map(extended, shapes, is_leaf=is_coordinates)
 
 
 def _gradients(config: Config, params: PyTree, opt_state: PyTree) -> int:

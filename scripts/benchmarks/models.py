@@ -5,11 +5,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from galore_jax.models import dense
 from galore_jax.models.layers import attention_mask, rotation_at
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
@@ -61,25 +62,16 @@ def with_dense(kind: str, loss: Callable[..., jax.Array]) -> Callable[..., jax.A
 
     @functools.wraps(loss)
     def run(*arguments: Any) -> jax.Array:
-        as_in_flax = nn.intercept_methods(_multiply_as_flax)
+        as_in_flax = mock.patch.object(dense, "matmul", _multiply_as_flax)
         with as_in_flax if kind == "flax" else nullcontext():
             return loss(*arguments)
 
     return run
 
 
-def _multiply_as_flax(
-    call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
-) -> Any:
-    layer: Any = context.module
-    if context.method_name != "__call__" or not isinstance(layer, nn.Dense):
-        return call(*args, **kwargs)
-    dot_general = layer.dot_general
-    object.__setattr__(layer, "dot_general", None)
-    try:
-        return call(*args, **kwargs)
-    finally:
-        object.__setattr__(layer, "dot_general", dot_general)
+def _multiply_as_flax(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:
+    axes = (x.ndim - 1,), (0,)
+    return jax.lax.dot_general(x, kernel, (axes, ((), ()))).astype(dtype)
 
 
 def _run_layers(config: LlamaConfig, layers: PyTree, x: Any) -> Any:

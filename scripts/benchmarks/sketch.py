@@ -52,7 +52,9 @@ def measure(settings: Settings) -> list[Row]:
         f"data.tokenizer={settings.tokenizer}",
         f"training.steps={settings.steps}",
     )
-    rows = measure_run(load_config(CONFIGS / f"llama_{settings.size}.toml", overrides))
+    path = CONFIGS / f"llama_{settings.size}.toml"
+    warmup = min(load_config(path).optimizer.warmup_steps, settings.steps)
+    rows = measure_run(load_config(path, [*overrides, f"optimizer.warmup_steps={warmup}"]))
     means = {key: float(np.mean([row[key] for row in rows])) for key in ENERGIES}
     lowest = min(row["lowest"] for row in rows)
     return [*rows, {"name": "mean", "step": "all", **means, "lowest": lowest}]

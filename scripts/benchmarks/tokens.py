@@ -38,6 +38,8 @@ class Settings:
     picture: str = "tokens.png"
 
     def __post_init__(self):
+        folder = Path(self.picture).parent
+        require("picture", self.picture, folder.is_dir(), "a file in a folder that exists")
         require("layers", self.layers, self.layers >= 1, "at least 1")
         require("repeats", self.repeats, self.repeats >= 1, "at least 1")
         require_choice("dense", self.dense, DENSE)
@@ -103,8 +105,9 @@ def draw(rows: list[Row], picture: Path) -> None:
         for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
             line = [row for row in rows if row["size"] == size and row["name"] == name]
             label = f"{size.upper()}, {'projected' if style == '-' else 'full'} gradients"
+            colour = COLOURS[number % len(COLOURS)]
             tokens, ratio = [row["tokens"] for row in line], [row["of_adamw"] for row in line]
-            axes.plot(tokens, ratio, style, marker="o", color=COLOURS[number], label=label)
+            axes.plot(tokens, ratio, style, marker="o", color=colour, label=label)
     axes.set_xscale("log", base=2)
     ticks = sorted({row["tokens"] for row in rows})
     axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
