@@ -43,7 +43,7 @@ def test_decay_shrinks_whole_weights_after_the_update_and_is_not_scaled():
         ({"kernel": False, "bias": True}, {"bias"}),
         (lambda params: jax.tree.map(lambda p: p.shape == (12, 20), params), {"kernel"}),
         (lambda params: jax.tree.map(lambda p: p.shape != (12, 20), params), {"bias"}),
-        (False, set()),
+        ({"kernel": False, "bias": False}, set()),
     ],
     ids=["kernel", "bias", "function of the full shapes", "its opposite", "nothing"],
 )
