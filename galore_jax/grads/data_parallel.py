@@ -35,8 +35,7 @@ def mean_over_shards(
 
     Returns:
       The mean, in float32; leaves without one (see `has_mean`) are those of some shard.
-      `Coordinates` that are divided over the same axes are reduced and
-      scattered in one operation.
+      `Coordinates` that are divided over the same axes are reduced and scattered in one operation.
 
     Raises:
       ValueError: there is no mesh with these axes, or they do not divide the batch.
