@@ -317,3 +317,25 @@ def test_a_training_step_holds_no_factorisation():
     factorisations = re.compile(r"= (cholesky|svd|eigh|qr|geqrf|triangular_solve|cond)\[")
     assert not factorisations.search(primitives(projected))
     assert factorisations.search(primitives(refresh(loss, tx, has_aux=True)))
+
+
+def test_each_counter_and_setting_of_a_donated_state_stays_in_its_buffer():
+    # Otherwise XLA copies hundreds of numbers at each step, each with a launch on a GPU.
+    config, params, batch = llama()
+    loss = functools.partial(batch_loss, config)
+    tx = galore_jax.chain(galore(rank=8), optax.adam(1e-3))
+    state = jax.tree.map(jnp.copy, tx.init(params))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, batch):
+        _, grads = value_and_grad(loss, tx, has_aux=True)(params, state, batch)
+        return apply_gradients(tx, grads, state, params)
+
+    def buffers(state):
+        bases = galore_states(state, inside_chains=True)[0].bases
+        leaves = jax.tree_util.tree_leaves_with_path(bases)
+        return {jax.tree_util.keystr(path): leaf.unsafe_buffer_pointer() for path, leaf in leaves}
+
+    before = buffers(state)
+    _, state = step(jax.tree.map(jnp.copy, params), state, batch)
+    assert buffers(state) == before

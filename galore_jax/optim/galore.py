@@ -256,12 +256,12 @@ def galore(
             _check_low_rank(moments, complement)
         lazy, seed = settings()
 
-        def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
-            projection, rule = basis.projection, complete(basis.projection)
-            check_settings(basis)
+        def at_leaf(old: Basis, gradient: Any) -> tuple[Any, Basis]:
+            projection, rule = old.projection, complete(old.projection)
+            check_settings(old)
             check_gradient(gradient, projection)
             basis = dataclasses.replace(
-                basis,
+                old,
                 scale=jnp.asarray(rule.scale, jnp.float32),
                 interval=jnp.array(rule.update_proj_gap, jnp.int32),
             )
@@ -283,7 +283,7 @@ def galore(
             update = Coordinates(value, projection, complement=outside, directions=directions)
             if basis.full_size:
                 update = projection.lift(basis.vectors, value).astype(gradient.dtype)
-            return update, count_update(basis, finite)
+            return update, _using_settings_of(old, count_update(basis, finite))
 
         pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
@@ -293,6 +293,17 @@ def galore(
         return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
     return GaLore(init_fn, update_fn)
+
+
+def _using_settings_of(old: Basis, new: Basis) -> Basis:
+    """The new basis, computed so that its settings depend on those of the old one.
+
+    JAX drops arguments that nothing depends on. It would then give the buffers of the donated state
+    to other numbers than those they hold, all of which XLA would copy at each step.
+    """
+    same = lambda old, new: jnp.where(old == new, old, new)
+    scale, interval = same(old.scale, new.scale), same(old.interval, new.interval)
+    return dataclasses.replace(new, scale=scale, interval=interval)
 
 
 def _check_max_gap(max_gap: Any, lazy_overlap: Any, update_proj_gap: Any) -> None:
