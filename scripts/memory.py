@@ -68,9 +68,9 @@ def main() -> None:
 
     from galore_jax.training.compile_targets import TARGETS, target
     from galore_jax.training.config_file import load_config
-    from galore_jax.training.layout import training_mesh
+    from galore_jax.training.layout import check_training_mesh
     from galore_jax.training.memory import baselines, compiled, predict
-    from galore_jax.training.mesh import mesh_sizes
+    from galore_jax.training.mesh import make_mesh, mesh_sizes
     from galore_jax.training.stepper import check_gpu
 
     if arguments.device not in ("cpu", *TARGETS):
@@ -96,8 +96,10 @@ def main() -> None:
         if devices > 1:
             jax.config.update("jax_num_cpu_devices", devices)
         check_gpu(config.optimizer)
-    with nullcontext() if card is None else target(arguments.device, sizes) as sharding:
-        mesh: Any = training_mesh(config) if sharding is None else sharding.mesh
+    cards = target(arguments.device, sizes, chosen.axis_types) if card else nullcontext()
+    with cards as sharding:
+        mesh: Any = make_mesh(chosen) if sharding is None else sharding.mesh
+        check_training_mesh(config, mesh)
         predicted = predict(config, mesh)
         name = name_of_devices(card, devices)
         print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)

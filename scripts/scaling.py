@@ -324,12 +324,9 @@ def main() -> None:
     parser.add_argument("--devices", default=["1", "8", "16", "64"], **{**names, "metavar": "N,…"})
     parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
     parser.add_argument("--rows", type=int, default=64, help="of a micro-batch on a device")
-    parser.add_argument(
-        "--tflops", type=float, default=400, help="of a device, for the statement at the end"
-    )
-    parser.add_argument(
-        "--network", type=float, default=50, help="GB/s between nodes of a device, likewise"
-    )
+    rate: dict[str, Any] = {"type": float, "metavar": "RATE"}
+    parser.add_argument("--tflops", default=400, help="of a device, for the last lines", **rate)
+    parser.add_argument("--network", default=50, help="GB/s between nodes, likewise", **rate)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures, in bytes")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw into this PNG")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -340,6 +337,7 @@ def main() -> None:
     if arguments.device == "cpu":
         start_cpus(max(map(int, arguments.devices)))
 
+    from galore_jax.training.layout import check_training_mesh
     from galore_jax.training.step_cost import step_cost, trainer_steps
 
     costs: dict[Case, Any] = {}
@@ -348,6 +346,7 @@ def main() -> None:
         start = time.perf_counter()
         config = configuration(case, arguments.rows, arguments.overrides)
         with mesh_for(case, arguments.device) as mesh:
+            check_training_mesh(config, mesh)
             steps = contrib_steps if case.optimizer == "contrib" else trainer_steps
             costs[case] = step_cost(config, mesh, *steps(config, mesh))
         seconds = time.perf_counter() - start
@@ -377,6 +376,10 @@ def check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--devices {number} is not a power of two: take 1, 2, 4, 8, …")
     require_choice("--device", arguments.device, ("cpu", "a100", "rtx4090", "h100"))
     require("--rows", arguments.rows, arguments.rows >= 1, "at least 1")
+    chosen = ("optimizer.name", "optimizer.gradients", "training.accumulation", "mesh.")
+    for override in arguments.overrides:
+        if override.startswith(chosen):
+            raise InputError(f"{override}: the options choose this, see --help.")
     for option in ("tflops", "network"):
         rate = getattr(arguments, option)
         require(f"--{option}", rate, 0 < rate < math.inf, "positive and finite")

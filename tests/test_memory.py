@@ -8,13 +8,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.training import compile_targets
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import from_dict, load_config, to_toml
 from galore_jax.training.memory import PARTS, baselines, predict
@@ -300,3 +303,17 @@ def test_a_wrong_argument_ends_in_one_sentence(tmp_path, capsys, arguments, expe
     assert message.startswith("error: ")
     assert message.count("\n") == 1
     assert expected in message
+
+
+def test_cards_that_cannot_divide_the_heads_end_in_one_sentence(tmp_path, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def target(name, sizes, axis_types):
+        assert axis_types == (AxisType.Explicit,) * 3
+        yield SimpleNamespace(mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types))
+
+    monkeypatch.setattr(compile_targets, "target", target)
+    with pytest.raises(SystemExit) as end:
+        run_script(tmp_path, tiny(), "--device", "h100", "mesh.tensor=4", 'mesh.axes="explicit"')
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: mesh.tensor is 4, which does not divide model.num_heads, 2:")

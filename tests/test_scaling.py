@@ -171,6 +171,8 @@ def test_the_weights_of_a_layer_are_gathered_when_they_are_used(tmp_path):
         (["--rows", "0"], "--rows must be at least 1"),
         (["--network", "0"], "--network must be positive and finite"),
         (["--tflops", "nan"], "--tflops must be positive and finite"),
+        (["optimizer.name=adamw"], "optimizer.name=adamw: the options choose this, see --help"),
+        (["mesh.fsdp=2"], "mesh.fsdp=2: the options choose this, see --help"),
         (["--json", "missing/figures.json"], "there is no folder missing for --json"),
         (["--device", "rtx9999", "--devices", "2"], "--device = 'rtx9999' is unknown"),
     ],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
 from galore_jax.types import PyTree
@@ -97,7 +97,11 @@ TARGETS = {
 
 
 @contextlib.contextmanager
-def target(name: str, axes: Mapping[str, int] | None = None) -> Iterator[NamedSharding]:
+def target(
+    name: str,
+    axes: Mapping[str, int] | None = None,
+    axis_types: tuple[AxisType, ...] | None = None,
+) -> Iterator[NamedSharding]:
     """A context that compiles for cards of one kind; nothing can be run in it.
 
         with target("rtx4090") as sharding:
@@ -108,9 +112,10 @@ def target(name: str, axes: Mapping[str, int] | None = None) -> Iterator[NamedSh
     Args:
       name: a key of `TARGETS`.
       axes: names and sizes of the axes of a mesh of cards; None: a single card.
+      axis_types: types of these axes; None: Auto.
 
     Yields:
-      The sharding of arrays that every card of the mesh has whole; its `mesh` has Auto axes.
+      The sharding of arrays that every card of the mesh has whole.
 
     Raises:
       InputError: there is no such target, or no CUDA compiler; more than `NODE` cards that do not
@@ -119,7 +124,7 @@ def target(name: str, axes: Mapping[str, int] | None = None) -> Iterator[NamedSh
     if name not in TARGETS:
         raise InputError(f'there is no target "{name}": take one of {", ".join(TARGETS)}.')
     with _environment():
-        mesh = _mesh(TARGETS[name], axes or {"device": 1})
+        mesh = _mesh(TARGETS[name], axes or {"device": 1}, axis_types)
         with jax.set_mesh(mesh):
             yield NamedSharding(mesh, PartitionSpec())
 
@@ -144,7 +149,9 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _mesh(gpu: GpuTarget, axes: Mapping[str, int]) -> Mesh:
+def _mesh(
+    gpu: GpuTarget, axes: Mapping[str, int], axis_types: tuple[AxisType, ...] | None
+) -> Mesh:
     cards = math.prod(axes.values())
     nodes, left = divmod(cards, NODE) if cards > NODE else (1, 0)
     if left:
@@ -160,7 +167,7 @@ def _mesh(gpu: GpuTarget, axes: Mapping[str, int]) -> Mesh:
             "no CUDA compiler was found: install galore-jax[cuda] on Python 3.12 or later, "
             "and start it before JAX uses another device."
         ) from error
-    return Mesh(np.reshape(topology.devices, tuple(axes.values())), tuple(axes))
+    return Mesh(np.reshape(topology.devices, tuple(axes.values())), tuple(axes), axis_types)
 
 
 def _text(gpu: GpuTarget) -> str:

@@ -17,7 +17,7 @@ from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.gradients import dropout_rngs, mean_gradients, seeded
 from galore_jax.training.layout import (
-    checked_mesh,
+    check_divisible,
     data_axes,
     jit_on,
     kernel_rules,
@@ -28,7 +28,7 @@ from galore_jax.training.layout import (
     whole,
     with_shardings,
 )
-from galore_jax.training.mesh import TENSOR
+from galore_jax.training.mesh import TENSOR, make_mesh
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
@@ -63,7 +63,9 @@ def finetuning_mesh(config: FinetuneConfig, encoder: EncoderConfig) -> Mesh | No
       InputError: as for `training_mesh`.
     """
     sizes = {"num_heads": encoder.num_heads, "intermediate_size": encoder.intermediate_size}
-    return checked_mesh(config.mesh, config.data.batch_size, sizes)
+    mesh = make_mesh(config.mesh)
+    check_divisible(mesh, config.data.batch_size, sizes)
+    return mesh
 
 
 def make_steps(

@@ -58,6 +58,13 @@ def training_mesh(config: Config) -> Mesh | None:
       InputError: the mesh does not have as many devices as there are, the rows of a micro-batch
         cannot be divided among them, or the heads, the MLP or the vocabulary cannot.
     """
+    mesh = make_mesh(config.mesh)
+    check_training_mesh(config, mesh)
+    return mesh
+
+
+def check_training_mesh(config: Config, mesh: Mesh | None) -> None:
+    """Raises an `InputError` if a training cannot be divided over a mesh: see `training_mesh`."""
     model = config.model
     sizes = {
         "num_heads": model.num_heads,
@@ -65,20 +72,15 @@ def training_mesh(config: Config) -> Mesh | None:
         "intermediate_size": model.intermediate_size,
         "vocab_size": model.vocab_size,
     }
-    return checked_mesh(config.mesh, config.data.batch_size, sizes, config.training.accumulation)
+    check_divisible(mesh, config.data.batch_size, sizes, config.training.accumulation)
 
 
-def checked_mesh(
-    config: MeshConfig, batch_size: int, sizes: Mapping[str, int], parts: int | None = None
-) -> Mesh | None:
-    """The mesh of all devices for a batch in some parts and a model with these sizes.
-
-    Raises:
-      InputError: as for `training_mesh`.
-    """
-    mesh = make_mesh(config)
+def check_divisible(
+    mesh: Mesh | None, batch_size: int, sizes: Mapping[str, int], parts: int | None = None
+) -> None:
+    """Raises an `InputError` if a mesh cannot divide a batch in some parts, or a model's sizes."""
     if mesh is None:
-        return None
+        return
     rows, divided = batch_size // (parts or 1), math.prod(mesh.shape[name] for name in BATCH_AXES)
     if rows % divided:
         possible = [size for size in divisors(mesh.size) if rows % size == 0]
@@ -95,7 +97,6 @@ def checked_mesh(
                 f"mesh.tensor is {mesh.shape[TENSOR]}, which does not divide model.{name}, {size}: "
                 f"choose {any_of(divisors(math.gcd(*sizes.values())))}."
             )
-    return mesh
 
 
 def moment_axes(config: MeshConfig, mesh: Mesh) -> tuple[str, ...]:

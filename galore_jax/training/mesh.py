@@ -49,6 +49,12 @@ class MeshConfig:
             )
         require_choice("mesh.axes", self.axes, ("auto", "explicit"))
 
+    @property
+    def axis_types(self) -> tuple[AxisType, ...]:
+        """JAX's types of the axes."""
+        kind = AxisType.Explicit if self.axes == "explicit" else AxisType.Auto
+        return (kind,) * len(AXES)
+
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     """The size of each axis of a mesh of this number of devices.
@@ -83,8 +89,7 @@ def make_mesh(config: MeshConfig) -> Mesh | None:
     sizes = mesh_sizes(config, jax.device_count())
     if jax.device_count() == 1:
         return None
-    kind = AxisType.Explicit if config.axes == "explicit" else AxisType.Auto
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(kind,) * len(AXES))
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=config.axis_types)
 
 
 def divisors(number: int) -> list[int]:
