@@ -30,6 +30,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Writes a JSON file that appears complete or not at all."""
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -52,10 +52,10 @@ With --json a file gets the rows too: {"bench": ..., "rows": [{"name": ..., "sec
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from galore_jax.errors import InputError, run_cli
+from galore_jax.files import write_json
 
 BENCHMARKS = ("refresh", "step", "optimizers", "state", "accumulate", "tokens", "sketch", "dead")
 
@@ -84,9 +84,7 @@ def main() -> None:
     rows = benchmark.measure(read_settings(benchmark.Settings, arguments.settings))
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"bench": arguments.bench, "rows": rows}, indent=1) + "\n"
-        )
+        write_json(arguments.json, {"bench": arguments.bench, "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ for the same model and batch. --optimizers predicts for several optimizers, of t
 """
 
 import argparse
-import json
 import math
 import sys
 from contextlib import nullcontext
@@ -27,7 +26,7 @@ from typing import Any
 
 from galore_jax.command_line import comma_separated
 from galore_jax.errors import InputError, check_installed, run_cli
-from galore_jax.files import atomic_write
+from galore_jax.files import atomic_write, write_json
 
 GIB = 2**30
 # The fraction of a card's memory that JAX allocates by default.
@@ -115,7 +114,7 @@ def main() -> None:
         print(f"\nCompiled for {name}, without such a card: nothing was run.")
         print(fit(max(step["total"] for step in steps.values()), card.memory))
     if arguments.json:
-        write_json(arguments.json, {"predicted": predicted, "compiled": steps})
+        write_json(arguments.json, {"predicted": predicted, "compiled": steps}, indent=1)
     if arguments.picture:
         shape = f"{config.data.batch_size} × {config.data.sequence_length} tokens per step"
         title = f"{Path(arguments.config).stem}, {shape}"
@@ -134,7 +133,7 @@ def compare(arguments: argparse.Namespace) -> None:
     trained = {label: trained_size(config) for label, config in configs.items()}
     print(predictions_table(predictions, trained))
     if arguments.json:
-        write_json(arguments.json, predictions)
+        write_json(arguments.json, predictions, indent=1)
 
 
 def name_of_devices(card: Any, number: int) -> str:
@@ -178,12 +177,6 @@ def predictions_table(predictions: dict[str, Parts], trained: dict[str, int]) ->
         figures = "".join(f"{sizes[part] / GIB:>12.3f}" for part in parts)
         lines.append(f"{label:<{width}}{trained[label]:>14,}{figures}")
     return "\n".join(lines)
-
-
-def write_json(file: Path, figures: Any) -> None:
-    """Writes the figures of --json."""
-    with atomic_write(file) as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def fit(needed: int, memory: int) -> str:

@@ -23,7 +23,6 @@ moments. The batch is that of the configuration, in micro-batches of --rows rows
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -35,7 +34,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from galore_jax.errors import InputError, check_installed, require, require_choice, run_cli
-from galore_jax.files import atomic_write
+from galore_jax.files import atomic_write, write_json
 
 GIB = 2**30
 NODE = 8  # as in galore_jax.training.compile_targets, which starts JAX
@@ -355,8 +354,7 @@ def main() -> None:
     print(table(costs))
     if arguments.json:
         rows = [asdict(case) | asdict(cost) for case, cost in costs.items()]
-        with atomic_write(arguments.json) as path:
-            path.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(arguments.json, rows, indent=1)
     print(f"\n{statement(costs, 1e12 * arguments.tflops, 1e9 * arguments.network)}".rstrip())
     if arguments.picture:
         draw(costs, arguments.picture)

@@ -29,7 +29,7 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from tqdm import tqdm
 
 from galore_jax.errors import InputError
-from galore_jax.files import UNFINISHED, atomic_write
+from galore_jax.files import UNFINISHED, atomic_write, write_json
 from galore_jax.lock import locked
 
 # Their classes are created at import, which type checkers cannot see.
@@ -172,8 +172,7 @@ def _claim(target: Path, inputs: Mapping[str, str]) -> None:
             f"{target} holds files that are not from prepare_c4: choose another --out."
         )
     else:
-        with atomic_write(record) as unfinished:
-            unfinished.write_text(json.dumps(inputs, indent=1))
+        write_json(record, inputs, indent=1)
 
 
 def _convert(sources: Mapping[Path, Path], workers: int) -> None:
@@ -244,9 +243,8 @@ def _write_shard(file: Path, shard: Path) -> None:
                     writer.close()
                 raise
             writer.close()
-        except (
-            RuntimeError
-        ) as error:  # The only exception that array_record has for a failed write.
+        # The only exception that array_record has for a failed write.
+        except RuntimeError as error:
             if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(shard)) from error
             raise InputError(f"{shard} cannot be written: {error}.") from error

@@ -44,7 +44,8 @@ def describe(
     Examples:
       >>> import galore_jax, jax.numpy as jnp, optax
       >>> params = {"bias": jnp.zeros(256), "kernel": jnp.zeros((2, 64, 256))}
-      >>> print(describe(params, galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))))
+      >>> tx = galore_jax.chain(galore_jax.galore(8), optax.adam(1e-3))
+      >>> print(galore_jax.describe(params, tx))
       path    matrices      side  rank  bytes saved
       bias    -             -        -            0
       kernel  2 x 64 x 256  left     8      225,216

@@ -6,7 +6,7 @@ there: an array, codes with their scales, a `Basis`, or the state of a per-matri
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,9 +16,7 @@ from jax import lax
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import MatrixView
 from galore_jax.subspace.projection import Coordinates, is_coordinates
-from galore_jax.types import PyTree
-
-KeyPath = tuple[Hashable, ...]
+from galore_jax.types import KeyPath, PyTree
 
 LAYERS = "layers"
 

@@ -19,7 +19,7 @@ from jax import lax
 from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_tables
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype
-from galore_jax.grads.value_and_grad import Loss, Path, PyTree, TracedLoss, Uses, bases_in
+from galore_jax.grads.value_and_grad import Loss, Names, TracedLoss, Uses, bases_in
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, map_batch, names_of
@@ -38,9 +38,10 @@ from galore_jax.subspace.methods import orthonormalise, span
 from galore_jax.subspace.placement import constrain_coordinates, matrices_partition
 from galore_jax.subspace.projection import Side
 from galore_jax.subspace.refresh import Sketch, refresh_basis
+from galore_jax.types import PyTree
 
 # Coordinates of the gradient in given bases, by a backward pass.
-Backward = Callable[[dict[Path, Basis]], dict[Path, jax.Array]]
+Backward = Callable[[dict[Names, Basis]], dict[Names, jax.Array]]
 OPPOSITE: dict[Side, Side] = {"left": "right", "right": "left"}
 
 
@@ -122,7 +123,7 @@ def refresh(
             return mean_over_shards(of_shard, axes, (params, bases, arrays, given), *batch)
 
         # Which parameters the loss multiplies by.
-        uses: dict[Path, Uses] = {}
+        uses: dict[Names, Uses] = {}
 
         def record_uses(traced: TracedLoss, _: None) -> jax.Array:
             uses.update(traced.uses)
@@ -135,7 +136,7 @@ def refresh(
             if is_basis(basis) and uses[basis.projection.path].gradient != "full"
         }
 
-        def backward(given: dict[Path, Basis]) -> dict[Path, jax.Array]:
+        def backward(given: dict[Names, Basis]) -> dict[Names, jax.Array]:
             def chosen(basis: Basis, param: jax.Array) -> Any:
                 if basis.projection.path not in given:
                     return optax.MaskedNode()
@@ -167,7 +168,7 @@ def _check_axis_name(axis_name: AxisNames | None) -> None:
         )
 
 
-def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch]:
+def _sketches(backward: Backward, bases: dict[Names, Basis]) -> dict[Names, Sketch]:
     """A sketch for each basis; nothing is computed if none is due.
 
     Only subspace iteration needs backward passes: random bases are drawn later, and the methods
@@ -184,10 +185,10 @@ def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch
     if not iterated:
         return sketches
 
-    def one_round(_: int, sketches: dict[Path, Sketch]) -> dict[Path, Sketch]:
+    def one_round(_: int, sketches: dict[Names, Sketch]) -> dict[Names, Sketch]:
         # The second side of a two-sided basis takes two more passes.
         for place in range(max(len(basis.projection.sides) for basis in iterated.values())):
-            sides: dict[Path, Side] = {
+            sides: dict[Names, Side] = {
                 path: basis.projection.sides[place]
                 for path, basis in iterated.items()
                 if place < len(basis.projection.sides)
@@ -204,15 +205,15 @@ def _sketches(backward: Backward, bases: dict[Path, Basis]) -> dict[Path, Sketch
 
 def _half_round(
     backward: Backward,
-    bases: dict[Path, Basis],
-    sides: dict[Path, Side],
-    sketches: dict[Path, Sketch],
-) -> dict[Path, Sketch]:
+    bases: dict[Names, Basis],
+    sides: dict[Names, Side],
+    sketches: dict[Names, Sketch],
+) -> dict[Names, Sketch]:
     """New vectors on one side of each basis in `sides`, by two backward passes."""
 
     def coordinates(
-        side_of: dict[Path, Side], vectors: dict[Path, jax.Array]
-    ) -> dict[Path, jax.Array]:
+        side_of: dict[Names, Side], vectors: dict[Names, jax.Array]
+    ) -> dict[Names, jax.Array]:
         return backward(
             {path: _one_sided(bases[path], side, vectors[path]) for path, side in side_of.items()}
         )
@@ -266,7 +267,7 @@ def _float32(stored: Any) -> jax.Array:
     return with_auto_axes(as_float32, stored, out=lambda: specs_of(codes))
 
 
-def _refreshed(opt_state: PyTree, sketches: dict[Path, Sketch]) -> PyTree:
+def _refreshed(opt_state: PyTree, sketches: dict[Names, Sketch]) -> PyTree:
     """The state with bases renewed from the sketches, and with its moments in them."""
     basis_updates = {}
 

@@ -31,7 +31,7 @@ from galore_jax.subspace.placement import constrain_coordinates, coordinates_par
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
-Path = tuple[str, ...]
+Names = tuple[str, ...]
 Loss = Callable[..., Any]
 
 
@@ -188,7 +188,7 @@ class TracedLoss:
         pair, gradients = self._differentiate(self._bases, set(range(len(self._leaves))))
         return pair if self._has_aux else pair[0], self._tree.unflatten(gradients)
 
-    def coordinates(self, bases: PyTree) -> dict[Path, Coordinates]:
+    def coordinates(self, bases: PyTree) -> dict[Names, Coordinates]:
         """Coordinates of the gradients in the given bases, by path.
 
         The bases may be some of its own or replacements for them. Parameters that the loss never
@@ -201,7 +201,7 @@ class TracedLoss:
         leaves = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))
         return {i: basis for i, basis in leaves if is_basis(basis)}
 
-    def _find_uses(self) -> dict[Path, Uses]:
+    def _find_uses(self) -> dict[Names, Uses]:
         products: set[int] = set()
         reasons: dict[int, dict[str, None]] = {i: {} for i in self._bases}
 

@@ -1,13 +1,12 @@
 """Adapters of a decoder: merged into its kernels part by part, or in the format of PEFT."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import write_json
 from galore_jax.interop.huggingface import model_leaves
 from galore_jax.interop.tensors import write_file
 from galore_jax.models.adapters import KERNEL, A, Adapter, B, product
@@ -88,5 +87,4 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    with atomic_write(folder / CONFIG) as file:
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, content)

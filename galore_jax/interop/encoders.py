@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write, read_json
+from galore_jax.files import read_json, write_json
+from galore_jax.interop.config_json import CONFIG
 from galore_jax.interop.tensors import (
     SINGLE,
     check_dtypes,
@@ -122,7 +123,7 @@ def encoder_config(folder: str | Path) -> EncoderConfig:
     Raises:
       InputError: there is no such file, it is damaged, or describes a model of another kind.
     """
-    path = Path(folder, "config.json")
+    path = Path(folder, CONFIG)
     settings = read_json(path)
     _check_supported(path, "model_type", settings.get("model_type"), ARCHITECTURES)
     for name, supported in _SUPPORTED.items():
@@ -259,8 +260,7 @@ def save_encoder(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / SINGLE, tensors)
-    with atomic_write(folder / "config.json") as unfinished:
-        unfinished.write_text(json.dumps(_hugging_face_config(model, labels), indent=2) + "\n")
+    write_json(folder / CONFIG, _hugging_face_config(model, labels))
 
 
 def _class_names(labels: Sequence[str], count: int = 1) -> list[str]:
@@ -268,7 +268,7 @@ def _class_names(labels: Sequence[str], count: int = 1) -> list[str]:
 
 
 def _stored_class_names(folder: Path) -> list[str]:
-    path = folder / "config.json"
+    path = folder / CONFIG
     names = read_json(path).get("id2label") or {}
     if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
         raise InputError(f"{path}: id2label must map whole numbers to labels, not {names!r}.")

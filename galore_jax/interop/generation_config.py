@@ -1,9 +1,8 @@
 """The generation_config.json of Hugging Face's transformers."""
 
-import json
 from pathlib import Path
 
-from galore_jax.files import atomic_write, read_json
+from galore_jax.files import read_json, write_json
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -23,5 +22,4 @@ def copy_generation_config(source: Path, folder: Path, *, eos_id: int | None = N
     ends = ends if isinstance(ends, list) else [ends]
     if eos_id is not None and eos_id not in ends:
         content["eos_token_id"] = [*ends, eos_id]
-    with atomic_write(folder / GENERATION_CONFIG) as file:
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / GENERATION_CONFIG, content)

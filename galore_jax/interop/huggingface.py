@@ -6,7 +6,6 @@ in layers, which are stacked here, and in kernels, which PyTorch keeps as (out, 
 A leaf of the parameters is named by its path, as in "layers/attention/q_proj/kernel".
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import write_json
 from galore_jax.interop.config_json import CONFIG, to_json
 from galore_jax.interop.tensors import (
     INDEX,
@@ -169,8 +168,7 @@ def write_model(
 
     shapes = {name: leaf.tensor_shape for name, (_, leaf, _) in found.items()}
     write_tensors(folder, shapes, jnp.dtype(config.dtype), tensor, shard_bytes)
-    with atomic_write(folder / CONFIG) as file:
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, content)
 
 
 def _check_fit(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None:

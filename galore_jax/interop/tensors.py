@@ -1,6 +1,5 @@
 """Named tensors in a folder of safetensors files: one file, or several with an index."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write, read_json
+from galore_jax.files import atomic_write, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "BF16", "F16")
@@ -118,8 +117,7 @@ def write_tensors(
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        with atomic_write(folder / INDEX) as path:
-            path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        write_json(folder / INDEX, index)
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -1,1 +1,1 @@
-"""The optax face: `galore`, `chain`, the ready-made optimizers, and how updates are applied."""
+"""The optax interface: `galore`, `chain`, ready-made optimizers, and how updates are applied."""

@@ -13,9 +13,7 @@ from jax.sharding import PartitionSpec
 from galore_jax.ops.implementation import Implementation, adam_8bit_of
 from galore_jax.ops.quantization import Code, Quantized, zeros_like
 from galore_jax.optim.flax_serialization import register_if_flax_imported
-from galore_jax.types import PyTree
-
-Mask = PyTree | Callable[[PyTree], PyTree] | None
+from galore_jax.types import Mask, PyTree
 
 # Smaller leaves keep float32 moments, as in the implementation of arXiv 2110.02861, and so do those
 # with a shorter last axis, whose scales would use up what the codes save.

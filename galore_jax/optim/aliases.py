@@ -8,7 +8,7 @@ import jax
 import optax
 
 from galore_jax.ops.implementation import Implementation
-from galore_jax.optim.adam8bit import Mask, scale_by_adam8bit
+from galore_jax.optim.adam8bit import scale_by_adam8bit
 from galore_jax.optim.chain import Chain, chain
 from galore_jax.optim.clipping import clip_by_matrix_rms
 from galore_jax.optim.factored_rms import scale_by_factored_rms
@@ -17,7 +17,7 @@ from galore_jax.optim.muon import scale_by_muon
 from galore_jax.optim.weight_decay import decay_weights
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rank
-from galore_jax.types import PyTree
+from galore_jax.types import Mask, PyTree
 
 Make = TypeVar("Make", bound=Callable[..., Chain])
 

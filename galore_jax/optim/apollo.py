@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.implementation import Implementation
-from galore_jax.optim.adam8bit import Mask
 from galore_jax.optim.aliases import choose_adam, with_settings_of_galore
 from galore_jax.optim.chain import Chain, chain
 from galore_jax.optim.channels import channel_norms, limit_growth, norm_ratio, scale_channels
@@ -18,6 +17,7 @@ from galore_jax.optim.weight_decay import decay_weights
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import Coordinates
 from galore_jax.subspace.rules import Rank
+from galore_jax.types import Mask
 
 # The scale of APOLLO-Mini: arXiv 2412.05270, section 4.2.
 MINI_SCALE = math.sqrt(128)

@@ -11,6 +11,9 @@ from galore_jax.optim.complement import without_complement
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
+# Elements from `_LARGE` on are scaled down before they are squared: float32 overflows at 2^128.
+_LARGE, _SCALE = 2.0**40, 2.0**-80
+
 
 def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` by the norm of the finite elements.
@@ -51,10 +54,6 @@ def finite_squares(tree: PyTree) -> jax.Array:
         # A single reduction, for which XLA stores no array; larger elements count as the bound.
         squares += jnp.sum(jnp.minimum(jnp.where(finite, part, 0) ** 2, _LARGE**2))
     return jnp.minimum(squares, _LARGE**2)
-
-
-# Elements from `_LARGE` on are scaled down before they are squared: float32 overflows at 2^128.
-_LARGE, _SCALE = 2.0**40, 2.0**-80
 
 
 def _squares_and_large_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:

@@ -1,7 +1,7 @@
 """Optimizer states that lie where their parameters lie on a mesh."""
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +23,7 @@ from galore_jax.subspace.placement import (
     moment_partition,
 )
 from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
-from galore_jax.types import PyTree
-
-KeyPath = tuple[Hashable, ...]
+from galore_jax.types import KeyPath, PyTree
 
 
 def init(tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = ()) -> PyTree:

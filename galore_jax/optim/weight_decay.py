@@ -1,6 +1,5 @@
 """Decoupled weight decay of full weights, for chains with galore."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import optax
 from galore_jax.subspace.matrix_view import is_function, unboxed
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.subspace.rules import static_hint
-from galore_jax.types import PyTree
+from galore_jax.types import Mask, PyTree
 
 
 class DecayWeightsState(NamedTuple):
@@ -23,7 +22,7 @@ class DecayWeightsState(NamedTuple):
 def decay_weights(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float | jax.Array,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformation:
     """Decoupled decay of full weights, as the last transformation of a chain with galore.
 

@@ -1,1 +1,1 @@
-"""The LLaMA trainer: configuration, step, loop, evaluation, checkpoints and metrics."""
+"""The trainer of LLaMAs, and the fine-tuning of encoders."""

@@ -149,9 +149,7 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _mesh(
-    gpu: GpuTarget, axes: Mapping[str, int], axis_types: tuple[AxisType, ...] | None
-) -> Mesh:
+def _mesh(gpu: GpuTarget, axes: Mapping[str, int], axis_types: tuple[AxisType, ...] | None) -> Mesh:
     cards = math.prod(axes.values())
     nodes, left = divmod(cards, NODE) if cards > NODE else (1, 0)
     if left:

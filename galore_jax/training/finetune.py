@@ -13,9 +13,10 @@ import numpy as np
 
 from galore_jax.data.glue import TASKS, Task, encode, load_examples, write_predictions
 from galore_jax.data.glue_metrics import check_metrics, predictions_of, scores
+from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokenizer
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write, read_json
+from galore_jax.files import atomic_write, read_json, write_json
 from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.interop.tokenizer_files import copy_tokenizer
@@ -35,7 +36,6 @@ from galore_jax.types import PyTree
 CONFIG = "config.toml"
 # The key of a result that holds the message of a `NotFiniteError`.
 DIVERGED = "diverged"
-Rows = dict[str, np.ndarray]
 
 
 class NotFiniteError(InputError):
@@ -86,7 +86,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     # A summary of more seeds stays.
     written = folder / "summary.json"
     if missing or not written.exists() or len(read_json(written)["best"]) < len(best):
-        _write(written, summary)
+        write_json(written, summary)
     return summary
 
 
@@ -123,9 +123,9 @@ def _finetune_seeds(
             try:
                 results[seed] = _finetune_once(config, task, model, compiled, rows, seed)
             except NotFiniteError as error:
-                _write(_result(folder, seed), {DIVERGED: str(error)})
+                write_json(_result(folder, seed), {DIVERGED: str(error)})
                 raise
-            _write(_result(folder, seed), results[seed])
+            write_json(_result(folder, seed), results[seed])
         return results
 
 
@@ -139,11 +139,6 @@ def _read_result(folder: Path, seed: int) -> dict[str, Any]:
     if DIVERGED in result:
         raise NotFiniteError(result[DIVERGED])
     return result
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _finetune_once(

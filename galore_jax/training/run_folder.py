@@ -1,6 +1,7 @@
 """The folder of a run: its files, and the conditions to start or resume a run there.
 
     config.toml     the complete configuration
+    text.json       a fingerprint of the training text
     metrics.jsonl   one line per step and per evaluation
     checkpoints/    the latest checkpoints
     tensorboard/    on request
@@ -14,7 +15,6 @@ which affect output, evaluation and checkpoints, but not what is computed.
 """
 
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from galore_jax.errors import FULL_DISK, InputError
-from galore_jax.files import atomic_write, read_json
+from galore_jax.files import atomic_write, read_json, write_json
 from galore_jax.lock import locked
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
@@ -130,8 +130,7 @@ def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None
       InputError: the text is another one.
     """
     if not (resume and run.text.exists()):
-        with atomic_write(run.text) as path:
-            path.write_text(json.dumps(found) + "\n")
+        write_json(run.text, found, indent=None)
         return
     recorded = read_json(run.text)
     if recorded != found:

@@ -14,6 +14,7 @@ import galore_jax
 from galore_jax.grads import layerwise
 from galore_jax.models.adapters import combine, is_factor, split
 from galore_jax.models.llama import Llama
+from galore_jax.optim.state import to_float32
 from galore_jax.training.config import Config, naming_settings
 from galore_jax.training.layout import (
     batch_sharding,
@@ -54,7 +55,7 @@ def init_state(config: Config) -> TrainState:
     params = init_params(config, jax.random.key(config.training.seed))
     tx, module = _optimizer(config)
     with naming_settings():
-        opt_state = module.init(tx, _in_float32(trained(config, params)[0]))
+        opt_state = module.init(tx, to_float32(trained(config, params)[0]))
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 
@@ -130,7 +131,7 @@ def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
     params, over = with_shardings(shapes.params, shardings), moment_axes(config.mesh, mesh)
     # This tree knows the partitions of the parameters, by which later updates divide their work.
     updated, _ = trained(config, params)
-    shardings = module.state_shardings(tx, _in_float32(updated), over=over)
+    shardings = module.state_shardings(tx, to_float32(updated), over=over)
     opt_state = with_shardings(shapes.opt_state, shardings)
     return TrainState(params, opt_state, with_shardings(shapes.step, whole(mesh)))
 
@@ -140,17 +141,6 @@ def _optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
     is_layerwise = config.training.layerwise
     tx = make_optimizer(config.optimizer, config.training.steps, clips=not is_layerwise)
     return tx, layerwise if is_layerwise else galore_jax
-
-
-def _in_float32(params: PyTree) -> PyTree:
-    """The moments of every optimizer are float32, whatever the dtype of the parameters."""
-
-    def cast(leaf: Any) -> Any:
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf.update(dtype=jnp.float32)
-        return leaf.astype(jnp.float32)
-
-    return jax.tree.map(cast, params)
 
 
 def batch_shapes(config: Config, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:

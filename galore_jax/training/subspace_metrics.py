@@ -8,8 +8,8 @@ With GaLore, over all projected matrices:
     refreshes_saved   number of refreshes saved so far by lazily doubled gaps
     skipped           number of updates skipped so far because a matrix's gradient was not finite
 
-With `training.diagnostics`, at the cost of a product of the gradient with each basis and a copy of
-the projected weights:
+With `training.diagnostics`, at the cost of a product of the gradient with each basis, a copy of the
+projected weights and, with projected gradients, the full gradients:
 
     captured_energy   fraction of the gradients' sum of squares that is in the subspaces
     update_ratio      norm of the change of the weights over the norm of the weights

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from benchmarks.baselines import GAP, Baseline, Loss, PyTree, baselines, staggered
+from benchmarks.baselines import GAP, Baseline, Loss, baselines, staggered
 from benchmarks.models import (
     blocks_loss,
     init_llama,
@@ -23,6 +23,7 @@ from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.basis import is_basis
 from galore_jax.training.config_file import load_config
+from galore_jax.types import PyTree
 
 LAYERS = {"blocks": 4, "llama": 24}
 DENSE = ("flax", "galore_jax")
