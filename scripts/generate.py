@@ -19,16 +19,16 @@ def main() -> None:
     parser.add_argument("folder", metavar="RUN_FOLDER", help="folder of a training run")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument(
-        "--tokens", type=int, default=200, help="how many to generate (default: 200)"
+        "--tokens", type=int, default=200, help="how many to generate (default: %(default)s)"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
-        help="0 takes the most likely (default: 0.8)",
+        help="0 takes the most likely (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=0, help="sample among the k most likely; 0: all (the default)"
+        "--top-k", type=int, default=0, help="sample among the k most likely; 0: all (default: 0)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="random seed of the sampling (default: %(default)s)"

@@ -10,7 +10,9 @@ from galore_jax.errors import check_installed, run_cli
 
 def main() -> None:
     """Reads the arguments and draws."""
-    parser = argparse.ArgumentParser(description="Draws the curves of runs into one picture.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--out", default="curves.png", help="the PNG to write")
     arguments = parser.parse_args()

@@ -25,7 +25,9 @@ from galore_jax.errors import run_cli
 
 def main() -> None:
     """Reads the arguments and trains."""
-    parser = argparse.ArgumentParser(description="Trains a LLaMA from a configuration file.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
     parser.add_argument("--resume", action="store_true", help="continue the run in its folder")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")

@@ -49,7 +49,7 @@ def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
     rows = {row["name"]: row for row in refresh_rows}
     assert list(rows) == ["subspace_iteration", "eigh", "svd", "random"]
     assert all(row["size"] == "32x48" and row["rank"] == 8 for row in refresh_rows)
-    assert all(row["seconds"] > 0 and not row["amortised"] for row in refresh_rows)
+    assert all(row["seconds"] > 0 for row in refresh_rows)
     # Energies are sums of 32 * 48 float32 squares.
     assert all(0 < row["energy"] <= 1 + 1e-5 for row in refresh_rows)
     assert rows["eigh"]["relative_energy"] == pytest.approx(1, abs=1e-4)

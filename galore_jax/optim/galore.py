@@ -111,13 +111,14 @@ def galore(
       refresh: "subspace_iteration" (matrix products only, warm-started), "eigh" (exact, from the
         smaller Gram matrix), "svd" (exact, slow) or "random" (independent of the gradient).
       weight_dimension_numbers: which axes are in and out, as in `optax.contrib.galore`, for
-        kernels with heads or of convolutions; see `matrix_view.matrix_views`. The leaves named here
-        are projected whatever their name is.
+        kernels with heads or of convolutions. The leaves named here are projected whatever their
+        name is.
       rules: by pattern of the path, a glob or a compiled regular expression, a `Rule` for the
         leaves it matches, or None not to project them. The first match wins, and a leaf that a
         `Rule` matches is projected even if it is an embedding, a head or part of a norm.
       moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
-        "keep" (the reference) or "rotate" (express them in the new basis; see `moments.rotated`).
+        "keep" (the reference) or "rotate" (express them in the new basis, as LDAdam, arXiv
+        2410.16103, does).
       stagger: spread the refreshes after update 0 evenly over the interval, so that no later step
         has to do all of them.
       lazy_overlap: if the mean squared cosine of the principal angles between the old and the new
@@ -125,7 +126,7 @@ def galore(
         arXiv 2407.08296, compares single vectors). None: every gap is T.
       max_gap: upper bound of a doubled gap; None: 8 T.
       basis_dtype: dtype of the stored bases: float32 (None), bfloat16 or float16; int8 stores
-        block-wise codes (`ops.quantization`).
+        codes with a scale for each block, as 8-bit moments are stored.
       complement: number k of random directions outside each subspace, an integer or a fraction of
         the smaller side; None: 0. They are drawn anew at every update and stored nowhere, and the
         backward pass computes coordinates in them too. Along them the optimizer takes the step

@@ -60,10 +60,10 @@ def state_shardings(
 ) -> PyTree:
     """The shardings of the state that `init` returns, for `jax.jit` or a checkpoint.
 
-    Everything is derived from the shardings of the parameters (see `subspace.placement`): bases are
-    divided along their long axis; coordinates, moments and their 8-bit codes along the axis that
-    the projection keeps, or along the rank; other moments like their parameter. Counters are
-    divided as the matrices that they belong to, schedules are not.
+    Everything is derived from the shardings of the parameters: bases are divided along their long
+    axis; coordinates, moments and their 8-bit codes along the axis that the projection keeps, or
+    along the rank; other moments like their parameter. Counters are divided as the matrices that
+    they belong to, schedules are not.
 
     Args:
       tx: any transformation.

@@ -54,7 +54,7 @@ class GlueConfig:
 
 
 @dataclass(frozen=True)
-class FinetuningConfig:
+class EpochsConfig:
     """`[training]`: how long, how often, and where the results go.
 
     Attributes:
@@ -93,7 +93,7 @@ class FinetuneConfig:
     model: CheckpointConfig = field(default_factory=CheckpointConfig)
     data: GlueConfig = field(default_factory=GlueConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    training: FinetuningConfig = field(default_factory=FinetuningConfig)
+    training: EpochsConfig = field(default_factory=EpochsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):

@@ -103,7 +103,6 @@ def measure_size(size: Size, settings: Settings) -> list[Row]:
             "speedup": median["svd"] / median[name],
             "energy": energies[name],
             "relative_energy": energies[name] / energies["svd"],
-            "amortised": False,
         }
         for name in REFRESH
     ]

@@ -85,7 +85,6 @@ def measure_size(
             "tokens": tokens,
             "seconds": time,
             "of_adamw": time / median["adamw"],
-            "amortised": False,
         }
         for name, time in median.items()
     ]
