@@ -214,6 +214,11 @@ def test_a_split_almost_without_text_is_refused(texts, rows, split, empty):
         make(config(rows), TOKENIZER)
 
 
+def test_a_sample_starts_with_the_first_text_that_is_not_blank(texts):
+    texts["validation"] = ["", " \n", "Once upon a time"]
+    assert batches.first_prompt(config(), 4) == "Once"
+
+
 def test_text_in_few_of_many_documents_is_enough(texts):
     texts["train"] = ([""] * 99 + ["x" * 200]) * 100
     assert (next(train_batches(config(), TOKENIZER))["segments"] > 0).all()

@@ -101,12 +101,12 @@ def test_the_way_back_gives_the_same_model(run, folder, params, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("theirs", "exported"), [([5, 2], [5, 2]), (5, [5, 2]), (2, 2), (None, [2])]
+    ("theirs", "exported"), [([5, 2], [5, 2]), (5, [5, 2]), (2, 2), (None, [2]), ("absent", [2])]
 )
 def test_settings_of_generation_go_along_with_the_end_of_the_tokenizer(
     folder, tmp_path, theirs, exported
 ):
-    ends = {} if theirs is None else {"eos_token_id": theirs}
+    ends = {} if theirs == "absent" else {"eos_token_id": theirs}
     shutil.copytree(folder, tmp_path / "theirs")
     (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"top_k": 3} | ends))
     from_huggingface(tmp_path / "theirs", tmp_path / "run")

@@ -211,6 +211,16 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
     (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4])
     assert (row.rate, row.is_tuned) == (1e-4, False)
     assert "best rate is at the end of the grid: adamw. Extend the grid" in table([row])
+    # One whose every rate diverges, first or later, does not end the comparison.
+    (tmp_path / "all").mkdir()
+    folder = configured(tmp_path, tmp_path / "all", {"name": "adamw"})
+    rows = compare_finetuning({"adamw": folder, "lora": folder}, [1e-3])
+    assert [row.summary for row in rows] == [None, None]
+    written = (tmp_path / "all" / "comparison.md").read_text()
+    assert written.count("| 0.001 | diverged |  |  |  |  |  |") == 2
+    metrics[1e-3] = 0.8
+    rows = [rows[0], *compare_finetuning({"lora": folder}, [1e-3])]
+    assert "| lora | 0.001 | 0.8000 | 0.0000 |  |  |" in table(rows)
 
 
 def test_outputs_that_are_not_finite_are_refused_although_the_losses_are(

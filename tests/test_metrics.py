@@ -267,6 +267,13 @@ def test_labels_cover_neither_points_nor_other_labels(tmp_path, monkeypatch):
     assert not any(box.contains(*point) for box in boxes for point in points)
 
 
+def test_a_run_without_a_finite_loss_is_drawn_without_a_warning(tmp_path):
+    run = a_run(tmp_path / "run")
+    Metrics(run, 0, tensorboard=False).write([{"step": n, "loss": math.nan} for n in range(3)])
+    plot_curves([run.path], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_a_folder_without_a_run_is_not_drawn(tmp_path):
     with pytest.raises(InputError, match="there is no run to plot in"):
         plot_curves([tmp_path], tmp_path / "none.png")

@@ -241,9 +241,9 @@ def special_tokens(folder: Path) -> dict[str, str]:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """Trains a SentencePiece unigram model: pad 0, eos 1, unk 2, as in T5.
 
-    Unlike T5's vocabulary it encodes every text without loss: no normalisation, spaces are kept,
-    and characters without a piece become bytes, so that nothing is unknown. Equal input gives equal
-    bytes.
+    Unlike T5's vocabulary it encodes texts without loss: no normalisation, spaces are kept, and
+    characters without a piece become bytes, so that nothing is unknown. Only U+2581, with which
+    SentencePiece marks a space, is decoded as one. Equal input gives equal bytes.
 
     Args:
         texts: documents; they are split into lines, so no piece spans a line break.

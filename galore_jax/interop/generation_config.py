@@ -18,8 +18,8 @@ def copy_generation_config(source: Path, folder: Path, *, eos_id: int | None = N
     if not (source / GENERATION_CONFIG).is_file():
         return
     content = read_json(source / GENERATION_CONFIG)
-    ends = content.get("eos_token_id", [])
-    ends = ends if isinstance(ends, list) else [ends]
+    ends = content.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if eos_id is not None and eos_id not in ends:
         content["eos_token_id"] = [*ends, eos_id]
     write_json(folder / GENERATION_CONFIG, content)

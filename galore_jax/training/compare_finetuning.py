@@ -28,13 +28,13 @@ class Row(NamedTuple):
       label: its label.
       rate: the chosen learning rate.
       is_tuned: whether that is not the end of the grid.
-      summary: that of `finetune` at this rate.
+      summary: that of `finetune` at this rate; None if the training diverges with one of the seeds.
     """
 
     label: str
     rate: float
     is_tuned: bool
-    summary: dict[str, Any]
+    summary: dict[str, Any] | None
 
 
 def compare_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[float]) -> list[Row]:
@@ -64,7 +64,10 @@ def compare_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[fl
         first = [_metric(_at(label, config, rate, 1)) for rate in grid]
         best = int(np.argmax(first))
         is_tuned = len(grid) == 1 or 0 < best < len(grid) - 1
-        summary = finetune(_at(label, config, grid[best], seeds))
+        try:
+            summary = finetune(_at(label, config, grid[best], seeds))
+        except NotFiniteError:
+            summary = None
         rows.append(Row(label, grid[best], is_tuned, summary))
     folder = Path(next(iter(configs.values())).training.folder)
     with atomic_write(folder / "comparison.md") as path:
@@ -79,11 +82,15 @@ def table(rows: Sequence[Row]) -> str:
     last sentence names the optimizers whose best rate is at the end of the grid.
     """
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
-    baseline = next((row for row in rows if row.label == "adamw"), None)
+    baseline = next((row.summary for row in rows if row.label == "adamw"), None)
     for row in rows:
+        if row.summary is None:
+            cells = (row.label, f"{row.rate:g}", "diverged", *[""] * (len(COLUMNS) - 3))
+            lines.append(f"| {' | '.join(cells)} |")
+            continue
         difference, interval = "", ""
-        if baseline is not None and row is not baseline:
-            pairs = np.subtract(row.summary["best"], baseline.summary["best"])
+        if baseline is not None and row.summary is not baseline:
+            pairs = np.subtract(row.summary["best"], baseline["best"])
             difference = f"{pairs.mean():+.4f}"
             if len(pairs) > 1:
                 half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)

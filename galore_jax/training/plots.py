@@ -68,7 +68,7 @@ def plot_curves(
         above.plot(step, smooth, color=colour, linestyle=line, linewidth=1.6, label=label)
         above.plot(points, validation, "o", color=colour, markersize=5.5, markeredgecolor="white")
         below.plot(step, rate, color=colour, linestyle=line, linewidth=1.6)
-        lowest += [np.nanmin(smooth), *validation]
+        lowest += [*smooth, *validation]
         highest.append(smooth[int(STEEP_PART * smooth.size)])
         if run.summary.exists() and (bigram := read_summary(run).bigram_loss) is not None:
             bigrams[bigram] = colour
@@ -84,8 +84,9 @@ def plot_curves(
         highest.append(bigram)
 
     # Limits, labels and style.
-    bottom, top = np.nanmin(lowest), np.nanmax(highest)
-    if np.isfinite(top - bottom) and top > bottom:
+    finite = lambda values: [value for value in values if np.isfinite(value)]
+    bottom, top = min(finite(lowest), default=0.0), max(finite(highest), default=0.0)
+    if top > bottom:
         above.set_ylim(bottom - 0.06 * (top - bottom), top + 0.06 * (top - bottom))
     above.plot([], [], "o", color="#666666", markersize=5.5, label="validation")
     above.set_ylabel("loss per token (nats)")
