@@ -199,6 +199,30 @@ def test_the_second_step_does_not_recompile_and_donated_buffers_are_reused():
     assert step._cache_size() == 1
 
 
+def arrays_for_scale_and_seed():
+    make = lambda scale, seed: chain(galore(4, scale=scale, seed=seed), optax.sgd(1.0))
+    return make(jnp.float32(0.5), jnp.uint32(3))
+
+
+def injected_hyperparameters():
+    make = optax.inject_hyperparams(
+        galore_jax.adamw, static_args="rank", hyperparam_dtype=jnp.float32
+    )
+    return make(learning_rate=1e-3, rank=4)
+
+
+@pytest.mark.parametrize("make", [arrays_for_scale_and_seed, injected_hyperparameters])
+def test_settings_that_are_arrays_outlive_a_donated_state(make):
+    tx, grads = make(), random_params(STACKED, seed=2)
+    step = jax.jit(lambda p, s, g: apply_gradients(tx, g, s, p), donate_argnums=(0, 1))
+    for _ in range(2):
+        params = random_params(STACKED)
+        state = tx.init(params)
+        for _ in range(2):
+            params, state = step(params, state, grads)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
 def test_no_lifted_update_of_a_whole_stacked_leaf_exists():
     params = {"kernel": jnp.zeros((16, 128, 256))}
     tx = galore_jax.adamw(1e-2, rank=4)

@@ -269,7 +269,9 @@ def test_labels_cover_neither_points_nor_other_labels(tmp_path, monkeypatch):
 
 def test_a_run_without_a_finite_loss_is_drawn_without_a_warning(tmp_path):
     run = a_run(tmp_path / "run")
-    Metrics(run, 0, tensorboard=False).write([{"step": n, "loss": math.nan} for n in range(3)])
+    Metrics(run, 0, tensorboard=False).write(
+        [{"step": n, "loss": math.nan, "learning_rate": 0.1} for n in range(3)]
+    )
     plot_curves([run.path], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").is_file()
 

@@ -26,9 +26,9 @@ def test_newton_schulz_agrees_with_the_iteration_on_the_matrix_itself(shape):
     np.testing.assert_allclose(result, np.stack(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30, 8e37])
 def test_newton_schulz_brings_singular_values_close_to_one_whatever_the_scale(factor):
-    values = np.linalg.svd(newton_schulz(factor * random((16, 40))))[1]
+    values = np.linalg.svd(jax.jit(newton_schulz)(factor * random((16, 40))))[1]
     assert 0.6 < values.min() <= values.max() < 1.3
 
 

@@ -154,3 +154,11 @@ def test_layerwise_steps_keep_the_imaginary_parts_of_parameters_and_activations(
     # Sums of at most 8 x 8 products in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
     assert jnp.abs(found["layers"]["phase"] - params["layers"]["phase"]).max() > 1e-2
+
+
+def test_float64_losses_pass_the_check_up_to_the_rounding_of_float32_coordinates():
+    with jax.enable_x64(True):
+        params = {"w": jnp.float64(W)}
+        loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]) ** 2)
+        errors = galore_jax.check_projection(loss, params, jnp.float64(X), rank=4)
+    assert 0 <= errors["w"] < 2e-6

@@ -78,7 +78,8 @@ def check_projection(
 
     Raises:
       ValueError: a gradient is not finite, or the relative difference is above the square root of
-        the machine epsilon of the gradient's dtype; the message names the leaf.
+        the machine epsilon of the gradient's dtype, or of float32, in which coordinates are, if
+        that is larger; the message names the leaf.
     """
     state: Any = galore(rank, **settings).init(params)
     _, gradients = TracedLoss(loss, params, state.bases, batch, {}, has_aux).value_and_grad()
@@ -94,7 +95,8 @@ def check_projection(
         expected = basis.projection.project(basis.vectors, gradient)
         largest = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(jnp.float32).tiny)
         errors[name] = error = float(jnp.max(jnp.abs(ours.value - expected)) / largest)
-        if not error <= float(jnp.finfo(gradient.dtype).eps) ** 0.5:
+        eps = max(float(jnp.finfo(dtype).eps) for dtype in (gradient.dtype, jnp.float32))
+        if not error <= eps**0.5:
             raise ValueError(
                 f"check_projection: the coordinates of {name} differ from those of its full "
                 f"gradient by {error:.1e} of the largest: give it the rule None."

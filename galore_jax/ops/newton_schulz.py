@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from galore_jax.ops.quantization import block_fractions
+
 # Keller Jordan, https://kellerjordan.github.io/posts/muon: singular values of 1e-3 and more, as a
 # fraction of the Frobenius norm, end between 0.68 and 1.14 after five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -34,7 +36,7 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
 
     # Divide by the largest entry first: the square of 1e-30 is zero in float32.
     largest = jnp.max(jnp.abs(matrices), axis=(-2, -1), keepdims=True)
-    x = matrices / jnp.where(largest > 0, largest, 1)
+    x = block_fractions(matrices, largest)
     norm = jnp.sqrt(jnp.sum(x**2, axis=(-2, -1), keepdims=True))
     x = x / jnp.where(norm > 0, norm, 1)
 

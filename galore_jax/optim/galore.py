@@ -118,7 +118,7 @@ def galore(
         `Rule` matches is projected even if it is an embedding, a head or part of a norm.
       moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
         "keep" (the reference) or "rotate" (express them in the new basis, as LDAdam, arXiv
-        2410.16103, does).
+        2410.16103, does; not for Adamax, whose `nu` is no second moment).
       stagger: spread the refreshes after update 0 evenly over the interval, so that no later step
         has to do all of them.
       lazy_overlap: if the mean squared cosine of the principal angles between the old and the new
@@ -246,9 +246,10 @@ def galore(
 
     def settings() -> tuple[Lazy, jax.Array]:
         # Kept in the state for `refresh`, which works from the state alone.
-        number = lambda x, dtype: None if x is None else jnp.asarray(x, dtype)
+        # Copies, as arrays among the settings outlive a donated state.
+        number = lambda x, dtype: None if x is None else jnp.array(x, dtype)
         lazy = Lazy(number(lazy_overlap, jnp.float32), number(max_gap, jnp.int32))
-        return lazy, jnp.asarray(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
+        return lazy, jnp.array(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
         del params, extra_args

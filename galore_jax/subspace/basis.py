@@ -111,13 +111,13 @@ def start_basis(
         vectors=vectors,
         number=jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch),
         age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
-        # Copies: an array among the settings would otherwise be donated once for each matrix.
+        # Copies: an array among the settings would otherwise be donated once for each leaf.
         gap=jnp.array(jnp.full(batch, gap, jnp.int32)),
         wait=jnp.zeros(batch, jnp.int32),
         skipped=jnp.zeros(batch, jnp.int32),
         saved=jnp.zeros(batch, jnp.int32),
         overlap=jnp.zeros(batch, jnp.float32),
-        scale=jnp.asarray(scale, jnp.float32),
+        scale=jnp.array(scale, jnp.float32),
         interval=jnp.array(interval, jnp.int32),
         projection=projection,
         method=method,
