@@ -95,7 +95,7 @@ def leaves_of(kind: type, tree: PyTree) -> tuple[dict[int, Any], Callable[[Any],
     return found, put
 
 
-def needs_whole_tables() -> bool:
+def needs_whole_embeddings() -> bool:
     """Whether a lookup in a divided embedding would fail here: in a shard with several mesh axes.
 
     XLA (as of jaxlib 0.12) ends the process when it divides a lookup over some, but not all, of the
@@ -107,12 +107,12 @@ def needs_whole_tables() -> bool:
     return bool(mesh.manual_axes) and len(free) > 1
 
 
-def whole_tables(params: PyTree, bases: PyTree) -> PyTree:
+def whole_embeddings(params: PyTree, bases: PyTree) -> PyTree:
     """Makes unprojected parameters but for heads whole where that is needed.
 
     A head is multiplied, and its product may be divided.
     """
-    if not needs_whole_tables():
+    if not needs_whole_embeddings():
         return params
 
     def at_leaf(path: Any, node: Any, leaf: Any) -> Any:

@@ -113,9 +113,9 @@ def make_step(
     that treat each number or matrix separately, such as schedules, weight decay and everything in
     `galore_jax.adamw`. Operations in `tx` that combine layers or leaves act within one layer here:
     use `clip_norm` for a clip by global norm, and select leaves in masks by name, because the layer
-    axis is absent. Gradients cannot be accumulated over
-    micro-batches, because those of a layer are gone before the next layer's are known; accumulate
-    coordinates with `value_and_grad(micro_batches=…)`.
+    axis is absent. Gradients cannot be accumulated over micro-batches, because those of a layer are
+    gone before the next layer's are known; accumulate coordinates with
+    `value_and_grad(micro_batches=…)`.
 
     Args:
       model: see `LayeredModel`.

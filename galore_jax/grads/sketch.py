@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_tables
+from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_embeddings
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype
 from galore_jax.grads.value_and_grad import Loss, Names, TracedLoss, Uses, bases_in
@@ -115,7 +115,7 @@ def refresh(
 
             def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
                 params, bases, arrays, given = operands
-                params, unsplit = whole_tables(params, bases), with_arrays(arrays)
+                params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
                 trace = lambda *part: TracedLoss(loss, params, bases, part, unsplit, has_aux)
                 of_part = lambda *part: f(whole or trace(*part), given)
                 return mean_over(of_part, micro_batches, *shard)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_tables
+from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_embeddings
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype, varying_as
@@ -77,8 +77,8 @@ def value_and_grad(
     Raises:
       ValueError: the optimizer has no galore, was started with full-size moments or with other
         parameters, or needs full gradients, as `fira` and `apollo` do; a leaf of the parameters is
-        a function; the batch cannot be split;
-        there is no mesh with the `data_axes`, or they divide a parameter.
+        a function; the batch cannot be split; there is no mesh with the `data_axes`, or they divide
+        a parameter.
       TypeError: the loss does not return a number or, with has_aux, a pair.
 
     Examples:
@@ -105,7 +105,7 @@ def value_and_grad(
 
         def of_shard(operands: tuple[PyTree, PyTree, Any], *shard: Any) -> tuple[Any, PyTree]:
             params, bases, arrays = operands
-            params, unsplit = whole_tables(params, bases), with_arrays(arrays)
+            params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
 
             def one(*part: Any) -> tuple[Any, PyTree]:
                 return TracedLoss(loss, params, bases, part, unsplit, has_aux).value_and_grad()

@@ -18,6 +18,7 @@ from galore_jax.files import atomic_write
 from galore_jax.training.config import Config, check_grid
 from galore_jax.training.config_file import load_config
 from galore_jax.training.loop import train
+from galore_jax.training.markdown import table_lines
 from galore_jax.training.memory import matrix_state_bytes
 from galore_jax.training.metrics import Summary, format_bytes, read_summary
 from galore_jax.training.plots import plot_curves, plot_loss_by_bytes
@@ -137,13 +138,13 @@ def table(rows: Sequence[Row]) -> str:
         *("against adamw", "seed by seed", "optimizer state", "of the matrices"),
         "seconds per step",
     ]
-    lines = [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
+    cells = []
     for row in rows:
         relative, paired = "", ""
         if baseline is not None and row is not baseline:
             relative = f"{100 * (row.loss / baseline.loss - 1):+.2f}%"
             paired = _paired(row, baseline)
-        cells = (
+        figures = (
             row.label,
             f"{row.config.optimizer.learning_rate:g}",
             f"{row.config.optimizer.matrix_rate:g}",
@@ -155,12 +156,12 @@ def table(rows: Sequence[Row]) -> str:
             format_bytes(row.matrix_bytes),
             f"{statistics.median(run.seconds / run.steps for run in row.runs):.3f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        cells.append(figures)
     bigrams = [run.bigram_loss for run in rows[0].runs if run.bigram_loss is not None]
     if bigrams:
         mean = f"{statistics.mean(bigrams):.4f}"
-        cells = ["bigram model of the same text", "", "", mean, *[""] * (len(columns) - 4)]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells.append(("bigram model of the same text", "", "", mean))
+    lines = table_lines(columns, cells)
     for row in rows:
         if row.borders:
             lines += [

@@ -13,6 +13,7 @@ from galore_jax.files import atomic_write
 from galore_jax.training.config import check_grid
 from galore_jax.training.finetune import NotFiniteError, finetune
 from galore_jax.training.finetune_config import FinetuneConfig
+from galore_jax.training.markdown import table_lines
 from galore_jax.training.metrics import format_bytes
 
 COLUMNS = (
@@ -81,12 +82,11 @@ def table(rows: Sequence[Row]) -> str:
     The interval is that of Student's t for the mean of the differences of runs with equal seeds. A
     last sentence names the optimizers whose best rate is at the end of the grid.
     """
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
+    cells = []
     baseline = next((row.summary for row in rows if row.label == "adamw"), None)
     for row in rows:
         if row.summary is None:
-            cells = (row.label, f"{row.rate:g}", "diverged", *[""] * (len(COLUMNS) - 3))
-            lines.append(f"| {' | '.join(cells)} |")
+            cells.append((row.label, f"{row.rate:g}", "diverged"))
             continue
         difference, interval = "", ""
         if baseline is not None and row.summary is not baseline:
@@ -95,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
             if len(pairs) > 1:
                 half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
                 interval = f"{pairs.mean() - half:+.4f} to {pairs.mean() + half:+.4f}"
-        cells = (
+        figures = (
             row.label,
             f"{row.rate:g}",
             f"{row.summary['mean']:.4f}",
@@ -105,7 +105,8 @@ def table(rows: Sequence[Row]) -> str:
             format_bytes(row.summary["optimizer_bytes"]),
             f"{statistics.median(row.summary['seconds']):.0f}",
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        cells.append(figures)
+    lines = table_lines(COLUMNS, cells)
     if ends := [row.label for row in rows if not row.is_tuned]:
         lines += [
             "",

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
-from galore_jax.grads.data_parallel import needs_whole_tables
+from galore_jax.grads.data_parallel import needs_whole_embeddings
 from galore_jax.models.adapters import A, Adapter, B
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.config import Config
@@ -186,8 +186,8 @@ def per_shard(loss: Callable[..., Any]) -> Callable[..., Any]:
         manual = jax.sharding.get_abstract_mesh().manual_axes
         if not manual:
             return loss(params, *batch)
-        if needs_whole_tables():
-            params = jax.tree_util.tree_map_with_path(_whole_table, params)
+        if needs_whole_embeddings():
+            params = jax.tree_util.tree_map_with_path(_whole_embedding, params)
         free = tuple(name for name in BATCH_AXES if name not in manual)
         with nn.logical_axis_rules(_rules(free)):
             return loss(params, *batch)
@@ -195,7 +195,7 @@ def per_shard(loss: Callable[..., Any]) -> Callable[..., Any]:
     return shard_loss
 
 
-def _whole_table(path: Any, leaf: jax.Array) -> jax.Array:
+def _whole_embedding(path: Any, leaf: jax.Array) -> jax.Array:
     if path_names(path)[-1] != "embedding":
         return leaf
     return jax.lax.with_sharding_constraint(leaf, P())
