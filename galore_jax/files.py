@@ -30,10 +30,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file that appears complete or not at all."""
     with atomic_write(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

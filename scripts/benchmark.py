@@ -84,7 +84,7 @@ def main() -> None:
     rows = benchmark.measure(read_settings(benchmark.Settings, arguments.settings))
     print(table(rows))
     if arguments.json:
-        write_json(arguments.json, {"bench": arguments.bench, "rows": rows}, indent=1)
+        write_json(arguments.json, {"bench": arguments.bench, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def main() -> None:
         print(f"\nCompiled for {name}, without such a card: nothing was run.")
         print(fit(max(step["total"] for step in steps.values()), card.memory))
     if arguments.json:
-        write_json(arguments.json, {"predicted": predicted, "compiled": steps}, indent=1)
+        write_json(arguments.json, {"predicted": predicted, "compiled": steps})
     if arguments.picture:
         shape = f"{config.data.batch_size} × {config.data.sequence_length} tokens per step"
         title = f"{Path(arguments.config).stem}, {shape}"
@@ -133,7 +133,7 @@ def compare(arguments: argparse.Namespace) -> None:
     trained = {label: trained_size(config) for label, config in configs.items()}
     print(predictions_table(predictions, trained))
     if arguments.json:
-        write_json(arguments.json, predictions, indent=1)
+        write_json(arguments.json, predictions)
 
 
 def name_of_devices(card: Any, number: int) -> str:

@@ -354,7 +354,7 @@ def main() -> None:
     print(table(costs))
     if arguments.json:
         rows = [asdict(case) | asdict(cost) for case, cost in costs.items()]
-        write_json(arguments.json, rows, indent=1)
+        write_json(arguments.json, rows)
     print(f"\n{statement(costs, 1e12 * arguments.tflops, 1e9 * arguments.network)}".rstrip())
     if arguments.picture:
         draw(costs, arguments.picture)

@@ -320,7 +320,7 @@ def test_a_training_step_holds_no_factorisation():
 
 
 def test_each_counter_and_setting_of_a_donated_state_stays_in_its_buffer():
-    # Otherwise XLA copies hundreds of numbers at each step, each with a launch on a GPU.
+    # Otherwise XLA copies hundreds of numbers at each step.
     config, params, batch = llama()
     loss = functools.partial(batch_loss, config)
     tx = galore_jax.chain(galore(rank=8), optax.adam(1e-3))

@@ -172,7 +172,7 @@ def _claim(target: Path, inputs: Mapping[str, str]) -> None:
             f"{target} holds files that are not from prepare_c4: choose another --out."
         )
     else:
-        write_json(record, inputs, indent=1)
+        write_json(record, inputs)
 
 
 def _convert(sources: Mapping[Path, Path], workers: int) -> None:

@@ -130,7 +130,7 @@ def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None
       InputError: the text is another one.
     """
     if not (resume and run.text.exists()):
-        write_json(run.text, found, indent=None)
+        write_json(run.text, found)
         return
     recorded = read_json(run.text)
     if recorded != found:
