@@ -44,7 +44,8 @@ MODES = {
     "accumulated": {"training": {"accumulation": 2}},
     "full": {"optimizer": {"gradients": "full"}, "training": {"accumulation": 2}},
     "adamw": {"optimizer": {"name": "adamw"}},
-    "lora": {"optimizer": {"name": "lora", "dropout": 0.0}},
+    # At three times this rate the loss of LoRA jumps in some steps, and rounding is multiplied.
+    "lora": {"optimizer": {"name": "lora", "dropout": 0.0, "learning_rate": 0.003}},
     # A restart sets moments to 0, and Adam then divides gradients by their own size. With a usual
     # eps that turns those which are nothing but rounding into whole steps.
     "relora": {
@@ -52,7 +53,7 @@ MODES = {
         "training": {"accumulation": 2},
     },
     "lowrank": {"optimizer": {"name": "lowrank"}},
-    "dropout": {"optimizer": {"name": "lora"}},
+    "dropout": {"optimizer": {"name": "lora", "learning_rate": 0.003}},
     "muon": {"optimizer": {"name": "muon", "matrix_rate": 0.5}},
     "layerwise_muon": {
         "optimizer": {"name": "muon", "matrix_rate": 0.5},
