@@ -3,16 +3,18 @@
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base \
     data.source=glue training.seeds=3 optimizer.rank=8 optimizer.scale=2
-python scripts/finetune.py --config configs/glue/minilm.toml --rates 3e-5,1e-4,3e-4,1e-3
+python scripts/finetune.py --config configs/glue/minilm.toml --rates 3e-5,1e-4,3e-4,1e-3 \
+    --tasks cola,mrpc,rte
 
 The last command compares the optimizers of the tables [compare.LABEL] in the file, each at the rate
-with which the first seed is best. Runs are kept: the same command continues.
+with which the first seed is best, on each of the tasks and on average; without --tasks on that of
+the file. Runs are kept: the same command continues.
 """
 
 import argparse
 
-from galore_jax.command_line import numbers
-from galore_jax.errors import run_cli
+from galore_jax.command_line import comma_separated, numbers
+from galore_jax.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -22,19 +24,31 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/glue/rte.toml")
     parser.add_argument("--rates", help="compare at learning rates to choose from, as in 3e-5,1e-4")
+    parser.add_argument("--tasks", help="compare on each of these and on average, as in cola,rte")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
-    from galore_jax.training.compare_finetuning import compare_finetuning, table
+    from galore_jax.training.compare_finetuning import (
+        compare_finetuning,
+        compare_tasks,
+        table,
+        tables,
+    )
     from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.finetune import finetune
     from galore_jax.training.finetune_config import FinetuneConfig
 
+    tasks = comma_separated("--tasks", arguments.tasks)
+    if tasks and arguments.rates is None:
+        raise InputError("--tasks compares learning rates: give --rates too, as in 3e-5,1e-4.")
     if arguments.rates is not None:
         rates = numbers("--rates", arguments.rates, float)
         configs = load_comparison(arguments.config, arguments.overrides, kind=FinetuneConfig)
-        print(table(compare_finetuning(configs, rates)), end="")
+        if tasks:
+            print(tables(compare_tasks(configs, tasks, rates)), end="")
+        else:
+            print(table(compare_finetuning(configs, rates)), end="")
         return
     summary = finetune(load_config(arguments.config, arguments.overrides, FinetuneConfig))
     print(

@@ -26,7 +26,12 @@ from galore_jax.lock import locked
 from galore_jax.models.encoder import Classifier, MaskedLanguageModel
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.training.compare_finetuning import compare_finetuning, table
+from galore_jax.training.compare_finetuning import (
+    compare_finetuning,
+    compare_tasks,
+    table,
+    tables,
+)
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import from_dict, load_comparison, load_config, to_toml
 from galore_jax.training.finetune import NotFiniteError, _encoded_splits, finetune
@@ -173,12 +178,12 @@ def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_p
             json.loads((tmp_path / f"{row.label}-{rate:g}" / "seed-0" / "result.json").read_text())
             for rate in (1e-6, 0.01)
         ]
-        assert row.rate == (0.01 if first[1]["best"] > first[0]["best"] else 1e-6)
+        assert row.rates == (0.01 if first[1]["best"] > first[0]["best"] else 1e-6,)
         assert len(row.summary["best"]) == 2
     text = (tmp_path / "comparison.md").read_text()
     assert text == table(rows)
     lora = [cell.strip() for cell in text.splitlines()[3].split("|")][1:-1]
-    assert lora[:2] == ["lora", f"{rows[1].rate:g}"]
+    assert lora[:2] == ["lora", f"{rows[1].rates[0]:g}"]
     ours, theirs = (row.summary["best"] for row in reversed(rows))
     test = stats.ttest_rel(ours, theirs)
     low, high = test.confidence_interval(0.95)
@@ -206,10 +211,10 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
     monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", stub)
     config = dataclasses.replace(configured(tmp_path, tmp_path, {"name": "adamw"}))
     (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4, 1e-3])
-    assert (row.rate, row.is_tuned) == (1e-4, True)
+    assert (row.rates, row.is_tuned) == ((1e-4,), True)
     assert "Not tuned" not in table([row])
     (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4])
-    assert (row.rate, row.is_tuned) == (1e-4, False)
+    assert (row.rates, row.is_tuned) == ((1e-4,), False)
     assert "best rate is at the end of the grid: adamw. Extend the grid" in table([row])
     # One whose every rate diverges, first or later, does not end the comparison.
     (tmp_path / "all").mkdir()
@@ -221,6 +226,48 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
     metrics[1e-3] = 0.8
     rows = [rows[0], *compare_finetuning({"lora": folder}, [1e-3])]
     assert "| lora | 0.001 | 0.8000 | 0.0000 |  |  |" in table(rows)
+
+
+def test_means_over_tasks_pair_the_seeds(tmp_path, monkeypatch):
+    metrics = {
+        ("adamw", "cola"): [0.2, 0.3, 0.4],
+        ("adamw", "rte"): [0.6, 0.7, 0.5],
+        ("adamw", "mrpc"): [0.8, 0.8, 0.8],
+        ("lora", "cola"): [0.1, 0.3, 0.5],
+        ("lora", "rte"): [0.5, 0.7, 0.8],
+    }
+
+    def stub(config):
+        folder, task = Path(config.training.folder), config.data.task
+        folder.mkdir(parents=True, exist_ok=True)
+        assert folder.parent.name == task
+        if task == "mrpc" and config.optimizer.name == "lora":
+            raise NotFiniteError("the losses are not finite")
+        size = {"optimizer_bytes": 8 if task == "rte" else 9, "seconds": [1.0, 2.0, 3.0]}
+        best = metrics[config.optimizer.name, task]
+        return {"best": best, "mean": 1.0, "deviation": 2.0, **size}
+
+    monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", stub)
+    configs = {
+        name: configured(tmp_path, tmp_path / "runs", {"name": name}) for name in ("adamw", "lora")
+    }
+    compared = compare_tasks(configs, ["cola", "rte"], [1e-3])
+    assert list(compared) == ["cola", "rte", "mean"]
+    assert (tmp_path / "runs" / "comparison.md").read_text() == tables(compared)
+    assert (tmp_path / "runs" / "rte" / "comparison.md").read_text() == table(compared["rte"])
+    adamw, lora = compared["mean"]
+    np.testing.assert_allclose(adamw.summary["best"], [0.4, 0.5, 0.45])
+    np.testing.assert_allclose(lora.summary["best"], [0.3, 0.5, 0.65])
+    low, high = stats.ttest_rel(lora.summary["best"], adamw.summary["best"]).confidence_interval()
+    line = table(compared["mean"]).splitlines()[3]
+    assert line == (
+        f"| lora | 0.001, 0.001 | 0.4833 | 0.1756 | +0.0333 | {low:+.4f} to {high:+.4f} | 9 B | 4 |"
+    )
+    # No mean is compared if one of its tasks is missing.
+    last = compare_tasks(configs, ["cola", "mrpc"], [1e-3])["mean"][1]
+    assert table([last]).splitlines()[2] == "| lora | 0.001, 0.001 | diverged |  |  |  |  |  |"
+    with pytest.raises(InputError, match=r"data\.task .*mpc"):
+        compare_tasks(configs, ["cola", "mpc"], [1e-3])
 
 
 def test_outputs_that_are_not_finite_are_refused_although_the_losses_are(

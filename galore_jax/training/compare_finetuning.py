@@ -1,4 +1,4 @@
-"""Comparison of optimizers on a task of GLUE, each at the best learning rate of one grid."""
+"""Comparison of optimizers on tasks of GLUE, each at the best learning rate of one grid."""
 
 import dataclasses
 import statistics
@@ -27,13 +27,13 @@ class Row(NamedTuple):
 
     Attributes:
       label: its label.
-      rate: the chosen learning rate.
-      is_tuned: whether that is not the end of the grid.
+      rates: the chosen learning rate, of each task if these are means over tasks.
+      is_tuned: whether none is the end of the grid.
       summary: that of `finetune` at this rate; None if the training diverges with one of the seeds.
     """
 
     label: str
-    rate: float
+    rates: tuple[float, ...]
     is_tuned: bool
     summary: dict[str, Any] | None
 
@@ -69,11 +69,42 @@ def compare_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[fl
             summary = finetune(_at(label, config, grid[best], seeds))
         except NotFiniteError:
             summary = None
-        rows.append(Row(label, grid[best], is_tuned, summary))
-    folder = Path(next(iter(configs.values())).training.folder)
-    with atomic_write(folder / "comparison.md") as path:
-        path.write_text(table(rows), encoding="utf-8")
+        rows.append(Row(label, (grid[best],), is_tuned, summary))
+    _write(configs, table(rows))
     return rows
+
+
+def compare_tasks(
+    configs: Mapping[str, FinetuneConfig], tasks: Sequence[str], rates: Sequence[float]
+) -> dict[str, list[Row]]:
+    """Compares optimizers on each of several tasks, as `compare_finetuning`, and on average.
+
+    Args:
+      configs: by label, as from `load_comparison`. A task has the folder of its name in
+        `training.folder`.
+      tasks: their names in TFDS.
+      rates: the grid.
+
+    Returns:
+      One row per optimizer for each task and, as "mean", for the means over the tasks: of the first
+      metrics of the runs with equal seeds; the time is the sum. `tables` of them is also written to
+      `comparison.md` in `training.folder`.
+
+    Raises:
+      InputError: an unknown task; and as for `compare_finetuning`.
+    """
+    each = [{label: _on(task, config) for label, config in configs.items()} for task in tasks]
+    compared = {
+        task: compare_finetuning(configs, rates) for task, configs in zip(tasks, each, strict=True)
+    }
+    compared["mean"] = [_mean(rows) for rows in zip(*compared.values(), strict=True)]
+    _write(configs, tables(compared))
+    return compared
+
+
+def tables(compared: Mapping[str, Sequence[Row]]) -> str:
+    """The table of each task, and of the means, below its name."""
+    return "\n".join(f"{name}\n\n{table(rows)}" for name, rows in compared.items())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -85,8 +116,9 @@ def table(rows: Sequence[Row]) -> str:
     cells = []
     baseline = next((row.summary for row in rows if row.label == "adamw"), None)
     for row in rows:
+        rates = ", ".join(f"{rate:g}" for rate in row.rates)
         if row.summary is None:
-            cells.append((row.label, f"{row.rate:g}", "diverged"))
+            cells.append((row.label, rates, "diverged"))
             continue
         difference, interval = "", ""
         if baseline is not None and row.summary is not baseline:
@@ -97,7 +129,7 @@ def table(rows: Sequence[Row]) -> str:
                 interval = f"{pairs.mean() - half:+.4f} to {pairs.mean() + half:+.4f}"
         figures = (
             row.label,
-            f"{row.rate:g}",
+            rates,
             f"{row.summary['mean']:.4f}",
             f"{row.summary['deviation']:.4f}",
             difference,
@@ -122,6 +154,40 @@ def _metric(config: FinetuneConfig) -> float:
         return finetune(config)["best"][0]
     except NotFiniteError:
         return -np.inf
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    """The mean over the tasks of one optimizer's rows."""
+    summaries = [row.summary for row in rows if row.summary is not None]
+    summary: dict[str, Any] | None = None
+    if len(summaries) == len(rows):
+        best = np.mean([summary["best"] for summary in summaries], axis=0).tolist()
+        summary = {
+            "best": best,
+            "mean": statistics.mean(best),
+            "deviation": statistics.stdev(best) if len(best) > 1 else 0.0,
+            # The heads differ where the numbers of classes do.
+            "optimizer_bytes": max(summary["optimizer_bytes"] for summary in summaries),
+            "seconds": np.sum([summary["seconds"] for summary in summaries], axis=0).tolist(),
+        }
+    rates = tuple(rate for row in rows for rate in row.rates)
+    return Row(rows[0].label, rates, all(row.is_tuned for row in rows), summary)
+
+
+def _on(task: str, config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration for a task, in the folder of its name."""
+    folder = Path(config.training.folder) / task
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, task=task),
+        training=dataclasses.replace(config.training, folder=str(folder)),
+    )
+
+
+def _write(configs: Mapping[str, FinetuneConfig], text: str) -> None:
+    folder = Path(next(iter(configs.values())).training.folder)
+    with atomic_write(folder / "comparison.md") as path:
+        path.write_text(text, encoding="utf-8")
 
 
 def _at(label: str, config: FinetuneConfig, rate: float, seeds: int) -> FinetuneConfig:
