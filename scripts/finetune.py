@@ -18,7 +18,7 @@ from galore_jax.errors import InputError, run_cli
 
 
 def main() -> None:
-    """Reads the arguments, fine-tunes and prints the mean and deviation over the seeds."""
+    """Reads the arguments, fine-tunes or compares, and prints the means over the seeds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,6 +27,11 @@ def main() -> None:
     parser.add_argument("--tasks", help="compare on each of these and on average, as in cola,rte")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
+
+    rates = numbers("--rates", arguments.rates, float)
+    tasks = comma_separated("--tasks", arguments.tasks)
+    if tasks and not rates:
+        raise InputError("--tasks compares learning rates: give --rates too, as in 3e-5,1e-4.")
 
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
     from galore_jax.training.compare_finetuning import (
@@ -39,11 +44,7 @@ def main() -> None:
     from galore_jax.training.finetune import finetune
     from galore_jax.training.finetune_config import FinetuneConfig
 
-    tasks = comma_separated("--tasks", arguments.tasks)
-    if tasks and arguments.rates is None:
-        raise InputError("--tasks compares learning rates: give --rates too, as in 3e-5,1e-4.")
-    if arguments.rates is not None:
-        rates = numbers("--rates", arguments.rates, float)
+    if rates:
         configs = load_comparison(arguments.config, arguments.overrides, kind=FinetuneConfig)
         if tasks:
             print(tables(compare_tasks(configs, tasks, rates)), end="")

@@ -196,7 +196,7 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
     metrics = {1e-5: 0.6, 1e-4: 0.7, 1e-3: None}
 
     def stub(config):
-        metric = metrics[config.optimizer.learning_rate]
+        metric = metrics.get(config.optimizer.learning_rate)
         if metric is None:
             raise NotFiniteError("the losses are not finite")
         best = config.training.seeds * [metric]
@@ -209,7 +209,8 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
         }
 
     monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", stub)
-    config = dataclasses.replace(configured(tmp_path, tmp_path, {"name": "adamw"}))
+    monkeypatch.setattr("galore_jax.training.compare_finetuning.load_examples", lambda *_: None)
+    config = configured(tmp_path, tmp_path, {"name": "adamw"})
     (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4, 1e-3])
     assert (row.rates, row.is_tuned) == ((1e-4,), True)
     assert "Not tuned" not in table([row])
@@ -223,6 +224,7 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
     assert [row.summary for row in rows] == [None, None]
     written = (tmp_path / "all" / "comparison.md").read_text()
     assert written.count("| 0.001 | diverged |  |  |  |  |  |") == 2
+    assert "Not tuned" not in table(compare_finetuning({"adamw": folder}, [1e-3, 2e-3]))
     metrics[1e-3] = 0.8
     rows = [rows[0], *compare_finetuning({"lora": folder}, [1e-3])]
     assert "| lora | 0.001 | 0.8000 | 0.0000 |  |  |" in table(rows)
@@ -248,6 +250,7 @@ def test_means_over_tasks_pair_the_seeds(tmp_path, monkeypatch):
         return {"best": best, "mean": 1.0, "deviation": 2.0, **size}
 
     monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", stub)
+    monkeypatch.setattr("galore_jax.training.compare_finetuning.load_examples", lambda *_: None)
     configs = {
         name: configured(tmp_path, tmp_path / "runs", {"name": name}) for name in ("adamw", "lora")
     }
@@ -268,6 +271,22 @@ def test_means_over_tasks_pair_the_seeds(tmp_path, monkeypatch):
     assert table([last]).splitlines()[2] == "| lora | 0.001, 0.001 | diverged |  |  |  |  |  |"
     with pytest.raises(InputError, match=r"data\.task .*mpc"):
         compare_tasks(configs, ["cola", "mpc"], [1e-3])
+
+
+def test_a_comparison_refuses_at_the_start_what_a_later_run_needs(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", None)  # Nothing runs.
+    config = configured(place, tmp_path / "runs", GALORE)
+    kernels = dataclasses.replace(config.optimizer, implementation="pallas")
+    configs = {"xla": config, "pallas": dataclasses.replace(config, optimizer=kernels)}
+    with pytest.raises(InputError, match=r"pallas.* needs an NVIDIA GPU"):
+        compare_finetuning(configs, [1e-3])
+    with pytest.raises(InputError, match="CoLA"):
+        compare_tasks({"xla": config}, ["rte", "cola"], [1e-3])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "sklearn", None)
+        with pytest.raises(ModuleNotFoundError, match="glue"):
+            compare_tasks({"xla": config}, ["rte", "cola"], [1e-3])
+    assert not (tmp_path / "runs").exists()
 
 
 def test_outputs_that_are_not_finite_are_refused_although_the_losses_are(

@@ -135,7 +135,9 @@ def load_examples(task: Task, split: str, source: str | os.PathLike[str]) -> lis
 
     Raises:
         InputError: there is no such split, the source lacks the task, a row is broken or its label
-            is out of range; the message names the file and the row.
+            is out of range; the message names the file and the row. In the training and
+            validation files of QQP, rows with a wrong number of columns are skipped with a warning.
+        ModuleNotFoundError: TFDS is to be read, and is not installed.
     """
     require_choice("split", split, task.files)
     folder = Path(source)
@@ -186,7 +188,7 @@ def write_predictions(
         The file, whose name is the one that GLUE expects, such as `MNLI-m.tsv`.
 
     Raises:
-        InputError: the split is no test split.
+        InputError: the split is not a test split.
     """
     suffixes = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
     require_choice("split", split, [name for name in task.files if name in suffixes])
@@ -244,7 +246,7 @@ def _read_tsv(task: Task, split: str, path: Path) -> list[Example]:
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number and the fields of each row; quotes have no meaning in these files."""
-    empty = []  # Only at the end of a file they are no rows.
+    empty = []  # They count as rows, except at the end of a file.
     try:
         with path.open("rb") as file:
             for row, line in enumerate(file, 1):

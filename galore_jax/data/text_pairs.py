@@ -120,8 +120,8 @@ def batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Goes through all rows once, in batches of equal size.
 
-    The rows of a batch are cut where all of them are padding, to one of four lengths, for each of
-    which a step is compiled. So that little padding is left, rows are drawn at random into groups
+    Each batch is cut to the shortest of four lengths that holds its rows; a step is compiled for
+    each length. So that little padding is left, rows are drawn at random into groups
     of 50 batches, and a batch has rows of similar length from one group.
 
     Args:

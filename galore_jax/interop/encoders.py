@@ -107,7 +107,8 @@ class LoadedEncoder(NamedTuple):
 
     Attributes:
       params: the parameters of the model, on the default device.
-      initialized: names of the head's tensors that the folder lacks; they have initial values.
+      initialized: names of the head's tensors that are not taken from the folder; they have
+        initial values.
       unused: names of tensors in the folder that the model has no use for, such as those of another
         head.
     """
@@ -200,7 +201,7 @@ def load_encoder(
             "has no place: take weights that belong to it."
         )
     check_dtypes({stored[name]: tensors[stored[name]] for name in wanted if name in stored})
-    for name in [name for name in unused if _TIED.get(name) in wanted]:
+    for name in [name for name in unused if _TIED.get(name) in stored]:
         if isinstance(model, MaskedLanguageModel):
             if not np.array_equal(tensor(name), tensor(_TIED[name])):
                 raise InputError(

@@ -19,7 +19,7 @@ from galore_jax.types import PyTree
 
 A, B, KERNEL = "lora_a", "lora_b", "kernel"
 FACTORS = (A, B)
-# The head of a classifier, which is trained with its adapters: a checkpoint does not have it.
+# The head of a classifier, which LoRA trains in full beside the adapters.
 HEAD = "head"
 
 
@@ -100,7 +100,8 @@ def split(params: PyTree, adapters_only: bool = False) -> tuple[PyTree, PyTree]:
         adapters and the head of a classifier.
 
     Returns:
-      Two trees, which `combine` makes one again; without adapters the second one is empty.
+      Two trees, which `combine` makes one again. Without adapters the second one is empty, unless
+      `adapters_only`.
     """
     flat: Any = flatten_dict(params)
 

@@ -89,8 +89,8 @@ class Encoder(nn.Module):
     {word,position,token_type}_embedding/embedding (rows, hidden), embedding_norm/{scale,bias}; with
     a leading layer axis: layers/attention/{q,k,v,o}_proj/{kernel,bias},
     layers/attention_norm/{scale,bias}, layers/mlp/{up,down}_proj/{kernel,bias},
-    layers/mlp_norm/{scale,bias}. With an adapter all kernels in layers/ have the leaves that it
-    says.
+    layers/mlp_norm/{scale,bias}. With an adapter, each kernel in layers/ has the factors lora_a and
+    lora_b beside it, or in its place.
     """
 
     config: EncoderConfig

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from galore_jax.data.glue import TASKS, load_examples
 from galore_jax.files import atomic_write
 from galore_jax.training.config import check_grid
-from galore_jax.training.finetune import NotFiniteError, finetune
+from galore_jax.training.finetune import NotFiniteError, check_start, finetune, missing_seeds
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.markdown import table_lines
 from galore_jax.training.metrics import format_bytes
@@ -27,8 +28,8 @@ class Row(NamedTuple):
 
     Attributes:
       label: its label.
-      rates: the chosen learning rate, of each task if these are means over tasks.
-      is_tuned: whether none is the end of the grid.
+      rates: the chosen learning rate; for a mean over tasks, that of each task.
+      is_tuned: False if a best rate is the end of a grid of several.
       summary: that of `finetune` at this rate; None if the training diverges with one of the seeds.
     """
 
@@ -57,14 +58,14 @@ def compare_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[fl
     Raises:
       InputError: a rate is not a positive number; and as for `finetune`.
     """
-    check_grid("learning_rate", rates)
-    rows = []
+    _check(configs, rates)
+    rows, grid = [], sorted(set(rates))
     for label, config in configs.items():
         seeds = config.training.seeds
-        grid = sorted(set(rates))
         first = [_metric(_at(label, config, rate, 1)) for rate in grid]
         best = int(np.argmax(first))
-        is_tuned = len(grid) == 1 or 0 < best < len(grid) - 1
+        is_end = len(grid) > 1 and best in (0, len(grid) - 1)
+        is_tuned = not is_end or max(first) == -np.inf
         try:
             summary = finetune(_at(label, config, grid[best], seeds))
         except NotFiniteError:
@@ -86,17 +87,17 @@ def compare_tasks(
       rates: the grid.
 
     Returns:
-      One row per optimizer for each task and, as "mean", for the means over the tasks: of the first
-      metrics of the runs with equal seeds; the time is the sum. `tables` of them is also written to
-      `comparison.md` in `training.folder`.
+      For each task one row per optimizer, and as "mean" one with the metric averaged over the
+      tasks seed by seed, the sum of the times and the largest state. `tables` of them is also
+      written to `comparison.md` in `training.folder`.
 
     Raises:
       InputError: an unknown task; and as for `compare_finetuning`.
     """
-    each = [{label: _on(task, config) for label, config in configs.items()} for task in tasks]
-    compared = {
-        task: compare_finetuning(configs, rates) for task, configs in zip(tasks, each, strict=True)
-    }
+    each = {task: {label: _on(task, config) for label, config in configs.items()} for task in tasks}
+    for on_task in each.values():
+        _check(on_task, rates)
+    compared = {task: compare_finetuning(on_task, rates) for task, on_task in each.items()}
     compared["mean"] = [_mean(rows) for rows in zip(*compared.values(), strict=True)]
     _write(configs, tables(compared))
     return compared
@@ -108,7 +109,7 @@ def tables(compared: Mapping[str, Sequence[Row]]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table of the rows, with paired differences from AdamW.
+    """A Markdown table of the rows, with paired differences from the row with the label "adamw".
 
     The interval is that of Student's t for the mean of the differences of runs with equal seeds. A
     last sentence names the optimizers whose best rate is at the end of the grid.
@@ -146,6 +147,18 @@ def table(rows: Sequence[Row]) -> str:
             "grid and run the command again.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _check(configs: Mapping[str, FinetuneConfig], rates: Sequence[float]) -> None:
+    """Raises what can be known before the first run: grids, GPU, metrics, folders, and the data."""
+    check_grid("learning_rate", rates)
+    runs = [_at(label, config, rate, 1) for label, config in configs.items() for rate in rates]
+    for run in runs:
+        check_start(run)
+    if any(missing_seeds(run) for run in runs):
+        task = TASKS[runs[0].data.task]
+        split = next(split for split in task.files if split.startswith("validation"))
+        load_examples(task, split, runs[0].data.source)
 
 
 def _metric(config: FinetuneConfig) -> float:

@@ -56,21 +56,17 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
       the state; and `seconds` of training, evaluation and compilation included, for each seed.
 
     Raises:
-      NotFiniteError: the learning rate is too high.
+      NotFiniteError: a seed diverged, now or in an earlier call; those after it are not trained.
       InputError: the folder holds results of other settings, another process works there, there is
         too little memory, the devices do not fit the mesh, or the checkpoint, its tokenizer or the
         data cannot be used.
       ModuleNotFoundError: the metrics need scikit-learn, which is not installed.
     """
+    check_start(config)
     folder, task = Path(config.training.folder), TASKS[config.data.task]
-    _check_folder(folder, config)
-    seeds = range(config.training.seeds)
-    results = {
-        seed: _read_result(folder, seed) for seed in seeds if _result(folder, seed).is_file()
-    }
-    if missing := [seed for seed in seeds if seed not in results]:
-        check_gpu(config.optimizer)
-        check_metrics(task)
+    seeds, missing = range(config.training.seeds), missing_seeds(config)
+    results = {seed: _read_result(folder, seed) for seed in seeds if seed not in missing}
+    if missing:
         with raise_on_full_memory("lower data.batch_size or data.sequence_length"):
             results |= _finetune_seeds(config, task, missing)
     best = [results[seed]["best"] for seed in seeds]
@@ -88,6 +84,25 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     if missing or not written.exists() or len(read_json(written)["best"]) < len(best):
         write_json(written, summary)
     return summary
+
+
+def check_start(config: FinetuneConfig) -> None:
+    """Raises what `finetune` raises before it reads the checkpoint and the data.
+
+    Raises:
+      InputError: the folder holds results of other settings, or there is no GPU for the kernels.
+      ModuleNotFoundError: the metrics need scikit-learn, which is not installed.
+    """
+    _check_folder(Path(config.training.folder), config)
+    if missing_seeds(config):
+        check_gpu(config.optimizer)
+        check_metrics(TASKS[config.data.task])
+
+
+def missing_seeds(config: FinetuneConfig) -> list[int]:
+    """The seeds without a result in the folder."""
+    folder = Path(config.training.folder)
+    return [seed for seed in range(config.training.seeds) if not _result(folder, seed).is_file()]
 
 
 def _finetune_seeds(
@@ -120,6 +135,9 @@ def _finetune_seeds(
             unfinished.write_text(to_toml(config), encoding="utf-8")
         results = {}
         for seed in seeds:
+            if _result(folder, seed).is_file():
+                results[seed] = _read_result(folder, seed)
+                continue
             try:
                 results[seed] = _finetune_once(config, task, model, compiled, rows, seed)
             except NotFiniteError as error:
@@ -158,8 +176,8 @@ def _finetune_once(
     adapter_key = jax.random.fold_in(head_key, 1)
     loaded = load_encoder(config.model.checkpoint, model, head_key, task.labels)
     if seed == 0:
-        _report(loaded.initialized, "initialised, as the checkpoint lacks")
-        _report(loaded.unused, "not used of the checkpoint:")
+        _report(loaded.initialized, "initialised at random:")
+        _report(loaded.unused, "in the checkpoint, but not used:")
     params = steps.adapt(loaded.params, adapter_key)
     with naming_settings():
         state = steps.init(params)
@@ -180,7 +198,8 @@ def _finetune_once(
         if not np.isfinite(values).all():
             raise NotFiniteError(
                 f"{what} of epoch {epoch} of seed {seed} are not finite: lower "
-                "optimizer.learning_rate, or set optimizer.clip_norm."
+                "optimizer.learning_rate, or set optimizer.clip_norm, and name another "
+                "training.folder."
             )
 
     validation = [split for split in rows if split.startswith("validation")]

@@ -16,14 +16,14 @@ class CheckpointConfig:
       checkpoint: a Hugging Face folder of a RoBERTa or BERT: config.json, safetensors, tokenizer.
 
     Raises:
-      InputError: there is none.
+      InputError: none is given.
     """
 
     checkpoint: str = ""
 
     def __post_init__(self):
         holds = bool(self.checkpoint)
-        require("model.checkpoint", repr(self.checkpoint), holds, "a folder of Hugging Face")
+        require("model.checkpoint", repr(self.checkpoint), holds, "a Hugging Face folder")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class EpochsConfig:
       epochs: passes over the training examples, each followed by an evaluation.
       seeds: number of runs, with the seeds 0, 1, 2, … of the head, the order and dropout.
       predict: also write the best checkpoints' predictions for the test set, to submit to GLUE.
-      folder: config.toml; for each seed seed-N/ with metrics.jsonl, the best checkpoint and
-        result.json; and summary.json.
+      folder: where the results go: config.toml and summary.json, and for each seed seed-N/ with
+        metrics.jsonl, the best checkpoint and result.json.
 
     Raises:
       InputError: a value out of range.

@@ -71,9 +71,10 @@ def finetuning_mesh(config: FinetuneConfig, encoder: EncoderConfig) -> Mesh | No
 def make_steps(
     config: FinetuneConfig, model: Classifier, steps: int, mesh: Mesh | None = None
 ) -> Steps:
-    """Makes the functions of a fine-tuning of `steps` updates of a model without adapters.
+    """Makes the functions of a fine-tuning of `steps` updates.
 
-    The mesh is that of `finetuning_mesh`.
+    The model has no adapters: they are added here if the optimizer is LoRA. The mesh is that of
+    `finetuning_mesh`.
     """
     tx, adapter = make_optimizer(config.optimizer, steps), config.optimizer.adapter
     task = TASKS[config.data.task]
