@@ -12,7 +12,13 @@ from scipy import stats
 from galore_jax.data.glue import TASKS, load_examples
 from galore_jax.files import atomic_write
 from galore_jax.training.config import check_grid
-from galore_jax.training.finetune import NotFiniteError, check_start, finetune, missing_seeds
+from galore_jax.training.finetune import (
+    NotFiniteError,
+    check_start,
+    finetune,
+    missing_seeds,
+    over_seeds,
+)
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.markdown import table_lines
 from galore_jax.training.metrics import format_bytes
@@ -174,11 +180,8 @@ def _mean(rows: Sequence[Row]) -> Row:
     summaries = [row.summary for row in rows if row.summary is not None]
     summary: dict[str, Any] | None = None
     if len(summaries) == len(rows):
-        best = np.mean([summary["best"] for summary in summaries], axis=0).tolist()
         summary = {
-            "best": best,
-            "mean": statistics.mean(best),
-            "deviation": statistics.stdev(best) if len(best) > 1 else 0.0,
+            **over_seeds(np.mean([summary["best"] for summary in summaries], axis=0).tolist()),
             # The heads differ where the numbers of classes do.
             "optimizer_bytes": max(summary["optimizer_bytes"] for summary in summaries),
             "seconds": np.sum([summary["seconds"] for summary in summaries], axis=0).tolist(),

@@ -73,9 +73,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     summary = {
         "task": task.name,
         "metric": task.metrics[0],
-        "best": best,
-        "mean": statistics.mean(best),
-        "deviation": statistics.stdev(best) if len(best) > 1 else 0.0,
+        **over_seeds(best),
         "optimizer_bytes": results[0]["optimizer_bytes"],
         "seconds": [results[seed]["seconds"] for seed in seeds],
     }
@@ -84,6 +82,12 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     if missing or not written.exists() or len(read_json(written)["best"]) < len(best):
         write_json(written, summary)
     return summary
+
+
+def over_seeds(best: list[float]) -> dict[str, Any]:
+    """The part of a summary about the metric: its value for each seed, mean and deviation."""
+    deviation = statistics.stdev(best) if len(best) > 1 else 0.0
+    return {"best": best, "mean": statistics.mean(best), "deviation": deviation}
 
 
 def check_start(config: FinetuneConfig) -> None:
