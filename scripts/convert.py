@@ -6,7 +6,7 @@
 
 FOLDER has config.json and safetensors files, of a LLaMA, Mistral, Qwen2 or Qwen3. RUN is the folder
 of a run: scripts/generate.py writes text with it. A run's adapters are merged into its kernels;
-with --adapter FOLDER gets the adapter alone, in PEFT's format. To train on from FOLDER, no
+with --adapter FOLDER gets the adapter alone, in PEFT's format. To continue training from FOLDER, no
 conversion is needed:
 
     python scripts/train.py --config configs/llama_1b.toml model.checkpoint=FOLDER

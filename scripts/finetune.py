@@ -54,7 +54,7 @@ def main() -> None:
     summary = finetune(load_config(arguments.config, arguments.overrides, FinetuneConfig))
     print(
         f"{summary['task']}: {summary['metric']} {summary['mean']:.4f} "
-        f"± {summary['deviation']:.4f} over {len(summary['best'])} seeds"
+        f"± {summary['deviation']:.4f}, seeds: {len(summary['best'])}"
     )
 
 

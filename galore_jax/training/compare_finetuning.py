@@ -65,20 +65,7 @@ def compare_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[fl
       InputError: a rate is not a positive number; and as for `finetune`.
     """
     _check(configs, rates)
-    rows, grid = [], sorted(set(rates))
-    for label, config in configs.items():
-        seeds = config.training.seeds
-        first = [_metric(_at(label, config, rate, 1)) for rate in grid]
-        best = int(np.argmax(first))
-        is_end = len(grid) > 1 and best in (0, len(grid) - 1)
-        is_tuned = not is_end or max(first) == -np.inf
-        try:
-            summary = finetune(_at(label, config, grid[best], seeds))
-        except NotFiniteError:
-            summary = None
-        rows.append(Row(label, (grid[best],), is_tuned, summary))
-    _write(configs, table(rows))
-    return rows
+    return _compare(configs, rates)
 
 
 def compare_tasks(
@@ -103,7 +90,7 @@ def compare_tasks(
     each = {task: {label: _on(task, config) for label, config in configs.items()} for task in tasks}
     for on_task in each.values():
         _check(on_task, rates)
-    compared = {task: compare_finetuning(on_task, rates) for task, on_task in each.items()}
+    compared = {task: _compare(on_task, rates) for task, on_task in each.items()}
     compared["mean"] = [_mean(rows) for rows in zip(*compared.values(), strict=True)]
     _write(configs, tables(compared))
     return compared
@@ -165,6 +152,24 @@ def _check(configs: Mapping[str, FinetuneConfig], rates: Sequence[float]) -> Non
         task = TASKS[runs[0].data.task]
         split = next(split for split in task.files if split.startswith("validation"))
         load_examples(task, split, runs[0].data.source)
+
+
+def _compare(configs: Mapping[str, FinetuneConfig], rates: Sequence[float]) -> list[Row]:
+    """What `compare_finetuning` does after its check."""
+    rows, grid = [], sorted(set(rates))
+    for label, config in configs.items():
+        seeds = config.training.seeds
+        first = [_metric(_at(label, config, rate, 1)) for rate in grid]
+        best = int(np.argmax(first))
+        is_end = len(grid) > 1 and best in (0, len(grid) - 1)
+        is_tuned = not is_end or max(first) == -np.inf
+        try:
+            summary = finetune(_at(label, config, grid[best], seeds))
+        except NotFiniteError:
+            summary = None
+        rows.append(Row(label, (grid[best],), is_tuned, summary))
+    _write(configs, table(rows))
+    return rows
 
 
 def _metric(config: FinetuneConfig) -> float:
