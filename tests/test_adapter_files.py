@@ -142,7 +142,7 @@ def test_the_script_writes_an_adapter_once_and_refuses_runs_without_one(run_of, 
     assert run_script(run_of(LORA), "adapter").returncode == 0
     again = run_script(run_of(LORA), "adapter")
     assert again.returncode == 2
-    assert "already has an adapter_config.json" in again.stderr
+    assert "already has the file adapter_config.json" in again.stderr
     refused = run_script(run_of(RELORA), "other")
     assert refused.returncode == 2
     assert "trained more than an adapter: leave out --adapter" in refused.stderr

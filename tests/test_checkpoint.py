@@ -13,7 +13,7 @@ from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.checkpoint import Checkpoints, load_for_inference
+from galore_jax.training.checkpoint import Checkpoints, load_for_inference, open_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.state import init_state
 from galore_jax.training.stepper import Stepper
@@ -184,6 +184,8 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
         pytest.raises(InputError, match=r"0 is damaged .*: move it out of .* to start from the"),
     ):
         checkpoints.restore(CONFIG, batches)
+    with pytest.raises(InputError, match="is damaged"), open_parameters(saved):
+        pass
     with pytest.raises(InputError, match="is damaged") as refused:
         load_for_inference(saved)
     assert "\n" not in str(refused.value)

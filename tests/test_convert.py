@@ -212,9 +212,35 @@ def test_a_folder_without_a_tokenizer_needs_one_by_name(folder, tmp_path):
     own = load_config(file, [f"model.checkpoint={bare}", "data.tokenizer=own.json"])
     assert own.data.tokenizer == "own.json"
     # Nothing is known of the tokens of a model that was converted without its tokenizer.
-    from_huggingface(bare, tmp_path / "run")
+    (bare / "generation_config.json").write_text('{"top_k": 3}')
+    with pytest.warns(UserWarning, match=r"bare has no tokenizer.json or tokenizer.model: add one"):
+        from_huggingface(bare, tmp_path / "run")
     to_huggingface(tmp_path / "run", tmp_path / "back")
-    assert "eos_token_id" not in json.loads((tmp_path / "back" / "config.json").read_text())
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert [back[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None] * 3
+    assert (tmp_path / "back" / "generation_config.json").exists()
+
+
+def test_the_end_of_a_text_is_not_exported_as_padding(run, tmp_path):
+    to_huggingface(run, tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"]) == (2, None)
+
+
+def test_an_export_refuses_the_folder_of_an_adapter(run, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"already has the file adapter_config\.json: name another"):
+        to_huggingface(run, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_damaged_settings_of_generation_leave_no_half_export(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "theirs")
+    from_huggingface(tmp_path / "theirs", tmp_path / "run")
+    (tmp_path / "run" / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config.json is not a JSON file"):
+        to_huggingface(tmp_path / "run", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_a_prompt_begins_with_what_the_tokenizer_puts_before_a_text(folder, tmp_path, monkeypatch):

@@ -281,8 +281,12 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
             lambda t: t.update({QUERY: t[QUERY].astype(np.int8)}),
             rf"{QUERY} in .*safetensors has the dtype I8",
         ),
+        (
+            lambda t: t.update({QUERY.removeprefix("bert."): t[QUERY]}),
+            rf"the tensors {QUERY} and {QUERY.removeprefix('bert.')} mean the same: remove one",
+        ),
     ],
-    ids=["missing", "unknown", "shape", "dtype"],
+    ids=["missing", "unknown", "shape", "dtype", "twice"],
 )
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     changed(folder, change)
@@ -322,6 +326,20 @@ def test_a_config_of_another_model_is_one_sentence(folder, settings, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(InputError, match=rf"config.json: .*{message}"):
         encoder_config(folder)
+
+
+def test_what_a_config_leaves_out_has_the_value_of_transformers(folder):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    for name in ("layer_norm_eps", "type_vocab_size", "initializer_range", "pad_token_id"):
+        del settings[name]
+    for name in ("hidden_dropout_prob", "max_position_embeddings", "is_decoder"):
+        settings[name] = None
+    path.write_text(json.dumps(settings))
+    expected = dataclasses.replace(
+        BERT, norm_epsilon=1e-12, token_types=2, initializer_range=0.02, pad_id=0
+    )
+    assert encoder_config(folder) == dataclasses.replace(expected, dropout=0.1, max_length=512)
 
 
 def test_a_config_that_is_no_json_object_is_named(folder):

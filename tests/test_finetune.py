@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -317,6 +318,15 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
     (model / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
     with pytest.raises(InputError, match="does not belong to the model: it has 13 tokens"):
         finetune(configured(tmp_path, tmp_path / "new", GALORE))
+
+
+def test_a_bert_may_have_a_vocabulary_with_other_padding_than_its_config(place, tmp_path):
+    shutil.copytree(place, tmp_path / "place")
+    path = tmp_path / "place" / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": 1}))
+    with_other = configured(tmp_path / "place", tmp_path / "run", GALORE, epochs=1)
+    as_usual = configured(place, tmp_path / "usual", GALORE, epochs=1)
+    assert finetune(with_other)["best"] == finetune(as_usual)["best"]
 
 
 def test_what_would_fail_later_is_refused_at_the_start(place, tmp_path, monkeypatch):

@@ -180,6 +180,11 @@ def test_config_json_of_other_versions_is_understood(changes, expected, tmp_path
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' are not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "there is no low_freq_factor"),
         (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rotary embeddings that differ between kinds of layers",
+        ),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number, not inf"),
+        (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
             "rope_parameters and rope_scaling differ",
         ),
@@ -232,7 +237,7 @@ def test_a_model_that_transformers_lacks_is_not_exported(changes, tmp_path):
 
 def test_an_export_does_not_replace_a_model(tmp_path):
     save(tmp_path, LLAMA, random_params(LLAMA))
-    with pytest.raises(InputError, match=r"already has a config\.json"):
+    with pytest.raises(InputError, match=r"already has the file config\.json"):
         save(tmp_path, LLAMA, random_params(LLAMA))
 
 
@@ -275,6 +280,19 @@ def with_another_head(folder):
     change_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": head(tensors)}))
 
 
+def with_a_head_of_float8(folder):
+    """Adds a head as a safetensors file of 8-bit floats has it, which NumPy cannot hold."""
+    content = (folder / FILE).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    shape = header["model.embed_tokens.weight"]["shape"]
+    offsets = [len(data), len(data) + shape[0] * shape[1]]
+    header["lm_head.weight"] = {"dtype": "F8_E4M3", "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    data += bytes(offsets[1] - offsets[0])
+    (folder / FILE).write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
 def with_index(text):
     def change(folder):
         (folder / FILE).rename(folder / SHARD)
@@ -298,6 +316,7 @@ def with_map(**files):
         (with_other_names, "unknown: model.layers.0.mlp.up_proj.lora_A;"),
         (with_other_names, r"of another shape: model.norm.weight \(9,\) in place of \(8,\)"),
         (with_another_head, r"unknown: lm_head\.weight"),
+        (with_a_head_of_float8, rf"lm_head\.weight in .*/{FILE} has the dtype F8_E4M3"),
         (with_map(x="a.safetensors", y=SHARD), rf"{INDEX} names a.safetensors, which"),
         (with_map(x=SHARD), rf"/{SHARD} has no x, which .*/{INDEX} says"),
         (with_map(x="../" + SHARD), "is not the name of a file beside it"),
@@ -313,6 +332,30 @@ def test_a_damaged_folder_is_refused_in_one_sentence_that_names_the_file(damage,
         ModelFolder(tmp_path, config)
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    save(tmp_path, LLAMA, random_params(LLAMA))
+
+    def not_readable(*arguments):
+        raise FileNotFoundError("No such file or directory")  # what safetensors says of it
+
+    monkeypatch.setattr("galore_jax.interop.tensors.safe_open", not_readable)
+    with pytest.raises(InputError, match=rf"/{FILE} cannot be read: check that it exists and may"):
+        ModelFolder(tmp_path, LLAMA)
+
+
+def test_a_model_that_was_saved_without_its_head_is_read(tmp_path):
+    config = dataclasses.replace(LLAMA, tie_embeddings=True)
+    params = random_params(config)
+    save(tmp_path, config, params)
+
+    def change(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_tensors(tmp_path, change)
+    assert_equal_trees(load(tmp_path)[1], params)
 
 
 def test_of_a_tensor_in_two_files_the_index_names_one(tmp_path):

@@ -99,6 +99,13 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path):
         load_pair_tokenizer(tmp_path)
 
 
+def test_words_of_a_japanese_bert_are_refused(word_pieces):
+    settings = Path(word_pieces, "tokenizer_config.json")
+    settings.write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    with pytest.raises(InputError, match=r"vocab.txt is of a BertJapaneseTokenizer, whose"):
+        load_pair_tokenizer(word_pieces)
+
+
 @pytest.mark.parametrize("is_json", [False, True])
 def test_letters_of_word_pieces_are_treated_as_the_settings_say(tmp_path, is_json):
     words = [*WORDS, "cafe", "café", "Cat", "中", "中国"]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from galore_jax.data.tokenizers import load_tokenizer, train_sentencepiece
@@ -128,6 +129,22 @@ def test_tokens_that_only_the_files_beside_it_have_are_named(json_file, name, co
         load_tokenizer(str(json_file))
 
 
+def test_tokens_that_sentencepiece_lacks_are_named(model_file, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model_file.read_bytes())
+    path.with_name("added_tokens.json").write_text('{"<|turn|>": 290}')
+    with pytest.raises(
+        InputError, match=r"lacks '<\|turn\|>', which the files beside it add: have"
+    ):
+        load_tokenizer(str(path))
+
+
+def test_a_list_of_added_tokens_is_refused(json_file):
+    json_file.with_name("tokenizer_config.json").write_text('{"added_tokens_decoder": ["a"]}')
+    with pytest.raises(InputError, match=r"_config.json: added_tokens_decoder must map ids to"):
+        load_tokenizer(str(json_file))
+
+
 def test_a_pad_token_beyond_the_vocabulary_is_left_to_eos(json_file):
     settings = {"pad_token": "[PAD]", "added_tokens_decoder": {"300": {"content": "[PAD]"}}}
     json_file.with_name("tokenizer_config.json").write_text(json.dumps(settings))
@@ -153,6 +170,32 @@ def test_the_prefix_is_what_the_template_puts_before_a_text(json_file, template,
     )
     tokenizer.save(str(json_file))
     assert list(load_tokenizer(str(json_file)).prefix) == prefix
+
+
+@pytest.mark.parametrize(
+    ("settings", "prefix"),
+    [
+        ({"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<pad>"}, [0]),
+        ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<pad>", "add_bos_token": False}, []),
+        ({"tokenizer_class": "LlamaTokenizer"}, []),  # <s> is not in the vocabulary.
+        ({"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<pad>"}, []),
+    ],
+)
+def test_a_tokenizer_of_llama_begins_a_text_as_its_settings_say(json_file, settings, prefix):
+    json_file.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    assert list(load_tokenizer(str(json_file)).prefix) == prefix
+
+
+def test_sentencepiece_begins_a_text_unless_the_settings_say_no(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "own"),
+        vocab_size=36,
+        minloglevel=2,
+    )
+    assert list(load_tokenizer(str(tmp_path / "own.model")).prefix) == [1]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert list(load_tokenizer(str(tmp_path / "own.model")).prefix) == []
 
 
 def test_an_end_of_sequence_that_the_vocabulary_lacks_is_named(json_file):

@@ -7,9 +7,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from galore_jax.data.tokenizers import TOKENIZER_CONFIG
+from galore_jax.data.tokenizers import settings_beside
 from galore_jax.errors import InputError
-from galore_jax.files import read_json
 
 _PAD_NAMES = ("<pad>", "[PAD]")
 # Settings of a tokenizer_config.json, and their names in a BertNormalizer.
@@ -174,7 +173,7 @@ def _read_json(path: Path) -> tokenizers.Tokenizer:
 
 def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    space = bool(_settings_beside(vocabulary).get("add_prefix_space", False))
+    space = bool(settings_beside(vocabulary).get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     first, separator = _special_ids(tokenizer, vocabulary, "<s>", "</s>")
     tokenizer.post_processor = processors.RobertaProcessing(
@@ -184,6 +183,11 @@ def _read_byte_level_bpe(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer
 
 
 def _read_word_piece(vocabulary: Path) -> tokenizers.Tokenizer:
+    if (kind := settings_beside(vocabulary).get("tokenizer_class")) == "BertJapaneseTokenizer":
+        raise InputError(
+            f"{vocabulary} is of a {kind}, whose division into words is not supported: choose "
+            "another model."
+        )
     tokenizer = tokenizers.Tokenizer(models.WordPiece.from_file(str(vocabulary), unk_token="[UNK]"))
     tokenizer.normalizer = _as_configured(normalizers.BertNormalizer(), vocabulary)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -192,16 +196,11 @@ def _read_word_piece(vocabulary: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _settings_beside(vocabulary: Path) -> dict[str, object]:
-    path = vocabulary.with_name(TOKENIZER_CONFIG)
-    return read_json(path) if path.is_file() else {}
-
-
 def _as_configured(
     normalizer: normalizers.BertNormalizer, vocabulary: Path
 ) -> normalizers.BertNormalizer:
     """The normalizer with the settings of the tokenizer_config.json beside the vocabulary."""
-    settings = _settings_beside(vocabulary)
+    settings = settings_beside(vocabulary)
     for name, ours in _LETTERS.items():
         if name in settings:
             setattr(normalizer, ours, settings[name])

@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
@@ -28,6 +28,9 @@ _EOS_NAMES = (
     "[EOS]",
     "[SEP]",
 )
+# Classes of transformers that put <s> before a text unless `add_bos_token` is false, whatever the
+# post-processor of the file does.
+_ADD_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 
@@ -114,9 +117,12 @@ class SentencePieceTokenizer:
             raise InputError(f"{path} is not a SentencePiece model.") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
-        if (eos := special_tokens(Path(path).parent).get("eos_token")) is not None:
+        named = special_tokens(Path(path).parent)
+        pieces = {self._processor.id_to_piece(piece) for piece in range(self.vocab_size)}
+        _check_added_tokens(path, pieces, named.get("pad_token"))
+        if (eos := named.get("eos_token")) is not None:
             self.eos_id = self._processor.piece_to_id(eos)
-            if self._processor.is_unknown(self.eos_id):
+            if eos not in pieces:
                 raise InputError(
                     f"{path} lacks the end of a sequence {eos!r}, which the files beside it name: "
                     f"{_REWRITE}"
@@ -126,7 +132,8 @@ class SentencePieceTokenizer:
         pad_id = self._processor.pad_id()
         self.pad_id: int = self.eos_id if pad_id < 0 else pad_id
         bos_id = self._processor.bos_id()
-        self.prefix: Sequence[int] = () if bos_id < 0 else (bos_id,)
+        has_bos = bos_id >= 0 and settings_beside(path).get("add_bos_token", True)
+        self.prefix: Sequence[int] = (bos_id,) if has_bos else ()
 
     def encode(self, text: str) -> list[int]:
         """The ids of the pieces of `text`."""
@@ -173,11 +180,16 @@ class HuggingFaceTokenizer:
             )
         self.eos_id: int = eos
         self.pad_id: int = eos if pad is None else pad
-        encoding = self._tokenizer.encode("a")
-        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-        self.prefix: Sequence[int] = [
-            i for i, _ in itertools.takewhile(lambda pair: pair[1], added)
-        ]
+        settings = settings_beside(path)
+        self.prefix: Sequence[int]
+        if settings.get("tokenizer_class") in _ADD_BOS:
+            adds_bos = settings.get("add_bos_token", True)
+            bos = find([named.get("bos_token", "<s>")] if adds_bos else [])
+            self.prefix = [] if bos is None else [bos]
+        else:
+            encoding = self._tokenizer.encode("a")
+            added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+            self.prefix = [i for i, _ in itertools.takewhile(lambda pair: pair[1], added)]
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without the special tokens that the file's post-processor adds."""
@@ -193,6 +205,12 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def settings_beside(path: str | Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer."""
+    settings = Path(path).with_name(TOKENIZER_CONFIG)
+    return read_json(settings) if settings.is_file() else {}
+
+
 def tokenizer_files(path: str) -> list[Path]:
     """The files of the tokenizer at `path` that determine the tokens; none for "bytes"."""
     if path == "bytes":
@@ -202,17 +220,18 @@ def tokenizer_files(path: str) -> list[Path]:
 
 
 def _check_added_tokens(path: str, vocabulary: Container[str], pad: str | None) -> None:
-    """Checks that a tokenizer.json has the tokens that the files beside it add.
+    """Checks that a tokenizer has the tokens that the files beside it add.
 
     The pad token may be missing: it stands in no text.
     """
-    folder = Path(path).parent
-    settings, added = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in (TOKENIZER_CONFIG, ADDED_TOKENS)
-    )
-    tokens = [*added]
-    for token in (settings.get("added_tokens_decoder") or {}).values():
+    file = Path(path).with_name(ADDED_TOKENS)
+    tokens = [*read_json(file)] if file.is_file() else []
+    added = settings_beside(path).get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise InputError(
+            f"{file.with_name(TOKENIZER_CONFIG)}: added_tokens_decoder must map ids to tokens."
+        )
+    for token in added.values():
         tokens.append(str(token.get("content") if isinstance(token, dict) else token))
     lacking = [token for token in tokens if token not in vocabulary and token != pad]
     if lacking:

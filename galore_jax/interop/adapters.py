@@ -5,15 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from galore_jax.errors import InputError
 from galore_jax.files import write_json
 from galore_jax.interop.huggingface import model_leaves
-from galore_jax.interop.tensors import write_file
+from galore_jax.interop.tensors import ADAPTER, ADAPTER_CONFIG, make_folder, write_file
 from galore_jax.models.adapters import KERNEL, A, Adapter, B, product
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.types import ReadPart
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # How PEFT names the tensors of its models.
 _PREFIX, _NAMES = "base_model.model.", {A: "lora_A", B: "lora_B"}
 
@@ -47,19 +45,16 @@ def write_adapter(
     """Writes LoRA's factors so that PEFT adds them to a model of transformers.
 
     Args:
-      folder: made if it does not exist; it may not hold an adapter.
+      folder: made if it does not exist; it may not hold a model or an adapter.
       model: the model.
       adapter: its adapter, with kernels.
       read: returns parts of the parameters; one layer of a leaf at a time is asked for.
       base: the folder or name of the model of transformers that the adapter belongs to.
 
     Raises:
-      InputError: the folder holds an adapter already.
+      InputError: the folder holds a model or an adapter.
     """
-    held = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
-    if held:
-        raise InputError(f"{folder} already has an {held[0]}: name another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors, ranks = {}, {}
     for path, leaf in model_leaves(model).items():
         if not is_adapted(path):
@@ -72,7 +67,7 @@ def write_adapter(
                 index = (slice(layer, layer + 1), slice(None), slice(None))
                 part = read(path.removesuffix(KERNEL) + factor, index)
                 tensors[f"{module}.{theirs}.weight"] = np.ascontiguousarray(part[0].T)
-    write_file(folder / WEIGHTS, tensors)
+    write_file(folder / ADAPTER, tensors)
     usual = max(ranks.values())
     content: dict[str, Any] = {
         "peft_type": "LORA",
@@ -87,4 +82,4 @@ def write_adapter(
         "bias": "none",
         "fan_in_fan_out": False,
     }
-    write_json(folder / CONFIG, content)
+    write_json(folder / ADAPTER_CONFIG, content)

@@ -1,13 +1,14 @@
 """The config.json of Hugging Face's transformers, and `LlamaConfig`."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError
 from galore_jax.files import read_json
+from galore_jax.interop.tensors import CONFIG
 from galore_jax.models.llama import LlamaConfig
 
-CONFIG = "config.json"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -151,8 +152,8 @@ def _whole(table: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
 
 def _real(table: dict[str, Any], key: str, default: Any = _REQUIRED) -> Any:
     value = _value(table, key, default)
-    if type(value) not in (int, float):
-        raise InputError(f"{key} must be a number, not {value!r}.")
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise InputError(f"{key} must be a finite number, not {value!r}.")
     return float(value)
 
 
@@ -178,6 +179,8 @@ def _rope(table: dict[str, Any]) -> dict[str, Any]:
     rope = found[0] if found else {}
     if not isinstance(rope, dict):
         raise InputError(f"the rotary embedding must be an object, not {rope!r}.")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise InputError("rotary embeddings that differ between kinds of layers are not supported.")
     theta = _real(table, "rope_theta", 10000.0)
     settings: dict[str, Any] = {"rope_theta": _real(rope, "rope_theta", theta)}
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -17,8 +17,8 @@ import numpy as np
 
 from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json
-from galore_jax.interop.config_json import CONFIG
 from galore_jax.interop.tensors import (
+    CONFIG,
     SINGLE,
     check_dtypes,
     read_tensor,
@@ -95,7 +95,15 @@ _NUMBERS = {
     "layer_norm_eps": "norm_epsilon",
     "initializer_range": "initializer_range",
 }
-# A config.json that leaves these out means these values.
+# A config.json that leaves these out means these values, as in transformers.
+_DEFAULTS = {
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+}
 _SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 _DEFAULT_PAD_ID = {"roberta": 1, "bert": 0}
 _CLASSES = {"roberta": "Roberta", "bert": "Bert"}
@@ -125,14 +133,15 @@ def encoder_config(folder: str | Path) -> EncoderConfig:
       InputError: there is no such file, it is damaged, or describes a model of another kind.
     """
     path = Path(folder, CONFIG)
-    settings = read_json(path)
+    given = {name: value for name, value in read_json(path).items() if value is not None}
+    settings = _DEFAULTS | given
     _check_supported(path, "model_type", settings.get("model_type"), ARCHITECTURES)
     for name, supported in _SUPPORTED.items():
         _check_supported(path, name, settings.get(name, supported), (supported,))
     architecture = settings["model_type"]
     settings.setdefault("pad_token_id", _DEFAULT_PAD_ID[architecture])
     numbers = _NUMBERS
-    if settings.get("classifier_dropout") is not None:
+    if "classifier_dropout" in settings:
         numbers = numbers | {"classifier_dropout": "classifier_dropout"}
 
     def number(name: str, kind: Any, what: str) -> Any:
@@ -185,7 +194,7 @@ def load_encoder(
     initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     initial = jax.eval_shape(initialize, key)
     wanted = {name: path for path, leaf in _leaves(initial) for name in _names(path, leaf, model)}
-    tensor = lambda name: read_tensor(stored[name], tensors[stored[name]])
+    tensor = lambda name: read_tensor(tensors[stored[name]])
 
     # What the folder lacks, and what the model has no use for.
     missing = [name for name in wanted if name not in stored]
@@ -200,7 +209,7 @@ def load_encoder(
             f"{folder} holds {_listed(unknown)}, for which this {model.config.architecture} model "
             "has no place: take weights that belong to it."
         )
-    check_dtypes({stored[name]: tensors[stored[name]] for name in wanted if name in stored})
+    check_dtypes(tensors[stored[name]] for name in wanted if name in stored)
     for name in [name for name in unused if _TIED.get(name) in stored]:
         if isinstance(model, MaskedLanguageModel):
             if not np.array_equal(tensor(name), tensor(_TIED[name])):
@@ -215,11 +224,12 @@ def load_encoder(
         initial |= jax.jit(heads)(key)
 
     def layer(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        file, found, _ = tensors[stored[name]]
-        if found != shape:
+        found = tensors[stored[name]]
+        if found.shape != shape:
             raise InputError(
-                f"{file}: {stored[name]} has the shape {found}, but the model needs {shape}: take "
-                "the weights that belong to this config.json, and a head with as many labels."
+                f"{found.file}: {found.name} has the shape {found.shape}, but the model needs "
+                f"{shape}: take the weights that belong to this config.json, and a head with as "
+                "many labels."
             )
         return tensor(name)
 
@@ -329,6 +339,9 @@ def _stored_names(tensors: Iterable[str], architecture: str) -> dict[str, str]:
 
     That is without the prefix of a model with a head, and without the older names of norms in
     checkpoints that were converted from TensorFlow.
+
+    Raises:
+      InputError: two tensors have one name here.
     """
 
     def ours(name: str) -> str:
@@ -336,7 +349,11 @@ def _stored_names(tensors: Iterable[str], architecture: str) -> dict[str, str]:
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         return name.replace("LayerNorm.beta", "LayerNorm.bias")
 
-    return {ours(name): name for name in sorted(tensors)}
+    stored: dict[str, str] = {}
+    for name in sorted(tensors):
+        if (other := stored.setdefault(ours(name), name)) != name:
+            raise InputError(f"the tensors {other} and {name} mean the same: remove one.")
+    return stored
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -17,13 +17,13 @@ import numpy as np
 
 from galore_jax.errors import InputError
 from galore_jax.files import write_json
-from galore_jax.interop.config_json import CONFIG, to_json
+from galore_jax.interop.config_json import to_json
 from galore_jax.interop.tensors import (
-    INDEX,
-    SINGLE,
+    CONFIG,
     Index,
     Stored,
     check_dtypes,
+    make_folder,
     read_tensor,
     stored_tensors,
     write_tensors,
@@ -42,6 +42,7 @@ _NAMES = {
 }
 # Old files hold the rotary frequencies too, which config.json determines.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_PREFIX = "model."  # of the names of all tensors but the head
 
 
 class _Leaf(NamedTuple):
@@ -105,6 +106,10 @@ class ModelFolder:
     def __init__(self, folder: Path, config: LlamaConfig):
         self._leaves, self._dtype = model_leaves(config), jnp.dtype(config.dtype)
         self._tensors = stored_tensors(folder)
+        if not any(name.startswith(_PREFIX) for name in self._tensors):
+            # A model that was saved without its head, as for embeddings of text.
+            named = lambda name: name if name == HEAD else _PREFIX + name
+            self._tensors = {named(name): tensor for name, tensor in self._tensors.items()}
         _check_fit(folder, self._leaves.values(), self._tensors)
 
     def read(self, path: str, index: Index) -> np.ndarray:
@@ -123,8 +128,8 @@ class ModelFolder:
     def _read(self, leaf: _Leaf, name: str, index: Index) -> np.ndarray:
         stored = self._tensors[name]
         if leaf.is_transposed:
-            return read_tensor(name, stored, index[::-1]).T.astype(self._dtype)
-        return read_tensor(name, stored, index).astype(self._dtype)
+            return read_tensor(stored, index[::-1]).T.astype(self._dtype)
+        return read_tensor(stored, index).astype(self._dtype)
 
 
 def write_model(
@@ -138,20 +143,17 @@ def write_model(
     """Writes a model that transformers can load: safetensors files and, last, config.json.
 
     Args:
-      folder: made if it does not exist; it may not hold a model.
+      folder: made if it does not exist; it may not hold a model or an adapter.
       config: the model.
       read: returns parts of its parameters; one layer of a leaf at a time is asked for.
       settings: further keys of config.json, such as eos_token_id.
       shard_bytes: the size of a file, which is also what is held in memory.
 
     Raises:
-      InputError: the folder holds a model already, or transformers has no such architecture.
+      InputError: the folder holds a model or an adapter, or transformers has no such architecture.
     """
     content = to_json(config) | dict(settings or {})
-    held = [name for name in (CONFIG, SINGLE, INDEX) if (folder / name).exists()]
-    if held:
-        raise InputError(f"{folder} already has a {held[0]}: name another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     found = {}
     for path, leaf in model_leaves(config).items():
         for layer, name in enumerate(leaf.names):
@@ -191,7 +193,7 @@ def _check_fit(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None
             f"the tensors in {folder} do not fit its {CONFIG} or the settings of the model: "
             f"{'; '.join(found)}."
         )
-    check_dtypes({name: tensors[name] for name in shapes})
+    check_dtypes(tensors[name] for name in shapes)
 
 
 def _listed(names: list[str]) -> str:
@@ -209,5 +211,7 @@ def _is_tied(tensors: Mapping[str, Stored]) -> bool:
     """Whether a head that the files have too is the embedding."""
     if EMBEDDING not in tensors or tensors[HEAD].shape != tensors[EMBEDDING].shape:
         return False
-    head, embedding = (read_tensor(name, tensors[name]) for name in (HEAD, EMBEDDING))
+    both = tensors[HEAD], tensors[EMBEDDING]
+    check_dtypes(both)
+    head, embedding = map(read_tensor, both)
     return np.array_equal(head, embedding)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write, read_json, write_json
 
+CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = ("F64", "F32", "BF16", "F16")
 Index = tuple[slice, ...]
 
@@ -24,6 +26,7 @@ class Stored(NamedTuple):
     """A tensor in a file, with the dtype's name in the format of safetensors, as in "F32"."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -59,29 +62,43 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                 if name in found and named.get(name) != file.name:
                     continue  # It is in several files, of which the index names one.
                 tensor = opened.get_slice(name)
-                found[name] = Stored(file, tuple(tensor.get_shape()), tensor.get_dtype())
+                found[name] = Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
     for name, file in named.items():
         if name not in found or found[name].file.name != file:
             raise InputError(f"{folder / file} has no {name}, which {index} says it has.")
     return found
 
 
-def check_dtypes(tensors: Mapping[str, Stored]) -> None:
+def check_dtypes(tensors: Iterable[Stored]) -> None:
     """Raises an `InputError` if a tensor has a dtype other than `DTYPES`."""
-    for name, (file, _, dtype) in tensors.items():
+    for file, name, _, dtype in tensors:
         if dtype not in DTYPES:
             raise InputError(
                 f"{name} in {file} has the dtype {dtype}: convert it to one of {', '.join(DTYPES)}."
             )
 
 
-def read_tensor(name: str, stored: Stored, index: Index | None = None) -> np.ndarray:
+def read_tensor(stored: Stored, index: Index | None = None) -> np.ndarray:
     """A tensor, or a part of it without reading the rest.
 
     The file is closed again, because what was read of an open file stays mapped in memory.
     """
     with _opened(stored.file) as opened:
-        return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
+        if index is None:
+            return opened.get_tensor(stored.name)
+        return opened.get_slice(stored.name)[index]
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for a model or an adapter, unless it exists and holds neither.
+
+    Raises:
+      InputError: it holds one, which transformers would load with, or in place of, the new one.
+    """
+    for name in (CONFIG, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER):
+        if (folder / name).exists():
+            raise InputError(f"{folder} already has the file {name}: name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_tensors(
@@ -157,3 +174,5 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InputError(
             f"{file} is not a complete safetensors file ({error}): download or copy it again."
         ) from None
+    except OSError as error:  # whose text and number are wrong for a file that may not be read
+        raise InputError(f"{file} cannot be read: check that it exists and may be read.") from error

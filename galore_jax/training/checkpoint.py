@@ -33,7 +33,7 @@ from galore_jax.training.checkpoint_errors import (
     raise_on_full_disk,
     silence_duplicate_errors,
 )
-from galore_jax.training.checksum import json_checksum, tree_checksum
+from galore_jax.training.checksum import host_checksum, json_checksum, tree_checksum
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import from_dict, to_dict
 from galore_jax.training.processes import ending_together, is_first
@@ -198,7 +198,7 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
       InputError: the folder holds no checkpoint, or its latest one is damaged.
     """
     with _latest(folder) as (manager, step):
-        config, _ = _restore_meta(manager, step)
+        config, checksums = _restore_meta(manager, step)
         files = {"driver": "file", "path": f"{manager.directory}/{step}/params/"}
 
         # A merged kernel is made of three parameters, of which two are small.
@@ -215,6 +215,13 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
             with raise_on_corruption(manager, step):
                 return np.asarray(opened(path)[index])
 
+        # A damaged checkpoint must not become a model, so everything is read once before that.
+        if (saved := checksums.get("params")) is not None:
+            leaves = jax.tree_util.tree_leaves_with_path(abstract_state(config).params)
+            paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+            with raise_on_corruption(manager, step):
+                found = host_checksum(np.asarray(opened(path)) for path in paths)
+                _check_checksum("a parameter", saved, found)
         yield config, read
 
 

@@ -1,5 +1,6 @@
 """Runs from, and to, folders of Hugging Face's transformers."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,16 @@ from typing import Any
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
+from galore_jax.files import write_json
 from galore_jax.interop.adapters import merged, write_adapter
 from galore_jax.interop.config_json import read_config
-from galore_jax.interop.generation_config import copy_generation_config
+from galore_jax.interop.generation_config import GENERATION_CONFIG, generation_config
 from galore_jax.interop.huggingface import ModelFolder, write_model
-from galore_jax.interop.tokenizer_files import copy_tokenizer, find_tokenizer
+from galore_jax.interop.tokenizer_files import (
+    complete_tokenizer,
+    copy_tokenizer,
+    find_tokenizer,
+)
 from galore_jax.training.checkpoint import open_parameters, save_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.run_folder import RunFolder, open_folder
@@ -21,7 +27,8 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     """Makes a run, without a training, of a model of transformers.
 
     Its checkpoint has the parameters alone. The tokenizer is copied if the folder has one, with its
-    settings, its chat template and the settings of generation.
+    settings and its chat template, and so are the settings of generation. A warning says if there
+    is no tokenizer: such a run can only go back.
 
     Args:
       folder: config.json and safetensors files.
@@ -38,7 +45,14 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     source = ModelFolder(folder, model)
     data = DataConfig(sequence_length=min(DataConfig.sequence_length, model.max_length))
     tokenizer = find_tokenizer(folder)
-    if tokenizer is not None:
+    generation = generation_config(folder)
+    if tokenizer is None:
+        warnings.warn(
+            f"{folder} has no tokenizer.json or tokenizer.model: add one to generate text with the "
+            "run.",
+            stacklevel=2,
+        )
+    else:
         load_tokenizer(str(tokenizer))
         data = replace(data, tokenizer=str(run.path / tokenizer.name))
     config = Config(
@@ -47,7 +61,8 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
     with open_folder(config, resume=False):
         if tokenizer is not None:
             copy_tokenizer(folder, run.path)
-            copy_generation_config(folder, run.path)
+        if generation is not None:
+            write_json(run.path / GENERATION_CONFIG, generation)
         save_parameters(run.checkpoints, config, source.read)
     return config
 
@@ -88,17 +103,24 @@ def to_huggingface(
             return config
         source = config.data.tokenizer
         tokenizer = load_tokenizer(source)
+        ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         # A model that came without a tokenizer has "bytes", whose tokens are not its own.
-        ids: dict[str, Any] = {"bos_token_id": next(iter(tokenizer.prefix), None)}
         if source != "bytes" or tokenizer.vocab_size == config.model.vocab_size:
-            ids |= {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+            ids["bos_token_id"] = next(iter(tokenizer.prefix), None)
+            ids["eos_token_id"] = tokenizer.eos_id
+            # Transformers never trains the embedding of padding, which the end of a text must have.
+            ids["pad_token_id"] = None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id
         # Transformers refuses an id beyond the embedding, and has its own for one that is left out.
         fits = lambda id: id is not None and id < config.model.vocab_size
         settings = {name: id if fits(id) else None for name, id in ids.items()}
+        place = Path(run_folder) if source == "bytes" else Path(source).parent
+        generation = generation_config(place, eos_id=settings["eos_token_id"])
         if adapter is not None:
             read = merged(read, adapter)
         write_model(folder, config.model, read, settings=settings)
     if source != "bytes":
         copy_tokenizer(Path(source), folder)
-        copy_generation_config(Path(source).parent, folder, eos_id=settings["eos_token_id"])
+        complete_tokenizer(folder, tokenizer)
+    if generation is not None:
+        write_json(folder / GENERATION_CONFIG, generation)
     return config

@@ -5,6 +5,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,9 @@ def _finetune_seeds(
     encoder = encoder_config(config.model.checkpoint)
     tokenizer = load_pair_tokenizer(config.model.checkpoint)
     _check_fit(config, encoder, tokenizer)
+    if encoder.architecture == "bert":
+        # Multilingual ones have the vocabulary of another model, and config.json need not say so.
+        encoder = replace(encoder, pad_id=tokenizer.pad_id)
     rows = _encoded_splits(
         config.model.checkpoint,
         *(config.data.source, config.data.task, config.data.sequence_length),
@@ -277,7 +281,9 @@ def _check_folder(folder: Path, config: FinetuneConfig) -> None:
 
 def _check_fit(config: FinetuneConfig, encoder: EncoderConfig, tokenizer: PairTokenizer) -> None:
     """Raises an `InputError` unless tokenizer, rows and model fit together."""
-    if tokenizer.vocab_size > encoder.vocab_size or tokenizer.pad_id != encoder.pad_id:
+    # RoBERTa's positions depend on the padding, BERT's do not.
+    other_padding = encoder.architecture == "roberta" and tokenizer.pad_id != encoder.pad_id
+    if tokenizer.vocab_size > encoder.vocab_size or other_padding:
         raise InputError(
             f"the tokenizer in {config.model.checkpoint} does not belong to the model: it has "
             f"{tokenizer.vocab_size} tokens with padding {tokenizer.pad_id}, and the model "
