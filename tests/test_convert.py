@@ -229,7 +229,7 @@ def test_the_end_of_a_text_is_not_exported_as_padding(run, tmp_path):
 
 def test_an_export_refuses_the_folder_of_an_adapter(run, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"already has the file adapter_config\.json: name another"):
+    with pytest.raises(InputError, match=r"already has the file adapter_config\.json: name"):
         to_huggingface(run, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
