@@ -60,6 +60,17 @@ def test_a_mask_says_which_leaves_decay(make, mask, decays):
             np.testing.assert_array_equal(decayed[name], plain[name])
 
 
+def test_a_schedule_sets_the_coefficient_of_the_decay():
+    params = {"w": jnp.ones((8, 16)), "b": jnp.ones(4)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    tx = galore_jax.lion(0.5, rank=2, weight_decay=lambda count: 0.1 * (count + 1))
+    state = tx.init(params)
+    for expected in (0.95, 0.95 * 0.9):
+        params, state = galore_jax.apply_gradients(tx, zeros, state, params)
+        for leaf in jax.tree.leaves(params):
+            np.testing.assert_allclose(leaf, expected, rtol=1e-6)
+
+
 def test_a_schedule_sets_the_rate_of_the_update_and_of_the_decay():
     params, grads = params_and_grads()
     schedule = lambda count: jnp.where(count == 0, 0.0, 0.1)

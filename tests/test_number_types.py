@@ -44,6 +44,45 @@ def test_nothing_relies_on_implicit_promotion(dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves((new, full))} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        galore_jax.chain(
+            galore_jax.clip_by_finite_norm(1.0), galore_jax.lion(1e-3, rank=2, weight_decay=0.1)
+        ),
+        galore_jax.adafactor(1e-3, rank=2),
+        galore_jax.chain(galore_jax.galore(2), optax.sgd(1e-3)),
+        galore_jax.chain(optax.sgd(1e-3), galore_jax.decay_weights(1e-3, 0.1)),
+        optax.masked(galore_jax.scale_by_muon(), {"w": True, "b": False}),
+        galore_jax.scale_by_factored_rms(),
+    ],
+    ids=["lion", "adafactor", "sgd", "decay", "muon", "factored"],
+)
+def test_no_optimizer_relies_on_implicit_promotion(tx, dtype):
+    # Those with Adam are missing: that of optax relies on it.
+    params = {"w": W.astype(dtype), "b": jnp.zeros(8, dtype)}
+    with jax.numpy_dtype_promotion("strict"):
+        state = galore_jax.init(tx, params)
+        updates, _ = tx.update(params, state, params)
+        new, _ = galore_jax.apply_gradients(tx, params, state, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(dtype)}
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_float8_parameters_are_updated_in_float32():
+    wide = {"w": jnp.round(W * 8) / 8, "b": jnp.ones(8)}
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float8_e4m3fn), wide)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+    tx = galore_jax.chain(galore_jax.galore(4, refresh="random"), optax.sgd(0.5))
+    gradients = jax.tree.map(jnp.ones_like, wide)
+    found, _ = galore_jax.apply_gradients(tx, gradients, galore_jax.init(tx, narrow), narrow)
+    expected, _ = galore_jax.apply_gradients(tx, gradients, galore_jax.init(tx, wide), wide)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == jnp.float8_e4m3fn
+        np.testing.assert_array_equal(one, other.astype(jnp.float8_e4m3fn))
+
+
 def test_coordinates_have_the_precision_of_the_product():
     tx, state = start({"w": W})
     loss = lambda params, x: jnp.mean(jnp.sin(jnp.matmul(x, params["w"], precision="highest")))

@@ -22,6 +22,7 @@ RATE, FACTOR, DECAY = 0.01, 0.25, 0.5
 SETTINGS = {"warmup_steps": 0, "learning_rate": RATE, "eps": 1e-8}
 KERNELS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 SHAPES = {"q_proj", "gate_proj", "down_proj"}
+SIZES = {"q_proj": 16, "k_proj": 4}
 OPTIMIZERS = [
     {"name": "adamw"},
     {"name": "adamw8bit"},
@@ -96,6 +97,17 @@ def test_the_matrix_rate_is_a_factor_for_the_matrices_alone_and_not_for_their_de
         expected = factor * plain[names] - RATE * DECAY * param
         # The parameters, up to 1 in size, round both differences.
         np.testing.assert_allclose(slow[names], expected, atol=3e-7)
+        assert np.abs(plain[names]).max() > 1e-4
+
+
+def test_the_matrix_rate_counts_for_matrices_that_are_not_larger_than_the_rank():
+    # Grouped heads have kernels of few columns, which GaLore does not project.
+    params = {"layers": {name: {"kernel": jnp.ones((2, 16, n))} for name, n in SIZES.items()}}
+    gradients = jax.tree.map(jnp.ones_like, params)
+    plain = updates(params, gradients, name="galore_adamw")
+    slow = updates(params, gradients, name="galore_adamw", matrix_rate=FACTOR)
+    for names, update in slow.items():
+        np.testing.assert_allclose(update, FACTOR * plain[names], atol=3e-7)
         assert np.abs(plain[names]).max() > 1e-4
 
 

@@ -124,6 +124,35 @@ def test_an_error_of_galore_inside_of_a_wrapper_is_its_own():
         apply_gradients(make(0.1, rank=4), grads, state, params)
 
 
+def test_a_chain_without_galore_may_come_after_galore():
+    params = {"w": jnp.ones((8, 16)), "b": jnp.ones(4)}
+    gradients = jax.tree.map(
+        lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), params
+    )
+
+    def stepped(chain, inner):
+        parts = {"matrix": inner(optax.scale_by_adam(), optax.scale(-0.1)), "rest": optax.sgd(0.1)}
+        tx = chain(galore(4), optax.partition(parts, {"w": "matrix", "b": "rest"}))
+        return apply_gradients(tx, gradients, init(tx, params), params)[0]
+
+    expected = stepped(chain, optax.chain)
+    for outer, inner in ((chain, chain), (optax.chain, chain)):
+        found = stepped(outer, inner)
+        jax.tree.map(lambda *pair: np.testing.assert_allclose(*pair, rtol=1e-6), found, expected)
+
+
+def test_a_wrapper_may_change_the_tree_of_the_gradients():
+    params = {"z": jnp.ones((8, 16)) * (1 + 2j)}
+    gradients = {"z": jnp.cos(jnp.arange(128.0)).reshape(8, 16) * (2 - 1j)}
+    tx = optax.contrib.split_real_and_imaginary(galore_jax.lion(1e-2, rank=4))
+    state = tx.init(params)
+    updates, _ = tx.update(gradients, state, params)
+    found, _ = apply_gradients(tx, gradients, state, params)
+    np.testing.assert_allclose(found["z"], params["z"] + updates["z"], rtol=1e-6)
+    with pytest.raises(ValueError, match="z"):
+        apply_gradients(tx, {"z": gradients["z"].T}, state, params)
+
+
 def test_extra_arguments_reach_the_transformations():
     params = random_params(PLAIN)
     for tx in (

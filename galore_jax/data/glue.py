@@ -15,7 +15,7 @@ import numpy as np
 
 from galore_jax.data.text_pairs import PairTokenizer
 from galore_jax.errors import InputError, check_installed, require_choice
-from galore_jax.files import atomic_write
+from galore_jax.files import write_text
 
 
 class Example(NamedTuple):
@@ -194,15 +194,14 @@ def write_predictions(
     require_choice("split", split, [name for name in task.files if name in suffixes])
     path = Path(folder, f"{task.folder}{suffixes[split]}.tsv")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as unfinished:
-        lines = ["index\tprediction"]
-        for index, prediction in enumerate(predictions):
-            if task.labels:
-                text = task.labels[int(prediction)]
-            else:
-                text = f"{np.clip(prediction, *SCORES):.3f}"
-            lines.append(f"{index}\t{text}")
-        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = ["index\tprediction"]
+    for index, prediction in enumerate(predictions):
+        if task.labels:
+            text = task.labels[int(prediction)]
+        else:
+            text = f"{np.clip(prediction, *SCORES):.3f}"
+        lines.append(f"{index}\t{text}")
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

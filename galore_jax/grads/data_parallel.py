@@ -34,8 +34,9 @@ def mean_over_shards(
       *batch: arrays (B, …).
 
     Returns:
-      The mean, in float32; leaves without one (see `has_mean`) are those of some shard.
-      `Coordinates` that are divided over the same axes are reduced and scattered in one operation.
+      The mean, in float32 or wider, and of a single shard what `f` returns. Leaves without one (see
+      `has_mean`) are those of some shard. `Coordinates` that are divided over the same axes are
+      reduced and scattered in one operation.
 
     Raises:
       ValueError: there is no mesh with these axes, or they do not divide the batch.

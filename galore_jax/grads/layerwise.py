@@ -23,7 +23,7 @@ from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import start
-from galore_jax.optim.clipping import finite_squares
+from galore_jax.optim.clipping import clip_factor, finite_squares
 from galore_jax.optim.placement import placed_state, shardings_of
 from galore_jax.optim.state import galore_states, to_float32
 from galore_jax.subspace.matrix_view import is_box
@@ -156,12 +156,12 @@ def make_step(
         parts, inner = _parts(model, params, batch), state.inner
         factor, refreshes_now = jnp.float32(1), refreshes
         if clip_norm and clip_by == "previous_step":
-            factor = _clip_factor(state.norm, clip_norm)
+            factor = clip_factor(state.norm, clip_norm)
         elif clip_norm:
             # Bases are refreshed in this first pass, since the norm is that of coordinates in them.
             measure = _PartStep(tx, projected, refreshes, update=None)
             _, inner, squares, _ = _backward(model, parts, measure, params, inner, batch)
-            factor, refreshes_now = _clip_factor(jnp.sqrt(squares), clip_norm), False
+            factor, refreshes_now = clip_factor(jnp.sqrt(squares), clip_norm), False
         update = _PartStep(tx, projected, refreshes_now, _Update(factor, key, implementation))
         params, inner, squares, pair = _backward(model, parts, update, params, inner, batch)
         norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
@@ -388,10 +388,6 @@ def _check(state: Any, projected: bool) -> None:
             "layerwise: an optimizer without galore needs full gradients: use make_step(…, "
             "projected=False)."
         )
-
-
-def _clip_factor(norm: jax.Array, max_norm: float) -> jax.Array:
-    return jnp.where(norm > max_norm, max_norm / norm, 1)
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:

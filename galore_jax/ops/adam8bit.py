@@ -79,6 +79,7 @@ def as_rows(arrays: Any) -> Any:
 
 def adam_scalars(count: Any, b1: Any, b2: Any, eps: Any) -> AdamScalars:
     """The scalars of step number `count`, counted from 1."""
+    count = jnp.asarray(count, jnp.float32)
     scalars = (b1, 1 - b1, b2, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
     return AdamScalars(*(jnp.asarray(scalar, jnp.float32) for scalar in scalars))
 

@@ -7,9 +7,14 @@ import jax.numpy as jnp
 
 
 def promoted(one: Any, other: Any) -> Any:
-    """The dtype to which JAX by default promotes two others."""
+    """The dtype to which JAX by default promotes two others, of which float8 counts as float32."""
+
+    def known(dtype: Any) -> Any:
+        is_float8 = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize == 1
+        return jnp.float32 if is_float8 else dtype
+
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(one, other)
+        return jnp.promote_types(known(one), known(other))
 
 
 def widened(array: Any) -> jax.Array:

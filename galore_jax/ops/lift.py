@@ -28,16 +28,18 @@ def lift_and_add(
     right_is_transposed: bool = False,
     start: tuple[Any, Any] = (0, 0),
 ) -> jax.Array:
-    """`(1 - decay) weights + scale left right` in float32, rounded to the dtype of the weights.
+    """`(1 - decay) weights + scale left right`, rounded to the dtype of the weights.
+
+    It is computed in float32, or in the dtype of the weights if that is wider.
 
     With channels it is `(1 - decay) weights + scale (left right + channels · gradient)`.
 
     Matrix products use the backend's default precision.
 
     Args:
-      weights: (m, n), bfloat16 or float32.
-      left: (m, r), bfloat16 or float32; None: there is no product.
-      right: (r, n), or (n, r) if transposed, bfloat16 or float32; None: as for `left`.
+      weights: (m, n), of any floating dtype.
+      left: (m, r), of any floating dtype; None: there is no product.
+      right: (r, n), or (n, r) if transposed, of any floating dtype; None: as for `left`.
       scale: float32 scalar.
       decay: float32 scalar.
       seed: two uint32; if given, bfloat16 weights are rounded stochastically, with random bits that

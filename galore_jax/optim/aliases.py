@@ -46,7 +46,7 @@ def adamw(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     eight_bit: bool = False,
     implementation: Implementation = "xla",
@@ -66,7 +66,8 @@ def adamw(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
-      weight_decay: decoupled weight decay, multiplied by the learning rate but not by `scale`.
+      weight_decay: decoupled weight decay, a number or a schedule, multiplied by the learning rate
+        but not by `scale`.
       mask: which leaves decay, as for `optax.adamw`: a tree of booleans, or a function from the
         parameters (their shapes) to one; None: all.
       eight_bit: whether to keep 8-bit moments; see `scale_by_adam8bit`.
@@ -116,7 +117,7 @@ def muon(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     eight_bit: bool = False,
     implementation: Implementation = "xla",
@@ -181,7 +182,7 @@ def adafactor(
     decay_rate: float = 0.8,
     eps: float = 1e-30,
     clipping_threshold: float = 1.0,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     **settings: Any,
 ) -> Chain:
@@ -231,7 +232,7 @@ def lion(
     *,
     b1: float = 0.9,
     b2: float = 0.99,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     **settings: Any,
 ) -> Chain:

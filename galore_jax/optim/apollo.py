@@ -33,7 +33,7 @@ def apollo(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
     mask: Mask = None,
     eight_bit: bool = False,
     implementation: Implementation = "xla",

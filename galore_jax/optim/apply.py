@@ -87,7 +87,8 @@ def _apply_gradients(
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
     all_params, params = params, with_gradient(params, grads)
-    _check_shapes(grads, params, galore_states(state, inside_chains=True))
+    # A chain inside of a wrapper, which may change the tree, checks its own gradients.
+    _check_shapes(grads, params, galore_states(state.inner_states if is_chain(tx) else state))
     gradients = grads  # What galore received: a chain may have clipped them.
     try:
         if is_chain(tx):
@@ -108,7 +109,8 @@ def _apply_gradients(
         if is_coordinates(update):
             return update
         param = jnp.asarray(param)
-        return _rounded(_at_least_float32(param) + update, param.dtype, key)
+        total = _at_least_float32(param) + _at_least_float32(jnp.asarray(update))
+        return _rounded(total, param.dtype, key)
 
     def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any, gradient: Any) -> Any:
         if not is_coordinates(update):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.lift import scaled_gradient
 from galore_jax.optim.complement import (
@@ -107,8 +108,10 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     so `optax.adamw` after galore decays only the component of the weights inside the subspace,
     while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the parameters
     (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain in them.
-    If the parameters are in boxes (Flax's, NNX variables, Haliax' named arrays), masks and labels
-    for optax's transformations after galore must be functions, or trees without boxes.
+    Nor does `optax.flatten`, whose moments no longer know their matrix. Functions for masks and
+    labels see the path of a projected leaf with `value` at its end. If the parameters are in boxes
+    (Flax's, NNX variables, Haliax' named arrays), masks and labels for optax's transformations
+    after galore must be functions, or trees without boxes.
 
     Args:
       *transforms: as for `optax.chain`. A `chain` among them is flattened, so that a clip can be
@@ -220,6 +223,7 @@ class _ChainUpdate:
             updates, gradients, state = found
             return _lift(updates, gradients, galore_states(state.inner_states), like), state
 
+        # Again, as what runs inside of with_auto_axes can use no arrays from here.
         like = updates if params is None else with_gradient(params, updates)
         arguments = updates, state, params, extra_args
         return with_auto_axes(update, *arguments, out=lambda: specs_of((like, state)))
@@ -234,8 +238,9 @@ def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     bases = bases_of(states)
     if not isinstance(tx, GaLore) and any(basis.projection.complement for basis in bases):
         raise ValueError(
-            "galore: complement needs galore_jax.chain in place of optax.chain: a stock chain has "
-            "one update for a matrix, and the complement takes a second one."
+            "galore: complement needs galore itself as a part of galore_jax.chain: a stock chain, "
+            "or a wrapper such as optax.masked, has one update for a matrix, and the complement "
+            "takes a second one."
         )
     check_rotation(state, bases)
     if bases:
@@ -341,7 +346,7 @@ def _lift(updates: PyTree, gradients: PyTree, states: list[GaLoreState], like: P
             full += scaled_gradient(update.channels, view.to_matrices(gradient))
         full = basis.scale * full
         if update.decay is not None:
-            full -= update.decay[..., None, None] * view.to_matrices(like)
+            full -= update.decay[..., None, None] * widened(view.to_matrices(like))
         return view.from_matrices(full)
 
     def cast(update: Any, like: Any) -> jax.Array:

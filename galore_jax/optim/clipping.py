@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.optim.complement import without_complement
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
@@ -37,10 +38,16 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
         del params
         squares, large_norm = _squares_and_large_norm(updates)
         norm = jnp.hypot(jnp.sqrt(squares), large_norm)
-        factor = jnp.where(norm > max_norm, max_norm / norm, 1)
-        return jax.tree.map(lambda leaf: (leaf * factor).astype(leaf.dtype), updates), state
+        factor = clip_factor(norm, max_norm)
+        clip = lambda leaf: (widened(leaf) * factor).astype(leaf.dtype)
+        return jax.tree.map(clip, updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+def clip_factor(norm: jax.Array, max_norm: float | jax.Array) -> jax.Array:
+    """The factor, at most 1, that brings a norm down to the largest one."""
+    return jnp.where(norm > max_norm, max_norm / norm, 1)
 
 
 def finite_squares(tree: PyTree) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
@@ -71,14 +72,16 @@ def scale_by_factored_rms(
         del params
         count = optax.safe_increment(state.count)
         decay = 1 - jnp.asarray(count, jnp.float32) ** -decay_rate
-        average = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
+        average = lambda old, new: (decay * widened(old) + (1 - decay) * new).astype(old.dtype)
 
         def at_matrix(update: Any, rows: Any, columns: Any) -> tuple[Any, Any, Any]:
+            update = widened(update)
             square = jnp.abs(update) ** 2 + eps
             rows, columns = average(rows, square.mean(-1)), average(columns, square.mean(-2))
             # Separate roots: the product of two tiny factors would underflow.
-            of_rows = (rows.mean(axis=-1, keepdims=True) ** 0.5 * rows**-0.5)[..., None]
-            return update * of_rows * columns[..., None, :] ** -0.5, rows, columns
+            by_row, by_column = widened(rows), widened(columns)
+            of_rows = (by_row.mean(axis=-1, keepdims=True) ** 0.5 * by_row**-0.5)[..., None]
+            return update * of_rows * by_column[..., None, :] ** -0.5, rows, columns
 
         def at_leaf(update: Any, rows: Any, columns: Any, nu: Any) -> tuple[Any, Any, Any, Any]:
             if is_coordinates(update):
@@ -89,8 +92,9 @@ def scale_by_factored_rms(
                 return new, rows, columns, nu
             if is_factored(update):
                 return (*at_matrix(update, rows, columns), nu)
+            update = widened(update)
             nu = average(nu, jnp.abs(update) ** 2 + eps)
-            return update * nu**-0.5, rows, columns, nu
+            return update * widened(nu) ** -0.5, rows, columns, nu
 
         leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
         kept = [tree.flatten_up_to(part) for part in (state.rows, state.columns, state.nu)]

@@ -108,8 +108,9 @@ def galore(
         (in, out); for the reference's torch weights, (out, in), they are swapped); "full" both
         (with an exact method the coordinates are diagonal at a refresh, up to rounding, and Adam
         normalises that rounding).
-      refresh: "subspace_iteration" (matrix products only, warm-started), "eigh" (exact, from the
-        smaller Gram matrix), "svd" (exact, slow) or "random" (independent of the gradient).
+      refresh: "subspace_iteration" (matrix products and r × r factorisations, warm-started), "eigh"
+        (exact, from the smaller Gram matrix), "svd" (exact, slow) or "random" (independent of the
+        gradient).
       weight_dimension_numbers: which axes are in and out, as in `optax.contrib.galore`, for
         kernels with heads or of convolutions. The leaves named here are projected whatever their
         name is.
@@ -224,7 +225,8 @@ def galore(
             gap = rule.update_proj_gap
             if stagger:
                 places = before + jnp.arange(math.prod(batch)).reshape(batch)
-                # gap - places * gap // total, split so that the product does not overflow int32.
+                # gap - places * gap // total, split so that the product does not overflow int32 for
+                # fewer than 46,341 matrices.
                 gap = gap - places * (gap // total) - places * (gap % total) // total
             before += math.prod(batch)
             basis = start_basis(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.ops.newton_schulz import newton_schulz
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.optim.adam8bit import zero_moment
@@ -78,8 +79,9 @@ def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.Gradi
         del params
 
         def at_array(update: jax.Array, mu: Any) -> tuple[jax.Array, Any]:
-            new = beta * as_float32(mu) + (1 - beta) * update
-            direction = newton_schulz(beta * new + (1 - beta) * update)
+            gradient = widened(update)
+            new = beta * as_float32(mu) + (1 - beta) * gradient
+            direction = newton_schulz(beta * new + (1 - beta) * gradient)
             return direction.astype(update.dtype), stored_like(new, mu)
 
         def at_leaf(update: Any, mu: Any) -> tuple[Any, Any]:

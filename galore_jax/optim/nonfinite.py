@@ -54,8 +54,8 @@ def skip_updates(updates: PyTree, basis_updates: BasisUpdates) -> PyTree:
     """The final updates of a chain, zero for the skipped matrices, which do not decay either."""
 
     def at_leaf(update: PyTree) -> PyTree:
-        if not is_coordinates(update):
-            return update
+        if not is_coordinates(update) or update.projection.path not in basis_updates:
+            return update  # A chain without galore may be inside of one that has it.
         skipped = basis_updates[update.projection.path].skipped
         decay = None if update.decay is None else jnp.where(skipped, 0, update.decay)
         skip = lambda part: jnp.where(skipped[..., None, None], 0, part)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.subspace.matrix_view import is_function, unboxed
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.subspace.rules import static_hint
@@ -21,7 +22,7 @@ class DecayWeightsState(NamedTuple):
 
 def decay_weights(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float | jax.Array,
+    weight_decay: optax.ScalarOrSchedule,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
     """Decoupled decay of full weights, as the last transformation of a chain with galore.
@@ -32,7 +33,8 @@ def decay_weights(
 
     Args:
       learning_rate: a number, or a schedule of the update count.
-      weight_decay: the coefficient: an update shrinks weights by the fraction `lr · weight_decay`.
+      weight_decay: the coefficient, a number or a schedule: an update shrinks weights by the
+        fraction `lr · weight_decay`.
       mask: which leaves decay, a tree of booleans or a function from the parameters (their shapes)
         to one; None: all.
 
@@ -54,7 +56,8 @@ def decay_weights(
                 "decay_weights needs the parameters: call update(grads, state, params)."
             )
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        fraction = jnp.asarray(rate * weight_decay, jnp.float32)
+        coefficient = weight_decay(state.count) if callable(weight_decay) else weight_decay
+        fraction = jnp.asarray(rate * coefficient, jnp.float32)
         is_tree = not jax.tree_util.all_leaves([params])
         if is_tree and isinstance(mask, bool | jax.Array):
             # What optax.inject_hyperparams makes of a function, which it calls with the count.
@@ -69,7 +72,7 @@ def decay_weights(
             if isinstance(update, Coordinates):
                 shrunk = jax.tree.map(lambda part: part * (1 - fraction), update)
                 return replace(shrunk, decay=fraction)
-            return update * (1 - fraction) - fraction * param
+            return widened(update) * (1 - fraction) - fraction * widened(param)
 
         decays: Any = True if mask is None else mask
         if is_function(decays):

@@ -21,8 +21,6 @@ from galore_jax.ops.quantization import BLOCK, Quantized
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import Coordinates, Projection, Side
 
-ROWS, COLUMNS = -2, -1
-
 
 def matrices_partition(projection: Projection) -> Partition | None:
     """The partition of the parameter as matrices, `(*batch, in, out)`."""

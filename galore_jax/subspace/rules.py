@@ -305,5 +305,8 @@ def _check_all_used(unused: Rules, names: list[str], rules: Rules) -> None:
         elif all(rule_for((name,), rules)[0] != pattern for name in matched):
             reason = "every leaf that it matches also matches an earlier rule; put this rule first"
         else:
-            reason = f"the leaves that it matches are not matrices, for example {matched[0]}"
+            reason = (
+                "the leaves that it matches are no matrices, or biases or scales by name, which "
+                f"only weight_dimension_numbers project, for example {matched[0]}"
+            )
         raise ValueError(f"galore: the rule {text!r} applies to no leaf: {reason}.")

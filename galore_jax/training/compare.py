@@ -14,7 +14,7 @@ from pathlib import Path
 
 from galore_jax.data.batches import first_prompt
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import write_text
 from galore_jax.training.config import Config, check_grid
 from galore_jax.training.config_file import load_config
 from galore_jax.training.loop import train
@@ -109,8 +109,7 @@ def compare(
         rows.append(Row(label, config, runs, borders))
 
     folder = Path(next(iter(configs.values())).training.folder)
-    with atomic_write(folder / "comparison.md") as path:
-        path.write_text(table(rows), encoding="utf-8")
+    write_text(folder / "comparison.md", table(rows))
     folders = [_folder(row.label, row.config, seeds[0]) for row in rows]
     plot_curves(folders, folder / "comparison.png", [row.label for row in rows])
     plot_loss_by_bytes(
@@ -122,8 +121,7 @@ def compare(
     prompt = first_prompt(best.config.data, min(PROMPT_CHARACTERS, max(1, context // 8)))
     tokens = min(SAMPLE_TOKENS, context // 2)
     sample = generate_text(_folder(best.label, best.config, seeds[0]), prompt, tokens)
-    with atomic_write(folder / "sample.txt") as path:
-        path.write_text(sample, encoding="utf-8")
+    write_text(folder / "sample.txt", sample)
     return rows
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from galore_jax.data.glue import TASKS, load_examples
-from galore_jax.files import atomic_write
+from galore_jax.files import write_text
 from galore_jax.training.config import check_grid
 from galore_jax.training.finetune import (
     NotFiniteError,
@@ -207,8 +207,7 @@ def _on(task: str, config: FinetuneConfig) -> FinetuneConfig:
 
 def _write(configs: Mapping[str, FinetuneConfig], text: str) -> None:
     folder = Path(next(iter(configs.values())).training.folder)
-    with atomic_write(folder / "comparison.md") as path:
-        path.write_text(text, encoding="utf-8")
+    write_text(folder / "comparison.md", text)
 
 
 def _at(label: str, config: FinetuneConfig, rate: float, seeds: int) -> FinetuneConfig:

@@ -17,7 +17,7 @@ from galore_jax.data.glue_metrics import check_metrics, predictions_of, scores
 from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokenizer
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write, read_json, write_json
+from galore_jax.files import read_json, write_json, write_text
 from galore_jax.grads.sketch import updates_until_refresh
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.interop.tokenizer_files import copy_tokenizer
@@ -139,8 +139,7 @@ def _finetune_seeds(
     with locked(folder / "lock", f"fine-tuning in {folder}", "name another training.folder"):
         # Another process may have written here since the first check.
         _check_folder(folder, config)
-        with atomic_write(folder / CONFIG) as unfinished:
-            unfinished.write_text(to_toml(config), encoding="utf-8")
+        write_text(folder / CONFIG, to_toml(config))
         results = {}
         for seed in seeds:
             if _result(folder, seed).is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError
-from galore_jax.files import atomic_write
+from galore_jax.files import write_json, write_text
 from galore_jax.training.run_folder import RunFolder
 
 
@@ -87,8 +87,7 @@ class Metrics:
         self.lines = [line for line in read_metrics(self._path) if _is_before(line, step)]
         self._events = _events(run.tensorboard, step) if tensorboard else None
         if self._path.exists():
-            with atomic_write(self._path) as path:
-                path.write_text(_json_lines(self.lines), encoding="utf-8")
+            write_text(self._path, _json_lines(self.lines))
         # TensorBoard's purge also removes the evaluation at this step, so it is added again.
         self._add_events([line for line in self.lines if line["step"] == step])
 
@@ -155,9 +154,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
 
 def write_summary(run: RunFolder, summary: Summary) -> None:
     """Writes summary.json, which marks the run as finished."""
-    text = json.dumps(_finite(dataclasses.asdict(summary)), indent=2)
-    with atomic_write(run.summary) as path:
-        path.write_text(f"{text}\n", encoding="utf-8")
+    write_json(run.summary, _finite(dataclasses.asdict(summary)))
 
 
 def read_summary(run: RunFolder) -> Summary:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -10,6 +11,7 @@ import galore_jax
 from galore_jax.models.adapters import is_factor
 from galore_jax.optim.muon import SCALE
 from galore_jax.subspace.matrix_view import path_names
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rule, projections
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.schedule import learning_rate_schedule
@@ -30,14 +32,11 @@ def make_optimizer(
       clips: False leaves the clip out, for a layer-wise step, which clips by itself.
     """
     schedule = learning_rate_schedule(config, steps)
-    if not config.has_galore:
-        optimizer = _full_rank(config, schedule)
-        if not clips or not config.clip_norm:
-            return optimizer
-        return galore_jax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    optimizer = _low_rank(config, schedule)
+    optimizer: Any = (_low_rank if config.has_galore else _full_rank)(config, schedule)
     if not clips or not config.clip_norm:
         return optimizer
+    if not config.has_galore:
+        return galore_jax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     clip = galore_jax.clip_by_finite_norm(config.clip_norm)
     if not config.clips_coordinates:
         return galore_jax.chain(clip, optimizer)
@@ -51,13 +50,20 @@ def matrices(params: PyTree) -> PyTree:
     So are low-rank factors, which take the place of these matrices.
 
     Args:
-      params: arrays or their shapes, of a model or of one of its layers. If some of them are
-        `Coordinates`, these are the matrices.
+      params: arrays, their shapes or `Coordinates`, of a model or of one of its layers.
 
     Returns:
-      A tree of booleans like `params`.
+      A tree of booleans like `params`, with one for `Coordinates`.
     """
-    found = projections(params, Rule(rank=1, proj_type="std"), {}, None)
+
+    def whole(leaf: Any) -> Any:
+        if not is_coordinates(leaf):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.projection.view.shape, jnp.float32)
+
+    # The rank of a configuration may be too large for some of the matrices.
+    whole_params = jax.tree.map(whole, params, is_leaf=is_coordinates)
+    found = projections(whole_params, Rule(rank=1, proj_type="std"), {}, None)
 
     def is_matrix(path: Any, projection: Any) -> bool:
         return projection is not None or is_factor(path_names(path))

@@ -29,7 +29,7 @@ TIMEOUT = 20
 def joined(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Iterator[None]:
-    """Joins this process with the others for the duration of the block.
+    """Joins this process with the others, from the block on until the process ends.
 
     Without arguments it does so if a cluster has started several processes (Slurm or Open MPI, in
     the environment that these set). Enter it before JAX uses any device.

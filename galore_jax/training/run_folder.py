@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from galore_jax.errors import FULL_DISK, InputError
-from galore_jax.files import atomic_write, read_json, write_json
+from galore_jax.files import read_json, write_json, write_text
 from galore_jax.lock import locked
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
@@ -157,8 +157,7 @@ def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
             stack.enter_context(lock)
             # Another process may have trained here since the first check.
             _check_start(config, resume)
-            with atomic_write(run.config) as path:
-                path.write_text(to_toml(config), encoding="utf-8")
+            write_text(run.config, to_toml(config))
         yield run
 
 
