@@ -238,7 +238,7 @@ def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     bases = bases_of(states)
     if not isinstance(tx, GaLore) and any(basis.projection.complement for basis in bases):
         raise ValueError(
-            "galore: complement needs galore itself as a part of galore_jax.chain: a stock chain, "
+            "galore: complement needs galore_jax.chain with galore itself as a part: a stock chain, "
             "or a wrapper such as optax.masked, has one update for a matrix, and the complement "
             "takes a second one."
         )
