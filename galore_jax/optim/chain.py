@@ -238,8 +238,8 @@ def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     bases = bases_of(states)
     if not isinstance(tx, GaLore) and any(basis.projection.complement for basis in bases):
         raise ValueError(
-            "galore: complement needs galore_jax.chain with galore itself as a part: a stock chain, "
-            "or a wrapper such as optax.masked, has one update for a matrix, and the complement "
+            "galore: complement needs galore_jax.chain with galore itself as a part: a stock chain "
+            "or a wrapper such as optax.masked has one update for a matrix, and the complement "
             "takes a second one."
         )
     check_rotation(state, bases)
