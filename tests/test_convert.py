@@ -119,10 +119,14 @@ def test_a_tokenizer_of_another_name_takes_along_what_is_beside_it(folder, tmp_p
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path / name.replace("tokenizer.json", "own.json"))
     (tmp_path / "new").mkdir()
+    tools = Path("additional_chat_templates", "tools.jinja")
+    (tmp_path / tools).parent.mkdir()
+    (tmp_path / tools).write_text("{{ tools }}")
     copy_tokenizer(tmp_path / "own.json", tmp_path / "new")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "new" / name).read_bytes() == (folder / name).read_bytes()
-    assert len(list((tmp_path / "new").iterdir())) == 2
+    assert (tmp_path / "new" / tools).read_text() == "{{ tools }}"
+    assert len(list((tmp_path / "new").iterdir())) == 3
 
 
 def test_a_run_without_an_optimizer_is_neither_resumed_nor_replaced(run, folder):

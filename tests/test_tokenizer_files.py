@@ -50,6 +50,22 @@ def test_a_unigram_model_becomes_a_tokenizer_json_with_the_same_tokens(tmp_path)
         assert theirs.decode(ours.encode(text)) == ours.decode(ours.encode(text))
 
 
+@pytest.mark.parametrize("kind", ["unigram", "json"])
+def test_transformers_reads_an_exported_tokenizer_as_the_training_did(tmp_path, kind):
+    transformers = pytest.importorskip("transformers", reason="it is the reference of this test")
+    source = tmp_path / "spiece.model"
+    source.write_bytes(train_sentencepiece(TEXTS, 290))
+    if kind == "json":
+        tokenizer, source = unigram_tokenizer(source), tmp_path / "own.json"
+        assert tokenizer is not None
+        tokenizer.save(str(source))
+    ours, _ = exported(source, tmp_path / "new")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert (theirs.eos_token_id, theirs.pad_token_id, theirs.bos_token_id) == (1, 0, None)
+    for text in [*TEXTS, *AWKWARD]:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+
+
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 @pytest.mark.parametrize("extra_spaces", [True, False])
 def test_spaces_are_treated_as_the_model_says(tmp_path, dummy_prefix, extra_spaces):

@@ -28,8 +28,9 @@ _EOS_NAMES = (
     "[EOS]",
     "[SEP]",
 )
-# Classes of transformers that put <s> before a text unless `add_bos_token` is false, whatever the
-# post-processor of the file does.
+# Classes that put <s> before a text unless `add_bos_token` is false, whatever the post-processor of
+# the file does. So it is in transformers 4, with which models of these classes were published;
+# version 5 goes by the post-processor.
 _ADD_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
 _PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 

@@ -23,6 +23,7 @@ _BESIDE = (
     *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
     *("vocab.json", "merges.txt", "vocab.txt"),
 )
+_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -40,13 +41,16 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """
     if source.name in _TOKENIZERS:
         source = source.parent
+    place = source if source.is_dir() else source.parent
+    templates = [str(file.relative_to(place)) for file in place.glob(_TEMPLATES)]
+    files = {name: place / name for name in (*_BESIDE, *templates)}
     if source.is_dir():
-        files = {name: source / name for name in (*_TOKENIZERS, *_BESIDE)}
+        files |= {name: source / name for name in _TOKENIZERS}
     else:
-        files = {name: source.with_name(name) for name in _BESIDE}
         files[f"tokenizer{source.suffix}"] = source
     for name, file in files.items():
         if file.is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             with atomic_write(folder / name) as path:
                 shutil.copyfile(file, path)
 
