@@ -69,6 +69,9 @@ def is_unprojected(names):
         "ln_1/offset",
         "ln_1/gamma",
         "ln_1/beta",
+        "blocks/ln_g",
+        "unembed",
+        "wpe",
         "embed_tokens/table",
         "wte/embedding",
         "lm_head/kernel",
@@ -161,6 +164,11 @@ def test_a_key_that_is_a_path_has_the_names_of_the_path():
 def test_the_stacked_b_of_a_layer_is_a_bias(weight, kernel):
     layers = {"layer": {weight: jnp.zeros((6, *kernel, 48)), "b": jnp.zeros((6, 48))}}
     assert set(views_of(layers)) == {f"layer/{weight}"}
+
+
+def test_the_stacked_b1_of_a_layer_is_a_bias():
+    layers = {"w1": jnp.zeros((6, 32, 48)), "b1": jnp.zeros((6, 48)), "w2": jnp.zeros((48, 32))}
+    assert set(views_of(layers)) == {"w1", "w2"}
 
 
 def test_a_matrix_called_b_next_to_matrices_is_a_matrix():

@@ -176,6 +176,11 @@ def test_what_keeps_copies_of_the_parameters_is_warned_of_after_galore(inner, re
             init(tx, random_params(PLAIN))
 
 
+def test_moments_of_full_size_in_front_of_galore_are_warned_of():
+    with pytest.warns(UserWarning, match="put galore in front of it"):
+        init(chain(optax.adam(1e-3), galore(4)), random_params(PLAIN))
+
+
 def test_tree_map_params_knows_the_parameters_of_an_optimizer_with_rules():
     params = random_params(PLAIN)
     tx = galore_jax.adamw(0.1, 4, rules={"wide/*": galore_jax.Rule(2), "tall/*": None})

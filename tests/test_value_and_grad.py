@@ -156,6 +156,45 @@ def test_a_batch_is_split_and_keywords_are_not():
         value_and_grad(loss, tx, micro_batches=4)(params, state, inputs(6, 16))
 
 
+def test_frozen_weights_among_the_arrays_of_a_batch_are_not_split_but_refused():
+    loss = lambda params, frozen, x: jnp.mean((x @ frozen @ params["w"]) ** 2)
+    params, frozen, x = {"w": inputs(16, 12)}, inputs(16, 16), inputs(6, 16)
+    tx, state = started(params)
+    with pytest.raises(ValueError, match="have 16 and 6 rows, which cannot be split into 2"):
+        value_and_grad(loss, tx, micro_batches=2)(params, state, frozen, x)
+
+
+def test_a_key_for_each_row_gives_micro_batches_their_own_dropout():
+    def loss(params, x, keys):
+        mask = jax.random.bernoulli(keys[0], shape=(64,))
+        return jnp.mean((x @ params["w"]) ** 2), mask.astype(jnp.float32)
+
+    params, x, keys = {"w": inputs(16, 12)}, inputs(6, 16), jax.random.split(jax.random.key(0), 6)
+    tx, state = started(params)
+    gradients = value_and_grad(loss, tx, has_aux=True, micro_batches=2)
+    (_, mask), _ = gradients(params, state, x, keys)
+    drawn = [jax.random.bernoulli(keys[i], shape=(64,)) for i in (0, 1)]
+    np.testing.assert_array_equal(mask, np.mean(drawn, axis=0))
+
+
+def test_coordinates_in_float16_do_not_overflow():
+    loss = lambda params, x: jnp.mean(x @ params["w"])
+    params = {"w": inputs(16, 12)}
+    tx, state = started(params)
+    _, grads = value_and_grad(loss, tx)(params, state, inputs(6, 16))
+    large = jax.tree.map(lambda g: jnp.full_like(g, 300, jnp.float16), grads)
+    new, state = galore_jax.apply_gradients(tx, large, state, params)
+    assert galore_states(state, inside_chains=True)[0].bases["w"].skipped == 0
+    assert jnp.any(new["w"] != params["w"])
+
+
+def test_asking_whether_a_refresh_is_due_of_anything_but_the_state_is_refused():
+    params = {"w": inputs(16, 12)}
+    for other in (params, optax.adam(1e-3).init(params)):
+        with pytest.raises(ValueError, match="pass the optimizer's state"):
+            galore_jax.refresh_due(other)
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_keys_and_counts_in_the_aux_stay_what_they_are(micro_batches):
     def loss(params, x):

@@ -5,11 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from galore_jax.grads.micro_batches import has_mean
+from galore_jax.grads.micro_batches import check_rows, has_mean
 from galore_jax.ops.dtypes import widened
 from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.optim.state import Unprojected, is_parameter
@@ -39,7 +38,8 @@ def mean_over_shards(
       reduced and scattered in one operation.
 
     Raises:
-      ValueError: there is no mesh with these axes, or they do not divide the batch.
+      ValueError: there is no mesh with these axes, or they do not divide the batch (see
+        `check_rows`).
     """
     if not data_axes:
         return f(operands, *batch)
@@ -47,13 +47,7 @@ def mean_over_shards(
     count = math.prod(mesh.shape[axis] for axis in data_axes)
     if count == 1:
         return f(operands, *batch)
-    for leaf in jax.tree.leaves(batch):
-        if not jnp.ndim(leaf) or leaf.shape[0] % count:
-            raise ValueError(
-                f"data_axes: an array of the batch, shape {jnp.shape(leaf)}, cannot be divided "
-                f"into {count} shards along its first axis: pass a batch of a multiple of {count}, "
-                "and arguments that are not to be divided by keyword."
-            )
+    check_rows(batch, count, "shards")
 
     def on_shards(f: Callable[..., PyTree], out_specs: PyTree) -> Callable[..., PyTree]:
         sharded = jax.shard_map(

@@ -30,11 +30,6 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
     """
     if micro_batches == 1:
         return f(*batch)
-    if not jax.tree.leaves(batch):
-        raise ValueError(
-            "micro_batches: there is no array to split: pass the batch by position; arguments that "
-            "are passed by keyword are not split."
-        )
     parts = split(batch, micro_batches)
     shapes, structure = jax.tree.flatten(jax.eval_shape(f, *first_part(batch, micro_batches)))
     averaged = [i for i, leaf in enumerate(shapes) if has_mean(leaf)]
@@ -76,17 +71,40 @@ def split(batch: Any, micro_batches: int) -> Any:
     is divided over all of them.
 
     Raises:
-      ValueError: the first axis of an array is not a multiple of the number of parts.
+      ValueError: as for `check_rows`.
     """
+    check_rows(batch, micro_batches, "micro-batches")
 
     def parts(rows: Any) -> jax.Array:
         rows = jnp.asarray(rows)
-        if rows.ndim == 0 or rows.shape[0] % micro_batches:
-            raise ValueError(
-                f"an array of the batch, shape {rows.shape}, cannot be split into "
-                f"{micro_batches} micro-batches: its first axis must be a multiple of that number; "
-                "pass arguments that are not to be split by keyword."
-            )
         return rows.reshape(-1, micro_batches, *rows.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(parts, batch)
+
+
+def check_rows(batch: Any, count: int, parts: str) -> None:
+    """Raises a ValueError unless the arrays of a batch have equally many rows, a multiple of count.
+
+    Args:
+      batch: a tree of arrays (B, …).
+      count: the number of parts that it is to be split into.
+      parts: what they are called, for the message.
+    """
+    remedy = "pass what is not to be split by keyword."
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+    if not shapes:
+        raise ValueError(
+            f"there is no array to split into {count} {parts}: pass the batch by position; "
+            "arguments that are passed by keyword are not split."
+        )
+    for shape in shapes:
+        if not shape or shape[0] % count:
+            raise ValueError(
+                f"an array of the batch, shape {shape}, cannot be split into {count} {parts}: its "
+                f"first axis must be a multiple of that number; {remedy}"
+            )
+        if shape[0] != shapes[0][0]:
+            raise ValueError(
+                f"arrays of the batch have {shapes[0][0]} and {shape[0]} rows, which cannot be "
+                f"split into {count} {parts} together: {remedy}"
+            )

@@ -60,7 +60,15 @@ def _least_left(bases: list[Basis]) -> jax.Array:
 
 
 def refresh_due(opt_state: PyTree) -> jax.Array:
-    """Whether any basis is due for a refresh, a boolean scalar."""
+    """Whether any basis is due for a refresh, a boolean scalar.
+
+    Raises:
+      ValueError: there is no state of `galore` in `opt_state`.
+    """
+    if not galore_states(opt_state, inside_chains=True):
+        raise ValueError(
+            "refresh_due: there is no state of galore in this: pass the optimizer's state."
+        )
     return updates_until_refresh(opt_state) == 0
 
 

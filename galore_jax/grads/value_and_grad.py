@@ -61,9 +61,9 @@ def value_and_grad(
       tx: the optimizer.
       has_aux: whether the loss returns a pair, the second part of which is not differentiated.
       micro_batches: number of equal parts into which each array of the batch is split along its
-        first axis. Loss, aux and gradients are then means over the parts, in float32 or wider, but
-        PRNG keys and unsigned integers in the aux are those of the last part; projected gradients
-        are accumulated as coordinates.
+        first axis: part i has the rows i, i + micro_batches, … . Loss, aux and gradients are then
+        means over the parts, in float32 or wider, but PRNG keys and unsigned integers in the aux
+        are those of the last part; projected gradients are accumulated as coordinates.
       data_axes: mesh axes that divide the batch along its first axis, but no parameter. Each device
         then computes loss, aux and gradients of its shard, split into micro-batches, and they are
         averaged over the shards once: in float32, as coordinates. Other mesh axes stay as they are.
@@ -71,8 +71,8 @@ def value_and_grad(
 
     Returns:
       A function `(params, opt_state, *batch, **unsplit)` that returns the loss (with has_aux the
-      pair) and a tree of gradients like the parameters. Keyword arguments are not split into
-      micro-batches.
+      pair) and a tree of gradients like the parameters. Keyword arguments are not split: every
+      micro-batch gets the whole of them.
 
     Raises:
       ValueError: the optimizer has no galore, was started with full-size moments or with other

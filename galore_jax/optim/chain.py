@@ -108,10 +108,11 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     so `optax.adamw` after galore decays only the component of the weights inside the subspace,
     while `galore_jax.adamw` decays full weights. Transformations that keep a copy of the parameters
     (schedule-free, lookahead, averages) do not belong after galore; wrap the whole chain in them.
-    Nor does `optax.flatten`, whose moments no longer know their matrix. Functions for masks and
-    labels see the path of a projected leaf with `value` at its end. If the parameters are in boxes
-    (Flax's, NNX variables, Haliax' named arrays), masks and labels for optax's transformations
-    after galore must be functions, or trees without boxes.
+    Nor does `optax.flatten`, whose moments no longer know their matrix, or what reads single
+    weights or calls the loss, such as `optax.keep_params_nonnegative` or a line search. Functions
+    for masks and labels see the path of a projected leaf with `value` at its end. If the parameters
+    are in boxes (Flax's, NNX variables, Haliax' named arrays), masks and labels for optax's
+    transformations after galore must be functions, or trees without boxes.
 
     Args:
       *transforms: as for `optax.chain`. A `chain` among them is flattened, so that a clip can be
@@ -149,6 +150,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     def init_fn(params: PyTree) -> ChainState:
         states, bases = [], []
         for tx in transforms:
+            if isinstance(tx, GaLore):
+                _warn_of_full_moments(states, params)
             states.append(start(tx, params))
             check_rotation(states[-1], bases)
             if bases:
@@ -363,6 +366,17 @@ def _check_not_after_decay(updates: PyTree) -> None:
             raise ValueError(
                 "chain: a decay of full weights (decay_weights, and the end of galore_jax.adamw) "
                 "must come last; put what follows it in front of galore, or around the chain."
+            )
+
+
+def _warn_of_full_moments(states: list[PyTree], params: PyTree) -> None:
+    """Warns of transformations in front of galore that keep a number for every parameter."""
+    for state in states:
+        if optax.tree.size(state) >= optax.tree.size(params):
+            warnings.warn(
+                f"the transformation with the state {type(state).__name__} is in front of galore, "
+                "where it keeps moments of full size: put galore in front of it.",
+                stacklevel=2,
             )
 
 

@@ -3,7 +3,7 @@
 The paper's algorithm, and where each line of it is:
 
     every T steps: P ← the leading r singular vectors of G     subspace.refresh.refresh_basis
-    R ← PᵀG                                                    Projection.project, below; or
+    R ← PᵀG                                                    Projection.project; or
                                                                directly in the backward pass: grads
     Adam (or any optimizer) on R, with moments of R's shape    what comes after galore in the chain
     W ← W + η · α P N                                          optim.apply, or chain's own lift
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from galore_jax.ops.dtypes import widened
 from galore_jax.optim.chain import GaLore
 from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.optim.nonfinite import zero_nonfinite
@@ -269,13 +270,15 @@ def galore(
                 scale=jnp.asarray(rule.scale, jnp.float32),
                 interval=jnp.array(rule.update_proj_gap, jnp.int32),
             )
+            # Bases are drawn with the seed of the setting, which may change; directions with that
+            # of the state, with which `value_and_grad` has drawn them.
             directions = outside = None
             if not is_coordinates(gradient):
                 basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
             if projection.complement:
                 directions = draw_directions(basis, seed=state.seed, count=state.count)
-            if is_coordinates(gradient):
-                value, outside = gradient.value, gradient.complement
+            if is_coordinates(gradient):  # Wide, as squares overflow early in float16.
+                value, outside = jax.tree.map(widened, (gradient.value, gradient.complement))
             else:
                 value = projection.project(basis.vectors, gradient)
                 if directions is not None:

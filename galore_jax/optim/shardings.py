@@ -34,10 +34,10 @@ def shardings(
     Three things are decided in this order. A leaf in a Flax box (`nn.with_partitioning`, logical
     partitioning) has the axes of the box, translated by the logical axis rules of the context. Any
     other leaf has the spec of the first rule that matches its path. If the mesh has an axis named
-    "fsdp" that the leaf does not use yet, that axis is added: to the axis of the matrix that the
-    projection keeps; of leaves that are not projected to the first axis of a matrix; of biases and
-    scales, the first axis of which may be layers, to the last. Where its size does not divide that
-    axis it goes to another one. What divides none stays whole on every device.
+    "fsdp" that the leaf does not use yet, it shards one more axis: the unprojected side of a
+    projected matrix, the first matrix axis of another one, or the last axis of a bias or scale,
+    whose first may be layers. If its size does not divide that axis, another one is sharded; if it
+    divides none, the leaf is replicated.
 
     Batches are usually divided over "data" and "fsdp". Other mesh axes divide parameters only where
     a rule or a box says so.

@@ -18,8 +18,8 @@ UNPROJECTED_LEAVES = frozenset({"bias", "scale", "offset", "beta", "gamma"})
 # Nor, unless a rule matches it, is a leaf with one of these words in its path, or with the name of
 # a norm in its last two names: a "PreNorm" may contain whole layers. "lm_head" consists of "lm" and
 # "head".
-UNPROJECTED_WORDS = frozenset({"embed", "embedding", "embeddings", "head"})
-NORMS = frozenset({"layernorm", "norm", "rmsnorm"})
+UNPROJECTED_WORDS = frozenset({"embed", "embedding", "embeddings", "head", "unembed", "wpe", "wte"})
+NORMS = frozenset({"layernorm", "ln", "norm", "rmsnorm"})
 # Names of attention kernels that may have separate axes for the heads: Flax's, Keras' and Tunix'.
 _ATTENTIONS = (
     ("query", "key", "value", "out"),
@@ -92,8 +92,8 @@ def matrix_views(params: PyTree, weight_dimension_numbers: PyTree = None) -> PyT
     By default the last two axes are the matrix axes. The kernels of an attention module that are
     stored with separate heads, by the names in `_ATTENTIONS`, are viewed with the model axis on one
     side and both head axes on the other. A leaf has no view if it has fewer than two axes, no
-    elements or a dtype that is not floating point; nor, by default, if it is the `b` of a layer,
-    Haiku's name for a bias, which has two axes when layers are stacked.
+    elements or a dtype that is not floating point; nor, by default, if it is a bias named `b` or
+    `b1`, which has two axes when layers are stacked.
 
     Args:
       params: any pytree of arrays or of their shapes.
@@ -268,8 +268,8 @@ def _view_by_numbers(numbers: Any, shape: tuple[int, ...], name: str) -> MatrixV
 def _is_bias_of_layer(
     names: tuple[str, ...], shapes: dict[tuple[str, ...], tuple[int, ...]]
 ) -> bool:
-    """Whether a leaf is a bias of Haiku: named `b`, `(*batch, out)`, next to `(*batch, …, out)`."""
-    if names[-1:] != ("b",):
+    """Whether a leaf is a bias: named `b`, `(*batch, out)`, next to `(*batch, …, out)`."""
+    if _words(names[-1:]) != ["b"]:
         return False
     *batch, out = shapes[names]
     siblings = [shape for other, shape in shapes.items() if other[:-1] == names[:-1]]

@@ -50,7 +50,7 @@ def check_grid(name: str, rates: Iterable[float]) -> None:
 
 @contextlib.contextmanager
 def naming_settings() -> Iterator[None]:
-    """Makes an `InputError` of what `galore` says of an argument, or of one that a matrix lacks."""
+    """Turns a ValueError of `galore` into an `InputError` that names the setting."""
     try:
         yield
     except ValueError as error:

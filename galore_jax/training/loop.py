@@ -124,7 +124,7 @@ def train(config: Config, resume: bool = False) -> Summary:
         evaluate = make_evaluate(config, mesh)
         progress = stack.enter_context(Progress(metrics, start, steps))
 
-        if start == steps:  # Of a complete run the last evaluation may have been lost.
+        if start == steps:  # The last evaluation of a finished run may be missing.
             progress.report_evaluation(steps, evaluate(state.params, validation))
 
         # The steps, with evaluations and checkpoints between them.
@@ -155,14 +155,9 @@ def train(config: Config, resume: bool = False) -> Summary:
         # The summary and the curves.
         with ending_together():
             if metrics is not None:
-                bigram = None
-                if training.bigram:
-                    seen = islice(train_batches(config.data, tokenizer), steps)
-                    bigram = bigram_loss(
-                        seen, validation, tokenizer.vocab_size, training.evaluation_tokens
-                    )
                 updates = [line for line in metrics.lines if "loss" in line]
                 last = [line for line in metrics.lines if "validation_loss" in line][-1]
+                seconds = updates[-1]["seconds"]
                 summary = Summary(
                     name=run.path.name,
                     steps=steps,
@@ -170,17 +165,24 @@ def train(config: Config, resume: bool = False) -> Summary:
                     validation_loss=last["validation_loss"],
                     validation_perplexity=perplexity(last["validation_loss"]),
                     reference_perplexity=perplexity(last["reference_loss"]),
-                    bigram_loss=bigram,
+                    bigram_loss=_bigram_loss(config, tokenizer, validation),
                     optimizer_bytes=optimizer_bytes,
-                    seconds=updates[-1]["seconds"],
+                    seconds=seconds,
                     compile_seconds=stepper.compile_seconds,
-                    tokens_per_second=sum(line["targets"] for line in updates)
-                    / updates[-1]["seconds"],
+                    tokens_per_second=sum(line["targets"] for line in updates) / seconds,
                 )
                 write_summary(run, summary)
                 plot_curves([run.path], run.curves)
                 print(summary.table())
     return read_summary(run)
+
+
+def _bigram_loss(config: Config, tokenizer: Tokenizer, validation: Any) -> float | None:
+    """The loss of a bigram model of the text that the run has seen, if that is configured."""
+    if not config.training.bigram:
+        return None
+    seen = islice(train_batches(config.data, tokenizer), config.training.steps)
+    return bigram_loss(seen, validation, tokenizer.vocab_size, config.training.evaluation_tokens)
 
 
 def _check_metrics(run: RunFolder, metrics: Metrics) -> None:

@@ -27,8 +27,8 @@ from galore_jax.training.optimizer import make_optimizer
 from galore_jax.types import PyTree
 
 Batch = dict[str, Any]
-# What random numbers of a step are for, besides stochastic rounding, whose key is split over the
-# leaves: smaller numbers would give the keys of some of them.
+# Folded into the key of a step. The key itself is split over the leaves for stochastic rounding,
+# and `split` gives the same keys as `fold_in` with small numbers.
 DROPOUT, RESTART = 2**32 - 1, 2**32 - 2
 
 

@@ -302,7 +302,7 @@ def test_a_batch_that_the_data_axes_do_not_divide_is_refused():
     tx = galore_jax.adamw(1e-3, rank=RANK)
     params = placed(init_params(), {"data": 8}, tx)
     gradients = galore_jax.value_and_grad(loss, tx, data_axes="data")
-    with pytest.raises(ValueError, match=r"shape \(12, 8\), cannot be divided into 8 shards"):
+    with pytest.raises(ValueError, match=r"shape \(12, 8\), cannot be split into 8 shards"):
         gradients(params, galore_jax.init(tx, params), jnp.zeros((12, 8), jnp.int32))
 
 
