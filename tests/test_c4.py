@@ -171,7 +171,8 @@ zipped = functools.partial(gzip.compress, mtime=0)
     [
         (b"", "is empty"),
         (zipped(b""), "is empty"),
-        (zipped(GOOD * 5 + b'{"text": "a'), "line 6: not JSON"),
+        (zipped(b"\n \n"), "is empty"),
+        (zipped(GOOD * 5 + b'{"text": "a'), "line 6: not JSON; correct the line, or download"),
         (zipped(GOOD * 2 + b"\xff\xfe"), "line 3: not JSON"),
         (zipped(GOOD + b'{"url": "a"}\n' + GOOD), 'line 2: no document with a "text"'),
         (zipped(GOOD + b'["text"]\n'), 'line 2: no document with a "text"'),
@@ -190,6 +191,12 @@ def test_a_broken_shard_is_named_with_its_line(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises(InputError, match=f"{file}.* {message}"):
         list(read_examples(file, report=lambda more_bytes: None))
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    file = tmp_path / "c4-train.00000-of-00001.json.gz"
+    file.write_bytes(zipped(GOOD + b"\n" + GOOD + b" \n"))
+    assert len(list(read_examples(file, report=lambda more_bytes: None))) == 2
 
 
 def test_reading_reports_every_compressed_byte(tmp_path):
@@ -215,6 +222,16 @@ def test_a_folder_made_from_other_files_is_not_touched(prepared, tmp_path):
     with pytest.raises(InputError, match="was made from other input files"):
         prepare_c4(str(tmp_path), data_dir)
     assert files_of(data_dir) == before
+
+
+def test_a_folder_made_from_other_content_under_the_same_names_is_not_touched(tmp_path):
+    write_inputs(tmp_path / "inputs")
+    prepare_c4(str(tmp_path / "inputs"), str(tmp_path / "data"))
+    before = files_of(str(tmp_path / "data"))
+    write_inputs(tmp_path / "inputs", words=30)
+    with pytest.raises(InputError, match="was made from other input files"):
+        prepare_c4(str(tmp_path / "inputs"), str(tmp_path / "data"))
+    assert files_of(str(tmp_path / "data")) == before
 
 
 def test_a_damaged_record_of_the_input_files_is_named(tmp_path):

@@ -247,6 +247,11 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_a_save(tmp_path, m
         Checkpoints(tmp_path / "file", keep=2)
 
 
+def test_a_name_that_orbax_takes_for_a_pattern_is_refused_before_a_save(tmp_path):
+    with pytest.raises(InputError, match=r"run\[1\]/checkpoints has one of the characters"):
+        Checkpoints(tmp_path / "run[1]" / "checkpoints", keep=2)
+
+
 def test_an_unreadable_file_is_not_reported_as_damaged(saved, monkeypatch):
     file = saved / "checkpoints" / "0" / "meta" / "metadata"
     file.write_text("")  # root may read anything

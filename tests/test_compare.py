@@ -117,6 +117,13 @@ def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows, change):
         compare({"adamw": dataclasses.replace(config, training=training)}, SEEDS)
 
 
+def test_finished_runs_of_another_text_are_refused(rows, monkeypatch):
+    changed = lambda split: 9 * [20_000 * "another text "]
+    monkeypatch.setattr("galore_jax.data.batches.standard_library_texts", changed)
+    with pytest.raises(InputError, match=r"text of data\.source"):
+        compare({"adamw": rows[0].config}, SEEDS)
+
+
 def test_a_run_continues_a_prompt_and_repeats_itself_by_seed(rows, folder):
     run = folder / "rank 2-0.01-1-seed0"
     texts = [generate_text(run, "import", tokens=20, seed=seed) for seed in (3, 3, 4)]
@@ -127,6 +134,8 @@ def test_a_run_continues_a_prompt_and_repeats_itself_by_seed(rows, folder):
 def test_more_text_than_the_model_allows_is_refused(rows, folder):
     with pytest.raises(InputError, match="at most 1018 tokens"):
         generate_text(folder / "rank 2-0.01-1-seed0", "import", tokens=2000)
+    with pytest.raises(InputError, match="shorten it to at most 1023"):
+        generate_text(folder / "rank 2-0.01-1-seed0", 1024 * "a", tokens=1)
 
 
 def row(label, *losses, borders=(), **optimizer):

@@ -239,6 +239,12 @@ def test_a_table_has_what_differs_and_its_label_is_the_name_by_default(tables):
     assert {config.training.folder for config in configs.values()} == {"runs/tables"}
 
 
+@pytest.mark.parametrize("override", ["optimizer.name=muon", "optimizer.rank=32"])
+def test_an_override_of_what_every_table_sets_is_refused(tables, override):
+    with pytest.raises(InputError, match=f"{override} has no effect"):
+        load_comparison(tables, [override], names=["rank 8"])
+
+
 def test_optimizers_are_chosen_by_label_or_by_name(tables, small):
     chosen = load_comparison(tables, names=["muon", "rank 8"])
     assert [config.optimizer.name for config in chosen.values()] == ["muon", "galore_adamw"]

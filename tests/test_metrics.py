@@ -279,6 +279,8 @@ def test_a_run_without_a_finite_loss_is_drawn_without_a_warning(tmp_path):
 def test_a_folder_without_a_run_is_not_drawn(tmp_path):
     with pytest.raises(InputError, match="there is no run to plot in"):
         plot_curves([tmp_path], tmp_path / "none.png")
+    with pytest.raises(InputError, match=r"name it .*none\.png"):
+        plot_curves([tmp_path], tmp_path / "none.pdf")
 
 
 def test_without_matplotlib_a_line_names_the_command(tmp_path, monkeypatch, capsys):

@@ -2,12 +2,18 @@
 
 import pytest
 
-from galore_jax.data.batches import DataConfig, fingerprint
+from galore_jax.data.batches import DataConfig, fingerprint, tokenizer_checksum
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.loop import train
-from galore_jax.training.run_folder import RunFolder, check_same_text, check_start, open_folder
+from galore_jax.training.run_folder import (
+    RunFolder,
+    check_same_text,
+    check_same_tokenizer,
+    check_start,
+    open_folder,
+)
 
 
 def config_of(folder, **training):
@@ -50,6 +56,19 @@ def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
         files[name].write_text(f"{len(found)}")
         found.append(fingerprint(data)["tokenizer"])
     assert len({*found, fingerprint(DataConfig())["tokenizer"]}) == 4
+
+
+def test_a_run_is_not_read_with_another_tokenizer(tmp_path):
+    run, file = RunFolder(tmp_path), tmp_path / "tokenizer.json"
+    with pytest.raises(InputError, match="work in the folder in which the run was started"):
+        check_same_tokenizer(run, str(file))
+    file.write_text("1")
+    check_same_tokenizer(run, str(file))  # A run that was not trained has no fingerprint.
+    run.text.write_text(f'{{"tokenizer": {tokenizer_checksum(str(file))}}}')
+    check_same_tokenizer(run, str(file))
+    file.write_text("2")
+    with pytest.raises(InputError, match=r"not the tokenizer .* was trained with: restore it"):
+        check_same_tokenizer(run, str(file))
 
 
 def test_a_run_is_not_resumed_on_another_text(tmp_path, monkeypatch):

@@ -81,6 +81,11 @@ def test_an_impossible_vocabulary_size_is_explained(vocab_size, reason):
         train_sentencepiece(TEXTS, vocab_size)
 
 
+def test_a_vocabulary_of_no_text_is_refused():
+    with pytest.raises(InputError, match="from this text: it is empty"):
+        train_sentencepiece(["", "\n"], 290)
+
+
 def test_a_tokenizer_json_is_read_without_its_template_truncation_and_padding(json_file):
     tokenizer = load_tokenizer(str(json_file))
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (300, 0, 1)

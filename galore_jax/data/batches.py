@@ -155,20 +155,36 @@ def fingerprint(config: DataConfig) -> dict[str, int]:
     """Numbers that are others if the training text or the tokenizer is another one.
 
     They are how many documents, or bytes in a file of conversations, there are; a checksum of all
-    of them or, of more than a thousand documents, of so many; and one of the tokenizer's files.
+    of them or, of more than a thousand documents, of so many; the same of the documents for
+    validation; and a checksum of the tokenizer's files.
     """
-    tokenizer = 0
-    for file in tokenizer_files(config.tokenizer):
-        tokenizer = zlib.crc32(file.read_bytes(), tokenizer)
+    tokenizer = tokenizer_checksum(config.tokenizer)
     if config.rows == "conversations":
         file = Path(config.source)
         text = (file / "train.jsonl" if file.is_dir() else file).read_bytes()
         return {"bytes": len(text), "checksum": zlib.crc32(text), "tokenizer": tokenizer}
     texts = documents(config, "train")
+    return {
+        "documents": len(texts),
+        "checksum": _text_checksum(texts),
+        "validation": _text_checksum(documents(config, "validation")),
+        "tokenizer": tokenizer,
+    }
+
+
+def tokenizer_checksum(tokenizer: str) -> int:
+    """A checksum of the files that determine the tokens."""
+    checksum = 0
+    for file in tokenizer_files(tokenizer):
+        checksum = zlib.crc32(file.read_bytes(), checksum)
+    return checksum
+
+
+def _text_checksum(texts: Sequence[str]) -> int:
     checksum = 0
     for index in range(0, len(texts), max(1, len(texts) // _DOCUMENTS_SUMMED)):
         checksum = zlib.crc32(texts[index].encode("utf-8", "surrogatepass"), checksum)
-    return {"documents": len(texts), "checksum": checksum, "tokenizer": tokenizer}
+    return checksum
 
 
 def first_prompt(config: DataConfig, characters: int) -> str:

@@ -40,7 +40,7 @@ _NAME = "c4/en"
 _VERSION = "3.1.0"
 _SPLITS = ("train", "validation")
 _METADATA = "dataset_info.json"  # of TFDS; written last, it marks a complete folder
-_INPUTS = "inputs.json"  # the input file of each shard
+_INPUTS = "inputs.json"  # name and size of the input file of each shard
 _LINES_PER_REPORT = 200
 
 
@@ -73,7 +73,10 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
     with locked(target.parent / "lock", f"preparing {target}", "choose another --out"):
         for leftover in target.glob(f"*{UNFINISHED}"):
             leftover.unlink()
-        _claim(target, {shard.name: file.name for shard, file in sources.items()})
+        _claim(
+            target,
+            {shard.name: [file.name, file.stat().st_size] for shard, file in sources.items()},
+        )
         missing = {shard: file for shard, file in sources.items() if not shard.exists()}
         if missing:
             (target / _METADATA).unlink(missing_ok=True)
@@ -154,25 +157,35 @@ def _input_files(folder: str, split: str) -> list[Path]:
     )
 
 
-def _claim(target: Path, inputs: Mapping[str, str]) -> None:
-    """Records in `target` the input of each shard; raises if it was made from other files."""
+def _claim(target: Path, inputs: Mapping[str, list[Any]]) -> None:
+    """Records in `target` the input of each shard; raises if it was made from other files.
+
+    The input of a shard that is still missing may have another size, as after a failed download.
+    """
     record = target / _INPUTS
+
+    def fixed(inputs: Any) -> dict[str, Any]:
+        is_made = {shard: (target / shard).exists() for shard in inputs}
+        return {shard: [name, is_made[shard] and size] for shard, (name, size) in inputs.items()}
+
     if record.exists():
         try:
             recorded = json.loads(record.read_bytes())
-        except ValueError as error:
+            has_changed = fixed(recorded) != fixed(inputs)
+        except (AttributeError, TypeError, ValueError) as error:
             raise InputError(f"{record} is damaged: delete {target} and start again.") from error
-        if recorded != inputs:
+        if has_changed:
             raise InputError(
                 f"{target} was made from other input files than these: "
                 "choose another --out, or delete it."
             )
+        if recorded == inputs:
+            return
     elif any(target.iterdir()):
         raise InputError(
             f"{target} holds files that are not from prepare_c4: choose another --out."
         )
-    else:
-        write_json(record, inputs)
+    write_json(record, inputs)
 
 
 def _convert(sources: Mapping[Path, Path], workers: int) -> None:
@@ -254,22 +267,26 @@ def read_examples(file: Path, report: Callable[[int], None]) -> Iterator[dict[st
     """Yields the documents of an allenai/c4 json.gz file as examples of the TFDS features.
 
     Args:
-        file: one line of JSON per document.
+        file: one line of JSON per document; blank lines are skipped.
         report: called from time to time with the number of compressed bytes read since.
 
     Raises:
         InputError: the file is empty, truncated or corrupt, or a line is not a C4 document.
     """
-    number = reported = 0
+    number = reported = documents = 0
     with open(file, "rb") as compressed, gzip.open(compressed) as lines:
         try:
             for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
                 try:
                     yield _example(line)
                 except ValueError as error:
                     raise InputError(
-                        f"{file}, line {number}: {error}; download the file again."
+                        f"{file}, line {number}: {error}; correct the line, or download the file "
+                        "again if it is C4's."
                     ) from error
+                documents += 1
                 if number % _LINES_PER_REPORT == 0:
                     report(compressed.tell() - reported)
                     reported = compressed.tell()
@@ -282,8 +299,8 @@ def read_examples(file: Path, report: Callable[[int], None]) -> Iterator[dict[st
                 f"{file} is corrupt gzip at line {number + 1}: download it again."
             ) from error
         report(compressed.tell() - reported)
-    if number == 0:
-        raise InputError(f"{file} is empty, it has no line 1: download it again.")
+    if documents == 0:
+        raise InputError(f"{file} is empty, it has no document: download it again.")
 
 
 def _example(line: bytes) -> dict[str, bytes]:

@@ -305,7 +305,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _possible_size(message: str) -> str:
-    """SentencePiece's error message, rephrased if it is about the size of the vocabulary."""
+    """SentencePiece's error message, rephrased if it is about the text or the vocabulary's size."""
+    if "sentences_.empty()" in message:
+        return "it is empty"
     if too_large := re.search(r"<= (\d+)", message):
         return f"it has enough for {too_large[1]}"
     if too_small := re.search(r"\d+ vs (\d+)", message):

@@ -41,10 +41,15 @@ def generate(
     length = prompt_tokens.shape[1]
     if length < 1 or num_tokens < 1:
         raise InputError("generating needs a prompt of at least one token and num_tokens ≥ 1.")
+    if length >= config.max_length:
+        raise InputError(
+            f"the prompt has {length} tokens, and the model takes {config.max_length} with those "
+            f"to come: shorten it to at most {config.max_length - 1}."
+        )
     if length + num_tokens > config.max_length:
         raise InputError(
             f"the prompt of {length} tokens and {num_tokens} new ones exceed model.max_length "
-            f"{config.max_length}: ask for at most {max(config.max_length - length, 0)} tokens."
+            f"{config.max_length}: ask for at most {config.max_length - length} tokens."
         )
     if not 0 <= temperature < math.inf:
         raise InputError(f"temperature is {temperature}: it must be finite and not negative.")

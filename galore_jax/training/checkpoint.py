@@ -9,6 +9,7 @@ number of processes, on another mesh, can read it.
 """
 
 import asyncio
+import glob
 import math
 import os
 import shutil
@@ -50,13 +51,14 @@ class Checkpoints:
       keep: how many of the latest to keep; an older one is deleted after the newer is complete.
 
     Raises:
-      InputError: the folder cannot be written to.
+      InputError: the folder cannot be written to, or Orbax cannot use its name.
       FileExistsError: it is a file.
     """
 
     def __init__(self, folder: Path, keep: int):
         silence_duplicate_errors()
         self.folder = folder.absolute()
+        _check_is_no_pattern(self.folder)
         with ending_together():
             self.folder.mkdir(parents=True, exist_ok=True)
             # Orbax would wait ten minutes for a folder that it cannot make.
@@ -236,8 +238,10 @@ def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
       read: reads the parts.
 
     Raises:
+      InputError: Orbax cannot use the name of the folder.
       OSError: the disk is full (ENOSPC).
     """
+    _check_is_no_pattern(folder.absolute())
 
     def streamed(path: Any, leaf: Any) -> _Streamed:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -354,6 +358,15 @@ def _restore_position(manager: ocp.CheckpointManager, step: int) -> dict[str, An
 def _check_checksum(what: str, saved: int | None, restored: int) -> None:
     if saved is not None and saved != restored:
         raise ValueError(f"{what} differs from what was saved")
+
+
+def _check_is_no_pattern(folder: Path) -> None:
+    """Raises an `InputError` for a path that Orbax, which merges its files by glob, would miss."""
+    if glob.escape(str(folder)) != str(folder):
+        raise InputError(
+            f"{folder} has one of the characters *, ? and [ in its path, with which checkpoints "
+            "cannot be saved: name another training.folder."
+        )
 
 
 def _remove_unfinished(folder: Path) -> None:

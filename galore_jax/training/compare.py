@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from galore_jax.data.batches import first_prompt
+from galore_jax.data.batches import fingerprint, first_prompt
 from galore_jax.errors import InputError
 from galore_jax.files import write_text
 from galore_jax.training.config import Config, check_grid
@@ -22,7 +22,7 @@ from galore_jax.training.markdown import table_lines
 from galore_jax.training.memory import matrix_state_bytes
 from galore_jax.training.metrics import Summary, format_bytes, read_summary
 from galore_jax.training.plots import plot_curves, plot_loss_by_bytes
-from galore_jax.training.run_folder import RunFolder, check_same_run
+from galore_jax.training.run_folder import RunFolder, check_same_run, check_same_text
 from galore_jax.training.sample import generate_text
 
 SAMPLE_TOKENS = 400
@@ -282,5 +282,6 @@ def _run(label: str, config: Config, seed: int) -> Summary:
                     f"{folder} was evaluated with training.{key} = {old}, which is {new} here: "
                     "use the same, or name another training.folder."
                 )
+        check_same_text(run, fingerprint(config.data), resume=True)
         return read_summary(run)
     return train(config, resume=run.holds_run())

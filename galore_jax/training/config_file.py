@@ -91,12 +91,13 @@ def load_comparison(
       By label, the configurations, which differ in `[optimizer]` alone.
 
     Raises:
-      InputError: as for `load_config`; an unknown or unusable label, or an unusable table.
+      InputError: as for `load_config`; an unknown or unusable label, an unusable table, or an
+        override of a setting that every table has.
     """
     table = _read(path)
     tables = table.pop(COMPARE, {})
     base = to_dict(_config(path, table, overrides, kind))
-    configs = {}
+    configs, own = {}, []
     for label in names or tables or COMPARED:
         if label not in tables and label not in OPTIMIZERS:
             raise InputError(
@@ -109,11 +110,19 @@ def load_comparison(
                 f"[{COMPARE}.{label}] is not an optimizer to compare: write [{COMPARE}.LABEL] with "
                 "letters, digits, spaces and . + = - in the label, then settings of [optimizer]."
             )
-        optimizer = {**base["optimizer"], "name": label, **settings}
+        optimizer = {"name": label, **settings}
+        own.append(set(optimizer))
         try:
-            configs[label] = from_dict(base | {"optimizer": optimizer}, kind)
+            configs[label] = from_dict(base | {"optimizer": base["optimizer"] | optimizer}, kind)
         except InputError as error:
             raise InputError(f"[{COMPARE}.{label}]: {error}") from None
+    for override in overrides:
+        section, key, _ = _parse_override(override, kind)
+        if section == "optimizer" and key in set.intersection(*own):
+            raise InputError(
+                f"{override} has no effect: each optimizer that is compared has its own {key}, by "
+                f"its table [{COMPARE}.LABEL] in {path}."
+            )
     return configs
 
 

@@ -20,7 +20,7 @@ from galore_jax.interop.tokenizer_files import (
 )
 from galore_jax.training.checkpoint import open_parameters, save_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.run_folder import RunFolder, open_folder
+from galore_jax.training.run_folder import RunFolder, check_same_tokenizer, open_folder
 
 
 def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
@@ -102,6 +102,7 @@ def to_huggingface(
             write_adapter(folder, config.model, adapter, read, config.model.checkpoint)
             return config
         source = config.data.tokenizer
+        check_same_tokenizer(RunFolder(run_folder), source)
         tokenizer = load_tokenizer(source)
         ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
         # A model that came without a tokenizer has "bytes", whose tokens are not its own.

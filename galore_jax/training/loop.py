@@ -171,8 +171,8 @@ def train(config: Config, resume: bool = False) -> Summary:
                     compile_seconds=stepper.compile_seconds,
                     tokens_per_second=sum(line["targets"] for line in updates) / seconds,
                 )
-                write_summary(run, summary)
-                plot_curves([run.path], run.curves)
+                plot_curves([run.path], run.curves, bigram=summary.bigram_loss)
+                write_summary(run, summary)  # Last, as it marks a run as finished.
                 print(summary.table())
     return read_summary(run)
 

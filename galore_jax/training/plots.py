@@ -28,7 +28,10 @@ _OFFSETS = tuple(
 
 
 def plot_curves(
-    folders: Sequence[str | Path], picture: str | Path, names: Sequence[str] | None = None
+    folders: Sequence[str | Path],
+    picture: str | Path,
+    names: Sequence[str] | None = None,
+    bigram: float | None = None,
 ) -> None:
     """Draws the runs into one PNG; without matplotlib it prints that it does not.
 
@@ -40,10 +43,13 @@ def plot_curves(
       folders: the folders of the runs.
       picture: the PNG to write.
       names: of the runs in the legend. None: those of the folders.
+      bigram: the loss of the bigram model, of runs that have no summary yet.
 
     Raises:
-      InputError: a folder holds no steps of a run.
+      InputError: a folder holds no steps of a run, or the picture has another suffix than .png.
     """
+    if Path(picture).suffix != ".png":
+        raise InputError(f"the picture is a PNG: name it {Path(picture).with_suffix('.png')}.")
     names = names or _names(folders)
     runs = {name: RunFolder(folder) for name, folder in zip(names, folders, strict=True)}
     lines = {name: read_metrics(run.metrics) for name, run in runs.items()}
@@ -70,8 +76,9 @@ def plot_curves(
         below.plot(step, rate, color=colour, linestyle=line, linewidth=1.6)
         lowest += [*smooth, *validation]
         highest.append(smooth[int(STEEP_PART * smooth.size)])
-        if run.summary.exists() and (bigram := read_summary(run).bigram_loss) is not None:
-            bigrams[bigram] = colour
+        found = read_summary(run).bigram_loss if run.summary.exists() else bigram
+        if found is not None:
+            bigrams[found] = colour
     for bigram, colour in bigrams.items():
         above.axhline(
             bigram,

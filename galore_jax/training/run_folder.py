@@ -5,8 +5,8 @@
     metrics.jsonl   one line per step and per evaluation
     checkpoints/    the latest checkpoints
     tensorboard/    on request
-    summary.json    written last: the run is finished
     curves.png      training loss, validation loss and learning rate
+    summary.json    written last: the run is finished
     lock            held while a process trains here
 
 A folder holds a run as soon as it has metrics or a checkpoint. Starting a new run there is refused,
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from galore_jax.data.batches import tokenizer_checksum
 from galore_jax.errors import FULL_DISK, InputError
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.lock import locked
@@ -133,11 +134,31 @@ def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None
         write_json(run.text, found)
         return
     recorded = read_json(run.text)
-    if recorded != found:
+    # Runs of earlier versions recorded less.
+    if any(recorded.get(key, number) != number for key, number in found.items()):
         raise InputError(
             f"the text of data.source, or the tokenizer, is not the one that the run in {run.path} "
             f"was started with ({recorded} in {run.text.name}, {found} now): restore it, or name "
             "another training.folder."
+        )
+
+
+def check_same_tokenizer(run: RunFolder, tokenizer: str) -> None:
+    """Checks that the tokenizer of a run is at its path, and the one that it was trained with.
+
+    Raises:
+      InputError: it is not.
+    """
+    if tokenizer != "bytes" and not Path(tokenizer).is_file():
+        raise InputError(
+            f"there is no {tokenizer}, the tokenizer of the run in {run.path}: restore it or, if "
+            "its path is relative, work in the folder in which the run was started."
+        )
+    recorded = read_json(run.text).get("tokenizer") if run.text.exists() else None
+    if recorded not in (None, tokenizer_checksum(tokenizer)):
+        raise InputError(
+            f"{tokenizer} is not the tokenizer that the run in {run.path} was trained with: "
+            "restore it."
         )
 
 

@@ -10,6 +10,7 @@ from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.generation import generate
 from galore_jax.training.checkpoint import load_for_inference
+from galore_jax.training.run_folder import RunFolder, check_same_tokenizer
 
 
 def generate_text(
@@ -36,8 +37,9 @@ def generate_text(
       The prompt and its continuation, or the answer alone.
 
     Raises:
-      InputError: there is no checkpoint, the prompt is empty or not text, the text would be longer
-        than the model allows, or the seed or the temperature is out of range.
+      InputError: there is no checkpoint, the tokenizer is missing or another one, the prompt is
+        empty or not text, the text would be longer than the model allows, or the seed or the
+        temperature is out of range.
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"seed is {seed}: it must be between 0 and {2**32 - 1}.")
@@ -48,6 +50,7 @@ def generate_text(
             f"the prompt {prompt!a} is not UTF-8: convert it, or set the terminal to UTF-8."
         ) from None
     config, params, steps = load_for_inference(folder)
+    check_same_tokenizer(RunFolder(folder), config.data.tokenizer)
     tokenizer = load_tokenizer(config.data.tokenizer)
     template = None
     if config.data.rows == "conversations":
