@@ -370,9 +370,9 @@ def _check_not_after_decay(updates: PyTree) -> None:
 
 
 def _warn_of_full_moments(states: list[PyTree], params: PyTree) -> None:
-    """Warns of transformations in front of galore that keep a number for every parameter."""
+    """Warns of optimizers in front of galore: a state with more numbers than parameters."""
     for state in states:
-        if optax.tree.size(state) >= optax.tree.size(params):
+        if optax.tree.size(state) > optax.tree.size(params):
             warnings.warn(
                 f"the transformation with the state {type(state).__name__} is in front of galore, "
                 "where it keeps moments of full size: put galore in front of it.",
