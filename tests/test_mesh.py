@@ -1,5 +1,8 @@
 """The section `[mesh]`, and which meshes are possible."""
 
+import re
+from pathlib import Path
+
 import jax
 import pytest
 from jax.sharding import AbstractMesh
@@ -9,6 +12,7 @@ from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training import layout
 from galore_jax.training.config import Config, TrainingConfig
+from galore_jax.training.config_file import load_config
 from galore_jax.training.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
 
 
@@ -55,6 +59,13 @@ def test_a_mesh_of_another_number_of_devices_is_refused_with_those_that_work(siz
             "mesh in which mesh.data × mesh.fsdp is 1, 2 or 4.",
         ),
         (
+            (4, 1, 1),
+            2,
+            "mesh.data × mesh.fsdp is 4, which does not divide data.batch_size / "
+            "training.accumulation, 6 rows: lower training.accumulation to 1, set data.batch_size "
+            "to a multiple of 8, or choose a mesh in which mesh.data × mesh.fsdp is 1 or 2.",
+        ),
+        (
             (1, 1, 8),
             1,
             "mesh.tensor is 8, which does not divide model.num_heads, 12: choose 1, 2 or 4.",
@@ -89,3 +100,17 @@ def test_what_a_mesh_cannot_divide_is_named_with_the_sizes_that_work(
     with pytest.raises(InputError) as refused:
         layout.training_mesh(config)
     assert str(refused.value) == sentence
+
+
+def test_the_commands_of_the_page_on_many_devices_divide_their_batches():
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "scaling.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"scripts/train\.py --config (\S+)(.*)", text)
+    # One node, eight, and two, in the order of the page.
+    assert len(commands) == 3
+    for (path, arguments), devices in zip(commands, (8, 64, 16), strict=True):
+        overrides = re.findall(r"\S+\.\w+=\d+", arguments)
+        config = load_config(root / path, overrides)
+        sizes = mesh_sizes(config.mesh, devices)
+        mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        layout.check_training_mesh(config, mesh)

@@ -85,9 +85,13 @@ def check_divisible(
     if rows % divided:
         possible = [size for size in divisors(mesh.size) if rows % size == 0]
         micro_batch = "" if parts is None else " / training.accumulation"
+        fewer = ""
+        if parts is not None and batch_size % divided == 0:
+            fitting = math.gcd(parts, batch_size // divided)
+            fewer = f"lower training.accumulation to {fitting}, "
         raise InputError(
             f"mesh.data × mesh.fsdp is {divided}, which does not divide data.batch_size"
-            f"{micro_batch}, {rows} rows: set data.batch_size to a multiple of "
+            f"{micro_batch}, {rows} rows: {fewer}set data.batch_size to a multiple of "
             f"{(parts or 1) * divided}, or choose a mesh in which mesh.data × mesh.fsdp is "
             f"{any_of(possible)}."
         )
