@@ -383,7 +383,8 @@ def test_the_configurations_in_the_repository_are_valid():
         load_config(path, ["data.task=rtl"], FinetuneConfig)
     compared = load_comparison(folder / "minilm.toml", kind=FinetuneConfig)
     assert [config.optimizer.name for config in compared.values()] == [
-        *("adamw", "galore_adamw", "galore_adamw", "galore_muon", "lora", "lora")
+        *("adamw", "galore_adamw", "galore_adamw", "galore_adamw"),
+        *("galore_muon", "lora", "lora"),
     ]
 
 
