@@ -97,7 +97,10 @@ def main() -> None:
         check_gpu(config.optimizer)
     cards = target(arguments.device, sizes, chosen.axis_types) if card else nullcontext()
     with cards as sharding:
-        mesh: Any = make_mesh(chosen) if sharding is None else sharding.mesh
+        if sharding is None:  # XLA_FLAGS may have made more CPU devices than are asked for here.
+            mesh: Any = make_mesh(chosen, jax.devices()[:devices])
+        else:
+            mesh = sharding.mesh
         check_training_mesh(config, mesh)
         predicted = predict(config, mesh)
         name = name_of_devices(card, devices)
