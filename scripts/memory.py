@@ -1,18 +1,21 @@
-"""Bytes of a training step, predicted and as compiled, for a CPU or for a GPU that is absent.
+"""Bytes of a training, predicted and as compiled, for a CPU or for a GPU that is absent.
 
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
 python scripts/memory.py --config configs/llama_60m.toml --json memory.json data.batch_size=16
 python scripts/memory.py --config configs/llama_7b.toml --device h100 mesh.fsdp=8
 python scripts/memory.py --config configs/llama_60m.toml --optimizers adamw,galore_adamw,lora
 
-A GPU is only a target of the compiler: that needs galore-jax[cuda], but no GPU. On a mesh all
-figures are those of each device; mesh.data is 1 unless it is set.
+The prediction is that of a training step. Three programs are compiled: the step, the step with a
+refresh, if there are any, and the start, which makes the first weights and optimizer state. A card
+has to have room for the largest of them. A GPU is only a target of the compiler: that needs
+galore-jax[cuda], but no GPU. On a mesh all figures are those of each device; mesh.data is 1 unless
+it is set, however many devices there are.
 
 With --json a file gets the figures, in bytes, too: {"predicted": {part: ..., "total": ...},
 "compiled": {"train_step": {"arguments", "outputs", "aliased", "temporaries", "total"},
-"refresh_step": ...}}. --picture draws the predicted parts together with those of other optimizers
-for the same model and batch. --optimizers predicts for several optimizers, of the tables
-[compare.LABEL] of the file or by optimizer.name, and compiles nothing; its file has
+"refresh_step": ..., "start": ...}}. --picture draws the predicted parts together with those of
+other optimizers for the same model and batch. --optimizers predicts for several optimizers, of the
+tables [compare.LABEL] of the file or by optimizer.name, and compiles nothing; its file has
 {label: {part: ..., "total": ...}}.
 """
 
@@ -29,8 +32,9 @@ from galore_jax.errors import InputError, check_installed, run_cli
 from galore_jax.files import atomic_write, write_json
 
 GIB = 2**30
-# The fraction of a card's memory that JAX allocates by default.
-JAX_FRACTION = 0.75
+# The fraction of a card's memory that JAX allocates by default, and the one that it can be told to
+# allocate: the rest is for the driver and the CUDA context.
+JAX_FRACTION, MAX_FRACTION = 0.75, 0.95
 COLOURS = {
     "weights": "#0072B2",
     "gradients": "#D55E00",
@@ -96,30 +100,34 @@ def main() -> None:
             jax.config.update("jax_num_cpu_devices", devices)
         check_gpu(config.optimizer)
     cards = target(arguments.device, sizes, chosen.axis_types) if card else nullcontext()
-    with cards as sharding:
-        mesh: Any = make_mesh(chosen) if sharding is None else sharding.mesh
+    # A target enters its mesh, but a training makes its state and its steps outside of it.
+    with cards as sharding, jax.set_mesh(None):
+        if sharding is None:  # XLA_FLAGS may have made more CPU devices than are asked for here.
+            mesh: Any = make_mesh(chosen, jax.devices()[:devices])
+        else:
+            mesh = sharding.mesh
         check_training_mesh(config, mesh)
         predicted = predict(config, mesh)
         name = name_of_devices(card, devices)
         print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)
         others = baselines(config) if arguments.picture else {}
-        steps = compiled(config, mesh)
+        programs = compiled(config, mesh)
 
     if devices > 1:
         print(f"Of each of {devices} devices:\n")
-    print(table(predicted, steps))
+    print(table(predicted, programs))
     if card is None:
         print("\nThe prediction is for a GPU; a CPU needs more: it computes bfloat16 in float32.")
     else:
         print(f"\nCompiled for {name}, without such a card: nothing was run.")
-        print(fit(max(step["total"] for step in steps.values()), card.memory))
+        print(fit(max(parts["total"] for parts in programs.values()), card.memory))
     if arguments.json:
-        write_json(arguments.json, {"predicted": predicted, "compiled": steps})
+        write_json(arguments.json, {"predicted": predicted, "compiled": programs})
     if arguments.picture:
         shape = f"{config.data.batch_size} × {config.data.sequence_length} tokens per step"
         title = f"{Path(arguments.config).stem}, {shape}"
         others[name_of(config)] = predicted
-        draw(others, steps["train_step"]["total"], title, card, arguments.picture)
+        draw(others, programs["train_step"]["total"], title, card, arguments.picture)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -152,14 +160,14 @@ def name_of(config: Any) -> str:
     return f"{bits}{kinds.get(kind, kind)}, here"
 
 
-def table(predicted: Parts, steps: dict[str, Parts]) -> str:
+def table(predicted: Parts, programs: dict[str, Parts]) -> str:
     """The predicted parts on the left and the compiled figures on the right, in GiB."""
     gib = lambda size: f"{size / GIB:.3f}"
     left = [("predicted", "GiB"), *((part, gib(size)) for part, size in predicted.items())]
-    right = [("compiled, GiB", *steps)]
-    for key in next(iter(steps.values())):
-        right.append((key, *(gib(step[key]) for step in steps.values())))
-    error = 100 * (predicted["total"] / steps["train_step"]["total"] - 1)
+    right = [("compiled, GiB", *programs)]
+    for key in programs["train_step"]:
+        right.append((key, *(gib(parts[key]) for parts in programs.values())))
+    error = 100 * (predicted["total"] / programs["train_step"]["total"] - 1)
     right.append(("prediction is off by", f"{error:+.1f}%"))
     lines = []
     for (part, size), (key, *sizes) in zip_longest(left, right, fillvalue=("", "")):
@@ -180,15 +188,17 @@ def predictions_table(predictions: dict[str, Parts], trained: dict[str, int]) ->
 
 
 def fit(needed: int, memory: int) -> str:
-    """Whether a step fits a card's memory, and by how much."""
-    left = (memory - needed) / GIB
+    """Whether a program fits what JAX can take of a card's memory, and by how much."""
+    usable = MAX_FRACTION * memory
+    sizes = f"the {usable / GIB:.1f} GiB that JAX can take of the card's {memory / GIB:.1f}"
+    left = (usable - needed) / GIB
     if left < 0:
-        return f"It does not fit the card's {memory / GIB:.1f} GiB: {-left:.1f} are missing."
-    sentence = f"It fits the card's {memory / GIB:.1f} GiB: {left:.1f} are left."
+        return f"It does not fit {sizes}: {-left:.1f} are missing."
+    sentence = f"It fits {sizes}: {left:.1f} are left."
     if needed > JAX_FRACTION * memory:
         sentence += (
             f"\nBut JAX takes only {JAX_FRACTION:.0%} of a card by default: "
-            "set XLA_CLIENT_MEM_FRACTION=0.95."
+            f"set XLA_CLIENT_MEM_FRACTION={MAX_FRACTION}."
         )
     return sentence
 

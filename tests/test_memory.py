@@ -1,9 +1,8 @@
-"""Bytes of a training step: predictions, the compiled step's figures, and scripts/memory.py."""
+"""Bytes of a training: predictions, the figures of compiled programs, and scripts/memory.py."""
 
 import contextlib
 import io
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import eight_devices
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.training import compile_targets
+from galore_jax.training import memory as training_memory
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import from_dict, load_config, to_toml
 from galore_jax.training.memory import PARTS, baselines, predict
@@ -33,6 +34,8 @@ FIGURES = {"arguments", "outputs", "aliased", "temporaries", "total"}
 LAYERS, ROWS, LENGTH = 2, 2, 16
 # Of 7 bases: six counters and an overlap a layer, a scale and an interval; counts, step and norm.
 COUNTERS = 7 * (7 * 4 * LAYERS + 2 * 4) + 64
+# To the results of a program: at most 128 arrays.
+POINTERS = 8 * 128
 
 
 def tiny(**optimizer) -> Config:
@@ -66,7 +69,8 @@ CHOICES = {
     "lora": {"name": "lora"},
     "lowrank": {"name": "lowrank"},
 }
-COMPILED = (pytest.param("galore", marks=pytest.mark.slow), "adamw", "layerwise")
+SLOW = pytest.mark.slow
+COMPILED = (pytest.param("galore", marks=SLOW), "adamw", "layerwise")
 
 
 class Run(NamedTuple):
@@ -74,7 +78,7 @@ class Run(NamedTuple):
 
     choice: str
     predicted: dict
-    steps: dict
+    programs: dict
     printed: str
     errors: str
     folder: Path
@@ -193,7 +197,8 @@ def test_activations_are_what_the_backward_pass_reads_of_the_forward_pass():
 def test_the_arguments_of_the_compiled_steps_are_the_predicted_state_and_the_batch(run):
     known = sum(run.predicted[part] for part in ("weights", "bases", "moments"))
     batch = 4 * 4 * ROWS * LENGTH
-    for figures in run.steps.values():
+    for name in set(run.programs) - {"start"}:
+        figures = run.programs[name]
         assert 0 <= figures["arguments"] - known - batch <= COUNTERS
         assert 0 < figures["aliased"] <= figures["arguments"]
         assert figures["temporaries"] > 0
@@ -201,41 +206,58 @@ def test_the_arguments_of_the_compiled_steps_are_the_predicted_state_and_the_bat
         assert figures["total"] == figures["arguments"] + gained + figures["temporaries"]
 
 
-def test_the_script_writes_the_prediction_and_both_steps_if_there_is_a_refresh(run):
+def test_the_start_makes_the_predicted_state_from_nothing(run):
+    known = sum(run.predicted[part] for part in ("weights", "bases", "moments"))
+    start = run.programs["start"]
+    assert start["arguments"] == start["aliased"] == 0
+    assert 0 <= start["outputs"] - known <= COUNTERS + POINTERS
+    assert start["total"] == start["outputs"] + start["temporaries"]
+
+
+def test_the_script_writes_the_prediction_and_all_programs(run):
     assert run.predicted == predict(tiny(**CHOICES[run.choice]))
-    refreshes = {"refresh_step"} if run.choice != "adamw" else set()
-    assert set(run.steps) == {"train_step"} | refreshes
-    assert all(set(step) == FIGURES for step in run.steps.values())
+    refreshes = ["refresh_step"] if run.choice != "adamw" else []
+    assert [*run.programs] == ["train_step", *refreshes, "start"]
+    assert all(set(figures) == FIGURES for figures in run.programs.values())
 
 
 def test_the_script_prints_all_parts_and_draws_a_png(run):
     assert "compiling for a CPU" in run.errors
-    assert all(word in run.printed for word in (*PARTS, *FIGURES, "%"))
+    assert all(word in run.printed for word in (*PARTS, *FIGURES, *run.programs, "%"))
     assert "not here" not in run.printed
     assert (run.folder / "memory.png").read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in run.folder.iterdir()}
     assert names == {"tiny.toml", "memory.json", "memory.png"}
 
 
-def test_on_a_mesh_the_figures_are_those_of_each_device(tmp_path):
+@pytest.mark.parametrize(
+    ("devices", "axes"), [(1, "auto"), (4, "auto"), pytest.param(4, "explicit", marks=SLOW)]
+)
+def test_the_figures_are_those_of_each_configured_device_however_many_there_are(
+    tmp_path, devices, axes
+):
     config = tiny(name="adamw")
     file, figures = tmp_path / "tiny.toml", tmp_path / "memory.json"
     file.write_text(to_toml(config))
-    script, overrides = str(ROOT / "scripts" / "memory.py"), ["mesh.fsdp=4", "data.batch_size=4"]
+    script, overrides = str(ROOT / "scripts" / "memory.py"), [f"data.batch_size={devices}"]
+    if devices > 1:
+        overrides += [f"mesh.fsdp={devices}", f"mesh.axes={axes}"]
     options = ["--config", str(file), "--json", str(figures), *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = eight_devices.environment() | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, script, *options], env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert "compiling for 4 CPUs" in run.stderr
-    assert run.stdout.startswith("Of each of 4 devices:")
+    assert f"compiling for {'a CPU' if devices == 1 else '4 CPUs'}" in run.stderr
+    assert run.stdout.startswith("Of each of 4 devices:") == (devices > 1)
     here, whole = json.loads(figures.read_text()), predict(config)
     # Counters and the layers' norms are small, but for a tiny model they are not nothing.
     for part in ("weights", "moments"):
-        assert whole[part] / 4 <= here["predicted"][part] <= 1.01 * whole[part] / 4
+        mine = whole[part] / devices
+        assert mine <= here["predicted"][part] <= 1.01 * mine
     known, batch = here["predicted"]["weights"] + here["predicted"]["moments"], 3 * 4 * LENGTH
     assert known + batch <= here["compiled"]["train_step"]["arguments"] <= known + batch + COUNTERS
+    assert known <= here["compiled"]["start"]["outputs"] <= known + COUNTERS + POINTERS
 
 
 @pytest.mark.parametrize(("rows", "compiled"), [(2, 18.84), (16, 20.10)])
@@ -273,12 +295,27 @@ def test_the_gradient_of_a_tied_head_waits_for_that_of_the_embedding():
     assert predict(tied)["gradients"] == 2 * 4 * 128 * 64
 
 
-def test_a_step_fits_a_card_or_misses_some_gib():
-    assert memory.fit(18 * 2**30, 24 * 2**30) == "It fits the card's 24.0 GiB: 6.0 are left."
-    more = memory.fit(20 * 2**30, 24 * 2**30)
-    assert more.startswith("It fits the card's 24.0 GiB: 4.0 are")
-    assert "XLA_CLIENT_MEM_FRACTION" in more
-    assert "missing" in memory.fit(25 * 2**30, 24 * 2**30)
+def test_a_program_fits_what_jax_can_take_of_a_card_or_misses_some_gib():
+    gib, sizes = 2**30, "the 19.0 GiB that JAX can take of the card's 20.0"
+    assert memory.fit(14 * gib, 20 * gib) == f"It fits {sizes}: 5.0 are left."
+    more = memory.fit(16 * gib, 20 * gib)
+    assert more.startswith(f"It fits {sizes}: 3.0 are left.\nBut JAX takes only 75%")
+    assert "XLA_CLIENT_MEM_FRACTION=0.95" in more
+    assert memory.fit(int(19.5 * gib), 20 * gib) == f"It does not fit {sizes}: 0.5 are missing."
+
+
+def test_the_largest_program_has_to_fit_the_card(tmp_path, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def target(name, sizes, axis_types):
+        yield SimpleNamespace(mesh=None)
+
+    card = compile_targets.TARGETS["rtx4090"]
+    step, start = dict.fromkeys(FIGURES, 2**30), dict.fromkeys(FIGURES, card.memory)
+    programs = {"train_step": step, "start": start}
+    monkeypatch.setattr(compile_targets, "target", target)
+    monkeypatch.setattr(training_memory, "compiled", lambda config, mesh: programs)
+    run_script(tmp_path, tiny(), "--device", "rtx4090")
+    assert "of the card's 24.0: 1.2 are missing." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ def test_a_single_device_needs_no_mesh(monkeypatch):
     assert make_mesh(MeshConfig()) is None
 
 
+def test_a_single_one_of_several_devices_needs_no_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    assert make_mesh(MeshConfig(), jax.devices()[:1]) is None
+
+
 @pytest.mark.parametrize(
     ("sizes", "sentence"),
     [

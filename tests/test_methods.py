@@ -1,6 +1,7 @@
 """Bases are orthonormal for any gradient, and span the subspace that their method defines."""
 
 import itertools
+import math
 
 import hypothesis
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+from galore_jax.ops.quantization import quantize
 from galore_jax.subspace.basis import AGE_UNINITIALIZED
 from galore_jax.subspace.matrix_view import MatrixView
 from galore_jax.subspace.methods import REFRESH, orthonormalise, overlap, random_basis
@@ -237,6 +239,25 @@ def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
     # Two random 8-dimensional subspaces of 24 dimensions have a large principal angle.
     for one, other in itertools.combinations(itertools.chain(*stacks), 2):
         assert largest_angle(one, other) > 0.5
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_random_basis_is_the_one_in_float32_stored_in_its_dtype(dtype, batch):
+    key, shape = jax.random.key(0), (*batch, 320, 300)  # a whole block of 8 bits and a part
+    in_float32 = random_basis(key, shape)
+    in_8_bits = jax.jit(lambda basis: quantize(basis, "int8"))
+    expected = in_8_bits(in_float32) if dtype == "int8" else in_float32.astype(dtype)
+    basis = random_basis(key, shape, jnp.dtype(dtype))
+    assert basis.shape == shape
+    jax.tree.map(np.testing.assert_array_equal, basis, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_random_bases_are_drawn_without_a_stack_in_float32(dtype):
+    key, shape = jax.random.key(0), (64, 64, RANK)
+    program = random_basis.lower(key, shape, jnp.dtype(dtype)).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * math.prod(shape) / 2
 
 
 def test_overlap_is_the_mean_squared_cosine_of_the_principal_angles():

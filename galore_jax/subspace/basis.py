@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.ops.quantization import quantize
 from galore_jax.subspace.methods import random_basis
 from galore_jax.subspace.projection import Moments, Projection, Side
 
@@ -102,9 +101,7 @@ def start_basis(
     key = jax.random.fold_in(jax.random.key(seed), path_hash(projection))
     vectors: dict[Side, Any] = {}
     for i, (side, shape) in enumerate(projection.basis_shapes.items()):
-        columns = random_basis(jax.random.fold_in(key, i), shape)
-        is_int8 = jnp.dtype(dtype) == jnp.int8
-        vectors[side] = quantize(columns, "int8") if is_int8 else columns.astype(dtype)
+        vectors[side] = random_basis(jax.random.fold_in(key, i), shape, jnp.dtype(dtype))
 
     # Start the schedule and the counters.
     return Basis(

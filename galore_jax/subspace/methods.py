@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from galore_jax.ops.quantization import quantize
 from galore_jax.subspace.projection import Side
 
 
@@ -71,12 +72,18 @@ def gaussian_basis(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return orthonormalise(gaussian, gaussian)
 
 
-@partial(jax.jit, static_argnames="shape")
-def random_basis(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws random bases of shape `(*batch, n, r)`, float32."""
-    keys = jax.random.split(key, math.prod(shape[:-2]))
-    # Draw one matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10.
-    return lax.map(lambda key: gaussian_basis(key, shape[-2:]), keys).reshape(shape)
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_basis(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
+    """Draws random bases of shape `(*batch, n, r)` in a dtype, or for int8 as `Quantized`."""
+
+    def draw(key: jax.Array) -> Any:
+        columns = gaussian_basis(key, shape[-2:])
+        return quantize(columns, "int8") if dtype == jnp.int8 else columns.astype(dtype)
+
+    # Draw one matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10. Store each at
+    # once: at 7B, all of them in float32 would need more memory than a training step.
+    stack = lax.map(draw, jax.random.split(key, math.prod(shape[:-2])))
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape[:-2], *leaf.shape[1:]), stack)
 
 
 def svd(matrix: jax.Array, side: Side, basis: jax.Array, iterations: Any, key: Any) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Bytes of a training step: predicted from shapes, and as compiled.
+"""Bytes of a training step, predicted from shapes and as compiled, and of the start of a run.
 
 All shapes are traced from the model and the optimizer, so a prediction follows their changes. It is
 the sum of what a step works with: XLA may need less, since gradients and activations never all
-exist at once, or more, for temporaries. The compiled step is what counts.
+exist at once, or more, for temporaries. The compiled programs are what counts.
 """
 
 import collections
@@ -31,6 +31,7 @@ from galore_jax.training.state import (
     abstract_state,
     batch_shapes,
     init_state,
+    starting_program,
     trained,
     tree_bytes,
     tree_size,
@@ -167,7 +168,9 @@ def baselines(config: Config) -> dict[str, Parts]:
 
 
 def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
-    """Bytes of the compiled steps on each device, as assigned by XLA; nothing is allocated or run.
+    """Bytes of the compiled programs on each device, as assigned by XLA; nothing is run.
+
+    Call it outside of the mesh, as a training makes its state and its steps.
 
     Args:
       config: the configuration of the run.
@@ -175,25 +178,22 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
         default device.
 
     Returns:
-      Parts of `train_step` and, with projected gradients or ReLoRA, of `refresh_step`, which first
-      refreshes the bases or restarts the adapters: `arguments`, `outputs`, `aliased` (outputs that
-      share the memory of arguments), `temporaries`, and the `total` that the step needs.
+      Parts of `train_step`, of `refresh_step` with projected gradients or ReLoRA, which first
+      refreshes the bases or restarts the adapters, and of `start`, which makes the first state:
+      `arguments`, `outputs`, `aliased` (outputs that share the memory of arguments), `temporaries`,
+      and the `total` that the program needs.
     """
-    steps = {"train_step": False}
+    state, batch = abstract_state(config, mesh), batch_shapes(config, mesh)
+    steps = {"train_step": make_train_step(config, mesh=mesh)}
     if config.optimizer.has_refreshes:
-        steps["refresh_step"] = True
+        steps["refresh_step"] = make_train_step(config, refreshes=True, mesh=mesh)
     with on_mesh(mesh):
-        arguments = abstract_state(config, mesh), batch_shapes(config, mesh)
-        return {
-            name: _assigned(
-                make_train_step(config, refreshes=refreshes, mesh=mesh).lower(*arguments).compile()
-            )
-            for name, refreshes in steps.items()
-        }
+        parts = {name: _assigned(step.lower(state, batch)) for name, step in steps.items()}
+    return parts | {"start": _assigned(starting_program(config, state).lower())}
 
 
-def _assigned(step: Any) -> Parts:
-    memory = step.memory_analysis()
+def _assigned(lowered: Any) -> Parts:
+    memory = lowered.compile().memory_analysis()
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,

@@ -1,7 +1,9 @@
 """The section `[mesh]`: how the devices of all processes are arranged for a training."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -80,16 +82,18 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     return sizes | dict.fromkeys(free, devices // product)
 
 
-def make_mesh(config: MeshConfig) -> Mesh | None:
-    """The mesh of all devices; None for a single device, which needs none.
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh of devices, by default of all; None for a single device, which needs none.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
-    sizes = mesh_sizes(config, jax.device_count())
-    if jax.device_count() == 1:
+    number = jax.device_count() if devices is None else len(devices)
+    sizes = mesh_sizes(config, number)
+    if number == 1:
         return None
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=config.axis_types)
+    shape, types = tuple(sizes.values()), config.axis_types
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def divisors(number: int) -> list[int]:

@@ -92,12 +92,26 @@ def place_state(config: Config, mesh: Mesh | None) -> TrainState:
     Raises:
       InputError: the checkpoint cannot be read or does not fit the model.
     """
-    target, tree = jax.tree.flatten(abstract_state(config, mesh))
-    compute = lambda: jax.tree.leaves(init_state(config))
-    state = tree.unflatten(jax.jit(compute, out_shardings=[x.sharding for x in target])())
+    shapes = abstract_state(config, mesh)
+    state = jax.tree.structure(shapes).unflatten(starting_program(config, shapes)())
     if config.model.checkpoint:
         state = state._replace(params=_read_params(config, state.params))
     return state
+
+
+def starting_program(config: Config, shapes: TrainState) -> Any:
+    """The jitted function that makes the state to start from.
+
+    Args:
+      config: the configuration of the run.
+      shapes: of `abstract_state`, for the devices on which the state is to lie.
+
+    Returns:
+      A function without arguments; it returns the leaves of `init_state`, of which each device
+      computes its part only. Call or lower it outside of the mesh.
+    """
+    where = [leaf.sharding for leaf in jax.tree.leaves(shapes)]
+    return jax.jit(lambda: jax.tree.leaves(init_state(config)), out_shardings=where)
 
 
 def _read_params(config: Config, params: PyTree) -> PyTree:
