@@ -52,7 +52,7 @@ _LESS_MEMORY = (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by SIGINT or SIGTERM with everything saved; the message says how to resume."""
+    """Stopped by SIGINT or SIGTERM; the message says what is saved, and how to resume."""
 
 
 def train(config: Config, resume: bool = False) -> Summary:
@@ -72,7 +72,7 @@ def train(config: Config, resume: bool = False) -> Summary:
     Raises:
       InputError: the configuration, a file that it names or the folder cannot be used, the disk is
         full, or there is too little memory.
-      Interrupted: on SIGINT or SIGTERM, after the state is saved.
+      Interrupted: on SIGINT or SIGTERM, after the state is saved, if it is finite.
     """
     check_same(to_dict(config) | {"arguments": {"resume": resume}})
     with ending_together():
@@ -142,14 +142,11 @@ def train(config: Config, resume: bool = False) -> Summary:
                 progress.report_evaluation(done, evaluation)
             if saves:
                 progress.flush()
-                checkpoints.save(state, batches, config)
+                if not checkpoints.save(state, batches, config):
+                    progress.report_unsaved(done, checkpoints.latest())
             if stop and done < steps:
                 checkpoints.wait()
-                raise Interrupted(
-                    f"stopped after {done:,} of {steps:,} steps, all saved. Resume"
-                    f"{_EVERY_PROCESS if jax.process_count() > 1 else ''} with\n"
-                    f"  {resume_command(config)}"
-                )
+                raise Interrupted(_how_to_resume(config, done, checkpoints.latest()))
         checkpoints.wait()
 
         # The summary and the curves.
@@ -175,6 +172,19 @@ def train(config: Config, resume: bool = False) -> Summary:
                 write_summary(run, summary)  # Last, as it marks a run as finished.
                 print(summary.table())
     return read_summary(run)
+
+
+def _how_to_resume(config: Config, done: int, latest: int | None) -> str:
+    """What a run that is stopped says; it resumes from the latest checkpoint."""
+    saved = ", all saved"
+    if latest != done:
+        place = "the start" if latest is None else f"the checkpoint at step {latest:,}"
+        saved = f", the last ones not saved, so that it resumes from {place}"
+    every = _EVERY_PROCESS if jax.process_count() > 1 else ""
+    return (
+        f"stopped after {done:,} of {config.training.steps:,} steps{saved}. Resume{every} with\n"
+        f"  {resume_command(config)}"
+    )
 
 
 def _bigram_loss(config: Config, tokenizer: Tokenizer, validation: Any) -> float | None:
