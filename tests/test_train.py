@@ -289,6 +289,13 @@ def test_bad_input_ends_in_one_sentence(error_of, place):
     assert not (place / "refused").exists()
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_kernels_are_refused_without_a_gpu_before_anything_is_read(error_of, place):
+    refused = error_of('optimizer.implementation="pallas"', "data.tokenizer=nowhere.model")
+    assert 'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none' in refused
+    assert not (place / "refused").exists()
+
+
 def test_a_folder_that_is_a_file_is_refused(error_of, place):
     (place / "a file").write_text("")
     assert "cannot be created" in error_of(name="a file/run")

@@ -7,6 +7,7 @@ an interrupted comparison continues where it was.
 
 import dataclasses
 import functools
+import glob
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from galore_jax.training.metrics import Summary, format_bytes, read_summary
 from galore_jax.training.plots import plot_curves, plot_loss_by_bytes
 from galore_jax.training.run_folder import RunFolder, check_same_run, check_same_text
 from galore_jax.training.sample import generate_text
+from galore_jax.training.stepper import check_gpu
 
 SAMPLE_TOKENS = 400
 PROMPT_CHARACTERS = 40  # from a held-out document
@@ -102,6 +104,11 @@ def compare(
     grids = {"learning_rate": rates, "matrix_rate": matrix_rates}
     for name, grid in grids.items():
         check_grid(name, grid)
+    for label, config in configs.items():
+        # Before any is trained; finished runs are only read.
+        finished = Path(config.training.folder).glob(f"{glob.escape(label)}-*/summary.json")
+        if not any(finished):
+            check_gpu(config.optimizer)
     rows = []
     for label, config in configs.items():
         config, borders = _tuned(label, config, seeds[0], grids)

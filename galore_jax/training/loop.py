@@ -40,7 +40,7 @@ from galore_jax.training.run_folder import (
     resume_command,
 )
 from galore_jax.training.state import place_state, trained, tree_bytes, tree_size
-from galore_jax.training.stepper import Stepper
+from galore_jax.training.stepper import Stepper, check_gpu
 
 # How to resume several processes: those that a cluster starts have no such arguments.
 _EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"
@@ -70,14 +70,15 @@ def train(config: Config, resume: bool = False) -> Summary:
       The summary, also written as summary.json.
 
     Raises:
-      InputError: the configuration, a file that it names or the folder cannot be used, the disk is
-        full, or there is too little memory.
+      InputError: the configuration, a file that it names or the folder cannot be used, there is no
+        GPU for the kernels, the disk is full, or there is too little memory.
       Interrupted: on SIGINT or SIGTERM, after the state is saved, if it is finite.
     """
     check_same(to_dict(config) | {"arguments": {"resume": resume}})
     with ending_together():
         if is_first():
             check_start(config, resume)
+        check_gpu(config.optimizer)
         tokenizer = load_tokenizer(config.data.tokenizer)
         _check_vocabulary(config, tokenizer)
         mesh = training_mesh(config)
