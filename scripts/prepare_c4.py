@@ -9,6 +9,7 @@ in `en/`. The same command continues an interrupted preparation; finished shards
 import argparse
 import os
 
+from galore_jax.command_line import check_folder
 from galore_jax.errors import InputError, run_cli
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.workers < 1:
         raise InputError(f"--workers is {arguments.workers}: it must be at least 1.")
+    check_folder("--out", arguments.out)
 
     from galore_jax.data.c4 import open_c4, prepare_c4
 
