@@ -14,7 +14,7 @@ import jax
 
 from galore_jax.data.batches import fingerprint, train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
-from galore_jax.errors import FULL_DISK, InputError
+from galore_jax.errors import InputError, names_full_disk
 from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
@@ -259,12 +259,13 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def _raise_on_full_disk(config: Config) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except Exception as error:
+        if not names_full_disk(error):
             raise
+        path = getattr(error, "filename", None)
         has_run = RunFolder(config.training.folder).holds_run()
         command = resume_command(config) if has_run else "the same command"
         raise InputError(
-            f"the disk is full while writing {error.filename or config.training.folder}; what was "
-            f"saved before is intact: free some space, then resume with {command}"
+            f"the disk is full while writing {path or config.training.folder}; what was saved "
+            f"before is intact: free some space, then resume with {command}"
         ) from error
