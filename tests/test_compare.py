@@ -14,6 +14,7 @@ from galore_jax.errors import InputError, run_cli
 from galore_jax.training.compare import Row, compare, descend, table
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import load_comparison
+from galore_jax.training.loop import Interrupted
 from galore_jax.training.metrics import format_bytes
 from galore_jax.training.sample import generate_text
 
@@ -260,6 +261,17 @@ def test_the_script_prints_the_table(script, file, folder, rows, monkeypatch, ca
     arguments = "--config", file, "--optimizers", "adamw,rank 2", *grid
     run_script(script, monkeypatch, *arguments, f"training.folder={folder}")
     assert capsys.readouterr().out.endswith(table(rows))
+
+
+def test_a_script_that_is_stopped_says_how_to_continue(script, file, monkeypatch, capsys):
+    def stop(*_):
+        raise Interrupted
+
+    monkeypatch.setattr("galore_jax.training.compare.compare", stop)
+    with pytest.raises(SystemExit) as end:
+        run_script(script, monkeypatch, "--config", file)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped: run the same command again to continue.\n"
 
 
 @pytest.mark.parametrize(
