@@ -1,6 +1,9 @@
-"""Lists as arguments of the command line."""
+"""Arguments of the command line, lists and folders to write to, and Ctrl-C."""
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError
@@ -33,3 +36,32 @@ def comma_separated(option: str, text: str | None) -> list[str]:
             f"{option} is empty: list something, separated by commas, or leave it out."
         )
     return list(found)
+
+
+def check_folder(name: str, folder: str | Path) -> None:
+    """Checks, before any work, that a folder can be written to or made.
+
+    Args:
+      name: of the argument.
+      folder: its value, or the folder of the file that it names.
+
+    Raises:
+      InputError: it or a folder above it is a file, or may not be written to.
+    """
+    nearest = next(path for path in (Path(folder), *Path(folder).parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise InputError(f"{name} needs the folder {folder}, but {nearest} is none: name another.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{name} needs the folder {folder}, but {nearest} cannot be written to: change its "
+            "permissions, or name another."
+        )
+
+
+def raise_on_interrupt() -> None:
+    """Lets Ctrl-C raise a `KeyboardInterrupt` from now on, so that unfinished files are removed.
+
+    Scripts turn that off while modules are imported, as it would end there in a traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

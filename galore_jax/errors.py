@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -69,6 +70,16 @@ def _install_hint(module: str) -> str:
     return f"this needs {module}, which is not installed: {command}"
 
 
+def names_full_disk(error: BaseException | None) -> bool:
+    """Whether an error says that a disk is full, of whatever type it is.
+
+    TensorStore and array_record have no `OSError` for it, but the text of the operating system.
+    """
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return True
+    return any(os.strerror(number) in str(error) for number in FULL_DISK)
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's `main`; errors that the user can fix exit with status 2 and one line.
 
@@ -86,15 +97,16 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(_report(_install_hint(module)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError as error:
-        place = f" while writing {error.filename}" if error.filename else ""
-        if error.errno in FULL_DISK:
+    except Exception as error:
+        path = getattr(error, "filename", None)
+        if names_full_disk(error):
+            place = f" while writing {path}" if path else ""
             remedy = "free some space and run the same command again."
             sys.exit(_report(f"the disk is full{place}: {remedy}"))
-        if error.errno not in _UNUSABLE or error.filename is None:
+        if not isinstance(error, OSError) or error.errno not in _UNUSABLE or path is None:
             raise
         remedy = "name another path, or change this one."
-        sys.exit(_report(f"{error.filename} cannot be used ({error.strerror}): {remedy}"))
+        sys.exit(_report(f"{path} cannot be used ({error.strerror}): {remedy}"))
 
 
 def _report(sentence: str) -> int:

@@ -55,7 +55,8 @@ def main() -> None:
     try:
         rows = compare(configs, seeds, rates, matrix_rates)
     except Interrupted:
-        sys.exit("stopped, all saved: run the same command again to continue.")
+        print("stopped: run the same command again to continue.", file=sys.stderr)
+        sys.exit(130)
     print(table(rows), end="")
 
 

@@ -13,9 +13,17 @@ conversion is needed:
 """
 
 import argparse
+import signal
 import sys
 
+# Ctrl-C ends the process without a traceback, also while modules are imported.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from galore_jax.command_line import check_folder, raise_on_interrupt
 from galore_jax.errors import run_cli
+
+DIRECTIONS = {"from-huggingface": ("FOLDER", "RUN"), "to-huggingface": ("RUN", "FOLDER")}
 
 
 def main() -> None:
@@ -24,20 +32,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    for direction, names in {
-        "from-huggingface": ("FOLDER", "RUN"),
-        "to-huggingface": ("RUN", "FOLDER"),
-    }.items():
+    for direction, names in DIRECTIONS.items():
         one = directions.add_parser(direction)
         one.add_argument("source", metavar=names[0])
         one.add_argument("target", metavar=names[1])
         if direction == "to-huggingface":
             one.add_argument("--adapter", action="store_true", help="LoRA's adapter alone")
     arguments = parser.parse_args()
+    check_folder(DIRECTIONS[arguments.direction][1], arguments.target)
 
     from galore_jax.training.convert import from_huggingface, to_huggingface
     from galore_jax.training.progress import peak_process_memory
 
+    raise_on_interrupt()
     adapter_only = arguments.direction == "to-huggingface" and arguments.adapter
     if arguments.direction == "from-huggingface":
         config = from_huggingface(arguments.source, arguments.target)

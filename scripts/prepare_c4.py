@@ -8,7 +8,14 @@ in `en/`. The same command continues an interrupted preparation; finished shards
 
 import argparse
 import os
+import signal
+import sys
 
+# Ctrl-C ends the process without a traceback, also while modules are imported.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from galore_jax.command_line import check_folder, raise_on_interrupt
 from galore_jax.errors import InputError, run_cli
 
 
@@ -28,13 +35,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.workers < 1:
         raise InputError(f"--workers is {arguments.workers}: it must be at least 1.")
+    check_folder("--out", arguments.out)
 
     from galore_jax.data.c4 import open_c4, prepare_c4
 
+    raise_on_interrupt()
     try:
         prepare_c4(arguments.folder, arguments.out, arguments.workers)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: run the same command again to continue.") from None
+        print("interrupted: run the same command again to continue.", file=sys.stderr)
+        sys.exit(130)
     counts = (
         f"{len(open_c4(arguments.out, split)):,} {split}" for split in ("train", "validation")
     )

@@ -6,9 +6,15 @@ The same command on the same text gives the same file.
 """
 
 import argparse
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+# Ctrl-C ends the process without a traceback, also while modules are imported.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from galore_jax.command_line import check_folder
 from galore_jax.errors import InputError, run_cli
 from galore_jax.files import atomic_write
 
@@ -43,15 +49,13 @@ def main() -> None:
         )
     if arguments.limit < 1:
         raise InputError(f"--limit is {arguments.limit}: it must be at least 1.")
+    check_folder("--out", out.parent)
 
     from galore_jax.data.batches import DataConfig, documents
     from galore_jax.data.tokenizers import train_sentencepiece
 
     texts = documents(DataConfig(source=arguments.source), "train")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"--out is {out}: {error.strerror}.") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
     model = train_sentencepiece(_spread(texts, arguments.limit), arguments.vocab_size)
     with atomic_write(out) as unfinished:
         unfinished.write_bytes(model)

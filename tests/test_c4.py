@@ -117,6 +117,25 @@ def test_a_killed_preparation_continues_where_it_was(tmp_path):
     assert list(open_c4(str(out), "train")) == texts["train"]
 
 
+@pytest.mark.slow
+def test_an_interrupted_preparation_leaves_nothing_unfinished_and_says_how_to_continue(tmp_path):
+    write_inputs(tmp_path / "inputs", train_files=16, documents_per_file=1000)
+    out = tmp_path / "data"
+    # A shell starts its background jobs with SIGINT ignored, and their processes inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = script_process(tmp_path / "inputs", "--out", out, "--workers", 2)
+    signal.signal(signal.SIGINT, before)
+    while not list(out.rglob("*-of-00016")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert messages.splitlines()[-1] == "interrupted: run the same command again to continue."
+    assert "Traceback" not in messages
+    assert not list(out.rglob("*.unfinished"))
+
+
 @pytest.fixture
 def tiny_disk(tmp_path):
     folder = tmp_path / "disk"

@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from test_metrics import SUMMARY
 
@@ -13,6 +14,7 @@ from galore_jax.errors import InputError, run_cli
 from galore_jax.training.compare import Row, compare, descend, table
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import load_comparison
+from galore_jax.training.loop import Interrupted
 from galore_jax.training.metrics import format_bytes
 from galore_jax.training.sample import generate_text
 
@@ -225,6 +227,21 @@ def test_a_rate_that_is_none_is_refused_before_any_run(configs, rate):
         compare(configs, SEEDS, matrix_rates=(0.5, rate))
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_kernels_are_refused_without_a_gpu_before_any_run(configs, monkeypatch, tmp_path):
+    def with_kernels(config, folder):
+        optimizer = dataclasses.replace(config.optimizer, implementation="pallas")
+        training = dataclasses.replace(config.training, folder=str(folder))
+        return dataclasses.replace(config, optimizer=optimizer, training=training)
+
+    trained = []
+    monkeypatch.setattr("galore_jax.training.compare.train", lambda *_, **__: trained.append(1))
+    config = configs["rank 2"]
+    with pytest.raises(InputError, match="needs an NVIDIA GPU"):
+        compare({"one": config, "other": with_kernels(config, tmp_path)}, SEEDS)
+    assert not trained
+
+
 @pytest.fixture(scope="module")
 def script():
     path = Path(__file__).parents[1] / "scripts" / "compare.py"
@@ -244,6 +261,17 @@ def test_the_script_prints_the_table(script, file, folder, rows, monkeypatch, ca
     arguments = "--config", file, "--optimizers", "adamw,rank 2", *grid
     run_script(script, monkeypatch, *arguments, f"training.folder={folder}")
     assert capsys.readouterr().out.endswith(table(rows))
+
+
+def test_a_script_that_is_stopped_says_how_to_continue(script, file, monkeypatch, capsys):
+    def stop(*_):
+        raise Interrupted
+
+    monkeypatch.setattr("galore_jax.training.compare.compare", stop)
+    with pytest.raises(SystemExit) as end:
+        run_script(script, monkeypatch, "--config", file)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "stopped: run the same command again to continue.\n"
 
 
 @pytest.mark.parametrize(

@@ -218,5 +218,5 @@ def test_a_stock_chain_is_refused(params):
     tx = optax.chain(galore(4, complement=2), optax.adam(0.1))
     with pytest.raises(ValueError, match=r"complement needs galore_jax\.chain"):
         galore_jax.init(tx, params)
-    with pytest.raises(ValueError, match="complement=2 needs low-rank moments"):
+    with pytest.raises(ValueError, match=r"complement=2 needs low-.* place of optax\.chain\.$"):
         tx.update({"kernel": params["kernel"]}, tx.init(params), params)

@@ -225,6 +225,12 @@ def test_bytes_are_formatted_in_powers_of_ten():
     assert [format_bytes(size) for size in sizes] == ["999 B", "1.5 kB", "2.6 MB", "24.31 GB"]
 
 
+def test_bytes_that_are_rounded_up_to_1000_have_the_next_unit():
+    sizes = [999.4, 999.5, 999_499, 999_500, 999_499_999, 999_500_000]
+    expected = ["999 B", "1 kB", "999 kB", "1 MB", "999 MB", "1.00 GB"]
+    assert [format_bytes(size) for size in sizes] == expected
+
+
 def test_several_runs_are_drawn_into_one_picture(tmp_path):
     image = pytest.importorskip("matplotlib.image", reason="matplotlib is not installed")
     folders = [a_run(tmp_path / "a" / "run").path, a_run(tmp_path / "b" / "run", steps=1).path]

@@ -58,6 +58,18 @@ def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
     assert len({*found, fingerprint(DataConfig())["tokenizer"]}) == 4
 
 
+@pytest.mark.parametrize("file", ["train.jsonl", "validation.jsonl"])
+def test_a_run_is_not_resumed_with_other_conversations(tmp_path, file):
+    for name in ("train.jsonl", "validation.jsonl"):
+        (tmp_path / name).write_text("first\n")
+    run, data = RunFolder(tmp_path), DataConfig(rows="conversations", source=str(tmp_path))
+    check_same_text(run, fingerprint(data), resume=False)
+    check_same_text(run, fingerprint(data), resume=True)
+    (tmp_path / file).write_text("other\n")
+    with pytest.raises(InputError, match=r"the text of data\.source"):
+        check_same_text(run, fingerprint(data), resume=True)
+
+
 def test_a_run_is_not_read_with_another_tokenizer(tmp_path):
     run, file = RunFolder(tmp_path), tmp_path / "tokenizer.json"
     with pytest.raises(InputError, match="work in the folder in which the run was started"):

@@ -155,12 +155,3 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch, optimizer):
 def test_what_a_layerwise_run_cannot_do_is_refused_in_a_sentence(section, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         changed(changed(CONFIG, training={"layerwise": True}), **{section: settings})
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_the_implementation_for_a_gpu_is_refused_without_one():
-    config = changed(CONFIG, optimizer={"implementation": "pallas"})
-    with pytest.raises(
-        InputError, match=r'optimizer.implementation = "pallas" needs an NVIDIA GPU'
-    ):
-        Stepper(config, initial(config))

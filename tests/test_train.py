@@ -215,10 +215,27 @@ def delivered_interrupts():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("delivered_interrupts")
-@pytest.mark.parametrize("script", ["train.py", "compare.py"])
-def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train.py --config tiny.toml",
+        "compare.py --config tiny.toml",
+        "finetune.py --config tiny.toml",
+        "generate.py run --prompt x",
+        "convert.py to-huggingface run folder",
+        "prepare_c4.py folder",
+        "train_tokenizer.py",
+        "plot.py run",
+        "benchmark.py state",
+        "scaling.py",
+        "compile_kernels.py",
+    ],
+)
+def test_an_interrupt_while_modules_load_leaves_no_traceback(place, line):
+    script, *arguments = line.split()
     process = subprocess.Popen(
-        [sys.executable, str(TRAIN.with_name(script)), "--config", str(place / "tiny.toml")],
+        [sys.executable, str(TRAIN.with_name(script)), *arguments],
+        cwd=place,
         env=environment(place),
         stderr=subprocess.PIPE,
         text=True,
@@ -286,6 +303,13 @@ def test_bad_input_ends_in_one_sentence(error_of, place):
     assert "there is no tokenizer at nowhere.model" in error_of("data.tokenizer=nowhere.model")
     assert "has 258 tokens, more than model.vocab_size, 100" in error_of("model.vocab_size=100")
     assert "nothing to resume" in error_of("--resume")
+    assert not (place / "refused").exists()
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_kernels_are_refused_without_a_gpu_before_anything_is_read(error_of, place):
+    refused = error_of('optimizer.implementation="pallas"', "data.tokenizer=nowhere.model")
+    assert 'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none' in refused
     assert not (place / "refused").exists()
 
 

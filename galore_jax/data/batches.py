@@ -156,13 +156,16 @@ def fingerprint(config: DataConfig) -> dict[str, int]:
 
     They are how many documents, or bytes in a file of conversations, there are; a checksum of all
     of them or, of more than a thousand documents, of so many; the same of the documents for
-    validation; and a checksum of the tokenizer's files.
+    validation, or of their file; and a checksum of the tokenizer's files.
     """
     tokenizer = tokenizer_checksum(config.tokenizer)
     if config.rows == "conversations":
-        file = Path(config.source)
-        text = (file / "train.jsonl" if file.is_dir() else file).read_bytes()
-        return {"bytes": len(text), "checksum": zlib.crc32(text), "tokenizer": tokenizer}
+        source = Path(config.source)
+        text = (source / "train.jsonl" if source.is_dir() else source).read_bytes()
+        found = {"bytes": len(text), "checksum": zlib.crc32(text), "tokenizer": tokenizer}
+        if source.is_dir():
+            found["validation"] = zlib.crc32((source / "validation.jsonl").read_bytes())
+        return found
     texts = documents(config, "train")
     return {
         "documents": len(texts),

@@ -28,7 +28,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from tqdm import tqdm
 
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, names_full_disk
 from galore_jax.files import UNFINISHED, atomic_write, write_json
 from galore_jax.lock import locked
 
@@ -258,7 +258,7 @@ def _write_shard(file: Path, shard: Path) -> None:
             writer.close()
         # The only exception that array_record has for a failed write.
         except RuntimeError as error:
-            if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+            if names_full_disk(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(shard)) from error
             raise InputError(f"{shard} cannot be written: {error}.") from error
 

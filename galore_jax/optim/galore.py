@@ -341,11 +341,13 @@ def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
 
 def _check_low_rank(moments: Moments, complement: int | float | None) -> None:
     if moments != "keep" or complement:
-        setting = f"complement={complement!r}" if complement else f'moments="{moments}"'
+        setting, remedy = f"complement={complement!r}", "."
+        if not complement:  # galore_jax.init refuses a complement in a stock chain.
+            setting = f'moments="{moments}"'
+            remedy = ", or start with galore_jax.init(tx, params)."
         raise ValueError(
             f"galore: {setting} needs low-rank moments, but galore was started with "
-            "tx.init(params): use galore_jax.chain in place of optax.chain, or start with "
-            "galore_jax.init(tx, params)."
+            f"tx.init(params): use galore_jax.chain in place of optax.chain{remedy}"
         )
     _warn_of_full_size()
 

@@ -39,7 +39,7 @@ from galore_jax.training.config import Config
 from galore_jax.training.config_file import from_dict, to_dict
 from galore_jax.training.processes import ending_together, is_first
 from galore_jax.training.run_folder import RunFolder, check_same_run
-from galore_jax.training.state import TrainState, abstract_state
+from galore_jax.training.state import TrainState, abstract_state, is_finite
 from galore_jax.types import ReadPart
 
 
@@ -86,12 +86,19 @@ class Checkpoints:
         """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator, config: Config) -> None:
+    def save(self, state: TrainState, batches: grain.DatasetIterator, config: Config) -> bool:
         """Starts to save; returns as soon as the state is copied and may be donated.
+
+        A state that is not finite is not saved: it would replace one that is.
+
+        Returns:
+          Whether it is saved.
 
         Raises:
           OSError: the disk is full, now or during the previous save (ENOSPC).
         """
+        if not is_finite(state):
+            return False
         recorded, position = to_dict(config), batches.get_state()
         checksums = {
             "params": tree_checksum(state.params),
@@ -109,6 +116,7 @@ class Checkpoints:
                     meta=ocp.args.JsonSave({"config": recorded, "checksums": checksums}),
                 ),
             )
+        return True
 
     def wait(self) -> None:
         """Waits until the save is complete.

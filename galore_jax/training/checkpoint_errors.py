@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, names_full_disk
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def raise_on_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not _names_full_disk(error):
+        if not names_full_disk(error):
             raise
         raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
 
@@ -53,15 +53,11 @@ def raise_on_corruption(manager: ocp.CheckpointManager, step: int) -> Iterator[N
         ) from error
 
 
-def _names_full_disk(error: BaseException | None) -> bool:
-    return any(text in str(error) for text in ("No space left on device", "Disk quota exceeded"))
-
-
 class _FullDiskFilter(logging.Filter):
     """Drops the tracebacks that each thread and task of a failed save logs, some much later."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and _names_full_disk(record.exc_info[1]))
+        return not (record.exc_info and names_full_disk(record.exc_info[1]))
 
 
 _FULL_DISK_FILTER = _FullDiskFilter()

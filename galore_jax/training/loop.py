@@ -14,7 +14,7 @@ import jax
 
 from galore_jax.data.batches import fingerprint, train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
-from galore_jax.errors import FULL_DISK, InputError
+from galore_jax.errors import InputError, names_full_disk
 from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
@@ -40,7 +40,7 @@ from galore_jax.training.run_folder import (
     resume_command,
 )
 from galore_jax.training.state import place_state, trained, tree_bytes, tree_size
-from galore_jax.training.stepper import Stepper
+from galore_jax.training.stepper import Stepper, check_gpu
 
 # How to resume several processes: those that a cluster starts have no such arguments.
 _EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"
@@ -52,7 +52,7 @@ _LESS_MEMORY = (
 
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by SIGINT or SIGTERM with everything saved; the message says how to resume."""
+    """Stopped by SIGINT or SIGTERM; the message says what is saved, and how to resume."""
 
 
 def train(config: Config, resume: bool = False) -> Summary:
@@ -70,14 +70,15 @@ def train(config: Config, resume: bool = False) -> Summary:
       The summary, also written as summary.json.
 
     Raises:
-      InputError: the configuration, a file that it names or the folder cannot be used, the disk is
-        full, or there is too little memory.
-      Interrupted: on SIGINT or SIGTERM, after the state is saved.
+      InputError: the configuration, a file that it names or the folder cannot be used, there is no
+        GPU for the kernels, the disk is full, or there is too little memory.
+      Interrupted: on SIGINT or SIGTERM, after the state is saved, if it is finite.
     """
     check_same(to_dict(config) | {"arguments": {"resume": resume}})
     with ending_together():
         if is_first():
             check_start(config, resume)
+        check_gpu(config.optimizer)
         tokenizer = load_tokenizer(config.data.tokenizer)
         _check_vocabulary(config, tokenizer)
         mesh = training_mesh(config)
@@ -142,14 +143,11 @@ def train(config: Config, resume: bool = False) -> Summary:
                 progress.report_evaluation(done, evaluation)
             if saves:
                 progress.flush()
-                checkpoints.save(state, batches, config)
+                if not checkpoints.save(state, batches, config):
+                    progress.report_unsaved(done, checkpoints.latest())
             if stop and done < steps:
                 checkpoints.wait()
-                raise Interrupted(
-                    f"stopped after {done:,} of {steps:,} steps, all saved. Resume"
-                    f"{_EVERY_PROCESS if jax.process_count() > 1 else ''} with\n"
-                    f"  {resume_command(config)}"
-                )
+                raise Interrupted(_how_to_resume(config, done, checkpoints.latest()))
         checkpoints.wait()
 
         # The summary and the curves.
@@ -175,6 +173,19 @@ def train(config: Config, resume: bool = False) -> Summary:
                 write_summary(run, summary)  # Last, as it marks a run as finished.
                 print(summary.table())
     return read_summary(run)
+
+
+def _how_to_resume(config: Config, done: int, latest: int | None) -> str:
+    """What a run that is stopped says; it resumes from the latest checkpoint."""
+    saved = ", all saved"
+    if latest != done:
+        place = "the start" if latest is None else f"the checkpoint at step {latest:,}"
+        saved = f", the last ones not saved, so that it resumes from {place}"
+    every = _EVERY_PROCESS if jax.process_count() > 1 else ""
+    return (
+        f"stopped after {done:,} of {config.training.steps:,} steps{saved}. Resume{every} with\n"
+        f"  {resume_command(config)}"
+    )
 
 
 def _bigram_loss(config: Config, tokenizer: Tokenizer, validation: Any) -> float | None:
@@ -248,12 +259,13 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 def _raise_on_full_disk(config: Config) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL_DISK:
+    except Exception as error:
+        if not names_full_disk(error):
             raise
+        path = getattr(error, "filename", None)
         has_run = RunFolder(config.training.folder).holds_run()
         command = resume_command(config) if has_run else "the same command"
         raise InputError(
-            f"the disk is full while writing {error.filename or config.training.folder}; what was "
-            f"saved before is intact: free some space, then resume with {command}"
+            f"the disk is full while writing {path or config.training.folder}; what was saved "
+            f"before is intact: free some space, then resume with {command}"
         ) from error

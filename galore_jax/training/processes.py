@@ -7,8 +7,10 @@ have to call at the same point. A process alone skips all of it.
 
 import atexit
 import contextlib
+import errno
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +42,8 @@ def joined(
       process: index of this one, from 0.
 
     Raises:
-      InputError: only some of the arguments are given, or they do not fit together.
+      InputError: only some of the arguments are given, they do not fit together, or process 0
+        cannot use the port.
     """
     given = [coordinator, processes, process]
     if given == [None] * 3:
@@ -84,7 +87,7 @@ def _check_arguments(coordinator: str | None, processes: int | None, process: in
             "a single process and for those that Slurm or Open MPI start."
         )
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise InputError(f"--coordinator must be host:port, as in node0:1234, not {coordinator!r}.")
     if processes < 1:
         raise InputError(f"--processes must be at least 1, not {processes}.")
@@ -93,6 +96,24 @@ def _check_arguments(coordinator: str | None, processes: int | None, process: in
             f"--process must be from 0 to {processes - 1}, as there are {processes} processes, not "
             f"{process}."
         )
+    if process == 0:
+        _check_port(int(port))
+
+
+def _check_port(port: int) -> None:
+    """Raises an `InputError` if JAX, which would end the process, cannot listen at a port."""
+    ipv6 = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    try:
+        with socket.create_server(("", port), family=family, dualstack_ipv6=ipv6):
+            pass
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+            return  # Whether it matters here, JAX knows.
+        raise InputError(
+            f"--coordinator has port {port}, which cannot be used ({os.strerror(error.errno)}): "
+            "give all processes another one."
+        ) from None
 
 
 def _end_at_once(status: int) -> None:

@@ -116,6 +116,17 @@ class Progress:
             "reference)"
         )
 
+    def report_unsaved(self, updates: int, latest: int | None) -> None:
+        """Warns, once, that the state after this number of updates is not finite and not saved."""
+        kept = "there is no checkpoint"
+        if latest is not None:
+            kept = f"the checkpoint at step {latest:,} is the last one kept"
+        self._warn_once(
+            "unsaved",
+            f"at step {updates:,} the parameters or the optimizer's state are not finite, so they "
+            f"are not saved: {kept}",
+        )
+
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """Excludes the time within the block from the training time; call `report` before it."""

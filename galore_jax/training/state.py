@@ -164,6 +164,20 @@ def batch_shapes(config: Config, mesh: Mesh | None = None) -> dict[str, jax.Shap
     return dict.fromkeys(("tokens", "segments", "positions", "targets"), leaf)
 
 
+@jax.jit
+def is_finite(state: TrainState) -> jax.Array:
+    """Whether no number of the parameters and of the optimizer's state is infinite or NaN.
+
+    On a mesh it is a scalar that each device has.
+    """
+    inexact = [
+        leaf
+        for leaf in jax.tree.leaves((state.params, state.opt_state))
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    ]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in inexact]).all()
+
+
 def tree_size(tree: PyTree) -> int:
     """The number of elements in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))

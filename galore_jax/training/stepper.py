@@ -40,13 +40,9 @@ class Stepper:
 
     Attributes:
       compile_seconds: the time that compilation took.
-
-    Raises:
-      InputError: the configured implementation needs a GPU and there is none.
     """
 
     def __init__(self, config: Config, state: TrainState, mesh: Mesh | None = None):
-        check_gpu(config.optimizer)
         batch = batch_shapes(config, mesh)
         start = time.perf_counter()
         step, refreshing_step = make_train_step(config, mesh=mesh), None

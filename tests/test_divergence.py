@@ -1,0 +1,105 @@
+"""Runs whose parameters become infinite or NaN, and what is kept of them."""
+
+import itertools
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from galore_jax.data.batches import DataConfig
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.training import loop
+from galore_jax.training.compare import compare, table
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.run_folder import RunFolder
+from galore_jax.training.state import TrainState, is_finite
+from galore_jax.training.stepper import Stepper
+
+STEPS, LAST_FINITE = 4, 2
+
+
+def config_of(folder, **training):
+    return Config(
+        LlamaConfig(258, 16, 32, 1, 2, max_length=32),
+        DataConfig(sequence_length=32, batch_size=2),
+        OptimizerConfig(name="adamw", warmup_steps=0),
+        TrainingConfig(
+            folder=str(folder), steps=STEPS, evaluate_every=0, evaluation_tokens=200, **training
+        ),
+    )
+
+
+@pytest.fixture
+def diverging(monkeypatch):
+    """After the steps in this list all parameters are NaN, and a signal comes after others."""
+    after, stops = range(LAST_FINITE, STEPS), []
+
+    class Diverging(Stepper):
+        def __call__(self, state, batch):
+            state, measured = super().__call__(state, batch)
+            if int(state.step) in stops:
+                os.kill(os.getpid(), signal.SIGTERM)
+            if int(state.step) - 1 in after:
+                spoilt = jax.tree.map(lambda leaf: leaf * math.nan, state.params)
+                state = state._replace(params=spoilt)
+            return state, measured
+
+    monkeypatch.setattr(loop, "Stepper", Diverging)
+    return stops
+
+
+def checkpoints_of(folder):
+    return sorted(path.name for path in RunFolder(folder).checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_state_is_finite_if_its_parameters_and_its_optimizer_are(number, dtype):
+    number = jnp.float32(number).astype(dtype)
+    ones, count = jnp.ones([2, 3], dtype), jnp.int32(5)
+    bad = ones.at[1, 1].set(number)
+    for params, moments in itertools.product((ones, bad), (ones, bad)):
+        state = TrainState({"w": params}, (moments, jnp.zeros(4, jnp.int8), count), count)
+        assert is_finite(state) == (params is ones and moments is ones)
+
+
+def test_a_diverged_state_replaces_no_checkpoint_and_the_run_ends(diverging, tmp_path, capfd):
+    summary = loop.train(config_of(tmp_path, checkpoint_every=1, keep_checkpoints=1))
+    assert math.isnan(summary.validation_loss)
+    assert checkpoints_of(tmp_path) == [str(LAST_FINITE)]
+    (sentence,) = [line for line in capfd.readouterr().err.splitlines() if "checkpoint" in line]
+    assert sentence == (
+        "warning: at step 3 the parameters or the optimizer's state are not finite, so they are "
+        "not saved: the checkpoint at step 2 is the last one kept"
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "place"), [(2, "the checkpoint at step 2"), (0, "the start")], ids=str
+)
+def test_a_run_that_is_stopped_after_it_diverged_says_where_it_resumes(
+    diverging, tmp_path, capfd, every, place
+):
+    diverging.append(3)
+    with pytest.raises(loop.Interrupted) as stopped:
+        loop.train(config_of(tmp_path, checkpoint_every=every))
+    assert str(stopped.value).startswith(
+        "stopped after 3 of 4 steps, the last ones not saved, so that it resumes from "
+        f"{place}. Resume with"
+    )
+    diverging.clear()
+    loop.train(config_of(tmp_path, checkpoint_every=every), resume=True)
+    assert f"resumed at step {every} of 4" in capfd.readouterr().err
+
+
+def test_a_comparison_of_runs_that_diverge_has_its_table(diverging, tmp_path):
+    configs = {"one": config_of(tmp_path), "other": config_of(tmp_path)}
+    rows = compare(configs, (0, 1), (0.01, 0.1))
+    assert (tmp_path / "comparison.md").read_text() == table(rows)
+    assert table(rows).count("| nan") >= 2
+    for picture in ("comparison.png", "comparison-state.png"):
+        assert (tmp_path / picture).exists()
+    assert not (tmp_path / "sample.txt").exists()
