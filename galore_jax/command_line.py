@@ -1,7 +1,6 @@
-"""Arguments of the command line, lists and folders to write to, and Ctrl-C."""
+"""Arguments of the command line: lists, and folders to write to."""
 
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,3 @@ def check_folder(name: str, folder: str | Path) -> None:
             f"{name} needs the folder {folder}, but {nearest} cannot be written to: change its "
             "permissions, or name another."
         )
-
-
-def raise_on_interrupt() -> None:
-    """Lets Ctrl-C raise a `KeyboardInterrupt` from now on, so that unfinished files are removed.
-
-    Scripts turn that off while modules are imported, as it would end there in a traceback.
-    """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -52,14 +52,8 @@ With --json a file gets the rows too: {"bench": ..., "rows": [{"name": ..., "sec
 """
 
 import argparse
-import signal
 from pathlib import Path
 
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from galore_jax.command_line import raise_on_interrupt
 from galore_jax.errors import InputError, run_cli
 from galore_jax.files import write_json
 
@@ -87,7 +81,6 @@ def main() -> None:
     from benchmarks.report import read_settings, table
 
     benchmark = import_module(f"benchmarks.{arguments.bench}")
-    raise_on_interrupt()
     rows = benchmark.measure(read_settings(benchmark.Settings, arguments.settings))
     print(table(rows))
     if arguments.json:

@@ -5,14 +5,9 @@ python scripts/compile_kernels.py
 
 import argparse
 import itertools
-import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.errors import run_cli
 

@@ -13,14 +13,9 @@ conversion is needed:
 """
 
 import argparse
-import signal
 import sys
 
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from galore_jax.command_line import check_folder, raise_on_interrupt
+from galore_jax.command_line import check_folder
 from galore_jax.errors import run_cli
 
 DIRECTIONS = {"from-huggingface": ("FOLDER", "RUN"), "to-huggingface": ("RUN", "FOLDER")}
@@ -44,7 +39,6 @@ def main() -> None:
     from galore_jax.training.convert import from_huggingface, to_huggingface
     from galore_jax.training.progress import peak_process_memory
 
-    raise_on_interrupt()
     adapter_only = arguments.direction == "to-huggingface" and arguments.adapter
     if arguments.direction == "from-huggingface":
         config = from_huggingface(arguments.source, arguments.target)

@@ -12,11 +12,6 @@ the file. Runs are kept: the same command continues.
 """
 
 import argparse
-import signal
-
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.command_line import comma_separated, numbers
 from galore_jax.errors import InputError, run_cli

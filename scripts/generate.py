@@ -7,11 +7,6 @@ training on conversations the prompt is a question, and the answer is printed.
 """
 
 import argparse
-import signal
-
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.errors import run_cli
 

@@ -4,11 +4,6 @@ python scripts/plot.py runs/galore runs/adamw --out curves.png
 """
 
 import argparse
-import signal
-
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.errors import check_installed, run_cli
 

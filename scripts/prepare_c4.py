@@ -8,14 +8,9 @@ in `en/`. The same command continues an interrupted preparation; finished shards
 
 import argparse
 import os
-import signal
 import sys
 
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-from galore_jax.command_line import check_folder, raise_on_interrupt
+from galore_jax.command_line import check_folder
 from galore_jax.errors import InputError, run_cli
 
 
@@ -39,7 +34,6 @@ def main() -> None:
 
     from galore_jax.data.c4 import open_c4, prepare_c4
 
-    raise_on_interrupt()
     try:
         prepare_c4(arguments.folder, arguments.out, arguments.workers)
     except KeyboardInterrupt:

@@ -25,7 +25,6 @@ moments. The batch is that of the configuration, in micro-batches of --rows rows
 import argparse
 import math
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -33,10 +32,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
-
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.errors import InputError, check_installed, require, require_choice, run_cli
 from galore_jax.files import atomic_write, write_json

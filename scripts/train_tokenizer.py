@@ -6,13 +6,8 @@ The same command on the same text gives the same file.
 """
 
 import argparse
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-# Ctrl-C ends the process without a traceback, also while modules are imported.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from galore_jax.command_line import check_folder
 from galore_jax.errors import InputError, run_cli

@@ -215,27 +215,10 @@ def delivered_interrupts():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("delivered_interrupts")
-@pytest.mark.parametrize(
-    "line",
-    [
-        "train.py --config tiny.toml",
-        "compare.py --config tiny.toml",
-        "finetune.py --config tiny.toml",
-        "generate.py run --prompt x",
-        "convert.py to-huggingface run folder",
-        "prepare_c4.py folder",
-        "train_tokenizer.py",
-        "plot.py run",
-        "benchmark.py state",
-        "scaling.py",
-        "compile_kernels.py",
-    ],
-)
-def test_an_interrupt_while_modules_load_leaves_no_traceback(place, line):
-    script, *arguments = line.split()
+@pytest.mark.parametrize("script", ["train.py", "compare.py"])
+def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     process = subprocess.Popen(
-        [sys.executable, str(TRAIN.with_name(script)), *arguments],
-        cwd=place,
+        [sys.executable, str(TRAIN.with_name(script)), "--config", str(place / "tiny.toml")],
         env=environment(place),
         stderr=subprocess.PIPE,
         text=True,
