@@ -26,6 +26,9 @@ optimizers: time of a step of blocks at the width of LLaMA 350M, with the refres
     size=5m              one of configs/; ranks and directions grow with the width
     layers=4             number of layers, separate leaves in Flax's Dense layers
     repeats=5            of each optimizer
+finetuning: time of a fine-tuning's step, with the refreshes' part of it, and bytes of state, for
+  every optimizer of configs/glue/minilm.toml, on a batch of random tokens, in one process.
+    repeats=5            of each optimizer
 state: bytes of the optimizer's state, by part, for each size in configs/; nothing is allocated.
 accumulate: bytes that micro-batches accumulate, for the blocks and in all, for each size likewise.
 tokens: time of a step of stacked blocks relative to AdamW, by tokens per step, and a picture.
@@ -57,7 +60,10 @@ from pathlib import Path
 from galore_jax.errors import InputError, run_cli
 from galore_jax.files import write_json
 
-BENCHMARKS = ("refresh", "step", "optimizers", "state", "accumulate", "tokens", "sketch", "dead")
+BENCHMARKS = (
+    *("refresh", "step", "optimizers", "finetuning"),
+    *("state", "accumulate", "tokens", "sketch", "dead"),
+)
 
 
 def main() -> None:

@@ -15,13 +15,24 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import benchmark  # noqa: E402
-from benchmarks import accumulate, dead, optimizers, refresh, sketch, state, step, tokens  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accumulate,
+    dead,
+    finetuning,
+    optimizers,
+    refresh,
+    sketch,
+    state,
+    step,
+    tokens,
+)
 from benchmarks.models import blocks_loss, init_llama, with_dense  # noqa: E402
 
 from galore_jax.errors import InputError  # noqa: E402
 from galore_jax.models.llama import LlamaConfig  # noqa: E402
 from galore_jax.training.config import OptimizerConfig  # noqa: E402
 from galore_jax.training.config_file import load_comparison, load_config  # noqa: E402
+from galore_jax.training.finetune_config import FinetuneConfig  # noqa: E402
 
 NAMES = (
     "adamw",
@@ -100,6 +111,23 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
     assert adamw == 1
     assert mini < directions < galore < 1
     assert muon == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.slow
+def test_each_optimizer_of_a_fine_tuning_has_the_time_of_a_step_and_the_bytes_of_its_state():
+    path = SCRIPTS.parent / "configs" / "glue" / "minilm.toml"
+    overrides = ["data.batch_size=2", "data.sequence_length=8"]
+    configs = load_comparison(path, overrides, kind=FinetuneConfig)
+    encoder = dataclasses.replace(
+        finetuning.MINILM,
+        **{"vocab_size": 32, "hidden_size": 48, "intermediate_size": 64, "num_layers": 1},
+    )
+    rows = finetuning.measure_encoder(encoder, configs, repeats=1)
+    assert [row["name"] for row in rows] == list(configs)
+    assert all(row["of_adamw"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
+    size = {row["name"]: row["bytes"] for row in rows}
+    assert size["lora rank 4"] < size["lora rank 8"] < size["galore rank 4"]
+    assert size["galore rank 4"] < size["galore rank 8"] < size["galore rank 96"] < size["adamw"]
 
 
 def test_ranks_and_directions_grow_with_the_width_except_rank_one():
