@@ -28,7 +28,7 @@ optimizers: time of a step of blocks at the width of LLaMA 350M, with the refres
     repeats=5            of each optimizer
 finetuning: time of a fine-tuning's step, with the refreshes' part of it, and bytes of state, for
   every optimizer of configs/glue/minilm.toml, on a batch of random tokens, in one process.
-    repeats=5            of each optimizer
+    repeats=21           of each optimizer
 state: bytes of the optimizer's state, by part, for each size in configs/; nothing is allocated.
 accumulate: bytes that micro-batches accumulate, for the blocks and in all, for each size likewise.
 tokens: time of a step of stacked blocks relative to AdamW, by tokens per step, and a picture.

@@ -41,7 +41,7 @@ class Settings:
       InputError: a number out of range.
     """
 
-    repeats: int = 5
+    repeats: int = 21
 
     def __post_init__(self):
         require("repeats", self.repeats, self.repeats >= 1, "at least 1")
