@@ -242,7 +242,7 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no benchmark stap; there are refresh, step, optimizers, state, accumulate, ",
+            "there is no benchmark stap; there are refresh, step, optimizers, finetuning, state, accumulate, ",
         ),
         (["state", "repeats=3"], "the setting repeats is unknown; this benchmark has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
@@ -273,11 +273,11 @@ def test_the_script_prints_only_that_sentence():
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), "stap"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    benches = "refresh, step, optimizers, state, accumulate, tokens, sketch, dead"
+    benches = "refresh, step, optimizers, finetuning, state, accumulate, tokens, sketch, dead"
     assert done.stderr == f"error: there is no benchmark stap; there are {benches}.\n"
 
 
 def test_every_setting_is_in_the_help():
-    for bench in (refresh, step, optimizers, state, accumulate, tokens, sketch, dead):
+    for bench in (refresh, step, optimizers, finetuning, state, accumulate, tokens, sketch, dead):
         defaults = vars(bench.Settings())
         assert all(f"    {key}={value} " in benchmark.__doc__ for key, value in defaults.items())
