@@ -242,7 +242,7 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     [
         (
             ["stap"],
-            "there is no benchmark stap; there are refresh, step, optimizers, finetuning, state, accumulate, ",
+            "there is no benchmark stap; there are refresh, step, optimizers, finetuning, state, ",
         ),
         (["state", "repeats=3"], "the setting repeats is unknown; this benchmark has none."),
         (["step", "modle=llama"], "the setting modle is unknown; there are model, layers"),
