@@ -29,7 +29,7 @@ from typing import Any
 
 from galore_jax.command_line import comma_separated
 from galore_jax.errors import InputError, check_installed, run_cli
-from galore_jax.files import atomic_write, write_json
+from galore_jax.files import write_json
 
 GIB = 2**30
 # The fraction of a card's memory that JAX allocates by default, and the one that it can be told to
@@ -219,10 +219,9 @@ def draw(
       card: the `GpuTarget` whose memory is marked, or None.
       picture: the PNG to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from galore_jax.training.plots import new_figure, write_png
 
-    figure = Figure(figsize=(10, 4.4), dpi=130, layout="constrained")
+    figure = new_figure((10, 4.4))
     axes = figure.subplots()
     longest = max(parts["total"] for parts in baselines.values()) / GIB
     for row, parts in enumerate(baselines.values()):
@@ -261,8 +260,7 @@ def draw(
     axes.set_xlabel("GiB, predicted from shapes; only the last one was compiled too")
     figure.suptitle(title, fontsize=12, fontweight="bold")
     figure.legend(loc="outside lower center", frameon=False, ncols=len(COLOURS), fontsize=10)
-    with atomic_write(picture) as path:
-        FigureCanvasAgg(figure).print_png(path)
+    write_png(figure, picture)
 
 
 if __name__ == "__main__":

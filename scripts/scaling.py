@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from galore_jax.errors import InputError, check_installed, require, require_choice, run_cli
-from galore_jax.files import atomic_write, write_json
+from galore_jax.files import write_json
 
 GIB = 2**30
 NODE = 8  # as in galore_jax.training.compile_targets, which starts JAX
@@ -242,14 +242,14 @@ def statement(costs: dict[Case, Any], rate: float, network: float) -> str:
 
 def draw(costs: dict[Case, Any], picture: Path) -> None:
     """Draws what a device sends in a step, a column of plots a model and a row a layout."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
+
+    from galore_jax.training.plots import new_figure, write_png
 
     models = list(dict.fromkeys(case.model for case in costs))
     layouts = list(dict.fromkeys(case.layout for case in costs))
     size = (max(7.2, 1.0 + 3.4 * len(models)), 1.4 + 2.6 * len(layouts))
-    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    figure = new_figure(size)
     grid = figure.subplots(len(layouts), len(models), squeeze=False, sharex=True)
     for row, layout in enumerate(layouts):
         for column, model in enumerate(models):
@@ -284,8 +284,7 @@ def draw(costs: dict[Case, Any], picture: Path) -> None:
     columns = min(3, len(models) + 1)
     figure.legend(lines, labels, loc="outside lower center", frameon=False, ncols=columns)
     figure.suptitle("Bytes that a device sends in a training step", fontweight="bold")
-    with atomic_write(picture) as path:
-        FigureCanvasAgg(figure).print_png(path)
+    write_png(figure, picture)
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:

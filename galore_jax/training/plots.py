@@ -164,26 +164,41 @@ def _add_labels(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> N
         covered.append(box)
 
 
-def _figure(picture: str | Path, figsize: tuple[float, float]) -> Any:
-    """An empty figure, or None without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        print(f'{picture} is not drawn, it needs matplotlib: pip install "galore-jax[plots]"')
-        return None
+def new_figure(figsize: tuple[float, float]) -> Any:
+    """An empty matplotlib figure of a width and height in inches, to be written by `write_png`.
+
+    Raises:
+      ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=figsize, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def write_png(figure: Any, picture: str | Path) -> None:
+    """Writes a figure of `new_figure` to a PNG, whole or not at all; makes its folder."""
+    Path(picture).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(picture) as path:
+        figure.canvas.print_png(path)
+
+
+def _figure(picture: str | Path, figsize: tuple[float, float]) -> Any:
+    """An empty figure, or None without matplotlib."""
+    try:
+        return new_figure(figsize)
+    except ModuleNotFoundError:
+        print(f'{picture} is not drawn, it needs matplotlib: pip install "galore-jax[plots]"')
+        return None
 
 
 def _write(figure: Any, picture: str | Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
-    Path(picture).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(picture) as path:
-        figure.canvas.print_png(path)
+    write_png(figure, picture)
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:

@@ -13,10 +13,9 @@ from benchmarks.state import CONFIGS, require_size
 from benchmarks.step import DENSE, Run
 from benchmarks.timing import interleaved, seconds
 from galore_jax.errors import check_installed, require, require_choice
-from galore_jax.files import atomic_write
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config_file import load_config
-from galore_jax.training.plots import COLOURS
+from galore_jax.training.plots import COLOURS, new_figure, write_png
 
 ROW_LENGTH = 256
 NAMES = ("adamw", "galore_full", "galore_projected")
@@ -92,10 +91,7 @@ def measure_size(
 
 def draw(rows: list[Row], picture: Path) -> None:
     """Draws the ratios to AdamW over the tokens per step into a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.4), dpi=130, layout="constrained")
+    figure = new_figure((7.5, 4.4))
     axes = figure.subplots()
     axes.axhline(1, color="#444444", linewidth=1)
     where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
@@ -113,5 +109,4 @@ def draw(rows: list[Row], picture: Path) -> None:
     axes.set(xlabel="tokens per step", ylabel="time of a step relative to AdamW", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, ncols=2)
-    with atomic_write(picture) as path:
-        FigureCanvasAgg(figure).print_png(path)
+    write_png(figure, picture)
