@@ -1,0 +1,130 @@
+"""config.json of transformers: what is understood, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from galore_jax.errors import InputError
+from galore_jax.interop.config_json import read_config, to_json
+from galore_jax.models.llama import LlamaConfig
+
+LLAMA = LlamaConfig(
+    vocab_size=61,
+    hidden_size=8,
+    intermediate_size=11,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=2,
+    max_length=32,
+)
+
+
+def write_config(folder, **changes):
+    table = to_json(LLAMA) | changes
+    table = {key: value for key, value in table.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"torch_dtype": "float16"}, {"dtype": "float32"}),
+        ({"torch_dtype": ..., "dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"num_key_value_heads": ..., "head_dim": ...}, {"num_kv_heads": None, "head_dim": None}),
+        (
+            {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 7}},
+            {"rope_theta": 7.0},
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 2.0,
+                    "high_freq_factor": 3.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            {
+                "rope_factor": 8.0,
+                "rope_low_freq_factor": 2.0,
+                "rope_high_freq_factor": 3.0,
+                "rope_original_length": 16,
+            },
+        ),
+        (
+            {
+                "model_type": "qwen2",
+                "use_sliding_window": True,
+                "sliding_window": 4,
+                "max_window_layers": 3,
+            },
+            {"attention_bias": "qkv", "sliding_window": None},
+        ),
+        ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": None}),
+        ({"model_type": "mistral", "sliding_window": 4}, {"sliding_window": 4}),
+        (
+            {"model_type": "mistral", "sliding_window": 4, "layer_types": ["full_attention"] * 3},
+            {"sliding_window": None},
+        ),
+        ({"is_causal": True}, {}),
+    ],
+)
+def test_config_json_of_other_versions_is_understood(changes, expected, tmp_path):
+    write_config(tmp_path, **changes)
+    assert read_config(tmp_path) == dataclasses.replace(LLAMA, **expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is unknown; there are llama, mistral"),
+        ({"model_type": ...}, "model_type None is unknown"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
+        ({"mlp_bias": True}, "mlp_bias = True is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"torch_dtype": "float8"}, "dtype 'float8' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' are not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "there is no low_freq_factor"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
+            "rotary embeddings that differ between kinds of layers",
+        ),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number, not inf"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}},
+            "rope_parameters and rope_scaling differ",
+        ),
+        ({"is_causal": False}, "is_causal = False is not supported, only True"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, not 'no'"),
+        (
+            {
+                "model_type": "mistral",
+                "sliding_window": 4,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            },
+            "some layers have a sliding window and others do not",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 4, "layer_types": [{}]},
+            r"layer_types must be 3 times sliding_attention or full_attention, not \[{}\]",
+        ),
+        ({"hidden_size": ...}, "there is no hidden_size"),
+        ({"hidden_size": "8"}, "hidden_size must be a whole number, not '8'"),
+        ({"num_attention_heads": 3}, "does not divide model.num_heads 3"),
+        ({"model_type": "qwen3", "head_dim": ...}, "there is no head_dim"),
+        ({"model_type": "mistral"}, "there is no sliding_window"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2},
+            "some layers have a sliding window and others do not",
+        ),
+    ],
+)
+def test_a_model_that_would_be_another_is_refused_with_the_file(changes, named, tmp_path):
+    write_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=named) as refused:
+        read_config(tmp_path)
+    assert str(refused.value).startswith(str(tmp_path / "config.json"))
+    assert "\n" not in str(refused.value)
