@@ -49,7 +49,9 @@ def check_folder(name: str, folder: str | Path) -> None:
     """
     nearest = next(path for path in (Path(folder), *Path(folder).parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise InputError(f"{name} needs the folder {folder}, but {nearest} is none: name another.")
+        raise InputError(
+            f"{name} needs the folder {folder}, but {nearest} is not a folder: name another."
+        )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(
             f"{name} needs the folder {folder}, but {nearest} cannot be written to: change its "

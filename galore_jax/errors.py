@@ -71,12 +71,15 @@ def _install_hint(module: str) -> str:
 
 
 def names_full_disk(error: BaseException | None) -> bool:
-    """Whether an error says that a disk is full, of whatever type it is.
+    """Whether an error says that a disk is full.
 
-    TensorStore and array_record have no `OSError` for it, but the text of the operating system.
+    TensorStore and array_record raise other types than `OSError`, with the operating system's text.
     """
-    if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return True
+    if isinstance(error, OSError):
+        return error.errno in FULL_DISK
+    # JAX quotes NCCL, which says the same of shared memory.
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
+        return False
     return any(os.strerror(number) in str(error) for number in FULL_DISK)
 
 

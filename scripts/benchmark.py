@@ -26,7 +26,7 @@ optimizers: time of a step of blocks at the width of LLaMA 350M, with the refres
     size=5m              one of configs/; ranks and directions grow with the width
     layers=4             number of layers, separate leaves in Flax's Dense layers
     repeats=5            of each optimizer
-finetuning: time of a fine-tuning's step, with the refreshes' part of it, and bytes of state, for
+finetuning: time of a fine-tuning step, its share of the refreshes included, and bytes of state, for
   every optimizer of configs/glue/minilm.toml, on a batch of random tokens, in one process.
     repeats=21           of each optimizer
 state: bytes of the optimizer's state, by part, for each size in configs/; nothing is allocated.
@@ -61,8 +61,15 @@ from galore_jax.errors import InputError, run_cli
 from galore_jax.files import write_json
 
 BENCHMARKS = (
-    *("refresh", "step", "optimizers", "finetuning"),
-    *("state", "accumulate", "tokens", "sketch", "dead"),
+    "refresh",
+    "step",
+    "optimizers",
+    "finetuning",
+    "state",
+    "accumulate",
+    "tokens",
+    "sketch",
+    "dead",
 )
 
 

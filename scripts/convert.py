@@ -34,7 +34,7 @@ def main() -> None:
         if direction == "to-huggingface":
             one.add_argument("--adapter", action="store_true", help="LoRA's adapter alone")
     arguments = parser.parse_args()
-    check_folder(DIRECTIONS[arguments.direction][1], arguments.target)
+    check_folder(f"the target {DIRECTIONS[arguments.direction][1]}", arguments.target)
 
     from galore_jax.training.convert import from_huggingface, to_huggingface
     from galore_jax.training.progress import peak_process_memory

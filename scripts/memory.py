@@ -1,4 +1,4 @@
-"""Bytes of a training, predicted and as compiled, for a CPU or for a GPU that is absent.
+"""Bytes of a training run, predicted and as compiled, for a CPU or for a GPU that is absent.
 
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
 python scripts/memory.py --config configs/llama_60m.toml --json memory.json data.batch_size=16

@@ -31,7 +31,9 @@ def test_a_folder_that_is_or_is_in_a_file_is_refused(file, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for none in (file, tmp_path / "link"):
         for folder in (none, none / "new" / "newer"):
-            with pytest.raises(InputError, match=f"folder {folder}, but {none} is none: name"):
+            with pytest.raises(
+                InputError, match=f"folder {folder}, but {none} is not a folder: name"
+            ):
                 check_folder("--out", folder)
 
 
@@ -58,4 +60,4 @@ def test_a_script_refuses_such_a_folder_first(file, monkeypatch, capsys, script,
     assert end.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
-    assert printed.endswith(f"but {file} is none: name another.\n")
+    assert printed.endswith(f"but {file} is not a folder: name another.\n")

@@ -72,23 +72,24 @@ def test_a_diverged_state_replaces_no_checkpoint_and_the_run_ends(diverging, tmp
     assert checkpoints_of(tmp_path) == [str(LAST_FINITE)]
     (sentence,) = [line for line in capfd.readouterr().err.splitlines() if "checkpoint" in line]
     assert sentence == (
-        "warning: at step 3 the parameters or the optimizer's state are not finite, so they are "
-        "not saved: the checkpoint at step 2 is the last one kept"
+        "warning: at step 3 the parameters or the optimizer's state are not finite, so no "
+        "checkpoint is written; the latest is that of step 2"
     )
 
 
 @pytest.mark.parametrize(
     ("every", "place"), [(2, "the checkpoint at step 2"), (0, "the start")], ids=str
 )
-def test_a_run_that_is_stopped_after_it_diverged_says_where_it_resumes(
+def test_a_run_that_is_stopped_after_it_diverged_says_that_resuming_is_no_remedy(
     diverging, tmp_path, capfd, every, place
 ):
     diverging.append(3)
     with pytest.raises(loop.Interrupted) as stopped:
         loop.train(config_of(tmp_path, checkpoint_every=every))
-    assert str(stopped.value).startswith(
-        "stopped after 3 of 4 steps, the last ones not saved, so that it resumes from "
-        f"{place}. Resume with"
+    assert str(stopped.value) == (
+        "stopped after 3 of 4 steps. The state is not finite and was not saved. Start another run "
+        "with a lower optimizer.learning_rate: this one would continue from "
+        f"{place} and diverge again."
     )
     diverging.clear()
     loop.train(config_of(tmp_path, checkpoint_every=every), resume=True)

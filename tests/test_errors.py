@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from galore_jax.errors import InputError, run_cli
@@ -43,7 +44,14 @@ def test_a_full_disk_is_reported_whatever_the_type_of_the_error(capsys, number):
         assert error_line(capsys, error) == f"error: the disk is full: {remedy}"
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EBADF, "x", "path"), OSError("x"), TypeError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(errno.EBADF, "x", "path"), OSError("x"), TypeError("x")),
+        # Of shared memory, which is no disk.
+        jax.errors.JaxRuntimeError(f"INTERNAL: NCCL: shared memory: {os.strerror(errno.ENOSPC)}"),
+    ],
+)
 def test_an_error_of_the_program_keeps_its_traceback(error):
     def main():
         raise error

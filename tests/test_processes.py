@@ -319,8 +319,16 @@ def test_a_process_that_a_cluster_started_with_others_joins_them(monkeypatch, en
     ("arguments", "sentence"),
     [
         (("node0:1", None, None), "--coordinator, --processes and --process belong together"),
-        (("node0", 2, 0), "--coordinator must be host:port, as in node0:1234, not 'node0'."),
-        (("node0:65536", 2, 0), "--coordinator must be host:port, as in node0:1234, not 'node0:6"),
+        (
+            ("node0", 2, 0),
+            "--coordinator must be host:port with a port from 1 to 65535, as in node0:1234, not "
+            "'node0'.",
+        ),
+        (
+            ("node0:65536", 2, 0),
+            "--coordinator must be host:port with a port from 1 to 65535, as in node0:1234, not "
+            "'node0:6",
+        ),
         (("node0:1", 0, 0), "--processes must be at least 1, not 0."),
         (("node0:1", 2, 2), "--process must be from 0 to 1, as there are 2 processes, not 2."),
     ],

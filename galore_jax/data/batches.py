@@ -155,8 +155,8 @@ def fingerprint(config: DataConfig) -> dict[str, int]:
     """Numbers that are others if the training text or the tokenizer is another one.
 
     They are how many documents, or bytes in a file of conversations, there are; a checksum of all
-    of them or, of more than a thousand documents, of so many; the same of the documents for
-    validation, or of their file; and a checksum of the tokenizer's files.
+    of them or, of more than a thousand documents, of so many; a checksum of the documents for
+    validation, likewise, or of validation.jsonl, if there is one; and one of the tokenizer's files.
     """
     tokenizer = tokenizer_checksum(config.tokenizer)
     if config.rows == "conversations":

@@ -341,8 +341,9 @@ def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
 
 def _check_low_rank(moments: Moments, complement: int | float | None) -> None:
     if moments != "keep" or complement:
-        setting, remedy = f"complement={complement!r}", "."
-        if not complement:  # galore_jax.init refuses a complement in a stock chain.
+        if complement:  # galore_jax.init refuses a complement in a stock chain.
+            setting, remedy = f"complement={complement!r}", "."
+        else:
             setting = f'moments="{moments}"'
             remedy = ", or start with galore_jax.init(tx, params)."
         raise ValueError(

@@ -80,8 +80,8 @@ def random_basis(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float3
         columns = gaussian_basis(key, shape[-2:])
         return quantize(columns, "int8") if dtype == jnp.int8 else columns.astype(dtype)
 
-    # Draw one matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10. Store each at
-    # once: at 7B, all of them in float32 would need more memory than a training step.
+    # Draw one matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10. Convert each
+    # right away: at 7B, all of them in float32 would need more memory than a training step.
     stack = lax.map(draw, jax.random.split(key, math.prod(shape[:-2])))
     return jax.tree.map(lambda leaf: leaf.reshape(*shape[:-2], *leaf.shape[1:]), stack)
 

@@ -336,7 +336,10 @@ def _latest(folder: str | Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     with ocp.CheckpointManager(checkpoints, options=options) as manager:
         step = manager.latest_step()
         if step is None:
-            raise InputError(f"{checkpoints} holds no complete checkpoint: let the run reach one.")
+            raise InputError(
+                f"{checkpoints} holds no complete checkpoint: let the run reach one. A run that "
+                "diverged before its first one has none."
+            )
         yield manager, step
 
 

@@ -24,7 +24,7 @@ def raise_on_full_disk(folder: Path) -> Iterator[None]:
     except ValueError as error:
         if not names_full_disk(error):
             raise
-        raise OSError(errno.ENOSPC, "No space left on device", str(folder)) from error
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 @contextmanager

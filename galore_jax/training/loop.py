@@ -72,7 +72,7 @@ def train(config: Config, resume: bool = False) -> Summary:
     Raises:
       InputError: the configuration, a file that it names or the folder cannot be used, there is no
         GPU for the kernels, the disk is full, or there is too little memory.
-      Interrupted: on SIGINT or SIGTERM, after the state is saved, if it is finite.
+      Interrupted: on SIGINT or SIGTERM, after saving the state, unless it is not finite.
     """
     check_same(to_dict(config) | {"arguments": {"resume": resume}})
     with ending_together():
@@ -177,14 +177,14 @@ def train(config: Config, resume: bool = False) -> Summary:
 
 def _how_to_resume(config: Config, done: int, latest: int | None) -> str:
     """What a run that is stopped says; it resumes from the latest checkpoint."""
-    saved = ", all saved"
-    if latest != done:
-        place = "the start" if latest is None else f"the checkpoint at step {latest:,}"
-        saved = f", the last ones not saved, so that it resumes from {place}"
+    stopped = f"stopped after {done:,} of {config.training.steps:,} steps"
     every = _EVERY_PROCESS if jax.process_count() > 1 else ""
+    if latest == done:
+        return f"{stopped}, all saved. Resume{every} with\n  {resume_command(config)}"
+    place = "the start" if latest is None else f"the checkpoint at step {latest:,}"
     return (
-        f"stopped after {done:,} of {config.training.steps:,} steps{saved}. Resume{every} with\n"
-        f"  {resume_command(config)}"
+        f"{stopped}. The state is not finite and was not saved. Start another run with a lower "
+        f"optimizer.learning_rate: this one would continue from {place} and diverge again."
     )
 
 

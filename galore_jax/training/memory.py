@@ -170,7 +170,7 @@ def baselines(config: Config) -> dict[str, Parts]:
 def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
     """Bytes of the compiled programs on each device, as assigned by XLA; nothing is run.
 
-    Call it outside of the mesh, as a training makes its state and its steps.
+    Call it outside the mesh, where a run also makes its state and steps.
 
     Args:
       config: the configuration of the run.

@@ -178,7 +178,7 @@ def read_summary(run: RunFolder) -> Summary:
 def format_bytes(number: float) -> str:
     """A size in decimal units, as in "12.3 MB"."""
     for unit in ("B", "kB", "MB"):
-        if number < 999.5:  # which is rounded up to 1000
+        if number < 999.5:  # That would round to 1000.
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:.2f} GB"

@@ -88,7 +88,10 @@ def _check_arguments(coordinator: str | None, processes: int | None, process: in
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(f"--coordinator must be host:port, as in node0:1234, not {coordinator!r}.")
+        raise InputError(
+            "--coordinator must be host:port with a port from 1 to 65535, as in node0:1234, not "
+            f"{coordinator!r}."
+        )
     if processes < 1:
         raise InputError(f"--processes must be at least 1, not {processes}.")
     if not 0 <= process < processes:
@@ -101,7 +104,7 @@ def _check_arguments(coordinator: str | None, processes: int | None, process: in
 
 
 def _check_port(port: int) -> None:
-    """Raises an `InputError` if JAX, which would end the process, cannot listen at a port."""
+    """Raises an `InputError` if a port is taken or not allowed: JAX would abort the process."""
     ipv6 = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
     try:
@@ -109,7 +112,7 @@ def _check_port(port: int) -> None:
             pass
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            return  # Whether it matters here, JAX knows.
+            return  # JAX decides whether this matters.
         raise InputError(
             f"--coordinator has port {port}, which cannot be used ({os.strerror(error.errno)}): "
             "give all processes another one."

@@ -118,13 +118,11 @@ class Progress:
 
     def report_unsaved(self, updates: int, latest: int | None) -> None:
         """Warns, once, that the state after this number of updates is not finite and not saved."""
-        kept = "there is no checkpoint"
-        if latest is not None:
-            kept = f"the checkpoint at step {latest:,} is the last one kept"
+        kept = "there is none" if latest is None else f"the latest is that of step {latest:,}"
         self._warn_once(
             "unsaved",
-            f"at step {updates:,} the parameters or the optimizer's state are not finite, so they "
-            f"are not saved: {kept}",
+            f"at step {updates:,} the parameters or the optimizer's state are not finite, so no "
+            f"checkpoint is written; {kept}",
         )
 
     @contextlib.contextmanager

@@ -98,9 +98,16 @@ def measure_encoder(
     step = interleaved(runs, repeats, "steps")
     refresh = interleaved({label: run.refresh for label, run in runs.items()}, repeats, "refreshes")
 
-    def row(label: str, config: FinetuneConfig) -> Row:
-        time = step[label] + refresh[label] / config.optimizer.update_proj_gap
-        return {"name": label, "seconds": time, "bytes": tree_bytes(runs[label].state)}
-
-    measured = [row(label, config) for label, config in configs.items()]
-    return [row | {"of_adamw": row["seconds"] / measured[0]["seconds"]} for row in measured]
+    time = {
+        label: step[label] + refresh[label] / config.optimizer.update_proj_gap
+        for label, config in configs.items()
+    }
+    return [
+        {
+            "name": label,
+            "seconds": time[label],
+            "bytes": tree_bytes(run.state),
+            "of_adamw": time[label] / time["adamw"],
+        }
+        for label, run in runs.items()
+    ]
