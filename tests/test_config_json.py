@@ -9,16 +9,7 @@ from galore_jax.errors import InputError
 from galore_jax.interop.config_json import read_config, to_json
 from galore_jax.models.llama import LlamaConfig
 
-LLAMA = LlamaConfig(
-    vocab_size=61,
-    hidden_size=8,
-    intermediate_size=11,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=2,
-    max_length=32,
-)
+LLAMA = LlamaConfig(61, 8, 11, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=2)
 
 
 def write_config(folder, **changes):
