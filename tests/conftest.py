@@ -23,10 +23,12 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 # What one test has compiled, no later one compiles anew, nor does a process that it starts. Each
 # process of pytest-xdist has its own cache, as JAX writes entries where another could read halves.
-_cache = tempfile.mkdtemp(prefix="galore_jax-tests-")
-atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+# A cache that the environment names is kept from one run to the next.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.mkdtemp(prefix="galore_jax-tests-")
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": _cache,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
