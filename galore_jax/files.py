@@ -1,5 +1,6 @@
 """Files that appear complete or not at all, and JSON files."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -12,14 +13,32 @@ from galore_jax.errors import InputError
 UNFINISHED = ".unfinished"
 
 
+def open_no_link(path: Path, flags: int) -> int:
+    """Opens a file as `os.open`, but not through a symbolic link, which anyone may have planted.
+
+    Raises:
+      InputError: the path is a symbolic link.
+    """
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+        raise InputError(f"{path} is a symbolic link, which is not followed: remove it.") from None
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path to write to; it is renamed to `path` only if the block succeeds.
 
     After an exception the temporary file is removed. A process that is killed leaves it behind;
     its name ends in `UNFINISHED`.
+
+    Raises:
+      InputError: the temporary path is a symbolic link.
     """
     temporary = Path(f"{os.fspath(path)}{UNFINISHED}")
+    os.close(open_no_link(temporary, os.O_WRONLY | os.O_CREAT))
     try:
         yield temporary
         # Otherwise a power cut may leave the name without the content.

@@ -1,6 +1,7 @@
 """A lock that keeps two processes from writing to one folder."""
 
 import errno
+import fcntl
 import os
 import socket
 import time
@@ -9,19 +10,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from galore_jax.errors import InputError
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # on Windows, which has no such locks
-    fcntl = None
+from galore_jax.files import open_no_link
 
 
 @contextmanager
 def locked(path: Path, work: str, remedy: str) -> Iterator[None]:
     """Holds an exclusive lock on the file `path`, which records the holder and the time.
 
-    The operating system releases the lock however this process ends. File systems and platforms
-    without such locks have none.
+    The operating system releases the lock however this process ends. File systems without such
+    locks have none.
 
     Args:
       path: created if it does not exist.
@@ -30,16 +27,16 @@ def locked(path: Path, work: str, remedy: str) -> Iterator[None]:
 
     Raises:
       InputError: another process holds the lock; the message names its id, its host and the time.
+        Or `path` is a symbolic link.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = open_no_link(path, os.O_RDWR | os.O_CREAT)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise InputError(_refusal(path, work, remedy)) from None
-                # Others, such as ENOLCK or EOPNOTSUPP, mean that there are no locks.
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise InputError(_refusal(path, work, remedy)) from None
+            # Others, such as ENOLCK or EOPNOTSUPP, mean that there are no locks.
         os.ftruncate(descriptor, 0)
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, {now}\n".encode())

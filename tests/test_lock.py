@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import pytest
 
 from galore_jax import lock
 from galore_jax.errors import InputError
+from galore_jax.files import write_text
 from galore_jax.lock import locked
 
 HOLD = """
@@ -56,7 +58,23 @@ def test_an_empty_lock_file_is_held_by_another_process(tmp_path):
             hold(tmp_path).__enter__()
 
 
-def test_a_system_without_locks_locks_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "fcntl", None)
+def test_a_file_system_without_locks_locks_nothing(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
     with hold(tmp_path), hold(tmp_path):
         pass
+
+
+def test_neither_a_lock_nor_a_temporary_file_is_opened_through_a_symbolic_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("lock", "text.json.unfinished"):
+        (tmp_path / name).symlink_to(victim)
+    with pytest.raises(InputError, match=r"lock is a symbolic link, which is not followed: remove"):
+        hold(tmp_path).__enter__()
+    with pytest.raises(InputError, match=r"text\.json\.unfinished is a symbolic link, which"):
+        write_text(tmp_path / "text.json", "new")
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "text.json").exists()
