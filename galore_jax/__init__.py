@@ -3,7 +3,7 @@
 from galore_jax.grads import layerwise
 from galore_jax.grads.check import check_projection, projection_report
 from galore_jax.grads.describe import describe
-from galore_jax.grads.sketch import refresh, refresh_due
+from galore_jax.grads.refresh import refresh, refresh_due
 from galore_jax.grads.value_and_grad import value_and_grad
 from galore_jax.optim.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
 from galore_jax.optim.aliases import adafactor, adamw, lion, muon

@@ -131,14 +131,13 @@ def contrib_steps(config: Any, mesh: Any) -> tuple[Any, list[Any]]:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from galore_jax.training.layout import jit_on, whole
-    from galore_jax.training.optimizer import make_optimizer
     from galore_jax.training.state import TrainState, abstract_state
     from galore_jax.training.step import make_gradients
 
     galore = config.optimizer
     tx = optax.contrib.galore(1e-3, galore.rank, galore.update_proj_gap)
     rest = optax.adam(1e-3)
-    gradients_of = make_gradients(config, make_optimizer(galore, config.training.steps), mesh)
+    gradients_of = make_gradients(config, mesh)
     start = abstract_state(config, mesh)
     layer = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), start.params["layers"]

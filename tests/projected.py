@@ -29,9 +29,9 @@ def compared(loss, params, *batch, **settings):
     """
     dtype = settings.pop("dtype", "float32")
     options = {key: settings.pop(key) for key in ("has_aux", "micro_batches") if key in settings}
-    tx, state = started(params, **settings)
+    _, state = started(params, **settings)
     has_aux = options.get("has_aux", False)
-    value, found = jax.jit(value_and_grad(loss, tx, **options))(params, state, *batch)
+    value, found = jax.jit(value_and_grad(loss, **options))(params, state, *batch)
     wanted, full = jax.jit(jax.value_and_grad(loss, has_aux=has_aux))(params, *batch)
     np.testing.assert_allclose(*map(jax.tree.leaves, (value, wanted)), rtol=1e-6)
     found, full = unboxed(found), unboxed(full)

@@ -87,8 +87,8 @@ def train(name, params, gradients="full", steps=3):
         if gradients == "full":
             grads = jax.grad(loss)(params, TOKENS)
         else:
-            state = galore_jax.refresh(loss, tx)(params, state, TOKENS)
-            _, grads = galore_jax.value_and_grad(loss, tx)(params, state, TOKENS)
+            state = galore_jax.refresh(loss)(params, state, TOKENS)
+            _, grads = galore_jax.value_and_grad(loss)(params, state, TOKENS)
         if gradients == "updates" or name == "full-size":
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
@@ -217,8 +217,8 @@ def shard_and_train():
 
         def step(params, state, tx=tx, projected=name != "chain"):
             if projected:
-                state = galore_jax.refresh(loss, tx)(params, state, TOKENS)
-                _, grads = galore_jax.value_and_grad(loss, tx)(params, state, TOKENS)
+                state = galore_jax.refresh(loss)(params, state, TOKENS)
+                _, grads = galore_jax.value_and_grad(loss)(params, state, TOKENS)
                 params, state = apply_gradients(tx, grads, state, params)
             return apply_gradients(tx, jax.grad(loss)(params, TOKENS), state, params)
 

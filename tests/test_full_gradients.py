@@ -147,7 +147,7 @@ def test_gradients_that_are_coordinates_are_refused_with_the_remedy(make):
     loss = lambda params, batch: loss_of(CONFIG, params, batch)
     state = galore_jax.init(tx, params)
     message = r"need full gradients: use jax\.value_and_grad .*projected=False"
-    for use in (galore_jax.value_and_grad(loss, tx), galore_jax.refresh(loss, tx)):
+    for use in (galore_jax.value_and_grad(loss), galore_jax.refresh(loss)):
         with pytest.raises(ValueError, match=message):
             use(params, state, batch)
     for refreshes in (False, True):

@@ -75,8 +75,8 @@ def test_a_scan_over_layers_keeps_no_copy_of_their_kernels():
         x, _ = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["stack"])
         return jnp.mean(x**2)
 
-    tx, state = started(kernels)
-    jaxpr = jax.make_jaxpr(value_and_grad(scanned, tx))(kernels, state, inputs(5, 12))
+    _, state = started(kernels)
+    jaxpr = jax.make_jaxpr(value_and_grad(scanned))(kernels, state, inputs(5, 12))
     found = list(scans(jaxpr.jaxpr))
     assert len(found) == 2  # forwards and backwards
     outputs = [var.aval.shape for scan in found for var in scan.outvars]
@@ -89,8 +89,8 @@ def test_scopes_of_the_loss_name_the_products_of_the_backward_pass():
         with jax.named_scope("outer"):
             return jax.jit(lambda x, w: jnp.mean(jnp.sin(x @ w) ** 2))(x, params["last"])
 
-    tx, state = started(params())
-    step = jax.jit(value_and_grad(scoped, tx))
+    _, state = started(params())
+    step = jax.jit(value_and_grad(scoped))
     text = step.lower(params(), state, inputs(5, 12)).as_text(debug_info=True)
     assert "transpose(jvp(outer" in text
     assert "jvp(outer)/outer" not in text
@@ -101,8 +101,8 @@ def test_a_jit_that_is_inlined_keeps_its_shardings():
     rows = NamedSharding(mesh, PartitionSpec("data"))
     product = jax.jit(lambda x, w: jnp.sin(x @ w), in_shardings=(rows, None), out_shardings=rows)
     sharded = lambda params, x: jnp.mean(product(x, params["last"]) ** 2)
-    tx, state = started(last())
-    step = value_and_grad(sharded, tx)
+    _, state = started(last())
+    step = value_and_grad(sharded)
     jaxpr = jax.make_jaxpr(step)(last(), state, inputs(5, 12))
     assert str(jaxpr).count("sharding_constraint") >= 2
     assert compared(sharded, last(), inputs(5, 12)) == {"last"}
@@ -118,8 +118,8 @@ def test_the_product_of_our_models_is_projected_and_keeps_its_own_derivative(dty
 
     x = inputs(5, 12)
     assert compared(ours, kernels, x, dtype=dtype) == {"stack", "last"}
-    tx, state = started(kernels)
-    text = jax.jit(value_and_grad(ours, tx)).lower(kernels, state, x).as_text()
+    _, state = started(kernels)
+    text = jax.jit(value_and_grad(ours)).lower(kernels, state, x).as_text()
     # Its cotangents are of the kernels' type, where JAX's derivative would keep float32.
     mixed = [line for line in text.splitlines() if "dot_general" in line and "bf16" in line]
     assert all("(tensor<5x9xf32>" not in line for line in mixed)

@@ -78,10 +78,10 @@ class Ordinary:
     def __init__(self, tx, projected, config=CONFIG):
         loss = functools.partial(loss_of, config)
         self.apply = jax.jit(functools.partial(galore_jax.apply_gradients, tx))
-        self.refresh = jax.jit(galore_jax.refresh(loss, tx)) if projected else None
+        self.refresh = jax.jit(galore_jax.refresh(loss)) if projected else None
         whole = jax.value_and_grad(loss)
         self.gradients = jax.jit(
-            galore_jax.value_and_grad(loss, tx)
+            galore_jax.value_and_grad(loss)
             if projected
             else lambda params, state, batch: whole(params, batch)
         )

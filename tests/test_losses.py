@@ -50,9 +50,7 @@ def compiled_gradients(loss, tx, batch, keywords, has_aux, micro_batches):
         pairs = zip(leaves, is_array, strict=True)
         own = [next(arrays) if is_one else leaf for leaf, is_one in pairs]
         batch, keywords = jax.tree.unflatten(tree, own)
-        projected = galore_jax.value_and_grad(
-            loss, tx, has_aux=has_aux, micro_batches=micro_batches
-        )
+        projected = galore_jax.value_and_grad(loss, has_aux=has_aux, micro_batches=micro_batches)
         full = jax.value_and_grad(loss, has_aux=has_aux)
         return projected(params, state, *batch, **keywords), full(params, *batch, **keywords)
 

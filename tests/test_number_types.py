@@ -21,10 +21,10 @@ def start(params, **options):
 
 def test_micro_batches_keep_the_imaginary_part_of_gradients():
     params = {"w": W, "z": jnp.exp(1j * jnp.arange(8.0))}
-    tx, state = start(params)
+    _, state = start(params)
     loss = lambda params, x: jnp.mean(jnp.abs(x @ params["w"] * params["z"] + 1j) ** 2)
-    _, expected = galore_jax.value_and_grad(loss, tx)(params, state, X)
-    _, found = galore_jax.value_and_grad(loss, tx, micro_batches=2)(params, state, X)
+    _, expected = galore_jax.value_and_grad(loss)(params, state, X)
+    _, found = galore_jax.value_and_grad(loss, micro_batches=2)(params, state, X)
     assert found["z"].dtype == jnp.complex64
     # Sums of 8 products, in another order.
     np.testing.assert_allclose(found["z"], expected["z"], atol=1e-6)
@@ -37,8 +37,8 @@ def test_nothing_relies_on_implicit_promotion(dtype):
     loss = lambda params, x: jnp.mean((x @ params["w"] + params["b"]).astype("float32") ** 2)
     options = {"micro_batches": 2}
     with jax.numpy_dtype_promotion("strict"):
-        state = galore_jax.refresh(loss, tx, **options)(params, galore_jax.init(tx, params), x)
-        _, grads = galore_jax.value_and_grad(loss, tx, **options)(params, state, x)
+        state = galore_jax.refresh(loss, **options)(params, galore_jax.init(tx, params), x)
+        _, grads = galore_jax.value_and_grad(loss, **options)(params, state, x)
         new, _ = galore_jax.apply_gradients(tx, grads, state, params)
         full, _ = galore_jax.apply_gradients(tx, jax.grad(loss)(params, x), state, params)
     assert {leaf.dtype for leaf in jax.tree.leaves((new, full))} == {jnp.dtype(dtype)}
@@ -84,9 +84,9 @@ def test_float8_parameters_are_updated_in_float32():
 
 
 def test_coordinates_have_the_precision_of_the_product():
-    tx, state = start({"w": W})
+    _, state = start({"w": W})
     loss = lambda params, x: jnp.mean(jnp.sin(jnp.matmul(x, params["w"], precision="highest")))
-    jaxpr = jax.make_jaxpr(galore_jax.value_and_grad(loss, tx))({"w": W}, state, X)
+    jaxpr = jax.make_jaxpr(galore_jax.value_and_grad(loss))({"w": W}, state, X)
     highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
     found = []
 
@@ -108,13 +108,13 @@ def test_coordinates_have_the_precision_of_the_product():
 
 def test_small_float16_cotangents_do_not_vanish():
     params = {"w": W.astype(jnp.float16)}
-    tx, state = start(params)
+    _, state = start(params)
 
     def loss(params, x):
         wide = {"preferred_element_type": jnp.float32}
         return 1e-6 * jnp.mean(jnp.sin(jnp.matmul(x.astype(jnp.float16), params["w"], **wide)))
 
-    _, found = galore_jax.value_and_grad(loss, tx)(params, state, X)
+    _, found = galore_jax.value_and_grad(loss)(params, state, X)
     x, w = np.float64(X.astype(jnp.float16)), np.float64(params["w"])
     gradient = 1e-6 * x.T @ np.cos(x @ w) / (x @ w).size
     basis = state.inner_states[0].bases["w"]
@@ -135,8 +135,8 @@ def test_products_of_8_bits_and_of_float16_are_in_float32(dtype, expected):
 def test_random_directions_leave_the_basis_of_float8_parameters_as_it_is():
     params = {"w": W.astype(jnp.float8_e4m3fn)}
     loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"].astype(jnp.float32)))
-    tx, state = start(params, complement=2)
-    _, found = galore_jax.value_and_grad(loss, tx)(params, state, X)
+    _, state = start(params, complement=2)
+    _, found = galore_jax.value_and_grad(loss)(params, state, X)
     plain, without = start(params)
     _, expected = galore_jax.value_and_grad(loss, plain)(params, without, X)
     # The first coordinates are those without the complement: the same random basis.
@@ -183,7 +183,7 @@ def test_layerwise_steps_keep_the_imaginary_parts_of_parameters_and_activations(
     model = galore_jax.layerwise.LayeredModel(embed, block, head_loss)
     step = galore_jax.layerwise.make_step(model, tx, projected=projected)
     gradients_of = lambda *arguments: (
-        galore_jax.value_and_grad(loss, tx)(*arguments)
+        galore_jax.value_and_grad(loss)(*arguments)
         if projected
         else jax.value_and_grad(loss)(arguments[0], arguments[2])
     )

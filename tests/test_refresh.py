@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from galore_jax import apply_gradients, chain, galore, refresh, refresh_due, value_and_grad
-from galore_jax.grads.sketch import updates_until_refresh
+from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.basis import AGE_UNINITIALIZED
 
@@ -44,10 +44,10 @@ def run(params, x, alive, steps):
     tx = chain(galore(3, GAP), optax.sgd(1e-3))
     step = jax.jit(
         lambda params, state, alive: apply_gradients(
-            tx, value_and_grad(experts, tx)(params, state, x, alive)[1], state, params
+            tx, value_and_grad(experts)(params, state, x, alive)[1], state, params
         )
     )
-    renew = jax.jit(refresh(experts, tx))
+    renew = jax.jit(refresh(experts))
     state, tried = tx.init(params), []
     for t in range(steps):
         if refresh_due(state):
@@ -79,7 +79,7 @@ def test_a_kernel_that_the_loss_does_not_use_does_not_keep_the_others_refreshing
     params, x = start()
     frozen = lambda params, x: experts({**params, "experts": start()[0]["experts"]}, x, 1.0)
     tx = chain(galore(3, GAP), optax.sgd(1e-3))
-    state = refresh(frozen, tx)(params, tx.init(params), x)
+    state = refresh(frozen)(params, tx.init(params), x)
     assert int(updates_until_refresh(state)) == 1
     assert int(bases(state)["out"].age) == 0
 
@@ -127,8 +127,8 @@ def test_a_refresh_passes_by_whatever_stands_around_galore(around):
     params, x = start()
     inner = chain(galore(3, GAP), optax.sgd(1e-3))
     tx = around(inner)
-    state = refresh(experts, tx)(params, tx.init(params), x, 1.0)
-    wanted = refresh(experts, inner)(params, inner.init(params), x, 1.0)
+    state = refresh(experts)(params, tx.init(params), x, 1.0)
+    wanted = refresh(experts)(params, inner.init(params), x, 1.0)
     assert not refresh_due(state)
     for name, basis in bases(state).items():
         for side, vectors in basis.vectors.items():
@@ -138,8 +138,8 @@ def test_a_refresh_passes_by_whatever_stands_around_galore(around):
 def test_extra_arguments_reach_the_transformation_that_requires_them():
     params, x = start()
     tx = chain(galore(3, GAP), optax.sgd(1e-3), optax.contrib.reduce_on_plateau())
-    state = refresh(experts, tx)(params, tx.init(params), x, 1.0)
-    value, grads = value_and_grad(experts, tx)(params, state, x, 1.0)
+    state = refresh(experts)(params, tx.init(params), x, 1.0)
+    value, grads = value_and_grad(experts)(params, state, x, 1.0)
     _, state = apply_gradients(tx, grads, state, params, value=value)
     np.testing.assert_allclose(optax.tree.get(state, "best_value"), value, rtol=1e-6)
 
@@ -180,8 +180,8 @@ def on_four_devices():
     x = jax.random.normal(keys[3], (16, 16))
     tx = chain(galore(4), optax.adam(1e-3))
     state = tx.init(params)
-    wanted = jax.jit(refresh(loss, tx))(params, state, x)
-    gradient = jax.jit(value_and_grad(loss, tx))(params, wanted, x)[1]
+    wanted = jax.jit(refresh(loss))(params, state, x)
+    gradient = jax.jit(value_and_grad(loss))(params, wanted, x)[1]
 
     def close(found, wanted):
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -194,8 +194,8 @@ def on_four_devices():
             settings = {"micro_batches": micro_batches}
 
             def step(params, state, x, checks=checks, settings=settings):
-                state = refresh(loss, tx, axis_name="data", **settings)(params, state, x)
-                grads = value_and_grad(loss, tx, **settings)(params, state, x)[1]
+                state = refresh(loss, axis_name="data", **settings)(params, state, x)
+                grads = value_and_grad(loss, **settings)(params, state, x)[1]
                 # As jax.grad's, they are sums over the devices where shard_map checks this.
                 if checks:
                     return state, jax.tree.map(lambda leaf: leaf / 4, grads)
@@ -212,14 +212,14 @@ def on_four_devices():
     def of_each_device(params, state, x):
         # Of parameters that differ from device to device gradients are each device's own.
         own = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), params)
-        grads = value_and_grad(loss, tx)(own, state, x)[1]
+        grads = value_and_grad(loss)(own, state, x)[1]
         return jax.lax.pmean(grads, "data")
 
     sharded = jax.shard_map(of_each_device, mesh=mesh, in_specs=parts, out_specs=jax.P())
     close(jax.jit(sharded)(params, wanted, x), gradient)
 
     repeat = partial(jax.tree.map, lambda leaf: jnp.stack([leaf] * 4))
-    each = jax.pmap(lambda *arguments: refresh(loss, tx, axis_name="data")(*arguments), "data")
+    each = jax.pmap(lambda *arguments: refresh(loss, axis_name="data")(*arguments), "data")
     found = each(repeat(params), repeat(state), x.reshape(4, 4, 16))
     close(found, repeat(wanted))
 
@@ -228,7 +228,7 @@ def on_four_devices():
         lambda f: jax.shard_map(f, mesh=mesh, in_specs=parts, out_specs=jax.P())(params, state, x),
     ):
         with pytest.raises(ValueError, match="each device would compute bases of its own: name"):
-            mapped(lambda *arguments: refresh(loss, tx)(*arguments))
+            mapped(lambda *arguments: refresh(loss)(*arguments))
 
 
 @pytest.mark.slow

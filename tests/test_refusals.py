@@ -39,7 +39,7 @@ def test_a_state_that_coordinates_would_change_is_refused_with_the_remedy():
         )
 
     apply_gradients(tx, jax.grad(loss)(params, 1.0), state, params)  # Full gradients are fine.
-    _, gradients = galore_jax.value_and_grad(loss, tx)(params, state, 1.0)
+    _, gradients = galore_jax.value_and_grad(loss)(params, state, 1.0)
     with pytest.raises(ValueError, match=r"ZeroNansState would have another structure.*: remove"):
         apply_gradients(tx, gradients, state, params)
 

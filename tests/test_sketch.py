@@ -21,7 +21,7 @@ from galore_jax import (
     refresh_due,
     value_and_grad,
 )
-from galore_jax.grads.sketch import updates_until_refresh
+from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.moments import rotated
 from galore_jax.optim.state import bases_of, galore_states
@@ -59,7 +59,7 @@ iterated = jax.jit(subspace_iteration, static_argnums=(1, 3, 4))
 
 @functools.cache
 def compiled_refresh(tx, micro_batches=1):
-    return jax.jit(refresh(loss, tx, micro_batches=micro_batches))
+    return jax.jit(refresh(loss, micro_batches=micro_batches))
 
 
 def refreshed(tx, params, state, tokens, **settings):
@@ -73,7 +73,7 @@ def compiled_step(tx):
 
     @jax.jit
     def step(params, state, tokens):
-        _, grads = value_and_grad(loss, tx)(params, state, tokens)
+        _, grads = value_and_grad(loss)(params, state, tokens)
         return *apply_gradients(tx, grads, state, params), grads
 
     return step
@@ -260,7 +260,7 @@ def test_exact_methods_are_refused_by_the_name_of_a_leaf_and_random_ones_work():
         tx = chain(galore(6, refresh=method), optax.adam(1e-3))
         sentence = rf'refresh="{method}" of layers/.*/kernel needs its full gradient'
         with pytest.raises(ValueError, match=sentence):
-            refresh(loss, tx)(params, tx.init(params), tokens)
+            refresh(loss)(params, tx.init(params), tokens)
     tx = chain(galore(6, refresh="random"), optax.adam(1e-3))
     state = tx.init(params)
     after = refreshed(tx, params, state, tokens)
@@ -328,8 +328,8 @@ def test_what_no_product_multiplies_by_is_refreshed_by_its_update():
     filtered = lambda kernels, x: jnp.mean(model.apply({"params": kernels}, x) ** 2)
     tx = chain(galore(3), optax.adam(1e-3))
     state = tx.init(kernels)
-    unchanged = refresh(filtered, tx)(kernels, state, x)
+    unchanged = refresh(filtered)(kernels, state, x)
     assert bool(refresh_due(unchanged))
-    _, grads = value_and_grad(filtered, tx)(kernels, unchanged, x)
+    _, grads = value_and_grad(filtered)(kernels, unchanged, x)
     _, state = apply_gradients(tx, grads, unchanged, kernels)
     assert not refresh_due(state)

@@ -58,8 +58,7 @@ def initial(config):
 def gradients(accumulation):
     """A compiled function of parameters and batch, shared by all tests."""
     config = changed(training={"accumulation": accumulation})
-    tx = make_optimizer(config.optimizer, config.training.steps)
-    return jax.jit(lambda params, batch: make_gradients(config, tx)(params, None, batch))
+    return jax.jit(lambda params, batch: make_gradients(config)(params, None, batch))
 
 
 @pytest.fixture(scope="module")

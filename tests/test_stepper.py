@@ -11,8 +11,7 @@ from test_step import changed, initial
 
 import galore_jax
 from galore_jax.errors import InputError
-from galore_jax.grads.sketch import refresh_due
-from galore_jax.training.optimizer import make_optimizer
+from galore_jax.grads.refresh import refresh_due
 from galore_jax.training.step import batch_loss, make_train_step
 from galore_jax.training.stepper import Stepper
 
@@ -30,9 +29,8 @@ def assert_equal(one, other, **tolerance):
 
 
 def refresh_of(config):
-    tx = make_optimizer(config.optimizer, config.training.steps)
     loss, number = functools.partial(batch_loss, config.model), config.training.accumulation
-    return jax.jit(galore_jax.refresh(loss, tx, has_aux=True, micro_batches=number))
+    return jax.jit(galore_jax.refresh(loss, has_aux=True, micro_batches=number))
 
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -145,23 +145,23 @@ def test_what_is_cast_before_the_model_still_gets_its_coordinates():
 
 def test_a_batch_is_split_and_keywords_are_not():
     loss, params = squared(MLP(), inputs(6, 16))
-    tx, state = started(params)
+    _, state = started(params)
     scaled = lambda params, x, *, scale: scale * loss(params, x)
-    one, _ = value_and_grad(loss, tx)(params, state, inputs(6, 16))
-    mean, _ = value_and_grad(scaled, tx, micro_batches=3)(
+    one, _ = value_and_grad(loss)(params, state, inputs(6, 16))
+    mean, _ = value_and_grad(scaled, micro_batches=3)(
         params, state, inputs(6, 16), scale=jnp.float32(2)
     )
     np.testing.assert_allclose(mean, 2 * one, rtol=1e-6)
     with pytest.raises(ValueError, match=r"shape \(6, 16\), cannot be split into 4"):
-        value_and_grad(loss, tx, micro_batches=4)(params, state, inputs(6, 16))
+        value_and_grad(loss, micro_batches=4)(params, state, inputs(6, 16))
 
 
 def test_frozen_weights_among_the_arrays_of_a_batch_are_not_split_but_refused():
     loss = lambda params, frozen, x: jnp.mean((x @ frozen @ params["w"]) ** 2)
     params, frozen, x = {"w": inputs(16, 12)}, inputs(16, 16), inputs(6, 16)
-    tx, state = started(params)
+    _, state = started(params)
     with pytest.raises(ValueError, match="have 16 and 6 rows, which cannot be split into 2"):
-        value_and_grad(loss, tx, micro_batches=2)(params, state, frozen, x)
+        value_and_grad(loss, micro_batches=2)(params, state, frozen, x)
 
 
 def test_a_key_for_each_row_gives_micro_batches_their_own_dropout():
@@ -170,8 +170,8 @@ def test_a_key_for_each_row_gives_micro_batches_their_own_dropout():
         return jnp.mean((x @ params["w"]) ** 2), mask.astype(jnp.float32)
 
     params, x, keys = {"w": inputs(16, 12)}, inputs(6, 16), jax.random.split(jax.random.key(0), 6)
-    tx, state = started(params)
-    gradients = value_and_grad(loss, tx, has_aux=True, micro_batches=2)
+    _, state = started(params)
+    gradients = value_and_grad(loss, has_aux=True, micro_batches=2)
     (_, mask), _ = gradients(params, state, x, keys)
     drawn = [jax.random.bernoulli(keys[i], shape=(64,)) for i in (0, 1)]
     np.testing.assert_array_equal(mask, np.mean(drawn, axis=0))
@@ -181,7 +181,7 @@ def test_coordinates_in_float16_do_not_overflow():
     loss = lambda params, x: jnp.mean(x @ params["w"])
     params = {"w": inputs(16, 12)}
     tx, state = started(params)
-    _, grads = value_and_grad(loss, tx)(params, state, inputs(6, 16))
+    _, grads = value_and_grad(loss)(params, state, inputs(6, 16))
     large = jax.tree.map(lambda g: jnp.full_like(g, 300, jnp.float16), grads)
     new, state = galore_jax.apply_gradients(tx, large, state, params)
     assert galore_states(state, inside_chains=True)[0].bases["w"].skipped == 0
@@ -202,8 +202,8 @@ def test_keys_and_counts_in_the_aux_stay_what_they_are(micro_batches):
         return jnp.mean((x @ params["w"]) ** 2), aux
 
     params, x = {"w": inputs(16, 12)}, inputs(6, 16)
-    tx, state = started(params)
-    gradients = value_and_grad(loss, tx, has_aux=True, micro_batches=micro_batches)
+    _, state = started(params)
+    gradients = value_and_grad(loss, has_aux=True, micro_batches=micro_batches)
     (_, aux), _ = jax.jit(gradients)(params, state, x)
     assert aux["key"] == jax.random.key(3)
     assert (aux["count"], aux["count"].dtype) == (7, jnp.uint32)
@@ -213,26 +213,26 @@ def test_keys_and_counts_in_the_aux_stay_what_they_are(micro_batches):
 def test_functions_among_the_parameters_are_refused_with_the_remedy():
     eqx = pytest.importorskip("equinox", reason="equinox is not installed")
     model = eqx.nn.MLP(16, 4, 32, depth=1, key=jax.random.key(0))
-    tx, state = started(eqx.filter(model, eqx.is_inexact_array))
+    _, state = started(eqx.filter(model, eqx.is_inexact_array))
     loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
     with pytest.raises(ValueError, match=r"activation of .* is a function: .*equinox\.partition"):
-        value_and_grad(loss, tx)(model, state, inputs(6, 16))
+        value_and_grad(loss)(model, state, inputs(6, 16))
 
 
 @pytest.mark.parametrize("compute", [value_and_grad, galore_jax.refresh])
 def test_parameters_that_the_state_was_not_started_with_are_refused(compute):
     loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
-    tx, state = started({"w": inputs(16, 12)})
+    _, state = started({"w": inputs(16, 12)})
     with pytest.raises(ValueError, match=r"w has the shape \(16, 20\), but .* with \(16, 12\)"):
-        compute(loss, tx)({"w": inputs(16, 20)}, state, inputs(5, 16))
+        compute(loss)({"w": inputs(16, 20)}, state, inputs(5, 16))
     with pytest.raises(ValueError, match="parameters of another structure"):
-        compute(loss, tx)({"w": inputs(16, 12), "v": jnp.ones(3)}, state, inputs(5, 16))
+        compute(loss)({"w": inputs(16, 12), "v": jnp.ones(3)}, state, inputs(5, 16))
 
 
 def test_what_a_loss_must_return_and_where_a_batch_must_be_is_said():
     params = {"w": inputs(16, 12)}
-    tx, state = started(params)
-    run = lambda loss, **options: value_and_grad(loss, tx, **options)(params, state, x=1.0)
+    _, state = started(params)
+    run = lambda loss, **options: value_and_grad(loss, **options)(params, state, x=1.0)
     with pytest.raises(TypeError, match="must return a number, not None"):
         run(lambda params, x: None)
     with pytest.raises(TypeError, match="has_aux=True the loss must return a pair"):
@@ -245,10 +245,10 @@ def test_optimizers_that_want_full_gradients_are_refused():
     loss, params = squared(MLP(), inputs(5, 16))
     adam = optax.adam(1e-3)
     with pytest.raises(ValueError, match="need the state of an optimizer with galore"):
-        value_and_grad(loss, adam)(params, adam.init(params), inputs(5, 16))
+        value_and_grad(loss)(params, adam.init(params), inputs(5, 16))
     stock = optax.chain(galore(4), adam)
     with pytest.raises(ValueError, match=r"started with tx.init\(params\)"):
-        value_and_grad(loss, stock)(params, stock.init(params), inputs(5, 16))
+        value_and_grad(loss)(params, stock.init(params), inputs(5, 16))
 
 
 def test_an_update_with_coordinates_leaves_a_basis_that_is_due_as_it_is_and_due():
@@ -256,7 +256,7 @@ def test_an_update_with_coordinates_leaves_a_basis_that_is_due_as_it_is_and_due(
     tx, state = started(params, update_proj_gap=2)
     before = galore_states(state, inside_chains=True)[0].bases
     for _ in range(3):
-        _, grads = value_and_grad(loss, tx)(params, state, inputs(5, 16))
+        _, grads = value_and_grad(loss)(params, state, inputs(5, 16))
         params, state = apply_gradients(tx, grads, state, params)
     after = galore_states(state, inside_chains=True)[0]
     assert int(after.count) == 3
@@ -328,7 +328,7 @@ def test_no_product_over_tokens_is_as_large_as_a_projected_kernel(model):
     state = tx.init(params)
 
     def projected(params, state, batch):
-        _, grads = value_and_grad(loss, tx)(params, state, batch)
+        _, grads = value_and_grad(loss)(params, state, batch)
         return apply_gradients(tx, grads, state, params)
 
     def full(params, state, batch):
@@ -336,7 +336,7 @@ def test_no_product_over_tokens_is_as_large_as_a_projected_kernel(model):
 
     count = functools.partial(weight_gradients, kernels, tokens)
     assert count(projected, params, state, batch) == 0
-    assert count(refresh(loss, tx), params, state, batch) == 0
+    assert count(refresh(loss), params, state, batch) == 0
     assert count(full, params, state, batch) >= 3
 
 
@@ -347,7 +347,7 @@ def test_a_training_step_holds_no_factorisation():
     state = tx.init(params)
 
     def projected(params, state, batch):
-        _, grads = value_and_grad(loss, tx, has_aux=True)(params, state, batch)
+        _, grads = value_and_grad(loss, has_aux=True)(params, state, batch)
         return apply_gradients(tx, grads, state, params)
 
     def primitives(step):
@@ -355,7 +355,7 @@ def test_a_training_step_holds_no_factorisation():
 
     factorisations = re.compile(r"= (cholesky|svd|eigh|qr|geqrf|triangular_solve|cond)\[")
     assert not factorisations.search(primitives(projected))
-    assert factorisations.search(primitives(refresh(loss, tx, has_aux=True)))
+    assert factorisations.search(primitives(refresh(loss, has_aux=True)))
 
 
 def test_each_counter_and_setting_of_a_donated_state_stays_in_its_buffer():
@@ -367,7 +367,7 @@ def test_each_counter_and_setting_of_a_donated_state_stays_in_its_buffer():
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, batch):
-        _, grads = value_and_grad(loss, tx, has_aux=True)(params, state, batch)
+        _, grads = value_and_grad(loss, has_aux=True)(params, state, batch)
         return apply_gradients(tx, grads, state, params)
 
     def buffers(state):

@@ -16,7 +16,7 @@ from jax import lax
 
 from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
-from galore_jax.grads.sketch import refresh
+from galore_jax.grads.refresh import refresh
 from galore_jax.grads.value_and_grad import TracedLoss, extended_bases, separate_complement
 from galore_jax.ops.dtypes import widened
 from galore_jax.ops.implementation import Implementation
@@ -207,7 +207,7 @@ class _PartStep(NamedTuple):
         """
         # New bases, where they are due.
         if self.projected and self.refreshes:
-            state = refresh(loss, self.tx, has_aux=True)(params, state, x, *rest)
+            state = refresh(loss, has_aux=True)(params, state, x, *rest)
 
         # Gradients with respect to parameters and inputs in one backward pass.
         joint_loss = lambda both, *rest: loss(both["params"], both["x"], *rest)

@@ -37,7 +37,6 @@ Loss = Callable[..., Any]
 
 def value_and_grad(
     loss: Loss,
-    tx: optax.GradientTransformation,
     *,
     has_aux: bool = False,
     micro_batches: int = 1,
@@ -58,7 +57,6 @@ def value_and_grad(
     Args:
       loss: a function of the parameters and a batch that JAX can trace, as under `jax.jit`, with a
         model in Flax, Equinox, Haiku or plain JAX.
-      tx: the optimizer.
       has_aux: whether the loss returns a pair, the second part of which is not differentiated.
       micro_batches: number of equal parts into which each array of the batch is split along its
         first axis: part i has the rows i, i + micro_batches, … . Loss, aux and gradients are then
@@ -90,13 +88,12 @@ def value_and_grad(
       >>> tx = chain(galore(rank=2), optax.adam(1e-3))
       >>> state = tx.init(params)
       >>> if refresh_due(state):
-      ...     state = refresh(loss, tx)(params, state, x)
-      >>> value, grads = value_and_grad(loss, tx)(params, state, x)
+      ...     state = refresh(loss)(params, state, x)
+      >>> value, grads = value_and_grad(loss)(params, state, x)
       >>> grads["w"].value.shape
       (2, 16)
       >>> params, state = apply_gradients(tx, grads, state, params)
     """
-    del tx  # The state holds everything needed; the signature matches that of `refresh`.
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:

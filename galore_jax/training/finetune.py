@@ -18,7 +18,7 @@ from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json, write_text
-from galore_jax.grads.sketch import updates_until_refresh
+from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.lock import locked

@@ -109,8 +109,8 @@ def make_steps(
         return adapters.combine(params, adapters.factors(initial(key)))
 
     projected, loss = config.optimizer.has_projected_gradients, per_shard(loss)
-    gradients_of = mean_gradients(loss, tx, trained, projected=projected, mesh=mesh)
-    refreshed = galore_jax.refresh(loss, tx, has_aux=True, data_axes=data_axes(mesh))
+    gradients_of = mean_gradients(loss, trained, projected=projected, mesh=mesh)
+    refreshed = galore_jax.refresh(loss, has_aux=True, data_axes=data_axes(mesh))
 
     def refresh(params: PyTree, state: PyTree, batch: Any, key: jax.Array) -> PyTree:
         return refreshed(params, state, seeded(batch, key))

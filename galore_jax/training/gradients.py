@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 import galore_jax
@@ -23,7 +22,6 @@ Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
 
 def mean_gradients(
     loss: Callable[[PyTree, Batch], tuple[jax.Array, jax.Array]],
-    tx: optax.GradientTransformation,
     trained: Callable[[PyTree], tuple[PyTree, PyTree]],
     *,
     projected: bool,
@@ -38,7 +36,6 @@ def mean_gradients(
     Args:
       loss: the parameters and a batch, or a part of one → the sum of the losses of its targets, and
         how many, or of which weight, they are.
-      tx: the optimizer.
       trained: the parameters → those that it updates, and those that are frozen.
       projected: whether the backward pass projects.
       micro_batches: the parts of a batch that are computed one after the other.
@@ -52,7 +49,7 @@ def mean_gradients(
     axes = data_axes(mesh)
     parts = micro_batches * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes))
     coordinates = galore_jax.value_and_grad(
-        loss, tx, has_aux=True, micro_batches=micro_batches, data_axes=axes
+        loss, has_aux=True, micro_batches=micro_batches, data_axes=axes
     )
 
     def full_of_shard(params: PyTree, batch: Batch) -> Any:

@@ -66,13 +66,10 @@ def make_loss(config: Config) -> Callable[..., Any]:
     return per_shard(functools.partial(batch_loss, config.model, adapter=adapter))
 
 
-def make_gradients(
-    config: Config, tx: optax.GradientTransformation, mesh: Mesh | None = None
-) -> Gradients:
+def make_gradients(config: Config, mesh: Mesh | None = None) -> Gradients:
     """`mean_gradients` of the configured model and optimizer."""
     return mean_gradients(
         make_loss(config),
-        tx,
         functools.partial(trained, config),
         projected=config.optimizer.has_projected_gradients,
         micro_batches=config.training.accumulation,
@@ -108,12 +105,11 @@ def make_train_step(
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
     projected = config.optimizer.has_projected_gradients
     implementation: Any = config.optimizer.implementation
-    gradients_of = make_gradients(config, tx, mesh)
+    gradients_of = make_gradients(config, mesh)
     full = dataclasses.replace(config.optimizer, gradients="full")
-    full_gradients_of = make_gradients(dataclasses.replace(config, optimizer=full), tx, mesh)
+    full_gradients_of = make_gradients(dataclasses.replace(config, optimizer=full), mesh)
     refresh = galore_jax.refresh(
         make_loss(config),
-        tx,
         has_aux=True,
         micro_batches=config.training.accumulation,
         data_axes=data_axes(mesh),

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
-from galore_jax.grads.sketch import updates_until_refresh
+from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.countdown import Countdown
 from galore_jax.training.layout import on_mesh

@@ -81,11 +81,11 @@ def projected(name: str, tx: optax.GradientTransformation) -> Baseline:
     """An optimizer of galore_jax with projected gradients, refreshed by sketches."""
 
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
-        _, gradients = galore_jax.value_and_grad(loss, tx)(params, state, batch)
+        _, gradients = galore_jax.value_and_grad(loss)(params, state, batch)
         return galore_jax.apply_gradients(tx, gradients, state, params)
 
     def refresh(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> PyTree:
-        return galore_jax.refresh(loss, tx)(params, state, batch)
+        return galore_jax.refresh(loss)(params, state, batch)
 
     return Baseline(name, partial(_start, tx), step, refresh=refresh)
 

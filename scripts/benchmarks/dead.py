@@ -47,11 +47,11 @@ class Run:
         loss = functools.partial(mixture_loss, frozen=frozen)
 
         def step(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-            _, gradients = galore_jax.value_and_grad(loss, tx)(params, state, batch, alive)
+            _, gradients = galore_jax.value_and_grad(loss)(params, state, batch, alive)
             return galore_jax.apply_gradients(tx, gradients, state, params)
 
         def refresh(params: PyTree, state: PyTree) -> PyTree:
-            return galore_jax.refresh(loss, tx)(params, state, batch, alive)
+            return galore_jax.refresh(loss)(params, state, batch, alive)
 
         self._params, self._state = params, tx.init(params)
         self._step = jax.jit(step).lower(params, self._state).compile()

@@ -29,7 +29,6 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states
 from galore_jax.subspace.methods import REFRESH
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.state import init_state
 from galore_jax.training.step import make_gradients, make_train_step
 
@@ -141,8 +140,7 @@ def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Arr
         state, _ = step(state, next(batches))
         jax.block_until_ready(state)
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), next(batches), next(batches))
-    tx = make_optimizer(config.optimizer, config.training.steps)
-    gradients, _ = jax.jit(make_gradients(config, tx))(state.params, state.opt_state, batch)
+    gradients, _ = jax.jit(make_gradients(config))(state.params, state.opt_state, batch)
     basis = galore_states(state.opt_state.inner_states)[0].bases["layers"]["mlp"]["gate_proj"][
         "kernel"
     ]

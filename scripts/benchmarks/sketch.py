@@ -14,12 +14,11 @@ from benchmarks.state import CONFIGS, require_size
 from galore_jax.data.batches import train_batches
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import require
-from galore_jax.grads.sketch import refresh_due
+from galore_jax.grads.refresh import refresh_due
 from galore_jax.optim.state import galore_states, map_bases
 from galore_jax.subspace.basis import Basis
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import load_config
-from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.state import init_state
 from galore_jax.training.step import batch_loss, make_gradients, make_train_step
 from galore_jax.types import PyTree
@@ -63,10 +62,9 @@ def measure(settings: Settings) -> list[Row]:
 def measure_run(config: Config) -> list[Row]:
     """The rows of the refreshes of a run: means over matrices, and the lowest relative energy."""
     full = replace(config, optimizer=replace(config.optimizer, gradients="full"))
-    tx = make_optimizer(config.optimizer, config.training.steps)
-    gradients, step = jax.jit(make_gradients(full, tx)), make_train_step(config)
+    gradients, step = jax.jit(make_gradients(full)), make_train_step(config)
     loss = partial(batch_loss, config.model)
-    refresh = jax.jit(galore_jax.refresh(loss, tx, has_aux=True), donate_argnums=1)
+    refresh = jax.jit(galore_jax.refresh(loss, has_aux=True), donate_argnums=1)
     batches = train_batches(config.data, load_tokenizer(config.data.tokenizer))
     state = jax.jit(lambda: init_state(config))()
     rows = []

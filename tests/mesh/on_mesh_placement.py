@@ -281,8 +281,8 @@ def test_shards_take_arrays_by_keyword_and_return_numbers(axis_type):
 
     def coordinates(params, x, **options):
         state = galore_jax.init(tx, params)
-        state = galore_jax.refresh(loss, tx, has_aux=True, **options)(params, state, x, **unsplit)
-        gradients = galore_jax.value_and_grad(loss, tx, has_aux=True, **options)
+        state = galore_jax.refresh(loss, has_aux=True, **options)(params, state, x, **unsplit)
+        gradients = galore_jax.value_and_grad(loss, has_aux=True, **options)
         (value, aux), grads = gradients(params, state, x, **unsplit)
         return value, aux["rows"], grads["w"].value
 
@@ -301,7 +301,7 @@ def test_shards_take_arrays_by_keyword_and_return_numbers(axis_type):
 def test_a_batch_that_the_data_axes_do_not_divide_is_refused():
     tx = galore_jax.adamw(1e-3, rank=RANK)
     params = placed(init_params(), {"data": 8}, tx)
-    gradients = galore_jax.value_and_grad(loss, tx, data_axes="data")
+    gradients = galore_jax.value_and_grad(loss, data_axes="data")
     with pytest.raises(ValueError, match=r"shape \(12, 8\), cannot be split into 8 shards"):
         gradients(params, galore_jax.init(tx, params), jnp.zeros((12, 8), jnp.int32))
 
@@ -309,14 +309,14 @@ def test_a_batch_that_the_data_axes_do_not_divide_is_refused():
 def test_data_axes_that_divide_a_parameter_are_refused():
     tx = galore_jax.adamw(1e-3, rank=RANK)
     params = placed(init_params(), {"fsdp": 8}, tx)
-    gradients = galore_jax.value_and_grad(loss, tx, data_axes="fsdp")
+    gradients = galore_jax.value_and_grad(loss, data_axes="fsdp")
     with pytest.raises(ValueError, match='the mesh axis "fsdp" divides the parameter layers/'):
         gradients(params, galore_jax.init(tx, params), jnp.zeros((16, 8), jnp.int32))
 
 
 def test_data_axes_without_a_mesh_are_refused():
     tx = galore_jax.adamw(1e-3, rank=RANK)
-    gradients = galore_jax.value_and_grad(loss, tx, data_axes="data")
+    gradients = galore_jax.value_and_grad(loss, data_axes="data")
     with pytest.raises(ValueError, match="there is no mesh with the axes data"):
         gradients(init_params(), galore_jax.init(tx, init_params()), jnp.zeros((16, 8), jnp.int32))
 

@@ -167,8 +167,8 @@ def train_boxed(mesh, mode):
             value, grads = jax.value_and_grad(boxed_loss)(params, tokens)
         else:
             if refreshes:
-                state = galore_jax.refresh(boxed_loss, tx)(params, state, tokens)
-            value, grads = galore_jax.value_and_grad(boxed_loss, tx)(params, state, tokens)
+                state = galore_jax.refresh(boxed_loss)(params, state, tokens)
+            value, grads = galore_jax.value_and_grad(boxed_loss)(params, state, tokens)
         return value, *galore_jax.apply_gradients(tx, grads, state, params)
 
     def compiled(refreshes):
@@ -289,8 +289,8 @@ def train_experts(mesh, mode, make=galore_jax.adamw, **settings):
     @jax.jit
     def step(params, state):
         if mode == "projected":
-            state = galore_jax.refresh(expert_loss, tx)(params, state, x)
-            value, grads = galore_jax.value_and_grad(expert_loss, tx)(params, state, x)
+            state = galore_jax.refresh(expert_loss)(params, state, x)
+            value, grads = galore_jax.value_and_grad(expert_loss)(params, state, x)
         else:
             value, grads = jax.value_and_grad(expert_loss)(params, x)
         return *galore_jax.apply_gradients(tx, grads, state, params), value

@@ -152,12 +152,12 @@ def train(
     else:
         state = galore_jax.init(tx, params, over=over)
 
-    refresh = jax.jit(galore_jax.refresh(of, tx, **options))
+    refresh = jax.jit(galore_jax.refresh(of, **options))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state, tokens):
         if mode == "projected":
-            value, grads = galore_jax.value_and_grad(of, tx, **options)(params, state, tokens)
+            value, grads = galore_jax.value_and_grad(of, **options)(params, state, tokens)
         else:
             value, grads = jax.value_and_grad(of)(params, tokens)
         return value, *galore_jax.apply_gradients(tx, grads, state, params, key=key)

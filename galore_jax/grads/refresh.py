@@ -74,7 +74,6 @@ def refresh_due(opt_state: PyTree) -> jax.Array:
 
 def refresh(
     loss: Loss,
-    tx: optax.GradientTransformation,
     *,
     has_aux: bool = False,
     micro_batches: int = 1,
@@ -91,7 +90,6 @@ def refresh(
 
     Args:
       loss: as for `value_and_grad`.
-      tx: the optimizer.
       has_aux: as for `value_and_grad`.
       micro_batches: as for `value_and_grad`; each pass covers all micro-batches before the next one
         begins.
@@ -107,7 +105,6 @@ def refresh(
       ValueError: a refresh method that needs full gradients, naming the leaf; no `axis_name` inside
         `jax.pmap` or `jax.shard_map`; and as for `value_and_grad`.
     """
-    del tx  # The state holds everything needed; the signature matches `value_and_grad`.
     check_micro_batches(micro_batches)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
