@@ -99,7 +99,7 @@ def main() -> None:
         if devices > 1:
             jax.config.update("jax_num_cpu_devices", devices)
         check_gpu(config.optimizer)
-    cards = target(arguments.device, sizes, chosen.axis_types) if card else nullcontext()
+    cards = target(arguments.device, sizes) if card else nullcontext()
     # A target enters its mesh, but a training makes its state and its steps outside of it.
     with cards as sharding, jax.set_mesh(None):
         if sharding is None:  # XLA_FLAGS may have made more CPU devices than are asked for here.

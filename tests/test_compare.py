@@ -46,7 +46,6 @@ rank = 2
 steps = 4
 evaluate_every = 0
 evaluation_tokens = 500
-bigram = true
 """
 
 
@@ -111,10 +110,9 @@ def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
     assert row == Row("adamw", rows[0].config, rows[0].runs)
 
 
-@pytest.mark.parametrize("change", [{"evaluation_tokens": 400}, {"bigram": False}], ids=str)
-def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows, change):
+def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows):
     config = rows[0].config
-    training = dataclasses.replace(config.training, **change)
+    training = dataclasses.replace(config.training, evaluation_tokens=400)
     with pytest.raises(InputError, match=r"was evaluated with training\..*: use the same"):
         compare({"adamw": dataclasses.replace(config, training=training)}, SEEDS)
 
@@ -178,12 +176,6 @@ def test_the_table_says_which_rates_are_not_tuned():
     text = table([row("adamw", 2.0), row("muon", 2.0, borders=("learning rate", "matrix rate"))])
     assert "\nmuon is not tuned: its best learning rate and matrix rate is at the end" in text
     assert "adamw is not tuned" not in text
-
-
-def test_the_bigram_of_the_table_is_that_of_the_runs(rows):
-    last = [line for line in table(rows).splitlines() if line.startswith("|")][-1]
-    assert cells(last)[0] == "bigram model of the same text"
-    assert cells(last)[3] == f"{sum(run.bigram_loss for run in rows[0].runs) / 2:.4f}"
 
 
 def tuned(loss, size, start):

@@ -9,7 +9,6 @@ from next_tokens import next_tokens
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.bigram import bigram_loss
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.evaluate import make_evaluate, perplexity
 from galore_jax.training.state import init_state
@@ -94,50 +93,6 @@ def test_a_split_without_targets_is_refused(params):
     batch["targets"] = np.full_like(batch["targets"], -1)
     with pytest.raises(InputError, match="nothing to evaluate on"):
         make_evaluate(CONFIG)(params, [batch])
-
-
-def test_the_bigram_is_witten_and_bells():
-    """Against the formula, written out with dictionaries."""
-    training, validation = make_batches(3), make_batches(2, seed=1)
-
-    def pairs(batches):
-        for batch in batches:
-            for row, segments in zip(batch["tokens"], batch["segments"], strict=True):
-                for t in range(7):
-                    if segments[t] == segments[t + 1] != 0:
-                        yield int(row[t]), int(row[t + 1])
-
-    counts, seconds = {}, {}
-    for a, b in pairs(training):
-        counts.setdefault(a, {}).setdefault(b, 0)
-        counts[a][b] += 1
-        seconds[b] = seconds.get(b, 0) + 1
-    total = sum(seconds.values())
-
-    def unigram(b):
-        return (seconds.get(b, 0) + len(seconds) / 31) / (total + len(seconds))
-
-    def bigram(a, b):
-        after = counts.get(a, {})
-        if not after:
-            return unigram(b)
-        return (after.get(b, 0) + len(after) * unigram(b)) / (sum(after.values()) + len(after))
-
-    for a in range(31):
-        np.testing.assert_allclose(sum(bigram(a, b) for b in range(31)), 1, rtol=1e-12)
-    expected = np.mean([-np.log(bigram(a, b)) for a, b in pairs(validation)])
-    np.testing.assert_allclose(bigram_loss(training, validation, 31), expected, rtol=1e-9)
-
-
-def test_the_bigram_learns_a_chain_that_a_unigram_cannot():
-    tokens = np.tile(np.arange(8, dtype=np.int32), (4, 1))
-    batch = {"tokens": tokens, "targets": np.asarray(next_tokens(tokens, np.ones_like(tokens)))}
-    assert bigram_loss([batch] * 50, [batch], 8) < 0.05 < np.log(7)
-
-
-def test_a_bigram_of_a_large_vocabulary_is_refused():
-    with pytest.raises(InputError, match=r"training\.bigram counts pairs of at most 8192"):
-        bigram_loss([], [], 32000)
 
 
 def test_a_perplexity_that_overflows_is_infinite():

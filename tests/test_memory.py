@@ -13,7 +13,7 @@ from typing import NamedTuple
 import eight_devices
 import optax
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
@@ -230,18 +230,14 @@ def test_the_script_prints_all_parts_and_draws_a_png(run):
     assert names == {"tiny.toml", "memory.json", "memory.png"}
 
 
-@pytest.mark.parametrize(
-    ("devices", "axes"), [(1, "auto"), (4, "auto"), pytest.param(4, "explicit", marks=SLOW)]
-)
-def test_the_figures_are_those_of_each_configured_device_however_many_there_are(
-    tmp_path, devices, axes
-):
+@pytest.mark.parametrize("devices", [1, 4])
+def test_the_figures_are_those_of_each_configured_device_however_many_there_are(tmp_path, devices):
     config = tiny(name="adamw")
     file, figures = tmp_path / "tiny.toml", tmp_path / "memory.json"
     file.write_text(to_toml(config))
     script, overrides = str(ROOT / "scripts" / "memory.py"), [f"data.batch_size={devices}"]
     if devices > 1:
-        overrides += [f"mesh.fsdp={devices}", f"mesh.axes={axes}"]
+        overrides.append(f"mesh.fsdp={devices}")
     options = ["--config", str(file), "--json", str(figures), *overrides]
     environment = eight_devices.environment() | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
@@ -306,7 +302,7 @@ def test_a_program_fits_what_jax_can_take_of_a_card_or_misses_some_gib():
 
 def test_the_largest_program_has_to_fit_the_card(tmp_path, capsys, monkeypatch):
     @contextlib.contextmanager
-    def target(name, sizes, axis_types):
+    def target(name, sizes):
         yield SimpleNamespace(mesh=None)
 
     card = compile_targets.TARGETS["rtx4090"]
@@ -344,13 +340,12 @@ def test_a_wrong_argument_ends_in_one_sentence(tmp_path, capsys, arguments, expe
 
 def test_cards_that_cannot_divide_the_heads_end_in_one_sentence(tmp_path, capsys, monkeypatch):
     @contextlib.contextmanager
-    def target(name, sizes, axis_types):
-        assert axis_types == (AxisType.Explicit,) * 3
-        yield SimpleNamespace(mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types))
+    def target(name, sizes):
+        yield SimpleNamespace(mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
     monkeypatch.setattr(compile_targets, "target", target)
     with pytest.raises(SystemExit) as end:
-        run_script(tmp_path, tiny(), "--device", "h100", "mesh.tensor=4", 'mesh.axes="explicit"')
+        run_script(tmp_path, tiny(), "--device", "h100", "mesh.tensor=4")
     assert end.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: mesh.tensor is 4, which does not divide model.num_heads, 2:")

@@ -27,7 +27,6 @@ SUMMARY = Summary(
     validation_loss=2.0,
     validation_perplexity=math.exp(2.0),
     reference_perplexity=math.exp(1.9),
-    bigram_loss=None,
     optimizer_bytes=12_345_678,
     seconds=61.5,
     compile_seconds=4.0,
@@ -215,7 +214,6 @@ def test_the_summary_reads_back_and_its_table_is_aligned(tmp_path):
     assert read_summary(run) == SUMMARY
     rows = SUMMARY.table().splitlines()
     assert any(row.split() == ["optimizer", "state", "12.3", "MB"] for row in rows)
-    assert not any("bigram" in row for row in rows)
     column = rows[0].index("run", 3)
     assert all(row[column - 1] == " " and row[column] != " " for row in rows)
 

@@ -136,7 +136,7 @@ def compare(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table of the rows, with differences from AdamW, and a bigram model's loss.
+    """A Markdown table of the rows, with differences from AdamW.
 
     A last sentence names the optimizers whose best rates are at the end of a grid.
     """
@@ -165,10 +165,6 @@ def table(rows: Sequence[Row]) -> str:
             f"{statistics.median(run.seconds / run.steps for run in row.runs):.3f}",
         )
         cells.append(figures)
-    bigrams = [run.bigram_loss for run in rows[0].runs if run.bigram_loss is not None]
-    if bigrams:
-        mean = f"{statistics.mean(bigrams):.4f}"
-        cells.append(("bigram model of the same text", "", "", mean))
     lines = table_lines(columns, cells)
     for row in rows:
         if row.borders:
@@ -285,7 +281,7 @@ def _run(label: str, config: Config, seed: int) -> Summary:
     if run.summary.exists():
         recorded = load_config(run.config)
         check_same_run(recorded, config, folder)
-        for key in ("evaluation_tokens", "reference_batch_size", "bigram"):
+        for key in ("evaluation_tokens", "reference_batch_size"):
             old, new = getattr(recorded.training, key), getattr(config.training, key)
             if old != new:
                 raise InputError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
 from galore_jax.types import PyTree
@@ -100,7 +100,6 @@ TARGETS = {
 def target(
     name: str,
     axes: Mapping[str, int] | None = None,
-    axis_types: tuple[AxisType, ...] | None = None,
 ) -> Iterator[NamedSharding]:
     """A context that compiles for cards of one kind; nothing can be run in it.
 
@@ -112,7 +111,6 @@ def target(
     Args:
       name: a key of `TARGETS`.
       axes: names and sizes of the axes of a mesh of cards; None: a single card.
-      axis_types: types of these axes; None: Auto.
 
     Yields:
       The sharding of arrays that every card of the mesh has whole.
@@ -124,7 +122,7 @@ def target(
     if name not in TARGETS:
         raise InputError(f'there is no target "{name}": take one of {", ".join(TARGETS)}.')
     with _environment():
-        mesh = _mesh(TARGETS[name], axes or {"device": 1}, axis_types)
+        mesh = _mesh(TARGETS[name], axes or {"device": 1})
         with jax.set_mesh(mesh):
             yield NamedSharding(mesh, PartitionSpec())
 
@@ -149,7 +147,7 @@ def _environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _mesh(gpu: GpuTarget, axes: Mapping[str, int], axis_types: tuple[AxisType, ...] | None) -> Mesh:
+def _mesh(gpu: GpuTarget, axes: Mapping[str, int]) -> Mesh:
     cards = math.prod(axes.values())
     nodes, left = divmod(cards, NODE) if cards > NODE else (1, 0)
     if left:
@@ -165,7 +163,7 @@ def _mesh(gpu: GpuTarget, axes: Mapping[str, int], axis_types: tuple[AxisType, .
             "no CUDA compiler was found: install galore-jax[cuda] on Python 3.12 or later, "
             "and start it before JAX uses another device."
         ) from error
-    return Mesh(np.reshape(topology.devices, tuple(axes.values())), tuple(axes), axis_types)
+    return Mesh(np.reshape(topology.devices, tuple(axes.values())), tuple(axes))
 
 
 def _text(gpu: GpuTarget) -> str:

@@ -275,7 +275,6 @@ class TrainingConfig:
       diagnostics: with GaLore, also measure `captured_energy` and `update_ratio` at every step: see
         subspace_metrics.py.
       tensorboard: also write TensorBoard events, into the folder's tensorboard/.
-      bigram: at the end, fit a bigram model to the training tokens of the run and print its loss.
 
     Raises:
       InputError: a value out of range, or settings that exclude each other.
@@ -294,7 +293,6 @@ class TrainingConfig:
     folder: str = "runs/run"
     diagnostics: bool = False
     tensorboard: bool = False
-    bigram: bool = False
 
     def __post_init__(self):
         for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):

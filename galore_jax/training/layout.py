@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.errors import InputError
 from galore_jax.grads.data_parallel import needs_whole_embeddings
@@ -156,9 +156,6 @@ def jit_on(mesh: Mesh | None, f: Callable[..., Any], out: Any = None, **options:
     if mesh is None:
         return jax.jit(f, **options)
     out = whole(mesh) if out is None else out
-    if AxisType.Explicit in mesh.axis_types:
-        specs = jax.tree.map(lambda sharding: sharding.spec, out)
-        f = jax.sharding.auto_axes(f, out_sharding=specs)
     return jax.jit(f, out_shardings=out, **options)
 
 

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ import jax
 from galore_jax.data.batches import fingerprint, train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import InputError, names_full_disk
-from galore_jax.training.bigram import bigram_loss, check_bigram_vocabulary
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import to_dict
@@ -163,13 +161,12 @@ def train(config: Config, resume: bool = False) -> Summary:
                     validation_loss=last["validation_loss"],
                     validation_perplexity=perplexity(last["validation_loss"]),
                     reference_perplexity=perplexity(last["reference_loss"]),
-                    bigram_loss=_bigram_loss(config, tokenizer, validation),
                     optimizer_bytes=optimizer_bytes,
                     seconds=seconds,
                     compile_seconds=stepper.compile_seconds,
                     tokens_per_second=sum(line["targets"] for line in updates) / seconds,
                 )
-                plot_curves([run.path], run.curves, bigram=summary.bigram_loss)
+                plot_curves([run.path], run.curves)
                 write_summary(run, summary)  # Last, as it marks a run as finished.
                 print(summary.table())
     return read_summary(run)
@@ -188,14 +185,6 @@ def _how_to_resume(config: Config, done: int, latest: int | None) -> str:
     )
 
 
-def _bigram_loss(config: Config, tokenizer: Tokenizer, validation: Any) -> float | None:
-    """The loss of a bigram model of the text that the run has seen, if that is configured."""
-    if not config.training.bigram:
-        return None
-    seen = islice(train_batches(config.data, tokenizer), config.training.steps)
-    return bigram_loss(seen, validation, tokenizer.vocab_size, config.training.evaluation_tokens)
-
-
 def _check_metrics(run: RunFolder, metrics: Metrics) -> None:
     if not any("loss" in line for line in metrics.lines):
         raise InputError(
@@ -205,8 +194,6 @@ def _check_metrics(run: RunFolder, metrics: Metrics) -> None:
 
 
 def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    if config.training.bigram:
-        check_bigram_vocabulary(tokenizer.vocab_size)
     if tokenizer.vocab_size > config.model.vocab_size:
         remedy = f"set model.vocab_size to at least {tokenizer.vocab_size}"
         if config.model.checkpoint:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-from galore_jax.errors import InputError, require, require_choice
+from galore_jax.errors import InputError, require
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 
@@ -26,7 +26,6 @@ class MeshConfig:
         a layer when it computes with it.
       tensor: parts into which the products of a layer are divided: whole heads, columns of the MLP
         and of the vocabulary.
-      axes: types of the mesh's axes: `"auto"` or `"explicit"`.
       shard_moments: also divide the optimizer's moments along `data`.
 
     Raises:
@@ -36,7 +35,6 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    axes: str = "auto"
     shard_moments: bool = False
 
     def __post_init__(self):
@@ -49,13 +47,6 @@ class MeshConfig:
                 f"{' and '.join(free)} are -1, but only one size can take what the others leave: "
                 f"set {free[0]} = 1, or to the number of devices that you want."
             )
-        require_choice("mesh.axes", self.axes, ("auto", "explicit"))
-
-    @property
-    def axis_types(self) -> tuple[AxisType, ...]:
-        """JAX's types of the axes."""
-        kind = AxisType.Explicit if self.axes == "explicit" else AxisType.Auto
-        return (kind,) * len(AXES)
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -92,8 +83,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
     sizes = mesh_sizes(config, number)
     if number == 1:
         return None
-    shape, types = tuple(sizes.values()), config.axis_types
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
 def divisors(number: int) -> list[int]:

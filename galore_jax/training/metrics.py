@@ -27,7 +27,6 @@ class Summary:
       validation_perplexity: exp(validation_loss).
       reference_perplexity: perplexity as the reference's evaluator computes it
         (`Evaluation.reference_loss`).
-      bigram_loss: loss of a bigram model of the same tokens on the same targets, or None.
       optimizer_bytes: size of the optimizer's state.
       seconds: training time over all parts of a resumed run, without compilation and evaluation.
       compile_seconds: time to compile the training step, in this process.
@@ -40,7 +39,6 @@ class Summary:
     validation_loss: float
     validation_perplexity: float
     reference_perplexity: float
-    bigram_loss: float | None
     optimizer_bytes: int
     seconds: float
     compile_seconds: float
@@ -48,22 +46,19 @@ class Summary:
 
     def table(self) -> str:
         """The summary as text in aligned columns."""
-        bigram = self.bigram_loss
         rows = {
             "run": self.name,
             "steps": f"{self.steps:,}",
             "parameters": f"{self.parameters:,}",
             "validation loss": f"{self.validation_loss:.4f}",
-            "bigram loss": None if bigram is None else f"{bigram:.4f}, same tokens, same targets",
             "perplexity": f"{self.validation_perplexity:,.2f}",
             "reference's perplexity": f"{self.reference_perplexity:,.2f}, with its N + 1 batches",
             "optimizer state": format_bytes(self.optimizer_bytes),
             "training time": f"{self.seconds:,.1f} s, and {self.compile_seconds:.1f} s to compile",
             "tokens per second": f"{self.tokens_per_second:,.0f}",
         }
-        shown = {name: value for name, value in rows.items() if value is not None}
-        width = max(map(len, shown))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 class Metrics:
@@ -165,11 +160,10 @@ def read_summary(run: RunFolder) -> Summary:
     """
     try:
         values: dict[str, Any] = json.loads(run.summary.read_bytes())
-        for name, value in values.items():
-            if value is None and name != "bigram_loss":
-                values[name] = math.nan
-        return Summary(**values)
-    except (ValueError, TypeError, AttributeError):
+        names = [field.name for field in dataclasses.fields(Summary)]
+        found = {name: math.nan if values[name] is None else values[name] for name in names}
+        return Summary(**found)
+    except (ValueError, TypeError, KeyError):
         raise InputError(
             f"{run.summary} is damaged: delete it and resume the run to write it again."
         ) from None

@@ -9,7 +9,7 @@ import numpy as np
 
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
-from galore_jax.training.metrics import format_bytes, read_metrics, read_summary
+from galore_jax.training.metrics import format_bytes, read_metrics
 from galore_jax.training.run_folder import RunFolder
 
 # Okabe and Ito's palette, suitable for colour-blind readers.
@@ -31,19 +31,17 @@ def plot_curves(
     folders: Sequence[str | Path],
     picture: str | Path,
     names: Sequence[str] | None = None,
-    bigram: float | None = None,
 ) -> None:
     """Draws the runs into one PNG; without matplotlib it prints that it does not.
 
-    The upper plot has each run's training loss (smoothed, and faintly that of single steps), its
-    validation losses as points and, if there is one, the bigram model's loss as a dashed line; the
-    steep start is cut off at the top. The lower plot has the learning rate.
+    The upper plot has each run's training loss (smoothed, and faintly that of single steps) and its
+    validation losses as points; the steep start is cut off at the top. The lower plot has the
+    learning rate.
 
     Args:
       folders: the folders of the runs.
       picture: the PNG to write.
       names: of the runs in the legend. None: those of the folders.
-      bigram: the loss of the bigram model, of runs that have no summary yet.
 
     Raises:
       InputError: a folder holds no steps of a run, or the picture has another suffix than .png.
@@ -62,8 +60,8 @@ def plot_curves(
 
     # The curves.
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    lowest, highest, bigrams = [], [], {}
-    for number, (name, run) in enumerate(runs.items()):
+    lowest, highest = [], []
+    for number, name in enumerate(runs):
         colour = COLOURS[number % len(COLOURS)]
         line: Any = LINES[number // len(COLOURS) % len(LINES)]
         step, loss, rate = _columns(lines[name], "step", "loss", "learning_rate")
@@ -76,19 +74,6 @@ def plot_curves(
         below.plot(step, rate, color=colour, linestyle=line, linewidth=1.6)
         lowest += [*smooth, *validation]
         highest.append(smooth[int(STEEP_PART * smooth.size)])
-        found = read_summary(run).bigram_loss if run.summary.exists() else bigram
-        if found is not None:
-            bigrams[found] = colour
-    for bigram, colour in bigrams.items():
-        above.axhline(
-            bigram,
-            color=colour if len(bigrams) > 1 else "#444444",
-            linestyle=(0, (5, 3)),
-            linewidth=1.2,
-            label=f"bigram model of the same tokens, {bigram:.3f}",
-        )
-        lowest.append(bigram)
-        highest.append(bigram)
 
     # Limits, labels and style.
     finite = lambda values: [value for value in values if np.isfinite(value)]

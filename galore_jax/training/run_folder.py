@@ -42,7 +42,6 @@ MAY_CHANGE = frozenset(
         "log_every",
         "diagnostics",
         "tensorboard",
-        "bigram",
     )
 ) | {f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)}
 

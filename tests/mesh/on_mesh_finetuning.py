@@ -33,7 +33,7 @@ MESHES = {
     "data": {},
     "fsdp": {"data": 1, "fsdp": 8},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
-    "explicit": {"data": 2, "fsdp": 4, "axes": "explicit", "shard_moments": True},
+    "zero": {"data": 2, "fsdp": 4, "shard_moments": True},
 }
 
 
@@ -76,12 +76,12 @@ def finetuned(config, encoder, mesh):
 @pytest.mark.parametrize(
     ("optimizer", "dropout", "meshes"),
     [
-        (GALORE, 0.0, ["data", "all", "explicit"]),
+        (GALORE, 0.0, ["data", "all", "zero"]),
         # Shards of the axis "data" draw what to drop by themselves, those of others do not.
         (GALORE, 0.1, ["fsdp"]),
         ({"name": "galore_muon", "rank": 8, "complement": 2, "update_proj_gap": 2}, 0.0, ["all"]),
-        ({"name": "lora", "rank": 4, "dropout": 0.0}, 0.0, ["all", "explicit"]),
-        ({"name": "adamw"}, 0.0, ["explicit"]),
+        ({"name": "lora", "rank": 4, "dropout": 0.0}, 0.0, ["all", "zero"]),
+        ({"name": "adamw"}, 0.0, ["zero"]),
     ],
     ids=["galore", "dropout", "muon", "lora", "adamw"],
 )

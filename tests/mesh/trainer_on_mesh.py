@@ -71,7 +71,6 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "zero": {"data": 4, "fsdp": 2, "shard_moments": True},
-    "explicit": {"data": 2, "fsdp": 2, "tensor": 2, "axes": "explicit"},
 }
 
 
