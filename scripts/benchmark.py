@@ -23,7 +23,7 @@ step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 2
     intervals=1        with staggered refreshes, the median of each step; 0: not measured
 optimizers: time of a step of blocks at the width of LLaMA 350M, with the refreshes' part of it, and
   bytes of state, for every optimizer that a configuration compares, in one process.
-    size=5m              one of configs/; ranks and directions grow with the width
+    size=5m              one of configs/; ranks grow with the width
     layers=4             number of layers, separate leaves in Flax's Dense layers
     repeats=5            of each optimizer
 finetuning: time of a fine-tuning step, its share of the refreshes included, and bytes of state, for

@@ -96,9 +96,7 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
         [compare.adamw]
         [compare.muon]
         [compare.galore_adamw]
-        [compare.directions]
-        name = "galore_muon"
-        complement = 1
+        [compare.galore_muon]
         [compare."apollo mini"]
         name = "apollo"
         rank = 1
@@ -107,9 +105,9 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
     rows = optimizers.measure_model(TINY, load_comparison(path), (2, 8), repeats=1)
     assert [row["name"] for row in rows] == list(load_comparison(path))
     assert all(row["of_adamw"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
-    (adamw, muon, galore, directions, mini) = (row["bytes_of_adamw"] for row in rows)
+    (adamw, muon, galore, galore_muon, mini) = (row["bytes_of_adamw"] for row in rows)
     assert adamw == 1
-    assert mini < directions < galore < 1
+    assert mini < galore_muon < galore < 1
     assert muon == pytest.approx(0.5, abs=0.1)
 
 
@@ -130,10 +128,9 @@ def test_each_optimizer_of_a_fine_tuning_has_the_time_of_a_step_and_the_bytes_of
     assert size["galore rank 4"] < size["galore rank 8"] < size["galore rank 96"] < size["adamw"]
 
 
-def test_ranks_and_directions_grow_with_the_width_except_rank_one():
+def test_ranks_grow_with_the_width_except_rank_one():
     scale = lambda **settings: optimizers.scaled(OptimizerConfig(**settings), 4)
     assert (scale(rank=64).rank, scale(rank=0.25).rank, scale(rank=1).rank) == (256, 0.25, 1)
-    assert (scale(complement=16).complement, scale().complement) == (64, 0)
 
 
 @pytest.mark.slow

@@ -133,12 +133,6 @@ def test_lora_trains_its_adapters_and_the_head_and_nothing_else(place, tmp_path)
             assert np.linalg.matrix_rank(added, tol=1e-6 * np.abs(leaf).max() * 32) == 4
 
 
-def test_a_setting_that_does_not_fit_the_model_is_named(place, tmp_path):
-    settings = {"name": "galore_muon", "rank": 24, "complement": 24}
-    with pytest.raises(InputError, match=r"^optimizer\.complement=24 asks for 24"):
-        finetune(configured(place, tmp_path / "run", settings))
-
-
 @pytest.mark.slow
 def test_seeds_differ_and_an_interrupted_fine_tuning_continues_with_those_missing(place, tmp_path):
     first, second = (tmp_path / name for name in "ab")

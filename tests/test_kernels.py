@@ -1,7 +1,6 @@
 """The GPU kernels, interpreted on the CPU, and plain JAX, both against formulas in float64."""
 
 import functools
-import statistics
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.extend.random import threefry_2x32
 from galore_jax.ops import adam8bit, lift, pallas_triton
 from galore_jax.ops.quantization import decode, dequantize, quantize
 from galore_jax.ops.rounding import round_with_noise
-from galore_jax.ops.threefry import noise, normal, threefry
+from galore_jax.ops.threefry import noise, threefry
 
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
 # Dyadic fractions, whose powers float32 represents almost exactly.
@@ -260,16 +259,3 @@ def test_threefry_is_that_of_jax():
         jnp.concatenate(threefry(SEED, counters[0], counters[1])),
         threefry_2x32(SEED, counters.ravel()),
     )
-
-
-def test_normal_numbers_have_their_distribution_and_are_independent_between_seeds():
-    seeds = jnp.arange(100, dtype=jnp.uint32), jnp.zeros(100, jnp.uint32)
-    numbers = np.float64(normal(seeds, (101, 37)))
-    assert numbers.shape == (100, 101, 37)
-    ordered = np.sort(numbers, axis=None)
-    exact = [statistics.NormalDist().cdf(x) for x in ordered[::100]]
-    empirical = np.arange(0, ordered.size, 100) / ordered.size
-    # Kolmogorov's distance exceeds 2 / √n once in 1,500 times.
-    assert np.max(np.abs(exact - empirical)) < 2 / ordered.size**0.5
-    correlations = np.corrcoef(numbers.reshape(100, -1)) - np.eye(100)
-    assert np.max(np.abs(correlations)) < 6 / (101 * 37) ** 0.5

@@ -130,13 +130,6 @@ def test_weights_bases_and_moments_are_predicted_to_the_byte(choice):
         assert predicted["moments"] == tree_bytes(moments)
 
 
-def test_random_directions_have_gradients_but_no_moments():
-    without, extended = (predict(tiny(complement=number)) for number in (0, 4))
-    others = 4 * 64 + 3 * 96  # the sides of a block's seven matrices that are not projected
-    assert extended["gradients"] - without["gradients"] == LAYERS * 4 * others * 4
-    assert extended["moments"] == without["moments"]
-
-
 def test_adapters_cost_weights_and_save_gradients_and_moments_of_frozen_kernels():
     lora, lowrank = predict(tiny(name="lora", dropout=0.0)), predict(tiny(name="lowrank"))
     adamw, with_dropout = predict(tiny(name="adamw")), predict(tiny(name="lora"))

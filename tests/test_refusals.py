@@ -119,7 +119,6 @@ def test_what_is_no_transformation_is_named(other):
         ({"refresh": "svd"}, "refresh = 'subspace_iteration', which is 'svd' here"),
         ({"moments": "rotate"}, "moments = 'keep', which is 'rotate' here"),
         ({"basis_dtype": jnp.int8}, "basis_dtype = 'float32', which is 'int8' here"),
-        ({"complement": 2}, "complement = 0, which is 2 here"),
     ],
 )
 def test_a_state_of_other_settings_is_refused(changed, sentence):

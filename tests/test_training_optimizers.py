@@ -187,16 +187,3 @@ def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
 def test_settings_that_fira_and_apollo_cannot_have_are_refused(name, settings, sentence):
     with pytest.raises(InputError, match=f'^optimizer.name = "{name}" {sentence}'):
         OptimizerConfig(name=name, **settings)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"name": "galore_fira"}, {"name": "apollo"}, {"proj_type": "full"}], ids=str
-)
-def test_a_complement_without_use_is_refused(settings):
-    with pytest.raises(InputError, match=r"^optimizer\.complement has no use"):
-        OptimizerConfig(complement=4, **settings)
-
-
-def test_a_complement_larger_than_what_the_basis_leaves_is_refused_with_the_matrix():
-    with pytest.raises(InputError, match=r"^optimizer\.complement=30 .*a basis of 8 in 32"):
-        init_state(changed(optimizer={"name": "galore_muon", "rank": 8, "complement": 30}))

@@ -17,7 +17,7 @@ from jax import lax
 from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.refresh import refresh
-from galore_jax.grads.value_and_grad import TracedLoss, extended_bases, separate_complement
+from galore_jax.grads.value_and_grad import TracedLoss, bases_in
 from galore_jax.ops.dtypes import widened
 from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
@@ -214,12 +214,12 @@ class _PartStep(NamedTuple):
         both = {"params": params, "x": x}
         if self.projected:
             unprojected = jax.tree.map(lambda _: optax.MaskedNode(), x)
-            bases = {"params": extended_bases(params, state), "x": unprojected}
+            bases = {"params": bases_in(params, state), "x": unprojected}
             traced = TracedLoss(joint_loss, both, bases, rest, {}, has_aux=True)
             pair, gradients = traced.value_and_grad()
         else:
             pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
-        grads = separate_complement(jax.tree.map(widened, gradients["params"]), state)
+        grads = jax.tree.map(widened, gradients["params"])
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
         squares = finite_squares(grads)
         grads, squares = lax.optimization_barrier((grads, squares))

@@ -1,7 +1,6 @@
 """`value_and_grad` for training with galore: gradients that the backward pass projects."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,21 +10,17 @@ import optax
 from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_embeddings
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
-from galore_jax.grads.projected_product import product_dtype, varying_as
+from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
 from galore_jax.optim.channels import check_coordinates_suffice
 from galore_jax.optim.state import (
-    GaLoreState,
-    bases_of,
     galore_states,
     is_low_rank,
     is_parameter,
-    map_bases,
 )
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.complement import extended, split
 from galore_jax.subspace.matrix_view import named_leaves, unboxed
 from galore_jax.subspace.placement import constrain_coordinates, coordinates_partition
 from galore_jax.subspace.projection import Coordinates, is_coordinates
@@ -109,10 +104,10 @@ def value_and_grad(
 
             return mean_over(one, micro_batches, *shard)
 
-        operands = params, extended_bases(params, opt_state), arrays
+        operands = params, bases_in(params, opt_state), arrays
         value, gradients = mean_over_shards(of_shard, names_of(data_axes), operands, *batch)
         gradients = jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
-        return value, separate_complement(gradients, opt_state)
+        return value, gradients
 
     return run
 
@@ -263,36 +258,6 @@ class TracedLoss:
             return varying_as(coordinates, leaf)
 
         return {i: zeros(self._leaves[i], basis) for i, basis in bases.items()}
-
-
-def extended_bases(params: PyTree, opt_state: PyTree) -> PyTree:
-    """`bases_in`, extended by the random directions of the next update where there are any."""
-
-    def at_leaf(basis: Basis, param: Any, state: GaLoreState) -> Basis:
-        if not basis.projection.complement:
-            return basis
-        # In the dtype of the products, so that no wider copies are stored.
-        return extended(basis, seed=state.seed, count=state.count, dtype=product_dtype(param.dtype))
-
-    bases = bases_in(params, opt_state)
-    for state in galore_states(opt_state, inside_chains=True):
-        bases = map_bases(partial(at_leaf, state=state), state.bases, params, otherwise=bases)
-    return bases
-
-
-def separate_complement(gradients: PyTree, opt_state: PyTree) -> PyTree:
-    """Gradients in extended bases, with the coordinates in the random directions separate."""
-    bases = bases_of(galore_states(opt_state, inside_chains=True))
-    projections = {basis.projection.path: basis.projection for basis in bases}
-
-    def at_node(gradient: Any) -> Any:
-        if not is_coordinates(gradient):
-            return gradient
-        projection = projections[gradient.projection.path]
-        value, complement = split(projection, gradient.value)
-        return Coordinates(value, projection, complement=complement)
-
-    return jax.tree.map(at_node, gradients, is_leaf=is_coordinates)
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:

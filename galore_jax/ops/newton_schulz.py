@@ -10,9 +10,6 @@ from galore_jax.ops.quantization import block_fractions
 # fraction of the Frobenius norm, end between 0.68 and 1.14 after five steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-# Of the iteration for inverse square roots. The smallest eigenvalue grows by 2.25 in each, so that
-# these suffice for 1e-4 of the largest.
-INVERSE_ROOT_STEPS = 16
 
 
 def newton_schulz(matrices: jax.Array) -> jax.Array:
@@ -49,33 +46,6 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
         if step < STEPS - 1:
             gram = _multiply(factor, _multiply(factor, gram))
     return _multiply(total, x)
-
-
-def orthonormal_columns(columns: jax.Array) -> jax.Array:
-    """The nearest matrices with orthonormal columns, the orthogonal factors of polar decomposition.
-
-    `Q = X (Xᵀ X)^(-1/2)`, with the inverse root from the coupled Newton–Schulz iteration (Higham,
-    Functions of Matrices, section 6.3), which unlike a factorisation is a fixed sequence of batched
-    products: XLA computes it once where a program asks for it twice.
-
-    Args:
-      columns: float32 `(..., n, k)`, well conditioned: singular values of 0.01 to 1 times the
-        largest.
-
-    Returns:
-      An array of the same shape, with `‖QᵀQ − I‖∞` of about 1e-6.
-    """
-    gram = _multiply(columns.mT, columns)
-    identity = jnp.broadcast_to(jnp.eye(columns.shape[-1], dtype=columns.dtype), gram.shape)
-    bound = jnp.max(jnp.sum(jnp.abs(gram), axis=-1), axis=-1)[..., None, None]
-    root, inverse = gram / bound, identity
-    for _ in range(INVERSE_ROOT_STEPS):
-        factor = 1.5 * identity - 0.5 * _multiply(inverse, root)
-        root, inverse = _multiply(root, factor), _multiply(factor, inverse)
-    columns = _multiply(columns, inverse) / jnp.sqrt(bound)
-    # One step of the iteration for the columns themselves removes what rounding has left.
-    error = identity - _multiply(columns.mT, columns)
-    return columns + 0.5 * _multiply(columns, error)
 
 
 def _multiply(x: jax.Array, y: jax.Array) -> jax.Array:

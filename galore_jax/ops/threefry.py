@@ -66,30 +66,3 @@ def noise(
         for word in threefry(seed, rows, groups)
     ]
     return jnp.stack(halves, axis=-1).reshape(height, -1)[:, :width]
-
-
-def normal(seeds: tuple[jax.Array, jax.Array], shape: tuple[int, int]) -> jax.Array:
-    """Standard normal numbers, float32.
-
-    `jax.random.normal` has the same distribution. On CPUs it is a loop, and XLA does not merge two
-    equal loops, so that a program that asks twice for the same numbers computes them twice.
-
-    Args:
-      seeds: two uint32 for each matrix, each `(*batch,)`.
-      shape: of each matrix, (rows, columns).
-
-    Returns:
-      `(*batch, rows, columns)`.
-    """
-    rows, columns = shape
-    first, second = seeds
-    counters_shape = (*(1,) * first.ndim, rows, -(-columns // 2))
-    counters = (
-        lax.broadcasted_iota(jnp.uint32, counters_shape, first.ndim + axis) for axis in (0, 1)
-    )
-    words = threefry((first[..., None, None], second[..., None, None]), *counters)
-    bits = jnp.concatenate(words, axis=-1)[..., :columns]
-    # 23 random bits as the fraction of a number between 1 and 2, moved to the middle of its
-    # interval: -1 and 1 do not occur.
-    fraction = lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.5
-    return 2**0.5 * lax.erf_inv(2 * fraction + 2.0**-23)

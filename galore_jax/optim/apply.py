@@ -28,7 +28,6 @@ from galore_jax.optim.state import (
     with_gradient,
 )
 from galore_jax.subspace.basis import Basis
-from galore_jax.subspace.complement import joined, with_directions
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.placement import matrices_partition
 from galore_jax.subspace.projection import is_coordinates
@@ -177,11 +176,7 @@ def _lift_and_add(
     seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
 
     def update_one(weights: jax.Array, parts: Any, decay: Any, seed: Any, *full: Any) -> jax.Array:
-        vectors, value, directions, complement = parts
-        if complement is not None:
-            vectors = with_directions(vectors, directions)
-            value = joined(projection, value, complement)
-        left, right, is_transposed = projection.factors(vectors, value)
+        left, right, is_transposed = projection.factors(*parts)
         add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
         if partition is not None:
             add = _on_parts(add, partition.trailing(2), is_transposed, update.channels)
@@ -203,8 +198,7 @@ def _lift_and_add(
         return new.reshape(matrices.shape)
 
     matrices = projection.view.to_matrices(param)
-    parts = basis.vectors, update.value, update.directions, update.complement
-    others = parts, decay, seeds, *full
+    others = (basis.vectors, update.value), decay, seeds, *full
     return projection.view.from_matrices(map_batch(partition, update_all, matrices, *others))
 
 

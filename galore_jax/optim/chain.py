@@ -12,13 +12,6 @@ import optax
 from galore_jax.ops.dtypes import widened
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.lift import scaled_gradient
-from galore_jax.optim.complement import (
-    first_update,
-    in_directions,
-    only_complement,
-    with_complement,
-    without_complement,
-)
 from galore_jax.optim.moments import BasisUpdates, check_rotation, compare_bases, rotate
 from galore_jax.optim.nonfinite import (
     accumulates,
@@ -37,7 +30,6 @@ from galore_jax.optim.state import (
     map_bases,
     project,
     start_coordinates,
-    to_float32,
     with_galore_states,
     with_gradient,
     without_boxes,
@@ -124,9 +116,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 
     Raises:
       ValueError: something that is no transformation, or more than one galore; at init, moments
-        that cannot be rotated, naming the leaf; a complement with `optax.MultiSteps` after galore;
-        at an update, a transformation after the decay of full weights, or one before galore that
-        cannot work on projected gradients.
+        that cannot be rotated, naming the leaf; at an update, a transformation after the decay of
+        full weights, or one before galore that cannot work on projected gradients.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -159,24 +150,15 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
             new_galores = galore_states(states[-1])
             bases += bases_of(new_galores)
             params = start_coordinates(params, new_galores)
-        if accumulates(states) and any(basis.projection.complement for basis in bases):
-            raise ValueError(
-                "chain: a complement has new directions for each update, which optax.MultiSteps "
-                "after galore cannot accumulate: put MultiSteps around the chain, or accumulate by "
-                "value_and_grad(…, micro_batches=…)."
-            )
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
         # `basis_updates` is empty until galore has been reached.
         states, basis_updates = [], {}
         gradients, full = updates, {}
-        outside = outside_params = directions = None
         params = None if params is None else with_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
             _check_not_after_decay(updates)
-            if outside is not None:
-                outside = first_update(tx, outside, old, outside_params, **extra_args)
             if isinstance(tx, FullGradientTransformation):
                 updates, new = tx.update(updates, old, params, **full)
             elif basis_updates:
@@ -192,16 +174,11 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 if isinstance(tx, GaLore):
                     if accumulates(state):
                         basis_updates = without_skips(basis_updates)
-                    gradients, directions = received, updates
-                    outside, updates = only_complement(updates), without_complement(updates)
+                    gradients = received
                     full = {"bases": new.bases, "coordinates": updates, "gradients": received}
-                if params is not None and outside is not None:
-                    outside_params = in_directions(to_float32(params), directions)
                 if params is not None:
                     params = project(params, galore_states(new))
             states.append(new)
-        if outside is not None:
-            updates = with_complement(updates, outside, directions)
         return skip_updates(updates, basis_updates), gradients, ChainState(tuple(states))
 
     return Chain(init_fn, _ChainUpdate(transforms, update_coordinates))
@@ -239,12 +216,6 @@ def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         params = start_coordinates(params, states)
     state = tx.init(params)
     bases = bases_of(states)
-    if not isinstance(tx, GaLore) and any(basis.projection.complement for basis in bases):
-        raise ValueError(
-            "galore: complement needs galore_jax.chain with galore itself as a part: a stock chain "
-            "or a wrapper such as optax.masked has one update for a matrix, and the complement "
-            "takes a second one."
-        )
     check_rotation(state, bases)
     if bases:
         _warn_of_copies(state)
@@ -343,8 +314,6 @@ def _lift(updates: PyTree, gradients: PyTree, states: list[GaLoreState], like: P
         view = projection.view
         if update.value is not None:
             full += projection.lift_matrices(basis.vectors, update.value)
-        if update.complement is not None:
-            full += projection.lift_matrices(update.directions, update.complement)
         if update.channels is not None:
             full += scaled_gradient(update.channels, view.to_matrices(gradient))
         full = basis.scale * full

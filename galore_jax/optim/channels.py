@@ -67,11 +67,6 @@ def scale_channels(name: str, step: Step) -> FullGradientTransformation:
                     f'{name}: proj_type="full" projects both sides of {projection.name} and leaves '
                     'no channels to scale: use "std", "reverse_std", "left" or "right".'
                 )
-            if projection.complement:
-                raise ValueError(
-                    f"{name}: the update already leaves the subspace of {projection.name}: remove "
-                    "complement."
-                )
             return Coordinates(jnp.zeros(projection.view.batch, jnp.float32), projection)
 
         return ScaleChannelsState(jax.tree.map(zeros, params, is_leaf=is_coordinates))

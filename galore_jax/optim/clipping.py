@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.dtypes import widened
-from galore_jax.optim.complement import without_complement
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
@@ -24,8 +23,7 @@ def clip_by_finite_norm(max_norm: float) -> optax.GradientTransformation:
     so that galore skips their matrices. Finite elements stay finite, however large: those whose
     squares overflow float32 count too, and are scaled down like the rest.
 
-    Of a projected gradient, the norm is that of its coordinates in the basis; those in the random
-    directions of a complement do not count, and are scaled down like the rest.
+    Of a projected gradient, the norm is that of its coordinates.
 
     Args:
       max_norm: gradients with a larger global norm are scaled down to this one.
@@ -74,12 +72,8 @@ def _squares_and_large_norm(tree: PyTree) -> tuple[jax.Array, jax.Array]:
 
 
 def _parts(tree: PyTree) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """The elements of each leaf, real and imaginary parts separately, and which are finite.
-
-    Coordinates in random directions are left out, so that a norm does not depend on whether there
-    are any.
-    """
-    for leaf in jax.tree.leaves(without_complement(tree)):
+    """The elements of each leaf, real and imaginary parts separately, and which are finite."""
+    for leaf in jax.tree.leaves(tree):
         for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
             yield part.astype(jnp.float32), jnp.isfinite(leaf)
 

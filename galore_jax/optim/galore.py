@@ -40,7 +40,6 @@ from galore_jax.optim.state import (
     to_float32,
 )
 from galore_jax.subspace.basis import Basis, count_update, start_basis
-from galore_jax.subspace.complement import complement_size, draw_directions, joined, split
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import (
     MOMENTS,
@@ -55,7 +54,6 @@ from galore_jax.subspace.rules import (
     Rank,
     Rule,
     Rules,
-    check_complement,
     check_gap,
     check_number,
     projection_of,
@@ -83,7 +81,6 @@ def galore(
     lazy_overlap: float | None = None,
     max_gap: int | None = None,
     basis_dtype: Any = None,
-    complement: int | float | None = None,
     seed: int = 0,
 ) -> GaLore:
     """Projects gradients into low-rank subspaces (arXiv 2403.03507, algorithm 2).
@@ -129,13 +126,7 @@ def galore(
       max_gap: upper bound of a doubled gap; None: 8 T.
       basis_dtype: dtype of the stored bases: float32 (None), bfloat16 or float16; int8 stores
         codes with a scale for each block, as 8-bit moments are stored.
-      complement: number k of random directions outside each subspace, an integer or a fraction of
-        the smaller side; None: 0. They are drawn anew at every update and stored nowhere, and the
-        backward pass computes coordinates in them too. Along them the optimizer takes the step
-        that it takes first, without moments: for Adam the sign of the coordinates, for Muon their
-        orthogonal factor. The gradient that it sees is then unbiased: coordinates in the
-        complement, of dimension d, are multiplied by d / k.
-      seed: of the bases before the first gradient, of "random", and of the complement.
+      seed: of the bases before the first gradient, and of "random".
 
     Returns:
       A transformation for `chain`, or for `optax.chain` with `init` and `apply_gradients`.
@@ -144,7 +135,7 @@ def galore(
       ValueError: a setting out of range; at init, a rule that matches no leaf, or a rank, a rule or
         dimension numbers that do not fit a leaf (the message names it); at an update, a gradient of
         a projected leaf that is None or has the wrong shape, or a state that was started with
-        another rank, side, complement, refresh, basis_dtype or handling of moments.
+        another rank, side, refresh, basis_dtype or handling of moments.
 
     Warns:
       UserWarning: at init, there are matrices, but none is projected.
@@ -175,7 +166,6 @@ def galore(
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
     check_gap("max_gap", max_gap)
     _check_max_gap(max_gap, lazy_overlap, update_proj_gap)
-    check_complement(complement)
     check_number("seed", seed, "a whole number", lambda seed: isinstance(seed, Integral))
     if not isinstance(stagger, bool | np.bool_):
         raise ValueError(f"galore: stagger must be True or False, not {stagger!r}.")
@@ -186,12 +176,11 @@ def galore(
     def check_settings(basis: Basis) -> None:
         """Checks that the state was started with these settings, as far as it depends on them."""
         found, (_, rule) = basis.projection, rule_for(basis.projection.path, rules)
-        wanted = rule and projection_of(found.path, found.view, rule, default, complement or 0)
+        wanted = rule and projection_of(found.path, found.view, rule, default)
         stored = jax.tree.leaves(basis.vectors)[0].dtype  # of the codes, if they are quantised
         pairs: dict[str, tuple[Any, Any]] = {
             "rank": (found.rank, wanted and wanted.rank),
             "sides": (found.sides, wanted and wanted.sides),
-            "complement": (found.complement, wanted and wanted.complement),
             "refresh": (basis.method, complete(found).refresh),
             "moments": (basis.moments, moments),
             "basis_dtype": (stored.name, dtype_of_bases.name),
@@ -209,10 +198,9 @@ def galore(
         if not leaves:  # A placeholder, as `optax.tree.map_params` uses.
             return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
         # What is projected.
-        tree_of_projections = projections(
-            params, default, rules, weight_dimension_numbers, complement or 0
+        leaf_projections = tree.flatten_up_to(
+            projections(params, default, rules, weight_dimension_numbers)
         )
-        leaf_projections = tree.flatten_up_to(tree_of_projections)
         total = sum(math.prod(p.view.batch) for p in leaf_projections if p is not None)
         if not total:
             warn_if_nothing_projected(params, rules, weight_dimension_numbers)
@@ -258,7 +246,7 @@ def galore(
         del params, extra_args
         low_rank = is_low_rank(state)
         if not low_rank:
-            _check_low_rank(moments, complement)
+            _check_low_rank(moments)
         lazy, seed = settings()
 
         def at_leaf(old: Basis, gradient: Any) -> tuple[Any, Basis]:
@@ -270,24 +258,13 @@ def galore(
                 scale=jnp.asarray(rule.scale, jnp.float32),
                 interval=jnp.array(rule.update_proj_gap, jnp.int32),
             )
-            # Bases are drawn with the seed of the setting, which may change; directions with that
-            # of the state, with which `value_and_grad` has drawn them.
-            directions = outside = None
-            if not is_coordinates(gradient):
-                basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
-            if projection.complement:
-                directions = draw_directions(basis, seed=state.seed, count=state.count)
-            if is_coordinates(gradient):  # Wide, as squares overflow early in float16.
-                value, outside = jax.tree.map(widened, (gradient.value, gradient.complement))
+            if is_coordinates(gradient):
+                value = widened(gradient.value)  # Squares overflow early in float16.
             else:
+                basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
                 value = projection.project(basis.vectors, gradient)
-                if directions is not None:
-                    outside = projection.project(directions, gradient)
-            value, finite = zero_nonfinite(joined(projection, value, outside))
-            value, outside = split(projection, value)
-            if outside is not None:
-                outside *= complement_size(projection) / projection.complement
-            update = Coordinates(value, projection, complement=outside, directions=directions)
+            value, finite = zero_nonfinite(value)
+            update = Coordinates(value, projection)
             if basis.full_size:
                 update = projection.lift(basis.vectors, value).astype(gradient.dtype)
             return update, _using_settings_of(old, count_update(basis, finite))
@@ -339,16 +316,12 @@ def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
     raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}{hint}.")
 
 
-def _check_low_rank(moments: Moments, complement: int | float | None) -> None:
-    if moments != "keep" or complement:
-        if complement:  # galore_jax.init refuses a complement in a stock chain.
-            setting, remedy = f"complement={complement!r}", "."
-        else:
-            setting = f'moments="{moments}"'
-            remedy = ", or start with galore_jax.init(tx, params)."
+def _check_low_rank(moments: Moments) -> None:
+    if moments != "keep":
         raise ValueError(
-            f"galore: {setting} needs low-rank moments, but galore was started with "
-            f"tx.init(params): use galore_jax.chain in place of optax.chain{remedy}"
+            f'galore: moments="{moments}" needs low-rank moments, but galore was started with '
+            "tx.init(params): use galore_jax.chain in place of optax.chain, or start with "
+            "galore_jax.init(tx, params)."
         )
     _warn_of_full_size()
 

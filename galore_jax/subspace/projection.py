@@ -4,7 +4,7 @@ GaLore (arXiv 2403.03507, section 3) represents the gradient G of a weight matri
 in the span of r orthonormal vectors P: `PᵀG` (left), `G P` (right), or `PᵀG Q` (both sides).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import jax
@@ -50,7 +50,6 @@ class Projection:
       partition: of the parameter over a mesh, from which `subspace.placement` derives everything
         else; None: unknown, or on a single device.
       over: mesh axes that do not divide the parameter, but do divide its moments.
-      complement: number of random directions outside the subspace; see `subspace.complement`.
     """
 
     path: tuple[str, ...]
@@ -59,7 +58,6 @@ class Projection:
     rank: int
     partition: Partition | None = None
     over: MeshAxes = ()
-    complement: int = 0
 
     @property
     def name(self) -> str:
@@ -78,11 +76,6 @@ class Projection:
         rows = self.rank if "left" in self.sides else self.view.rows
         columns = self.rank if "right" in self.sides else self.view.columns
         return (*self.view.batch, rows, columns)
-
-    @property
-    def extended(self) -> "Projection":
-        """The projection into the larger subspace `[P | Q]` with the random directions."""
-        return replace(self, rank=self.rank + self.complement, complement=0)
 
     def project(self, vectors: dict[Side, Any], array: jax.Array) -> jax.Array:
         """Projects an array: `PᵀG`, `G P` or `PᵀG Q`, in float32.
@@ -180,17 +173,12 @@ class Coordinates:
         addition to the lifted coordinates: of columns, `(*batch, 1, out)`, with a left basis, of
         rows, `(*batch, in, 1)`, with a right one. A channel whose factor is 0 is left out even if
         it is not finite.
-      complement: None, or the coordinates in the random directions of the complement, with k in
-        place of r.
-      directions: None, or in an update these directions, for each side `(*batch, in or out, k)`.
     """
 
     value: Any
     projection: Projection = field(metadata={"static": True})
     decay: Any = None
     channels: Any = None
-    complement: Any = None
-    directions: Any = None
 
 
 def is_coordinates(node: Any) -> bool:

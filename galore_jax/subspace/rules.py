@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Integral, Real
@@ -113,18 +113,6 @@ def check_gap(name: str, gap: Any) -> None:
     check_number(name, gap, expected, in_range)
 
 
-def check_complement(complement: Any) -> None:
-    """Checks a number of random directions, as `check_number`; it determines shapes."""
-    expected = "a whole number of at least 0, or a fraction below 1"
-    if isinstance(complement, jax.Array | np.ndarray):
-        raise ValueError(
-            f"galore: complement must be {expected}, not {complement!r}; "
-            f"{static_hint('complement')}."
-        )
-    in_range = lambda number: number >= 0 and (number < 1 or isinstance(number, Integral))
-    check_number("complement", complement, expected, in_range)
-
-
 def static_hint(name: str) -> str:
     """The remedy if optax.inject_hyperparams made an array of a setting."""
     return f'add "{name}" to the static_args of optax.inject_hyperparams'
@@ -154,7 +142,6 @@ def projections(
     default: Rule,
     rules: Rules,
     weight_dimension_numbers: PyTree,
-    complement: int | float = 0,
 ) -> PyTree:
     """Determines the `Projection` of each leaf, or None if it is not projected.
 
@@ -165,14 +152,13 @@ def projections(
         is a glob, in which * also matches /, or a compiled regular expression to search for. The
         first match wins.
       weight_dimension_numbers: see `matrix_views`.
-      complement: see `galore`.
 
     Returns:
       A tree like `params`.
 
     Raises:
-      ValueError: a rule that applies to no leaf; a rank, a complement or dimension numbers that do
-        not fit a leaf, which is named; or two leaves with one path.
+      ValueError: a rule that applies to no leaf; a rank or dimension numbers that do not fit a
+        leaf, which is named; or two leaves with one path.
     """
     leaves, tree = named_leaves(params, is_coordinates), jax.tree.structure(params, is_coordinates)
     if any(is_coordinates(leaf) for _, leaf in leaves):
@@ -196,7 +182,7 @@ def projections(
         if rule is None or view is None:
             result.append(None)
         else:
-            result.append(projection_of(names, view, rule, default, complement))
+            result.append(projection_of(names, view, rule, default))
     _check_all_used(unused, ["/".join(names) for names, _ in leaves], rules)
     _check_paths_differ(result)
     return jax.tree_util.tree_unflatten(tree, result)
@@ -239,19 +225,14 @@ def warn_if_nothing_projected(
 
 
 def projection_of(
-    names: tuple[str, ...], view: MatrixView, rule: Rule, default: Rule, complement: int | float
+    names: tuple[str, ...], view: MatrixView, rule: Rule, default: Rule
 ) -> Projection | None:
     """The projection of a leaf with this path and view, or None if its rank is not small enough.
 
     Raises:
-      ValueError: a rank or a complement that does not fit it.
+      ValueError: a rank that does not fit it.
     """
-    return _with_complement(_projection(names, view, rule, rule.or_else(default)), complement)
-
-
-def _projection(
-    names: tuple[str, ...], view: MatrixView, rule: Rule, settings: Rule
-) -> Projection | None:
+    settings = rule.or_else(default)
     name, smaller = "/".join(names), min(view.rows, view.columns)
     rank: Any = settings.rank
     if isinstance(rank, Real) and not isinstance(rank, Integral):
@@ -271,28 +252,6 @@ def _projection(
         f"galore: a rule gives {name}, a matrix of {view.rows} x {view.columns}, the rank {rank}: "
         f"choose a rank below {smaller}, or give None in place of the rule not to project it."
     )
-
-
-def _with_complement(projection: Projection | None, complement: int | float) -> Projection | None:
-    """The projection with a number of random directions that fits the matrix."""
-    if projection is None or not complement:
-        return projection
-    if len(projection.sides) == 2:
-        raise ValueError(
-            f'galore: proj_type="full" projects both sides of {projection.name}, and a complement '
-            "has one: use another proj_type, or complement=0."
-        )
-    view, ((*_, size, rank),) = projection.view, projection.basis_shapes.values()
-    number = complement
-    if not isinstance(complement, Integral):
-        number = max(1, round(complement * min(view.rows, view.columns)))
-    if number > size - rank:
-        raise ValueError(
-            f"galore: complement={complement!r} asks for {number} directions outside the subspace "
-            f"of {projection.name}, but a basis of {rank} in {size} dimensions leaves "
-            f"{size - rank}: choose a smaller complement or rank."
-        )
-    return replace(projection, complement=int(number))
 
 
 def _check_all_used(unused: Rules, names: list[str], rules: Rules) -> None:

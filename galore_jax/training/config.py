@@ -63,7 +63,7 @@ def naming_settings() -> Iterator[None]:
 class OptimizerConfig:
     """`[optimizer]`: the optimizer and its learning-rate schedule.
 
-    `rank` to `complement` are arguments of `galore_jax.galore`; plain AdamW and Muon do not use
+    `rank` to `basis_dtype` are arguments of `galore_jax.galore`; plain AdamW and Muon do not use
     them, and LoRA, ReLoRA and low-rank factors only `rank`, and ReLoRA `update_proj_gap`.
 
     Attributes:
@@ -110,8 +110,6 @@ class OptimizerConfig:
       max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
       basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"`, `"float16"` or, as
         block-wise quantized codes, `"int8"`.
-      complement: number of random directions outside each subspace along which an update without
-        moments goes, or their number as a fraction of a matrix's smaller side.
       alpha: with LoRA and ReLoRA the product of the factors is multiplied by alpha / rank.
       dropout: with LoRA and ReLoRA the rate of dropout of the input of the factors.
       implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
@@ -147,7 +145,6 @@ class OptimizerConfig:
     lazy_overlap: float | None = None
     max_gap: int | None = None
     basis_dtype: str = "float32"
-    complement: int | float = 0
     alpha: float = 32.0
     dropout: float = 0.05
     implementation: str = "xla"
@@ -187,12 +184,6 @@ class OptimizerConfig:
                 f'optimizer.name = "{self.name}" scales what is not projected: choose an '
                 'optimizer.proj_type other than "full".'
             )
-        if self.complement and (self.proj_type == "full" or self.name in NEED_FULL_GRADIENTS):
-            raise InputError(
-                "optimizer.complement has no use where both sides are projected, or with "
-                f"{' and '.join(NEED_FULL_GRADIENTS)}, which leave the subspace by themselves: set "
-                "it to 0."
-            )
         if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
             raise InputError(
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
@@ -218,7 +209,6 @@ class OptimizerConfig:
             "lazy_overlap": self.lazy_overlap,
             "max_gap": self.max_gap,
             "basis_dtype": self.basis_dtype,
-            "complement": self.complement,
         }
         return {name: value for name, value in settings.items() if value is not None}
 

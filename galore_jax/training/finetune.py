@@ -24,7 +24,6 @@ from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.lock import locked
 from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
-from galore_jax.training.config import naming_settings
 from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
 from galore_jax.training.countdown import Countdown
 from galore_jax.training.finetune_config import FinetuneConfig
@@ -133,8 +132,7 @@ def _finetune_seeds(
             f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
             f"{steps} steps: shorten the warm-up."
         )
-    with naming_settings():
-        compiled = make_steps(config, model, steps, finetuning_mesh(config, encoder))
+    compiled = make_steps(config, model, steps, finetuning_mesh(config, encoder))
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"fine-tuning in {folder}", "name another training.folder"):
         # Another process may have written here since the first check.
@@ -186,8 +184,7 @@ def _finetune_once(
         _report(loaded.initialized, "initialised at random:")
         _report(loaded.unused, "in the checkpoint, but not used:")
     params = steps.adapt(loaded.params, adapter_key)
-    with naming_settings():
-        state = steps.init(params)
+    state = steps.init(params)
     size, pad_id = config.data.batch_size, model.config.pad_id
 
     def predict(params: PyTree, rows: Rows) -> np.ndarray:

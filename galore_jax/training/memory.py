@@ -21,7 +21,6 @@ from galore_jax.models.adapters import combine
 from galore_jax.models.layers import Block
 from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.subspace.matrix_view import named_leaves, path_names
-from galore_jax.subspace.projection import is_coordinates
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.gradients import dropout_rngs
 from galore_jax.training.layout import BATCH_AXES, on_mesh
@@ -209,15 +208,8 @@ def _with_total(parts: Parts) -> Parts:
 
 def _coordinates(params: PyTree, opt_state: PyTree) -> PyTree:
     """The shapes of float32 gradients, of coordinates where they are projected."""
-
-    def extended(node: Any) -> Any:
-        if not is_coordinates(node):
-            return node
-        return jax.ShapeDtypeStruct(node.projection.extended.coordinates_shape, node.value.dtype)
-
     states = galore_states(opt_state, inside_chains=True)
-    shapes = jax.eval_shape(lambda params: start_coordinates(params, states), params)
-    return jax.tree.map(extended, shapes, is_leaf=is_coordinates)
+    return jax.eval_shape(lambda params: start_coordinates(params, states), params)
 
 
 def _gradients(config: Config, params: PyTree, opt_state: PyTree) -> int:

@@ -15,7 +15,7 @@ from galore_jax.grads import layerwise
 from galore_jax.models.adapters import combine, is_factor, split
 from galore_jax.models.llama import Llama
 from galore_jax.optim.state import to_float32
-from galore_jax.training.config import Config, naming_settings
+from galore_jax.training.config import Config
 from galore_jax.training.layout import (
     batch_sharding,
     moment_axes,
@@ -47,15 +47,10 @@ class TrainState(NamedTuple):
 
 
 def init_state(config: Config) -> TrainState:
-    """The state before the first step, determined by the configuration alone; for `jax.jit`.
-
-    Raises:
-      InputError: a setting of the optimizer does not fit a matrix of the model.
-    """
+    """The state before the first step, determined by the configuration alone; for `jax.jit`."""
     params = init_params(config, jax.random.key(config.training.seed))
     tx, module = _optimizer(config)
-    with naming_settings():
-        opt_state = module.init(tx, to_float32(trained(config, params)[0]))
+    opt_state = module.init(tx, to_float32(trained(config, params)[0]))
     return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
 
 

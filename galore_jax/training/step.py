@@ -15,7 +15,6 @@ from galore_jax.models import llama_layerwise
 from galore_jax.models.adapters import Adapter, combine
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
-from galore_jax.optim.complement import without_complement
 from galore_jax.optim.state import galore_states, project
 from galore_jax.training.config import Config
 from galore_jax.training.gradients import Gradients, dropout_rngs, mean_gradients, seeded
@@ -138,7 +137,7 @@ def make_train_step(
             metrics["gradient_norm"] = optax.tree.norm(gradients)
         if config.optimizer.has_galore:
             bases = galore_states(opt_state, inside_chains=True)
-            coordinates = without_complement(gradients) if projected else project(gradients, bases)
+            coordinates = gradients if projected else project(gradients, bases)
             metrics["coordinates_norm"] = optax.tree.norm(coordinates)
         if config.training.diagnostics:
             if projected:

@@ -82,8 +82,8 @@ def measure_model(
 
 def scaled(optimizer: OptimizerConfig, factor: float) -> OptimizerConfig:
     """The optimizer for a width that is larger by this factor, with the same fraction of it."""
-    wider = lambda rank: rank if isinstance(rank, float) or rank == 1 else round(rank * factor)
-    return replace(optimizer, rank=wider(optimizer.rank), complement=wider(optimizer.complement))
+    is_fixed = isinstance(optimizer.rank, float) or optimizer.rank == 1
+    return optimizer if is_fixed else replace(optimizer, rank=round(optimizer.rank * factor))
 
 
 def baseline_of(label: str, config: OptimizerConfig) -> Baseline:

@@ -79,7 +79,7 @@ def finetuned(config, encoder, mesh):
         (GALORE, 0.0, ["data", "all", "zero"]),
         # Shards of the axis "data" draw what to drop by themselves, those of others do not.
         (GALORE, 0.1, ["fsdp"]),
-        ({"name": "galore_muon", "rank": 8, "complement": 2, "update_proj_gap": 2}, 0.0, ["all"]),
+        ({"name": "galore_muon", "rank": 8, "update_proj_gap": 2}, 0.0, ["all"]),
         ({"name": "lora", "rank": 4, "dropout": 0.0}, 0.0, ["all", "zero"]),
         ({"name": "adamw"}, 0.0, ["zero"]),
     ],
