@@ -1,6 +1,7 @@
 """Runs made from folders of transformers, trainings that start from one, and the way back."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -247,7 +248,7 @@ def test_damaged_settings_of_generation_leave_no_half_export(folder, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_prompt_begins_with_what_the_tokenizer_puts_before_a_text(folder, tmp_path, monkeypatch):
+def test_a_prompt_begins_as_the_texts_of_the_training_did(folder, tmp_path, monkeypatch):
     with_start = tmp_path / "with-start"
     shutil.copytree(folder, with_start)
     processor = {
@@ -270,7 +271,33 @@ def test_a_prompt_begins_with_what_the_tokenizer_puts_before_a_text(folder, tmp_
 
     monkeypatch.setattr("galore_jax.training.sample.generate", generate)
     generate_text(tmp_path / "run", "a b", 1)
-    assert prompts == [[[0, 1, 2]]]
+    # A training puts nothing before a document.
+    loaded = lambda folder: (*load_for_inference(folder)[:2], 3)
+    monkeypatch.setattr("galore_jax.training.sample.load_for_inference", loaded)
+    generate_text(tmp_path / "run", "a b", 1)
+    assert prompts == [[[0, 1, 2]], [[1, 2]]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(params, run, tmp_path, value):
+    damaged = jax.tree.map(np.array, params)
+    damaged["layers"]["mlp"]["up_proj"]["kernel"][1, 2, 3] = value
+    refusal = r"layers/mlp/up_proj/kernel in .*{} has numbers that are not finite: convert"
+    save(tmp_path / "theirs", MODEL, damaged)
+    shutil.copy(run / "tokenizer.json", tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer_config.json").write_text('{"eos_token": "b"}')
+    for _ in range(2):  # Nothing is left that would be taken for a run.
+        with pytest.raises(InputError, match=refusal.format("theirs")):
+            from_huggingface(tmp_path / "theirs", tmp_path / "run")
+
+    def read(path, index):
+        return functools.reduce(dict.__getitem__, path.split("/"), damaged)[index]
+
+    data = dataclasses.replace(CONFIG.data, tokenizer=str(run / "tokenizer.json"))
+    config = dataclasses.replace(CONFIG, data=data)
+    save_parameters(tmp_path / "diverged" / "checkpoints", config, read)
+    with pytest.raises(InputError, match=refusal.format("diverged")):
+        to_huggingface(tmp_path / "diverged", tmp_path / "back")
 
 
 def test_a_model_that_does_not_fit_the_folder_is_refused(folder):

@@ -199,6 +199,17 @@ def test_a_batch_without_targets_is_reported_once(tmp_path, capsys):
     assert "the batch of step 1 has no targets, since no two tokens are" in warnings[0]
 
 
+def test_a_gap_in_the_metrics_of_a_resumed_run_is_reported(tmp_path, capsys):
+    metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
+    metrics.write([{"step": step, "loss": 1.0} for step in (0, 1, 4)])
+    metrics.write([{"step": 2, "validation_loss": 1.0}])
+    for start, sentence in ((5, "metrics.jsonl lacks 2 of the 5 steps before"), (2, "")):
+        Progress(Metrics(RunFolder(tmp_path), start, False), start, steps=9).__exit__()
+        printed = capsys.readouterr().err
+        assert printed.count("warning") == bool(sentence)
+        assert sentence in printed
+
+
 def test_a_line_has_exactly_the_metrics_of_its_step(tmp_path):
     metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
     with Progress(metrics, start=0, steps=1) as progress:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
@@ -21,6 +23,7 @@ from galore_jax.interop.tokenizer_files import (
 from galore_jax.training.checkpoint import open_parameters, save_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.run_folder import RunFolder, check_same_tokenizer, open_folder
+from galore_jax.types import ReadPart
 
 
 def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
@@ -38,7 +41,8 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
       The configuration of the run.
 
     Raises:
-      InputError: the model cannot be read or is not supported, or the folder of the run holds one.
+      InputError: the model cannot be read, has a weight that is not finite, or is not supported, or
+        the folder of the run holds one.
     """
     folder, run = Path(folder), RunFolder(run_folder)
     model = read_config(folder)
@@ -63,7 +67,7 @@ def from_huggingface(folder: str | Path, run_folder: str | Path) -> Config:
             copy_tokenizer(folder, run.path)
         if generation is not None:
             write_json(run.path / GENERATION_CONFIG, generation)
-        save_parameters(run.checkpoints, config, source.read)
+        save_parameters(run.checkpoints, config, _finite(source.read, folder))
     return config
 
 
@@ -86,12 +90,13 @@ def to_huggingface(
       The configuration of the run.
 
     Raises:
-      InputError: there is no checkpoint or it is damaged, the tokenizer is missing, the folder
-        holds a model, transformers has no such architecture, or the run has no adapter that belongs
-        to a checkpoint.
+      InputError: there is no checkpoint, it is damaged or has a weight that is not finite, the
+        tokenizer is missing, the folder holds a model, transformers has no such architecture, or
+        the run has no adapter that belongs to a checkpoint.
     """
     folder = Path(folder)
-    with open_parameters(run_folder) as (config, read):
+    with open_parameters(run_folder) as (config, stored):
+        read = _finite(stored, run_folder)
         adapter = config.optimizer.adapter
         if adapter_only:
             if adapter is None or not config.trains_adapters_only:
@@ -125,3 +130,17 @@ def to_huggingface(
     if generation is not None:
         write_json(folder / GENERATION_CONFIG, generation)
     return config
+
+
+def _finite(read: ReadPart, place: str | Path) -> ReadPart:
+    """Reads as `read` does; raises an `InputError` for a part that has NaN or an infinity."""
+
+    def read_finite(path: str, index: tuple[slice, ...]) -> np.ndarray:
+        part = read(path, index)
+        if not np.isfinite(part).all():
+            raise InputError(
+                f"{path} in {place} has numbers that are not finite: convert a checkpoint without."
+            )
+        return part
+
+    return read_finite

@@ -60,6 +60,12 @@ class Progress:
             mininterval=pause,
             disable=metrics is None,
         )
+        lacking = start - len({line["step"] for line in lines if "loss" in line})
+        if lacking:
+            self._say(
+                f"warning: metrics.jsonl lacks {lacking:,} of the {start:,} steps before this one, "
+                "so the curves and the summary leave them out"
+            )
 
     def __enter__(self) -> Self:
         self._mark = time.perf_counter()

@@ -19,11 +19,11 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from galore_jax.data.batches import tokenizer_checksum
-from galore_jax.errors import FULL_DISK, InputError
+from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.lock import locked
 from galore_jax.training.config import Config
@@ -71,13 +71,8 @@ def check_start(config: Config, resume: bool) -> None:
 
     Raises:
       InputError: a new run would start in a folder that holds one; there is no run to resume, it is
-        finished, or it has another configuration; or no folder can have this name.
+        finished, or it has another configuration.
     """
-    with _raise_on_unusable_folder(config):
-        _check_start(config, resume)
-
-
-def _check_start(config: Config, resume: bool) -> None:
     run = RunFolder(config.training.folder)
     if not resume:
         if run.holds_run():
@@ -166,32 +161,16 @@ def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
     """Creates the folder, writes config.toml, and locks out other processes.
 
     Raises:
-      InputError: the folder cannot be created or written to, another process is training in it, or
-        `check_start` fails.
+      InputError: another process is training in it, or `check_start` fails.
+      OSError: the folder cannot be created or written to.
     """
     run = RunFolder(config.training.folder)
-    with ExitStack() as stack:
-        with _raise_on_unusable_folder(config):
-            run.path.mkdir(parents=True, exist_ok=True)
-            lock = locked(run.lock, f"training in {run.path}", "name another training.folder")
-            stack.enter_context(lock)
-            # Another process may have trained here since the first check.
-            _check_start(config, resume)
-            write_text(run.config, to_toml(config))
+    run.path.mkdir(parents=True, exist_ok=True)
+    with locked(run.lock, f"training in {run.path}", "name another training.folder"):
+        # Another process may have trained here since the first check.
+        check_start(config, resume)
+        write_text(run.config, to_toml(config))
         yield run
-
-
-@contextmanager
-def _raise_on_unusable_folder(config: Config) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
-        raise InputError(
-            f"training.folder = {config.training.folder!r} cannot be created or written to "
-            f"({error.strerror}): name another folder."
-        ) from None
 
 
 def resume_command(config: Config) -> str:

@@ -60,8 +60,8 @@ def generate_text(
     prompt_tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
     if not prompt_tokens:
         raise InputError("the prompt is empty: give a prompt of at least one word.")
-    is_pretrained = steps == 0 or bool(config.model.checkpoint)
-    if is_pretrained and template is None:
+    if steps == 0 and template is None:
+        # A model that was not trained here. In a training here nothing precedes a document.
         prompt_tokens = [*tokenizer.prefix, *prompt_tokens]
     start = jnp.asarray([prompt_tokens], jnp.int32)
     key = jax.random.key(seed)

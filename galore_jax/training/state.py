@@ -1,5 +1,7 @@
 """The state of a training, the shapes of a batch, and the sizes of trees."""
 
+import math
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,12 +88,27 @@ def place_state(config: Config, mesh: Mesh | None) -> TrainState:
 
     Raises:
       InputError: the checkpoint cannot be read or does not fit the model.
+      MemoryError: the state and a batch are larger than the memory.
     """
     shapes = abstract_state(config, mesh)
+    _check_memory(shapes, batch_shapes(config, mesh))
     state = jax.tree.structure(shapes).unflatten(starting_program(config, shapes)())
     if config.model.checkpoint:
         state = state._replace(params=_read_params(config, state.params))
     return state
+
+
+def _check_memory(*shapes: PyTree) -> None:
+    """Raises a `MemoryError` for what no device can hold: XLA may abort, or try for minutes."""
+
+    def on_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    if sum(map(on_a_device, jax.tree.leaves(shapes))) > statistics.get("bytes_limit", host):
+        raise MemoryError
 
 
 def starting_program(config: Config, shapes: TrainState) -> Any:
