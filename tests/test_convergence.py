@@ -17,10 +17,6 @@ RANK, GAP, STEPS = 4, 10, 300
 # Each coordinate moves by about the rate at a step: at most 15 over all steps, a third of them in
 # any direction. The targets' largest singular values are near 4, 4 / √20 a coordinate.
 RATE = optax.cosine_decay_schedule(0.1, STEPS)
-OPTIMIZERS = {
-    name: getattr(galore_jax, name)
-    for name in ("adamw", "adafactor", "lion", "muon", "fira", "apollo")
-}
 
 
 def trained(tx, params, losses, steps):
@@ -40,19 +36,17 @@ def trained(tx, params, losses, steps):
 
 
 @pytest.mark.parametrize(
-    ("method", "moments"),
+    ("name", "method", "moments"),
     [
-        ("subspace_iteration", "keep"),
-        ("eigh", "keep"),
-        ("svd", "keep"),
-        ("random", "keep"),
-        ("subspace_iteration", "rotate"),
+        ("adamw", "random", "keep"),
+        ("adafactor", "eigh", "keep"),
+        ("lion", "subspace_iteration", "rotate"),
+        ("muon", "subspace_iteration", "keep"),
+        ("fira", "svd", "keep"),
+        ("apollo", "random", "keep"),
     ],
 )
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_a_quadratic_and_a_low_rank_regression_are_solved(name, method, moments):
-    if (name, method) == ("muon", "random"):
-        moments = "rotate"  # Kept, 0.95^10 = 0.6 of a moment goes along random directions.
     random = lambda key, shape: 0.5 * jax.random.normal(key, shape)
     keys = iter(jax.random.split(jax.random.key(0), 9))
     target = {"stack": random(next(keys), (2, 12, 20)), "bias": random(next(keys), (12,))}
@@ -67,14 +61,14 @@ def test_a_quadratic_and_a_low_rank_regression_are_solved(name, method, moments)
         }
 
     params = {"quadratic": jax.tree.map(jnp.zeros_like, target), "regression": jnp.zeros((20, 12))}
-    tx = OPTIMIZERS[name](RATE, RANK, GAP, scale=1.0, refresh=method, moments=moments)
+    make = getattr(galore_jax, name)
+    tx = make(RATE, RANK, GAP, scale=1.0, refresh=method, moments=moments)
     before, after = trained(tx, params, losses, STEPS)
     for problem in before:
         assert after[problem] < 0.02 * before[problem], problem
 
 
-@pytest.mark.parametrize("name", list(OPTIMIZERS))
-def test_the_blocks_of_a_small_transformer_learn_sequences_by_heart(name):
+def test_the_blocks_of_a_small_transformer_learn_sequences_by_heart():
     config = LlamaConfig(
         vocab_size=31,
         hidden_size=32,
@@ -97,7 +91,7 @@ def test_the_blocks_of_a_small_transformer_learn_sequences_by_heart(name):
 
     # Only the blocks are trained, so what is learned is learned in coordinates.
     labels = dict.fromkeys(params, "frozen") | {"layers": "trained"}
-    tx = OPTIMIZERS[name](optax.cosine_decay_schedule(0.02, 150), 8, 20, scale=1.0)
+    tx = galore_jax.adamw(optax.cosine_decay_schedule(0.02, 150), 8, 20, scale=1.0)
     tx = optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
     before, after = trained(tx, params, losses, 150)
     assert after["loss"] < 0.1 * before["loss"]
