@@ -1,6 +1,4 @@
 import dataclasses
-import errno
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.tokenizers import ByteTokenizer
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, names_full_disk
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference, open_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
@@ -195,16 +193,12 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
 @pytest.mark.parametrize(
     ("file", "damage", "named"),
     [
-        ("optimizer/ocdbt.process_0/d", flip_middle, "the optimizer's state differs from what was"),
+        ("optimizer/ocdbt.process_0/d", flip_middle, "its optimizer differs from what was"),
         ("optimizer/_METADATA", halve, "is damaged"),
-        (
-            "data/metadata",
-            raise_a_digit,
-            "the position in the data differs from what was saved",
-        ),
+        ("data/metadata", raise_a_digit, "its data differs from what was saved"),
         ("meta/metadata", flip_middle, "is damaged"),
         ("meta/metadata", halve, "is damaged"),
-        ("meta/metadata", raise_a_digit, "differs from what was saved"),
+        ("meta/metadata", raise_a_digit, "its meta differs from what was saved"),
     ],
 )
 def test_other_damage_is_reported_with_the_previous_checkpoint(saved, state, file, damage, named):
@@ -238,26 +232,20 @@ def test_a_checkpoint_without_the_optimizer_is_damaged_unless_it_never_had_one(
             checkpoints.restore(CONFIG, batches)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_a_save(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK)  # root may write anywhere
-    with pytest.raises(InputError, match="checkpoints cannot be written to: change its permission"):
-        Checkpoints(tmp_path / "checkpoints", keep=2)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError):
-        Checkpoints(tmp_path / "file", keep=2)
+def test_a_renamed_checkpoint_is_refused_with_its_step(saved, batches):
+    (saved / "checkpoints" / "0").rename(saved / "checkpoints" / "20")
+    with (
+        Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
+        pytest.raises(InputError, match=r"20 is the checkpoint of step 0: rename it to 0, or"),
+    ):
+        checkpoints.restore(CONFIG, batches)
+    with pytest.raises(InputError, match="20 is the checkpoint of step 0"):
+        load_for_inference(saved)
 
 
 def test_a_name_that_orbax_takes_for_a_pattern_is_refused_before_a_save(tmp_path):
     with pytest.raises(InputError, match=r"run\[1\]/checkpoints has one of the characters"):
         Checkpoints(tmp_path / "run[1]" / "checkpoints", keep=2)
-
-
-def test_an_unreadable_file_is_not_reported_as_damaged(saved, monkeypatch):
-    file = saved / "checkpoints" / "0" / "meta" / "metadata"
-    file.write_text("")  # root may read anything
-    monkeypatch.setattr(os, "access", lambda path, mode: path != file)
-    with pytest.raises(InputError, match=f"{file} is not readable: change its permissions"):
-        load_for_inference(saved)
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
@@ -294,9 +282,9 @@ def test_a_full_disk_is_reported_and_the_previous_checkpoint_survives(small_disk
         with (small_disk / "ballast").open("wb", buffering=0) as ballast:
             free = subprocess.check_output(["df", "--output=avail", "-B1", str(small_disk)])
             ballast.write(bytes(int(free.split()[-1]) - 100_000))
-        with pytest.raises(OSError, match="No space left") as full:
+        with pytest.raises(Exception, match="No space left") as full:
             fail_to_save(checkpoints)
-        assert full.value.errno == errno.ENOSPC
+        assert names_full_disk(full.value)
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["0"]
     with Checkpoints(small_disk / "checkpoints", keep=1) as checkpoints:
         assert_same(checkpoints.restore(CONFIG, batches), state)

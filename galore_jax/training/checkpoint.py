@@ -2,19 +2,21 @@
 
 This is the only file that saves and restores with Orbax. A checkpoint is `checkpoints/<number of
 updates>/` with four items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the
-configuration, and checksums of all four); of a model that was not trained here it has `params` and
-`meta` alone. Orbax writes to a temporary folder, which it renames at the end. Each process writes
-the parts of the arrays that lie on its devices, and process 0 everything else, so that another
-number of processes, on another mesh, can read it.
+configuration, the step, and checksums of all four); of a model that was not trained here it has
+`params` and `meta` alone. Orbax writes to a temporary folder, which it renames at the end. Each
+process writes the parts of the arrays that lie on its devices, and process 0 everything else, so
+that another number of processes, on another mesh, can read it.
 """
 
 import asyncio
 import glob
+import logging
 import math
-import os
 import shutil
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,14 +29,9 @@ import orbax.checkpoint as ocp
 import tensorstore
 from jax.sharding import Mesh
 
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, names_full_disk
 from galore_jax.models.adapters import merge
-from galore_jax.training.checkpoint_errors import (
-    raise_on_corruption,
-    raise_on_full_disk,
-    silence_duplicate_errors,
-)
-from galore_jax.training.checksum import host_checksum, json_checksum, tree_checksum
+from galore_jax.training.checksum import checksum, json_checksum
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import from_dict, to_dict
 from galore_jax.training.processes import ending_together, is_first
@@ -51,36 +48,28 @@ class Checkpoints:
       keep: how many of the latest to keep; an older one is deleted after the newer is complete.
 
     Raises:
-      InputError: the folder cannot be written to, or Orbax cannot use its name.
-      FileExistsError: it is a file.
+      InputError: Orbax cannot use the name of the folder.
+      OSError: the folder cannot be made.
     """
 
     def __init__(self, folder: Path, keep: int):
-        silence_duplicate_errors()
+        _silence_duplicate_errors()
         self.folder = folder.absolute()
         _check_is_no_pattern(self.folder)
         with ending_together():
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Orbax would wait ten minutes for a folder that it cannot make.
-            if not os.access(self.folder, os.W_OK | os.X_OK):
-                raise InputError(
-                    f"{self.folder} cannot be written to: change its permissions, or name another "
-                    "training.folder."
-                )
             _remove_unfinished(self.folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.callback(_remove_unfinished, self.folder)
-            stack.enter_context(raise_on_full_disk(self.folder))
-            stack.callback(self._manager.close)
-            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._exit.close()
+        try:
+            self._manager.close()
+        finally:
+            _remove_unfinished(self.folder)
 
     def latest(self) -> int | None:
         """The step of the latest complete checkpoint, or None."""
@@ -95,37 +84,30 @@ class Checkpoints:
           Whether it is saved.
 
         Raises:
-          OSError: the disk is full, now or during the previous save (ENOSPC).
+          Exception: the disk is full, now or during the previous save (`names_full_disk`).
         """
         if not is_finite(state):
             return False
-        recorded, position = to_dict(config), batches.get_state()
+        step, position = int(state.step), batches.get_state()
         checksums = {
-            "params": tree_checksum(state.params),
-            "optimizer": tree_checksum(state.opt_state),
+            "params": checksum(jax.tree.leaves(state.params)),
+            "optimizer": checksum(jax.tree.leaves(state.opt_state)),
             "data": json_checksum(position),
-            "config": json_checksum(recorded),
         }
-        with raise_on_full_disk(self.folder):
-            self._manager.save(
-                int(state.step),
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(state.opt_state),
-                    data=ocp.args.JsonSave(position),
-                    meta=ocp.args.JsonSave({"config": recorded, "checksums": checksums}),
-                ),
-            )
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.opt_state),
+                data=ocp.args.JsonSave(position),
+                meta=_meta(config, step, checksums),
+            ),
+        )
         return True
 
     def wait(self) -> None:
-        """Waits until the save is complete.
-
-        Raises:
-          OSError: the disk is full (ENOSPC).
-        """
-        with raise_on_full_disk(self.folder):
-            self._manager.wait_until_finished()
+        """Waits until the save is complete; raises what `save` does."""
+        self._manager.wait_until_finished()
 
     def restore(
         self, config: Config, batches: grain.DatasetIterator, mesh: Mesh | None = None
@@ -149,21 +131,15 @@ class Checkpoints:
         recorded, checksums = _restore_meta(self._manager, step)
         check_same_run(recorded, config, self.folder)
         target = _on_devices(abstract_state(config, mesh))
-        with raise_on_corruption(self._manager, step):
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(target.params),
-                    optimizer=ocp.args.StandardRestore(target.opt_state),
-                ),
-            )
-            batches.set_state(_restore_position(self._manager, step))
-            for what, name, restored_checksum in (
-                ("a parameter", "params", tree_checksum(restored["params"])),
-                ("the optimizer's state", "optimizer", tree_checksum(restored["optimizer"])),
-                ("the position in the data", "data", json_checksum(batches.get_state())),
-            ):
-                _check_checksum(what, checksums.get(name), restored_checksum)
+        restored = _restore(
+            self._manager,
+            step,
+            checksums,
+            params=ocp.args.StandardRestore(target.params),
+            optimizer=ocp.args.StandardRestore(target.opt_state),
+            data=ocp.args.JsonRestore(),
+        )
+        batches.set_state(restored["data"])
         count = jax.device_put(np.int32(step), target.step.sharding)
         return TrainState(restored["params"], restored["optimizer"], count)
 
@@ -183,11 +159,8 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
     """
     with _latest(folder) as (manager, step):
         config, checksums = _restore_meta(manager, step)
-        target = _on_devices(abstract_state(config).params)
-        with raise_on_corruption(manager, step):
-            arguments = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-            params = manager.restore(step, args=arguments)["params"]
-            _check_checksum("a parameter", checksums.get("params"), tree_checksum(params))
+        target = ocp.args.StandardRestore(_on_devices(abstract_state(config).params))
+        params = _restore(manager, step, checksums, params=target)["params"]
         return config, merge(params, config.optimizer.adapter), step
 
 
@@ -222,16 +195,16 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
             return array if chunk[0] == 1 else array.read().result()
 
         def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
-            with raise_on_corruption(manager, step):
+            with _naming_damage(manager, step):
                 return np.asarray(opened(path)[index])
 
         # A damaged checkpoint must not become a model, so everything is read once before that.
-        if (saved := checksums.get("params")) is not None:
+        if "params" in checksums:
             leaves = jax.tree_util.tree_leaves_with_path(abstract_state(config).params)
             paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-            with raise_on_corruption(manager, step):
-                found = host_checksum(np.asarray(opened(path)) for path in paths)
-                _check_checksum("a parameter", saved, found)
+            with _naming_damage(manager, step):
+                found = checksum(np.asarray(opened(path)) for path in paths)
+                _check_checksum("params", checksums, found)
         yield config, read
 
 
@@ -247,7 +220,7 @@ def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
 
     Raises:
       InputError: Orbax cannot use the name of the folder.
-      OSError: the disk is full (ENOSPC).
+      Exception: the disk is full (`names_full_disk`), or what `read` raises.
     """
     _check_is_no_pattern(folder.absolute())
 
@@ -266,20 +239,15 @@ def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
         "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         "meta": ocp.JsonCheckpointHandler(),
     }
-    recorded = to_dict(config)
-    meta = {"config": recorded, "checksums": {"config": json_checksum(recorded)}}
     folder = folder.absolute()
-    silence_duplicate_errors()
+    _silence_duplicate_errors()
     # Orbax gives up after 20 minutes, and here they include the time to read the parts.
     patient = ocp.options.AsyncOptions(timeout_secs=7 * 24 * 3600)
     options = ocp.CheckpointManagerOptions(async_options=patient)
     try:
-        with (
-            raise_on_full_disk(folder),
-            ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager,
-        ):
+        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
             arguments = ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params, save_args=chunks), meta=ocp.args.JsonSave(meta)
+                params=ocp.args.PyTreeSave(params, save_args=chunks), meta=_meta(config, 0, {})
             )
             manager.save(0, args=arguments)
             manager.wait_until_finished()
@@ -331,7 +299,7 @@ def _latest(folder: str | Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     checkpoints = RunFolder(folder).checkpoints.absolute()
     if not checkpoints.is_dir():
         raise InputError(f"{folder} holds no checkpoints/: give the folder of a training run.")
-    silence_duplicate_errors()
+    _silence_duplicate_errors()
     options = ocp.CheckpointManagerOptions(create=False)
     with ocp.CheckpointManager(checkpoints, options=options) as manager:
         step = manager.latest_step()
@@ -351,24 +319,66 @@ def _on_devices(abstract: Any) -> Any:
     )
 
 
+def _meta(config: Config, step: int, checksums: dict[str, int]) -> ocp.args.JsonSave:
+    """The item `meta`; its own checksum is among the others."""
+    meta = {"config": to_dict(config), "step": step}
+    return ocp.args.JsonSave(meta | {"checksums": checksums | {"meta": json_checksum(meta)}})
+
+
 def _restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Config, dict[str, int]]:
     """The configuration and the checksums."""
-    with raise_on_corruption(manager, step):
+    with _naming_damage(manager, step):
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = manager.restore(step, args=arguments)["meta"]
-        checksums = meta["checksums"]
-        _check_checksum("the configuration", checksums.get("config"), json_checksum(meta["config"]))
+        checksums = meta.pop("checksums")
+        _check_checksum("meta", checksums, json_checksum(meta))
+        saved = meta.get("step", step)  # Earlier versions did not record it.
+        if saved != step:
+            raise InputError(
+                f"{Path(manager.directory, str(step))} is the checkpoint of step {saved}: rename "
+                f"it to {saved}, or delete it."
+            )
         return from_dict(meta["config"]), checksums
 
 
-def _restore_position(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The state of the iterator of batches."""
-    return manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+def _restore(
+    manager: ocp.CheckpointManager, step: int, checksums: dict[str, int], **items: Any
+) -> Any:
+    """Items of a checkpoint, as they were saved."""
+    with _naming_damage(manager, step):
+        restored = manager.restore(step, args=ocp.args.Composite(**items))
+        for name in items:
+            value = restored[name]
+            found = json_checksum(value) if name == "data" else checksum(jax.tree.leaves(value))
+            _check_checksum(name, checksums, found)
+    return restored
 
 
-def _check_checksum(what: str, saved: int | None, restored: int) -> None:
-    if saved is not None and saved != restored:
-        raise ValueError(f"{what} differs from what was saved")
+def _check_checksum(item: str, saved: dict[str, int], found: int) -> None:
+    if saved.get(item, found) != found:
+        raise ValueError(f"its {item} differs from what was saved")
+
+
+@contextmanager
+def _naming_damage(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Converts what Orbax, TensorStore or JSON raise on reading to an `InputError`."""
+    try:
+        yield
+    except (InputError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        # TensorStore's message starts with the kind of error, and a long location follows.
+        reason = str(cause).partition("\n")[0].partition(": Error")[0]
+        reason = textwrap.shorten(reason, 120, placeholder=" …")
+        older = [other for other in manager.all_steps() if other < step]
+        remedy = f"resume from {max(older)}" if older else "start from the beginning"
+        raise InputError(
+            f"the checkpoint {Path(manager.directory, str(step))} is damaged or not readable "
+            f"({reason}): move it out of {manager.directory} to {remedy}."
+        ) from error
 
 
 def _check_is_no_pattern(folder: Path) -> None:
@@ -385,3 +395,30 @@ def _remove_unfinished(folder: Path) -> None:
         return
     for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_of_no_full_disk(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and names_full_disk(record.exc_info[1]))
+
+
+def _silence_duplicate_errors() -> None:
+    """Silences the reports that accompany the exception of a failed save or restore.
+
+    Each thread and task of a save logs that the disk is full; TensorStore reports each read or
+    write that ends after Orbax has closed its event loop, and Python each coroutine that waited for
+    one. Some do so only at the end of the process, so the filters are never removed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_of_no_full_disk)
+    hook = sys.unraisablehook
+    if getattr(hook, "hides_orbax", False):
+        return
+
+    def report(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        is_of_orbax = code is not None and "orbax" in code.co_filename
+        if not is_of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    report.hides_orbax = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = report
