@@ -21,8 +21,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
     import jax
-
-    from galore_jax.training import compile_targets
+    from analysis import compile_targets
 
     print(f"{'kernel':14}{'target':10}{'shape':16}{'variant':32}{'temporary':>10}{'seconds':>9}")
     for target in compile_targets.TARGETS:

@@ -37,7 +37,7 @@ from galore_jax.errors import InputError, check_installed, require, require_choi
 from galore_jax.files import write_json
 
 GIB = 2**30
-NODE = 8  # as in galore_jax.training.compile_targets, which starts JAX
+NODE = 8  # as in analysis.compile_targets, which starts JAX
 ROOT = Path(__file__).parents[1]
 MODELS = ("350m", "1b", "7b")
 LAYOUTS = ("data", "fsdp", "hybrid")
@@ -92,9 +92,8 @@ def mesh_for(case: Case, device: str) -> Iterator[Any]:
     """The mesh of a case, on virtual CPU devices or absent GPUs; None for a single CPU device."""
     import jax
     import numpy as np
+    from analysis.compile_targets import target
     from jax.sharding import Mesh
-
-    from galore_jax.training.compile_targets import target
 
     if device != "cpu":
         with target(device, case.axes) as sharding:
@@ -332,8 +331,9 @@ def main() -> None:
     if arguments.device == "cpu":
         start_cpus(max(map(int, arguments.devices)))
 
+    from analysis.step_cost import step_cost, trainer_steps
+
     from galore_jax.training.layout import check_training_mesh
-    from galore_jax.training.step_cost import step_cost, trainer_steps
 
     costs: dict[Case, Any] = {}
     todo = cases(arguments)

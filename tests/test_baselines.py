@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from analysis.collectives import flops
 from next_tokens import random_rows
 from test_adapters import ROUNDING, noisy
 from test_step import CONFIG, changed, initial
@@ -18,15 +19,20 @@ from galore_jax.models.adapters import FACTORS
 from galore_jax.models.llama import Llama
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
-from galore_jax.training.collectives import flops
 from galore_jax.training.compare import compare
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.finetune_config import CheckpointConfig, FinetuneConfig
-from galore_jax.training.memory import matrix_state_bytes
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.relora import prune_moments, restart, steps_until_restart
 from galore_jax.training.schedule import learning_rate_schedule
-from galore_jax.training.state import abstract_state, batch_shapes, init_state, trained, tree_bytes
+from galore_jax.training.state import (
+    abstract_state,
+    batch_shapes,
+    init_state,
+    matrix_state_bytes,
+    trained,
+    tree_bytes,
+)
 from galore_jax.training.step import make_gradients, make_train_step, with_seeds
 from galore_jax.training.stepper import Stepper
 

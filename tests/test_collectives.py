@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from galore_jax.training.collectives import Collective, collectives, flops
+from analysis.collectives import Collective, collectives, flops
 
 ROOT = Path(__file__).parent.parent
 DEVICES, N = 8, 64

@@ -125,7 +125,7 @@ STATES = """
 import scaling
 
 scaling.start_cpus(8)
-from galore_jax.training.memory import bytes_by_part, on_one_device
+from analysis.memory import bytes_by_part, on_one_device
 from galore_jax.training.state import abstract_state, tree_bytes
 
 for case in [scaling.Case(model, *rest, 8) for model in ("350m", "7b") for rest in (

@@ -13,9 +13,8 @@ from galore_jax.errors import InputError
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.config import OptimizerConfig
-from galore_jax.training.memory import matrix_state_bytes
 from galore_jax.training.optimizer import make_optimizer, matrices
-from galore_jax.training.state import init_state, tree_bytes, tree_size
+from galore_jax.training.state import init_state, matrix_state_bytes, tree_bytes, tree_size
 from galore_jax.training.step import make_train_step
 
 RATE, FACTOR, DECAY = 0.01, 0.25, 0.5

@@ -20,11 +20,11 @@ from galore_jax.training.config import Config, check_grid
 from galore_jax.training.config_file import load_config
 from galore_jax.training.loop import train
 from galore_jax.training.markdown import table_lines
-from galore_jax.training.memory import matrix_state_bytes
 from galore_jax.training.metrics import Summary, format_bytes, read_summary
 from galore_jax.training.plots import plot_curves, plot_loss_by_bytes
 from galore_jax.training.run_folder import RunFolder, check_same_run, check_same_text
 from galore_jax.training.sample import generate_text
+from galore_jax.training.state import matrix_state_bytes
 from galore_jax.training.stepper import check_gpu
 
 SAMPLE_TOKENS = 400

@@ -28,9 +28,8 @@ from galore_jax.training.config_file import differences, load_config, to_dict, t
 from galore_jax.training.countdown import Countdown
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.finetune_steps import Steps, finetuning_mesh, make_steps
-from galore_jax.training.full_memory import raise_on_full_memory
 from galore_jax.training.state import tree_bytes
-from galore_jax.training.stepper import check_gpu
+from galore_jax.training.stepper import check_gpu, raise_on_full_memory
 from galore_jax.types import PyTree
 
 CONFIG = "config.toml"

@@ -18,7 +18,6 @@ from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import to_dict
 from galore_jax.training.evaluate import make_evaluate, perplexity
-from galore_jax.training.full_memory import raise_on_full_memory
 from galore_jax.training.layout import put_batch, training_mesh
 from galore_jax.training.metrics import (
     Metrics,
@@ -38,7 +37,7 @@ from galore_jax.training.run_folder import (
     resume_command,
 )
 from galore_jax.training.state import place_state, trained, tree_bytes, tree_size
-from galore_jax.training.stepper import Stepper, check_gpu
+from galore_jax.training.stepper import Stepper, check_gpu, raise_on_full_memory
 
 # How to resume several processes: those that a cluster starts have no such arguments.
 _EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"

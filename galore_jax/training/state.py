@@ -17,6 +17,7 @@ from galore_jax.grads import layerwise
 from galore_jax.models.adapters import combine, is_factor, split
 from galore_jax.models.llama import Llama
 from galore_jax.optim.state import to_float32
+from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.training.config import Config
 from galore_jax.training.layout import (
     batch_sharding,
@@ -25,7 +26,7 @@ from galore_jax.training.layout import (
     whole,
     with_shardings,
 )
-from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.optimizer import make_optimizer, matrices
 from galore_jax.types import PyTree
 
 Batch = dict[str, Any]
@@ -174,6 +175,20 @@ def batch_shapes(config: Config, mesh: Mesh | None = None) -> dict[str, jax.Shap
     shape = config.data.batch_size, config.data.sequence_length
     leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
     return dict.fromkeys(("tokens", "segments", "positions", "targets"), leaf)
+
+
+def matrix_state_bytes(config: Config) -> int:
+    """Bytes that the optimizer keeps for the matrices that GaLore projects, bases included."""
+    params, opt_state, _ = jax.eval_shape(lambda: init_state(config))
+    paths = [names for names, is_matrix in named_leaves(matrices(params)) if is_matrix]
+
+    def belongs_to_one(names: tuple[str, ...]) -> bool:
+        # A state has the path of a parameter somewhere in its own: (1, mu, layers, …, kernel).
+        parts = lambda length: (names[n : n + length] for n in range(len(names)))
+        return any(path in parts(len(path)) for path in paths)
+
+    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    return tree_bytes([leaf for path, leaf in leaves if belongs_to_one(path_names(path))])
 
 
 @jax.jit

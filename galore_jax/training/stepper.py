@@ -1,6 +1,8 @@
 """Training steps compiled ahead of time, with and without a refresh of the bases or a restart."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 from jax.sharding import Mesh
@@ -26,6 +28,17 @@ def check_gpu(optimizer: OptimizerConfig) -> None:
             'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none: set '
             'optimizer.implementation = "xla".'
         )
+
+
+@contextmanager
+def raise_on_full_memory(remedy: str) -> Iterator[None]:
+    """Turns Python's and JAX's errors for it into an `InputError` that ends in a remedy."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"there is too little memory for this training: {remedy}.") from error
 
 
 class Stepper:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from analysis.memory import bytes_by_part
 
 from benchmarks.baselines import baselines
 from benchmarks.models import init_llama, separate_layers
@@ -12,7 +13,6 @@ from benchmarks.report import Row
 from galore_jax.errors import require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config_file import load_config
-from galore_jax.training.memory import bytes_by_part
 from galore_jax.training.state import tree_bytes, tree_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,12 +8,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from analysis.collectives import collectives, flops
 from jax.sharding import AxisType
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.models.loss import VOCAB_CHUNK
-from galore_jax.training.collectives import collectives, flops
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.layout import on_mesh
 from galore_jax.training.mesh import MeshConfig, make_mesh

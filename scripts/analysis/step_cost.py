@@ -6,11 +6,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from galore_jax.training.collectives import KINDS, Collective, collectives, flops
-from galore_jax.training.compile_targets import NODE
+from analysis.collectives import KINDS, Collective, collectives, flops
+from analysis.compile_targets import NODE
+from analysis.memory import bytes_by_part, on_one_device
 from galore_jax.training.config import Config
 from galore_jax.training.layout import on_mesh
-from galore_jax.training.memory import bytes_by_part, on_one_device
 from galore_jax.training.state import TrainState, abstract_state, batch_shapes, tree_bytes
 from galore_jax.training.step import make_train_step
 

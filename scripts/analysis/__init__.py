@@ -1,0 +1,1 @@
+"""What compiled training steps need: memory, communication and work, read without running them."""

@@ -1,0 +1,87 @@
+"""Bytes of a training: those of its state from shapes, and those of its programs as compiled."""
+
+import collections
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from galore_jax.subspace.matrix_view import path_names
+from galore_jax.training.config import Config
+from galore_jax.training.layout import on_mesh
+from galore_jax.training.state import abstract_state, batch_shapes, starting_program, tree_bytes
+from galore_jax.training.step import make_train_step
+from galore_jax.types import PyTree
+
+Parts = dict[str, int]
+
+# Names in the state of galore and of what follows it, also of optax.contrib.galore.
+PARTS_OF_STATE = {"vectors": "bases", "projector": "bases"} | dict.fromkeys(
+    ("mu", "nu", "rows", "columns", "ema"), "moments"
+)
+
+
+def bytes_by_part(opt_state: PyTree) -> Parts:
+    """Bytes of `bases`, `moments` and `rest`, recognised by the names in an optimizer's state."""
+    parts = collections.Counter(bases=0, moments=0, rest=0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        named = [PARTS_OF_STATE[name] for name in path_names(path) if name in PARTS_OF_STATE]
+        parts[named[0] if named else "rest"] += tree_bytes(leaf)
+    return dict(parts)
+
+
+def on_one_device(tree: PyTree) -> PyTree:
+    """The shapes of the part of each array that one device holds; shardings may be missing."""
+
+    def part(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(part, tree)
+
+
+def state_parts(config: Config, mesh: Mesh | None = None) -> Parts:
+    """Bytes of `weights`, `bases` and `moments` on each device; counters are left out."""
+    state = on_one_device(abstract_state(config, mesh))
+    parts = bytes_by_part(state.opt_state)
+    return {
+        "weights": tree_bytes(state.params),
+        "bases": parts["bases"],
+        "moments": parts["moments"],
+    }
+
+
+def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
+    """Bytes of the compiled programs on each device, as assigned by XLA; nothing is run.
+
+    Call it outside the mesh, where a run also makes its state and steps.
+
+    Args:
+      config: the configuration of the run.
+      mesh: the devices to compile for, which may be absent: see `compile_targets.target`. None: the
+        default device.
+
+    Returns:
+      Parts of `train_step`, of `refresh_step` with projected gradients or ReLoRA, which first
+      refreshes the bases or restarts the adapters, and of `start`, which makes the first state:
+      `arguments`, `outputs`, `aliased` (outputs that share the memory of arguments), `temporaries`,
+      and the `total` that the program needs.
+    """
+    state, batch = abstract_state(config, mesh), batch_shapes(config, mesh)
+    steps = {"train_step": make_train_step(config, mesh=mesh)}
+    if config.optimizer.has_refreshes:
+        steps["refresh_step"] = make_train_step(config, refreshes=True, mesh=mesh)
+    with on_mesh(mesh):
+        parts = {name: _assigned(step.lower(state, batch)) for name, step in steps.items()}
+    return parts | {"start": _assigned(starting_program(config, state).lower())}
+
+
+def _assigned(lowered: Any) -> Parts:
+    memory = lowered.compile().memory_analysis()
+    parts = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
+    return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
