@@ -1,9 +1,6 @@
 """Parameters in the boxes of Flax, which name the axes of an array, and states made for them."""
 
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -12,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from flax import serialization
-from jax.sharding import NamedSharding, PartitionSpec
 from trees import max_difference
 
 import galore_jax
@@ -185,48 +181,3 @@ def test_boxes_change_no_number_of_a_layerwise_step(projected):
         assert jax.tree.structure(params) == structure
         runs.append(nn.meta.unbox(params))
     assert max_difference(*runs) == 0
-
-
-@pytest.mark.slow
-def test_specs_of_the_boxes_shard_a_state_on_a_mesh_and_training():
-    done = subprocess.run(
-        [sys.executable, __file__], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def shard_and_train():
-    """On a mesh of four devices, in a process of its own."""
-    jax.config.update("jax_num_cpu_devices", 4)
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-
-    def sharded(f, *args):
-        specs = nn.get_partition_spec(jax.eval_shape(f, *args))
-        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        return jax.jit(f, out_shardings=shardings)(*args)
-
-    # What stands in front of galore in "chain" keeps full gradients, so it gets no projected ones.
-    cases = ("chain", "partitioned"), ("literal", "partitioned"), ("adamw", "logical")
-    for name, boxed in cases:
-        tx = OPTIMIZERS[name]()
-        params = sharded(lambda boxed=boxed: params_in(boxed))
-        state = sharded(lambda params, tx=tx: galore_jax.init(tx, params), params)
-        embedding = params["embed"]["embedding"].value.sharding
-        assert embedding.spec == PartitionSpec(None, "model")
-        assert optax.tree.get(state, "mu")["embed"]["embedding"].value.sharding == embedding
-
-        def step(params, state, tx=tx, projected=name != "chain"):
-            if projected:
-                state = galore_jax.refresh(loss)(params, state, TOKENS)
-                _, grads = galore_jax.value_and_grad(loss)(params, state, TOKENS)
-                params, state = apply_gradients(tx, grads, state, params)
-            return apply_gradients(tx, jax.grad(loss)(params, TOKENS), state, params)
-
-        before = loss(params, TOKENS)
-        params, state = sharded(step, params, state)
-        assert params["embed"]["embedding"].value.sharding == embedding
-        assert loss(params, TOKENS) < before
-
-
-if __name__ == "__main__":
-    shard_and_train()

@@ -215,21 +215,6 @@ def test_gradients_are_those_of_finite_differences(params):
         np.testing.assert_allclose(measured, predicted, atol=5e-4, rtol=5e-3)
 
 
-def test_grouped_heads_equal_full_heads_with_repeated_weights(params):
-    group = TINY.num_heads // TINY.kv_heads
-    full = dataclasses.replace(TINY, num_kv_heads=None)
-
-    def repeated(path, leaf):
-        if path[-2].key not in ("k_proj", "v_proj"):
-            return leaf
-        heads = leaf.reshape(TINY.num_layers, TINY.hidden_size, TINY.kv_heads, TINY.head_size)
-        return jnp.repeat(heads, group, axis=2).reshape(TINY.num_layers, TINY.hidden_size, -1)
-
-    tokens = random_tokens(2, 12)
-    expected = logits_of(jax.tree_util.tree_map_with_path(repeated, params), tokens, config=full)
-    np.testing.assert_allclose(logits_of(params, tokens), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_bfloat16_keeps_parameters_and_gradients_in_bfloat16_and_stays_near_float32():
     config = dataclasses.replace(TINY, dtype="bfloat16", initializer_range=0.05)
     params = initial(config)
@@ -280,18 +265,6 @@ def test_parameters_have_the_agreed_names_and_stacked_shapes(params):
         "norm/scale": (32,),
         "lm_head/kernel": (32, 61),
     }
-
-
-def test_other_models_have_biases_norms_of_heads_and_no_head_of_their_own(params):
-    config = dataclasses.replace(OTHER_MODEL, attention_bias="qkv")
-    shapes = jax.eval_shape(lambda: initial(config))
-    attention = shapes["layers"]["attention"]
-    assert attention["q_proj"]["kernel"].shape == (3, 32, 40)
-    assert attention["o_proj"]["kernel"].shape == (3, 40, 32)
-    assert attention["k_proj"]["bias"].shape == (3, 20)
-    assert attention["q_norm"]["scale"].shape == attention["k_norm"]["scale"].shape == (3, 10)
-    assert shapes.keys() == params.keys() - {"lm_head"}
-    assert attention["o_proj"].keys() == {"kernel"}
 
 
 def test_initial_kernels_differ_between_layers_and_have_the_configured_deviation():

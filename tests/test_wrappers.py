@@ -168,24 +168,6 @@ def test_tree_get_finds_the_bases():
     assert optax.tree.get(state, "bases")["wide"]["kernel"].vectors["left"].shape == (12, 4)
 
 
-def test_trains_an_nnx_model(nnx):
-    model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model, nnx.Param)
-    tx = chain(galore(rank=4), optax.adam(1e-1))
-    state = tx.init(params)
-    assert jax.tree.leaves(optax.tree.get(state, "mu")["kernel"])[0].shape == (4, 20)
-    x = jax.random.normal(jax.random.key(0), (32, 12))
-
-    def fit(params):
-        return jnp.mean((nnx.merge(graph, params)(x) - jnp.tanh(x @ jnp.ones((12, 20)))) ** 2)
-
-    before = fit(params)
-    step = jax.jit(lambda p, s: apply_gradients(tx, jax.grad(fit)(p), s, p))
-    for _ in range(30):
-        params, state = step(params, state)
-    assert fit(params) < 0.5 * before
-
-
 def test_trains_with_the_optimizer_of_nnx_as_without_it(nnx):
     tx = galore_jax.adamw(1e-1, rank=4, update_proj_gap=3, weight_decay=0.1)
     model = nnx.Linear(12, 20, rngs=nnx.Rngs(0))
