@@ -18,11 +18,11 @@ _UNUSABLE = (
 _EXTRAS = {
     "train": (
         *("flax", "orbax", "tensorflow_datasets", "array_record", "grain"),
-        *("sentencepiece", "tokenizers", "tqdm"),
+        *("sentencepiece", "tqdm"),
     ),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboardX",),
-    "huggingface": ("safetensors", "jinja2"),
+    "huggingface": ("safetensors", "transformers", "jinja2"),
     "glue": ("sklearn", "importlib_resources"),
 }
 _EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}

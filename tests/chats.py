@@ -113,7 +113,7 @@ def metaspace():
 def save_tokenizer(folder, template, tokenizer=None, **settings):
     """Writes tokenizer.json and tokenizer_config.json; returns the path of the former."""
     (tokenizer or byte_level()).save(str(folder / "tokenizer.json"))
-    content = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True}
+    content = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     content |= {"chat_template": template} | settings
     (folder / "tokenizer_config.json").write_text(json.dumps(content))
     return str(folder / "tokenizer.json")

@@ -1,12 +1,7 @@
-"""Chat templates render, tokenise and mark answers as in transformers; bad ones are named."""
-
-import json
+"""Chat templates: answers are located without marks; dates stay; bad templates are named."""
 
 import numpy as np
 import pytest
-
-pytest.importorskip("jinja2", reason="chat templates are written in it")
-
 from chats import (
     CHATML,
     LLAMA3,
@@ -32,36 +27,15 @@ CHATS = {
     "empty answer": chat("a", ""),
     "special tokens in text": chat("<s> a</s>", "<|im_end|> </s> user"),
 }
-TOKENIZERS = {"byte level": byte_level, "metaspace": metaspace}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_tokens_and_answers_are_those_of_transformers(name, kind, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="it is the reference of this test")
-    tokenizer = TOKENIZERS[kind]()
-    template = ChatTemplate(save_tokenizer(tmp_path, TEMPLATES[name], tokenizer))
-    reference = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATES[name],
-    )
-    for messages in CHATS.values():
-        expected = reference.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        tokens, is_answer = template.encode(messages)
-        assert tokens.tolist() == expected["input_ids"]
-        assert is_answer.astype(int).tolist() == expected["assistant_masks"]
-    question = reference.apply_chat_template(chat("Hi"), add_generation_prompt=True)
-    assert template.prompt("Hi") == question["input_ids"]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
-def test_answers_are_located_where_the_template_does_not_mark_them(name, messages, tmp_path):
-    path = save_tokenizer(tmp_path, TEMPLATES[name])
+@pytest.mark.parametrize("tokenizer", [byte_level, metaspace])
+def test_answers_are_located_where_the_template_does_not_mark_them(
+    name, messages, tokenizer, tmp_path
+):
+    path = save_tokenizer(tmp_path, TEMPLATES[name], tokenizer())
     marked = ChatTemplate(path).encode(messages)
     (tmp_path / "chat_template.jinja").write_text(without_marks(TEMPLATES[name]))
     located = ChatTemplate(path).encode(messages)
@@ -81,9 +55,9 @@ def test_the_answer_includes_the_end_of_the_turn_and_not_its_beginning(tmp_path)
 
 
 def test_a_date_in_a_template_is_the_same_every_day(tmp_path):
-    path = save_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y') }}" + ZEPHYR)
+    path = save_tokenizer(tmp_path, "{{ strftime_now('%d %b %Y, %H:%M') }}" + ZEPHYR)
     tokens = ChatTemplate(path).encode(CHATS["one turn"]).tokens.tolist()
-    assert load_tokenizer(path).decode(tokens).startswith("26 Jul 2024<|user|>")
+    assert load_tokenizer(path).decode(tokens).startswith("26 Jul 2024, 00:00<|user|>")
 
 
 def test_the_template_in_its_own_file_and_the_default_one_of_several_count(tmp_path):
@@ -92,12 +66,6 @@ def test_the_template_in_its_own_file_and_the_default_one_of_several_count(tmp_p
     assert len(ChatTemplate(path).encode(CHATS["one turn"]).tokens) > 10
     (tmp_path / "chat_template.jinja").write_text(ZEPHYR)
     assert "<|user|>" in load_tokenizer(path).decode(ChatTemplate(path).prompt("Hi"))
-
-
-def test_a_template_cannot_reach_python(tmp_path):
-    path = save_tokenizer(tmp_path, "{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
-    with pytest.raises(InputError, match="the chat template refuses the messages"):
-        ChatTemplate(path).encode(CHATS["one turn"])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +80,7 @@ def test_a_template_cannot_reach_python(tmp_path):
             # As templates of reasoning models, which omit earlier thoughts.
             "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}.{% endfor %}",
             chat("ab", "cd"),
-            r"tokenizer_config\.json renders message 2 differently when others follow, so that",
+            r"template in .* renders message 2 differently when others follow, so that",
         ),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{{ eos_token }}",
@@ -128,67 +96,30 @@ def test_a_template_that_does_not_suit_the_messages_says_why(template, messages,
     assert "\n" not in str(refused.value)
 
 
-def without_template(folder):
-    save_tokenizer(folder, None)
-
-
-def without_settings(folder):
-    save_tokenizer(folder, CHATML)
-    (folder / "tokenizer_config.json").unlink()
-
-
-def with_a_template_in_latin_1(folder):
-    save_tokenizer(folder, CHATML)
-    (folder / "chat_template.jinja").write_bytes(b"caf\xe9")
-
-
-def with_settings(text):
-    def change(folder):
-        save_tokenizer(folder, CHATML)
-        (folder / "tokenizer_config.json").write_text(text)
-
-    return change
+@pytest.mark.parametrize("template", [None, {"tools": CHATML}])
+def test_a_folder_without_a_template_is_named(template, tmp_path):
+    path = save_tokenizer(tmp_path, template)
+    with pytest.raises(InputError, match=r"no chat template in .*: write one into .*\.jinja"):
+        ChatTemplate(path)
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
+    ("content", "named"),
     [
-        (without_template, r"no chat template in .*: write one into .*/chat_template\.jinja"),
-        (without_settings, r"there is no .*/tokenizer_config\.json: name a folder that has one"),
-        (with_a_template_in_latin_1, r"/chat_template\.jinja is not text in UTF-8"),
-        (with_settings("{"), r"/tokenizer_config\.json is not a JSON file"),
-        (with_settings("[]"), r"/tokenizer_config\.json is not a JSON object"),
-        (
-            lambda folder: save_tokenizer(folder, "{% for %}"),
-            r"/tokenizer_config\.json is not a chat template in Jinja: .* in line 1",
-        ),
-        (
-            lambda folder: save_tokenizer(folder, CHATML, eos_token="<|end|>"),
-            r"/tokenizer\.json has no end-of-sequence token \(<\|end\|>\)",
-        ),
-        (
-            lambda folder: save_tokenizer(folder, ["a", {"name": "tools", "template": CHATML}]),
-            "no chat template in",
-        ),
+        (b"caf\xe9", "cannot read the tokenizer in .*utf-8"),
+        (b"{% for %}", "template refuses the messages: .*Expected"),
+        (b"{{ " + b"(" * 10**5, "template refuses the messages: .*recursion depth"),
+        (b"{% if a %}" * 10**4, "template refuses the messages"),
     ],
 )
-def test_files_that_are_missing_or_damaged_are_named(damage, named, tmp_path):
-    damage(tmp_path)
+def test_a_damaged_template_is_one_sentence(content, named, tmp_path):
+    path = save_tokenizer(tmp_path, None)
+    (tmp_path / "chat_template.jinja").write_bytes(content)
     with pytest.raises(InputError, match=named) as refused:
-        ChatTemplate(str(tmp_path / "tokenizer.json"))
+        ChatTemplate(path).prompt("a")
     assert "\n" not in str(refused.value)
 
 
 def test_a_tokenizer_that_can_have_no_template_is_named():
     with pytest.raises(InputError, match=r"data\.tokenizer = 'bytes' has no chat template"):
         ChatTemplate("bytes")
-
-
-def test_unicode_settings_are_read(tmp_path):
-    path = save_tokenizer(tmp_path, CHATML)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings["chat_template"] = "é" + CHATML
-    content = json.dumps(settings, ensure_ascii=False)
-    (tmp_path / "tokenizer_config.json").write_text(content, encoding="utf-8")
-    tokens = ChatTemplate(path).encode(CHATS["one turn"]).tokens.tolist()
-    assert load_tokenizer(path).decode(tokens).startswith("é")

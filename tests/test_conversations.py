@@ -9,9 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("jinja2", reason="chat templates are written in it")
-
 from chats import ANSWER, CHATML, QUESTION, byte_level, chat, save_tokenizer
 from next_tokens import next_tokens
 

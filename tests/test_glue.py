@@ -177,6 +177,7 @@ def test_what_is_not_there_is_named(tmp_path):
 def test_examples_become_rows_with_labels_unless_there_are_none(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "mat", "a"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     tokenizer = load_pair_tokenizer(tmp_path)
     rows = encode([Example("cat", "mat", 1), Example("a cat", "sat", 0)], tokenizer, 8)
     assert rows["tokens"].shape == rows["token_types"].shape == (2, 8)

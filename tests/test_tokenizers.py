@@ -49,7 +49,13 @@ def json_file(tmp_path):
     tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=8)
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
+    settle(path, eos_token="</s>", pad_token="<pad>")
     return path
+
+
+def settle(path, **settings):
+    """Writes the settings beside a tokenizer."""
+    path.with_name("tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def test_bytes_are_shifted_by_the_two_special_ids():
@@ -97,74 +103,30 @@ def test_a_tokenizer_json_is_read_without_its_template_truncation_and_padding(js
 @pytest.mark.parametrize(
     ("settings", "ids"),
     [
-        ({"eos_token": "<unk>"}, (0, 2)),
-        ({"eos_token": {"content": "<unk>"}, "pad_token": "</s>"}, (1, 2)),
-        ({"eos_token": None}, (0, 1)),
+        ({"eos_token": "<unk>", "pad_token": "</s>"}, (1, 2)),
+        # A model may have no row for a pad token behind its vocabulary.
+        ({"eos_token": "</s>", "pad_token": "[PAD]"}, (1, 1)),
     ],
 )
 def test_a_tokenizer_config_beside_the_file_names_eos_and_pad(json_file, settings, ids):
-    json_file.with_name("tokenizer_config.json").write_text(json.dumps(settings))
+    settle(json_file, **settings)
     tokenizer = load_tokenizer(str(json_file))
-    assert (tokenizer.pad_id, tokenizer.eos_id) == ids
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size) == (*ids, 300)
 
 
-def test_a_map_of_special_tokens_counts_where_the_config_does_not_list_the_added_ones(json_file):
-    json_file.with_name("special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
-    assert load_tokenizer(str(json_file)).eos_id == 2
-    config = {"eos_token": "</s>"}
-    json_file.with_name("tokenizer_config.json").write_text(json.dumps(config))
-    assert load_tokenizer(str(json_file)).eos_id == 2
-    config["added_tokens_decoder"] = {}
-    json_file.with_name("tokenizer_config.json").write_text(json.dumps(config))
-    assert load_tokenizer(str(json_file)).eos_id == 1
+def test_tokens_that_only_the_files_beside_it_have_count(json_file):
+    json_file.with_name("added_tokens.json").write_text('{"<|turn|>": 300}')
+    tokenizer = load_tokenizer(str(json_file))
+    assert (tokenizer.vocab_size, tokenizer.encode("<|turn|>")) == (301, [300])
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("added_tokens.json", {"<|turn|>": 300}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"300": {"content": "<|turn|>"}}}),
-    ],
-)
-def test_tokens_that_only_the_files_beside_it_have_are_named(json_file, name, content):
-    json_file.with_name(name).write_text(json.dumps(content))
-    with pytest.raises(
-        InputError, match=r"lacks '<\|turn\|>', which the files beside it add: have"
-    ):
-        load_tokenizer(str(json_file))
-
-
-def test_tokens_that_sentencepiece_lacks_are_named(model_file, tmp_path):
+def test_a_model_beside_its_settings_is_read_as_they_say(model_file, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model_file.read_bytes())
-    path.with_name("added_tokens.json").write_text('{"<|turn|>": 290}')
-    with pytest.raises(
-        InputError, match=r"lacks '<\|turn\|>', which the files beside it add: have"
-    ):
-        load_tokenizer(str(path))
-
-
-def test_a_list_of_added_tokens_is_refused(json_file):
-    json_file.with_name("tokenizer_config.json").write_text('{"added_tokens_decoder": ["a"]}')
-    with pytest.raises(InputError, match=r"_config.json: added_tokens_decoder must map ids to"):
-        load_tokenizer(str(json_file))
-
-
-def test_a_pad_token_beyond_the_vocabulary_is_left_to_eos(json_file):
-    settings = {"pad_token": "[PAD]", "added_tokens_decoder": {"300": {"content": "[PAD]"}}}
-    json_file.with_name("tokenizer_config.json").write_text(json.dumps(settings))
-    assert load_tokenizer(str(json_file)).pad_id == 1
-
-
-def test_sentencepiece_has_the_end_of_sequence_that_the_files_beside_it_name(model_file, tmp_path):
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(model_file.read_bytes())
-    config = tmp_path / "tokenizer_config.json"
-    config.write_text('{"eos_token": "<pad>"}')
-    assert load_tokenizer(str(path)).eos_id == 0
-    config.write_text('{"eos_token": "<|im_end|>"}')
-    with pytest.raises(InputError, match=r"lacks the end of a sequence '<\|im_end\|>'"):
-        load_tokenizer(str(path))
+    settle(path, eos_token="<pad>")
+    ours, alone = load_tokenizer(str(path)), load_tokenizer(str(model_file))
+    assert (ours.eos_id, alone.eos_id) == (0, 1)
+    assert ours.encode(AWKWARD) == alone.encode(AWKWARD)
 
 
 @pytest.mark.parametrize(("template", "prefix"), [("$A </s>", []), ("<pad> $A </s>", [0])])
@@ -177,21 +139,7 @@ def test_the_prefix_is_what_the_template_puts_before_a_text(json_file, template,
     assert list(load_tokenizer(str(json_file)).prefix) == prefix
 
 
-@pytest.mark.parametrize(
-    ("settings", "prefix"),
-    [
-        ({"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<pad>"}, [0]),
-        ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<pad>", "add_bos_token": False}, []),
-        ({"tokenizer_class": "LlamaTokenizer"}, []),  # <s> is not in the vocabulary.
-        ({"tokenizer_class": "Qwen2Tokenizer", "bos_token": "<pad>"}, []),
-    ],
-)
-def test_a_tokenizer_of_llama_begins_a_text_as_its_settings_say(json_file, settings, prefix):
-    json_file.with_name("tokenizer_config.json").write_text(json.dumps(settings))
-    assert list(load_tokenizer(str(json_file)).prefix) == prefix
-
-
-def test_sentencepiece_begins_a_text_unless_the_settings_say_no(tmp_path):
+def test_sentencepiece_begins_a_text_with_its_bos(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
         model_prefix=str(tmp_path / "own"),
@@ -199,14 +147,6 @@ def test_sentencepiece_begins_a_text_unless_the_settings_say_no(tmp_path):
         minloglevel=2,
     )
     assert list(load_tokenizer(str(tmp_path / "own.model")).prefix) == [1]
-    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert list(load_tokenizer(str(tmp_path / "own.model")).prefix) == []
-
-
-def test_an_end_of_sequence_that_the_vocabulary_lacks_is_named(json_file):
-    json_file.with_name("tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    with pytest.raises(InputError, match=r"tokenizer.json .* \(<\|im_end\|>\)"):
-        load_tokenizer(str(json_file))
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
@@ -214,19 +154,69 @@ def test_a_missing_tokenizer_is_named(tmp_path):
         load_tokenizer(str(tmp_path / "gone.model"))
 
 
-@pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json", "vocabulary.txt"])
-def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("spiece.model", "spiece.model is not a SentencePiece model"),
+        ("tokenizer.json", "transformers cannot read the tokenizer in .*: "),
+        ("own.json", r"own.json is not a tokenizer .* or be tokenizer\.json"),
+    ],
+)
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path, name, problem):
     path = tmp_path / name
     path.write_text("{}")
-    with pytest.raises(InputError, match=f"{name} is not a"):
+    with pytest.raises(InputError, match=problem):
         load_tokenizer(str(path))
 
 
-def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
-    path = tmp_path / "tokenizer.json"
-    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
-    with pytest.raises(InputError, match="no end-of-sequence token"):
-        load_tokenizer(str(path))
+def catastrophic(table):
+    table["pre_tokenizer"] = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+$"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+
+
+def unreadable(table):
+    table["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+
+
+def nested(table):
+    normalizer = {"type": "Lowercase"}
+    for _ in range(300):
+        normalizer = {"type": "Sequence", "normalizers": [normalizer]}
+    table["normalizer"] = normalizer
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (catastrophic, "cannot encode a text: .*retry-limit-in-match over"),
+        (unreadable, "cannot read the tokenizer in .*: .*precompiled_charsmap"),
+        (nested, "cannot read the tokenizer in .*: recursion limit exceeded"),
+    ],
+)
+def test_a_panic_in_the_library_or_deep_nesting_is_one_sentence(json_file, change, problem):
+    table = json.loads(json_file.read_text())
+    change(table)
+    json_file.write_text(json.dumps(table))
+    with pytest.raises(InputError, match=problem) as refused:
+        load_tokenizer(str(json_file)).encode("a" * 40 + "!")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_files_nested_beyond_reason_are_one_sentence(json_file, name):
+    json_file.with_name(name).write_text('{"a":' * 10**5 + "1" + "}" * 10**5)
+    with pytest.raises(InputError, match=r"cannot read the tokenizer in .*recursion depth"):
+        load_tokenizer(str(json_file))
+
+
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(json_file):
+    settle(json_file, pad_token="<pad>")
+    with pytest.raises(InputError, match="no end-of-sequence token: name one as eos_token in its"):
+        load_tokenizer(str(json_file))
 
 
 @pytest.mark.skipif("GALORE_JAX_TEST_DATA" not in os.environ, reason="needs real data")

@@ -1,41 +1,39 @@
 """The chat template of a tokenizer: how a conversation becomes the text that its model reads.
 
-Templates are written in Jinja for Hugging Face's transformers and render here as they do there. A
-template stands in chat_template.jinja or in tokenizer_config.json, next to tokenizer.json.
+Templates are written in Jinja for Hugging Face's transformers, which renders them in a sandbox.
 """
 
-import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from galore_jax.data.packing import Conversation
 from galore_jax.data.tokenizers import (
     CHAT_TEMPLATE,
-    TOKENIZER_CONFIG,
     HuggingFaceTokenizer,
     load_tokenizer,
-    special_tokens,
+    one_sentence,
 )
 from galore_jax.errors import InputError
-from galore_jax.files import read_json
 
 Message = dict[str, str]
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+# What these tags render is put in its place later, so transformers would mark other tokens.
+_ELSEWHERE = re.compile(
+    r"\{%[-+]?\s*(?:macro|filter|call|set\s+\w+\s*[-+]?%\})"
+    r"(?:(?!\{%[-+]?\s*end(?:macro|filter|call|set)).)*?" + _GENERATION.pattern,
+    re.DOTALL,
+)
 # Templates that tell the model a date would otherwise give other tokens to a run that is resumed
 # tomorrow. This is the date on which LLaMA 3's templates fall back.
 _TODAY = datetime(2024, 7, 26)
+_SUBSTITUTES = "".join(f" | replace('%{code}', '{_TODAY:%{code}}')" for code in "aAbBcdHIjmMpSxXyY")
+_DATE = "{% macro strftime_now(format) -%}{{ format" + _SUBSTITUTES + " }}{%- endmacro %}\n"
 
 
 class ChatTemplate:
@@ -48,8 +46,8 @@ class ChatTemplate:
         tokenizer: the path of a tokenizer.json.
 
     Raises:
-        InputError: the tokenizer is of another kind, has no settings or no template, or these are
-            damaged or of another tokenizer.
+        InputError: the tokenizer is of another kind or damaged, or has no template, or one whose
+            answers cannot be located.
     """
 
     def __init__(self, tokenizer: str):
@@ -60,18 +58,23 @@ class ChatTemplate:
                 "tokenizer.json of Hugging Face, which model.checkpoint=FOLDER brings along."
             )
         self._tokenizer, self.eos_id = loaded, loaded.eos_id
-        folder = Path(tokenizer).parent
-        settings = read_json(folder / TOKENIZER_CONFIG)
-        self._special = special_tokens(folder)
-        source, self._name = _find_template(folder, settings)
-        self._marks_answers = _GENERATION.search(source) is not None
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        self._folder = Path(tokenizer).parent
+        source = loaded.pretrained.chat_template
+        if isinstance(source, dict):  # several by name
+            source = source.get("default")
+        if not isinstance(source, str):
             raise InputError(
-                f"{self._name} is not a chat template in Jinja: {error.message} in line "
-                f"{error.lineno}."
-            ) from None
+                f"there is no chat template in {self._folder}: write one into "
+                f"{self._folder / CHAT_TEMPLATE}, or take the tokenizer of the model's variant for "
+                "chats."
+            )
+        if _ELSEWHERE.search(source):
+            raise InputError(
+                f"the chat template in {self._folder} has {{% generation %}} inside of a macro, a "
+                "filter or a call, where the place of the answer in the text is unknown: move it "
+                "out of there."
+            )
+        self._template, self._marks_answers = _DATE + source, bool(_GENERATION.search(source))
 
     def encode(self, messages: Sequence[Message]) -> Conversation:
         """The tokens of a conversation, with those of its answers marked.
@@ -84,14 +87,15 @@ class ChatTemplate:
             InputError: the template refuses the messages, or renders a turn differently when others
                 follow, so that the answers cannot be located.
         """
-        text, answers = self._render(messages)
-        if not self._marks_answers:
-            answers = self._locate(messages, text)
-        tokens, spans = self._tokenizer.encode_spans(text)
-        is_answer = np.zeros(len(tokens), bool)
-        if tokens:
-            starts, ends = np.array(spans).T
-            for start, end in answers:
+        if self._marks_answers:
+            found = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
+            tokens, is_answer = found["input_ids"], np.array(found["assistant_masks"], bool)
+        else:
+            text = self._render(messages)
+            tokens, spans = self._tokenizer.encode_spans(text)
+            is_answer = np.zeros(len(tokens), bool)
+            starts, ends = np.array(spans).reshape(-1, 2).T
+            for start, end in self._locate(messages, text):
                 is_answer |= (ends > start) & (starts < end)
         return Conversation(np.array(tokens, np.int32), is_answer)
 
@@ -101,36 +105,18 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses it.
         """
-        text, _ = self._render([{"role": "user", "content": question}], prompts=True)
-        return self._tokenizer.encode(text)
+        message = {"role": "user", "content": question}
+        return self._tokenizer.encode(self._render([message], add_generation_prompt=True))
 
-    def _render(
-        self, messages: Sequence[Message], prompts: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the characters in it that the template marks as answers."""
-        written: list[str] = []
-        answers: list[tuple[int, str]] = []
-        try:
-            for part in self._template.generate(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=prompts,
-                **self._special,
-                **{_Generation.RECORD: (written, answers)},
-            ):
-                written.append(part)
-        except Exception as error:  # A template can raise whatever Python does.
-            reason = " ".join(str(error).split())
-            raise InputError(f"the chat template refuses the messages: {reason}") from None
-        text = "".join(written)
-        for start, answer in answers:
-            if not text.startswith(answer, start):
-                raise InputError(
-                    f"{self._name} has {{% generation %}} inside of a macro, a filter or a call, "
-                    "where the place of the answer in the text is unknown: move it out of there."
-                )
-        return text, [(start, start + len(answer)) for start, answer in answers]
+    def _render(self, messages: Sequence[Message], **options: Any) -> str:
+        return self._apply(messages, tokenize=False, **options)
+
+    def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
+        # A template can raise whatever Python does.
+        with one_sentence("the chat template refuses the messages"):
+            return self._tokenizer.pretrained.apply_chat_template(
+                list(messages), chat_template=self._template, **options
+            )
 
     def _locate(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         answers = []
@@ -141,86 +127,14 @@ class ChatTemplate:
                         "message 1 is an answer with no message before it: begin with a user's "
                         "message, or remove the conversation."
                     )
-                prompt, _ = self._render(messages[:index], prompts=True)
-                turn, _ = self._render(messages[: index + 1])
+                prompt = self._render(messages[:index], add_generation_prompt=True)
+                turn = self._render(messages[: index + 1])
                 if not (turn.startswith(prompt) and text.startswith(turn)):
                     raise InputError(
-                        f"{self._name} renders message {index + 1} differently when others follow, "
-                        "so that the answer cannot be located: mark answers in the template, "
-                        "{% generation %} before and {% endgeneration %} after them."
+                        f"the chat template in {self._folder} renders message {index + 1} "
+                        "differently when others follow, so that the answer cannot be located: "
+                        "mark answers in the template, {% generation %} before and "
+                        "{% endgeneration %} after them."
                     )
                 answers.append((len(prompt), len(turn)))
         return answers
-
-
-def _find_template(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
-    """The template and the name of its file."""
-    path = folder / CHAT_TEMPLATE
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8"), str(path)
-        except UnicodeDecodeError:
-            raise InputError(f"{path} is not text in UTF-8.") from None
-    source = settings.get("chat_template")
-    if isinstance(source, list):  # Several by name.
-        named = [each for each in source if isinstance(each, dict)]
-        defaults = [each.get("template") for each in named if each.get("name") == "default"]
-        source = defaults[0] if defaults else None
-    if not isinstance(source, str):
-        raise InputError(
-            f"there is no chat template in {folder}: write one into {path}, or take the tokenizer "
-            "of the model's variant for chats."
-        )
-    return source, str(folder / TOKENIZER_CONFIG)
-
-
-class _Generation(Extension):
-    """The tag `generation`: records which characters of the rendered text are inside of it."""
-
-    RECORD = "_written_and_answers"
-    tags = {"generation"}  # noqa: RUF012  (as the base class declares it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_record"), [], [], body).set_lineno(line)
-
-    @jinja2.pass_context
-    def _record(self, context: Context, caller: Callable[[], str]) -> str:
-        text = caller()
-        written, answers = context[self.RECORD]
-        start = sum(map(len, written))
-        answers.append((start, text))
-        return text
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The settings and functions that templates of transformers rely on."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _TODAY.strftime
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """The filter of transformers, whose settings may be given by position."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

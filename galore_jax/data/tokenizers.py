@@ -1,38 +1,21 @@
-"""Text to token ids and back: bytes, SentencePiece, Hugging Face `tokenizers`."""
+"""Text to token ids and back: bytes, SentencePiece, and the tokenizers of transformers."""
 
 import io
 import itertools
+import os
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
-import tokenizers
 
-from galore_jax.errors import InputError
-from galore_jax.files import read_json
+from galore_jax.errors import InputError, check_installed
 
+TOKENIZER, MODEL = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
-_REWRITE = (
-    "have transformers write a tokenizer.json that has it, "
-    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-)
-_EOS_NAMES = (
-    "</s>",
-    "<eos>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "[EOS]",
-    "[SEP]",
-)
-# Classes that put <s> before a text unless `add_bos_token` is false, whatever the post-processor of
-# the file does. So it is in transformers 4, with which models of these classes were published;
-# version 5 goes by the post-processor.
-_ADD_BOS = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
-_PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 
 
 class Tokenizer(Protocol):
@@ -61,27 +44,76 @@ def load_tokenizer(path: str) -> Tokenizer:
     """Loads the tokenizer at `path`.
 
     Args:
-        path: "bytes" for the built-in byte vocabulary, a SentencePiece `*.model`, or a
-            `tokenizer.json` of Hugging Face's `tokenizers` library.
+        path: "bytes" for the built-in byte vocabulary; a SentencePiece `*.model`; or a
+            `tokenizer.json`, or a `tokenizer.model` beside its tokenizer_config.json, of Hugging
+            Face's transformers.
 
     Raises:
         InputError: the file does not exist, is of another kind, or its vocabulary has no eos token.
+        ModuleNotFoundError: transformers is needed, and is not installed.
     """
     if path == "bytes":
         return ByteTokenizer()
-    if not Path(path).is_file():
+    file = Path(path)
+    if not file.is_file():
         raise InputError(
             f"there is no tokenizer at {path}: give a SentencePiece .model, a tokenizer.json or "
             'the word "bytes" (scripts/train_tokenizer.py makes a .model).'
         )
-    if path.endswith(".model"):
+    has_settings = file.with_name(TOKENIZER_CONFIG).is_file()
+    if file.name == TOKENIZER or (file.name == MODEL and has_settings):
+        return HuggingFaceTokenizer(file.parent)
+    if file.suffix == ".model":
         return SentencePieceTokenizer(path)
-    if path.endswith(".json"):
-        return HuggingFaceTokenizer(path)
     raise InputError(
         f"{path} is not a tokenizer that galore_jax can read: its name must end in .model "
-        "(SentencePiece) or .json (tokenizer.json of Hugging Face)."
+        f"(SentencePiece) or be {TOKENIZER} (Hugging Face)."
     )
+
+
+def load_pretrained(folder: Path, kind: str = "PreTrainedTokenizerFast") -> Any:
+    """The tokenizer that a class of transformers makes of the files in a folder.
+
+    It is made of the files alone: nothing is downloaded, and no code in the folder is run.
+
+    Args:
+        folder: a folder of Hugging Face.
+        kind: "PreTrainedTokenizerFast", which takes a tokenizer.json as it is; or "AutoTokenizer",
+            which goes by the config.json too, and by what other files the model's class reads.
+
+    Raises:
+        InputError: there is none, or a file of it is damaged.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    check_installed("transformers")
+    # Otherwise it says at every start that PyTorch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers  # takes seconds
+
+    with one_sentence(f"transformers cannot read the tokenizer in {folder}"):
+        tokenizer = getattr(transformers, kind).from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, model_max_length=2**62
+        )
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer in {folder}, a {type(tokenizer).__name__}, cannot be a tokenizer.json, "
+            "as which it would be read: choose another model."
+        )
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise InputError(f"{folder} has no file with the vocabulary of a tokenizer: add it.")
+    return tokenizer
+
+
+@contextmanager
+def one_sentence(problem: str) -> Iterator[None]:
+    """Turns whatever a library raises for a damaged file into an `InputError` of one sentence."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # A panic in Rust, as of a regular expression, is no Exception.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{problem}: {reason}") from None
 
 
 class ByteTokenizer:
@@ -106,10 +138,7 @@ class ByteTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model file, with the eos that the `special_tokens` beside it name.
-
-    A model without a pad piece pads with eos.
-    """
+    """A SentencePiece model file. A model without a pad piece pads with eos."""
 
     def __init__(self, path: str):
         try:
@@ -118,23 +147,11 @@ class SentencePieceTokenizer:
             raise InputError(f"{path} is not a SentencePiece model.") from error
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
-        named = special_tokens(Path(path).parent)
-        pieces = {self._processor.id_to_piece(piece) for piece in range(self.vocab_size)}
-        _check_added_tokens(path, pieces, named.get("pad_token"))
-        if (eos := named.get("eos_token")) is not None:
-            self.eos_id = self._processor.piece_to_id(eos)
-            if eos not in pieces:
-                raise InputError(
-                    f"{path} lacks the end of a sequence {eos!r}, which the files beside it name: "
-                    f"{_REWRITE}"
-                )
         if self.eos_id < 0:
             raise InputError(f"{path} has no end-of-sequence piece, which training needs.")
-        pad_id = self._processor.pad_id()
+        pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
         self.pad_id: int = self.eos_id if pad_id < 0 else pad_id
-        bos_id = self._processor.bos_id()
-        has_bos = bos_id >= 0 and settings_beside(path).get("add_bos_token", True)
-        self.prefix: Sequence[int] = (bos_id,) if has_bos else ()
+        self.prefix: Sequence[int] = (bos_id,) if bos_id >= 0 else ()
 
     def encode(self, text: str) -> list[int]:
         """The ids of the pieces of `text`."""
@@ -146,70 +163,54 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json`, with the eos and pad tokens of the `special_tokens` beside it.
+    """The tokenizer of a folder of Hugging Face, with the eos and pad tokens that it names.
 
-    Where these name none, they are looked up by their usual names; without a pad token, rows are
-    padded with eos.
+    The class that tokenizer_config.json names is not consulted: some build the tokenizer anew, each
+    version of transformers in its own way, while ids have to stay those of the training.
+
+    Attributes:
+        pretrained: the object of transformers.
     """
 
-    def __init__(self, path: str):
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # The library raises bare exceptions.
+    def __init__(self, folder: Path):
+        self.pretrained = load_pretrained(folder)
+        self._place = f"the tokenizer in {folder}"
+        self._backend = self.pretrained.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        if self.pretrained.eos_token_id is None:
             raise InputError(
-                f"{path} is not a tokenizer.json of the tokenizers library."
-            ) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise InputError(f"{path} has an empty vocabulary.")
-        self.vocab_size: int = max(vocabulary.values()) + 1
-        named = special_tokens(Path(path).parent)
-        _check_added_tokens(path, vocabulary, named.get("pad_token"))
-
-        def find(names: Sequence[str]) -> int | None:
-            return next((vocabulary[name] for name in names if name in vocabulary), None)
-
-        eos_names = [named["eos_token"]] if "eos_token" in named else _EOS_NAMES
-        pad_names = [named["pad_token"]] if "pad_token" in named else _PAD_NAMES
-        eos, pad = find(eos_names), find(pad_names)
-        if eos is None:
-            raise InputError(
-                f"{path} has no end-of-sequence token ({', '.join(eos_names)}): name one as "
-                f"eos_token in a {TOKENIZER_CONFIG} beside it."
+                f"{self._place} has no end-of-sequence token: name one as eos_token in its "
+                f"{TOKENIZER_CONFIG}."
             )
-        self.eos_id: int = eos
-        self.pad_id: int = eos if pad is None else pad
-        settings = settings_beside(path)
-        self.prefix: Sequence[int]
-        if settings.get("tokenizer_class") in _ADD_BOS:
-            adds_bos = settings.get("add_bos_token", True)
-            bos = find([named.get("bos_token", "<s>")] if adds_bos else [])
-            self.prefix = [] if bos is None else [bos]
-        else:
-            encoding = self._tokenizer.encode("a")
-            added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
-            self.prefix = [i for i, _ in itertools.takewhile(lambda pair: pair[1], added)]
+        self.eos_id: int = self.pretrained.eos_token_id
+        pad = self.pretrained.pad_token
+        others = [id for token, id in self.pretrained.get_vocab().items() if token != pad]
+        self.vocab_size: int = max(others) + 1
+        # A model may have no row for a pad token after all others: it stands in no text.
+        has_pad = pad is not None and self.pretrained.pad_token_id < self.vocab_size
+        self.pad_id: int = self.pretrained.pad_token_id if has_pad else self.eos_id
+        encoding = self._encode("a", add_special_tokens=True)
+        added = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        prefix = itertools.takewhile(lambda pair: pair[1], added)
+        self.prefix: Sequence[int] = [token for token, _ in prefix]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without the special tokens that the file's post-processor adds."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The ids of `text`, without the special tokens that the post-processor adds."""
+        return self._encode(text).ids
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `text`, and of each the characters that it stands for: [start, end)."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._backend.decode(ids, skip_special_tokens=True)
 
-
-def settings_beside(path: str | Path) -> dict[str, Any]:
-    """The tokenizer_config.json beside a tokenizer."""
-    settings = Path(path).with_name(TOKENIZER_CONFIG)
-    return read_json(settings) if settings.is_file() else {}
+    def _encode(self, text: str, add_special_tokens: bool = False) -> Any:
+        with one_sentence(f"{self._place} cannot encode a text"):
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
 
 def tokenizer_files(path: str) -> list[Path]:
@@ -218,44 +219,6 @@ def tokenizer_files(path: str) -> list[Path]:
         return []
     names = (Path(path).name, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE)
     return [file for file in map(Path(path).with_name, names) if file.is_file()]
-
-
-def _check_added_tokens(path: str, vocabulary: Container[str], pad: str | None) -> None:
-    """Checks that a tokenizer has the tokens that the files beside it add.
-
-    The pad token may be missing: it stands in no text.
-    """
-    file = Path(path).with_name(ADDED_TOKENS)
-    tokens = [*read_json(file)] if file.is_file() else []
-    added = settings_beside(path).get("added_tokens_decoder") or {}
-    if not isinstance(added, dict):
-        raise InputError(
-            f"{file.with_name(TOKENIZER_CONFIG)}: added_tokens_decoder must map ids to tokens."
-        )
-    for token in added.values():
-        tokens.append(str(token.get("content") if isinstance(token, dict) else token))
-    lacking = [token for token in tokens if token not in vocabulary and token != pad]
-    if lacking:
-        raise InputError(f"{path} lacks {lacking[0]!r}, which the files beside it add: {_REWRITE}")
-
-
-def special_tokens(folder: Path) -> dict[str, str]:
-    """The special tokens of a tokenizer of Hugging Face, as in {"eos_token": "</s>"}.
-
-    They stand in tokenizer_config.json. Older folders, in which that has no
-    `added_tokens_decoder`, may have others in special_tokens_map.json, which take precedence, as in
-    transformers.
-    """
-    settings = {}
-    for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS):
-        if (folder / name).is_file() and "added_tokens_decoder" not in settings:
-            settings |= read_json(folder / name)
-    tokens = {}
-    for name, value in settings.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            tokens[name] = text
-    return tokens
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:

@@ -1,23 +1,22 @@
 """The files of a tokenizer in a folder of Hugging Face."""
 
 import shutil
-import warnings
 from pathlib import Path
-
-import tokenizers
 
 from galore_jax.data.tokenizers import (
     ADDED_TOKENS,
     CHAT_TEMPLATE,
+    MODEL,
     SPECIAL_TOKENS,
+    TOKENIZER,
     TOKENIZER_CONFIG,
     Tokenizer,
+    load_pretrained,
 )
 from galore_jax.files import atomic_write, write_json
-from galore_jax.interop.unigram import unigram_tokenizer
 
 # Where there are both, the first has the added tokens too.
-_TOKENIZERS = _JSON, _MODEL = ("tokenizer.json", "tokenizer.model")
+_TOKENIZERS = (TOKENIZER, MODEL)
 # What transformers and other programs read beside them.
 _BESIDE = (
     *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
@@ -27,7 +26,7 @@ _TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 def find_tokenizer(folder: Path) -> Path | None:
-    """The tokenizer in a folder, of Hugging Face's tokenizers or SentencePiece, if there is one."""
+    """The tokenizer in a folder, of transformers or SentencePiece, if there is one."""
     return next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
 
 
@@ -47,7 +46,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if source.is_dir():
         files |= {name: source / name for name in _TOKENIZERS}
     else:
-        files[f"tokenizer{source.suffix}"] = source
+        files[MODEL] = source
     for name, file in files.items():
         if file.is_file():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -56,30 +55,25 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes what a tokenizer that came as a single file needs to be read alike by transformers.
+    """Writes what a SentencePiece model that came alone needs to be read alike by transformers.
 
-    Without a tokenizer_config.json transformers would take the defaults of the model's type, such
-    as LLaMA's `<s>` before each text. A unigram model of SentencePiece becomes a tokenizer.json; a
-    warning says that one of another kind stays as it is.
+    That is a tokenizer.json, in which the names of special tokens in a text are special, as usual
+    there; and a tokenizer_config.json, without which transformers would take the defaults of the
+    model's type, such as LLaMA's `<s>` before each text.
 
     Args:
-      folder: the folder with the copied files.
-      tokenizer: what they are a copy of.
+      folder: the folder with the copied file.
+      tokenizer: what it is a copy of.
+
+    Raises:
+      InputError: transformers cannot convert a model of this kind.
     """
     if (folder / TOKENIZER_CONFIG).is_file():
         return
-    if not (folder / _JSON).is_file():
-        converted = unigram_tokenizer(folder / _MODEL)
-        if converted is None:
-            warnings.warn(
-                f"{folder / _MODEL} stays as it is, and transformers reads it with the settings of "
-                f"LLaMA: if the model has others, write a {TOKENIZER_CONFIG} beside it.",
-                stacklevel=2,
-            )
-            return
-        with atomic_write(folder / _JSON) as path:
-            converted.save(str(path))
-    name_of = tokenizers.Tokenizer.from_file(str(folder / _JSON)).id_to_token
+    converted = load_pretrained(folder)
+    with atomic_write(folder / TOKENIZER) as path:
+        converted.backend_tokenizer.save(str(path))
+    name_of = converted.convert_ids_to_tokens
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
