@@ -161,7 +161,9 @@ def read_summary(run: RunFolder) -> Summary:
     try:
         values: dict[str, Any] = json.loads(run.summary.read_bytes())
         names = [field.name for field in dataclasses.fields(Summary)]
-        found = {name: math.nan if values[name] is None else values[name] for name in names}
+        found: dict[str, Any] = {
+            name: math.nan if values[name] is None else values[name] for name in names
+        }
         return Summary(**found)
     except (ValueError, TypeError, KeyError):
         raise InputError(
