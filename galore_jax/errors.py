@@ -18,7 +18,7 @@ _UNUSABLE = (
 _EXTRAS = {
     "train": (
         *("flax", "orbax", "tensorflow_datasets", "array_record", "grain"),
-        *("sentencepiece", "tqdm"),
+        *("sentencepiece", "tqdm", "pydantic"),
     ),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboardX",),

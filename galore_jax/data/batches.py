@@ -9,15 +9,17 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import grain
 import numpy as np
+from pydantic import Field, PositiveInt
 
 from galore_jax.data.packing import NO_TARGET, FittedRows, PackedRows, Rows, pack
 from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer, tokenizer_files
-from galore_jax.errors import InputError, require, require_choice
+from galore_jax.errors import InputError
+from galore_jax.settings import checked
 
 if TYPE_CHECKING:
     from galore_jax.data.conversations import Conversations
@@ -30,6 +32,7 @@ _DOCUMENTS_SUMMED = 1000
 Report = Callable[[str], object]
 
 
+@checked("data")
 @dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from and how it becomes batches.
@@ -55,30 +58,18 @@ class DataConfig:
 
     source: str = "python"
     tokenizer: str = "bytes"
-    rows: str = "packed"
-    held_out: int | float = 0.05
-    sequence_length: int = 256
-    batch_size: int = 512
-    seed: int = 42
+    rows: Literal["packed", "documents", "conversations"] = "packed"
+    held_out: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 0.05
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    batch_size: PositiveInt = 512
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
 
     def __post_init__(self):
-        require_choice("data.rows", self.rows, ("packed", "documents", "conversations"))
         if self.rows == "conversations" and self.source == "python":
             raise InputError(
                 'data.rows = "conversations" needs data.source, a JSONL file of conversations or a '
                 "folder with train.jsonl and validation.jsonl."
             )
-        is_number = isinstance(self.held_out, int) and self.held_out >= 1
-        holds = is_number or 0 < self.held_out < 1
-        require("data.held_out", self.held_out, holds, "1 or more, or a fraction between 0 and 1")
-        if self.sequence_length < 2:
-            raise InputError(
-                f"data.sequence_length is {self.sequence_length}: it must be at least 2."
-            )
-        if self.batch_size < 1:
-            raise InputError(f"data.batch_size is {self.batch_size}: it must be at least 1.")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"data.seed is {self.seed}: it must be between 0 and {2**32 - 1}.")
 
 
 def documents(config: DataConfig, split: str) -> Sequence[str]:

@@ -4,13 +4,14 @@ The configuration covers the models that differ from it in details: LLaMA 3, Mis
 """
 
 import dataclasses
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from pydantic import Field, PositiveFloat
 
-from galore_jax.errors import InputError, require_choice
+from galore_jax.errors import InputError
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.dense import Dense, matmul
 from galore_jax.models.layers import (
@@ -24,8 +25,12 @@ from galore_jax.models.layers import (
     rms_norm,
     rotation_at,
 )
+from galore_jax.settings import checked
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
+@checked("model")
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and numerical settings of a LLaMA.
@@ -63,38 +68,30 @@ class LlamaConfig:
         is not supported.
     """
 
-    vocab_size: int = 32000
-    hidden_size: int = 512
-    intermediate_size: int = 1376
-    num_layers: int = 8
-    num_heads: int = 8
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    attention_bias: str = ""
+    vocab_size: Size = 32000
+    hidden_size: Size = 512
+    intermediate_size: Size = 1376
+    num_layers: Size = 8
+    num_heads: Size = 8
+    num_kv_heads: Size | None = None
+    head_dim: Size | None = None
+    attention_bias: Literal["", "qkv", "qkvo"] = ""
     qk_norm: bool = False
-    sliding_window: int | None = None
+    sliding_window: Size | None = None
     tie_embeddings: bool = False
-    max_length: int = 1024
-    rope_theta: float = 10000.0
-    rope_factor: float = 1.0
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_length: int = 8192
-    norm_epsilon: float = 1e-6
-    initializer_range: float = 0.02
-    dtype: str = "float32"
+    max_length: Size = 1024
+    rope_theta: PositiveFloat = 10000.0
+    rope_factor: PositiveFloat = 1.0
+    rope_low_freq_factor: PositiveFloat = 1.0
+    rope_high_freq_factor: PositiveFloat = 4.0
+    rope_original_length: Size = 8192
+    norm_epsilon: PositiveFloat = 1e-6
+    initializer_range: PositiveFloat = 0.02
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
     checkpoint: str = ""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if is_number and not value > 0:
-                raise InputError(f"model.{field.name} is {value}: it must be positive.")
-            if isinstance(value, int) and value >= 2**31:
-                raise InputError(f"model.{field.name} is {value}: it must be below {2**31}.")
-        require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise InputError(
                 f"model.num_heads {self.num_heads} does not divide model.hidden_size "
@@ -110,10 +107,6 @@ class LlamaConfig:
             raise InputError(
                 f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads "
                 f"{self.num_heads}: choose a divisor."
-            )
-        if self.attention_bias not in ("", "qkv", "qkvo"):
-            raise InputError(
-                f'model.attention_bias is "{self.attention_bias}": choose "", "qkv" or "qkvo".'
             )
         if not self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise InputError(

@@ -9,20 +9,21 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from galore_jax.data.batches import DataConfig
-from galore_jax.errors import InputError, require, require_choice
+from galore_jax.errors import InputError, require
 from galore_jax.grads.layerwise import ClipBy
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.ops.implementation import IMPLEMENTATIONS
-from galore_jax.optim.galore import BASIS_DTYPES, galore
+from galore_jax.ops.implementation import Implementation
+from galore_jax.optim.galore import galore
+from galore_jax.settings import checked
 from galore_jax.training.mesh import MeshConfig
 
-OPTIMIZERS = (
+Optimizer = Literal[
     "adamw",
     "adamw8bit",
     "galore_adamw",
@@ -37,9 +38,12 @@ OPTIMIZERS = (
     "lora",
     "relora",
     "lowrank",
-)
+]
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 # They use more of a gradient than its coordinates.
 NEED_FULL_GRADIENTS = ("galore_fira", "apollo")
+# Below 1 in float32 too: with a decay of 1, bias corrections divide by 0.
+Decay = Annotated[float, Field(ge=0, lt=1 - 2**-25)]
 
 
 def check_grid(name: str, rates: Iterable[float]) -> None:
@@ -59,6 +63,7 @@ def naming_settings() -> Iterator[None]:
         raise InputError(f"optimizer.{str(error).removeprefix('galore: ')}") from None
 
 
+@checked("optimizer")
 @dataclass(frozen=True)
 class OptimizerConfig:
     """`[optimizer]`: the optimizer and its learning-rate schedule.
@@ -121,20 +126,20 @@ class OptimizerConfig:
       InputError: a value out of range, or settings that exclude each other.
     """
 
-    name: str = "galore_adamw"
-    learning_rate: float = 0.01
-    matrix_rate: float = 1.0
-    warmup_steps: int = 1000
-    floor: float = 0.1
-    b1: float = 0.9
-    b2: float | None = None
-    eps: float = 1e-6
-    momentum: float = 0.95
-    weight_decay: float = 0.0
-    gradients: str | None = None
-    clip_norm: float = 0.0
-    clip_norm_of: str = "coordinates"
-    clip_by: str = "first_pass"
+    name: Optimizer = "galore_adamw"
+    learning_rate: PositiveFloat = 0.01
+    matrix_rate: PositiveFloat = 1.0
+    warmup_steps: NonNegativeInt = 1000
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    b1: Decay = 0.9
+    b2: Decay | None = None
+    eps: PositiveFloat = 1e-6
+    momentum: Decay = 0.95
+    weight_decay: NonNegativeFloat = 0.0
+    gradients: Literal["projected", "full"] | None = None
+    clip_norm: NonNegativeFloat = 0.0
+    clip_norm_of: Literal["coordinates", "gradients"] = "coordinates"
+    clip_by: ClipBy = "first_pass"
     rank: int | float = 128
     update_proj_gap: int = 200
     scale: float | None = None
@@ -144,34 +149,13 @@ class OptimizerConfig:
     stagger: bool = False
     lazy_overlap: float | None = None
     max_gap: int | None = None
-    basis_dtype: str = "float32"
-    alpha: float = 32.0
-    dropout: float = 0.05
-    implementation: str = "xla"
+    basis_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    implementation: Implementation = "xla"
     stochastic_rounding: bool = True
 
     def __post_init__(self):
-        basis_dtypes = [dtype.name for dtype in BASIS_DTYPES]
-        require_choice("optimizer.name", self.name, OPTIMIZERS)
-        if self.gradients is not None:
-            require_choice("optimizer.gradients", self.gradients, ("projected", "full"))
-        require_choice("optimizer.clip_norm_of", self.clip_norm_of, ("coordinates", "gradients"))
-        require_choice("optimizer.clip_by", self.clip_by, get_args(ClipBy))
-        require_choice("optimizer.basis_dtype", self.basis_dtype, basis_dtypes)
-        require_choice("optimizer.implementation", self.implementation, IMPLEMENTATIONS)
-        for name in ("learning_rate", "matrix_rate", "eps", "alpha"):
-            value = getattr(self, name)
-            require(f"optimizer.{name}", value, value > 0, "positive")
-        for name in ("warmup_steps", "weight_decay", "clip_norm"):
-            value = getattr(self, name)
-            require(f"optimizer.{name}", value, value >= 0, "0 or more")
-        for name in ("b1", "b2", "momentum"):
-            value = getattr(self, name)
-            # The nearest float32 counts: with a decay of 1, bias corrections divide by 0.
-            holds = value is None or 0 <= float(np.float32(value)) < 1
-            require(f"optimizer.{name}", value, holds, "at least 0 and below 1 in float32")
-        require("optimizer.dropout", self.dropout, 0 <= self.dropout < 1, "from 0 to below 1")
-        require("optimizer.floor", self.floor, 0 <= self.floor <= 1, "between 0 and 1")
         with naming_settings():
             galore(**self.galore_settings)
         if self.gradients == "projected" and self.name in NEED_FULL_GRADIENTS:
@@ -243,6 +227,7 @@ class OptimizerConfig:
         return self.clip_norm > 0 and self.has_galore and not clips_gradients
 
 
+@checked("training")
 @dataclass(frozen=True)
 class TrainingConfig:
     """`[training]`: the length of the run, evaluation, checkpoints and output.
@@ -270,30 +255,21 @@ class TrainingConfig:
       InputError: a value out of range, or settings that exclude each other.
     """
 
-    steps: int = 10_000
-    seed: int = 0
-    accumulation: int = 1
+    steps: Annotated[int, Field(ge=1, lt=2**31)] = 10_000
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    accumulation: PositiveInt = 1
     layerwise: bool = False
-    evaluate_every: int = 1000
-    evaluation_tokens: int = 0
-    reference_batch_size: int = 0
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    folder: str = "runs/run"
+    evaluate_every: NonNegativeInt = 1000
+    evaluation_tokens: NonNegativeInt = 0
+    reference_batch_size: NonNegativeInt = 0
+    checkpoint_every: NonNegativeInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    log_every: PositiveInt = 10
+    folder: Annotated[str, Field(min_length=1)] = "runs/run"
     diagnostics: bool = False
     tensorboard: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):
-            value = getattr(self, name)
-            require(f"training.{name}", value, value >= 1, "at least 1")
-        require("training.steps", self.steps, self.steps < 2**31, "below 2147483648")
-        counts = "evaluate_every", "evaluation_tokens", "reference_batch_size", "checkpoint_every"
-        for name in counts:
-            value = getattr(self, name)
-            require(f"training.{name}", value, value >= 0, "0 or more")
-        require("training.seed", self.seed, 0 <= self.seed < 2**32, "between 0 and 4294967295")
         if self.layerwise and self.diagnostics:
             raise InputError(
                 "training.diagnostics compares full gradients, which training.layerwise never "
@@ -305,9 +281,9 @@ class TrainingConfig:
                 "training.accumulation = 1, or training.layerwise = false, which accumulates "
                 "coordinates."
             )
-        require("training.folder", repr(self.folder), bool(self.folder), "the name of a folder")
 
 
+@checked("")
 @dataclass(frozen=True)
 class Config:
     """The configuration of a run, one attribute for each section of the file.

@@ -16,17 +16,15 @@ none, so the first line of this example is complete:
     matrix_rate = 0.5
 """
 
+import contextlib
 import dataclasses
-import math
+import json
 import re
 import tomllib
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from galore_jax.errors import InputError, suggestion
 from galore_jax.models.llama import LlamaConfig
@@ -41,13 +39,11 @@ COMPARED = ("adamw", "muon", "galore_adamw")
 _LABEL = re.compile(r"\w[\w .+=-]*")
 # The settings of a model that `to_toml` writes whatever their values.
 _ALWAYS_WRITTEN = {
-    field.name for field in dataclasses.fields(LlamaConfig) if field.default is not None
+    f"model.{field.name}" for field in dataclasses.fields(LlamaConfig) if field.default is not None
 }
-
-# The range of normal float32 numbers: devices flush smaller ones to 0.
-_SMALLEST, _LARGEST = (
-    float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max)
-)
+_GONE = "no longer a setting: leave it out"
+# Settings of files that were written before, and what they are now.
+_MOVED = {"training.bigram": _GONE, "mesh.axes": _GONE}
 
 
 def load_config(
@@ -55,8 +51,7 @@ def load_config(
 ) -> AnyConfig:
     """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
 
-    A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes, and
-    neither does text that would be another value, as in `training.folder=2026`.
+    A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
     `training.folder` defaults to `runs/<name of the file>`. The configuration is of the dataclass
     `kind`, whose attributes are the sections. For a `Config`, `model.checkpoint` stands for all
     that the folder determines, the settings of the model and the tokenizer. As an override it takes
@@ -69,7 +64,7 @@ def load_config(
     """
     table = _read(path)
     table.pop(COMPARE, None)
-    return _config(path, table, overrides, kind)
+    return from_dict(_complete(path, table, overrides, kind), kind)
 
 
 def load_comparison(
@@ -96,7 +91,10 @@ def load_comparison(
     """
     table = _read(path)
     tables = table.pop(COMPARE, {})
-    base = to_dict(_config(path, table, overrides, kind))
+    if not isinstance(tables, Mapping):
+        raise InputError(f"{COMPARE} is a table: write [{COMPARE}.LABEL] for each optimizer.")
+    base = _complete(path, table, overrides, kind)
+    from_dict(base, kind)  # what is wrong with it is not due to a table
     configs, own = {}, []
     for label in names or tables or COMPARED:
         if label not in tables and label not in OPTIMIZERS:
@@ -110,15 +108,14 @@ def load_comparison(
                 f"[{COMPARE}.{label}] is not an optimizer to compare: write [{COMPARE}.LABEL] with "
                 "letters, digits, spaces and . + = - in the label, then settings of [optimizer]."
             )
-        optimizer = {"name": label, **settings}
-        own.append(set(optimizer))
+        optimizer = {"optimizer": {"name": label, **settings}}
+        own.append(set(_flat(optimizer)))
         try:
-            configs[label] = from_dict(base | {"optimizer": base["optimizer"] | optimizer}, kind)
+            configs[label] = from_dict(_merged(base, optimizer), kind)
         except InputError as error:
             raise InputError(f"[{COMPARE}.{label}]: {error}") from None
     for override in overrides:
-        section, key, _ = _parse_override(override, kind)
-        if section == "optimizer" and key in set.intersection(*own):
+        for key in set.intersection(*own) & set(_flat(_parsed(override))):
             raise InputError(
                 f"{override} has no effect: each optimizer that is compared has its own {key}, by "
                 f"its table [{COMPARE}.LABEL] in {path}."
@@ -126,86 +123,16 @@ def load_comparison(
     return configs
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        others = [other.name for other in path.parent.glob("*.toml")]
-        raise InputError(f"there is no file {path}{suggestion(path.name, others)}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give the TOML file of a configuration.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, or a number of 5,000 digits
-        raise InputError(f"{path} is not a TOML file: {error}.") from None
-    if not isinstance(table.get(COMPARE, {}), Mapping):
-        raise InputError(f"{COMPARE} is a table: write [{COMPARE}.LABEL] for each optimizer.")
-    return table
-
-
-def _config(
-    path: str | Path, table: dict[str, Any], overrides: Sequence[str], kind: type[AnyConfig]
-) -> AnyConfig:
-    for section in table:
-        _check_section(section, table[section], kind)
-    parsed = [_parse_override(override, kind) for override in overrides]
-    if kind is Config:
-        _add_checkpoint(table, parsed)
-    for section, key, value in parsed:
-        table.setdefault(section, {})[key] = value
-    table.setdefault("training", {}).setdefault("folder", f"runs/{Path(path).stem}")
-    return from_dict(table, kind)
-
-
-def _add_checkpoint(table: dict[str, Any], overrides: Sequence[tuple[str, str, Any]]) -> None:
-    """Adds what the folder of `model.checkpoint` determines to the settings of a file."""
-    given = [value for *name, value in overrides if name == ["model", "checkpoint"]]
-    in_file = table.get("model", {})
-    folder = given[-1] if given else in_file.get("checkpoint")
-    # The file of a run leaves out nothing, and the folder may be gone.
-    is_complete = not given and set(in_file) >= _ALWAYS_WRITTEN
-    if not isinstance(folder, str) or not folder or is_complete:
-        return
-    settings = _settings_of_checkpoint(folder)
-    named = [settings["data"], dict(name[1:] for name in overrides if name[0] == "data")]
-    if not given:  # Otherwise the file's is that of another model.
-        named.append(table.get("data", {}))
-    if not any("tokenizer" in keys for keys in named):
-        raise InputError(
-            f"{folder} has no tokenizer.json or tokenizer.model: give the tokenizer of this model "
-            "as data.tokenizer, or have transformers write it, "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-        )
-    for section, values in settings.items():
-        written = table.get(section, {})
-        table[section] = {**written, **values} if given else {**values, **written}
-
-
-def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
-    """By section, the settings that a model of Hugging Face's transformers determines."""
-    from galore_jax.interop.config_json import read_config  # needs an extra of its own
-    from galore_jax.interop.tokenizer_files import find_tokenizer
-
-    model = dataclasses.asdict(read_config(Path(folder)))
-    for key in ("remat", "checkpoint"):
-        del model[key]
-    tokenizer = find_tokenizer(Path(folder))
-    return {"model": model, "data": {} if tokenizer is None else {"tokenizer": str(tokenizer)}}
-
-
 def from_dict(table: Mapping[str, Any], kind: type[AnyConfig] = Config) -> AnyConfig:
-    """Builds a configuration from `{section: {key: value}}`, as read from TOML or JSON.
+    """Builds a configuration from nested tables, as read from TOML or JSON.
 
     Raises:
       InputError: a section or key is unknown, or a value has the wrong type or is out of range.
     """
-    kinds = typing.get_type_hints(kind)
-    sections = {}
-    for section, values in table.items():
-        _check_section(section, values, kind)
-        sections[section] = _build(section, kinds[section], values)
-    return kind(**sections)
+    for name in _flat(table):
+        if name in _MOVED:
+            raise InputError(f"{name} is {_MOVED[name]}.")
+    return _build(table, kind)
 
 
 def to_dict(config: Any) -> dict[str, dict[str, Any]]:
@@ -225,90 +152,106 @@ def to_toml(config: Any) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """`{"section.key": (old, new)}` for each key in which two results of `to_dict` differ."""
-    changed = {}
-    for section in dict.fromkeys([*old, *new]):
-        before, after = old.get(section, {}), new.get(section, {})
-        for key in dict.fromkeys([*before, *after]):
-            if before.get(key) != after.get(key):
-                changed[f"{section}.{key}"] = (before.get(key), after.get(key))
-    return changed
+    before, after = _flat(old), _flat(new)
+    pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
+    return {key: (one, other) for key, (one, other) in pairs.items() if one != other}
 
 
-def _check_section(section: str, values: Any, kind: Any) -> None:
-    sections = [field.name for field in dataclasses.fields(kind)]
-    if section not in sections:
-        raise InputError(f"there is no section [{section}]{suggestion(section, sections)}")
-    if not isinstance(values, Mapping):
-        raise InputError(f"{section} is a section: write [{section}], then a line for each key.")
+def _read(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        others = [other.name for other in path.parent.glob("*.toml")]
+        raise InputError(f"there is no file {path}{suggestion(path.name, others)}") from None
+    except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, or a number of 5,000 digits
+        raise InputError(f"{path} is not a TOML file: {error}.") from None
 
 
-def _parse_override(override: str, kind: type) -> tuple[str, str, Any]:
+def _complete(
+    path: str | Path, table: dict[str, Any], overrides: Sequence[str], kind: type
+) -> dict[str, Any]:
+    """The file with its overrides, the settings of its checkpoint, and its folder."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        given = _merged(given, _parsed(override))
+    if kind is Config:
+        table = _with_checkpoint(table, given)
+    folder = {"training": {"folder": f"runs/{Path(path).stem}"}}
+    return _merged(_merged(folder, table), given)
+
+
+def _with_checkpoint(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file with those that the folder of `model.checkpoint` determines."""
+    in_file, given = _flat(table), _flat(overrides)
+    is_given = "model.checkpoint" in given
+    folder = (given if is_given else in_file).get("model.checkpoint")
+    # The file of a run leaves out nothing, and the folder may be gone.
+    is_complete = not is_given and set(in_file) >= _ALWAYS_WRITTEN
+    if not isinstance(folder, str) or not folder or is_complete:
+        return table
+    settings = _settings_of_checkpoint(folder)
+    # The tokenizer of the file is that of another model if the checkpoint is not the file's.
+    named = {**_flat(settings), **given, **({} if is_given else in_file)}
+    if "data.tokenizer" not in named:
+        raise InputError(
+            f"{folder} has no tokenizer.json or tokenizer.model: give the tokenizer of this model "
+            "as data.tokenizer, or have transformers write it, "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+        )
+    return _merged(table, settings) if is_given else _merged(settings, table)
+
+
+def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
+    """By section, the settings that a model of Hugging Face's transformers determines."""
+    from galore_jax.interop.config_json import read_config  # needs an extra of its own
+    from galore_jax.interop.tokenizer_files import find_tokenizer
+
+    model = dataclasses.asdict(read_config(Path(folder)))
+    for key in ("remat", "checkpoint"):
+        del model[key]
+    tokenizer = find_tokenizer(Path(folder))
+    return {"model": model, "data": {} if tokenizer is None else {"tokenizer": str(tokenizer)}}
+
+
+def _parsed(override: str) -> dict[str, Any]:
+    """The nested tables of `section.key=value`."""
     name, equals, text = override.partition("=")
-    section, dot, key = name.strip().partition(".")
-    if not (equals and dot and section and key):
-        raise InputError(
-            f"{override!r} is not an override: write section.key=value, as in training.steps=100."
-        )
-    _check_section(section, {}, kind)
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text
-    is_text = typing.get_type_hints(typing.get_type_hints(kind)[section]).get(key) is str
-    return section, key, text if is_text and not isinstance(value, str) else value
+    for value in (text, _toml(text)):
+        with contextlib.suppress(ValueError, RecursionError):
+            if equals:
+                return tomllib.loads(f"{name} = {value}")
+    raise InputError(
+        f"{override!r} is not an override: write section.key=value, as in training.steps=100."
+    )
 
 
-def _build(section: str, kind: type, values: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    names = [field.name for field in dataclasses.fields(kind)]
-    checked = {}
-    for key, value in values.items():
-        if key not in names:
-            raise InputError(f"{section}.{key} is unknown{suggestion(key, names)}")
-        checked[key] = _checked(f"{section}.{key}", value, hints[key])
-    return kind(**checked)
+def _build(table: Mapping[str, Any], kind: Any) -> Any:
+    kinds, values = typing.get_type_hints(kind), dict(table)
+    for name, value in table.items():
+        if dataclasses.is_dataclass(kinds.get(name)):
+            if not isinstance(value, Mapping):
+                raise InputError(f"{name} is a table: write [{name}], then a line for each key.")
+            values[name] = _build(value, kinds[name])
+    return kind(**values)
 
 
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(value) in choices or (value is None and types.NoneType in choices):
-        number = value
-    elif float in choices and type(value) is int:
-        number = float(value) if abs(value) <= _LARGEST else math.inf
-    else:
-        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        if float in choices:
-            del words[int]
-        wanted = " or ".join(words[choice] for choice in choices if choice in words)
-        raise InputError(f"{name} must be {wanted}, not {value!r}.")
-    if isinstance(number, float) and not math.isfinite(number):
-        raise InputError(f"{name} must be finite, not {number}.")
-    if isinstance(number, float) and number and not _SMALLEST <= abs(number) <= _LARGEST:
-        raise InputError(
-            f"{name} is {number}: it must be 0 or between {_SMALLEST:.2g} and {_LARGEST:.2g} in "
-            "size, as the training computes in float32."
-        )
-    if isinstance(number, str) and not _is_writable(number):
-        raise InputError(f"{name} must be text in UTF-8 without a null character, not {number!a}.")
-    return number
+def _merged(table: Any, other: Any) -> Any:
+    """Nested tables with the values of another one in addition, or in place of their own."""
+    if not isinstance(table, Mapping) or not isinstance(other, Mapping):
+        return other
+    return {**table, **{key: _merged(table.get(key), value) for key, value in other.items()}}
 
 
-def _is_writable(text: str) -> bool:
-    """Whether a file can contain the text, and have it as its name.
-
-    Arguments of the command line may hold bytes that are not UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in text
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted names."""
+    flat = {}
+    for key, value in table.items():
+        is_table = isinstance(value, Mapping)
+        flat |= _flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return flat
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in quoted) + '"'
-    return repr(value)
+    """A value of TOML, which are those of JSON, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,13 +1,18 @@
 """The configuration of a fine-tuning on GLUE, in the sections of its TOML file."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
 
 from galore_jax.data.glue import TASKS
-from galore_jax.errors import InputError, require, require_choice
+from galore_jax.errors import InputError, require_choice
+from galore_jax.settings import checked
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.mesh import MeshConfig
 
 
+@checked("model")
 @dataclass(frozen=True)
 class CheckpointConfig:
     """`[model]`: the encoder to start from.
@@ -19,13 +24,10 @@ class CheckpointConfig:
       InputError: none is given.
     """
 
-    checkpoint: str = ""
-
-    def __post_init__(self):
-        holds = bool(self.checkpoint)
-        require("model.checkpoint", repr(self.checkpoint), holds, "a Hugging Face folder")
+    checkpoint: Annotated[str, Field(min_length=1)] = ""
 
 
+@checked("data")
 @dataclass(frozen=True)
 class GlueConfig:
     """`[data]`: the task and its rows of tokens.
@@ -43,16 +45,14 @@ class GlueConfig:
 
     task: str = "rte"
     source: str = "tfds"
-    sequence_length: int = 128
-    batch_size: int = 16
+    sequence_length: PositiveInt = 128
+    batch_size: PositiveInt = 16
 
     def __post_init__(self):
         require_choice("data.task", self.task, TASKS)
-        for name in ("sequence_length", "batch_size"):
-            value = getattr(self, name)
-            require(f"data.{name}", value, value >= 1, "at least 1")
 
 
+@checked("training")
 @dataclass(frozen=True)
 class EpochsConfig:
     """`[training]`: how long, how often, and where the results go.
@@ -68,18 +68,13 @@ class EpochsConfig:
       InputError: a value out of range.
     """
 
-    epochs: int = 30
-    seeds: int = 5
+    epochs: PositiveInt = 30
+    seeds: PositiveInt = 5
     predict: bool = False
-    folder: str = "runs/glue"
-
-    def __post_init__(self):
-        for name in ("epochs", "seeds"):
-            value = getattr(self, name)
-            require(f"training.{name}", value, value >= 1, "at least 1")
-        require("training.folder", repr(self.folder), bool(self.folder), "the name of a folder")
+    folder: Annotated[str, Field(min_length=1)] = "runs/glue"
 
 
+@checked("")
 @dataclass(frozen=True)
 class FinetuneConfig:
     """The configuration, one attribute for each section of the file.

@@ -3,16 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh
+from pydantic import PositiveInt
 
-from galore_jax.errors import InputError, require
+from galore_jax.errors import InputError
+from galore_jax.settings import checked
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+Size = Literal[-1] | PositiveInt
 
 
+@checked("mesh")
 @dataclass(frozen=True)
 class MeshConfig:
     """`[mesh]`: the devices of all processes, as a grid of data × fsdp × tensor.
@@ -32,15 +36,12 @@ class MeshConfig:
       InputError: a value out of range, or more than one -1.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Size = -1
+    fsdp: Size = 1
+    tensor: Size = 1
     shard_moments: bool = False
 
     def __post_init__(self):
-        for name in AXES:
-            value = getattr(self, name)
-            require(f"mesh.{name}", value, value == -1 or value >= 1, "at least 1, or -1")
         if [self.data, self.fsdp, self.tensor].count(-1) > 1:
             free = [f"mesh.{name}" for name in AXES if getattr(self, name) == -1]
             raise InputError(

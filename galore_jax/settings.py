@@ -1,0 +1,64 @@
+"""Dataclasses whose fields are the settings of a section of a configuration file.
+
+pydantic checks each value against the type of its field, `Annotated` with a range or a `Literal`
+with the choices. What is wrong ends in one sentence.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from typing import Any, TypeVar
+
+import pydantic.dataclasses
+from pydantic import ConfigDict, ValidationError
+
+from galore_jax.errors import InputError, suggestion
+
+AnyClass = TypeVar("AnyClass", bound=type)
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def checked(section: str) -> Callable[[AnyClass], AnyClass]:
+    """A decorator of a frozen dataclass: its values are checked when one is made.
+
+    Whole numbers are accepted for others, but no number for text or a boolean. Making one raises an
+    `InputError` for an unknown name, with the nearest that there are; for a value of another type,
+    out of range or not finite; and what its `__post_init__` raises.
+
+    Args:
+      section: its name in front of the settings in messages, as in `optimizer.learning_rate`.
+    """
+
+    def decorate(kind: AnyClass) -> AnyClass:
+        result: Any = pydantic.dataclasses.dataclass(kind, frozen=True, config=_STRICT)
+        unchecked = result.__init__
+
+        @wraps(unchecked)
+        def init(self: Any, *args: Any, **values: Any) -> None:
+            try:
+                unchecked(self, *args, **values)
+            except ValidationError as error:
+                raise InputError(_sentence(error, section, result)) from None
+
+        result.__init__ = init
+        return result
+
+    return decorate
+
+
+def _sentence(error: ValidationError, section: str, kind: Any) -> str:
+    """The first of the errors that pydantic found."""
+    first, *others = error.errors(include_url=False)
+    raised = first.get("ctx", {}).get("error")
+    if isinstance(raised, InputError):
+        return str(raised)
+    names = [field.name for field in fields(kind)]
+    key = first["loc"][0]
+    name = f"{section}.{names[key] if isinstance(key, int) else key}".lstrip(".")
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{name} is unknown{suggestion(str(key), names)}"
+    # Of the types of a union, each has an error, the most general one the last.
+    last = [first, *(other for other in others if other["loc"][0] == key)][-1]
+    wanted = re.sub(r"^\w+ should", "must", last["msg"])
+    return f"{name} {wanted}, not {last['input']!r}."
