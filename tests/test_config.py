@@ -74,7 +74,10 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("optimizer.b1=0.99999999", "optimizer.b1 must be less than 0.9999999701976776, not"),
         ("optimizer.refresh=qr", "optimizer.refresh must be one of subspace_iteration, eigh, svd"),
         ("optimizer.rank=0", "optimizer.rank must be an integer of at least 1, a fraction"),
-        ("optimizer.rank=64.0", "a fraction of the smaller side or a function of the shape, not 64"),
+        (
+            "optimizer.rank=64.0",
+            "a fraction of the smaller side or a function of the shape, not 64",
+        ),
         ("optimizer.rank=half", "optimizer.rank must be a valid number, not 'half'."),
         ("optimizer.scale=-1", "optimizer.scale must be positive and finite, not -1.0."),
         (f"optimizer.scale={10**400}", "optimizer.scale must be a valid number, not 1000"),
@@ -84,7 +87,10 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("optimizer.lazy_overlap=1.5", "optimizer.lazy_overlap must be above 0 and at most 1, not"),
         ("training.steps=1e4", "training.steps must be a valid integer, not 10000.0."),
         ("training.steps=true", "training.steps must be a valid integer, not True."),
-        ("training.steps=3000000000", "training.steps must be less than 2147483648, not 3000000000"),
+        (
+            "training.steps=3000000000",
+            "training.steps must be less than 2147483648, not 3000000000",
+        ),
         ("training.tensorboard=1", "training.tensorboard must be a valid boolean, not 1."),
         ("training.folder=2026", "training.folder must be a valid string, not 2026."),
         ("training.folder=", "training.folder must have at least 1 character, not ''."),
