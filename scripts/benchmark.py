@@ -10,8 +10,7 @@ refresh: time and captured energy of each method to refresh a basis, for the gra
     tokens=1024          per training step, a multiple of 256
     repeats=3            of each method
 step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 256, float32: without
-  refreshes, and with a refresh of every matrix at one step in 200; for blocks also with staggered
-  refreshes, the slowest step of an interval over the median one.
+  refreshes, and with a refresh of every matrix at one step in 200.
     model=blocks       blocks alone, or llama: with embedding and head
     layers=0           number of layers; 0: 4 for blocks, 24 for llama
     leaves=separate    a leaf per layer, as optax.contrib.galore needs them to project them; or
@@ -20,7 +19,6 @@ step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 2
                        hand-written one of galore_jax's models, by which AdamW too is faster
                        on CPUs
     repeats=7          of each baseline
-    intervals=1        with staggered refreshes, the median of each step; 0: not measured
 optimizers: time of a step of blocks at the width of LLaMA 350M, with the refreshes' part of it, and
   bytes of state, for every optimizer that a configuration compares, in one process.
     size=5m              one of configs/; ranks grow with the width

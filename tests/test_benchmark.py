@@ -70,17 +70,13 @@ def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
 
 @pytest.mark.slow
 def test_a_step_has_a_row_of_every_baseline_with_refreshes_and_without(step_rows):
-    *rows, staggered = step_rows
+    rows = step_rows
     assert [(row["name"], row["amortised"]) for row in rows] == [
         (name, amortised) for name in NAMES for amortised in (False, True)
     ]
     for plain, amortised in zip(rows[::2], rows[1::2], strict=True):
         assert 0 < plain["seconds"] <= amortised["seconds"]
-        assert not plain["stagger"]
     assert rows[0]["seconds"] == rows[1]["seconds"]  # adamw has nothing to refresh
-    assert staggered["name"] == "galore_full"
-    assert staggered["stagger"]
-    assert staggered["slowest"] >= 1
 
 
 @pytest.mark.slow

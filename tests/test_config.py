@@ -146,7 +146,7 @@ def test_a_rank_is_a_number_of_columns_or_a_fraction(small):
 def test_the_written_toml_reads_back_as_the_same_configuration():
     config = dataclasses.replace(
         Config(),
-        optimizer=OptimizerConfig(name="galore_lion", rank=0.25, lazy_overlap=0.5, max_gap=800),
+        optimizer=OptimizerConfig(name="galore_lion", rank=0.25, lazy_overlap=0.5),
         training=TrainingConfig(folder='a "quoted" \\ tab\t é 𝕏 \U000e0001', tensorboard=True),
     )
     assert from_dict(tomllib.loads(to_toml(config))) == config

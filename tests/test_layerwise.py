@@ -107,7 +107,7 @@ def layerwise_steps(tx, model=None, **settings):
 ADAFACTOR = (galore_jax.adafactor, {"clipping_threshold": 1e9})
 CASES = {
     "adamw keep": (galore_jax.adamw, {"moments": "keep", "weight_decay": 0.1}),
-    "adamw rotate stagger": (galore_jax.adamw, {"moments": "rotate", "stagger": True}),
+    "adamw rotate": (galore_jax.adamw, {"moments": "rotate"}),
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": ADAFACTOR,
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
@@ -117,15 +117,15 @@ CASES = {
 FULL_CASES = {
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": ADAFACTOR,
-    "lion rotate stagger": (galore_jax.lion, {"moments": "rotate", "stagger": True}),
-    "fira stagger": (galore_jax.fira, {"stagger": True, "weight_decay": 0.1}),
+    "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
+    "fira": (galore_jax.fira, {"weight_decay": 0.1}),
     "fira rotate": (galore_jax.fira, {"moments": "rotate"}),
     "apollo": (galore_jax.apollo, {"moments": "rotate"}),
 }
 
 
 # The other cases are slow.
-QUICK = ("adamw rotate stagger-coordinates", "fira stagger-full")
+QUICK = ("adamw rotate-coordinates", "fira-full")
 
 
 def run_cases():

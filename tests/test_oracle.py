@@ -140,13 +140,11 @@ def is_well_conditioned(case):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "proj_type", "moments", "refresh", "leaves", "stagger"),
-    pairwise(
-        *(FIELDS, PROJ_TYPES, MOMENTS, REFRESH, LEAVES, (False, True)), where=is_well_conditioned
-    ),
+    ("optimizer", "proj_type", "moments", "refresh", "leaves"),
+    pairwise(*(FIELDS, PROJ_TYPES, MOMENTS, REFRESH, LEAVES), where=is_well_conditioned),
 )
 def test_every_step_over_three_refreshes_agrees_with_the_numpy_reference(
-    optimizer, proj_type, moments, refresh, leaves, stagger
+    optimizer, proj_type, moments, refresh, leaves
 ):
     tx = make(
         optimizer,
@@ -154,7 +152,6 @@ def test_every_step_over_three_refreshes_agrees_with_the_numpy_reference(
         proj_type=proj_type,
         moments=moments,
         refresh=refresh,
-        stagger=stagger,
         **SETTINGS,
     )
     # The embedding stays whole, and is large enough for Adafactor to factor it.
@@ -170,7 +167,7 @@ def test_every_step_over_three_refreshes_agrees_with_the_numpy_reference(
         for old, new in zip(before, after, strict=True):
             if old.bases:
                 assert old.bases.keys() == reference.sides(old.weight.shape, proj_type)
-                assert stagger or old.due == (count % GAP == 0)
+                assert old.due == (count % GAP == 0)
                 check_bases(old, new, refresh, rounds=3 if count == 0 else 1)
             check_step(old, new, optimizer, moments, refresh)
 

@@ -176,15 +176,13 @@ def test_every_setting_of_galore_reaches_it(batch):
         "update_proj_gap": 14,
         "proj_type": "full",
         "moments": "rotate",
-        "stagger": True,
     }
     config = changed(optimizer=settings)
     actual = bases(initial(config).opt_state)
     assert all(basis.projection.rank == 8 for basis in actual)
     assert all(basis.projection.sides == ("left", "right") for basis in actual)
     assert all(basis.moments == "rotate" for basis in actual)
-    # The first gaps of 7 kernels of 2 layers, spread over one gap.
-    assert sorted(int(gap) for basis in actual for gap in basis.gap) == list(range(1, 15))
+    assert all(basis.interval == 14 for basis in actual)
 
 
 def test_adafactor_without_b1_and_lion_keep_less_than_adamw():
@@ -225,7 +223,7 @@ def test_a_gradient_that_is_not_finite_skips_only_the_update_of_its_matrix(param
 
 
 def test_refreshes_saved_are_counted_over_all_matrices(batch):
-    settings = {"update_proj_gap": 2, "lazy_overlap": 1e-6, "max_gap": 100}
+    settings = {"update_proj_gap": 2, "lazy_overlap": 1e-6}
     config = changed(optimizer=settings)
     step, state = make_train_step(config), initial(config)
     saved = []

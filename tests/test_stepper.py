@@ -69,8 +69,8 @@ def test_a_resumed_stepper_asks_when_the_next_refresh_is_due(batch):
         pytest.param("galore_lion", marks=pytest.mark.slow),
     ],
 )
-def test_full_and_projected_gradients_make_the_same_step_and_clip_by_the_same_norm(batch, name):
-    settings = {"name": name, "learning_rate": 0.003, "update_proj_gap": 4}
+def test_full_and_projected_gradients_make_the_same_step(batch, name):
+    settings = {"name": name, "learning_rate": 0.003, "update_proj_gap": 4, "clip_norm": 0.0}
     config = changed(CONFIG, optimizer=settings)
     full = changed(config, optimizer={"gradients": "full"})
     projected_step, full_step = make_train_step(config), make_train_step(full)
@@ -83,7 +83,6 @@ def test_full_and_projected_gradients_make_the_same_step_and_clip_by_the_same_no
         np.testing.assert_allclose(
             measured["coordinates_norm"], from_full["coordinates_norm"], rtol=1e-5
         )
-        assert measured["coordinates_norm"] > 0.5  # It is clipped.
         assert from_full["gradient_norm"] > from_full["coordinates_norm"]
         assert "gradient_norm" not in measured
 
@@ -103,7 +102,6 @@ def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
     ("settings", "sentence"),
     [
         ({"refresh": "svd"}, 'optimizer.refresh = "svd" needs full gradients: set'),
-        ({"clip_norm_of": "gradients"}, 'optimizer.clip_norm_of = "gradients" needs full'),
     ],
 )
 def test_settings_that_need_full_gradients_are_refused(settings, sentence):
@@ -142,7 +140,6 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch, optimizer):
     [
         ("training", {"accumulation": 2}, "discards a layer's gradient before the next micro"),
         ("training", {"diagnostics": True}, "compares full gradients, which training.layerwise"),
-        ("optimizer", {"gradients": "full"}, "with full gradients clips by their norm: set"),
         ("optimizer", {"clip_by": "guess"}, "optimizer.clip_by must be 'first_pass' or"),
     ],
 )

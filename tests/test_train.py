@@ -39,7 +39,6 @@ batch_size = 4
 rank = 8
 update_proj_gap = 7
 moments = "rotate"
-stagger = true
 lazy_overlap = 0.3
 warmup_steps = 5
 

@@ -155,7 +155,7 @@ def test_layerwise_steps_equal_ordinary_ones(name):
     batch["targets"] = next_tokens(tokens, ones)
     optimizer = {"matrix_rate": 0.5, "weight_decay": 0.1, "warmup_steps": 0, "clip_norm": 0.5}
     # At this rate rounding does not grow in a few steps.
-    optimizer |= {"name": name, "learning_rate": 1e-4, "clip_norm_of": "gradients"}
+    optimizer |= {"name": name, "learning_rate": 1e-4}
     config = changed(optimizer=optimizer)
     other = changed(config, training={"layerwise": True})
     step, layerwise_step = make_train_step(config), make_train_step(other)
@@ -171,7 +171,6 @@ def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
     config = OptimizerConfig(name=name, clip_norm=1.0)
     assert config.has_galore
     assert not config.has_projected_gradients
-    assert not config.clips_coordinates
     changed(optimizer={"name": name, "clip_norm": 1.0}, training={"layerwise": True})
 
 

@@ -59,7 +59,7 @@ def test_a_partition_may_mix_a_chain_with_a_stock_one():
 
 
 SETTINGS = {
-    **{"seed": 3, "stagger": True, "lazy_overlap": 0.9, "max_gap": 8, "scale": 0.5},
+    **{"seed": 3, "lazy_overlap": 0.9, "scale": 0.5},
     "moments": "keep",
 }
 
@@ -77,7 +77,7 @@ def test_the_numbers_of_a_ready_made_optimizer_can_be_hyperparameters(name, sett
         for _ in range(3):
             params, state = step(params, state)
         runs.append(params)
-    assert {"learning_rate", *settings} - {"stagger", "moments"} <= set(state.hyperparams)
+    assert {"learning_rate", *settings} - {"moments"} <= set(state.hyperparams)
     assert max_difference(*runs) <= 1e-5
 
 

@@ -282,7 +282,7 @@ def _refreshed(opt_state: PyTree, sketches: dict[Names, Sketch]) -> PyTree:
             if path not in sketches:
                 return basis
             new = refresh_basis(
-                basis, sketches[path], state.lazy, seed=state.seed, count=state.count
+                basis, sketches[path], state.lazy_overlap, seed=state.seed, count=state.count
             )
             basis_updates[path] = BasisUpdate(basis, new, new.age < basis.age)
             return new

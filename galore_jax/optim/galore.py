@@ -14,7 +14,6 @@ algorithm in plain NumPy, which the tests compare with step by step, is `tests/r
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,7 +23,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from galore_jax.ops.dtypes import widened
@@ -49,12 +47,11 @@ from galore_jax.subspace.projection import (
     ProjType,
     is_coordinates,
 )
-from galore_jax.subspace.refresh import Lazy, refresh_basis
+from galore_jax.subspace.refresh import refresh_basis
 from galore_jax.subspace.rules import (
     Rank,
     Rule,
     Rules,
-    check_gap,
     check_number,
     projection_of,
     projections,
@@ -64,7 +61,7 @@ from galore_jax.subspace.rules import (
 )
 from galore_jax.types import PyTree
 
-BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8)))
+BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
 
 
 def galore(
@@ -77,9 +74,7 @@ def galore(
     weight_dimension_numbers: PyTree = None,
     rules: Rules | None = None,
     moments: Moments = "keep",
-    stagger: bool = False,
     lazy_overlap: float | None = None,
-    max_gap: int | None = None,
     basis_dtype: Any = None,
     seed: int = 0,
 ) -> GaLore:
@@ -118,14 +113,11 @@ def galore(
       moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
         "keep" (the reference) or "rotate" (express them in the new basis, as LDAdam, arXiv
         2410.16103, does; not for Adamax, whose `nu` is no second moment).
-      stagger: spread the refreshes after update 0 evenly over the interval, so that no later step
-        has to do all of them.
       lazy_overlap: if the mean squared cosine of the principal angles between the old and the new
-        subspace is at least this, the matrix's own gap doubles, otherwise it is T again (Q-GaLore,
-        arXiv 2407.08296, compares single vectors). None: every gap is T.
-      max_gap: upper bound of a doubled gap; None: 8 T.
-      basis_dtype: dtype of the stored bases: float32 (None), bfloat16 or float16; int8 stores
-        codes with a scale for each block, as 8-bit moments are stored.
+        subspace is at least this, the matrix's own gap doubles, up to 8 T, otherwise it is T again
+        (Q-GaLore, arXiv 2407.08296, compares single vectors). None: every gap is T.
+      basis_dtype: dtype of the stored bases: float32 (None) or bfloat16; int8 stores codes with a
+        scale for each block, as 8-bit moments are stored.
       seed: of the bases before the first gradient, and of "random".
 
     Returns:
@@ -164,11 +156,7 @@ def galore(
             )
     dtype_of_bases = _basis_dtype(basis_dtype)
     check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
-    check_gap("max_gap", max_gap)
-    _check_max_gap(max_gap, lazy_overlap, update_proj_gap)
     check_number("seed", seed, "a whole number", lambda seed: isinstance(seed, Integral))
-    if not isinstance(stagger, bool | np.bool_):
-        raise ValueError(f"galore: stagger must be True or False, not {stagger!r}.")
 
     def complete(projection: Projection) -> Rule:
         return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
@@ -201,28 +189,19 @@ def galore(
         leaf_projections = tree.flatten_up_to(
             projections(params, default, rules, weight_dimension_numbers)
         )
-        total = sum(math.prod(p.view.batch) for p in leaf_projections if p is not None)
-        if not total:
+        if not any(leaf_projections):
             warn_if_nothing_projected(params, rules, weight_dimension_numbers)
-        # A random basis for each projected leaf, with staggered gaps if asked for.
-        before, bases = 0, []
+        # A random basis for each projected leaf.
+        bases = []
         for leaf, projection in zip(leaves, leaf_projections, strict=True):
             if projection is None:
                 bases.append(optax.MaskedNode())
                 continue
-            rule, batch = complete(projection), projection.view.batch
-            gap = rule.update_proj_gap
-            if stagger:
-                places = before + jnp.arange(math.prod(batch)).reshape(batch)
-                # gap - places * gap // total, split so that the product does not overflow int32 for
-                # fewer than 46,341 matrices.
-                gap = gap - places * (gap // total) - places * (gap % total) // total
-            before += math.prod(batch)
+            rule = complete(projection)
             basis = start_basis(
                 projection,
                 scale=rule.scale,
                 interval=rule.update_proj_gap,
-                gap=gap,
                 method=str(rule.refresh),
                 moments=moments,
                 full_size=not is_coordinates(leaf),
@@ -235,11 +214,10 @@ def galore(
         tree = jax.tree.structure(unboxed(params), is_leaf=is_coordinates)
         return GaLoreState(count, jax.tree.unflatten(tree, bases), *settings())
 
-    def settings() -> tuple[Lazy, jax.Array]:
+    def settings() -> tuple[jax.Array | None, jax.Array]:
         # Kept in the state for `refresh`, which works from the state alone.
         # Copies, as arrays among the settings outlive a donated state.
-        number = lambda x, dtype: None if x is None else jnp.array(x, dtype)
-        lazy = Lazy(number(lazy_overlap, jnp.float32), number(max_gap, jnp.int32))
+        lazy = None if lazy_overlap is None else jnp.array(lazy_overlap, jnp.float32)
         return lazy, jnp.array(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
@@ -288,20 +266,6 @@ def _using_settings_of(old: Basis, new: Basis) -> Basis:
     same = lambda old, new: jnp.where(old == new, old, new)
     scale, interval = same(old.scale, new.scale), same(old.interval, new.interval)
     return dataclasses.replace(new, scale=scale, interval=interval)
-
-
-def _check_max_gap(max_gap: Any, lazy_overlap: Any, update_proj_gap: Any) -> None:
-    if max_gap is None:
-        return
-    if lazy_overlap is None:
-        raise ValueError(
-            "galore: max_gap bounds the gaps that lazy_overlap doubles: set lazy_overlap, or leave "
-            "out max_gap."
-        )
-    if isinstance(max_gap, int) and isinstance(update_proj_gap, int) and max_gap < update_proj_gap:
-        raise ValueError(
-            f"galore: max_gap must be at least update_proj_gap, {update_proj_gap}, not {max_gap}."
-        )
 
 
 def _basis_dtype(basis_dtype: Any) -> jnp.dtype:

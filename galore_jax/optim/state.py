@@ -12,7 +12,6 @@ from galore_jax.ops.partition import Partition
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves, unboxed
 from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
-from galore_jax.subspace.refresh import Lazy
 from galore_jax.types import PyTree
 
 
@@ -23,13 +22,13 @@ class GaLoreState(NamedTuple):
       count: int32 scalar, number of updates so far.
       bases: the parameters' tree with a `Basis` for projected leaves, and elsewhere
         `optax.MaskedNode()` or, on a mesh, `Unprojected`.
-      lazy: when the gap between refreshes doubles.
+      lazy_overlap: float32 scalar, the overlap from which a gap doubles; None: no gap does.
       seed: uint32 scalar, the seed of random bases.
     """
 
     count: jax.typing.ArrayLike
     bases: PyTree
-    lazy: Lazy
+    lazy_overlap: Any
     seed: jax.typing.ArrayLike
 
 

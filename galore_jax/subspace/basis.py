@@ -14,8 +14,8 @@ from galore_jax.subspace.projection import Moments, Projection, Side
 
 # The age of a random initial basis, which the next finite gradient replaces.
 AGE_UNINITIALIZED = 2**30
-# The largest number of updates between two refreshes: the default bound of a doubled gap, eight
-# times as large, is still below `AGE_UNINITIALIZED`, and twice that bound fits in int32.
+# The largest `update_proj_gap`: the bound of a doubled gap, eight times as large, is still below
+# `AGE_UNINITIALIZED`, and twice that bound fits in int32.
 MAX_GAP = 10**8
 
 
@@ -73,7 +73,6 @@ def start_basis(
     *,
     scale: Any,
     interval: Any,
-    gap: Any,
     method: str,
     moments: Moments,
     full_size: bool,
@@ -86,7 +85,6 @@ def start_basis(
       projection: how the parameter is projected.
       scale: factor of the lifted update.
       interval: number of updates between refreshes.
-      gap: number of updates from the first refresh to the second, a number or an array `(*batch,)`.
       method: how refreshes compute the vectors, a name in `methods.REFRESH`.
       moments: what a refresh does with the moments.
       full_size: see `Basis`.
@@ -109,7 +107,7 @@ def start_basis(
         number=jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch),
         age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
         # Copies: an array among the settings would otherwise be donated once for each leaf.
-        gap=jnp.array(jnp.full(batch, gap, jnp.int32)),
+        gap=jnp.array(jnp.full(batch, interval, jnp.int32)),
         wait=jnp.zeros(batch, jnp.int32),
         skipped=jnp.zeros(batch, jnp.int32),
         saved=jnp.zeros(batch, jnp.int32),

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,19 +27,6 @@ from galore_jax.subspace.placement import constrain_basis, matrices_partition
 from galore_jax.subspace.projection import Projection, Side
 
 
-class Lazy(NamedTuple):
-    """When a refresh doubles the gap of a matrix.
-
-    Attributes:
-      overlap: the smallest overlap of the old and the new subspace that doubles the gap; None:
-        gaps never double.
-      max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
-    """
-
-    overlap: Any
-    max_gap: Any
-
-
 @jax.tree_util.register_dataclass
 @dataclass(eq=False)
 class Sketch:
@@ -56,7 +43,9 @@ class Sketch:
     usable: Any
 
 
-def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: Any) -> Basis:
+def refresh_basis(
+    basis: Basis, gradient: Any, lazy_overlap: Any, *, seed: Any, count: Any
+) -> Basis:
     """Refreshes the matrices whose age has reached their gap.
 
     After a failed refresh, the next one from a full gradient is attempted immediately, because the
@@ -65,7 +54,8 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
     Args:
       basis: the basis of the parameter.
       gradient: the gradient of the parameter, or a `Sketch`.
-      lazy: when a gap doubles.
+      lazy_overlap: the smallest overlap of the old and the new subspace that doubles the gap of a
+        matrix, up to 8 times `update_proj_gap`; None: gaps never double.
       seed: seed of the random numbers.
       count: number of updates before this one.
 
@@ -77,7 +67,7 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
     """
     # Take the vectors of a sketch, or find the matrices to compute new ones from.
     if isinstance(gradient, Sketch) and basis.method == "subspace_iteration":
-        return _refresh_from_sketch(basis, gradient, lazy)
+        return _refresh_from_sketch(basis, gradient, lazy_overlap)
     if isinstance(gradient, Sketch):
         if basis.method != "random":
             raise ValueError(
@@ -107,7 +97,7 @@ def refresh_basis(basis: Basis, gradient: Any, lazy: Lazy, *, seed: Any, count: 
     else:
         results = map_batch(matrices_partition(basis.projection), refresh_all, *arguments)
     vectors, refreshed, overlaps = results
-    return _apply_refresh(basis, vectors, refreshed, overlaps, lazy)
+    return _apply_refresh(basis, vectors, refreshed, overlaps, lazy_overlap)
 
 
 def _on_whole_matrices(refresh: Callable[..., Any], projection: Projection) -> Callable[..., Any]:
@@ -126,7 +116,7 @@ def _on_whole_matrices(refresh: Callable[..., Any], projection: Projection) -> C
     return partition.map_parts(refresh, in_specs, matrices)
 
 
-def _refresh_from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
+def _refresh_from_sketch(basis: Basis, sketch: Sketch, lazy_overlap: Any) -> Basis:
     """Takes the vectors of a sketch for the matrices that are due and have usable ones."""
     finite = [jnp.all(jnp.isfinite(v), axis=(-2, -1)) for v in sketch.vectors.values()]
     refreshed = (updates_left(basis) <= 0) & sketch.usable & jnp.all(jnp.stack(finite), axis=0)
@@ -139,11 +129,13 @@ def _refresh_from_sketch(basis: Basis, sketch: Sketch, lazy: Lazy) -> Basis:
         overlap(as_float32(basis.vectors[side]), sketch.vectors[side]) for side in sketch.vectors
     ]
     vectors = {side: select(sketch.vectors[side], old) for side, old in basis.vectors.items()}
-    return _apply_refresh(basis, vectors, refreshed, jnp.min(jnp.stack(overlaps), axis=0), lazy)
+    return _apply_refresh(
+        basis, vectors, refreshed, jnp.min(jnp.stack(overlaps), axis=0), lazy_overlap
+    )
 
 
 def _apply_refresh(
-    basis: Basis, vectors: Any, refreshed: jax.Array, overlaps: jax.Array, lazy: Lazy
+    basis: Basis, vectors: Any, refreshed: jax.Array, overlaps: jax.Array, lazy_overlap: Any
 ) -> Basis:
     """Stores the vectors and schedules the next refresh of each matrix.
 
@@ -152,19 +144,18 @@ def _apply_refresh(
       vectors: new where refreshed, otherwise the old ones.
       refreshed: bool `(*batch,)`.
       overlaps: float32 `(*batch,)`, of the old and the new subspace.
-      lazy: when a gap doubles.
+      lazy_overlap: see `refresh_basis`.
 
     Returns:
       The basis after the refresh.
     """
-    # The next gap is the interval, or longer if the subspace has hardly changed.
-    gap = jnp.full_like(basis.gap, basis.interval)
-    if lazy.overlap is not None:
-        bound = 8 * gap if lazy.max_gap is None else jnp.maximum(lazy.max_gap, gap)
-        doubled = jnp.minimum(2 * jnp.maximum(basis.gap, gap), bound)
-        gap = jnp.where(overlaps >= lazy.overlap, doubled, gap)
-    # The first gap was set at initialisation and may be staggered.
-    gap = jnp.where(basis.age >= AGE_UNINITIALIZED, basis.gap, gap)
+    # The next gap is the interval, or longer if the subspace has hardly changed. The overlap with
+    # the first basis, which is random, says nothing.
+    gap = interval = jnp.full_like(basis.gap, basis.interval)
+    if lazy_overlap is not None:
+        stays = (overlaps >= lazy_overlap) & (basis.age < AGE_UNINITIALIZED)
+        doubled = jnp.minimum(2 * jnp.maximum(basis.gap, interval), 8 * interval)
+        gap = jnp.where(stays, doubled, interval)
 
     # After a failed refresh, for example of an expert without tokens, retrying at every update is
     # not worth the passes over the batch: attempts follow 1, 2, 4, 8, … updates after the due one.

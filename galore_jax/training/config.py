@@ -92,10 +92,8 @@ class OptimizerConfig:
       gradients: with GaLore, `"projected"`: the backward pass computes coordinates only, and
         sketches refresh the bases; or `"full"`. None: projected, but full where the optimizer needs
         them, which are `"galore_fira"` and `"apollo"`.
-      clip_norm: the largest global norm; 0 does not clip. With GaLore, numbers that are not finite
-        do not count.
-      clip_norm_of: what is clipped with GaLore: `"coordinates"` together with the unprojected
-        gradients, or full `"gradients"`, which Fira and APOLLO always clip.
+      clip_norm: the largest global norm, of coordinates where gradients are projected; 0 does not
+        clip. With GaLore, numbers that are not finite do not count.
       clip_by: where `training.layerwise` gets the norm from before it updates the first layer:
         `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
         time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
@@ -109,12 +107,10 @@ class OptimizerConfig:
       refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`;
         None: the first of these, with APOLLO the last.
       moments: what a refresh does with the moments: `"keep"` or `"rotate"`.
-      stagger: spread the refreshes of the matrices over the gap.
-      lazy_overlap: the gap of a matrix doubles if its new subspace overlaps the old one at least
-        this much; None: gaps are constant.
-      max_gap: upper bound of a doubled gap; None: 8 times `update_proj_gap`.
-      basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"`, `"float16"` or, as
-        block-wise quantized codes, `"int8"`.
+      lazy_overlap: the gap of a matrix doubles, up to 8 times `update_proj_gap`, if its new
+        subspace overlaps the old one at least this much; None: gaps are constant.
+      basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"` or, as block-wise
+        quantized codes, `"int8"`.
       alpha: with LoRA and ReLoRA the product of the factors is multiplied by alpha / rank.
       dropout: with LoRA and ReLoRA the rate of dropout of the input of the factors.
       implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
@@ -138,7 +134,6 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.0
     gradients: Literal["projected", "full"] | None = None
     clip_norm: NonNegativeFloat = 0.0
-    clip_norm_of: Literal["coordinates", "gradients"] = "coordinates"
     clip_by: ClipBy = "first_pass"
     rank: int | float = 128
     update_proj_gap: int = 200
@@ -146,10 +141,8 @@ class OptimizerConfig:
     proj_type: str = "std"
     refresh: str | None = None
     moments: str = "keep"
-    stagger: bool = False
     lazy_overlap: float | None = None
-    max_gap: int | None = None
-    basis_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"
+    basis_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     alpha: PositiveFloat = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     implementation: Implementation = "xla"
@@ -173,11 +166,6 @@ class OptimizerConfig:
                 f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
                 'optimizer.gradients = "full", or optimizer.refresh = "subspace_iteration".'
             )
-        if self.has_projected_gradients and self.clip_norm and self.clip_norm_of == "gradients":
-            raise InputError(
-                'optimizer.clip_norm_of = "gradients" needs full gradients: set '
-                'optimizer.gradients = "full", or optimizer.clip_norm_of = "coordinates".'
-            )
 
     @property
     def galore_settings(self) -> dict[str, Any]:
@@ -189,9 +177,7 @@ class OptimizerConfig:
             "proj_type": self.proj_type,
             "refresh": self.refresh,
             "moments": self.moments,
-            "stagger": self.stagger,
             "lazy_overlap": self.lazy_overlap,
-            "max_gap": self.max_gap,
             "basis_dtype": self.basis_dtype,
         }
         return {name: value for name, value in settings.items() if value is not None}
@@ -219,12 +205,6 @@ class OptimizerConfig:
     def has_refreshes(self) -> bool:
         """Whether some steps begin with a refresh of bases, or a restart of ReLoRA."""
         return self.has_projected_gradients or self.name == "relora"
-
-    @property
-    def clips_coordinates(self) -> bool:
-        """Whether a clip by norm comes after the projection."""
-        clips_gradients = self.clip_norm_of == "gradients" or self.name in NEED_FULL_GRADIENTS
-        return self.clip_norm > 0 and self.has_galore and not clips_gradients
 
 
 @checked("training")
@@ -335,9 +315,4 @@ class Config:
             raise InputError(
                 "training.layerwise updates whole matrices layer by layer: set it to false with "
                 f'optimizer.name = "{optimizer.name}", whose gradients are small.'
-            )
-        if optimizer.clips_coordinates and not optimizer.has_projected_gradients:
-            raise InputError(
-                "training.layerwise with full gradients clips by their norm: set "
-                'optimizer.clip_norm_of = "gradients".'
             )

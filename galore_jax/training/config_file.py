@@ -43,7 +43,9 @@ _ALWAYS_WRITTEN = {
 }
 _GONE = "no longer a setting: leave it out"
 # Settings of files that were written before, and what they are now.
-_MOVED = {"training.bigram": _GONE, "mesh.axes": _GONE}
+_MOVED = {"training.bigram": _GONE, "mesh.axes": _GONE} | dict.fromkeys(
+    (f"optimizer.{name}" for name in ("clip_norm_of", "complement", "max_gap", "stagger")), _GONE
+)
 
 
 def load_config(

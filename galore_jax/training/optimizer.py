@@ -21,10 +21,7 @@ from galore_jax.types import PyTree
 def make_optimizer(
     config: OptimizerConfig, steps: int, *, clips: bool = True
 ) -> optax.GradientTransformation:
-    """The optimizer called `config.name`, with a clip by global norm if one is set.
-
-    With GaLore the clip comes after the projection and clips coordinates, or in front of it and
-    clips full gradients.
+    """The optimizer called `config.name`, behind a clip by global norm if one is set.
 
     Args:
       config: the section `[optimizer]`.
@@ -35,13 +32,8 @@ def make_optimizer(
     optimizer: Any = (_low_rank if config.has_galore else _full_rank)(config, schedule)
     if not clips or not config.clip_norm:
         return optimizer
-    if not config.has_galore:
-        return galore_jax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    clip = galore_jax.clip_by_finite_norm(config.clip_norm)
-    if not config.clips_coordinates:
-        return galore_jax.chain(clip, optimizer)
-    galore, *rest = optimizer.transforms
-    return galore_jax.chain(galore, clip, *rest)
+    clip = galore_jax.clip_by_finite_norm if config.has_galore else optax.clip_by_global_norm
+    return galore_jax.chain(clip(config.clip_norm), optimizer)
 
 
 def matrices(params: PyTree) -> PyTree:

@@ -59,15 +59,6 @@ def baselines(rank: int) -> list[Baseline]:
     ]
 
 
-def staggered(rank: int, gap: int) -> Baseline:
-    """galore_jax.adamw with full gradients, and refreshes spread over the gap.
-
-    The first refresh starts from random bases and has three rounds; that of the others one.
-    """
-    tx = galore_jax.adamw(LEARNING_RATE, rank, gap, weight_decay=WEIGHT_DECAY, stagger=True)
-    return replace(full("galore_full", tx), init=tx.init)
-
-
 def full(name: str, tx: optax.GradientTransformation) -> Baseline:
     """An optimizer of galore_jax with full gradients."""
 

@@ -1,14 +1,13 @@
 """`step`: time of a training step in float32, with and without the refresh of the bases."""
 
 import functools
-import statistics
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from benchmarks.baselines import GAP, Baseline, Loss, baselines, staggered
+from benchmarks.baselines import GAP, Baseline, Loss, baselines
 from benchmarks.models import (
     blocks_loss,
     init_llama,
@@ -21,7 +20,6 @@ from benchmarks.state import CONFIGS
 from benchmarks.timing import interleaved, seconds
 from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.subspace.basis import is_basis
 from galore_jax.training.config_file import load_config
 from galore_jax.types import PyTree
 
@@ -44,14 +42,12 @@ class Settings:
     leaves: str = "separate"
     dense: str = "flax"
     repeats: int = 7
-    intervals: int = 1
 
     def __post_init__(self):
         require_choice("model", self.model, LAYERS)
         require_choice("leaves", self.leaves, ("separate", "stacked"))
         require_choice("dense", self.dense, DENSE)
         require("layers", self.layers, self.layers >= 0, "0 or more")
-        require("intervals", self.intervals, self.intervals >= 0, "0 or more")
         within = 1 <= self.repeats < GAP
         require("repeats", self.repeats, within, f"at least 1 and below {GAP}, the next refresh")
 
@@ -90,7 +86,7 @@ class Run:
 
 
 def measure(settings: Settings) -> list[Row]:
-    """The rows of every baseline, and of staggered refreshes."""
+    """The rows of every baseline."""
     layers = settings.layers or LAYERS[settings.model]
     model = load_config(CONFIGS / "llama_350m.toml").model
     return measure_model(replace(model, num_layers=layers, dtype="float32"), settings, BATCH, RANK)
@@ -138,27 +134,6 @@ def measure_model(
     for name, time in plain.items():
         refresh = 0 if name == "adamw" else max(first[name] - time, 0)
         memory = {"temporary_bytes": temporaries[name]}
-        rows.append(row(name, time, amortised=False, stagger=False, **memory))
-        rows.append(row(name, time + refresh / GAP, amortised=True, stagger=False))
-    if settings.model == "blocks" and settings.intervals:
-        steps = staggered_steps(loss, params, batch, rank, settings.intervals)
-        median = statistics.median(steps)
-        slowest = max(steps) / median
-        rows.append(row("galore_full", median, amortised=False, stagger=True, slowest=slowest))
+        rows.append(row(name, time, amortised=False, **memory))
+        rows.append(row(name, time + refresh / GAP, amortised=True))
     return rows
-
-
-def staggered_steps(
-    loss: Loss, params: PyTree, batch: PyTree, rank: int, intervals: int
-) -> list[float]:
-    """Seconds of each step of an interval in which every matrix is refreshed at a different step.
-
-    The interval is so long that no refresh is due at most steps, as with a gap of 200.
-    """
-    state = jax.eval_shape(staggered(rank, GAP).init, params)
-    bases = [node for node in jax.tree.leaves(state, is_leaf=is_basis) if is_basis(node)]
-    gap = 2 * sum(basis.age.size for basis in bases) + 1
-    run = Run(staggered(rank, gap), loss, params, batch)
-    jax.block_until_ready(run())
-    measured = [seconds(run) for _ in tqdm(range(intervals * gap), "staggered steps")]
-    return [statistics.median(measured[i::gap]) for i in range(gap)]
