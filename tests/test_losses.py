@@ -39,7 +39,7 @@ def cases_of(module: str) -> list:
     return [pytest.param(case, id=f"{framework}-{case}") for case in cases]
 
 
-def compiled_gradients(loss, tx, batch, keywords, has_aux, micro_batches):
+def compiled_gradients(loss, batch, keywords, has_aux, micro_batches):
     """The projected and the full gradient as one program of the parameters, state and arrays."""
     leaves, tree = jax.tree.flatten((batch, keywords))
     is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
@@ -98,7 +98,7 @@ def check(case: Case):
     # Projections agree for any vectors, and these take nothing to compile.
     state = filled(jax.eval_shape(tx.init, params))
     bases = bases_by_name(state)
-    run = compiled_gradients(loss, tx, batch, keywords, has_aux, micro_batches)
+    run = compiled_gradients(loss, batch, keywords, has_aux, micro_batches)
     (value, grads), (full_value, full_grads) = run(params, state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), value, full_value)
 

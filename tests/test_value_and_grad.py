@@ -1,6 +1,7 @@
 """Gradients that the backward pass projects, against full ones that are projected afterwards."""
 
 import functools
+import itertools
 import math
 import re
 
@@ -131,6 +132,69 @@ def test_check_projection_measures_how_well_coordinates_agree():
     errors = check_projection(loss, params, batch, has_aux=True)
     assert set(errors) == LLAMA_KERNELS
     assert max(errors.values()) <= 1e-5
+
+
+def test_check_projection_allows_for_the_rounding_of_the_products():
+    class Narrow(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(24, name="wide")(x)
+            return nn.Dense(8, dtype=jnp.bfloat16, name="narrow")(nn.gelu(x))
+
+    loss, params = squared(Narrow(), inputs(5, 16))
+    errors = check_projection(loss, params, inputs(5, 16))
+    assert set(errors) == {"wide/kernel", "narrow/kernel"}
+    assert 1e-4 < errors["narrow/kernel"] < 0.05
+
+    @jax.custom_vjp
+    def wrong(x):
+        return x
+
+    # A backward pass that differs from one call to the next, in a loss of float32 numbers alone.
+    calls = itertools.count(1000)
+    wrong.defvjp(lambda x: (x, None), lambda _, dy: (dy * next(calls),))
+    with pytest.raises(ValueError, match="differ from those of its full gradient by"):
+        check_projection(
+            lambda p, x: jnp.mean(jnp.sin(wrong(x @ p["w"]))), {"w": inputs(16, 12)}, inputs(5, 16)
+        )
+
+
+def test_the_loss_is_traced_once():
+    traces = []
+
+    def loss(params, x):
+        traces.append(None)
+        return jnp.mean(jnp.sin(x @ params["w"]) ** 2)
+
+    params, x = {"w": inputs(16, 12)}, inputs(6, 16)
+    _, state = started(params)
+    for make in (value_and_grad, refresh):
+        for micro_batches in (1, 3):
+            traces.clear()
+            jax.jit(make(loss, micro_batches=micro_batches)).lower(params, state, x)
+            assert len(traces) == 1, (make, micro_batches)
+
+
+def test_steps_run_under_the_checks_and_guards_of_jax():
+    params, x = {"stack": inputs(3, 16, 16)}, inputs(5, 16)
+    tx, state = started(params)
+
+    def loss(params, x):
+        x = x @ params["stack"][0] @ params["stack"][jnp.array([2, 1])].sum(0)
+        return jnp.mean(jnp.sin(x @ jax.lax.rev(params["stack"], (0,))[0]) ** 2)
+
+    @jax.jit
+    def step(params, state, x):
+        state = refresh(loss)(params, state, x)
+        value, grads = value_and_grad(loss)(params, state, x)
+        return value, apply_gradients(tx, grads, state, params)
+
+    with jax.enable_checks(True):
+        step(params, state, x)
+    jax.clear_caches()
+    with jax.transfer_guard("disallow"):
+        assert refresh_due(state)
+        step(params, state, x)
 
 
 def test_what_is_cast_before_the_model_still_gets_its_coordinates():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.grads.data_parallel import leaves_of
-from galore_jax.grads.value_and_grad import Loss, TracedLoss, Uses, bases_in
+from galore_jax.grads.value_and_grad import Loss, Uses, bases_in, tracer
 from galore_jax.optim.galore import galore
 from galore_jax.optim.state import map_bases
 from galore_jax.subspace.basis import Basis
@@ -46,7 +46,7 @@ def projection_report(
 
     def trace(params: PyTree, opt_state: PyTree, arrays: dict[int, jax.Array]) -> None:
         bases = bases_in(params, opt_state)
-        traced = TracedLoss(loss, params, bases, with_arrays(arrays), unsplit, has_aux)
+        traced = tracer(loss, has_aux)(params, bases, with_arrays(arrays), unsplit)
         report.update({"/".join(path): uses for path, uses in traced.uses.items()})
 
     jax.eval_shape(trace, params, opt_state, shapes)
@@ -78,11 +78,12 @@ def check_projection(
 
     Raises:
       ValueError: a gradient is not finite, or the relative difference is above the square root of
-        the machine epsilon of the gradient's dtype, or of float32, in which coordinates are, if
-        that is larger; the message names the leaf.
+        the largest machine epsilon of the dtypes in which the loss computes, or of float32, in
+        which coordinates are; the message names the leaf.
     """
     state: Any = galore(rank, **settings).init(params)
-    _, gradients = TracedLoss(loss, params, state.bases, batch, {}, has_aux).value_and_grad()
+    traced = tracer(loss, has_aux)(params, state.bases, batch, {})
+    _, gradients = traced.value_and_grad()
     full = jax.grad(loss, has_aux=has_aux)(params, *batch)
     errors: dict[str, float] = {}
 
@@ -95,8 +96,7 @@ def check_projection(
         expected = basis.projection.project(basis.vectors, gradient)
         largest = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(jnp.float32).tiny)
         errors[name] = error = float(jnp.max(jnp.abs(ours.value - expected)) / largest)
-        eps = max(float(jnp.finfo(dtype).eps) for dtype in (gradient.dtype, jnp.float32))
-        if not error <= eps**0.5:
+        if not error <= max(traced.eps, float(jnp.finfo(jnp.float32).eps)) ** 0.5:
             raise ValueError(
                 f"check_projection: the coordinates of {name} differ from those of its full "
                 f"gradient by {error:.1e} of the largest: give it the rule None."

@@ -82,8 +82,8 @@ def mean_over_shards(
     return on_shards(means, out_specs)(operands, *batch)
 
 
-def leaves_of(kind: type, tree: PyTree) -> tuple[dict[int, Any], Callable[[Any], PyTree]]:
-    """The leaves of one kind, by their number, and a function that puts others in their places."""
+def leaves_of(kind: Any, tree: PyTree) -> tuple[dict[int, Any], Callable[[Any], PyTree]]:
+    """The leaves of one type, by their number, and a function that puts others in their places."""
     leaves, structure = jax.tree.flatten(tree)
     found = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, kind)}
     put = lambda new: structure.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])

@@ -9,7 +9,7 @@ This is the only file that knows about jaxprs.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from galore_jax.types import PyTree
 # Called with the index of a parameter's leaf and how it is used: None for a projected product, or
 # the primitive and the line of the source that receive the plain array.
 Report = Callable[[int, str | None], None]
+NO_REPORT: Report = lambda leaf, reason: None
 
 # The name of a jitted product of two arrays with a custom derivative, equal to that of the plain
 # product up to rounding: see `models.dense.matmul`.
@@ -53,19 +54,35 @@ class _Parameters(dict):
 
 
 class Program:
-    """A traced function of parameters that returns `(scalar, pytree of arrays)`."""
+    """A traced function of a tree that returns `(scalar, pytree of arrays)`.
 
-    def __init__(self, f: Callable[[PyTree], tuple[Any, Any]], params: PyTree):
-        leaves, tree = jax.tree.flatten(params)
-        closed, shapes = jax.make_jaxpr(
-            lambda *leaves: f(tree.unflatten(leaves)), return_shape=True
-        )(*leaves)
+    Attributes:
+      opaque: why the trace cannot be differentiated although the function can, or None. It is then
+        evaluated as it is, and no leaf may be `Tracked`.
+      eps: the largest machine epsilon of the floating dtypes in which it computes.
+    """
+
+    def __init__(self, f: Callable[[PyTree], tuple[Any, Any]], operands: PyTree):
+        leaves, tree = jax.tree.flatten(operands)
+        traces: set[Any] = set()
+
+        def traced(*leaves: Any) -> tuple[Any, Any]:
+            traces.update({getattr(leaf, "_trace", None) for leaf in leaves} - {None})
+            return f(tree.unflatten(leaves))
+
+        self._f = lambda *leaves: f(tree.unflatten(leaves))
+        closed, shapes = jax.make_jaxpr(traced, return_shape=True)(*leaves)
         self._jaxpr, self._consts = closed.jaxpr, closed.consts
         self._outputs = jax.tree.structure(shapes)
+        equations = list(_equations(closed.jaxpr))
+        self.opaque = next((leak for one in equations if (leak := _leak(one, traces))), None)
+        self.eps = max([0.0, *(_eps(var) for equation in equations for var in equation.outvars)])
 
-    def __call__(self, leaves: Sequence[Any], report: Report) -> tuple[Any, Any]:
+    def __call__(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         """The function's result for leaves some of which are `Tracked`."""
-        outputs = _evaluate(self._jaxpr, self._consts, leaves, report)
+        if self.opaque:
+            return self._f(*leaves)
+        outputs = _evaluate(self._jaxpr, self._consts, leaves, NO_REPORT)
         return self._outputs.unflatten(_plain(outputs))
 
     def number(self, leaves: Sequence[Any], report: Report) -> Any:
@@ -86,15 +103,77 @@ def dependencies(f: Callable[..., tuple], *arguments: PyTree) -> tuple[list[list
     return [dce_jaxpr(closed.jaxpr, flags)[1] for flags in wanted], shapes
 
 
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr and of those among their parameters."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in _inner_jaxprs(equation):
+            yield from _equations(inner)
+
+
+def _inner_jaxprs(equation: Any) -> list[Any]:
+    values = equation.params.values()
+    ones = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    inner = [getattr(one, "jaxpr", one) for one in ones]
+    return [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
+
+
+def _eps(var: Any) -> float:
+    dtype = getattr(var.aval, "dtype", jnp.int32)
+    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+
+
+def _leak(equation: Any, traces: set[Any]) -> str | None:
+    """Says so if an equation's own backward pass reads a value of these traces, which have ended.
+
+    While they last, as in `jax.grad`, the value is there.
+    """
+    if equation.primitive.name != "custom_vjp_call":
+        return None
+
+    def differentiate(*operands: Any) -> Any:
+        outputs, pull = jax.vjp(lambda *operands: _bind(equation, operands), *operands)
+        return pull(outputs)
+
+    try:
+        read = jax.make_jaxpr(differentiate)(*(var.aval for var in equation.invars)).consts
+    except Exception:
+        # Out of its context, such as a shard_map, an equation may fail that does not fail there.
+        return None
+    if all(getattr(value, "_trace", None) not in traces for value in read):
+        return None
+    place = source_info_util.summarize(equation.source_info)
+    return f"custom_vjp_call at {place}, whose backward pass reads a value of the loss"
+
+
 def _evaluate(
     jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], report: Report
 ) -> list[Any]:
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
     read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
-    for equation in jaxpr.eqns:
-        outputs = _apply(equation, [read(atom) for atom in equation.invars], report)
+    for equation, needed in zip(jaxpr.eqns, _needed(jaxpr), strict=True):
+        operands = [read(atom) for atom in equation.invars]
+        outputs = _apply(equation, operands, report if needed else NO_REPORT)
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _needed(jaxpr: Any) -> list[bool]:
+    """Which equations the results depend on; others print, or compute what is only printed."""
+    wanted, needed = {*map(id, jaxpr.outvars)}, []
+    for equation in reversed(jaxpr.eqns):
+        needed.append(_acts(equation) or not wanted.isdisjoint(map(id, equation.outvars)))
+        if needed[-1]:
+            wanted.update(map(id, equation.invars))
+    return needed[::-1]
+
+
+def _acts(equation: Any) -> bool:
+    """Whether an equation has an effect besides printing."""
+    if not equation.effects or equation.primitive.name.startswith("debug_"):
+        return False
+    inner = _inner_jaxprs(equation)
+    return not inner or any(_acts(one) for jaxpr in inner for one in jaxpr.eqns)
 
 
 def _evaluate_inner(jaxpr: Any, operands: Sequence[Any], report: Report) -> list[Any]:
@@ -125,7 +204,7 @@ def _as_plain(equation: Any, operands: Sequence[Any], report: Report) -> list[An
     """Operands as plain arrays; tracked ones are reported if a gradient may flow to them."""
     dtypes = [getattr(var.aval, "dtype", jnp.float32) for var in equation.outvars]
     flows = equation.effects or any(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
-    if flows and not equation.primitive.name.startswith(("debug_", "stop_gradient")):
+    if flows and equation.primitive.name != "stop_gradient":
         for value in operands:
             if isinstance(value, Tracked):
                 place = source_info_util.summarize(equation.source_info)
@@ -249,7 +328,8 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
 
     # The same equation for the indices, as matrices of one element each.
     count = math.prod(value.coordinates.shape[:-2])
-    indices = np.arange(count).reshape([1 if i in sides else n for i, n in enumerate(shape)])
+    sizes = [1 if i in sides else n for i, n in enumerate(shape)]
+    indices = np.arange(count, dtype=np.int32).reshape(sizes)
     changed: dict[str, Any] = {}
     if name == "gather":
         # Indices out of range have no gradient, even where they are promised to be in range.
@@ -257,14 +337,19 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
         promised = mode is modes.PROMISE_IN_BOUNDS
         changed = {"fill_value": count, "mode": modes.FILL_OR_DROP if promised else mode}
     ones = {after[i] for i in sides} if name == "broadcast_in_dim" else sides
-    if (sizes := SIZES.get(name)) is not None:
-        changed[sizes] = tuple(1 if i in ones else n for i, n in enumerate(params[sizes]))
-    smaller = equation.replace(params={**params, **changed})
+    if (key := SIZES.get(name)) is not None:
+        changed[key] = tuple(1 if i in ones else n for i, n in enumerate(params[key]))
+
+    def select() -> list[jax.Array]:
+        found = equation.primitive.bind(jnp.asarray(indices), *others, **{**params, **changed})
+        return found if equation.primitive.multiple_results else [found]
+
     if others:
-        selections = _bind(smaller, [indices, *others])
+        selections = select()
     else:
-        with jax.ensure_compile_time_eval():
-            selections = [*map(np.asarray, _bind(smaller, [indices]))]
+        # Numbers of our own, which a user's guard of transfers is not about.
+        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+            selections = [*map(np.asarray, select())]
 
     axes = [value.axes[i] if i in sides else BATCH for i in sources]
     batch = [i for i, axis in enumerate(axes) if kind(axis) == BATCH]

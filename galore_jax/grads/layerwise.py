@@ -17,7 +17,7 @@ from jax import lax
 from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.refresh import refresh
-from galore_jax.grads.value_and_grad import TracedLoss, bases_in
+from galore_jax.grads.value_and_grad import bases_in, tracer
 from galore_jax.ops.dtypes import widened
 from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
@@ -215,7 +215,7 @@ class _PartStep(NamedTuple):
         if self.projected:
             unprojected = jax.tree.map(lambda _: optax.MaskedNode(), x)
             bases = {"params": bases_in(params, state), "x": unprojected}
-            traced = TracedLoss(joint_loss, both, bases, rest, {}, has_aux=True)
+            traced = tracer(joint_loss, has_aux=True)(both, bases, rest, {})
             pair, gradients = traced.value_and_grad()
         else:
             pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)

@@ -19,7 +19,7 @@ from jax import lax
 from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_embeddings
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype
-from galore_jax.grads.value_and_grad import Loss, Names, TracedLoss, Uses, bases_in
+from galore_jax.grads.value_and_grad import Loss, Names, TracedLoss, Uses, bases_in, tracer
 from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, map_batch, names_of
@@ -50,13 +50,22 @@ def updates_until_refresh(opt_state: PyTree) -> jax.Array:
 
     It is 0 if one is due now, and 2**30 if nothing is projected.
     """
-    return _least_left(unboxed(bases_of(galore_states(opt_state, inside_chains=True))))
+    return _least_left(_bases(opt_state))
 
 
 @jax.jit
 def _least_left(bases: list[Basis]) -> jax.Array:
     left = [jnp.min(updates_left(basis), initial=2**30) for basis in bases]
     return jnp.maximum(jnp.min(jnp.stack(left)), 0) if left else jnp.asarray(2**30, jnp.int32)
+
+
+@jax.jit
+def _any_due(bases: list[Basis]) -> jax.Array:
+    return _least_left(bases) == 0
+
+
+def _bases(opt_state: PyTree) -> list[Basis]:
+    return unboxed(bases_of(galore_states(opt_state, inside_chains=True)))
 
 
 def refresh_due(opt_state: PyTree) -> jax.Array:
@@ -69,7 +78,7 @@ def refresh_due(opt_state: PyTree) -> jax.Array:
         raise ValueError(
             "refresh_due: there is no state of galore in this: pass the optimizer's state."
         )
-    return updates_until_refresh(opt_state) == 0
+    return _any_due(_bases(opt_state))
 
 
 def refresh(
@@ -110,8 +119,7 @@ def refresh(
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
         _check_axis_name(axis_name)
         bases, axes = bases_in(params, opt_state), names_of(data_axes)
-        is_whole = micro_batches == 1 and not axes
-        whole = TracedLoss(loss, params, bases, batch, unsplit, has_aux) if is_whole else None
+        trace = tracer(loss, has_aux, divided=micro_batches > 1 or bool(axes))
         # On an Explicit mesh, what runs on shards must not use arrays from outside.
         arrays, with_arrays = leaves_of(jax.Array, unsplit)
 
@@ -121,8 +129,7 @@ def refresh(
             def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
                 params, bases, arrays, given = operands
                 params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
-                trace = lambda *part: TracedLoss(loss, params, bases, part, unsplit, has_aux)
-                of_part = lambda *part: f(whole or trace(*part), given)
+                of_part = lambda *part: f(trace(params, bases, part, unsplit), given)
                 return mean_over(of_part, micro_batches, *shard)
 
             return mean_over_shards(of_shard, axes, (params, bases, arrays, given), *batch)

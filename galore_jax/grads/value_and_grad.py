@@ -94,18 +94,20 @@ def value_and_grad(
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
         # On an Explicit mesh, what runs on shards must not use arrays from outside.
         arrays, with_arrays = leaves_of(jax.Array, unsplit)
+        axes = names_of(data_axes)
+        trace = tracer(loss, has_aux, divided=micro_batches > 1 or bool(axes))
 
         def of_shard(operands: tuple[PyTree, PyTree, Any], *shard: Any) -> tuple[Any, PyTree]:
             params, bases, arrays = operands
             params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
 
             def one(*part: Any) -> tuple[Any, PyTree]:
-                return TracedLoss(loss, params, bases, part, unsplit, has_aux).value_and_grad()
+                return trace(params, bases, part, unsplit).value_and_grad()
 
             return mean_over(one, micro_batches, *shard)
 
         operands = params, bases_in(params, opt_state), arrays
-        value, gradients = mean_over_shards(of_shard, names_of(data_axes), operands, *batch)
+        value, gradients = mean_over_shards(of_shard, axes, operands, *batch)
         gradients = jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
         return value, gradients
 
@@ -132,31 +134,28 @@ class Uses(NamedTuple):
         return "partly" if self.products else "full"
 
 
-class TracedLoss:
-    """A loss traced at some parameters and a batch.
+def tracer(loss: Loss, has_aux: bool, divided: bool = False) -> Callable[..., "TracedLoss"]:
+    """A function that traces a loss, but once for all parts of a batch, and for all passes over it.
 
     Args:
       loss: as for `value_and_grad`.
-      params: the parameters.
-      bases: a tree like the parameters with `optax.MaskedNode()` for unprojected leaves.
-      batch: the other arguments of the loss.
-      unsplit: its keyword arguments.
       has_aux: whether it returns a pair.
+      divided: whether it is called with several parts of a batch; otherwise only with one batch.
 
-    Attributes:
-      uses: how the loss uses each projected parameter, by path.
+    Returns:
+      A function of the parameters, the bases (a tree like the parameters with `optax.MaskedNode()`
+      for unprojected leaves), and the loss's other positional and keyword arguments.
     """
+    traced: dict[Any, tuple[Program, dict[Names, Uses]]] = {}
 
-    def __init__(
-        self,
-        loss: Loss,
-        params: PyTree,
-        bases: PyTree,
-        batch: Sequence[Any],
-        unsplit: Mapping[str, Any],
-        has_aux: bool,
-    ):
-        def pair(params: PyTree) -> tuple[Any, Any]:
+    def trace(
+        params: PyTree, bases: PyTree, batch: Sequence[Any], unsplit: Mapping[str, Any]
+    ) -> TracedLoss:
+        # What is known now stays so, such as a number on which the loss branches.
+        arrays, with_arrays = leaves_of(jax.core.Tracer if divided else (), (batch, unsplit))
+
+        def pair(operands: tuple[PyTree, Any]) -> tuple[Any, Any]:
+            params, (batch, unsplit) = operands[0], with_arrays(operands[1])
             returned = loss(params, *batch, **unsplit)
             if has_aux and not (isinstance(returned, tuple | list) and len(returned) == 2):
                 raise TypeError("with has_aux=True the loss must return a pair.")
@@ -165,11 +164,41 @@ class TracedLoss:
                 raise TypeError("the loss must return a number, not None.")
             return value, aux
 
-        self._program = Program(pair, params)
+        leaves, structure = jax.tree.flatten((params, arrays))
+        key = structure, *map(jax.typeof, leaves), jax.sharding.get_abstract_mesh()
+        if key not in traced:
+            program = Program(pair, (params, arrays))
+            traced[key] = (
+                program,
+                TracedLoss(program, {}, has_aux, params, arrays, bases).find_uses(),
+            )
+        return TracedLoss(*traced[key], has_aux, params, arrays, bases)
+
+    return trace
+
+
+class TracedLoss:
+    """A traced loss at some parameters and a batch; made by a `tracer`.
+
+    Attributes:
+      uses: how the loss uses each projected parameter, by path.
+      eps: the largest machine epsilon of the dtypes in which the loss computes.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        uses: dict[Names, Uses],
+        has_aux: bool,
+        params: PyTree,
+        arrays: dict[int, jax.Array],
+        bases: PyTree,
+    ):
+        self._program, self.uses, self.eps = program, uses, program.eps
         self._leaves, self._tree = jax.tree.flatten(params)
+        self._arrays, self._has_aux = jax.tree.leaves(arrays), has_aux
         self._unboxed_tree = jax.tree.structure(unboxed(params))
-        self._bases, self._has_aux = self._by_leaf(bases), has_aux
-        self.uses = self._find_uses()
+        self._bases = self._by_leaf(bases)
 
     def value_and_grad(self) -> tuple[Any, PyTree]:
         """The value of the loss (with has_aux the pair) and its gradients.
@@ -193,7 +222,10 @@ class TracedLoss:
         leaves = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))
         return {i: basis for i, basis in leaves if is_basis(basis)}
 
-    def _find_uses(self) -> dict[Names, Uses]:
+    def find_uses(self) -> dict[Names, Uses]:
+        """How the loss uses each projected parameter, by path."""
+        if opaque := self._program.opaque:
+            return {basis.projection.path: Uses(False, (opaque,)) for basis in self._bases.values()}
         products: set[int] = set()
         reasons: dict[int, dict[str, None]] = {i: {} for i in self._bases}
 
@@ -205,7 +237,7 @@ class TracedLoss:
 
         def evaluate() -> jax.Array:
             leaves = self._tracked(self._leaves, self._bases, self._zeros(self._bases))
-            return self._program.number(leaves, report)
+            return self._program.number([*leaves, *self._arrays], report)
 
         jax.eval_shape(evaluate)
         return {
@@ -222,7 +254,7 @@ class TracedLoss:
 
         def value(full: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
             leaves = [full.get(i, leaf) for i, leaf in enumerate(self._leaves)]
-            return self._program(self._tracked(leaves, bases, coordinates), lambda *_: None)
+            return self._program([*self._tracked(leaves, bases, coordinates), *self._arrays])
 
         full_leaves = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
         value_and_gradients = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from losses.table import Table, inputs, network, normal, squared
+from losses.table import Table, inputs, network, normal, squared, stack
 
 CASES = Table()
 loss = CASES.loss
@@ -377,11 +377,21 @@ def a_printed_activation(params, x):
     return squared(y)
 
 
-# That nothing flows back from what is printed is not noticed.
-@loss(partly="w1", projected="w2")
-def a_printed_norm_of_a_kernel(params, x):
+@loss(projected="w1 w2")
+def printed_norms_of_a_kernel(params, x):
     jax.debug.print("norm {}", jnp.linalg.norm(params["w1"]))
+    norm = jax.jit(jnp.linalg.norm)(params["w2"])
+    jax.jit(lambda w: jax.debug.print("norms {} {}", jnp.linalg.norm(w), norm))(params["w1"])
     return squared(network(params, x))
+
+
+@loss(projected="ws", params=stack(3))
+def a_norm_printed_in_each_scanned_layer(params, x):
+    def layer(h, w):
+        jax.debug.print("norm {}", jnp.linalg.norm(w))
+        return jnp.tanh(h @ w), None
+
+    return squared(jax.lax.scan(layer, x, params["ws"])[0])
 
 
 @loss(projected="w1 w2")

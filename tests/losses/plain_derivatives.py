@@ -236,3 +236,25 @@ def maml_over_a_batch_of_tasks(params, x):
 def an_inner_gradient_by_parameters_that_are_not_projected(params, x):
     offset = lambda c: squared(network(params, x) + c)
     return offset(params["c"] - 0.3 * jax.grad(offset)(params["c"]))
+
+
+def scaled_backward(scale):
+    """The identity, whose backward pass multiplies by a value that it has from elsewhere."""
+    identity = jax.custom_vjp(lambda y: y)
+    identity.defvjp(lambda y: (y, None), lambda _, dy: (dy * scale,))
+    return identity
+
+
+@loss(full="w1 w2")
+def a_backward_pass_that_reads_a_value_of_the_loss(params, x):
+    return squared(scaled_backward(jnp.sum(x**2))(network(params, x)))
+
+
+@loss(full="w1 w2", micro_batches=2, batch=lambda: (inputs(6, 6),))
+def a_backward_pass_that_reads_its_micro_batch(params, x):
+    return squared(scaled_backward(jnp.sum(x**2))(network(params, x)))
+
+
+@loss(projected="w1 w2")
+def a_backward_pass_that_reads_the_batch(params, x):
+    return squared(scaled_backward(x)(network(params, x)))
