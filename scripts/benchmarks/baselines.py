@@ -30,6 +30,7 @@ class Baseline:
       init: params -> state, with the refresh of every matrix due at the first step.
       step: (loss, params, state, batch) -> params and state.
       stacks: whether it projects leaves in which layers are stacked.
+      gap: updates between refreshes; None: it has no bases.
       refresh: (loss, params, state, batch) -> state; None if the step includes refreshes.
     """
 
@@ -37,6 +38,7 @@ class Baseline:
     init: Callable[[PyTree], PyTree]
     step: Callable[[Loss, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
     stacks: bool = True
+    gap: int | None = GAP
     refresh: Callable[[Loss, PyTree, PyTree, PyTree], PyTree] | None = None
 
 
@@ -52,8 +54,8 @@ def baselines(rank: int) -> list[Baseline]:
     )
     galore = galore_jax.adamw(LEARNING_RATE, rank, GAP, weight_decay=WEIGHT_DECAY)
     return [
-        Baseline("adamw", adamw.init, stock_step(adamw)),
-        Baseline("optax.contrib.galore", contrib.init, stock_step(contrib), stacks=False),
+        stock("adamw", adamw),
+        replace(stock("optax.contrib.galore", contrib), stacks=False, gap=GAP),
         full("galore_full", galore),
         projected("galore_projected", galore),
     ]
@@ -81,14 +83,14 @@ def projected(name: str, tx: optax.GradientTransformation) -> Baseline:
     return Baseline(name, partial(_start, tx), step, refresh=refresh)
 
 
-def stock_step(tx: optax.GradientTransformation) -> Callable[..., tuple[PyTree, PyTree]]:
-    """The step of an optimizer of optax."""
+def stock(name: str, tx: optax.GradientTransformation) -> Baseline:
+    """An optimizer of optax."""
 
     def step(loss: Loss, params: PyTree, state: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
         updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
         return optax.apply_updates(params, updates), state
 
-    return step
+    return Baseline(name, tx.init, step, gap=None)
 
 
 def _start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:

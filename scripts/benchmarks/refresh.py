@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.report import Row
+from benchmarks import Row
 from benchmarks.timing import interleaved
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.stdlib_corpus import standard_library_texts
@@ -57,7 +57,7 @@ class Settings:
     """See scripts/benchmark.py.
 
     Raises:
-      InputError: a size is unknown, or a number is out of range.
+      InputError: a size is unknown, or a number of tokens is not a multiple of a row's.
     """
 
     sizes: str = ",".join(SIZES)
@@ -69,7 +69,6 @@ class Settings:
             require_choice("sizes", size, SIZES)
         rows = self.tokens >= ROW_LENGTH and self.tokens % ROW_LENGTH == 0
         require("tokens", self.tokens, rows, f"a multiple of {ROW_LENGTH}")
-        require("repeats", self.repeats, self.repeats >= 1, "at least 1")
 
 
 def measure(settings: Settings) -> list[Row]:

@@ -1,21 +1,18 @@
-"""`state`: bytes of the optimizer's state by part, float32, from shapes."""
+"""`state`: bytes of the optimizer's state and of accumulated gradients, float32, from shapes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 from analysis.memory import bytes_by_part
 
+from benchmarks import CONFIGS, Row
 from benchmarks.baselines import baselines
 from benchmarks.models import init_llama, separate_layers
-from benchmarks.report import Row
-from galore_jax.errors import require_choice
 from galore_jax.models.llama import LlamaConfig
+from galore_jax.optim.state import galore_states, start_coordinates
 from galore_jax.training.config_file import load_config
 from galore_jax.training.state import tree_bytes, tree_size
-
-CONFIGS = Path(__file__).parents[2] / "configs"
+from galore_jax.types import PyTree
 
 
 @dataclass(frozen=True)
@@ -23,19 +20,8 @@ class Settings:
     """There are none."""
 
 
-def require_size(key: str, size: str) -> None:
-    """Raises an `InputError` unless there is a configuration of this size."""
-    sizes = sorted(path.stem.removeprefix("llama_") for path in CONFIGS.glob("llama_*.toml"))
-    require_choice(key, size, sizes)
-
-
 def measure(settings: Settings) -> list[Row]:
-    """The rows of every size and baseline."""
-    return of_every_size(measure_size)
-
-
-def of_every_size(measure_size: Callable[[str, LlamaConfig, int], list[Row]]) -> list[Row]:
-    """The rows of each size in configs/, by its name, model and rank, the smallest first."""
+    """The rows of each size in configs/ and each baseline, the smallest size first."""
     rows = []
     for path in CONFIGS.glob("llama_*.toml"):
         config = load_config(path)
@@ -45,14 +31,17 @@ def of_every_size(measure_size: Callable[[str, LlamaConfig, int], list[Row]]) ->
 
 
 def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
-    """Rows of every baseline, with `bytes` and those of bases, moments and the rest."""
+    """Rows of every baseline: `bytes` of its state with the parts, and `accumulated` gradients."""
     stacked = jax.eval_shape(lambda: init_llama(replace(model, dtype="float32")))
+    full = tree_bytes(stacked["layers"])
     rows = []
     for baseline in baselines(rank):
-        if baseline.refresh is not None:
-            continue  # Its state is that of `galore_full`.
         params = stacked if baseline.stacks else jax.eval_shape(separate_layers, stacked)
         state = jax.eval_shape(baseline.init, params)
+        gradients = params
+        if baseline.refresh is not None:
+            gradients = jax.eval_shape(_coordinates, params, state)
+        accumulated = tree_bytes(gradients["layers"])
         rows.append(
             {
                 "name": baseline.name,
@@ -62,7 +51,13 @@ def measure_size(size: str, model: LlamaConfig, rank: int) -> list[Row]:
                 "leaves": "stacked" if baseline.stacks else "separate",
                 **bytes_by_part(state),
                 "bytes": tree_bytes(state),
+                "accumulated": accumulated,
+                "of_full": accumulated / full,
             }
         )
     adamw = rows[0]["bytes"]
     return [{**row, "of_adamw": row["bytes"] / adamw} for row in rows]
+
+
+def _coordinates(params: PyTree, state: PyTree) -> PyTree:
+    return start_coordinates(params, galore_states(state, inside_chains=True))

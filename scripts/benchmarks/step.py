@@ -1,24 +1,18 @@
 """`step`: time of a training step in float32, with and without the refresh of the bases."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from benchmarks.baselines import GAP, Baseline, Loss, baselines
-from benchmarks.models import (
-    blocks_loss,
-    init_llama,
-    llama_loss,
-    separate_layers,
-    with_dense,
-)
-from benchmarks.report import Row
-from benchmarks.state import CONFIGS
+from benchmarks import CONFIGS, Row
+from benchmarks.baselines import Baseline, Loss, baselines
+from benchmarks.models import blocks_loss, init_llama, llama_loss, separate_layers, with_dense
 from benchmarks.timing import interleaved, seconds
-from galore_jax.errors import require, require_choice
+from galore_jax.errors import require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config_file import load_config
 from galore_jax.types import PyTree
@@ -34,7 +28,7 @@ class Settings:
     """See scripts/benchmark.py.
 
     Raises:
-      InputError: a model or leaves that are not there, or a number out of range.
+      InputError: an unknown model or kind of leaves or layers.
     """
 
     model: str = "blocks"
@@ -47,9 +41,6 @@ class Settings:
         require_choice("model", self.model, LAYERS)
         require_choice("leaves", self.leaves, ("separate", "stacked"))
         require_choice("dense", self.dense, DENSE)
-        require("layers", self.layers, self.layers >= 0, "0 or more")
-        within = 1 <= self.repeats < GAP
-        require("repeats", self.repeats, within, f"at least 1 and below {GAP}, the next refresh")
 
 
 class Run:
@@ -104,36 +95,41 @@ def measure_model(
     else:
         batch = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
         loss = functools.partial(llama_loss, config)
-    loss = with_dense(settings.dense, loss)
     if settings.leaves == "separate":
         params = separate_layers(params)
+    chosen = [one for one in baselines(rank) if one.stacks or settings.leaves == "separate"]
+    loss = with_dense(settings.dense, loss)
+    return measure_steps(chosen, loss, params, batch, settings.repeats, settings.model)
 
-    chosen = [b for b in baselines(rank) if b.stacks or settings.leaves == "separate"]
-    runs = {b.name: Run(b, loss, params, batch) for b in chosen}
-    first = {name: seconds(run) for name, run in tqdm(runs.items(), "steps with every refresh")}
-    plain = interleaved(runs, settings.repeats, "steps")
-    temporaries = {name: run.temporary_bytes for name, run in runs.items()}
-    del runs
 
-    def row(name: str, time: float, **fields: bool | float) -> Row:
-        setting = {
-            "model": settings.model,
-            "layers": config.num_layers,
-            "leaves": settings.leaves,
-            "dense": settings.dense,
-        }
-        return {
-            "name": name,
-            **setting,
-            "seconds": time,
-            "of_adamw": time / plain["adamw"],
-            **fields,
-        }
+def measure_steps(
+    chosen: Sequence[Baseline],
+    loss: Loss,
+    params: PyTree,
+    batch: PyTree,
+    repeats: int,
+    title: str,
+) -> list[Row]:
+    """A row for each baseline, with times relative to the one called "adamw".
 
+    `with_refreshes` has the time by which the first step, which refreshes all bases, is longer,
+    divided by the number of steps between refreshes.
+    """
+    runs = {one.name: Run(one, loss, params, batch) for one in chosen}
+    first = {name: seconds(run) for name, run in tqdm(runs.items(), f"{title}: first steps")}
+    plain = interleaved(runs, repeats, f"{title}: steps")
+    adamw = plain["adamw"]
     rows = []
-    for name, time in plain.items():
-        refresh = 0 if name == "adamw" else max(first[name] - time, 0)
-        memory = {"temporary_bytes": temporaries[name]}
-        rows.append(row(name, time, amortised=False, **memory))
-        rows.append(row(name, time + refresh / GAP, amortised=True))
+    for one in chosen:
+        time = plain[one.name]
+        refresh = max(first[one.name] - time, 0) / one.gap if one.gap else 0
+        rows.append(
+            {
+                "name": one.name,
+                "seconds": time,
+                "of_adamw": time / adamw,
+                "with_refreshes": (time + refresh) / adamw,
+                "temporary_bytes": runs[one.name].temporary_bytes,
+            }
+        )
     return rows

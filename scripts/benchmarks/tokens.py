@@ -6,19 +6,16 @@ from pathlib import Path
 
 import jax
 
+from benchmarks import CONFIGS, Row
 from benchmarks.baselines import baselines
 from benchmarks.models import blocks_loss, init_llama, with_dense
-from benchmarks.report import Row
-from benchmarks.state import CONFIGS, require_size
-from benchmarks.step import DENSE, Run
-from benchmarks.timing import interleaved, seconds
+from benchmarks.step import DENSE, measure_steps
 from galore_jax.errors import check_installed, require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config_file import load_config
 from galore_jax.training.plots import COLOURS, new_figure, write_png
 
 ROW_LENGTH = 256
-NAMES = ("adamw", "galore_full", "galore_projected")
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,8 @@ class Settings:
     """See scripts/benchmark.py.
 
     Raises:
-      InputError: a number is out of range, or a list has something else than numbers.
+      InputError: there is no folder for the picture, or a number of tokens is not a multiple of the
+        length of a row.
     """
 
     sizes: str = "130m,350m,1b"
@@ -39,11 +37,7 @@ class Settings:
     def __post_init__(self):
         folder = Path(self.picture).parent
         require("picture", self.picture, folder.is_dir(), "a file in a folder that exists")
-        require("layers", self.layers, self.layers >= 1, "at least 1")
-        require("repeats", self.repeats, self.repeats >= 1, "at least 1")
         require_choice("dense", self.dense, DENSE)
-        for size in self.sizes.split(","):
-            require_size("sizes", size)
         for number in self.tokens.split(","):
             holds = number.isdigit() and int(number) > 0 and int(number) % ROW_LENGTH == 0
             require("tokens", number, holds, f"multiples of {ROW_LENGTH}, with commas between")
@@ -52,9 +46,11 @@ class Settings:
 def measure(settings: Settings) -> list[Row]:
     """The rows of every size, number of tokens and baseline; draws their ratios."""
     check_installed("matplotlib")
+    configs = {
+        name: load_config(CONFIGS / f"llama_{name}.toml") for name in settings.sizes.split(",")
+    }
     rows = []
-    for size in settings.sizes.split(","):
-        config = load_config(CONFIGS / f"llama_{size}.toml")
+    for size, config in configs.items():
         model = replace(config.model, num_layers=settings.layers, dtype="float32")
         for tokens in map(int, settings.tokens.split(",")):
             shape = (tokens // ROW_LENGTH, ROW_LENGTH)
@@ -70,23 +66,11 @@ def measure_size(
     params = {"layers": init_llama(model)["layers"]}
     batch = jax.random.normal(jax.random.key(1), (2, *shape, model.hidden_size))
     loss = with_dense(settings.dense, functools.partial(blocks_loss, model))
-    chosen = [baseline for baseline in baselines(rank) if baseline.name in NAMES]
-    runs = {baseline.name: Run(baseline, loss, params, batch) for baseline in chosen}
-    for run in runs.values():
-        seconds(run)
+    chosen = [baseline for baseline in baselines(rank) if baseline.stacks]
     tokens = shape[0] * shape[1]
-    median = interleaved(runs, settings.repeats, f"{size}, {tokens:,} tokens")
-    return [
-        {
-            "name": name,
-            "size": size,
-            "rank": rank,
-            "tokens": tokens,
-            "seconds": time,
-            "of_adamw": time / median["adamw"],
-        }
-        for name, time in median.items()
-    ]
+    title = f"{size}, {tokens:,} tokens"
+    rows = measure_steps(chosen, loss, params, batch, settings.repeats, title)
+    return [{"size": size, "rank": rank, "tokens": tokens} | row for row in rows]
 
 
 def draw(rows: list[Row], picture: Path) -> None:
