@@ -1,6 +1,7 @@
 """Arguments of the command line: lists, and folders to write to."""
 
 import os
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,33 +9,20 @@ from typing import Any
 from galore_jax.errors import InputError
 
 
-def numbers(option: str, text: str | None, kind: Callable[[str], Any]) -> list[Any]:
-    """The numbers between commas, without repetitions; none if the option is not given.
+def separated(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+    """The `type` of an argument that lists values between commas; repetitions are left out."""
 
-    Raises:
-      InputError: there are none, or one is not of the kind, `int` or `float`.
-    """
-    found = comma_separated(option, text)
-    try:
-        return list(dict.fromkeys(kind(part) for part in found))
-    except ValueError:
-        raise InputError(f"{option} is {text!r}: give numbers, as in 1,2,3.") from None
+    def parse(text: str) -> list[Any]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        try:
+            found = list(dict.fromkeys(map(kind, parts)))
+        except ValueError:
+            raise ArgumentTypeError(f"{text!r} has more than numbers and commas") from None
+        if not found:
+            raise ArgumentTypeError("list something, separated by commas, or leave it out")
+        return found
 
-
-def comma_separated(option: str, text: str | None) -> list[str]:
-    """The parts between commas, without repetitions; none if the option is not given.
-
-    Raises:
-      InputError: there are none.
-    """
-    if text is None:
-        return []
-    found = dict.fromkeys(part.strip() for part in text.split(",") if part.strip())
-    if not found:
-        raise InputError(
-            f"{option} is empty: list something, separated by commas, or leave it out."
-        )
-    return list(found)
+    return parse
 
 
 def check_folder(name: str, folder: str | Path) -> None:

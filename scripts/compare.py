@@ -20,7 +20,7 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from galore_jax.command_line import comma_separated, numbers
+from galore_jax.command_line import separated
 from galore_jax.errors import run_cli
 
 
@@ -32,28 +32,32 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a TOML file, as configs/demo.toml")
     parser.add_argument(
         "--optimizers",
+        type=separated(),
+        default=(),
         metavar="LABEL,…",
         help="which to compare (default: the tables of the file, or adamw, muon, galore_adamw)",
     )
     parser.add_argument(
-        "--seeds", default="0", help="one run for each, as in 0,1,2 (default: %(default)s)"
+        "--seeds",
+        type=separated(int),
+        default="0",
+        help="one run for each, as in 0,1,2 (default: %(default)s)",
     )
-    parser.add_argument("--rates", help="learning rates to choose from, as in 0.005,0.01,0.02")
-    parser.add_argument("--matrix-rates", help="and matrix rates, as in 0.125,0.25,0.5")
+    for option, what in (
+        ("--rates", "learning rates to choose from, as in 0.005,0.01,0.02"),
+        ("--matrix-rates", "and matrix rates, as in 0.125,0.25,0.5"),
+    ):
+        parser.add_argument(option, type=separated(float), default=(), help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    names = comma_separated("--optimizers", arguments.optimizers)
-    seeds = numbers("--seeds", arguments.seeds, int)
-    rates = numbers("--rates", arguments.rates, float)
-    matrix_rates = numbers("--matrix-rates", arguments.matrix_rates, float)
 
     from galore_jax.training.compare import compare, table
     from galore_jax.training.config_file import load_comparison
     from galore_jax.training.loop import Interrupted
 
-    configs = load_comparison(arguments.config, arguments.overrides, names)
+    configs = load_comparison(arguments.config, arguments.overrides, arguments.optimizers)
     try:
-        rows = compare(configs, seeds, rates, matrix_rates)
+        rows = compare(configs, arguments.seeds, arguments.rates, arguments.matrix_rates)
     except Interrupted:
         print("stopped: run the same command again to continue.", file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,7 @@ the file. Runs are kept: the same command continues.
 
 import argparse
 
-from galore_jax.command_line import comma_separated, numbers
+from galore_jax.command_line import separated
 from galore_jax.errors import InputError, run_cli
 
 
@@ -23,13 +23,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/glue/rte.toml")
-    parser.add_argument("--rates", help="compare at learning rates to choose from, as in 3e-5,1e-4")
-    parser.add_argument("--tasks", help="compare on each of these and on average, as in cola,rte")
+    for option, kind, what in (
+        ("--rates", float, "compare at learning rates to choose from, as in 3e-5,1e-4"),
+        ("--tasks", str, "compare on each of these and on average, as in cola,rte"),
+    ):
+        parser.add_argument(option, type=separated(kind), default=(), help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
-    rates = numbers("--rates", arguments.rates, float)
-    tasks = comma_separated("--tasks", arguments.tasks)
+    rates, tasks = arguments.rates, arguments.tasks
     if tasks and not rates:
         raise InputError("--tasks compares learning rates: give --rates too, as in 3e-5,1e-4.")
 

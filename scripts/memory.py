@@ -27,7 +27,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from galore_jax.command_line import comma_separated
+from galore_jax.command_line import separated
 from galore_jax.errors import InputError, require_choice, run_cli
 from galore_jax.files import write_json
 
@@ -44,7 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/llama_60m.toml")
     parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
-    parser.add_argument("--optimizers", metavar="LABEL,…", help="compare these")
+    parser.add_argument("--optimizers", type=separated(), metavar="LABEL,…", help="compare these")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures to this file too"
     )
@@ -63,8 +63,7 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     configs = {config.optimizer.name: config}
     if arguments.optimizers is not None:
-        labels = comma_separated("--optimizers", arguments.optimizers)
-        configs = load_comparison(arguments.config, arguments.overrides, labels)
+        configs = load_comparison(arguments.config, arguments.overrides, arguments.optimizers)
     chosen = config.mesh
     devices = math.prod(n for n in (chosen.data, chosen.fsdp, chosen.tensor) if n != -1)
     card = TARGETS.get(arguments.device)

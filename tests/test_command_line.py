@@ -1,5 +1,6 @@
-"""What arguments of scripts are refused before any work."""
+"""Arguments of scripts: lists, and what is refused before any work."""
 
+import argparse
 import os
 import runpy
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from galore_jax.command_line import check_folder
+from galore_jax.command_line import check_folder, separated
 from galore_jax.errors import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -18,6 +19,14 @@ def file(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     return path
+
+
+def test_lists_are_separated_by_commas_without_repetitions():
+    assert separated()(" a b,c,,c") == ["a b", "c"]
+    assert separated(float)("1e-3, 2,0.001") == [0.001, 2]
+    for kind, text, reason in ((str, ",", "list something"), (int, "0,x", "'0,x' has more than")):
+        with pytest.raises(argparse.ArgumentTypeError, match=reason):
+            separated(kind)(text)
 
 
 def test_a_folder_that_exists_or_can_be_made_is_accepted(tmp_path, monkeypatch):

@@ -269,9 +269,6 @@ def test_a_script_that_is_stopped_says_how_to_continue(script, file, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--rates", ","], "--rates is empty: list something"),
-        (["--matrix-rates", ""], "--matrix-rates is empty: list something"),
-        (["--seeds", "0,x"], "--seeds is '0,x': give numbers, as in 1,2,3."),
         (["--optimizers", "adam"], "there is no optimizer 'adam' to compare; did you mean adamw"),
         (["--rates", "0.1,0"], "learning_rate must be positive and finite, not 0.0."),
     ],

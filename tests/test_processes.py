@@ -16,7 +16,6 @@ import pytest
 
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.tokenizers import ByteTokenizer
-from galore_jax.errors import InputError
 from galore_jax.training.processes import joined
 
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -315,45 +314,12 @@ def test_a_process_that_a_cluster_started_with_others_joins_them(monkeypatch, en
     assert len(calls) == joins
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("node0:1", None, None), "--coordinator, --processes and --process belong together"),
-        (
-            ("node0", 2, 0),
-            "--coordinator must be host:port with a port from 1 to 65535, as in node0:1234, not "
-            "'node0'.",
-        ),
-        (
-            ("node0:65536", 2, 0),
-            "--coordinator must be host:port with a port from 1 to 65535, as in node0:1234, not "
-            "'node0:6",
-        ),
-        (("node0:1", 0, 0), "--processes must be at least 1, not 0."),
-        (("node0:1", 2, 2), "--process must be from 0 to 1, as there are 2 processes, not 2."),
-    ],
-)
-def test_arguments_that_start_no_process_are_refused(arguments, sentence):
-    with pytest.raises(InputError) as refused, joined(*arguments):
-        pass
-    assert sentence in str(refused.value)
-
-
-def test_a_port_that_is_in_use_is_refused_by_process_0(monkeypatch):
-    calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **_: calls.append(given))
-    monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        address = f"127.0.0.1:{port}"
-        with pytest.raises(InputError) as refused, joined(address, 2, 0):
-            pass
-        assert str(refused.value) == (
-            f"--coordinator has port {port}, which cannot be used (Address already in use): give "
-            "all processes another one."
-        )
-        with joined(address, 2, 1):  # Process 1 connects to the port.
-            pass
-    with joined(address, 2, 0):
-        pass
-    assert [process for _, _, process in calls] == [1, 0]
+def test_arguments_that_do_not_join_processes_are_refused_in_one_line(tmp_path):
+    arguments = ["--config", str(tmp_path / "none.toml"), "--coordinator", "node0", "--processes"]
+    command = [sys.executable, str(TRAIN), *arguments, "2", "--process"]
+    for process, reason in ((0, "index out of range"), (2, "with process_id < num_processes")):
+        refused = subprocess.run([*command, str(process)], capture_output=True, text=True)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: this process cannot join the others (")
+        assert reason in refused.stderr
+        assert refused.stderr.count("\n") == 1

@@ -7,10 +7,8 @@ have to call at the same point. A process alone skips all of it.
 
 import atexit
 import contextlib
-import errno
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +23,8 @@ from galore_jax.training.config_file import differences
 
 # Seconds until the others notice that a process is dead, or wait for it to end.
 TIMEOUT = 20
+# More than any configuration has.
+_SETTINGS_BYTES = 2**16
 
 
 @contextlib.contextmanager
@@ -42,25 +42,28 @@ def joined(
       process: index of this one, from 0.
 
     Raises:
-      InputError: only some of the arguments are given, they do not fit together, or process 0
-        cannot use the port.
+      InputError: JAX cannot join the processes by these arguments.
     """
-    given = [coordinator, processes, process]
-    if given == [None] * 3:
-        if not _in_cluster():
-            yield
-            return
-    else:
-        _check_arguments(coordinator, processes, process)
+    if (coordinator, processes, process) == (None, None, None) and not _in_cluster():
+        yield
+        return
     # JAX's own handling of SIGTERM would keep the signal from this program.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(
-        coordinator,
-        processes,
-        process,
-        heartbeat_timeout_seconds=TIMEOUT,
-        shutdown_timeout_seconds=TIMEOUT,
-    )
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            heartbeat_timeout_seconds=TIMEOUT,
+            shutdown_timeout_seconds=TIMEOUT,
+        )
+    except (ValueError, LookupError, jax.errors.JaxRuntimeError) as error:
+        raise InputError(
+            f"this process cannot join the others ({error}): give all of --coordinator, the host "
+            "of process 0 and a free port there, as in node0:1234, --processes, and --process, "
+            "from 0 to one less; or none of them in a single process or in one that Slurm or Open "
+            "MPI starts."
+        ) from error
     if jax.default_backend() == "cpu":
         # Process 0 alone finds its programs in JAX's cache. On CPUs such a program may exchange
         # arrays in another order than what the other processes have compiled.
@@ -78,45 +81,6 @@ def _in_cluster() -> bool:
     """Whether Slurm or Open MPI started this process as one of several."""
     slurm = os.environ.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in os.environ else "1"
     return int(slurm) > 1 or int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-
-
-def _check_arguments(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    if coordinator is None or processes is None or process is None:
-        raise InputError(
-            "--coordinator, --processes and --process belong together: give all three, or none for "
-            "a single process and for those that Slurm or Open MPI start."
-        )
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(
-            "--coordinator must be host:port with a port from 1 to 65535, as in node0:1234, not "
-            f"{coordinator!r}."
-        )
-    if processes < 1:
-        raise InputError(f"--processes must be at least 1, not {processes}.")
-    if not 0 <= process < processes:
-        raise InputError(
-            f"--process must be from 0 to {processes - 1}, as there are {processes} processes, not "
-            f"{process}."
-        )
-    if process == 0:
-        _check_port(int(port))
-
-
-def _check_port(port: int) -> None:
-    """Raises an `InputError` if a port is taken or not allowed: JAX would abort the process."""
-    ipv6 = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if ipv6 else socket.AF_INET
-    try:
-        with socket.create_server(("", port), family=family, dualstack_ipv6=ipv6):
-            pass
-    except OSError as error:
-        if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-            return  # JAX decides whether this matters.
-        raise InputError(
-            f"--coordinator has port {port}, which cannot be used ({os.strerror(error.errno)}): "
-            "give all processes another one."
-        ) from None
 
 
 def _end_at_once(status: int) -> None:
@@ -163,7 +127,8 @@ def check_same(values: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    first = json.loads(_text_of_first(json.dumps(values)))
+    padded = np.frombuffer(json.dumps(values).encode().ljust(_SETTINGS_BYTES), np.uint8)
+    first = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
     with ending_together():
         if changed := differences(first, values):
             key, (there, here) = next(iter(changed.items()))
@@ -204,11 +169,3 @@ def stopping_together(is_stopped: Callable[[], bool]) -> Callable[[], bool]:
 def _gathered(values: list[int]) -> np.ndarray:
     """The values of all processes, (processes, len(values))."""
     return np.asarray(multihost_utils.process_allgather(np.asarray(values, np.int32)))
-
-
-def _text_of_first(text: str) -> str:
-    """The text that process 0 has."""
-    encoded = np.frombuffer(text.encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(encoded))))
-    buffer = encoded if is_first() else np.zeros(size, np.uint8)
-    return np.asarray(multihost_utils.broadcast_one_to_all(buffer)).tobytes().decode()
