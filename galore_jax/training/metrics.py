@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, check_installed
 from galore_jax.files import write_json, write_text
 from galore_jax.training.run_folder import RunFolder
 
@@ -74,7 +74,8 @@ class Metrics:
       tensorboard: whether to write TensorBoard events too.
 
     Raises:
-      InputError: a line before the last one is damaged, or tensorboardX is needed and missing.
+      InputError: a line before the last one is damaged.
+      ModuleNotFoundError: tensorboardX is needed and not installed.
     """
 
     def __init__(self, run: RunFolder, step: int, tensorboard: bool):
@@ -137,12 +138,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _parsed(text: bytes) -> dict[str, Any] | None:
     """The values of a line, or None if it is not a complete line of `Metrics`."""
     try:
-        values = json.loads(text) if text.endswith(b"\n") else None
+        values = json.loads(text)
     except (ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or type(values.get("step")) is not int:
-        return None
-    if not all(value is None or type(value) in (int, float) for value in values.values()):
         return None
     return {name: math.nan if value is None else value for name, value in values.items()}
 
@@ -196,11 +195,5 @@ def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _events(folder: Path, step: int) -> Any:
-    try:
-        tensorboardx = importlib.import_module("tensorboardX")
-    except ModuleNotFoundError:
-        raise InputError(
-            "training.tensorboard needs tensorboardX: "
-            'pip install "galore-jax[tensorboard]", or leave it off.'
-        ) from None
-    return tensorboardx.SummaryWriter(str(folder), purge_step=step)
+    check_installed("tensorboardX")
+    return importlib.import_module("tensorboardX").SummaryWriter(str(folder), purge_step=step)
