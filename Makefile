@@ -8,7 +8,7 @@ help:
 	@echo "make demo       train a small LLaMA with AdamW, Muon and GaLore, each tuned, and compare them"
 	@echo "make test       run the tests, but for the slow ones"
 	@echo "make test-slow  run the slow tests: processes, disks, minutes"
-	@echo "make lint       check format, lint, types and import contracts"
+	@echo "make lint       check format, lint, types, import contracts, and widths of pages"
 	@echo "make docs       build the documentation into site/"
 
 demo: $(VENV)/installed
@@ -25,6 +25,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	@# Lines of more than 100 columns: none in the README, only tables elsewhere.
+	! LC_ALL=C.UTF-8 grep -HnE '.{101}' README.md
+	! LC_ALL=C.UTF-8 grep -nE '^[^|].{100}' CHANGELOG.md CONTRIBUTING.md docs/*.md docs/api/*.md
 
 docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
