@@ -8,6 +8,7 @@ import pytest
 
 import galore_jax
 from galore_jax import apply_gradients
+from galore_jax.optim.clipping import clip_by_matrix_rms
 
 
 def params_and_grads(dtype=jnp.float32):
@@ -103,6 +104,27 @@ def test_adafactor_leaves_rows_and_columns_of_zeros_at_zero():
     expected = jnp.where(grads["kernel"] > 0, updates["kernel"][1, 1], 0)
     np.testing.assert_array_equal(updates["kernel"], expected)
     assert jnp.isfinite(updates["kernel"]).all()
+
+
+def test_adafactor_treats_each_layer_of_a_stack_by_itself():
+    tx = optax.chain(
+        galore_jax.scale_by_factored_rms(min_size_to_factor=2), clip_by_matrix_rms(0.1)
+    )
+    shapes = {"bias": (3, 4), "norm": {"weight": (3, 4)}, "kernel": (3, 5, 6)}
+    scales = jnp.array([1.0, 10.0, 100.0])
+
+    def gradient(shape):
+        normal = jax.random.normal(jax.random.key(len(shape)), shape)
+        return normal * scales.reshape(3, *(1 for _ in shape[1:]))
+
+    stacked = jax.tree.map(gradient, shapes, is_leaf=lambda node: isinstance(node, tuple))
+    found, _ = jax.jit(tx.update)(stacked, tx.init(stacked))
+    for i in range(3):
+        layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        wanted, _ = jax.jit(tx.update)(layer, tx.init(layer))
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), found, wanted
+        )
 
 
 def test_stochastic_rounding_keeps_on_average_what_rounding_to_nearest_swallows():

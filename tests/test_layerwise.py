@@ -103,20 +103,18 @@ def layerwise_steps(tx, model=None, **settings):
     }
 
 
-# It clips a stack of norm scales as a whole, a layer-wise step each by itself.
-ADAFACTOR = (galore_jax.adafactor, {"clipping_threshold": 1e9})
 CASES = {
     "adamw keep": (galore_jax.adamw, {"moments": "keep", "weight_decay": 0.1}),
     "adamw rotate": (galore_jax.adamw, {"moments": "rotate"}),
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
-    "adafactor": ADAFACTOR,
+    "adafactor": (galore_jax.adafactor, {}),
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
     "muon rotate": (galore_jax.muon, {"moments": "rotate", "weight_decay": 0.1}),
 }
 # Of full gradients every value of a setting, of projected ones also every pair of these.
 FULL_CASES = {
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
-    "adafactor": ADAFACTOR,
+    "adafactor": (galore_jax.adafactor, {}),
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
     "fira": (galore_jax.fira, {"weight_decay": 0.1}),
     "fira rotate": (galore_jax.fira, {"moments": "rotate"}),
@@ -286,6 +284,14 @@ def test_an_optimizer_without_galore_takes_full_gradients_and_8_bits():
             # Of the first gradients some are so small that their sign is rounding.
             close = jax.tree.map(lambda a, b: jnp.abs(a - b) < 1e-5, found.params, params)
             assert min(float(leaf.mean()) for leaf in jax.tree.leaves(close)) > 0.99
+
+
+def test_an_optimizer_that_treats_a_stack_as_one_matrix_is_refused():
+    tx = optax.adafactor(0.003, min_dim_size_to_factor=2)
+    params = params_of(CONFIG)
+    step = layerwise.make_step(model_of(CONFIG), tx, projected=False)
+    with pytest.raises(ValueError, match=r"scale.*, \(\d+,\), that is not one of each layer"):
+        step(params, layerwise.init(tx, params), batch_of(0))
 
 
 def test_a_step_without_a_gradient_leaves_the_norm_that_clips_the_next():

@@ -2,7 +2,7 @@
 
 A state contains trees like the parameters (of moments, bases or counters) and shared values such as
 counts. The node at the path of a parameter is that parameter's piece, whatever the state keeps
-there: an array, codes with their scales, a `Basis`, or the state of a per-matrix optimizer.
+there: an array, codes with their scales, or a `Basis`.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import optax
 from jax import lax
 
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.matrix_view import MatrixView
+from galore_jax.subspace.matrix_view import MatrixView, path_names
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import KeyPath, PyTree
 
@@ -36,27 +36,50 @@ class Slices:
 
     def group(self, tree: PyTree, name: str) -> PyTree:
         """The pieces of a group and the shared values; `optax.MaskedNode()` for other pieces."""
-        return self._map(lambda group, piece: piece if group in (None, name) else _masked, tree)
+        return self._map(lambda group, _, piece: piece if group in (None, name) else _masked, tree)
 
     def with_group(self, tree: PyTree, name: str | None, new: PyTree) -> PyTree:
         """The tree with new pieces for a group; for the group None, with new shared values."""
-        return self._map(lambda group, old, new: new if group == name else old, tree, new)
+        return self._map(lambda group, _, old, new: new if group == name else old, tree, new)
 
     def layer(self, tree: PyTree, index: jax.Array) -> PyTree:
-        """Like `group`, for one layer: its pieces, bases and moments too, lack the layer axis."""
+        """Like `group`, for one layer: its pieces, bases and moments too, lack the layer axis.
 
-        def sliced(group: str | None, piece: Any) -> Any:
-            if group is None:
-                return piece
-            return _without_layers(self._slice(piece, index)) if group == LAYERS else _masked
+        Raises:
+          ValueError: a state keeps something for a stacked parameter that is not stacked by layer.
+        """
+
+        def sliced(group: str | None, path: KeyPath, piece: Any) -> Any:
+            if group != LAYERS:
+                return piece if group is None else _masked
+
+            def cut(stack: jax.Array) -> jax.Array:
+                if _is_shared(piece, stack):
+                    return stack
+                if not stack.ndim or stack.shape[0] != self.layers:
+                    raise ValueError(
+                        f"layerwise: for {'/'.join(path_names(path))}, which is stacked by layer, "
+                        f"the optimizer keeps an array, {stack.shape}, that is not one of each "
+                        "layer: use a transformation that treats each layer by itself."
+                    )
+                return lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+            return _without_layers(jax.tree.map(cut, piece))
 
         return self._map(sliced, tree)
 
     def with_layer(self, tree: PyTree, index: jax.Array, new: PyTree) -> PyTree:
         """The tree with new pieces for a layer; shared values stay."""
 
-        def updated(group: str | None, old: Any, new: Any) -> Any:
-            return self._update(old, index, new) if group == LAYERS else old
+        def updated(group: str | None, _: KeyPath, old: Any, new: Any) -> Any:
+            if group != LAYERS:
+                return old
+            leaves, structure = jax.tree.flatten(old)
+            put = lambda stack, layer: lax.dynamic_update_index_in_dim(stack, layer, index, 0)
+            pairs = zip(leaves, jax.tree.leaves(new), strict=True)
+            return structure.unflatten(
+                [layer if _is_shared(old, stack) else put(stack, layer) for stack, layer in pairs]
+            )
 
         return self._map(updated, tree, new)
 
@@ -66,48 +89,20 @@ class Slices:
             return next((self.groups[end] for end in ends if end in self.groups), None)
 
         def at_piece(path: KeyPath, *pieces: Any) -> Any:
-            return f(group_of(path), *pieces)
+            return f(group_of(path), path, *pieces)
 
         is_piece = lambda path, _: group_of(path) is not None
         return jax.tree_util.tree_map_with_path(
             at_piece, tree, *rest, is_leaf=is_piece, is_leaf_takes_path=True
         )
 
-    def _slice(self, piece: Any, index: jax.Array) -> Any:
-        def cut(stack: jax.Array) -> jax.Array:
-            rows = self._rows_per_layer(stack)
-            if rows is None:
-                return stack
-            layer = lax.dynamic_slice_in_dim(stack, index * rows, rows)
-            return layer if _is_flat(piece) else layer[0]
-
-        return jax.tree.map(cut, piece)
-
-    def _update(self, piece: Any, index: jax.Array, new: Any) -> Any:
-        def update(stack: jax.Array, layer: jax.Array) -> jax.Array:
-            rows = self._rows_per_layer(stack)
-            if rows is None:
-                return layer
-            layer = layer if _is_flat(piece) else layer[None]
-            return lax.dynamic_update_slice_in_dim(stack, layer, index * rows, 0)
-
-        leaves, tree = jax.tree.flatten(piece)
-        pairs = zip(leaves, jax.tree.leaves(new), strict=True)
-        return tree.unflatten([update(*pair) for pair in pairs])
-
-    def _rows_per_layer(self, stack: jax.Array) -> int | None:
-        """Rows per layer of the first axis; None for a scalar or if `layers` does not divide it."""
-        if not stack.ndim or stack.shape[0] % self.layers:
-            return None
-        return stack.shape[0] // self.layers
-
 
 _masked = optax.MaskedNode()
 
 
-def _is_flat(piece: Any) -> bool:
-    """Whether a piece is a per-matrix state, whose matrices share a single first axis."""
-    return isinstance(piece, tuple) and not isinstance(piece, optax.MaskedNode)
+def _is_shared(piece: Any, array: jax.Array) -> bool:
+    """Whether an array of a piece is one for all layers: a number among the settings of a basis."""
+    return is_basis(piece) and not array.ndim
 
 
 def _without_layers(piece: Any) -> Any:

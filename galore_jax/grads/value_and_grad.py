@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_embeddings
 from galore_jax.grads.jaxpr import Program
@@ -152,7 +153,7 @@ def tracer(loss: Loss, has_aux: bool, divided: bool = False) -> Callable[..., "T
         params: PyTree, bases: PyTree, batch: Sequence[Any], unsplit: Mapping[str, Any]
     ) -> TracedLoss:
         # What is known now stays so, such as a number on which the loss branches.
-        arrays, with_arrays = leaves_of(jax.core.Tracer if divided else (), (batch, unsplit))
+        arrays, with_arrays = leaves_of(Tracer if divided else (), (batch, unsplit))
 
         def pair(operands: tuple[PyTree, Any]) -> tuple[Any, Any]:
             params, (batch, unsplit) = operands[0], with_arrays(operands[1])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.dtypes import widened
+from galore_jax.subspace.matrix_view import is_vector, named_leaves
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
@@ -79,10 +80,11 @@ def _parts(tree: PyTree) -> Iterator[tuple[jax.Array, jax.Array]]:
 
 
 def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
-    """Clips the root mean square of each matrix of coordinates and of each unprojected leaf.
+    """Clips the root mean square of each matrix, and of each bias, scale and other vector.
 
     Adafactor's update clipping (arXiv 1804.04235, section 6). `optax.clip_by_block_rms` treats all
-    matrices of a stack together.
+    matrices of a stack together. Unprojected leaves are matrices or vectors by their names, so that
+    what happens to a layer does not depend on whether it is stacked.
 
     Args:
       threshold: the largest root mean square.
@@ -94,13 +96,15 @@ def clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         del params
 
-        def clip(update: Any) -> Any:
-            axis = (-2, -1) if is_coordinates(update) else None
+        def clip(names: tuple[str, ...], update: Any) -> Any:
             array = update.value if is_coordinates(update) else update
+            axes = 1 if not is_coordinates(update) and is_vector(names) else 2
+            axis = tuple(range(max(array.ndim - axes, 0), array.ndim))
             rms = jnp.sqrt(jnp.mean(jnp.abs(array) ** 2, axis=axis, keepdims=True))
             clipped = array / jnp.maximum(1, rms / threshold)
             return Coordinates(clipped, update.projection) if is_coordinates(update) else clipped
 
-        return jax.tree.map(clip, updates, is_leaf=is_coordinates), state
+        clipped = [clip(*leaf) for leaf in named_leaves(updates, is_coordinates)]
+        return jax.tree.structure(updates, is_coordinates).unflatten(clipped), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.dtypes import widened
+from galore_jax.subspace.matrix_view import is_vector, named_leaves
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
@@ -40,26 +41,30 @@ def scale_by_factored_rms(
       decay_rate: the decay at update t, counted from 1, is `1 − t^−decay_rate`.
       eps: added to the squared gradient.
       min_size_to_factor: other leaves are factored if both of their last two axes are at least this
-        long.
+        long, but for biases, scales and norms by their names, which may be stacked vectors.
 
     Returns:
       An optax transformation.
     """
 
-    def is_factored(leaf: Any) -> bool:
-        shape = jnp.shape(leaf.value if is_coordinates(leaf) else leaf)
-        return is_coordinates(leaf) or (len(shape) >= 2 and min(shape[-2:]) >= min_size_to_factor)
+    def is_factored(names: tuple[str, ...], leaf: Any) -> bool:
+        if is_coordinates(leaf):
+            return True
+        shape = jnp.shape(leaf)
+        is_large = len(shape) >= 2 and min(shape[-2:]) >= min_size_to_factor
+        return is_large and not is_vector(names)
 
     def init_fn(params: PyTree) -> FactoredState:
         def zeros(factored: bool, axis: int | None) -> PyTree:
-            def at_leaf(leaf: Any) -> Any:
-                if is_factored(leaf) != factored:
+            def at_leaf(names: tuple[str, ...], leaf: Any) -> Any:
+                if is_factored(names, leaf) != factored:
                     return optax.MaskedNode()
                 if axis is None:
                     return jnp.zeros_like(leaf)
                 return jax.tree.map(lambda array: jnp.zeros_like(array).sum(axis), leaf)
 
-            return jax.tree.map(at_leaf, params, is_leaf=is_coordinates)
+            new = [at_leaf(*leaf) for leaf in named_leaves(params, is_coordinates)]
+            return jax.tree.structure(params, is_coordinates).unflatten(new)
 
         return FactoredState(
             count=jnp.zeros([], jnp.int32),
@@ -83,22 +88,27 @@ def scale_by_factored_rms(
             of_rows = (by_row.mean(axis=-1, keepdims=True) ** 0.5 * by_row**-0.5)[..., None]
             return update * of_rows * by_column[..., None, :] ** -0.5, rows, columns
 
-        def at_leaf(update: Any, rows: Any, columns: Any, nu: Any) -> tuple[Any, Any, Any, Any]:
+        def at_leaf(
+            names: tuple[str, ...], update: Any, rows: Any, columns: Any, nu: Any
+        ) -> tuple[Any, Any, Any, Any]:
             if is_coordinates(update):
                 new, rows, columns = (
                     Coordinates(part, update.projection)
                     for part in at_matrix(update.value, rows.value, columns.value)
                 )
                 return new, rows, columns, nu
-            if is_factored(update):
+            if is_factored(names, update):
                 return (*at_matrix(update, rows, columns), nu)
             update = widened(update)
             nu = average(nu, jnp.abs(update) ** 2 + eps)
             return update * widened(nu) ** -0.5, rows, columns, nu
 
-        leaves, tree = jax.tree.flatten(updates, is_leaf=is_coordinates)
+        leaves, tree = (
+            named_leaves(updates, is_coordinates),
+            jax.tree.structure(updates, is_coordinates),
+        )
         kept = [tree.flatten_up_to(part) for part in (state.rows, state.columns, state.nu)]
-        results = [at_leaf(*parts) for parts in zip(leaves, *kept, strict=True)]
+        results = [at_leaf(*leaf, *parts) for leaf, *parts in zip(leaves, *kept, strict=True)]
         new, *factors = (
             jax.tree.unflatten(tree, [parts[i] for parts in results]) for i in range(4)
         )

@@ -135,6 +135,12 @@ def is_bias_or_scale(names: tuple[str, ...]) -> bool:
     return bool(names) and names[-1] in UNPROJECTED_LEAVES
 
 
+def is_vector(names: tuple[str, ...]) -> bool:
+    """Whether a leaf is a vector by its path, or a stack of them: a bias, a scale, or of a norm."""
+    is_bias = is_bias_or_scale(names) or _words(names[-1:]) == ["b"]
+    return is_bias or not NORMS.isdisjoint(_words(names[-2:]))
+
+
 def is_unprojected_by_name(names: tuple[str, ...]) -> bool:
     """Whether a leaf is of an embedding, a head or a norm by its path: no projection by default."""
     return not (
