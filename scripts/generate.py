@@ -1,6 +1,6 @@
-"""Generates text with the model of a training run.
+"""Generates text with the model of a training run, or of a folder of Hugging Face's transformers.
 
-    python scripts/generate.py RUN_FOLDER --prompt "import os" --tokens 200 --top-k 40
+    python scripts/generate.py FOLDER --prompt "import os" --tokens 200 --top-k 40
 
 It reads the run's latest checkpoint. The text ends early if the model ends its document. After a
 training on conversations the prompt is a question, and the answer is printed.
@@ -16,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", metavar="RUN_FOLDER", help="folder of a training run")
+    parser.add_argument("folder", metavar="FOLDER", help="of a run, or of transformers")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument(
         "--tokens", type=int, default=200, help="how many to generate (default: %(default)s)"
@@ -37,16 +37,7 @@ def main() -> None:
 
     from galore_jax.training.sample import generate_text
 
-    print(
-        generate_text(
-            arguments.folder,
-            arguments.prompt,
-            arguments.tokens,
-            arguments.temperature,
-            arguments.top_k,
-            arguments.seed,
-        )
-    )
+    print(generate_text(**vars(arguments)))
 
 
 if __name__ == "__main__":

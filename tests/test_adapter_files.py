@@ -20,10 +20,10 @@ from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.training.checkpoint import load_for_inference
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.convert import to_huggingface
+from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "export.py"
 MODEL = LlamaConfig(
     vocab_size=264,
     hidden_size=16,
@@ -89,7 +89,7 @@ def test_a_run_is_written_with_its_adapters_merged(run_of, optimizer, checkpoint
     to_huggingface(run, tmp_path / "merged")
     model, params = load(tmp_path / "merged")
     assert model == dataclasses.replace(MODEL, checkpoint="")
-    _, expected, _ = load_for_inference(run)
+    _, expected = load_for_inference(run)
     # A layer is merged by itself or in the stack, in products of rank 4.
     for one, other in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         np.testing.assert_allclose(one, other, atol=4 * 2.0**-24 * np.abs(other).max())
@@ -118,7 +118,7 @@ def test_peft_and_transformers_compute_the_same_logits(run_of, folder, tmp_path)
     peft = pytest.importorskip("peft", reason="PEFT is the reference of this test")
     transformers = pytest.importorskip("transformers", reason="it is the reference of this test")
     run = run_of(LORA)
-    _, params, _ = load_for_inference(run)
+    _, params = load_for_inference(run)
     ours, start = logits(params, tokens()), logits(load(folder)[1], tokens())
     to_huggingface(run, tmp_path / "merged")
     to_huggingface(run, tmp_path / "adapter", adapter_only=True)
@@ -136,7 +136,7 @@ def test_peft_and_transformers_compute_the_same_logits(run_of, folder, tmp_path)
 @pytest.mark.slow
 def test_the_script_writes_an_adapter_once_and_refuses_runs_without_one(run_of, tmp_path):
     def run_script(run, target):
-        command = [sys.executable, SCRIPT, "to-huggingface", "--adapter", run, tmp_path / target]
+        command = [sys.executable, SCRIPT, "--adapter", run, tmp_path / target]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     assert run_script(run_of(LORA), "adapter").returncode == 0

@@ -280,7 +280,7 @@ def test_they_are_compared_by_name_and_their_runs_write_text(tmp_path):
     for row in rows:
         assert row.matrix_bytes == matrix_state_bytes(row.config) == moments
         (folder,) = tmp_path.glob(f"{row.label}-*")
-        config, params, _ = load_for_inference(folder)
+        config, params = load_for_inference(folder)
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, plain)
         assert tree_bytes(params) == tree_bytes(plain)
         assert config.optimizer.name == row.label

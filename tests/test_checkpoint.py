@@ -136,9 +136,8 @@ def test_what_a_killed_save_left_behind_is_neither_read_nor_kept(saved, batches)
 
 
 def test_inference_gets_the_parameters_and_the_configuration(saved, state):
-    config, params, step = load_for_inference(saved)
+    config, params = load_for_inference(saved)
     assert config == CONFIG
-    assert step == 0
     assert_same(params, state.params)
 
 

@@ -55,8 +55,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("convert.py", ["from-huggingface", "nowhere", "TARGET"]),
-        ("convert.py", ["to-huggingface", "nowhere", "TARGET"]),
+        ("export.py", ["nowhere", "TARGET"]),
         ("prepare_c4.py", ["nowhere", "--out", "TARGET"]),
         ("train_tokenizer.py", ["--source", "nowhere", "--out", "TARGET/spiece.model"]),
     ],

@@ -101,9 +101,11 @@ class ModelFolder:
 
     Raises:
       InputError: a file is missing or damaged, or tensors do not fit the model; they are listed.
+        And from `read`, if a tensor has numbers that are not finite.
     """
 
     def __init__(self, folder: Path, config: LlamaConfig):
+        self._folder = folder
         self._leaves, self._dtype = model_leaves(config), jnp.dtype(config.dtype)
         self._tensors = stored_tensors(folder)
         if not any(name.startswith(_PREFIX) for name in self._tensors):
@@ -127,9 +129,9 @@ class ModelFolder:
 
     def _read(self, leaf: _Leaf, name: str, index: Index) -> np.ndarray:
         stored = self._tensors[name]
-        if leaf.is_transposed:
-            return read_tensor(stored, index[::-1]).T.astype(self._dtype)
-        return read_tensor(stored, index).astype(self._dtype)
+        part = read_tensor(stored, index[::-1] if leaf.is_transposed else index)
+        _check_finite(part, name, self._folder)
+        return (part.T if leaf.is_transposed else part).astype(self._dtype)
 
 
 def write_model(
@@ -150,7 +152,8 @@ def write_model(
       shard_bytes: the size of a file, which is also what is held in memory.
 
     Raises:
-      InputError: the folder holds a model or an adapter, or transformers has no such architecture.
+      InputError: the folder holds a model or an adapter, transformers has no such architecture, or
+        a number is not finite.
     """
     content = to_json(config) | dict(settings or {})
     make_folder(folder)
@@ -166,11 +169,20 @@ def write_model(
             index = (slice(layer, layer + 1), *index[1:])
         part = read(path, index)
         part = part[0] if leaf.is_stack else part
+        _check_finite(part, name, "the checkpoint to write")
         return part.T if leaf.is_transposed else part
 
     shapes = {name: leaf.tensor_shape for name, (_, leaf, _) in found.items()}
     write_tensors(folder, shapes, jnp.dtype(config.dtype), tensor, shard_bytes)
     write_json(folder / CONFIG, content)
+
+
+def _check_finite(part: np.ndarray, name: str, place: str | Path) -> None:
+    unsigned = {2: np.uint16, 4: np.uint32}[part.dtype.itemsize]
+    # Infinities and NaN have all bits of the exponent. NumPy takes five times as long in bfloat16.
+    exponent = np.array(np.inf, part.dtype).view(unsigned)
+    if (part.view(unsigned) & exponent == exponent).any():
+        raise InputError(f"{name} in {place} has numbers that are not finite: take another one.")
 
 
 def _check_fit(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None:

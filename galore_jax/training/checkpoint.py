@@ -2,23 +2,19 @@
 
 This is the only file that saves and restores with Orbax. A checkpoint is `checkpoints/<number of
 updates>/` with four items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the
-configuration, the step, and checksums of all four); of a model that was not trained here it has
-`params` and `meta` alone. Orbax writes to a temporary folder, which it renames at the end. Each
-process writes the parts of the arrays that lie on its devices, and process 0 everything else, so
-that another number of processes, on another mesh, can read it.
+configuration, the step, and checksums of all four). Orbax writes to a temporary folder, which it
+renames at the end. Each process writes the parts of the arrays that lie on its devices, and process
+0 everything else, so that another number of processes, on another mesh, can read it.
 """
 
-import asyncio
 import glob
 import logging
-import math
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -117,17 +113,10 @@ class Checkpoints:
         `batches` is set to continue where the run was.
 
         Raises:
-          InputError: the checkpoint is of another configuration, is damaged, or holds parameters
-            only.
+          InputError: the checkpoint is of another configuration, or is damaged.
         """
         step = self.latest()
         assert step is not None, "there is no checkpoint to restore"
-        if step == 0 and not (self.folder / str(step) / "optimizer").exists():
-            raise InputError(
-                f"{self.folder / str(step)} holds parameters but no optimizer to resume: start a "
-                "training in another training.folder, with model.checkpoint=FOLDER for the folder "
-                "that they were converted from."
-            )
         recorded, checksums = _restore_meta(self._manager, step)
         check_same_run(recorded, config, self.folder)
         target = _on_devices(abstract_state(config, mesh))
@@ -144,15 +133,14 @@ class Checkpoints:
         return TrainState(restored["params"], restored["optimizer"], count)
 
 
-def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
+def load_for_inference(folder: str | Path) -> tuple[Config, Any]:
     """Loads the parameters of a run's latest checkpoint, without the optimizer's state.
 
     Args:
       folder: the folder of the run.
 
     Returns:
-      The run's configuration, the parameters, with adapters merged into the kernels, and the number
-      of updates made.
+      The run's configuration, and the parameters, with adapters merged into the kernels.
 
     Raises:
       InputError: the folder holds no checkpoint, or its latest one is damaged.
@@ -161,15 +149,14 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any, int]:
         config, checksums = _restore_meta(manager, step)
         target = ocp.args.StandardRestore(_on_devices(abstract_state(config).params))
         params = _restore(manager, step, checksums, params=target)["params"]
-        return config, merge(params, config.optimizer.adapter), step
+        return config, merge(params, config.optimizer.adapter)
 
 
 @contextmanager
 def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
     """Opens the parameters of a run's latest checkpoint, to read them part by part.
 
-    Checkpoints of `save_parameters` are stored layer by layer, so that a part of one layer needs no
-    more memory than that; of others a whole stack of layers is held.
+    One parameter is held at a time, a whole stack of layers; of a kernel with adapters also these.
 
     Args:
       folder: the folder of the run.
@@ -186,111 +173,22 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
 
         # A merged kernel is made of three parameters, of which two are small.
         @lru_cache(maxsize=1 if config.optimizer.adapter is None else 3)
-        def opened(path: str) -> Any:
+        def parameter(path: str) -> np.ndarray:
             name = path.replace("/", ".")  # as Orbax names it
             kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
-            chunk: Any = array.chunk_layout.read_chunk.shape
-            # A stack that is stored in one piece is decoded once, not for each of its layers.
-            return array if chunk[0] == 1 else array.read().result()
+            return array.read().result()
 
         def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
             with _naming_damage(manager, step):
-                return np.asarray(opened(path)[index])
+                return parameter(path)[index]
 
         # A damaged checkpoint must not become a model, so everything is read once before that.
-        if "params" in checksums:
-            leaves = jax.tree_util.tree_leaves_with_path(abstract_state(config).params)
-            paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-            with _naming_damage(manager, step):
-                found = checksum(np.asarray(opened(path)) for path in paths)
-                _check_checksum("params", checksums, found)
+        leaves = jax.tree_util.tree_leaves_with_path(abstract_state(config).params)
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        with _naming_damage(manager, step):
+            _check_checksum("params", checksums, checksum(map(parameter, paths)))
         yield config, read
-
-
-def save_parameters(folder: Path, config: Config, read: ReadPart) -> None:
-    """Saves a model as the checkpoint of step 0, holding no more than one part of it in memory.
-
-    A part is a layer of a stack, or a parameter outside of the layers.
-
-    Args:
-      folder: a run's checkpoints/.
-      config: the configuration of the run.
-      read: reads the parts.
-
-    Raises:
-      InputError: Orbax cannot use the name of the folder.
-      Exception: the disk is full (`names_full_disk`), or what `read` raises.
-    """
-    _check_is_no_pattern(folder.absolute())
-
-    def streamed(path: Any, leaf: Any) -> _Streamed:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return _Streamed(leaf.shape, leaf.dtype, name.startswith("layers/"), partial(read, name))
-
-    params = jax.tree_util.tree_map_with_path(streamed, abstract_state(config).params)
-    chunks = jax.tree.map(
-        lambda leaf: ocp.SaveArgs(shard_axes=(0,) if leaf.is_stack else ()), params
-    )
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (_Streamed, _StreamedHandler()), (jax.Array, ocp.type_handlers.ArrayHandler())
-    )
-    handlers = {
-        "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        "meta": ocp.JsonCheckpointHandler(),
-    }
-    folder = folder.absolute()
-    _silence_duplicate_errors()
-    # Orbax gives up after 20 minutes, and here they include the time to read the parts.
-    patient = ocp.options.AsyncOptions(timeout_secs=7 * 24 * 3600)
-    options = ocp.CheckpointManagerOptions(async_options=patient)
-    try:
-        with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
-            arguments = ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params, save_args=chunks), meta=_meta(config, 0, {})
-            )
-            manager.save(0, args=arguments)
-            manager.wait_until_finished()
-    finally:
-        _remove_unfinished(folder)
-
-
-@dataclass(frozen=True)
-class _Streamed:
-    """A parameter whose parts are read when they are written."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    is_stack: bool
-    read: Callable[[tuple[slice, ...]], np.ndarray]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-    def indices(self) -> Iterator[tuple[slice, ...]]:
-        """The parts: slices of all axes."""
-        everything = tuple(slice(0, size) for size in self.shape)
-        if not self.is_stack:
-            yield everything
-            return
-        for layer in range(self.shape[0]):
-            yield (slice(layer, layer + 1), *everything[1:])
-
-
-class _StreamedHandler(ocp.type_handlers.NumpyHandler):
-    """Writes a `_Streamed` parameter as the array that it stands for, one part after another."""
-
-    def __init__(self):
-        super().__init__(deepcopy_host_arrays=False)
-        self._one_part = asyncio.Lock()
-
-    async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
-        spec = tensorstore.Spec(tspec)
-        array = await tensorstore.open(spec, create=True, open=True, context=ts_context)
-        for index in value.indices():
-            async with self._one_part:
-                await array[index].write(value.read(index))
 
 
 @contextmanager

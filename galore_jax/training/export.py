@@ -1,0 +1,73 @@
+"""Models of runs as folders of Hugging Face's transformers."""
+
+from pathlib import Path
+
+from galore_jax.data.tokenizers import load_tokenizer
+from galore_jax.errors import InputError
+from galore_jax.files import write_json
+from galore_jax.interop.adapters import merged, write_adapter
+from galore_jax.interop.generation_config import GENERATION_CONFIG, generation_config
+from galore_jax.interop.huggingface import write_model
+from galore_jax.interop.tokenizer_files import complete_tokenizer, copy_tokenizer
+from galore_jax.training.checkpoint import open_parameters
+from galore_jax.training.config import Config
+from galore_jax.training.run_folder import RunFolder, check_same_tokenizer
+
+
+def to_huggingface(
+    run_folder: str | Path, folder: str | Path, *, adapter_only: bool = False
+) -> Config:
+    """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
+
+    The model's end of a sequence is that of its tokenizer, and after a training on conversations
+    that of an answer. Settings of generation that are beside the tokenizer are copied with this end
+    added. Adapters and other low-rank factors are merged into plain kernels.
+
+    Args:
+      run_folder: the folder of the run.
+      folder: the new folder.
+      adapter_only: write LoRA's adapter alone, in PEFT's format, for the model of the run's
+        `model.checkpoint`.
+
+    Returns:
+      The configuration of the run.
+
+    Raises:
+      InputError: there is no checkpoint, it is damaged or has a weight that is not finite, the
+        tokenizer is missing, the folder holds a model, transformers has no such architecture, or
+        the run has no adapter that belongs to a checkpoint.
+    """
+    folder = Path(folder)
+    with open_parameters(run_folder) as (config, read):
+        adapter = config.optimizer.adapter
+        if adapter_only:
+            if adapter is None or not config.trains_adapters_only:
+                raise InputError(
+                    f"{run_folder} trained more than an adapter: leave out --adapter, or train "
+                    'with optimizer.name = "lora" and model.checkpoint=FOLDER.'
+                )
+            write_adapter(folder, config.model, adapter, read, config.model.checkpoint)
+            return config
+        source = config.data.tokenizer
+        check_same_tokenizer(RunFolder(run_folder), source)
+        tokenizer = load_tokenizer(source)
+        ids = {
+            "bos_token_id": next(iter(tokenizer.prefix), None),
+            "eos_token_id": tokenizer.eos_id,
+            # Transformers never trains the embedding of padding, which the end of a text must have.
+            "pad_token_id": None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id,
+        }
+        # Transformers refuses an id beyond the embedding, and has its own for one that is left out.
+        fits = lambda id: id is not None and id < config.model.vocab_size
+        settings = {name: id if fits(id) else None for name, id in ids.items()}
+        place = Path(run_folder) if source == "bytes" else Path(source).parent
+        generation = generation_config(place, eos_id=settings["eos_token_id"])
+        if adapter is not None:
+            read = merged(read, adapter)
+        write_model(folder, config.model, read, settings=settings)
+    if source != "bytes":
+        copy_tokenizer(Path(source), folder)
+        complete_tokenizer(folder, tokenizer)
+    if generation is not None:
+        write_json(folder / GENERATION_CONFIG, generation)
+    return config
