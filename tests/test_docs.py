@@ -207,7 +207,7 @@ def test_every_page_with_python_is_run_above():
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
 def test_every_file_configuration_and_target_that_a_page_names_exists(page):
-    named = r"(?<![\w/.])((?:scripts|configs|tests|docs|galore_jax)/[\w./-]*\w)"
+    named = r"(?<![\w/.])((?:scripts|configs|examples|tests|docs|galore_jax)/[\w./-]*\w)"
     paths = set(re.findall(named, read(page)))
     assert [path for path in paths if not (ROOT / path).exists()] == []
     targets = set(re.findall(r"(?:^|`)make ([\w-]+)", read(page), re.MULTILINE))

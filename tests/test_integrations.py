@@ -1,7 +1,7 @@
 """The examples of docs/integrations.md: each framework trains with a low-rank state."""
 
 import math
-import re
+import runpy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,14 @@ import pytest
 
 import galore_jax
 
-PAGE = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text(encoding="utf-8")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 # Those that the frameworks cause within themselves.
 ignore_deprecations = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-def run(*sections: str, blocks: int | None = None) -> dict[str, Any]:
-    """The names after the Python blocks of some sections, of the last one only the first blocks."""
-    names: dict[str, Any] = {}
-    for section in sections:
-        text = PAGE.partition(f"\n## {section}\n" if section else "\n")[2].partition("\n## ")[0]
-        code = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-        for block in code[: blocks if section == sections[-1] else None]:
-            exec(compile(block, f"{section} in integrations.md", "exec"), names)
-    return names
+def run(example: str) -> dict[str, Any]:
+    """The names after an example has run."""
+    return runpy.run_path(str(EXAMPLES / f"{example}.py"))
 
 
 def shapes(tree: Any) -> set[tuple[int, ...]]:
@@ -42,15 +36,15 @@ def assert_close(found: Any, wanted: Any, start: Any, kernels: set[tuple[int, ..
 
 
 @pytest.mark.parametrize(
-    ("module", "section", "kernels"),
+    ("module", "example", "kernels"),
     [
-        ("equinox", "Equinox", {(256, 64), (256, 256)}),
-        ("haiku", "Haiku", {(64, 256)}),
+        ("equinox", "equinox_mlp", {(256, 64), (256, 256)}),
+        ("haiku", "haiku_mlp", {(64, 256)}),
     ],
 )
-def test_models_with_a_tree_of_parameters(module, section, kernels):
+def test_models_with_a_tree_of_parameters(module, example, kernels):
     pytest.importorskip(module)
-    names = run("", section)
+    names = run(example)
     tx, params, state, loss = (names[name] for name in ("tx", "params", "state", "loss"))
     (x, y), step = names["batches"][0], names["step"]
     assert kernels <= shapes(params)
@@ -64,7 +58,7 @@ def test_models_with_a_tree_of_parameters(module, section, kernels):
 
 
 def test_a_linen_train_state_and_its_checkpoint():
-    names = run("", "Flax Linen")
+    names = run("flax_linen")
     state, (x, y) = names["state"], names["batches"][0]
     kernels = {(64, 256), (256, 32)}
     assert kernels <= shapes(state.params)
@@ -79,7 +73,7 @@ def test_a_linen_train_state_and_its_checkpoint():
 
 
 def test_an_nnx_model_and_optimizer(nnx):
-    names = run("", "Flax NNX", blocks=2)
+    names = run("flax_nnx")
     model, optimizer, (x, y) = names["model"], names["optimizer"], names["batches"][0]
     kernels = {(64, 256), (256, 32)}
     assert kernels <= shapes(nnx.state(model, nnx.Param))
@@ -109,7 +103,7 @@ def test_the_trainer_of_tunix():
     pytest.importorskip("tunix", reason="google-tunix is not installed")
     from flax import nnx
 
-    names = run("Tunix")
+    names = run("tunix_trainer")
     trainer, model, [batch, *_] = names["trainer"], names["model"], names["dataset"]
     assert trainer.loss_fn(model, **names["model_inputs"](batch)) < 0.8 * math.log(100)
     kernels = {(32, 64), (64, 32), (32, 4, 8), (4, 8, 32), (32, 2, 8)}
@@ -145,7 +139,7 @@ def test_a_checkpoint_of_tunix_brings_the_state_back(tmp_path):
     pytest.importorskip("tunix", reason="google-tunix is not installed")
     from flax import nnx
 
-    names = run("Tunix", blocks=2)
+    names = run("tunix_trainer")
     settings = {"eval_every_n_steps": 100, "checkpoint_root_directory": str(tmp_path)}
 
     def trainer():
@@ -168,7 +162,7 @@ def test_a_checkpoint_of_tunix_brings_the_state_back(tmp_path):
 def test_an_optimizer_and_a_model_of_keras(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras", reason="Keras is not installed")
-    names = run("Keras on JAX")
+    names = run("keras_on_jax")
     model, history = names["model"], names["history"].history
     assert history["loss"][-1] < 0.8 * history["loss"][0]
     assert history["accuracy"][-1] > history["accuracy"][0]
@@ -207,7 +201,7 @@ def test_the_trainer_of_levanter(tmp_path):
     from levanter.tracker import NoopConfig
     from levanter.trainer import Trainer, TrainerConfig
 
-    names = run("Levanter")
+    names = run("levanter_galore")
     settings = {"type": "galore", "rank": 8, "learning_rate": 2e-2, "warmup": 0}
     config = draccus.decode(names["OptimizerConfig"], settings)
     optimizer = config.build(num_train_steps=6)
@@ -248,7 +242,7 @@ def test_the_trainer_of_levanter(tmp_path):
 
 
 def test_accumulation_by_the_optimizer_holds_coordinates_and_takes_the_mean():
-    names = run("Accumulation by the optimizer")
+    names = run("accumulation")
     steps, params = names["steps"], {"kernel": jax.random.normal(jax.random.key(0), (32, 48))}
     state = names["tx"].init(params)
     assert state.inner_states[1].acc_grads["kernel"].value.shape == (16, 48)

@@ -1,5 +1,7 @@
 """The optimizer of Flax NNX on a mesh, as in docs/integrations.md."""
 
+from functools import partial
+
 import jax
 import optax
 from flax import nnx
@@ -11,19 +13,20 @@ import galore_jax
 
 
 def test_a_placed_state_is_divided_and_trains_as_on_one_device():
-    names = run("", "Flax NNX")
-    optimizer, (x, y) = names["optimizer"], names["batches"][0]
+    names = run("flax_nnx")
+    tx, (x, y) = names["tx"], names["batches"][0]
+    placed = optax.GradientTransformationExtraArgs(partial(galore_jax.init, tx), tx.update)
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     values = []
     for on_mesh in (False, True):
         model = nnx.clone(names["model"])
         if on_mesh:
             params = nnx.state(model, nnx.Param)
-            shardings = galore_jax.shardings(names["tx"], params, mesh)
+            shardings = galore_jax.shardings(tx, params, mesh)
             nnx.update(model, jax.device_put(params, shardings))
             x, y = jax.device_put((x, y), NamedSharding(mesh, P("fsdp")))
         with jax.set_mesh(mesh):
-            optimizer = nnx.Optimizer(model, names["placed"], wrt=nnx.Param)
+            optimizer = nnx.Optimizer(model, placed, wrt=nnx.Param)
             names["new_bases"](model, optimizer, x, y)
             values += [[float(names["projected_step"](model, optimizer, x, y)) for _ in range(3)]]
     for one, other in zip(*values, strict=True):
