@@ -60,8 +60,9 @@ def to_huggingface(
         # Transformers refuses an id beyond the embedding, and has its own for one that is left out.
         fits = lambda id: id is not None and id < config.model.vocab_size
         settings = {name: id if fits(id) else None for name, id in ids.items()}
-        place = Path(run_folder) if source == "bytes" else Path(source).parent
-        generation = generation_config(place, eos_id=settings["eos_token_id"])
+        generation = None
+        if source != "bytes":
+            generation = generation_config(Path(source).parent, eos_id=settings["eos_token_id"])
         if adapter is not None:
             read = merged(read, adapter)
         write_model(folder, config.model, read, settings=settings)
