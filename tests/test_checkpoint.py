@@ -1,6 +1,5 @@
 import dataclasses
 import shutil
-import subprocess
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import pytest
 
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.tokenizers import ByteTokenizer
-from galore_jax.errors import InputError, names_full_disk
+from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference, open_parameters
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
@@ -253,37 +252,3 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         load_for_inference(tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A separate file system of 16 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_reported_and_the_previous_checkpoint_survives(small_disk, state, batches):
-    def fail_to_save(checkpoints):
-        checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
-        checkpoints.wait()
-
-    with Checkpoints(small_disk / "checkpoints", keep=1) as checkpoints:
-        checkpoints.save(state, batches, CONFIG)
-        checkpoints.wait()
-        with (small_disk / "ballast").open("wb", buffering=0) as ballast:
-            free = subprocess.check_output(["df", "--output=avail", "-B1", str(small_disk)])
-            ballast.write(bytes(int(free.split()[-1]) - 100_000))
-        with pytest.raises(Exception, match="No space left") as full:
-            fail_to_save(checkpoints)
-        assert names_full_disk(full.value)
-    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == ["0"]
-    with Checkpoints(small_disk / "checkpoints", keep=1) as checkpoints:
-        assert_same(checkpoints.restore(CONFIG, batches), state)

@@ -294,32 +294,11 @@ def test_kernels_are_refused_without_a_gpu_before_anything_is_read(error_of, pla
     assert not (place / "refused").exists()
 
 
-def test_a_folder_that_is_a_file_is_refused(error_of, place):
+def test_a_folder_that_cannot_be_made_is_refused(error_of, place):
     (place / "a file").write_text("")
-    assert "a file cannot be used (" in error_of(name="a file")
-    assert "a file/run cannot be used (Not a directory)" in error_of(name="a file/run")
-
-
-def test_a_folder_with_an_impossible_name_is_refused(error_of, place):
     (place / "loop").symlink_to(place / "loop")
-    for name in ("x" * 300, "/".join(["deep"] * 1500), "loop/run"):
+    for name in ("a file", "a file/run", "loop/run", "x" * 300):
         assert " cannot be used (" in error_of(name=name)
-
-
-def test_a_folder_on_a_read_only_disk_is_refused(error_of, place):
-    disk = place / "read-only"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a file system needs root")
-    try:
-        assert " cannot be used (Read-only file system): name another path" in error_of(
-            name="read-only/run"
-        )
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_second_process_in_the_folder_is_refused(error_of, place):
