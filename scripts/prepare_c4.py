@@ -11,7 +11,7 @@ import os
 import sys
 
 from galore_jax.command_line import check_folder
-from galore_jax.errors import InputError, run_cli
+from galore_jax.errors import run_cli
 
 
 def main() -> None:
@@ -28,8 +28,6 @@ def main() -> None:
         help="shards converted in parallel (default: the number of cores)",
     )
     arguments = parser.parse_args()
-    if arguments.workers < 1:
-        raise InputError(f"--workers is {arguments.workers}: it must be at least 1.")
     check_folder("--out", arguments.out)
 
     from galore_jax.data.c4 import open_c4, prepare_c4

@@ -36,14 +36,6 @@ def main() -> None:
     out = Path(arguments.out)
     if out.suffix != ".model":
         raise InputError(f"--out is {out}: its name must end in .model.")
-    if out.is_dir():
-        raise InputError(f"--out is {out}, which is a folder: name a file.")
-    if not 1 <= arguments.vocab_size < 2**31:
-        raise InputError(
-            f"--vocab-size is {arguments.vocab_size}: it must be at least 1 and below {2**31}."
-        )
-    if arguments.limit < 1:
-        raise InputError(f"--limit is {arguments.limit}: it must be at least 1.")
     check_folder("--out", out.parent)
 
     from galore_jax.data.batches import DataConfig, documents

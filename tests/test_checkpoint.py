@@ -146,7 +146,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(saved,
     )
     with (
         Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
-        pytest.raises(InputError, match=r"another model: model\.intermediate_size is 48"),
+        pytest.raises(InputError, match=r"another model\.intermediate_size, 48, which"),
     ):
         checkpoints.restore(other, batches)
 

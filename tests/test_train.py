@@ -363,9 +363,9 @@ def test_only_settings_that_change_no_result_may_change_on_resume(error_of, plac
     (folder / "summary.json").rename(folder / "aside.json")
     try:
         refused = error_of("--resume", "model.hidden_size=32", name="uninterrupted")
-        assert "another model: model.hidden_size is 24 there and 32 here" in refused
+        assert "a run with another model.hidden_size, 24, which is 32 here" in refused
         refused = error_of("--resume", "optimizer.learning_rate=0.1", name="uninterrupted")
-        assert "other optimizer settings: optimizer.learning_rate is 0.01" in refused
+        assert "another optimizer.learning_rate, 0.01, which is 0.1 here" in refused
         resumed = finish(place, command(place, "uninterrupted", "--resume", "training.log_every=5"))
         assert resumed.returncode == 0, resumed.stderr
         assert "log_every = 5" in (folder / "config.toml").read_text()

@@ -15,7 +15,6 @@ which affect output, evaluation and checkpoints, but not what is computed.
 """
 
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -108,13 +107,9 @@ def check_same_run(recorded: Config, config: Config, place: Path) -> None:
     if changed:
         key, (old, new) = next(iter(changed.items()))
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        section = key.partition(".")[0]
-        what = {"model": "another model", "training": "another training"}.get(
-            section, f"other {section} settings"
-        )
         raise InputError(
-            f"{place} holds a run of {what}: {key} is {old!r} there and {new!r} here{others}; "
-            "resume with the same configuration, or name another training.folder."
+            f"{place} holds a run with another {key}, {old!r}, which is {new!r} here{others}: resume "
+            "with the same configuration, or name another training.folder."
         )
 
 
@@ -175,9 +170,6 @@ def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
 
 def resume_command(config: Config) -> str:
     """The command that resumes a run, with the configuration in its folder."""
-    inside = Path(sys.executable).is_relative_to(Path.cwd())
-    python = os.path.relpath(sys.executable) if inside else sys.executable
-    beside = Path(sys.argv[0] or ".").absolute().with_name("train.py")
-    script = os.path.relpath(beside) if beside.is_file() else "scripts/train.py"
+    script = str(Path(sys.argv[0] or "scripts/-").with_name("train.py"))
     recorded = RunFolder(config.training.folder).config
-    return shlex.join([python, script, "--config", str(recorded), "--resume"])
+    return shlex.join([sys.executable, script, "--config", str(recorded), "--resume"])
