@@ -108,8 +108,8 @@ def check_same_run(recorded: Config, config: Config, place: Path) -> None:
         key, (old, new) = next(iter(changed.items()))
         others = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise InputError(
-            f"{place} holds a run with another {key}, {old!r}, which is {new!r} here{others}: resume "
-            "with the same configuration, or name another training.folder."
+            f"{place} holds a run with another {key}, {old!r}, which is {new!r} here{others}: "
+            "resume with the same configuration, or name another training.folder."
         )
 
 
