@@ -1,7 +1,7 @@
 """GaLore in JAX: memory-efficient full-parameter training as an optax transformation."""
 
 from galore_jax.grads import layerwise
-from galore_jax.grads.check import check_projection, projection_report
+from galore_jax.grads.check import check_projection
 from galore_jax.grads.describe import describe
 from galore_jax.grads.refresh import refresh, refresh_due
 from galore_jax.grads.value_and_grad import value_and_grad
@@ -46,7 +46,6 @@ __all__ = [
     "layerwise",
     "lion",
     "muon",
-    "projection_report",
     "refresh",
     "refresh_due",
     "scale_by_adam8bit",

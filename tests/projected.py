@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax import chain, galore, projection_report, value_and_grad
+from galore_jax import chain, describe, galore, value_and_grad
 from galore_jax.optim.state import galore_states
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import is_coordinates
@@ -29,14 +29,14 @@ def compared(loss, params, *batch, **settings):
     """
     dtype = settings.pop("dtype", "float32")
     options = {key: settings.pop(key) for key in ("has_aux", "micro_batches") if key in settings}
-    _, state = started(params, **settings)
+    tx, state = started(params, **settings)
     has_aux = options.get("has_aux", False)
     value, found = jax.jit(value_and_grad(loss, **options))(params, state, *batch)
     wanted, full = jax.jit(jax.value_and_grad(loss, has_aux=has_aux))(params, *batch)
     np.testing.assert_allclose(*map(jax.tree.leaves, (value, wanted)), rtol=1e-6)
     found, full = unboxed(found), unboxed(full)
     [galore_state] = galore_states(state, inside_chains=True)
-    uses = projection_report(loss, params, state, *batch, has_aux=has_aux)
+    uses = describe(params, tx, loss, *batch, has_aux=has_aux).uses
 
     def at_leaf(path, found, full, basis):
         wanted = full

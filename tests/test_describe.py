@@ -21,7 +21,7 @@ ADAM = chain(galore(RANK), optax.adam(1e-3))
 
 def rows(params, tx=ADAM):
     """By path, the other columns."""
-    lines = [line.split("  ") for line in describe(params, tx).splitlines()[1:]]
+    lines = [line.split("  ") for line in describe(params, tx).table.splitlines()[1:]]
     cells = [[cell.strip() for cell in line if cell] for line in lines]
     return {path: tuple(rest) for path, *rest in cells}
 
@@ -46,7 +46,7 @@ def test_parameters_in_a_list_have_a_line_each(kind):
 
 
 def test_the_parameters_may_be_a_single_array():
-    assert f"{SAVED:,}" in describe(KERNEL, ADAM).splitlines()[1]
+    assert f"{SAVED:,}" in describe(KERNEL, ADAM).table.splitlines()[1]
 
 
 def test_a_scalar_of_python_is_a_leaf():
@@ -117,7 +117,7 @@ def test_with_a_loss_it_says_how_each_gradient_comes_about_and_why():
 
     shape = jax.ShapeDtypeStruct((5, 64), jnp.float32)
     for batch in (jnp.zeros((5, 64)), shape):
-        lines = describe(params, ADAM, loss, batch, weight=2.0).splitlines()
+        lines = describe(params, ADAM, loss, batch, weight=2.0).table.splitlines()
         found = {line.split()[0]: line for line in lines}
         assert found["path"].endswith("bytes saved  gradient")
         assert found["plain"].endswith(f"{SAVED:,}  projected")

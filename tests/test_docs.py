@@ -134,8 +134,8 @@ def test_the_loop_of_projected_gradients_refreshes_and_learns():
     assert int(trained["state"].inner_states[0].bases["up"].age) == 3
 
     assert "projected" in page.after("describe(").output
-    checked = page.names("projection_report(")
-    gradients = {name: uses.gradient for name, uses in checked["report"].items()}
+    checked = page.names("check_projection(loss)")
+    gradients = {name: uses.gradient for name, uses in checked["description"].uses.items()}
     assert gradients == {"up": "projected", "down": "projected"}
     assert checked["errors"].keys() == {"up", "down"}
 

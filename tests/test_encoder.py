@@ -76,7 +76,7 @@ def test_the_head_has_the_dropout_of_the_body_unless_it_has_its_own():
 def test_galore_projects_the_kernels_of_the_blocks_and_no_others(config):
     for model in (Classifier(config, 3), MaskedLanguageModel(config)):
         shapes = jax.eval_shape(lambda model=model: initial(model))
-        table = describe(shapes, chain(galore(4), optax.adam(1e-3)))
+        table = describe(shapes, chain(galore(4), optax.adam(1e-3))).table
         rows = [line.split() for line in table.splitlines()[1:-1]]
         assert {row[0] for row in rows if row[1] != "-"} == KERNELS
         assert all(row[1] == "3" for row in rows if row[0] in KERNELS)  # a matrix for each layer

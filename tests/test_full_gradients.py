@@ -218,7 +218,7 @@ def test_the_state_is_that_of_galore_and_a_number_for_each_matrix(make):
     for tx in (make(0.1, RANK), galore_jax.adamw(0.1, RANK)):
         state = jax.eval_shape(tx.init, params)
         sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
-        table = galore_jax.describe(params, tx)
+        table = galore_jax.describe(params, tx).table
         sizes.append(int(table.split()[-1].replace(",", "")))
     assert sizes[0] == sizes[2] + 4 * 3 * 3
     assert sizes[1] == sizes[3] - 4 * 3 * 3

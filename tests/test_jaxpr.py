@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from projected import compared, inputs, started
 
-from galore_jax import projection_report, value_and_grad
+from galore_jax import describe, value_and_grad
 from galore_jax.grads import jaxpr
 from galore_jax.grads.tracked import take_matrices
 from galore_jax.models.dense import matmul
@@ -48,7 +48,7 @@ def test_an_unknown_layout_of_a_primitive_is_a_reason_and_no_crash(monkeypatch, 
 
     monkeypatch.setitem(jaxpr.RULES, primitive, unknown)
     assert compared(loss, params(), inputs(5, 12)) != {"stack", "last"}
-    report = projection_report(loss, params(), started(params())[1], inputs(5, 12))
+    report = describe(params(), started(params())[0], loss, inputs(5, 12)).uses
     reasons = [reason for uses in report.values() for reason in uses.reasons]
     assert any(reason.startswith(f"{primitive} at ") for reason in reasons)
 

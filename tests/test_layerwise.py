@@ -177,9 +177,8 @@ def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step(pro
         assert max_difference(found.params, params) <= 1e-5, t
         np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
     if projected:
-        report = galore_jax.projection_report(
-            functools.partial(loss_of, OTHER_MODEL), params, state, batch_of(0)
-        )
+        loss = functools.partial(loss_of, OTHER_MODEL)
+        report = galore_jax.describe(params, tx, loss, batch_of(0)).uses
         kernels = {f"layers/attention/{letter}_proj/kernel" for letter in "qkvo"}
         kernels |= {f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
         assert report.keys() == kernels

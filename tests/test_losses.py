@@ -117,7 +117,7 @@ def check(case: Case):
 
     assert projected == {name for name, status in case.status.items() if status != "full"}
     assert set(bases) == set(case.status)
-    report = galore_jax.projection_report(loss, params, state, *batch, has_aux=has_aux, **keywords)
+    report = galore_jax.describe(params, tx, loss, *batch, has_aux=has_aux, **keywords).uses
     assert {name: entry.gradient for name, entry in report.items()} == case.status
     for name, entry in report.items():
         assert bool(entry.reasons) == (entry.gradient != "projected"), (name, entry.reasons)

@@ -187,5 +187,6 @@ def test_float64_losses_pass_the_check_up_to_the_rounding_of_float32_coordinates
     with jax.enable_x64(True):
         params = {"w": jnp.float64(W)}
         loss = lambda params, x: jnp.mean(jnp.sin(x @ params["w"]) ** 2)
-        errors = galore_jax.check_projection(loss, params, jnp.float64(X), rank=4)
+        _, state = start(params)
+        errors = galore_jax.check_projection(loss)(params, state, jnp.float64(X))
     assert 0 <= errors["w"] < 2e-6

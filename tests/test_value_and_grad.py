@@ -129,7 +129,8 @@ def test_activations_of_another_type_than_the_kernel_do_not_round_its_gradient(d
 def test_check_projection_measures_how_well_coordinates_agree():
     config, params, batch = llama()
     loss = functools.partial(batch_loss, config)
-    errors = check_projection(loss, params, batch, has_aux=True)
+    _, state = started(params)
+    errors = check_projection(loss, has_aux=True)(params, state, batch)
     assert set(errors) == LLAMA_KERNELS
     assert max(errors.values()) <= 1e-5
 
@@ -142,7 +143,8 @@ def test_check_projection_allows_for_the_rounding_of_the_products():
             return nn.Dense(8, dtype=jnp.bfloat16, name="narrow")(nn.gelu(x))
 
     loss, params = squared(Narrow(), inputs(5, 16))
-    errors = check_projection(loss, params, inputs(5, 16))
+    _, state = started(params)
+    errors = check_projection(loss)(params, state, inputs(5, 16))
     assert set(errors) == {"wide/kernel", "narrow/kernel"}
     assert 1e-4 < errors["narrow/kernel"] < 0.05
 
@@ -153,10 +155,11 @@ def test_check_projection_allows_for_the_rounding_of_the_products():
     # A backward pass that differs from one call to the next, in a loss of float32 numbers alone.
     calls = itertools.count(1000)
     wrong.defvjp(lambda x: (x, None), lambda _, dy: (dy * next(calls),))
+    loss = lambda params, x: jnp.mean(jnp.sin(wrong(x @ params["w"])) ** 2)
+    params = {"w": inputs(16, 12)}
+    _, state = started(params)
     with pytest.raises(ValueError, match="differ from those of its full gradient by"):
-        check_projection(
-            lambda p, x: jnp.mean(jnp.sin(wrong(x @ p["w"]))), {"w": inputs(16, 12)}, inputs(5, 16)
-        )
+        check_projection(loss)(params, state, inputs(5, 16))
 
 
 def test_the_loss_is_traced_once():

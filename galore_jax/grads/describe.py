@@ -1,18 +1,36 @@
 """A table of what is projected, and of the memory that saves."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.grads.check import projection_report
-from galore_jax.grads.value_and_grad import Loss
+from galore_jax.grads.data_parallel import leaves_of
+from galore_jax.grads.value_and_grad import Loss, Uses, bases_in, tracer
 from galore_jax.optim.placement import init
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.matrix_view import is_box, named_leaves
 from galore_jax.types import PyTree
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an optimizer does with each parameter; printed, it is a table.
+
+    Attributes:
+      table: as text, with a line for each leaf and a last one for the total.
+      uses: how the loss, if there is one, uses each projected parameter, by a path such as
+        "layers/mlp/kernel".
+    """
+
+    table: str
+    uses: dict[str, Uses] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.table
 
 
 def describe(
@@ -22,7 +40,7 @@ def describe(
     *batch: Any,
     has_aux: bool = False,
     **unsplit: Any,
-) -> str:
+) -> Description:
     """What `tx` does with each parameter: its path, matrices, side, rank and the bytes saved.
 
     The bytes saved are two float32 moments of the parameter's shape, as Adam keeps, minus what the
@@ -39,7 +57,10 @@ def describe(
       **unsplit: keyword arguments of the loss.
 
     Returns:
-      A table as text, with a line for each leaf and a last one for the total.
+      A `Description`.
+
+    Raises:
+      ValueError: with a loss, as `value_and_grad`.
 
     Examples:
       >>> import galore_jax, jax.numpy as jnp, optax
@@ -55,11 +76,11 @@ def describe(
     bases = bases_of(galore_states(state, inside_chains=True))
     projections = {basis.projection.path: basis.projection for basis in bases}
     bytes_in_state = _bytes_in_state(tx, state, params)
-    gradients: dict[str, str] = {}
-    if loss is not None:
-        report = projection_report(loss, params, state, *batch, has_aux=has_aux, **unsplit)
-        for name, uses in report.items():
-            gradients[name] = ": ".join(filter(None, (uses.gradient, ", ".join(uses.reasons))))
+    uses = {} if loss is None else _uses(loss, params, state, batch, unsplit, has_aux)
+    gradients = {
+        name: ": ".join(filter(None, (own.gradient, ", ".join(own.reasons))))
+        for name, own in uses.items()
+    }
 
     rows = [("path", "matrices", "side", "rank", "bytes saved", "gradient" if gradients else "")]
     total = 0
@@ -74,7 +95,24 @@ def describe(
         name = "/".join(names)
         rows.append((name, sizes, side, rank, f"{saved:,}", gradients.get(name, "")))
     rows.append(("total", "", "", "", f"{total:,}", ""))
-    return _table(rows)
+    return Description(_table(rows), uses)
+
+
+def _uses(
+    loss: Loss, params: PyTree, state: PyTree, batch: Any, unsplit: Any, has_aux: bool
+) -> dict[str, Uses]:
+    """How the loss uses each projected parameter; its arguments may be shapes."""
+    shapes, with_arrays = leaves_of(jax.ShapeDtypeStruct, batch)
+    found: dict[str, Uses] = {}
+
+    def trace(params: PyTree, state: PyTree, arrays: dict[int, jax.Array]) -> None:
+        traced = tracer(loss, has_aux)(
+            params, bases_in(params, state), with_arrays(arrays), unsplit
+        )
+        found.update({"/".join(path): uses for path, uses in traced.uses.items()})
+
+    jax.eval_shape(trace, params, state, shapes)
+    return found
 
 
 def _bytes_in_state(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> list[int]:
