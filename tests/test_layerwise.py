@@ -108,16 +108,12 @@ CASES = {
     "adamw rotate": (galore_jax.adamw, {"moments": "rotate"}),
     "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": (galore_jax.adafactor, {}),
-    "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
     "muon rotate": (galore_jax.muon, {"moments": "rotate", "weight_decay": 0.1}),
 }
-# Of full gradients every value of a setting, of projected ones also every pair of these.
 FULL_CASES = {
-    "adamw two-sided": (galore_jax.adamw, {"proj_type": "full"}),
     "adafactor": (galore_jax.adafactor, {}),
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
     "fira": (galore_jax.fira, {"weight_decay": 0.1}),
-    "fira rotate": (galore_jax.fira, {"moments": "rotate"}),
     "apollo": (galore_jax.apollo, {"moments": "rotate"}),
 }
 
@@ -135,15 +131,15 @@ def run_cases():
 
 
 @pytest.mark.parametrize(("make", "settings", "projected"), list(run_cases()))
-def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, settings, projected):
-    schedule = optax.linear_schedule(0.003, 0.001, 20)
+def test_at_12_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, settings, projected):
+    schedule = optax.linear_schedule(0.003, 0.001, 12)
     tx = make(schedule, 8, GAP, **settings)
     ordinary, steps = Ordinary(tx, projected), layerwise_steps(tx, projected=projected)
     if not projected:
         del steps[True]  # Full gradients are refreshed from in every step: it is the same program.
     params = params_of(CONFIG)
     state, refreshes = galore_jax.init(tx, params), 0
-    for t in range(20):
+    for t in range(12):
         batch = batch_of(t)
         before = LayerwiseState(state, jnp.float32(0))
         after = {due: step(params, before, batch) for due, step in steps.items()}
@@ -160,7 +156,7 @@ def test_at_20_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, set
         # Where nothing is due, the step that refreshes is the one that does not.
         if projected and not due:
             assert max_difference(after[True].params, after[False].params) <= 1e-6
-    assert refreshes >= 4 or not projected
+    assert refreshes >= 3 or not projected
 
 
 @pytest.mark.parametrize("projected", [True, False], ids=["coordinates", "full gradient"])
@@ -338,7 +334,7 @@ def test_temporary_memory_grows_with_depth_only_by_the_inputs_of_layers(refreshe
     tx = galore_jax.adamw(0.01, 32, eight_bit=True)
     rows, length, hidden = 4, 24, 128
     batch = batch_of(0, rows, length)
-    depths, sizes = np.array([2, 4, 8, 16]), []
+    depths, sizes = np.array([2, 4, 8]), []
     for depth in depths:
         config = LlamaConfig(97, hidden, 352, int(depth), 4, max_length=length)
         params = jax.eval_shape(functools.partial(initial, config))

@@ -136,9 +136,7 @@ def test_a_batch_without_targets_gives_zero_gradients(batch, params):
     ("name", "rate"),
     [
         ("adamw", 0.01),
-        ("galore_adamw", 0.01),
-        pytest.param("galore_adafactor", 0.01, marks=pytest.mark.slow),
-        pytest.param("galore_lion", 0.003, marks=pytest.mark.slow),
+        ("galore_lion", 0.003),
     ],
 )
 def test_steps_learn_count_and_donate_the_state(batch, name, rate):

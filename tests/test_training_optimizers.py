@@ -24,17 +24,10 @@ SHAPES = {"q_proj", "gate_proj", "down_proj"}
 SIZES = {"q_proj": 16, "k_proj": 4}
 OPTIMIZERS = [
     {"name": "adamw"},
-    {"name": "adamw8bit"},
     {"name": "muon"},
-    {"name": "galore_adamw"},
     {"name": "galore_adamw", "moments": "rotate"},
-    {"name": "galore_adamw8bit"},
     {"name": "galore_adafactor"},
-    {"name": "galore_lion"},
-    {"name": "galore_muon"},
     {"name": "galore_muon8bit"},
-    {"name": "galore_fira"},
-    {"name": "apollo"},
     {"name": "apollo", "rank": 1},
 ]
 
@@ -146,7 +139,7 @@ def test_bases_count_as_state_of_the_matrices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "galore_adamw", "galore_muon", "galore_fira", "apollo"])
+@pytest.mark.parametrize("name", ["muon", "galore_muon", "galore_fira"])
 def test_layerwise_steps_equal_ordinary_ones(name):
     tokens = np.random.default_rng(0).integers(1, 97, (8, 16)).astype(np.int32)
     ones = np.ones_like(tokens)
