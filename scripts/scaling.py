@@ -1,13 +1,13 @@
-"""What a training step costs on many devices: bytes of memory, and bytes that are communicated.
+"""Memory and communication of a training step on many devices, in bytes.
 
 python scripts/scaling.py --picture scaling.png
 python scripts/scaling.py --models 7b --layouts data --devices 8 --optimizers adamw,projected
 python scripts/scaling.py --models 350m --device h100
 
-Compiles the training step of a LLaMA for meshes of virtual CPU devices, or with --device for GPUs
-that are absent (that needs galore-jax[cuda], but no GPU). Nothing is run, no array is allocated.
-The table has GiB of a device and step: of the state, of XLA's temporaries, of the arrays that each
-kind of collective moves, and what a device sends to the others of its node and to other nodes.
+Compiles the training step of a LLaMA for meshes of virtual CPU devices, or with --device for absent
+GPUs (this needs galore-jax[cuda], but no GPU). Nothing is run, no array is allocated. The table has
+GiB per device and step: the state, XLA's temporaries, the arrays that each kind of collective
+moves, and what a device sends to the others of its node and to other nodes.
 
 optimizers  adamw      optax.adamw
             contrib    optax.contrib.galore, mapped over the stacked layers
@@ -16,10 +16,10 @@ optimizers  adamw      optax.adamw
             over       the same, with the moments divided along the data axis too
 layouts     data       each device has all weights and a part of the batch
             fsdp       weights and optimizer state are divided over all devices too
-            hybrid     over the 8 devices of a node, with a copy in each node
+            hybrid     as fsdp over the 8 devices of a node, with a copy in each node
 
 All have bfloat16 weights, float32 gradients, accumulated before they are reduced, and float32
-moments. The batch is that of the configuration, in micro-batches of --rows rows a device at most.
+moments. The batch is that of the configuration, in micro-batches of at most --rows rows per device.
 """
 
 import argparse
@@ -55,8 +55,8 @@ LABELS = {
     "projected": "GaLore, projected gradients",
     "over": "the same, moments over data too",
 }
-# Okabe and Ito's palette, suitable for colour-blind readers. Lines that coincide are all visible,
-# as later ones are thinner.
+# Okabe and Ito's palette, suitable for colour-blind readers. Later lines are thinner, so that lines
+# that coincide are all visible.
 STYLES: dict[str, dict[str, Any]] = {
     "adamw": {"color": "#D55E00", "marker": "o", "linewidth": 4.8, "markersize": 7.5},
     "contrib": {"color": "#E69F00", "marker": "o", "linewidth": 2.8, "markersize": 5.5},
@@ -203,7 +203,7 @@ def table(costs: dict[Case, Any]) -> str:
 
 
 def statement(costs: dict[Case, Any], rate: float, network: float) -> str:
-    """What is all-reduced, and how long the work and the network between nodes take.
+    """Sentences on what is all-reduced, and on the time of work and of the network between nodes.
 
     Args:
       costs: of all cases.
@@ -224,8 +224,8 @@ def statement(costs: dict[Case, Any], rate: float, network: float) -> str:
     if largest > NODE:
         lines += [
             "",
-            f"What a device sends to other nodes, on {largest} devices, at {network / 1e9:g} GB/s, "
-            f"and its matrix products, at {rate / 1e12:g} TFLOP/s:",
+            f"Bytes that a device sends to other nodes, on {largest} devices, at "
+            f"{network / 1e9:g} GB/s, and its matrix products, at {rate / 1e12:g} TFLOP/s:",
             "",
             f"{'':<26}{'GiB sent':>10}{'ms for it':>12}{'ms of work':>12}",
         ]
@@ -239,7 +239,7 @@ def statement(costs: dict[Case, Any], rate: float, network: float) -> str:
 
 
 def draw(costs: dict[Case, Any], picture: Path) -> None:
-    """Draws what a device sends in a step, a column of plots a model and a row a layout."""
+    """Draws the bytes that a device sends in a step: a column for each model, a row per layout."""
     from matplotlib.ticker import FuncFormatter
 
     from galore_jax.training.plots import new_figure, write_png
@@ -286,7 +286,7 @@ def draw(costs: dict[Case, Any], picture: Path) -> None:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """The cases to compile; those that are the same as another only once."""
+    """The cases to compile, without those that equal another."""
     chosen = [
         Case(model, layout, optimizer, devices)
         for model in arguments.models

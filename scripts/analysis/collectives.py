@@ -1,19 +1,19 @@
-"""What a compiled program moves between devices, and its matrix products, read from its HLO text.
+"""The collectives and matrix products of a compiled program, read from its HLO text.
 
     program = jax.jit(step).lower(*arguments).compile().as_text()
     for collective in collectives(program):
         print(collective.kind, collective.payload, collective.times)
 
-XLA's own cost analysis counts the body of a loop once. Here everything is counted as often as it
-runs, the body of a loop as many times as it has iterations. The compiler cannot know how often a
-conditional's branch runs, nor some loops, such as those over the matrices that are due for a
-refresh: those around a `Collective` are named in `within`, and counted as if they ran once.
+XLA's own cost analysis counts the body of a loop once; here it counts once for each iteration. How
+often the branch of a conditional runs is unknown to the compiler, and so are the iterations of some
+loops, such as those over the matrices that are due for a refresh. A `Collective` names those around
+it in `within`, and counts them as if they ran once.
 
-A program compiled for CPUs differs from one for GPUs in two ways. XLA computes bfloat16 in float32
-there, so that collectives move float32 too; here they are counted in the dtype that was asked for.
-And it has no pass that turns an all-reduce of which each device uses its own part into a
-reduce-scatter, which sends half as much. Such an all-reduce is listed as what it is, but `scatters`
-is true of it, and `sent` is what a GPU sends.
+A program compiled for CPUs differs from one for GPUs in two ways. On CPUs XLA computes bfloat16 in
+float32, so collectives move float32 too; they are counted here in the dtype of the program. And XLA
+has no pass for CPUs that turns an all-reduce of which each device uses only its part into a
+reduce-scatter, which sends half as much. Such an all-reduce keeps its kind, but `scatters` is true
+and `sent` is what a GPU sends.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ KINDS: tuple[str, ...] = (
     "collective-permute",
 )
 
-# Up to this factor is what a device uses of an all-reduce its own part: vectors may go with it.
-WHOLE = 1.05
+# Tolerance for counting an all-reduce as a reduce-scatter: small vectors may be reduced with it.
+TOLERANCE = 1.05
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2}
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _NAME = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -58,13 +58,13 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      size: bytes of the arrays that each device gives to it.
+      size: bytes of each device's operands.
       times: how often it runs, if everything in `within` runs once.
-      within: the conditionals around it and the loops whose number of iterations is not known, from
-        the outermost, by the names JAX gave them.
-      groups: the devices that exchange data with each other, by their place in the mesh.
-      name: the name JAX gave the operation.
-      scatters: whether it is an all-reduce of which each device uses its own part only.
+      within: the conditionals around it and the loops with an unknown number of iterations, from
+        the outermost, by JAX's names.
+      groups: the devices that exchange data with each other, by their position in the mesh.
+      name: JAX's name of the operation.
+      scatters: whether it is an all-reduce of which each device uses only its own part.
     """
 
     kind: str
@@ -77,15 +77,16 @@ class Collective:
 
     @property
     def payload(self) -> int:
-        """Bytes of the whole array that is moved, once: of an all-gather, the gathered one."""
+        """Bytes of the whole array that one run moves; for an all-gather, of the gathered array."""
         return self.size * len(self.groups[0]) if self.kind == "all-gather" else self.size
 
     def sent(self, node: int) -> tuple[int, int]:
-        """Bytes that a device sends, once: inside of its node, and to other nodes.
+        """Bytes that a device sends in one run: inside its node, and to other nodes.
 
-        By algorithms that send the fewest: first among the devices of a node, then each of them its
-        share of the array to those with the same place in other nodes. An all-reduce is a
-        reduce-scatter and an all-gather, so it sends twice as much as either.
+        They are those of the algorithms that send the fewest bytes: first among the devices of a
+        node, then from each device its share of the array to those at the same position in other
+        nodes. An all-reduce is a reduce-scatter and an all-gather, so it sends twice as much as
+        either.
 
         Args:
           node: number of devices in a node; those of the first node come first in the mesh.
@@ -115,9 +116,9 @@ class Collective:
 
 
 def collectives(program: str) -> list[Collective]:
-    """The collectives of a program in the order in which it names them, those of its loops too.
+    """The collectives of a program, in the order of its text, including those inside loops.
 
-    Collectives in which every device is alone are left out.
+    Those whose groups have a single device are left out.
 
     Args:
       program: HLO after compilation, `compiled.as_text()`.
@@ -133,7 +134,8 @@ def collectives(program: str) -> list[Collective]:
             size = _size(instruction, computation, computations)
             end = _end(instruction, computation)
             used = _used(end, computation, computations)
-            scatters = kind == "all-reduce" and len(groups[0]) * used < WHOLE * _bytes(end.shape)
+            is_divided = len(groups[0]) * used < TOLERANCE * _bytes(end.shape)
+            scatters = kind == "all-reduce" and is_divided
             source = instruction.source
             found.append(Collective(kind, size, times, within, groups, source, scatters))
     return found
@@ -142,12 +144,12 @@ def collectives(program: str) -> list[Collective]:
 def flops(program: str, runs: Callable[[tuple[str, ...]], int] = lambda within: 1) -> int:
     """The multiplications and additions in the matrix products of one device.
 
-    Products that the compiler gave to a library, as on GPUs, are not found.
+    Products that the compiler passes to a library, as on GPUs, are not found.
 
     Args:
       program: HLO after compilation, `compiled.as_text()`.
-      runs: how often something runs that is within these loops and conditionals, as
-        `Collective.within` names them.
+      runs: how often something inside these loops and conditionals runs, given their names as in
+        `Collective.within`.
     """
     total = 0
     for computation, instruction, times, within in _executed(_parse(program)[0]):
@@ -171,7 +173,7 @@ class _Instruction(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The name JAX gave it."""
+        """JAX's name of it."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else self.name
 
@@ -183,7 +185,7 @@ class _Computation:
 
     @functools.cached_property
     def users(self) -> dict[str, list[_Instruction]]:
-        """The instructions that use each one."""
+        """The instructions that use each instruction."""
         found: dict[str, list[_Instruction]] = {}
         for instruction in self.by_name.values():
             for name in dict.fromkeys(instruction.operands):
@@ -219,7 +221,7 @@ def _parse(program: str) -> tuple[dict[str, _Computation], int]:
 
 
 def _split_type(text: str) -> tuple[list[tuple[str, list[int]]], str]:
-    """The arrays of the type at the start, and the text behind it."""
+    """The arrays of the type at the start of the text, and the rest of the text."""
     if text.startswith("("):
         inside, rest = _until_closed(text[1:])
     else:
@@ -229,7 +231,7 @@ def _split_type(text: str) -> tuple[list[tuple[str, list[int]]], str]:
 
 
 def _until_closed(text: str) -> tuple[str, str]:
-    """Splits at the parenthesis that closes one before the text."""
+    """Splits at the parenthesis that closes one opened before the text."""
     depth = 1
     for place, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -254,7 +256,7 @@ Executed = tuple[_Computation, _Instruction, int, tuple[str, ...]]
 
 
 def _executed(computations: dict[str, _Computation]) -> Iterator[Executed]:
-    """Every instruction, how often it runs, and what it is within: see `Collective`."""
+    """Every instruction with its computation, `times` and `within` as in `Collective`."""
 
     def visit(name: str, times: int, within: tuple[str, ...]) -> Iterator[Executed]:
         computation = computations[name]
@@ -272,7 +274,7 @@ def _executed(computations: dict[str, _Computation]) -> Iterator[Executed]:
 
 
 def _called(instruction: _Instruction) -> list[str]:
-    """The computations that it runs; not those that combine two numbers of a reduction."""
+    """The computations that it runs, without those that combine two numbers of a reduction."""
     found = _CALLED.findall(instruction.text.partition("metadata=")[0])
     return [
         name.strip(" %")
@@ -285,11 +287,11 @@ def _called(instruction: _Instruction) -> list[str]:
 def _size(
     instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
 ) -> int:
-    """Bytes that go into a collective, before they were made wider for it alone."""
+    """Bytes of the operands of a collective, in the dtype before XLA widened them for it."""
     operands = [computation.by_name[name] for name in instruction.operands]
     size = sum(_bytes(operand.shape) for operand in operands)
     if instruction.opcode in ("all-reduce", "reduce-scatter"):
-        # XLA marks a sum that it computes in twice the width.
+        # XLA marks a sum that it computes in a dtype twice as wide.
         return size // 2 if re.search(r"to_apply=%?[\w.\-]*_promoted", instruction.text) else size
     users = _users(instruction, computation, computations)
     if users and all(user.opcode == "convert" for user, _ in users):
@@ -300,7 +302,7 @@ def _size(
 
 
 def _end(instruction: _Instruction, computation: _Computation) -> _Instruction:
-    """The instruction with the results: of a collective that was only started, its end."""
+    """The instruction that has the results: for an asynchronous collective, its end."""
     users = computation.users.get(instruction.name, ())
     ends = (user for user in users if user.opcode == instruction.opcode.replace("-start", "-done"))
     return next(ends, instruction) if instruction.opcode.endswith("-start") else instruction
@@ -309,7 +311,7 @@ def _end(instruction: _Instruction, computation: _Computation) -> _Instruction:
 def _used(
     instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
 ) -> int:
-    """Bytes that are used of the results of a collective: of some only a dynamic slice may be."""
+    """Bytes of the results of a collective that are used: perhaps only a dynamic slice of each."""
     if len(instruction.shape) == 1:
         results = [instruction]
     else:
@@ -331,7 +333,7 @@ def _used(
 def _users(
     instruction: _Instruction, computation: _Computation, computations: dict[str, _Computation]
 ) -> list[tuple[_Instruction, int]]:
-    """What uses an array, and as which operand; in fusions and behind changes of layout too."""
+    """The users of an array, with the operand's number; also in fusions and after reshapes."""
     found = []
     for user in computation.users.get(instruction.name, ()):
         for place in (i for i, name in enumerate(user.operands) if name == instruction.name):

@@ -1,4 +1,4 @@
-"""What a training step costs each device of a mesh: memory, communication and work, as compiled."""
+"""Memory, communication and work of a compiled training step, for each device of a mesh."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from galore_jax.training.step import make_train_step
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of a device and step.
+    """Bytes per device and step.
 
     Attributes:
       weights: of the parameters.
       bases: of GaLore's projections.
       moments: of the optimizer.
-      state: of all that a step keeps: the three above, and counters.
+      state: of everything that is kept between steps: the three above, and counters.
       whole_state: the same on a single device.
-      temporaries: what the step needs besides, as assigned by XLA.
-      payload: by kind of collective, the arrays that are moved.
-      inside: what the device sends to others of its node.
-      between: what it sends to other nodes.
-      refresh: by kind, what a step that refreshes all bases moves in addition.
-      refresh_between: what it sends to other nodes in addition.
-      flops: of matrix products; a number, no bytes.
+      temporaries: the other memory of the step, as assigned by XLA.
+      payload: sizes of the arrays that each kind of collective moves.
+      inside: sent to other devices of the node.
+      between: sent to other nodes.
+      refresh: additional payload of a step that refreshes all bases, by kind.
+      refresh_between: its additional bytes to other nodes.
+      flops: operations of matrix products; not bytes.
     """
 
     weights: int
@@ -114,11 +114,11 @@ def _moved(found: Sequence[Collective], layers: int) -> _Moved:
 
 
 def _runs(within: tuple[str, ...], layers: int) -> int:
-    """How often something within these loops and conditionals runs if all bases are refreshed.
+    """How often something inside these loops and conditionals runs if all bases are refreshed.
 
-    One of the loops is over the matrices of a leaf, one for each layer. The other, around it with
-    projected gradients and inside it with full ones, is over rounds of subspace iteration, of which
-    there is one after the first refresh.
+    One loop is over the matrices of a leaf, one for each layer. The other one, which is around it
+    with projected gradients and inside it with full ones, is over rounds of subspace iteration; a
+    refresh after the first has one round.
     """
     loops = [name for name in within if name.endswith("while")]
     over_matrices = len(loops) > 1 or any("refresh_where_due" in name for name in loops)
