@@ -4,7 +4,8 @@ import difflib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -52,6 +53,18 @@ def suggestion(name: str, valid: Iterable[str]) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return f"; there are {', '.join(valid)}." if valid else "."
+
+
+@contextmanager
+def one_sentence(problem: str) -> Iterator[None]:
+    """Turns whatever a library raises for a damaged file into an `InputError` of one sentence."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # A panic in Rust, as of a regular expression, is no Exception.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{problem}: {reason}") from None
 
 
 def check_installed(*modules: str) -> None:

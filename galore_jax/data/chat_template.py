@@ -16,9 +16,8 @@ from galore_jax.data.tokenizers import (
     CHAT_TEMPLATE,
     HuggingFaceTokenizer,
     load_tokenizer,
-    one_sentence,
 )
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, one_sentence
 
 Message = dict[str, str]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from galore_jax.data.tokenizers import load_pretrained, one_sentence
-from galore_jax.errors import InputError
+from galore_jax.data.tokenizers import load_pretrained
+from galore_jax.errors import InputError, one_sentence
 
 _GROUP = 50  # batches of which rows are sorted by length
 _ENCODED_AT_ONCE = 1000  # before they are arrays, the tokens of a text take 14 times the memory

@@ -4,14 +4,14 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 
-from galore_jax.errors import InputError, check_installed
+from galore_jax.errors import InputError, check_installed, one_sentence
 
 TOKENIZER, MODEL = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -71,10 +71,35 @@ def load_tokenizer(path: str) -> Tokenizer:
     )
 
 
+def from_pretrained(kind: str, folder: Path, problem: str, **options: Any) -> Any:
+    """An object that a class of transformers makes of the files in a folder alone.
+
+    Nothing is downloaded, and no code in the folder is run.
+
+    Args:
+        kind: the name of the class.
+        folder: an existing folder.
+        problem: begins the message if that fails.
+        **options: for the class.
+
+    Raises:
+        InputError: a file is missing or damaged.
+        ModuleNotFoundError: transformers is not installed.
+    """
+    check_installed("transformers")
+    # Otherwise it says at every start that PyTorch is missing.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers  # takes seconds
+
+    with one_sentence(problem), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # They are about names of settings in the files.
+        return getattr(transformers, kind).from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **options
+        )
+
+
 def load_pretrained(folder: Path, kind: str = "PreTrainedTokenizerFast") -> Any:
     """The tokenizer that a class of transformers makes of the files in a folder.
-
-    It is made of the files alone: nothing is downloaded, and no code in the folder is run.
 
     Args:
         folder: a folder of Hugging Face.
@@ -85,15 +110,8 @@ def load_pretrained(folder: Path, kind: str = "PreTrainedTokenizerFast") -> Any:
         InputError: there is none, or a file of it is damaged.
         ModuleNotFoundError: transformers is not installed.
     """
-    check_installed("transformers")
-    # Otherwise it says at every start that PyTorch is missing.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers  # takes seconds
-
-    with one_sentence(f"transformers cannot read the tokenizer in {folder}"):
-        tokenizer = getattr(transformers, kind).from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, model_max_length=2**62
-        )
+    problem = f"transformers cannot read the tokenizer in {folder}"
+    tokenizer = from_pretrained(kind, folder, problem, model_max_length=2**62)
     if not tokenizer.is_fast:
         raise InputError(
             f"the tokenizer in {folder}, a {type(tokenizer).__name__}, cannot be a tokenizer.json, "
@@ -102,18 +120,6 @@ def load_pretrained(folder: Path, kind: str = "PreTrainedTokenizerFast") -> Any:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise InputError(f"{folder} has no file with the vocabulary of a tokenizer: add it.")
     return tokenizer
-
-
-@contextmanager
-def one_sentence(problem: str) -> Iterator[None]:
-    """Turns whatever a library raises for a damaged file into an `InputError` of one sentence."""
-    try:
-        yield
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # A panic in Rust, as of a regular expression, is no Exception.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{problem}: {reason}") from None
 
 
 class ByteTokenizer:

@@ -5,7 +5,6 @@ of the body's tensors with `roberta.` or `bert.`.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, require_choice
 from galore_jax.files import read_json, write_json
+from galore_jax.interop.config_json import completed_settings
 from galore_jax.interop.tensors import (
     CONFIG,
     SINGLE,
@@ -80,7 +80,7 @@ _TIED = {
 }
 
 # Settings of a config.json, and their names in EncoderConfig.
-_INTEGERS = {
+_SETTINGS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
@@ -88,24 +88,13 @@ _INTEGERS = {
     "num_attention_heads": "num_heads",
     "type_vocab_size": "token_types",
     "pad_token_id": "pad_id",
-}
-_NUMBERS = {
     "hidden_dropout_prob": "dropout",
     "attention_probs_dropout_prob": "attention_dropout",
+    "classifier_dropout": "classifier_dropout",
     "layer_norm_eps": "norm_epsilon",
     "initializer_range": "initializer_range",
 }
-# A config.json that leaves these out means these values, as in transformers.
-_DEFAULTS = {
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "layer_norm_eps": 1e-12,
-    "initializer_range": 0.02,
-}
 _SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-_DEFAULT_PAD_ID = {"roberta": 1, "bert": 0}
 _CLASSES = {"roberta": "Roberta", "bert": "Bert"}
 _LISTED = 20
 
@@ -132,40 +121,22 @@ def encoder_config(folder: str | Path) -> EncoderConfig:
     Raises:
       InputError: there is no such file, it is damaged, or describes a model of another kind.
     """
-    path = Path(folder, CONFIG)
-    given = {name: value for name, value in read_json(path).items() if value is not None}
-    settings = _DEFAULTS | given
-    _check_supported(path, "model_type", settings.get("model_type"), ARCHITECTURES)
+    return completed_settings(Path(folder), _from_settings)
+
+
+def _from_settings(settings: dict[str, Any]) -> EncoderConfig:
+    require_choice("model_type", settings["model_type"], ARCHITECTURES)
     for name, supported in _SUPPORTED.items():
-        _check_supported(path, name, settings.get(name, supported), (supported,))
-    architecture = settings["model_type"]
-    settings.setdefault("pad_token_id", _DEFAULT_PAD_ID[architecture])
-    numbers = _NUMBERS
-    if "classifier_dropout" in settings:
-        numbers = numbers | {"classifier_dropout": "classifier_dropout"}
-
-    def number(name: str, kind: Any, what: str) -> Any:
-        value = settings.get(name)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise InputError(
-                f"{name} is {json.dumps(value)} and must be {what}: take the file that "
-                "belongs to the weights."
-            )
-        return value
-
-    integer = lambda name: number(name, int, "a whole number")
-    try:
-        rows = integer("max_position_embeddings")
-        config = EncoderConfig(
-            architecture=architecture,
-            max_length=rows,
-            **{ours: integer(name) for name, ours in _INTEGERS.items()},
-            **{ours: number(name, int | float, "a number") for name, ours in numbers.items()},
-        )
-        # The first rows of RoBERTa's table are not positions of tokens.
-        return dataclasses.replace(config, max_length=rows - config.first_position)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        if settings.get(name) not in (None, supported):
+            raise InputError(f"{name} = {settings[name]!r} is not supported, only {supported!r}.")
+    rows = settings["max_position_embeddings"]
+    config = EncoderConfig(
+        architecture=settings["model_type"],
+        max_length=rows,
+        **{ours: settings[name] for name, ours in _SETTINGS.items()},
+    )
+    # The first rows of RoBERTa's table are not positions of tokens.
+    return dataclasses.replace(config, max_length=rows - config.first_position)
 
 
 def load_encoder(
@@ -288,8 +259,7 @@ def _stored_class_names(folder: Path) -> list[str]:
 
 def _hugging_face_config(model: EncoderModel, labels: Sequence[str]) -> dict[str, Any]:
     config = model.config
-    numbers = _INTEGERS | _NUMBERS | {"classifier_dropout": "classifier_dropout"}
-    settings = {name: getattr(config, ours) for name, ours in numbers.items()}
+    settings = {name: getattr(config, ours) for name, ours in _SETTINGS.items()}
     task = "Model"
     if isinstance(model, MaskedLanguageModel):
         task = "ForMaskedLM"
@@ -316,14 +286,6 @@ def _leaves(params: PyTree) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(entry.key for entry in path)
-
-
-def _check_supported(path: Path, name: str, value: Any, supported: tuple[Any, ...]) -> None:
-    if value not in supported:
-        raise InputError(
-            f"{path}: {name} is {json.dumps(value)}, and only "
-            f"{' or '.join(map(json.dumps, supported))} is supported: choose another model."
-        )
 
 
 def _names(path: tuple[str, ...], leaf: Any, model: EncoderModel) -> list[str]:

@@ -13,6 +13,7 @@ from galore_jax.data.tokenizers import (
     Tokenizer,
     load_pretrained,
 )
+from galore_jax.errors import InputError
 from galore_jax.files import atomic_write, write_json
 
 # Where there are both, the first has the added tokens too.
@@ -22,6 +23,8 @@ _BESIDE = (
     *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
     *("vocab.json", "merges.txt", "vocab.txt"),
 )
+# A text with which a conversion is checked.
+_SAMPLE = "  Two  spaces,\n\n\ta tab. naïve 日本語 ½ don't "
 _TEMPLATES = "additional_chat_templates/*.jinja"
 
 
@@ -66,11 +69,16 @@ def complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
       tokenizer: what it is a copy of.
 
     Raises:
-      InputError: transformers cannot convert a model of this kind.
+      InputError: transformers cannot convert a model of this kind to equal tokens.
     """
     if (folder / TOKENIZER_CONFIG).is_file():
         return
     converted = load_pretrained(folder)
+    if converted.encode(_SAMPLE, add_special_tokens=False) != tokenizer.encode(_SAMPLE):
+        raise InputError(
+            f"transformers cannot convert {folder / MODEL} to a tokenizer with the same tokens: "
+            "upgrade it, or train the model with another tokenizer."
+        )
     with atomic_write(folder / TOKENIZER) as path:
         converted.backend_tokenizer.save(str(path))
     name_of = converted.convert_ids_to_tokens

@@ -6,7 +6,7 @@ from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.files import write_json
 from galore_jax.interop.adapters import merged, write_adapter
-from galore_jax.interop.generation_config import GENERATION_CONFIG, generation_config
+from galore_jax.interop.config_json import GENERATION_CONFIG, generation_config
 from galore_jax.interop.huggingface import write_model
 from galore_jax.interop.tokenizer_files import complete_tokenizer, copy_tokenizer
 from galore_jax.training.checkpoint import open_parameters
