@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.interop.config_json import read_config
-from galore_jax.interop.huggingface import ModelFolder, write_model
+from galore_jax.interop.decoders import ModelFolder, write_model
 from galore_jax.models.llama import Llama
 
 

@@ -39,7 +39,7 @@ _FIXED = {
     "quantization_config": None,
 }
 # Only float32 holds every float16 number.
-_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
+_DTYPES: dict[str, Any] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 T = TypeVar("T")
 
 

@@ -6,7 +6,7 @@ of the body's tensors with `roberta.` or `bert.`.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from galore_jax.interop.config_json import completed_settings
 from galore_jax.interop.tensors import (
     CONFIG,
     SINGLE,
+    Stored,
     check_dtypes,
     read_tensor,
     stored_tensors,
@@ -158,16 +159,45 @@ def load_encoder(
     """
     tensors = stored_tensors(Path(folder))
     stored = _stored_names(tensors, model.config.architecture)
-    other_head = []
-    if labels is not None and _class_names(labels) != _stored_class_names(Path(folder)):
-        other_head = [name for name in stored if name.startswith("classifier.")]
-    not_used = [stored.pop(name) for name in other_head]
+    discarded = _discard_other_head(stored, Path(folder), labels)
     initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    initial = jax.eval_shape(initialize, key)
-    wanted = {name: path for path, leaf in _leaves(initial) for name in _names(path, leaf, model)}
-    tensor = lambda name: read_tensor(tensors[stored[name]])
+    params = jax.eval_shape(initialize, key)
+    wanted = {name: path for path, leaf in _leaves(params) for name in _names(path, leaf, model)}
+    missing, unused = _differences(folder, model, stored, wanted)
+    check_dtypes(tensors[stored[name]] for name in wanted if name in stored)
+    if isinstance(model, MaskedLanguageModel):
+        unused = _without_tied(folder, tensors, stored, unused)
+    if missing:
+        # Only the head is computed.
+        heads = lambda key: {k: v for k, v in initialize(key).items() if k in _HEAD_MODULES}
+        params |= jax.jit(heads)(key)
 
-    # What the folder lacks, and what the model has no use for.
+    def read(path: tuple[Any, ...], leaf: Any) -> jax.Array:
+        names = _names(_keys(path), leaf, model)
+        if names[0] in missing:
+            return leaf
+        return _read_leaf(_keys(path), leaf, [tensors[stored[name]] for name in names])
+
+    params = jax.tree_util.tree_map_with_path(read, params)
+    return LoadedEncoder(params, tuple(missing), (*discarded, *(stored[name] for name in unused)))
+
+
+def _discard_other_head(
+    stored: dict[str, str], folder: Path, labels: Sequence[str] | None
+) -> list[str]:
+    """Removes a classifier for other labels from the names; returns its tensors."""
+    if labels is None or _class_names(labels) == _stored_class_names(folder):
+        return []
+    return [stored.pop(name) for name in list(stored) if name.startswith("classifier.")]
+
+
+def _differences(
+    folder: str | Path,
+    model: EncoderModel,
+    stored: Mapping[str, str],
+    wanted: Mapping[str, tuple[str, ...]],
+) -> tuple[list[str], list[str]]:
+    """The tensors that the folder lacks of the head, and those that the model has no use for."""
     missing = [name for name in wanted if name not in stored]
     if lost := [name for name in missing if wanted[name][0] not in _HEAD_MODULES]:
         raise InputError(
@@ -180,43 +210,42 @@ def load_encoder(
             f"{folder} holds {_listed(unknown)}, for which this {model.config.architecture} model "
             "has no place: take weights that belong to it."
         )
-    check_dtypes(tensors[stored[name]] for name in wanted if name in stored)
-    for name in [name for name in unused if _TIED.get(name) in stored]:
-        if isinstance(model, MaskedLanguageModel):
-            if not np.array_equal(tensor(name), tensor(_TIED[name])):
-                raise InputError(
-                    f"{folder}: {stored[name]} differs from {_TIED[name]}: a decoder that is not "
-                    "tied to the word embedding is not supported."
-                )
-            unused.remove(name)
-    if missing:
-        # Only the head is computed.
-        heads = lambda key: {k: v for k, v in initialize(key).items() if k in _HEAD_MODULES}
-        initial |= jax.jit(heads)(key)
+    return missing, unused
 
-    def layer(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        found = tensors[stored[name]]
+
+def _without_tied(
+    folder: str | Path,
+    tensors: Mapping[str, Stored],
+    stored: Mapping[str, str],
+    unused: Sequence[str],
+) -> list[str]:
+    """The unused tensors but those of a stored decoder, which has to be the word embedding."""
+    tied = [name for name in unused if _TIED.get(name) in stored]
+    for name in tied:
+        decoder, embedding = (read_tensor(tensors[stored[n]]) for n in (name, _TIED[name]))
+        if not np.array_equal(decoder, embedding):
+            raise InputError(
+                f"{folder}: {stored[name]} differs from {_TIED[name]}: a decoder that is not tied "
+                "to the word embedding is not supported."
+            )
+    return [name for name in unused if name not in tied]
+
+
+def _read_leaf(path: tuple[str, ...], leaf: Any, tensors: Sequence[Stored]) -> jax.Array:
+    """A parameter from its tensors, one for each layer."""
+    is_stacked, is_kernel = "layers" in path, path[-1] == "kernel"
+    shape = leaf.shape[is_stacked:]
+    shape = shape[::-1] if is_kernel else shape
+    for found in tensors:
         if found.shape != shape:
             raise InputError(
                 f"{found.file}: {found.name} has the shape {found.shape}, but the model needs "
                 f"{shape}: take the weights that belong to this config.json, and a head with as "
                 "many labels."
             )
-        return tensor(name)
-
-    def read(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        path = _keys(path)
-        names = _names(path, leaf, model)
-        if names[0] in missing:
-            return leaf
-        is_stacked, is_kernel = "layers" in path, path[-1] == "kernel"
-        shape = leaf.shape[is_stacked:]
-        layers = [layer(name, shape[::-1] if is_kernel else shape) for name in names]
-        values = np.stack(layers) if is_stacked else layers[0]
-        return jnp.asarray(values.mT if is_kernel else values, leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(read, initial)
-    return LoadedEncoder(params, tuple(missing), (*not_used, *(stored[name] for name in unused)))
+    layers = [read_tensor(found) for found in tensors]
+    values = np.stack(layers) if is_stacked else layers[0]
+    return jnp.asarray(values.mT if is_kernel else values, leaf.dtype)
 
 
 def save_encoder(

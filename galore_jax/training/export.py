@@ -5,9 +5,9 @@ from pathlib import Path
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.files import write_json
-from galore_jax.interop.adapters import merged, write_adapter
 from galore_jax.interop.config_json import GENERATION_CONFIG, generation_config
-from galore_jax.interop.huggingface import write_model
+from galore_jax.interop.decoders import write_model
+from galore_jax.interop.peft import merged, write_adapter
 from galore_jax.interop.tokenizer_files import complete_tokenizer, copy_tokenizer
 from galore_jax.training.checkpoint import open_parameters
 from galore_jax.training.config import Config

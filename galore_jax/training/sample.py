@@ -81,7 +81,7 @@ def generate_text(
 def _load_huggingface(folder: Path) -> tuple[Config, Any]:
     """The model in a folder of transformers, with its tokenizer, and its parameters."""
     from galore_jax.interop.config_json import read_config  # need an extra of their own
-    from galore_jax.interop.huggingface import ModelFolder
+    from galore_jax.interop.decoders import ModelFolder
     from galore_jax.interop.tokenizer_files import find_tokenizer
 
     tokenizer, model = find_tokenizer(folder), read_config(folder)

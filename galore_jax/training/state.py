@@ -132,7 +132,7 @@ def _read_params(config: Config, params: PyTree) -> PyTree:
 
     Each process reads what its devices have.
     """
-    from galore_jax.interop.huggingface import ModelFolder  # needs an extra of its own
+    from galore_jax.interop.decoders import ModelFolder  # needs an extra of its own
 
     folder = ModelFolder(Path(config.model.checkpoint), config.model)
 

@@ -13,7 +13,7 @@ from model_folder import random_params, save
 
 from galore_jax.data.batches import DataConfig, train_batches, validation_batches
 from galore_jax.data.tokenizers import ByteTokenizer
-from galore_jax.interop.huggingface import ModelFolder
+from galore_jax.interop.decoders import ModelFolder
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig

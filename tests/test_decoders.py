@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from galore_jax.errors import InputError
-from galore_jax.interop.huggingface import ModelFolder
+from galore_jax.interop.decoders import ModelFolder
 from galore_jax.interop.tensors import write_file
 from galore_jax.models.llama import LlamaConfig
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from galore_jax.files import write_json
-from galore_jax.interop.huggingface import model_leaves
+from galore_jax.interop.decoders import model_leaves
 from galore_jax.interop.tensors import ADAPTER, ADAPTER_CONFIG, make_folder, write_file
 from galore_jax.models.adapters import KERNEL, A, Adapter, B, product
 from galore_jax.models.llama import LlamaConfig
