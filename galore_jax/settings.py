@@ -5,8 +5,8 @@ with the choices. What is wrong ends in one sentence.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -24,7 +24,8 @@ def checked(section: str) -> Callable[[AnyClass], AnyClass]:
 
     Whole numbers are accepted for others, but no number for text or a boolean. Making one raises an
     `InputError` for an unknown name, with the nearest that there are; for a value of another type,
-    out of range or not finite; and what its `__post_init__` raises.
+    out of range or not finite; and what its `__post_init__` raises. A field that is another such
+    dataclass also takes a mapping of that one's values.
 
     Args:
       section: its name in front of the settings in messages, as in `optimizer.learning_rate`.
@@ -33,9 +34,13 @@ def checked(section: str) -> Callable[[AnyClass], AnyClass]:
     def decorate(kind: AnyClass) -> AnyClass:
         result: Any = pydantic.dataclasses.dataclass(kind, frozen=True, config=_STRICT)
         unchecked = result.__init__
+        tables: dict[str, Any] = {f.name: f.type for f in fields(result) if is_dataclass(f.type)}
 
         @wraps(unchecked)
-        def init(self: Any, *args: Any, **values: Any) -> None:
+        def init(self: Any, /, *args: Any, **values: Any) -> None:
+            for name, table in tables.items():
+                if isinstance(values.get(name), Mapping):
+                    values[name] = table(**values[name])
             try:
                 unchecked(self, *args, **values)
             except ValidationError as error:
@@ -58,6 +63,8 @@ def _sentence(error: ValidationError, section: str, kind: Any) -> str:
     name = f"{section}.{names[key] if isinstance(key, int) else key}".lstrip(".")
     if first["type"] == "unexpected_keyword_argument":
         return f"{name} is unknown{suggestion(str(key), names)}"
+    if first["type"] == "dataclass_exact_type":
+        return f"{name} is a table: write [{name}], then a line for each key."
     # Of the types of a union, each has an error, the most general one the last.
     last = [first, *(other for other in others if other["loc"][0] == key)][-1]
     wanted = re.sub(r"^\w+ should", "must", last["msg"])

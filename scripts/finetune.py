@@ -2,7 +2,7 @@
 
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base
 python scripts/finetune.py --config configs/glue/rte.toml model.checkpoint=roberta-base \
-    data.source=glue training.seeds=3 optimizer.rank=8 optimizer.scale=2
+    data.source=glue training.seeds=3 optimizer.galore.rank=8 optimizer.galore.scale=2
 python scripts/finetune.py --config configs/glue/minilm.toml --rates 3e-5,1e-4,3e-4,1e-3 \
     --tasks cola,mrpc,rte
 

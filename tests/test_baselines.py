@@ -9,7 +9,7 @@ import pytest
 from analysis.collectives import flops
 from next_tokens import random_rows
 from test_adapters import ROUNDING, noisy
-from test_step import CONFIG, changed, initial
+from test_step import CONFIG, initial
 
 import galore_jax
 from galore_jax.data.batches import train_batches
@@ -21,6 +21,7 @@ from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
 from galore_jax.training.compare import compare
 from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.config_file import changed
 from galore_jax.training.finetune_config import CheckpointConfig, FinetuneConfig
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.relora import prune_moments, restart, steps_until_restart
@@ -43,7 +44,8 @@ KERNELS = [(32, 32)] * 4 + [(32, 48)] * 2 + [(48, 32)]
 
 
 def configured(name, **sections):
-    optimizer = {"name": name, "rank": RANK, "gradients": None} | sections.pop("optimizer", {})
+    optimizer = sections.pop("optimizer", {})
+    optimizer = {**optimizer, "name": name, "lora": {"rank": RANK, **optimizer.get("lora", {})}}
     return changed(CONFIG, optimizer=optimizer, **sections)
 
 
@@ -120,7 +122,9 @@ def test_a_step_does_not_compute_the_gradients_of_frozen_kernels():
 def test_micro_batches_have_the_gradients_of_the_batch_and_dropout_of_their_own(batch):
     def gradients(dropout, accumulation):
         config = configured(
-            "lora", optimizer={"dropout": dropout}, training={"accumulation": accumulation}
+            "lora",
+            optimizer={"lora": {"dropout": dropout}},
+            training={"accumulation": accumulation},
         )
 
         @jax.jit
@@ -141,7 +145,7 @@ def test_micro_batches_have_the_gradients_of_the_batch_and_dropout_of_their_own(
 
 
 def test_the_matrix_rate_is_a_factor_for_the_factors_alone():
-    config = configured("lora", optimizer={"rank": 1, "warmup_steps": 0})
+    config = configured("lora", optimizer={"lora": {"rank": 1}, "warmup_steps": 0})
     params, _ = trained(config, initial(config).params)
 
     def updates(**settings):
@@ -214,7 +218,7 @@ def test_pruning_zeroes_99_of_100_moments():
 
 
 def test_restarts_are_due_at_multiples_of_the_gap_but_not_at_the_start(batch):
-    config = configured("relora", optimizer={"update_proj_gap": 3})
+    config = configured("relora", optimizer={"lora": {"restart_gap": 3}})
     assert [steps_until_restart(config, step) for step in range(7)] == [3, 2, 1, 0, 2, 1, 0]
     stepper, state, other = Stepper(config, initial(config)), initial(config), initial(config)
     for t in range(5):
@@ -224,7 +228,8 @@ def test_restarts_are_due_at_multiples_of_the_gap_but_not_at_the_start(batch):
 
 
 def test_the_rate_of_relora_warms_up_again_after_each_restart():
-    settings = {"learning_rate": 1.0, "warmup_steps": 42, "floor": 0.1, "update_proj_gap": 40}
+    lora = {"restart_gap": 40}
+    settings = {"learning_rate": 1.0, "warmup_steps": 42, "floor": 0.1, "lora": lora}
     adamw, relora = (
         np.asarray(learning_rate_schedule(OptimizerConfig(name, **settings), 200)(np.arange(200)))
         for name in ("adamw", "relora")
@@ -241,7 +246,7 @@ def test_a_restored_training_repeats_dropout_and_restarts_bit_for_bit(tmp_path):
     config = configured(
         "relora",
         model={"vocab_size": 264},
-        optimizer={"update_proj_gap": 2},
+        optimizer={"lora": {"restart_gap": 2}},
         training={"folder": str(tmp_path)},
     )
     batches = train_batches(config.data, ByteTokenizer())
@@ -291,7 +296,10 @@ def test_they_are_compared_by_name_and_their_runs_write_text(tmp_path):
     ("sections", "sentence"),
     [
         ({"training": {"layerwise": True}}, "training.layerwise updates whole matrices"),
-        ({"optimizer": {"dropout": 1.0}}, "optimizer.dropout must be less than 1, not 1.0"),
+        (
+            {"optimizer": {"lora": {"dropout": 1.0}}},
+            "lora.dropout must be less than 1, not 1",
+        ),
         (
             {"optimizer": {"name": "lowrank"}, "model": {"checkpoint": "folder"}},
             "leave out the checkpoint",

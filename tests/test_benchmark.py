@@ -14,7 +14,7 @@ from benchmarks.models import blocks_loss, init_llama, with_dense
 
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.config import GaloreConfig, OptimizerConfig
 from galore_jax.training.config_file import load_comparison, load_config
 from galore_jax.training.finetune_config import FinetuneConfig
 
@@ -102,8 +102,8 @@ def test_each_optimizer_of_a_fine_tuning_has_the_time_of_a_step_and_the_bytes_of
 
 
 def test_ranks_grow_with_the_width_except_rank_one():
-    scale = lambda **settings: optimizers.scaled(OptimizerConfig(**settings), 4)
-    assert (scale(rank=64).rank, scale(rank=0.25).rank, scale(rank=1).rank) == (256, 0.25, 1)
+    scaled = lambda rank: optimizers.scaled(OptimizerConfig(galore=GaloreConfig(rank)), 4)
+    assert [scaled(rank).galore.rank for rank in (64, 0.25, 1)] == [256, 0.25, 1]
 
 
 @pytest.mark.slow
@@ -177,7 +177,7 @@ def test_a_sketch_along_a_run_captures_what_an_exact_basis_does(tmp_path):
         [
             "training.steps=12",
             "optimizer.warmup_steps=2",
-            "optimizer.update_proj_gap=5",
+            "optimizer.galore.update_proj_gap=5",
             "model.num_layers=1",
         ],
     )

@@ -11,7 +11,7 @@ from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference, open_parameters
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.state import init_state
 from galore_jax.training.stepper import Stepper
 
@@ -26,7 +26,7 @@ CONFIG = Config(
         dtype="bfloat16",
     ),
     DataConfig(sequence_length=16, batch_size=4),
-    OptimizerConfig(rank=8, warmup_steps=0, clip_norm=1.0),
+    OptimizerConfig(galore=GaloreConfig(rank=8), warmup_steps=0, clip_norm=1.0),
     TrainingConfig(steps=10),
 )
 

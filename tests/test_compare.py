@@ -32,15 +32,15 @@ batch_size = 2
 sequence_length = 32
 
 [optimizer]
-rank = 4
 warmup_steps = 0
+galore.rank = 4
 
 [compare.adamw]
 matrix_rate = 0.5
 
 [compare."rank 2"]
 name = "galore_adamw"
-rank = 2
+galore.rank = 2
 
 [training]
 steps = 4

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from galore_jax.errors import InputError
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import (
     differences,
     from_dict,
@@ -30,7 +30,7 @@ def test_a_file_sets_what_it_names_and_leaves_the_rest(small):
     assert config.model.num_layers == 3
     assert config.optimizer.learning_rate == 1.0
     assert isinstance(config.optimizer.learning_rate, float)
-    assert config.optimizer.rank == OptimizerConfig().rank
+    assert config.optimizer.galore.rank == OptimizerConfig().galore.rank
 
 
 def test_the_run_is_named_after_the_file_unless_it_names_a_folder(small):
@@ -65,26 +65,47 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
             "optimizer.learning_rat is unknown; did you mean learning_rate or matrix_rate?",
         ),
         ("model.zzz=1", "model.zzz is unknown; there are vocab_size, hidden_size"),
-        ("optimiser.rank=1", "optimiser is unknown; did you mean optimizer?"),
+        ("optimiser.name=adamw", "optimiser is unknown; did you mean optimizer?"),
         ("rank=1", "rank is unknown; there are model, data, optimizer, training, mesh."),
         ("training=1", "training is a table: write [training], then a line for each key."),
         ("model.num_layers", "'model.num_layers' is not an override: write section.key=value"),
         ("optimizer.name=adam", "optimizer.name must be 'adamw', 'adamw8bit', 'galore_adamw', "),
         ("optimizer.matrix_rate=0", "optimizer.matrix_rate must be greater than 0, not 0."),
         ("optimizer.b1=0.99999999", "optimizer.b1 must be less than 0.9999999701976776, not"),
-        ("optimizer.refresh=qr", "optimizer.refresh must be one of subspace_iteration, eigh, svd"),
-        ("optimizer.rank=0", "optimizer.rank must be an integer of at least 1, a fraction"),
         (
-            "optimizer.rank=64.0",
+            "optimizer.galore.refresh=qr",
+            "optimizer.galore.refresh must be one of subspace_iteration, eigh,",
+        ),
+        (
+            "optimizer.galore.rank=0",
+            "optimizer.galore.rank must be an integer of at least 1, a fraction",
+        ),
+        (
+            "optimizer.galore.rank=64.0",
             "a fraction of the smaller side or a function of the shape, not 64",
         ),
-        ("optimizer.rank=half", "optimizer.rank must be a valid number, not 'half'."),
-        ("optimizer.scale=-1", "optimizer.scale must be positive and finite, not -1.0."),
-        (f"optimizer.scale={10**400}", "optimizer.scale must be a valid number, not 1000"),
-        (f"optimizer.scale={'9' * 5000}", "optimizer.scale must be a valid number, not '999"),
+        ("optimizer.galore.rank=half", "optimizer.galore.rank must be a valid number, not 'half'."),
+        (
+            "optimizer.galore.scale=-1",
+            "optimizer.galore.scale must be positive and finite, not -1.0.",
+        ),
+        (
+            f"optimizer.galore.scale={10**400}",
+            "optimizer.galore.scale must be a valid number, not 1000",
+        ),
+        (
+            f"optimizer.galore.scale={'9' * 5000}",
+            "optimizer.galore.scale must be a valid number, not '999",
+        ),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate must be a finite number, not nan"),
-        ("optimizer.update_proj_gap=0", "optimizer.update_proj_gap must be a whole number from 1"),
-        ("optimizer.lazy_overlap=1.5", "optimizer.lazy_overlap must be above 0 and at most 1, not"),
+        (
+            "optimizer.galore.update_proj_gap=0",
+            "optimizer.galore.update_proj_gap must be a whole number from 1",
+        ),
+        (
+            "optimizer.galore.lazy_overlap=1.5",
+            "optimizer.galore.lazy_overlap must be above 0 and at most 1, not",
+        ),
         ("training.steps=1e4", "training.steps must be a valid integer, not 10000.0."),
         ("training.steps=true", "training.steps must be a valid integer, not True."),
         (
@@ -101,6 +122,7 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("mesh.fsdp=0", "mesh.fsdp must be greater than 0, not 0."),
         ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1, but only one size can take what"),
         ("training.steps=10", "optimizer.warmup_steps is 1000, but training.steps is only 10"),
+        ("optimizer.rank=4", "optimizer.rank is now optimizer.galore.rank."),
         ("mesh.axes=auto", "mesh.axes is no longer a setting: leave it out."),
     ],
     ids=lambda text: text[:40],
@@ -115,8 +137,8 @@ def test_a_bad_override_is_refused_in_a_sentence_that_names_what_is_valid(
 
 
 def test_the_settings_of_galore_are_validated_for_plain_adamw_too(small):
-    with pytest.raises(InputError, match=r"^optimizer\.rank must be an integer"):
-        load_config(small, ["optimizer.name=adamw", "optimizer.rank=0"])
+    with pytest.raises(InputError, match=r"^optimizer\.galore\.rank must be an integer"):
+        load_config(small, ["optimizer.name=adamw", "optimizer.galore.rank=0"])
 
 
 def test_a_missing_file_is_refused_with_the_nearest_names(small):
@@ -139,14 +161,14 @@ def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, text):
 
 
 def test_a_rank_is_a_number_of_columns_or_a_fraction(small):
-    assert load_config(small, ["optimizer.rank=1"]).optimizer.rank == 1
-    assert load_config(small, ["optimizer.rank=0.25"]).optimizer.rank == 0.25
+    assert load_config(small, ["optimizer.galore.rank=1"]).optimizer.galore.rank == 1
+    assert load_config(small, ["optimizer.galore.rank=0.25"]).optimizer.galore.rank == 0.25
 
 
 def test_the_written_toml_reads_back_as_the_same_configuration():
     config = dataclasses.replace(
         Config(),
-        optimizer=OptimizerConfig(name="galore_lion", rank=0.25, lazy_overlap=0.5),
+        optimizer=OptimizerConfig("galore_lion", galore=GaloreConfig(0.25, lazy_overlap=0.5)),
         training=TrainingConfig(folder='a "quoted" \\ tab\t é 𝕏 \U000e0001', tensorboard=True),
     )
     assert from_dict(tomllib.loads(to_toml(config))) == config
@@ -154,8 +176,8 @@ def test_the_written_toml_reads_back_as_the_same_configuration():
 
 
 def test_differences_name_the_keys_and_both_values():
-    other = dataclasses.replace(Config(), optimizer=OptimizerConfig(rank=7))
-    assert differences(to_dict(Config()), to_dict(other)) == {"optimizer.rank": (128, 7)}
+    other = dataclasses.replace(Config(), optimizer=OptimizerConfig(galore=GaloreConfig(rank=7)))
+    assert differences(to_dict(Config()), to_dict(other)) == {"optimizer.galore.rank": (128, 7)}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -166,15 +188,15 @@ def test_every_configuration_of_the_repository_is_valid(path):
 
 TABLES = """
 [optimizer]
-rank = 16
 warmup_steps = 0
+galore.rank = 16
 
 [compare.adamw]
 matrix_rate = 0.5
 
 [compare."rank 8"]
 name = "galore_adamw"
-rank = 8
+galore.rank = 8
 """
 
 
@@ -186,17 +208,17 @@ def tables(tmp_path):
 
 
 def test_a_table_has_what_differs_and_its_label_is_the_name_by_default(tables):
-    configs = load_comparison(tables, ["optimizer.learning_rate=0.1", "optimizer.rank=32"])
+    configs = load_comparison(tables, ["optimizer.learning_rate=0.1", "optimizer.galore.rank=32"])
     assert list(configs) == ["adamw", "rank 8"]
     optimizers = [config.optimizer for config in configs.values()]
     assert [optimizer.name for optimizer in optimizers] == ["adamw", "galore_adamw"]
     assert [optimizer.matrix_rate for optimizer in optimizers] == [0.5, 1.0]
-    assert [optimizer.rank for optimizer in optimizers] == [32, 8]
+    assert [optimizer.galore.rank for optimizer in optimizers] == [32, 8]
     assert {optimizer.learning_rate for optimizer in optimizers} == {0.1}
     assert {config.training.folder for config in configs.values()} == {"runs/tables"}
 
 
-@pytest.mark.parametrize("override", ["optimizer.name=muon", "optimizer.rank=32"])
+@pytest.mark.parametrize("override", ["optimizer.name=muon", "optimizer.galore.rank=32"])
 def test_an_override_of_what_every_table_sets_is_refused(tables, override):
     with pytest.raises(InputError, match=f"{override} has no effect"):
         load_comparison(tables, [override], names=["rank 8"])
@@ -209,7 +231,9 @@ def test_optimizers_are_chosen_by_label_or_by_name(tables, small):
 
 
 def test_a_training_ignores_the_tables_of_a_comparison(tables):
-    assert load_config(tables).optimizer == OptimizerConfig(rank=16, warmup_steps=0)
+    assert load_config(tables).optimizer == OptimizerConfig(
+        galore=GaloreConfig(rank=16), warmup_steps=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,7 +244,7 @@ def test_a_training_ignores_the_tables_of_a_comparison(tables):
         ("[compare]\nrank = 3", [], "[compare.rank] is not an optimizer to compare: write"),
         ('[compare."a/b"]\nname = "adamw"', [], "[compare.a/b] is not an optimizer to compare"),
         ("[compare.mini]", [], "[compare.mini]: optimizer.name must be 'adamw', 'adamw8bit'"),
-        ("[compare.muon]\nrnak = 3", [], "[compare.muon]: optimizer.rnak is unknown; did you mean"),
+        ("[compare.muon]\ngalore.rnak = 3", [], "[compare.muon]: optimizer.galore.rnak is unknown"),
         (
             '[compare.apollo]\ngradients = "projected"',
             [],

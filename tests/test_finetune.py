@@ -74,18 +74,20 @@ def configured(place, folder, optimizer, **training):
         {
             "model": {"checkpoint": str(place / "model")},
             "data": {"source": str(place), "sequence_length": 12, "batch_size": 16},
-            "optimizer": {"learning_rate": 0.01, "warmup_steps": 0, "update_proj_gap": 5}
-            | optimizer,
+            "optimizer": {"learning_rate": 0.01, "warmup_steps": 0, **optimizer},
             "training": {"epochs": 3, "seeds": 1, "folder": str(folder)} | training,
         },
         FinetuneConfig,
     )
 
 
-GALORE = {"name": "galore_adamw", "rank": 4, "scale": 1.0}
+GALORE = {
+    "name": "galore_adamw",
+    "galore": {"rank": 4, "scale": 1.0, "update_proj_gap": 5},
+}
 
 
-LORA = {"name": "lora", "rank": 4}
+LORA = {"name": "lora", "lora": {"rank": 4}}
 
 
 @pytest.mark.parametrize(

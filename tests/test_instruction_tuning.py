@@ -20,7 +20,7 @@ from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.state import galore_states, project
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_config
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
@@ -60,7 +60,9 @@ def config(folder):
     return Config(
         MODEL,
         DataConfig(source, tokenizer, "conversations", sequence_length=LENGTH, batch_size=4),
-        OptimizerConfig(rank=8, warmup_steps=0, learning_rate=1e-3, clip_norm=1.0),
+        OptimizerConfig(
+            galore=GaloreConfig(rank=8), warmup_steps=0, learning_rate=1e-3, clip_norm=1.0
+        ),
         TrainingConfig(steps=5, evaluation_tokens=100, folder=str(folder / "run")),
     )
 
@@ -163,7 +165,7 @@ def tuned(folder, tmp_path_factory):
         f"model.checkpoint={folder}",
         f"data.source={folder / 'chats.jsonl'}",
         f"training.folder={run}",
-        *("data.sequence_length=48", "data.batch_size=4", "optimizer.rank=8"),
+        *("data.sequence_length=48", "data.batch_size=4", "optimizer.galore.rank=8"),
         *("optimizer.learning_rate=0.02", "optimizer.warmup_steps=1"),
         *("training.steps=8", "training.evaluate_every=4", "model.remat=false"),
     ]
@@ -223,8 +225,13 @@ def test_a_tokenizer_of_another_model_or_none_is_refused(folder):
 def test_the_configuration_has_the_numbers_that_its_header_cites():
     config = load_config(INSTRUCT)
     optimizer = config.optimizer
-    assert (optimizer.rank, optimizer.scale, optimizer.learning_rate) == (256, 4.0, 3e-5)
-    assert (optimizer.update_proj_gap, optimizer.weight_decay) == (200, 1e-4)
+    galore = optimizer.galore
+    assert (galore.rank, galore.scale, optimizer.learning_rate) == (
+        256,
+        4.0,
+        3e-5,
+    )
+    assert (galore.update_proj_gap, optimizer.weight_decay) == (200, 1e-4)
     assert optimizer.has_projected_gradients
     tokens = config.data.batch_size * config.data.sequence_length
     assert f"{tokens * config.training.steps / 1e6:.1f}M" in INSTRUCT.read_text()

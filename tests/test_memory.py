@@ -46,7 +46,7 @@ def tiny(**optimizer) -> Config:
                 "dtype": "bfloat16",
             },
             "data": {"sequence_length": LENGTH, "batch_size": ROWS},
-            "optimizer": {"rank": 8, **optimizer},
+            "optimizer": {"galore": {"rank": 8}, "lora": {"rank": 8}, **optimizer},
             "training": {"layerwise": layerwise},
         }
     )
@@ -66,7 +66,7 @@ def run_script(folder: Path, config: Config, *arguments: str) -> None:
         {},
         {"name": "adamw"},
         {"name": "galore_adafactor"},
-        {"name": "galore_adamw8bit", "basis_dtype": "int8"},
+        {"name": "galore_adamw8bit", "galore": {"rank": 8, "basis_dtype": "int8"}},
     ],
     ids=lambda optimizer: optimizer.get("name", "galore"),
 )
@@ -96,7 +96,7 @@ def test_adapters_cost_weights_and_save_the_moments_of_frozen_kernels():
 @pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", 0.785), ("int8", 0.82)])
 def test_the_optimizer_state_of_8_bit_galore_at_7b_is_a_fifth_of_bf16_adams(dtype, saved):
     file = ROOT / "configs" / "llama_7b_24gb.toml"
-    parts = state_parts(load_config(file, [f"optimizer.basis_dtype={dtype}"]))
+    parts = state_parts(load_config(file, [f"optimizer.galore.basis_dtype={dtype}"]))
     assert parts["bases"] + parts["moments"] <= (1 - saved) * 2 * parts["weights"]
 
 

@@ -19,7 +19,7 @@ from test_convert import TOKENIZER
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.training.checkpoint import load_for_inference
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, LoraConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
 
@@ -35,7 +35,9 @@ MODEL = LlamaConfig(
     max_length=32,
 )
 # A fraction: 4 for kernels of 16 rows and columns, 2 for those of keys and values.
-LORA = OptimizerConfig("lora", rank=0.25, alpha=8.0, warmup_steps=0, learning_rate=0.05)
+LORA = OptimizerConfig(
+    "lora", lora=LoraConfig(rank=0.25, alpha=8.0), warmup_steps=0, learning_rate=0.05
+)
 RELORA = dataclasses.replace(LORA, name="relora", update_proj_gap=2)
 LOWRANK = dataclasses.replace(LORA, name="lowrank")
 

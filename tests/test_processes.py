@@ -36,8 +36,8 @@ batch_size = 4
 
 [optimizer]
 learning_rate = 0.003
-rank = 8
-update_proj_gap = 7
+galore.rank = 8
+galore.update_proj_gap = 7
 warmup_steps = 5
 
 [training]
@@ -247,8 +247,10 @@ def test_what_only_one_process_can_refuse_ends_all(place):
         (sentence,) = [line for text in printed for line in text.splitlines()]
         return sentence
 
-    differs = refused([], ["optimizer.rank=4"])
-    assert differs.startswith("error: optimizer.rank is 8 in process 0 and 4 in process 1: start")
+    differs = refused([], ["optimizer.galore.rank=4"])
+    assert differs.startswith(
+        "error: optimizer.galore.rank is 8 in process 0 and 4 in process 1: start"
+    )
     assert "arguments.resume is True in process 0" in refused(["--resume"], [])
     assert "there is nothing to resume" in refused(["--resume"], ["--resume"])
     assert "optimizer.rnk is unknown" in refused([], ["optimizer.rnk=4"])

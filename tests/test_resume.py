@@ -5,7 +5,7 @@ import pytest
 from galore_jax.data.batches import DataConfig, fingerprint, tokenizer_checksum
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.loop import train
 from galore_jax.training.run_folder import (
     RunFolder,
@@ -20,7 +20,7 @@ def config_of(folder, **training):
     return Config(
         LlamaConfig(258, 16, 32, 1, 2, max_length=32),
         DataConfig(sequence_length=32, batch_size=2),
-        OptimizerConfig(rank=4, warmup_steps=0),
+        OptimizerConfig(galore=GaloreConfig(rank=4), warmup_steps=0),
         TrainingConfig(folder=str(folder), evaluation_tokens=200, **training),
     )
 

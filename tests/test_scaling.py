@@ -20,7 +20,7 @@ TINY = [
         "num_layers": LAYERS, "hidden_size": HIDDEN, "intermediate_size": FFN, "num_heads": 2,
         "vocab_size": VOCABULARY, "max_length": 16,
     }.items()),
-    "data.sequence_length=16", "data.batch_size=32", f"optimizer.rank={RANK}",
+    "data.sequence_length=16", "data.batch_size=32", f"optimizer.galore.rank={RANK}",
 ]  # fmt: skip
 NORMS = (2 * LAYERS + 1) * HIDDEN
 UNPROJECTED = 2 * VOCABULARY * HIDDEN + NORMS

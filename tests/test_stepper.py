@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from next_tokens import random_rows
-from test_step import changed, initial
+from test_step import CONFIG as FULL
+from test_step import initial
 
 import galore_jax
 from galore_jax.errors import InputError
 from galore_jax.grads.refresh import refresh_due
+from galore_jax.training.config_file import changed
 from galore_jax.training.step import batch_loss, make_train_step
 from galore_jax.training.stepper import Stepper
 
-CONFIG = changed(optimizer={"gradients": "projected", "clip_norm": 0.5})
+CONFIG = changed(FULL, optimizer={"gradients": "projected", "clip_norm": 0.5})
 
 
 @pytest.fixture
@@ -61,7 +63,8 @@ def test_a_resumed_stepper_asks_when_the_next_refresh_is_due(batch):
 
 
 def test_full_and_projected_gradients_make_the_same_step(batch):
-    settings = {"learning_rate": 0.003, "update_proj_gap": 4, "clip_norm": 0.0}
+    galore = {"update_proj_gap": 4}
+    settings = {"learning_rate": 0.003, "clip_norm": 0.0, "galore": galore}
     config = changed(CONFIG, optimizer=settings)
     full = changed(config, optimizer={"gradients": "full"})
     projected_step, full_step = make_train_step(config), make_train_step(full)
@@ -92,7 +95,10 @@ def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"refresh": "svd"}, 'optimizer.refresh = "svd" needs full gradients: set'),
+        (
+            {"galore": {"refresh": "svd"}},
+            'optimizer.galore.refresh = "svd" needs full gradients: set',
+        ),
     ],
 )
 def test_settings_that_need_full_gradients_are_refused(settings, sentence):

@@ -36,10 +36,10 @@ sequence_length = 32
 batch_size = 4
 
 [optimizer]
-rank = 8
-update_proj_gap = 7
-moments = "rotate"
-lazy_overlap = 0.3
+galore.rank = 8
+galore.update_proj_gap = 7
+galore.moments = "rotate"
+galore.lazy_overlap = 0.3
 warmup_steps = 5
 
 [training]
@@ -280,7 +280,7 @@ def error_of(place, capfd, monkeypatch):
 
 
 def test_bad_input_ends_in_one_sentence(error_of, place):
-    assert "optimizer.rnak is unknown; did you mean rank?" in error_of("optimizer.rnak=3")
+    assert "galore.rnak is unknown; did you mean rank?" in error_of("optimizer.galore.rnak=3")
     assert "there is no tokenizer at nowhere.model" in error_of("data.tokenizer=nowhere.model")
     assert "has 258 tokens, more than model.vocab_size, 100" in error_of("model.vocab_size=100")
     assert "nothing to resume" in error_of("--resume")

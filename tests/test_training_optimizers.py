@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from next_tokens import next_tokens
-from test_step import changed, initial
+from test_step import CONFIG, initial
 from test_stepper import assert_equal
 
 import galore_jax
@@ -13,6 +13,7 @@ from galore_jax.errors import InputError
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.config_file import changed
 from galore_jax.training.optimizer import make_optimizer, matrices
 from galore_jax.training.state import init_state, matrix_state_bytes, tree_bytes, tree_size
 from galore_jax.training.step import make_train_step
@@ -25,10 +26,10 @@ SIZES = {"q_proj": 16, "k_proj": 4}
 OPTIMIZERS = [
     {"name": "adamw"},
     {"name": "muon"},
-    {"name": "galore_adamw", "moments": "rotate"},
+    {"name": "galore_adamw", "galore": {"rank": 8, "moments": "rotate"}},
     {"name": "galore_adafactor"},
     {"name": "galore_muon8bit"},
-    {"name": "apollo", "rank": 1},
+    {"name": "apollo", "galore": {"rank": 1}},
 ]
 
 
@@ -42,7 +43,7 @@ def params():
             name: without(node) if isinstance(node, dict) else node for name, node in rest.items()
         }
 
-    return without(initial(changed()).params)
+    return without(initial(CONFIG).params)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,9 @@ def gradients(params):
 
 def updates(params, gradients, **settings):
     """The first update of each leaf, by its names."""
-    optimizer = OptimizerConfig(**{"rank": 8, "gradients": "full", **SETTINGS, **settings})
+    optimizer = OptimizerConfig(
+        **{"galore": {"rank": 8}, "gradients": "full", **SETTINGS, **settings}
+    )
     tx = make_optimizer(optimizer, steps=10)
 
     @jax.jit
@@ -69,9 +72,9 @@ def is_kernel(names):
 
 
 def test_the_matrices_are_the_leaves_that_galore_projects():
-    params = jax.eval_shape(lambda: init_state(changed())).params
+    params = jax.eval_shape(lambda: init_state(CONFIG)).params
     found = {names for names, is_matrix in named_leaves(matrices(params)) if is_matrix}
-    state = init_state(changed()).opt_state
+    state = init_state(CONFIG).opt_state
     assert found == {basis.projection.path for basis in bases_of(galore_states(state.inner_states))}
     assert {names[-2] for names in found} == KERNELS
 
@@ -120,7 +123,7 @@ def test_muon_orthogonalises_each_kernel_and_leaves_the_rest_to_adam(params, gra
 
 
 def test_muon_keeps_one_moment_of_the_matrices():
-    adamw, muon = (changed(optimizer={"name": name}) for name in ("adamw", "muon"))
+    adamw, muon = (changed(CONFIG, optimizer={"name": name}) for name in ("adamw", "muon"))
     shapes = jax.eval_shape(lambda: init_state(adamw)).params
     kernels = sum(leaf.size for names, leaf in named_leaves(shapes) if is_kernel(names))
     assert matrix_state_bytes(adamw) == 8 * kernels
@@ -135,7 +138,7 @@ def test_bases_count_as_state_of_the_matrices():
     moments = 2 * 8 * (4 * 32 + 3 * 48)
     bases = 8 * (4 * 32 + 3 * 32)
     counters = 7 * (2 * 7 + 2)
-    assert matrix_state_bytes(changed()) == 2 * 4 * (moments + bases) + 4 * counters
+    assert matrix_state_bytes(CONFIG) == 2 * 4 * (moments + bases) + 4 * counters
 
 
 @pytest.mark.slow
@@ -149,7 +152,7 @@ def test_layerwise_steps_equal_ordinary_ones(name):
     optimizer = {"matrix_rate": 0.5, "weight_decay": 0.1, "warmup_steps": 0, "clip_norm": 0.5}
     # At this rate rounding does not grow in a few steps.
     optimizer |= {"name": name, "learning_rate": 1e-4}
-    config = changed(optimizer=optimizer)
+    config = changed(CONFIG, optimizer=optimizer)
     other = changed(config, training={"layerwise": True})
     step, layerwise_step = make_train_step(config), make_train_step(other)
     state, actual = initial(config), initial(other)
@@ -164,7 +167,7 @@ def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
     config = OptimizerConfig(name=name, clip_norm=1.0)
     assert config.has_galore
     assert not config.has_projected_gradients
-    changed(optimizer={"name": name, "clip_norm": 1.0}, training={"layerwise": True})
+    changed(CONFIG, optimizer={"name": name, "clip_norm": 1.0}, training={"layerwise": True})
 
 
 @pytest.mark.parametrize("name", ["galore_fira", "apollo"])
@@ -172,7 +175,10 @@ def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
     ("settings", "sentence"),
     [
         ({"gradients": "projected"}, "needs full gradients: leave optimizer.gradients out, or set"),
-        ({"proj_type": "full"}, "scales what is not projected: choose an optimizer.proj_type"),
+        (
+            {"galore": {"proj_type": "full"}},
+            "scales what is not projected: choose an optimizer.galore",
+        ),
     ],
 )
 def test_settings_that_fira_and_apollo_cannot_have_are_refused(name, settings, sentence):

@@ -21,6 +21,7 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.galore import galore
 from galore_jax.settings import checked
+from galore_jax.subspace.projection import Moments, ProjType
 from galore_jax.training.mesh import MeshConfig
 
 Optimizer = Literal[
@@ -60,7 +61,70 @@ def naming_settings() -> Iterator[None]:
     except ValueError as error:
         if not str(error).startswith("galore: "):
             raise
-        raise InputError(f"optimizer.{str(error).removeprefix('galore: ')}") from None
+        raise InputError(f"optimizer.galore.{str(error).removeprefix('galore: ')}") from None
+
+
+@checked("optimizer.galore")
+@dataclass(frozen=True)
+class GaloreConfig:
+    """`[optimizer.galore]`: arguments of `galore_jax.galore`, which validates them.
+
+    Attributes:
+      rank: columns of each basis, or their number as a fraction of a matrix's smaller side.
+      update_proj_gap: steps between two refreshes of the bases.
+      scale: factor of the lifted update; None: the default of the optimizer in `galore_jax`, 0.25,
+        or 1 for Muon and APOLLO, for the latter at rank 1 √128.
+      proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
+      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`;
+        None: the first of these, with APOLLO the last.
+      moments: what a refresh does with the moments: `"keep"` or `"rotate"`.
+      lazy_overlap: the gap of a matrix doubles, up to 8 times `update_proj_gap`, if its new
+        subspace overlaps the old one at least this much; None: gaps are constant.
+      basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"` or, as block-wise
+        quantized codes, `"int8"`.
+
+    Raises:
+      InputError: a value out of range.
+    """
+
+    rank: int | float = 128
+    update_proj_gap: int = 200
+    scale: float | None = None
+    proj_type: ProjType = "std"
+    refresh: str | None = None
+    moments: Moments = "keep"
+    lazy_overlap: float | None = None
+    basis_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+
+    def __post_init__(self):
+        with naming_settings():
+            galore(**self.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments that are not left to the optimizer."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@checked("optimizer.lora")
+@dataclass(frozen=True)
+class LoraConfig:
+    """`[optimizer.lora]`: the factors of LoRA, ReLoRA and `"lowrank"`.
+
+    Attributes:
+      rank: of the factors, or its fraction of a kernel's smaller side.
+      alpha: the product of the factors is multiplied by alpha / rank, except with `"lowrank"`.
+      dropout: rate of dropout of the factors' input, except with `"lowrank"`.
+      restart_gap: steps between two restarts of ReLoRA.
+
+    Raises:
+      InputError: a value out of range.
+    """
+
+    rank: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 128
+    alpha: PositiveFloat = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    restart_gap: PositiveInt = 200
 
 
 @checked("optimizer")
@@ -68,8 +132,7 @@ def naming_settings() -> Iterator[None]:
 class OptimizerConfig:
     """`[optimizer]`: the optimizer and its learning-rate schedule.
 
-    `rank` to `basis_dtype` are arguments of `galore_jax.galore`; plain AdamW and Muon do not use
-    them, and LoRA, ReLoRA and low-rank factors only `rank`, and ReLoRA `update_proj_gap`.
+    Plain AdamW and Muon use neither of the tables, LoRA, ReLoRA and low-rank factors only `lora`.
 
     Attributes:
       name: `"adamw"`, `"galore_adamw"` or `"galore_muon"`, each with the suffix `8bit` for moments
@@ -87,7 +150,6 @@ class OptimizerConfig:
         update.
       b2: decay of AdamW's second moment, None: 0.999; of Lion's only moment, None: 0.99.
       eps: added to the root of the second moment (AdamW).
-      momentum: decay of Muon's moment.
       weight_decay: decoupled weight decay in the full space, times the learning rate.
       gradients: with GaLore, `"projected"`: the backward pass computes coordinates only, and
         sketches refresh the bases; or `"full"`. None: projected, but full where the optimizer needs
@@ -98,25 +160,10 @@ class OptimizerConfig:
         `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
         time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
         clips the step after it.
-      rank: columns of each basis, or their number as a fraction of a matrix's smaller side; with
-        LoRA, ReLoRA and low-rank factors the rank of these.
-      update_proj_gap: steps between two refreshes of the bases, or restarts of ReLoRA.
-      scale: factor of the lifted update; None: the default of the optimizer in `galore_jax`, 0.25,
-        or 1 for Muon and APOLLO, for the latter at rank 1 √128.
-      proj_type: which side is projected: `"std"`, `"reverse_std"`, `"left"`, `"right"`, `"full"`.
-      refresh: how a basis is computed: `"subspace_iteration"`, `"eigh"`, `"svd"` or `"random"`;
-        None: the first of these, with APOLLO the last.
-      moments: what a refresh does with the moments: `"keep"` or `"rotate"`.
-      lazy_overlap: the gap of a matrix doubles, up to 8 times `update_proj_gap`, if its new
-        subspace overlaps the old one at least this much; None: gaps are constant.
-      basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"` or, as block-wise
-        quantized codes, `"int8"`.
-      alpha: with LoRA and ReLoRA the product of the factors is multiplied by alpha / rank.
-      dropout: with LoRA and ReLoRA the rate of dropout of the input of the factors.
       implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
         `"pallas"`.
-      stochastic_rounding: round bfloat16 parameters stochastically, which is unbiased; rounding to
-        nearest loses every update below 1/512 of its weight.
+      galore: how gradients are projected.
+      lora: the low-rank factors.
 
     Raises:
       InputError: a value out of range, or settings that exclude each other.
@@ -130,65 +177,39 @@ class OptimizerConfig:
     b1: Decay = 0.9
     b2: Decay | None = None
     eps: PositiveFloat = 1e-6
-    momentum: Decay = 0.95
     weight_decay: NonNegativeFloat = 0.0
     gradients: Literal["projected", "full"] | None = None
     clip_norm: NonNegativeFloat = 0.0
     clip_by: ClipBy = "first_pass"
-    rank: int | float = 128
-    update_proj_gap: int = 200
-    scale: float | None = None
-    proj_type: str = "std"
-    refresh: str | None = None
-    moments: str = "keep"
-    lazy_overlap: float | None = None
-    basis_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
-    alpha: PositiveFloat = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     implementation: Implementation = "xla"
-    stochastic_rounding: bool = True
+    galore: GaloreConfig = field(default_factory=GaloreConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
-        with naming_settings():
-            galore(**self.galore_settings)
         if self.gradients == "projected" and self.name in NEED_FULL_GRADIENTS:
             raise InputError(
                 f'optimizer.name = "{self.name}" needs full gradients: leave optimizer.gradients '
                 'out, or set it to "full".'
             )
-        if self.proj_type == "full" and self.name in NEED_FULL_GRADIENTS:
+        if self.galore.proj_type == "full" and self.name in NEED_FULL_GRADIENTS:
             raise InputError(
                 f'optimizer.name = "{self.name}" scales what is not projected: choose an '
-                'optimizer.proj_type other than "full".'
+                'optimizer.galore.proj_type other than "full".'
             )
-        if self.has_projected_gradients and self.refresh in ("eigh", "svd"):
+        if self.has_projected_gradients and self.galore.refresh in ("eigh", "svd"):
             raise InputError(
-                f'optimizer.refresh = "{self.refresh}" needs full gradients: set '
-                'optimizer.gradients = "full", or optimizer.refresh = "subspace_iteration".'
+                f'optimizer.galore.refresh = "{self.galore.refresh}" needs full gradients: set '
+                'optimizer.gradients = "full", or optimizer.galore.refresh = "subspace_iteration".'
             )
-
-    @property
-    def galore_settings(self) -> dict[str, Any]:
-        """The arguments of `galore_jax.galore` that are not left to the optimizer."""
-        settings = {
-            "rank": self.rank,
-            "update_proj_gap": self.update_proj_gap,
-            "scale": self.scale,
-            "proj_type": self.proj_type,
-            "refresh": self.refresh,
-            "moments": self.moments,
-            "lazy_overlap": self.lazy_overlap,
-            "basis_dtype": self.basis_dtype,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
 
     @property
     def adapter(self) -> Adapter | None:
         """The low-rank factors of LoRA, ReLoRA and `"lowrank"`."""
+        lora = self.lora
         if self.name == "lowrank":
-            return Adapter(self.rank, has_kernel=False)
+            return Adapter(lora.rank, has_kernel=False)
         has_adapter = self.name in ("lora", "relora")
-        return Adapter(self.rank, self.alpha, self.dropout) if has_adapter else None
+        return Adapter(lora.rank, lora.alpha, lora.dropout) if has_adapter else None
 
     @property
     def has_galore(self) -> bool:

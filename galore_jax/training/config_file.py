@@ -12,23 +12,23 @@ none, so the first line of this example is complete:
 
     [compare.rank8]
     name = "galore_adamw"
-    rank = 8
+    galore.rank = 8
     matrix_rate = 0.5
 """
 
 import contextlib
-import dataclasses
 import json
 import re
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError, suggestion
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import OPTIMIZERS, Config
+from galore_jax.training.config import OPTIMIZERS, Config, GaloreConfig
 
 # The dataclass of a configuration: that of pre-training, unless another is given.
 AnyConfig = typing.TypeVar("AnyConfig")
@@ -39,12 +39,20 @@ COMPARED = ("adamw", "muon", "galore_adamw")
 _LABEL = re.compile(r"\w[\w .+=-]*")
 # The settings of a model that `to_toml` writes whatever their values.
 _ALWAYS_WRITTEN = {
-    f"model.{field.name}" for field in dataclasses.fields(LlamaConfig) if field.default is not None
+    f"model.{field.name}" for field in fields(LlamaConfig) if field.default is not None
 }
-_GONE = "no longer a setting: leave it out"
 # Settings of files that were written before, and what they are now.
-_MOVED = {"training.bigram": _GONE, "mesh.axes": _GONE} | dict.fromkeys(
-    (f"optimizer.{name}" for name in ("clip_norm_of", "complement", "max_gap", "stagger")), _GONE
+_MOVED = (
+    {f"optimizer.{f.name}": f"now optimizer.galore.{f.name}" for f in fields(GaloreConfig)}
+    | {f"optimizer.{name}": f"now optimizer.lora.{name}" for name in ("alpha", "dropout")}
+    | dict.fromkeys(
+        (
+            *("mesh.axes", "training.bigram", "optimizer.clip_norm_of", "optimizer.complement"),
+            *("optimizer.max_gap", "optimizer.momentum", "optimizer.stagger"),
+            "optimizer.stochastic_rounding",
+        ),
+        "no longer a setting: leave it out",
+    )
 )
 
 
@@ -134,22 +142,22 @@ def from_dict(table: Mapping[str, Any], kind: type[AnyConfig] = Config) -> AnyCo
     for name in _flat(table):
         if name in _MOVED:
             raise InputError(f"{name} is {_MOVED[name]}.")
-    return _build(table, kind)
+    return kind(**table)
+
+
+def changed(config: AnyConfig, **sections: Mapping[str, Any]) -> AnyConfig:
+    """The configuration with `section={key: value}` in place of its own values."""
+    return from_dict(_merged(to_dict(config), sections), type(config))
 
 
 def to_dict(config: Any) -> dict[str, dict[str, Any]]:
     """The inverse of `from_dict`."""
-    return dataclasses.asdict(config)
+    return asdict(config)
 
 
 def to_toml(config: Any) -> str:
     """The configuration as the text of a TOML file, without the keys that are None."""
-    lines = []
-    for section, values in to_dict(config).items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join(_lines(to_dict(config)))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -209,7 +217,7 @@ def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
     from galore_jax.interop.config_json import read_config  # needs an extra of its own
     from galore_jax.interop.tokenizer_files import find_tokenizer
 
-    model = dataclasses.asdict(read_config(Path(folder)))
+    model = asdict(read_config(Path(folder)))
     for key in ("remat", "checkpoint"):
         del model[key]
     tokenizer = find_tokenizer(Path(folder))
@@ -226,16 +234,6 @@ def _parsed(override: str) -> dict[str, Any]:
     raise InputError(
         f"{override!r} is not an override: write section.key=value, as in training.steps=100."
     )
-
-
-def _build(table: Mapping[str, Any], kind: Any) -> Any:
-    kinds, values = typing.get_type_hints(kind), dict(table)
-    for name, value in table.items():
-        if dataclasses.is_dataclass(kinds.get(name)):
-            if not isinstance(value, Mapping):
-                raise InputError(f"{name} is a table: write [{name}], then a line for each key.")
-            values[name] = _build(value, kinds[name])
-    return kind(**values)
 
 
 def _merged(table: Any, other: Any) -> Any:
@@ -257,3 +255,16 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _toml(value: Any) -> str:
     """A value of TOML, which are those of JSON, but for one character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _lines(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
+    """The lines of a table with its name, then those of its tables."""
+    tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    if name:
+        yield f"[{name}]"
+    for key, value in table.items():
+        if key not in tables and value is not None:
+            yield f"{key} = {_toml(value)}"
+    yield ""
+    for key, value in tables.items():
+        yield from _lines(value, f"{name}.{key}".lstrip("."))

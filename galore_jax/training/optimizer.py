@@ -99,14 +99,13 @@ def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
         larger_side = lambda leaf: max(leaf.shape[-2:])
         return jax.tree.map(lambda leaf: SCALE * larger_side(leaf) ** 0.5 * leaf, updates)
 
-    muon = optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=numbers)
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=numbers)
     return optax.chain(muon, optax.stateless(scaled))
 
 
 def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
-    settings: dict[str, Any] = {"weight_decay": config.weight_decay} | config.galore_settings
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay} | config.galore.given
     adam: dict[str, Any] = settings | _adam(config)
-    muon: dict[str, Any] = adam | {"beta": config.momentum}
     eight_bit: Any = {"eight_bit": True, "implementation": config.implementation}
     match config.name:
         case "galore_adamw":
@@ -118,9 +117,9 @@ def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
         case "galore_lion":
             optimizer = galore_jax.lion(schedule, b1=config.b1, **_b2(config), **settings)
         case "galore_muon":
-            optimizer = galore_jax.muon(schedule, **muon)
+            optimizer = galore_jax.muon(schedule, **adam)
         case "galore_muon8bit":
-            optimizer = galore_jax.muon(schedule, **muon, **eight_bit)
+            optimizer = galore_jax.muon(schedule, **adam, **eight_bit)
         case "galore_fira":
             optimizer = galore_jax.fira(schedule, **adam)
         case _:

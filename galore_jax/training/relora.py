@@ -45,5 +45,5 @@ def prune_moments(opt_state: PyTree) -> PyTree:
 
 def steps_until_restart(config: Config, step: Any) -> int:
     """How many steps there are before the next one that begins with a restart, the first at T."""
-    gap = config.optimizer.update_proj_gap
+    gap = config.optimizer.lora.restart_gap
     return gap if int(step) == 0 else -int(step) % gap

@@ -26,7 +26,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     peak, warmup = config.learning_rate, config.warmup_steps
     descent = max(steps - 1 - warmup, 1)
 
-    gap = config.update_proj_gap
+    gap = config.lora.restart_gap
     restart_warmup = max(1, min(gap // 10, RESTART_WARMUP))
 
     def schedule(count: Any) -> jax.Array:

@@ -81,8 +81,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict]]:
     """The jitted training step; the state that it is given is donated.
 
-    bfloat16 parameters are rounded stochastically, which is unbiased, unless
-    `optimizer.stochastic_rounding` is off. The random bits depend on the seed and the step alone,
+    bfloat16 parameters are rounded stochastically, which is unbiased; rounding to nearest loses
+    every update below 1/512 of its weight. The random bits depend on the seed and the step alone,
     so a resumed run draws the same.
 
     Args:
@@ -195,6 +195,6 @@ def _compiled(train_step: Callable[..., Any], config: Config, mesh: Mesh | None)
 
 
 def _rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
-    if config.model.dtype != "bfloat16" or not config.optimizer.stochastic_rounding:
+    if config.model.dtype != "bfloat16":
         return None
     return step_key(config, step)

@@ -90,7 +90,7 @@ def measure_encoder(
     refresh = interleaved({label: run.refresh for label, run in runs.items()}, repeats, "refreshes")
 
     time = {
-        label: step[label] + refresh[label] / config.optimizer.update_proj_gap
+        label: step[label] + refresh[label] / config.optimizer.galore.update_proj_gap
         for label, config in configs.items()
     }
     return [

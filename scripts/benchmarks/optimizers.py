@@ -57,8 +57,10 @@ def measure_model(
 
 def scaled(optimizer: OptimizerConfig, factor: float) -> OptimizerConfig:
     """The optimizer for a width that is larger by this factor, with the same fraction of it."""
-    is_fixed = isinstance(optimizer.rank, float) or optimizer.rank == 1
-    return optimizer if is_fixed else replace(optimizer, rank=round(optimizer.rank * factor))
+    galore = optimizer.galore
+    if isinstance(galore.rank, float) or galore.rank == 1:
+        return optimizer
+    return replace(optimizer, galore=replace(galore, rank=round(galore.rank * factor)))
 
 
 def baseline_of(label: str, config: OptimizerConfig) -> Baseline:
@@ -67,4 +69,4 @@ def baseline_of(label: str, config: OptimizerConfig) -> Baseline:
     if not config.has_galore:
         return stock(label, tx)
     kind = projected if config.has_projected_gradients else full
-    return replace(kind(label, tx), gap=config.update_proj_gap)
+    return replace(kind(label, tx), gap=config.galore.update_proj_gap)

@@ -28,7 +28,7 @@ from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states
 from galore_jax.subspace.methods import REFRESH
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.state import init_state
 from galore_jax.training.step import make_gradients, make_train_step
 
@@ -129,7 +129,9 @@ def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Arr
         ),
         data=DataConfig(sequence_length=ROW_LENGTH, batch_size=tokens // ROW_LENGTH),
         optimizer=OptimizerConfig(
-            rank=size.rank, update_proj_gap=GAP, warmup_steps=10, gradients="full"
+            galore=GaloreConfig(rank=size.rank, update_proj_gap=GAP),
+            warmup_steps=10,
+            gradients="full",
         ),
         training=TrainingConfig(steps=1000),
     )

@@ -26,7 +26,7 @@ def measure(settings: Settings) -> list[Row]:
     for path in CONFIGS.glob("llama_*.toml"):
         config = load_config(path)
         size = path.stem.removeprefix("llama_")
-        rows += measure_size(size, config.model, int(config.optimizer.rank))
+        rows += measure_size(size, config.model, int(config.optimizer.galore.rank))
     return sorted(rows, key=lambda row: row["parameters"])
 
 

@@ -54,7 +54,7 @@ def measure(settings: Settings) -> list[Row]:
         model = replace(config.model, num_layers=settings.layers, dtype="float32")
         for tokens in map(int, settings.tokens.split(",")):
             shape = (tokens // ROW_LENGTH, ROW_LENGTH)
-            rows += measure_size(size, model, int(config.optimizer.rank), shape, settings)
+            rows += measure_size(size, model, int(config.optimizer.galore.rank), shape, settings)
     draw(rows, Path(settings.picture))
     return rows
 

@@ -33,7 +33,10 @@ MODEL = LlamaConfig(
 )
 MODES = {
     "projected": {},
-    "projected, 8-bit, int8": {"name": "galore_adamw8bit", "basis_dtype": "int8"},
+    "projected, 8-bit, int8": {
+        "name": "galore_adamw8bit",
+        "galore": {"rank": RANK, "basis_dtype": "int8"},
+    },
     "full": {"gradients": "full"},
     "layer-wise": {"layerwise": True},
     "layer-wise, 8-bit": {"layerwise": True, "name": "galore_adamw8bit"},
@@ -52,7 +55,7 @@ def compiled(mesh=(8, 1, 1), refreshes=False, accumulation=1, rows=8, **settings
     config = Config(
         MODEL,
         DataConfig(sequence_length=256, batch_size=rows),
-        OptimizerConfig(rank=RANK, warmup_steps=1, **settings),
+        OptimizerConfig(**{"galore": {"rank": RANK}, "warmup_steps": 1, **settings}),
         TrainingConfig(steps=10, accumulation=accumulation, layerwise=layerwise),
         MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
     )

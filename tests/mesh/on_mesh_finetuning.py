@@ -28,7 +28,10 @@ ENCODER = EncoderConfig(
     dropout=0.0,
     attention_dropout=0.0,
 )
-GALORE = {"name": "galore_adamw", "rank": 4, "scale": 4.0, "update_proj_gap": 2}
+GALORE = {
+    "name": "galore_adamw",
+    "galore": {"rank": 4, "scale": 4.0, "update_proj_gap": 2},
+}
 MESHES = {
     "data": {},
     "fsdp": {"data": 1, "fsdp": 8},
@@ -79,8 +82,8 @@ def finetuned(config, encoder, mesh):
         (GALORE, 0.0, ["data", "all", "zero"]),
         # Shards of the axis "data" draw what to drop by themselves, those of others do not.
         (GALORE, 0.1, ["fsdp"]),
-        ({"name": "galore_muon", "rank": 8, "update_proj_gap": 2}, 0.0, ["all"]),
-        ({"name": "lora", "rank": 4, "dropout": 0.0}, 0.0, ["all", "zero"]),
+        ({"name": "galore_muon", "galore": {"rank": 8, "update_proj_gap": 2}}, 0.0, ["all"]),
+        ({"name": "lora", "lora": {"rank": 4, "dropout": 0.0}}, 0.0, ["all", "zero"]),
         ({"name": "adamw"}, 0.0, ["zero"]),
     ],
     ids=["galore", "dropout", "muon", "lora", "adamw"],
