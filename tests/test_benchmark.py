@@ -65,14 +65,14 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
         hidden_size = 8
         num_heads = 2
         [optimizer]
-        rank = 2
+        galore.rank = 2
         [compare.adamw]
         [compare.muon]
         [compare.galore_adamw]
         [compare.galore_muon]
         [compare."apollo mini"]
         name = "apollo"
-        rank = 1
+        galore.rank = 1
         """
     )
     rows = optimizers.measure_model(TINY, load_comparison(path), (2, 8), repeats=1)

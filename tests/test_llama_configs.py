@@ -93,8 +93,8 @@ def test_optimizers_have_the_published_numbers(size: str):
     config = read(size)
     optimizer, training = config["optimizer"], config["training"]
     assert PUBLISHED_OPTIMIZERS[size] == (
-        optimizer["rank"],
-        optimizer["update_proj_gap"],
+        optimizer["galore"]["rank"],
+        optimizer["galore"]["update_proj_gap"],
         optimizer["learning_rate"],
         training["steps"],
         optimizer["warmup_steps"],
@@ -113,7 +113,7 @@ def test_every_size_follows_the_reference_in_data_and_schedule(size: str):
         "batch_size": 512,
     }
     assert config["optimizer"]["name"] == "galore_adamw"
-    assert config["optimizer"]["scale"] == 0.25
+    assert config["optimizer"]["galore"]["scale"] == 0.25
     assert config["optimizer"]["warmup_steps"] * 10 == config["training"]["steps"]
     assert config["training"]["evaluation_tokens"] == 10_000_000
     assert config["data"]["batch_size"] % config["training"]["accumulation"] == 0
