@@ -1,7 +1,6 @@
 """The trainer on meshes of 8 devices: its losses, its checkpoints, and what each device holds."""
 
 import collections
-import dataclasses
 import functools
 import itertools
 import math
@@ -16,7 +15,14 @@ from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.interop.decoders import ModelFolder
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import (
+    Config,
+    GaloreConfig,
+    LoraConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from galore_jax.training.config_file import changed
 from galore_jax.training.evaluate import make_evaluate
 from galore_jax.training.layout import put_batch, training_mesh
 from galore_jax.training.state import place_state
@@ -37,12 +43,17 @@ CONFIG = Config(
     ),
     DataConfig(sequence_length=32, batch_size=16),
     # Bases are refreshed in steps 0, 8 and 16.
-    OptimizerConfig(rank=16, warmup_steps=2, clip_norm=1.0, update_proj_gap=8),
+    OptimizerConfig(
+        warmup_steps=2,
+        clip_norm=1.0,
+        galore=GaloreConfig(rank=16, update_proj_gap=8),
+        lora=LoraConfig(rank=16, restart_gap=8),
+    ),
     TrainingConfig(steps=STEPS, evaluation_tokens=2000),
 )
 LAYERWISE, ACCUMULATED = {"layerwise": True}, {"accumulation": 2}
 MUON = {"name": "muon", "matrix_rate": 0.5}
-QUANTIZED = {"name": "galore_adamw8bit", "basis_dtype": "int8"}
+QUANTIZED = {"name": "galore_adamw8bit", "galore": {"basis_dtype": "int8"}}
 # Settings of the sections [optimizer] and [training].
 MODES = {
     "projected": ({}, {}),
@@ -53,7 +64,7 @@ MODES = {
     "dropout": ({"name": "lora", "learning_rate": 0.003}, {}),
     # A restart sets moments to 0, and Adam then divides gradients by their own size. With a usual
     # eps that turns those which are nothing but rounding into whole steps.
-    "relora": ({"name": "relora", "dropout": 0.0, "eps": 1e-3}, ACCUMULATED),
+    "relora": ({"name": "relora", "lora": {"dropout": 0.0}, "eps": 1e-3}, ACCUMULATED),
     "lowrank": ({"name": "lowrank"}, {}),
     "muon": (MUON, {}),
     "layerwise muon": (MUON, LAYERWISE),
@@ -75,14 +86,6 @@ def config_of(mode, mesh=None):
     optimizer, training = MODES[mode]
     config = changed(CONFIG, optimizer=optimizer, training=training, mesh=MESHES.get(mesh, {}))
     return config, mesh and training_mesh(config)
-
-
-def changed(config, **sections):
-    changes = {
-        name: dataclasses.replace(getattr(config, name), **values)
-        for name, values in sections.items()
-    }
-    return dataclasses.replace(config, **changes)
 
 
 def steps(config, mesh, state, batches, number):
