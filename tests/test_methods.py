@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies
+from pairwise import pairwise
 
 from galore_jax.ops.quantization import quantize
 from galore_jax.subspace.basis import AGE_UNINITIALIZED
@@ -107,9 +108,9 @@ def hostile_matrices(draw, rows, columns):
     return matrix
 
 
-@pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1]], ids=str)
-@pytest.mark.parametrize("sides", SIDES, ids="+".join)
-@pytest.mark.parametrize("method", list(REFRESH))
+@pytest.mark.parametrize(
+    ("shape", "sides", "method"), pairwise((SHAPE, SHAPE[::-1]), SIDES, REFRESH), ids=str
+)
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=strategies.data())
 def test_a_basis_stays_orthonormal_through_hostile_gradients(shape, sides, method, data):
@@ -150,10 +151,10 @@ def test_columns_that_nearly_cancel_what_is_added_to_them_become_orthonormal():
     assert orthonormality_error(jax.jit(orthonormalise)(columns, generic)) <= 2e-6
 
 
-@pytest.mark.parametrize("sides", SIDES, ids="+".join)
-@pytest.mark.parametrize("shape", [SHAPE, SHAPE[::-1]], ids=str)
-@pytest.mark.parametrize("method", BY_GRADIENT)
-def test_a_basis_captures_the_energy_of_the_leading_singular_vectors(method, shape, sides):
+@pytest.mark.parametrize(
+    ("shape", "sides", "method"), pairwise((SHAPE, SHAPE[::-1]), SIDES, BY_GRADIENT), ids=str
+)
+def test_a_basis_captures_the_energy_of_the_leading_singular_vectors(shape, sides, method):
     values = 0.8 ** np.arange(24)
     gradients = jnp.stack([spectrum(*shape, values, seed) for seed in range(COUNT)])
     vectors, _, _ = refreshed(gradients, method, sides)
@@ -212,11 +213,12 @@ def test_only_matrices_that_are_due_change(sides):
 
 
 @pytest.mark.parametrize("method", list(REFRESH))
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 1e20])
-def test_a_gradient_whose_squares_are_not_finite_never_reaches_a_basis(method, bad):
-    gradients = jax.random.normal(jax.random.key(0), (COUNT, *SHAPE)).at[2, 3, 5].set(bad)
+def test_a_gradient_whose_squares_are_not_finite_never_reaches_a_basis(method):
+    bad = [jnp.nan, jnp.inf, -jnp.inf, 1e20]
+    gradients = jax.random.normal(jax.random.key(0), (COUNT, *SHAPE))
+    gradients = gradients.at[: len(bad), 3, 5].set(jnp.array(bad))
     vectors, new, _ = refreshed(gradients, method, ("left", "right"))
-    assert new.tolist() == [i != 2 for i in range(COUNT)]
+    assert new.tolist() == [i >= len(bad) for i in range(COUNT)]
     for side, old in start(SHAPE, ("left", "right")).items():
         changed = np.asarray(vectors[side] != old).any(axis=(1, 2))
         assert changed.tolist() == new.tolist()
@@ -241,10 +243,17 @@ def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
         assert largest_angle(one, other) > 0.5
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_a_random_basis_is_the_one_in_float32_stored_in_its_dtype(dtype, batch):
-    key, shape = jax.random.key(0), (*batch, 320, 300)  # a whole block of 8 bits and a part
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        ("bfloat16", (24, 8)),
+        ("int8", (2, 3, 24, 8)),
+        ("int8", (2, 320, 300)),  # a whole block of 8 bits and a part
+    ],
+    ids=str,
+)
+def test_a_random_basis_is_the_one_in_float32_stored_in_its_dtype(dtype, shape):
+    key = jax.random.key(0)
     in_float32 = random_basis(key, shape)
     in_8_bits = jax.jit(lambda basis: quantize(basis, "int8"))
     expected = in_8_bits(in_float32) if dtype == "int8" else in_float32.astype(dtype)
