@@ -118,9 +118,7 @@ def train(
     data_axes: tuple[str, ...] = (),
     over: tuple[str, ...] = (),
     micro_batches: int = 1,
-    dtype: Any = jnp.float32,
     steps: int = STEPS,
-    rules: Any = None,
     **settings: Any,
 ) -> tuple[list[float], Any, Any]:
     """Losses, parameters and state; on one device without a mesh.
@@ -129,19 +127,16 @@ def train(
     "full" or "layerwise full" by the optimizer.
     """
     tx = make(0.02, rank=8, update_proj_gap=GAP, **settings)
-    params = init_params(dtype)
+    params = init_params()
     placed = lambda tokens: tokens
     if mesh is not None:
-        rules = (
-            {k: v for k, v in RULES.items() if "tensor" in mesh.shape} if rules is None else rules
-        )
+        rules = RULES if "tensor" in mesh.shape else {}
         params = jax.device_put(params, galore_jax.shardings(tx, params, mesh, rules))
         axes = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
         placed = functools.partial(jax.device_put, device=NamedSharding(mesh, P(axes)))
     explicit = mesh is not None and AxisType.Explicit in mesh.axis_types
     of, model = (typed_loss, TYPED_MODEL) if explicit else (loss, MODEL)
     options = {"data_axes": data_axes, "micro_batches": micro_batches}
-    key = jax.random.key(1) if dtype == jnp.bfloat16 else None
     if mode.startswith("layerwise"):
         state = galore_jax.layerwise.init(tx, params, over=over)
         projected = {"projected": mode == "layerwise"}
@@ -160,7 +155,7 @@ def train(
             value, grads = galore_jax.value_and_grad(of, **options)(params, state, tokens)
         else:
             value, grads = jax.value_and_grad(of)(params, tokens)
-        return value, *galore_jax.apply_gradients(tx, grads, state, params, key=key)
+        return value, *galore_jax.apply_gradients(tx, grads, state, params)
 
     losses = []
     with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
@@ -168,7 +163,7 @@ def train(
             tokens = placed(jnp.asarray(tokens))
             due = bool(galore_jax.refresh_due(state))
             if mode.startswith("layerwise"):
-                result = steps_of[due](params, state, tokens, key)
+                result = steps_of[due](params, state, tokens)
                 params, state, value = result.params, result.state, result.loss
             else:
                 if due and mode == "projected":
