@@ -10,7 +10,7 @@ from galore_jax.errors import InputError
 
 
 def separated(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
-    """The `type` of an argument that lists values between commas; repetitions are left out."""
+    """The `type` of an argument with a list of values between commas; duplicates are left out."""
 
     def parse(text: str) -> list[Any]:
         parts = [part.strip() for part in text.split(",") if part.strip()]

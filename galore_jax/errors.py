@@ -86,7 +86,7 @@ def _install_hint(module: str) -> str:
 def names_full_disk(error: BaseException | None) -> bool:
     """Whether an error says that a disk is full.
 
-    TensorStore and array_record raise other types than `OSError`, with the operating system's text.
+    TensorStore and array_record raise other types than `OSError`, with its text.
     """
     if isinstance(error, OSError):
         return error.errno in FULL_DISK

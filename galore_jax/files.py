@@ -14,7 +14,7 @@ UNFINISHED = ".unfinished"
 
 
 def open_no_link(path: Path, flags: int) -> int:
-    """Opens a file as `os.open`, but not through a symbolic link, which anyone may have planted.
+    """Opens a file as `os.open` does, but not through a symbolic link, which may be an attack.
 
     Raises:
       InputError: the path is a symbolic link.

@@ -17,8 +17,8 @@ from galore_jax.files import open_no_link
 def locked(path: Path, work: str, remedy: str) -> Iterator[None]:
     """Holds an exclusive lock on the file `path`, which records the holder and the time.
 
-    The operating system releases the lock however this process ends. File systems without such
-    locks have none.
+    The operating system releases the lock however this process ends. On file systems without locks
+    this does nothing.
 
     Args:
       path: created if it does not exist.
@@ -26,8 +26,8 @@ def locked(path: Path, work: str, remedy: str) -> Iterator[None]:
       remedy: what to do instead, as in "name another training.folder".
 
     Raises:
-      InputError: another process holds the lock; the message names its id, its host and the time.
-        Or `path` is a symbolic link.
+      InputError: another process holds the lock (the message names its id, its host and the time),
+        or `path` is a symbolic link.
     """
     descriptor = open_no_link(path, os.O_RDWR | os.O_CREAT)
     try:

@@ -126,7 +126,7 @@ def test_a_missing_input_and_none_are_the_same(write, tokenizer):
 
 def test_a_template_whose_answers_do_not_end_with_the_end_of_sequence_is_refused(write, tmp_path):
     tokenizer = save_tokenizer(tmp_path, CHATML)  # which ends them with <|im_end|>
-    with pytest.raises(InputError, match="no answer has the tokenizer's end of sequence"):
+    with pytest.raises(InputError, match="no answer has the tokenizer's end-of-sequence token"):
         everything(folder_of(write, [ROW]), tokenizer)
 
 
@@ -168,8 +168,8 @@ def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
     [
         ('{"messages": [', "is not JSON"),
         ("17", "this is not an object"),
-        ({"text": "a", "id": 3}, "this is no conversation, .*, but text, id"),
-        ({"instruction": "a"}, "this is no conversation"),
+        ({"text": "a", "id": 3}, "this is not a conversation: .*, and has text, id"),
+        ({"instruction": "a"}, "this is not a conversation"),
         ({"instruction": "a", "output": None}, "output must be text, not None"),
         ({"instruction": "a", "input": 3, "output": "b"}, "input must be text, not 3"),
         ({"messages": []}, r"messages must be a list of at least one message, not \[\]"),
@@ -179,7 +179,7 @@ def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
         ({"messages": [{"role": "user"}]}, "content of message 1 must be text, not None"),
         ({"messages": [{"role": "bot", "content": ""}]}, "message 1 is role 'bot', which is unkno"),
         ({"conversations": [{"from": "tool", "value": ""}]}, "unknown; there are human, gpt, sys"),
-        ('{"instruction": "a\\ud83d", "output": "b"}', "instruction has half of a surrogate pair"),
+        ('{"instruction": "a\\ud83d", "output": "b"}', "instruction has an unpaired surrogate"),
         ({"messages": chat("a")}, "the conversation has no answer"),
         ({"messages": chat("", system="a")}, "the conversation has no answer"),
         ({"messages": chat("stop", "b")}, "the chat template refuses the messages: stopped"),

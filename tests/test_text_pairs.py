@@ -80,7 +80,7 @@ def test_too_short_rows_are_refused(word_pieces):
 def test_a_folder_without_a_usable_tokenizer_is_refused(word_pieces):
     settings = word_pieces / "tokenizer_config.json"
     settings.write_text('{"pad_token": null}')
-    with pytest.raises(InputError, match="is not of a RoBERTa or BERT: it has no padding"):
+    with pytest.raises(InputError, match="is not that of a RoBERTa or BERT: it has no padding"):
         load_pair_tokenizer(word_pieces)
     for damage in ("{", '{"tokenizer_class": "BertJapaneseTokenizer"}'):
         settings.write_text(damage)

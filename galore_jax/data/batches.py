@@ -1,7 +1,7 @@
 """Batches of token rows: documents or conversations → tokens → rows → batches, resumable.
 
-All processes of a training read the same batches, and each puts its own rows of them on its
-devices. So the order and the iterator's state depend on the configuration alone.
+All processes of a training read the same batches, and each puts its own rows on its devices. So the
+order and the iterator's state depend only on the configuration.
 """
 
 import random
@@ -39,14 +39,14 @@ class DataConfig:
 
     Attributes:
         source: "python", the source text of the standard library; or a folder made by
-            prepare_c4.py; or with conversations a JSONL file, or a folder with train.jsonl and
+            prepare_c4.py; or, for conversations, a JSONL file, or a folder with train.jsonl and
             validation.jsonl.
-        tokenizer: "bytes", or the path of a SentencePiece `.model` or a `tokenizer.json`; with
-            conversations the last, next to its chat template.
+        tokenizer: "bytes", or the path of a SentencePiece `.model` or a `tokenizer.json`; for
+            conversations the last, with its chat template.
         rows: "packed", documents end to end without padding; or "documents", one per row, truncated
             or padded, with an eos token, as in the reference implementation; or "conversations",
             never cut to fill a row, and trained on their answers only.
-        held_out: how many conversations of a single file, or which fraction of them, are the
+        held_out: number or fraction of the conversations of a single file that form the
             validation split.
         sequence_length: tokens per row.
         batch_size: rows per step, over all processes.
@@ -102,13 +102,13 @@ def train_batches(
     Args:
         config: what to read, and how to batch it.
         tokenizer: from `load_tokenizer(config.tokenizer)`.
-        report: is given a sentence about what was read, cut and left out of conversations.
+        report: receives a sentence about how many conversations were read, cut and left out.
 
     Returns:
         An iterator over {"tokens", "segments", "positions", "targets"}, int32 of shape
         (batch_size, sequence_length). Segments number the documents or conversations of a row from
-        1, 0 is padding; positions restart with each of them. Targets are the tokens to predict, of
-        conversations those of answers; -1 where there is none.
+        1, 0 is padding; positions restart with each of them. Targets are the tokens to predict, in
+        conversations only those of answers; -1 where there is none.
 
     Raises:
         InputError: the source is unusable or almost without text.
@@ -143,11 +143,11 @@ def validation_batches(
 
 
 def fingerprint(config: DataConfig) -> dict[str, int]:
-    """Numbers that are others if the training text or the tokenizer is another one.
+    """Numbers that change if the training text or the tokenizer changes.
 
-    They are how many documents, or bytes in a file of conversations, there are; a checksum of all
-    of them or, of more than a thousand documents, of so many; a checksum of the documents for
-    validation, likewise, or of validation.jsonl, if there is one; and one of the tokenizer's files.
+    They are the number of documents, or of bytes in a file of conversations; a checksum of these,
+    or of a thousand documents if there are more; likewise one of the validation documents, or of
+    validation.jsonl if there is one; and one of the tokenizer's files.
     """
     tokenizer = tokenizer_checksum(config.tokenizer)
     if config.rows == "conversations":
@@ -233,7 +233,7 @@ def _rows(
     if config.rows == "documents":
         return elements.map(row_of_document).to_iter_dataset(_READ_OPTIONS)
     if config.rows == "conversations":
-        # An epoch at most, or else copies of a conversation, which are equally long, share rows.
+        # At most an epoch: otherwise copies of a conversation, equally long, would share rows.
         window = max(1, int(len(source) * min(1, _WINDOW_TOKENS / source.tokens)))
         return FittedRows(elements.to_iter_dataset(_READ_OPTIONS), length, pad_id, window, seed)
     tokenised = elements.map(with_eos).to_iter_dataset(_READ_OPTIONS)
@@ -244,7 +244,7 @@ def _rows(
 def _check_text(config: DataConfig, texts: Sequence[str], split: str) -> None:
     """Raises an `InputError` if a random sample of documents has less than one letter on average.
 
-    Such documents are rows without targets, and packed rows would take hours to fill a window.
+    Otherwise rows would have no targets, and packing would take hours to fill a window.
     """
     sampled = min(len(texts), _DOCUMENTS_SAMPLED)
     letters = 0

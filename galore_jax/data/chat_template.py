@@ -22,14 +22,14 @@ from galore_jax.errors import InputError, one_sentence
 Message = dict[str, str]
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-# What these tags render is put in its place later, so transformers would mark other tokens.
+# What these tags render is inserted later, so transformers would mark the wrong tokens.
 _ELSEWHERE = re.compile(
     r"\{%[-+]?\s*(?:macro|filter|call|set\s+\w+\s*[-+]?%\})"
     r"(?:(?!\{%[-+]?\s*end(?:macro|filter|call|set)).)*?" + _GENERATION.pattern,
     re.DOTALL,
 )
-# Templates that tell the model a date would otherwise give other tokens to a run that is resumed
-# tomorrow. This is the date on which LLaMA 3's templates fall back.
+# Templates that contain the date would otherwise give a resumed run other tokens. This is the date
+# that LLaMA 3's templates use by default.
 _TODAY = datetime(2024, 7, 26)
 _SUBSTITUTES = "".join(f" | replace('%{code}', '{_TODAY:%{code}}')" for code in "aAbBcdHIjmMpSxXyY")
 _DATE = "{% macro strftime_now(format) -%}{{ format" + _SUBSTITUTES + " }}{%- endmacro %}\n"
@@ -79,12 +79,11 @@ class ChatTemplate:
         """The tokens of a conversation, with those of its answers marked.
 
         An answer is what the template marks by `{% generation %}`. If it marks nothing, it is what
-        the rendered text gains by an assistant's message over the prompt for it: the content and
-        what ends the turn.
+        an assistant's message adds to the prompt: its content and the end of the turn.
 
         Raises:
-            InputError: the template refuses the messages, or renders a turn differently when others
-                follow, so that the answers cannot be located.
+            InputError: the template refuses the messages, or the answers cannot be located because
+                it renders a turn differently when others follow.
         """
         if self._marks_answers:
             found = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)

@@ -25,15 +25,15 @@ _SHAREGPT = {"human": "user", "gpt": "assistant", **_CHAT}
 
 
 class JsonRows:
-    """The values in a JSONL file, one a line, or in a JSON file of one array.
+    """The values in a JSONL file, one per line, or in a JSON file of one array.
 
-    Of a JSONL file only the places of the lines are kept in memory.
+    For a JSONL file only the positions of the lines are kept in memory.
 
     Args:
         path: the file. Blank lines do not count.
 
     Raises:
-        InputError: it cannot be read, or is an array that is not JSON.
+        InputError: the file cannot be read, or its array is not valid JSON.
     """
 
     def __init__(self, path: Path):
@@ -86,11 +86,11 @@ def _parse(text: bytes, place: str) -> Any:
 class Conversations:
     """Conversations by index, each cut at a number of tokens.
 
-    All are read and tokenised once, at the start; their tokens stay in memory, with five bytes for
-    each. Those are left out whose answers are all empty, or begin only after that number of tokens.
+    All are read and tokenised once, at the start; their tokens stay in memory, five bytes each. A
+    conversation is left out if its answers are all empty, or begin after that number of tokens.
 
     Attributes:
-        tokens: their number in all conversations.
+        tokens: number of tokens in all conversations.
         report: what was read, cut and left out, in one sentence.
 
     Args:
@@ -123,7 +123,7 @@ class Conversations:
             cut += len(kept.tokens) < len(conversation.tokens)
         if answers and not ends:
             raise InputError(
-                "no answer has the tokenizer's end of sequence, with which generating stops: name "
+                "no answer has the tokenizer's end-of-sequence token, which ends generation: name "
                 "the token that ends an answer in the chat template as eos_token in "
                 "tokenizer_config.json."
             )
@@ -165,8 +165,8 @@ def open_conversations(
         source: a JSON file, of which a part is held out for validation; or a folder with
             train.jsonl and validation.jsonl.
         split: "train" or "validation".
-        held_out: how many conversations of a file, or which fraction of them, are the validation
-            split. Which ones depends on their number alone.
+        held_out: number or fraction of the conversations of a file that form the validation
+            split. Which ones depends only on how many there are.
         tokenizer: the path of a tokenizer.json with a chat template.
         length: conversations are cut at this number of tokens.
 
@@ -229,8 +229,8 @@ def _messages(row: Any) -> list[Message]:
         ]
     else:
         raise InputError(
-            "this is no conversation, which has the key messages, or conversations, or "
-            f"instruction and output, but {', '.join(row) or 'none'}."
+            "this is not a conversation: it needs the key messages, or conversations, or "
+            f"instruction and output, and has {', '.join(row) or 'none'}."
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("the conversation has no answer to train on: add one, or remove it.")
@@ -270,6 +270,6 @@ def _text(table: Mapping[str, Any], key: str, number: int | None = None) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{key}{of} has half of a surrogate pair, which is no character."
+            f"{key}{of} has an unpaired surrogate, which is not a character."
         ) from None
     return value

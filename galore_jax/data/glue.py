@@ -271,7 +271,7 @@ def _label_of_text(task: Task, text: str, place: str) -> int | float:
             score = float(text)
         except ValueError:
             raise InputError(
-                f"{place} has the score {text!r}, which is no number: repair it or download the "
+                f"{place} has the score {text!r}, which is not a number: repair it or download the "
                 "file again."
             ) from None
         return _similarity(score, place)

@@ -76,7 +76,7 @@ def _spearman(predictions: np.ndarray, labels: np.ndarray) -> Any:
 def _unless_constant(
     correlation: Callable[..., Any], predictions: np.ndarray, labels: np.ndarray
 ) -> Any:
-    """A correlation in float64; 0, where it has no value, if one side is constant."""
+    """A correlation in float64; 0 if one side is constant, where it is undefined."""
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     return correlation(predictions.astype(np.float64), labels.astype(np.float64)).statistic

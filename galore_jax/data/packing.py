@@ -1,4 +1,4 @@
-"""Packed rows: documents end to end, cut at the ends of rows, or conversations that stay whole."""
+"""Packed rows: documents end to end, cut at the ends of rows, or whole conversations."""
 
 from abc import abstractmethod
 from bisect import bisect_left, insort
@@ -63,7 +63,7 @@ class Conversation(NamedTuple):
 
 
 def fit(conversations: Sequence[Conversation], length: int, pad_id: int) -> Rows:
-    """Packs conversations into few rows without cutting any: the best fit, the longest first.
+    """Packs conversations into few rows without cutting any, by best fit, the longest first.
 
     Args:
         conversations: of at most `length` tokens each.
@@ -109,8 +109,8 @@ class PackedRows(grain.IterDataset[Rows]):
 
     A document that does not fit into the rest of a row continues in the next row, as a separate
     segment. The rows of a window are shuffled, so that one long document does not fill a batch. The
-    iterator's state is a few numbers whatever the size of the window: a restored iterator reads the
-    current window again.
+    iterator's state is a few numbers for any size of the window, because a restored iterator reads
+    the current window again.
     """
 
     def __init__(
@@ -144,8 +144,7 @@ class PackedRows(grain.IterDataset[Rows]):
 class FittedRows(PackedRows):
     """Rows of shape (length,) that `fit` makes of a stream of conversations, window by window.
 
-    It has the settings of `PackedRows`, but a window is a number of conversations, and it resumes
-    as `PackedRows` does.
+    As `PackedRows`, but the size of a window is a number of conversations.
     """
 
     def __iter__(self) -> grain.DatasetIterator[Rows]:
@@ -201,9 +200,9 @@ class _WindowIterator(grain.DatasetIterator[Rows]):
 
     @abstractmethod
     def _pack_window(self, offset: int) -> tuple[Rows, int]:
-        """Packs the next documents, of the first one the tokens from `offset` on.
+        """Packs the next documents, without the first `offset` tokens of the first one.
 
-        Also returns the offset in the document with which the next window starts.
+        Also returns the offset in the first document of the next window.
 
         Raises:
             StopIteration: there is no further document.

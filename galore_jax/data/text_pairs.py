@@ -10,7 +10,7 @@ from galore_jax.data.tokenizers import load_pretrained
 from galore_jax.errors import InputError, one_sentence
 
 _GROUP = 50  # batches of which rows are sorted by length
-_ENCODED_AT_ONCE = 1000  # before they are arrays, the tokens of a text take 14 times the memory
+_ENCODED_AT_ONCE = 1000  # the lists of tokens take 14 times the memory of the arrays made of them
 
 
 class PairTokenizer:
@@ -33,10 +33,10 @@ class PairTokenizer:
         self._backend, self._pad = pretrained.backend_tokenizer, pretrained.pad_token
         if self._pad is None or not self._backend.num_special_tokens_to_add(True):
             raise InputError(
-                f"{place} is not of a RoBERTa or BERT: it has no padding, or puts no special "
+                f"{place} is not that of a RoBERTa or BERT: it has no padding, or puts no special "
                 "tokens around a text."
             )
-        # What looks like a special token in a text is text: nothing but padding is padding.
+        # A text that looks like a special token stays text, so that only padding is padding.
         self._backend.encode_special_tokens = True
         # A model may have no row for a mask that its vocabulary lacks.
         mask = pretrained.mask_token
@@ -49,8 +49,8 @@ class PairTokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Encodes texts, or pairs of texts, as rows of `length` tokens.
 
-        Of a pair that is too long, tokens are removed from the end of the longer text until both
-        are equally long, then from both.
+        If a pair is too long, tokens are removed from the end of the longer text until both are
+        equally long, then from both.
 
         Returns:
             Tokens and token types (0 for the first text and, if the tokenizer tells them apart, 1
@@ -99,11 +99,11 @@ def batches(
     pad_id: int,
     seed: Sequence[int] | int | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Goes through all rows once, in batches of equal size.
+    """Yields all rows once, in batches of equal size.
 
     Each batch is cut to the shortest of four lengths that holds its rows; a step is compiled for
-    each length. So that little padding is left, rows are drawn at random into groups
-    of 50 batches, and a batch has rows of similar length from one group.
+    each length. To leave little padding, rows are drawn at random into groups of 50 batches, and a
+    batch has rows of similar length from one group.
 
     Args:
         rows: "tokens" (rows, length), padded at the end, with other arrays of that shape, such as

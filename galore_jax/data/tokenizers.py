@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
 
     Attributes:
         prefix: the ids that a model pretrained with this tokenizer expects before a text, such as
-            that of the beginning of a sequence.
+            a beginning-of-sequence token.
     """
 
     vocab_size: int
@@ -72,14 +72,14 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def from_pretrained(kind: str, folder: Path, problem: str, **options: Any) -> Any:
-    """An object that a class of transformers makes of the files in a folder alone.
+    """An object that a class of transformers makes, of the files in a folder alone.
 
     Nothing is downloaded, and no code in the folder is run.
 
     Args:
         kind: the name of the class.
         folder: an existing folder.
-        problem: begins the message if that fails.
+        problem: the beginning of the error message.
         **options: for the class.
 
     Raises:
@@ -87,7 +87,7 @@ def from_pretrained(kind: str, folder: Path, problem: str, **options: Any) -> An
         ModuleNotFoundError: transformers is not installed.
     """
     check_installed("transformers")
-    # Otherwise it says at every start that PyTorch is missing.
+    # Otherwise it warns at every start that PyTorch is missing.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers  # takes seconds
 
@@ -104,7 +104,7 @@ def load_pretrained(folder: Path, kind: str = "PreTrainedTokenizerFast") -> Any:
     Args:
         folder: a folder of Hugging Face.
         kind: "PreTrainedTokenizerFast", which takes a tokenizer.json as it is; or "AutoTokenizer",
-            which goes by the config.json too, and by what other files the model's class reads.
+            which also uses the config.json and the other files of the model's tokenizer.
 
     Raises:
         InputError: there is none, or a file of it is damaged.
@@ -114,8 +114,8 @@ def load_pretrained(folder: Path, kind: str = "PreTrainedTokenizerFast") -> Any:
     tokenizer = from_pretrained(kind, folder, problem, model_max_length=2**62)
     if not tokenizer.is_fast:
         raise InputError(
-            f"the tokenizer in {folder}, a {type(tokenizer).__name__}, cannot be a tokenizer.json, "
-            "as which it would be read: choose another model."
+            f"the tokenizer in {folder}, a {type(tokenizer).__name__}, has no form as a "
+            "tokenizer.json, which is needed: choose another model."
         )
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise InputError(f"{folder} has no file with the vocabulary of a tokenizer: add it.")
@@ -171,8 +171,8 @@ class SentencePieceTokenizer:
 class HuggingFaceTokenizer:
     """The tokenizer of a folder of Hugging Face, with the eos and pad tokens that it names.
 
-    The class that tokenizer_config.json names is not consulted: some build the tokenizer anew, each
-    version of transformers in its own way, while ids have to stay those of the training.
+    The class that tokenizer_config.json names is not used: some classes rebuild the tokenizer, in
+    each version of transformers differently, while a training's ids must not change.
 
     Attributes:
         pretrained: the object of transformers.
@@ -193,7 +193,7 @@ class HuggingFaceTokenizer:
         pad = self.pretrained.pad_token
         others = [id for token, id in self.pretrained.get_vocab().items() if token != pad]
         self.vocab_size: int = max(others) + 1
-        # A model may have no row for a pad token after all others: it stands in no text.
+        # A model may have no row for a pad token after all others, which occurs in no text.
         has_pad = pad is not None and self.pretrained.pad_token_id < self.vocab_size
         self.pad_id: int = self.pretrained.pad_token_id if has_pad else self.eos_id
         encoding = self._encode("a", add_special_tokens=True)
@@ -206,7 +206,7 @@ class HuggingFaceTokenizer:
         return self._encode(text).ids
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of `text`, and of each the characters that it stands for: [start, end)."""
+        """The ids of `text`, and for each the range of its characters, [start, end)."""
         encoding = self._encode(text)
         return encoding.ids, encoding.offsets
 

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 def completed_settings(folder: Path, build: Callable[[dict[str, Any]], T]) -> T:
-    """What `build` makes of the settings of a config.json, which transformers completes.
+    """The result of `build` on the settings of a config.json, completed by transformers.
 
     Raises:
       InputError: the file is missing or damaged, its model_type is unknown to transformers, or
@@ -109,7 +109,7 @@ def generation_config(folder: Path, *, eos_id: int | None = None) -> dict[str, A
 
     Args:
       folder: a folder of Hugging Face.
-      eos_id: a token at which generating is to stop too.
+      eos_id: another token that ends a generation.
 
     Raises:
       InputError: the file is damaged.

@@ -1,7 +1,7 @@
 """LLaMA-type models in the format of Hugging Face's transformers, read and written part by part.
 
-Both sides pair component i of a head with i + head/2 in the rotary embedding. They differ in names,
-in layers, which are stacked here, and in kernels, which PyTorch keeps as (out, in).
+Both pair component i of a head with i + head/2 in the rotary embedding. They differ in names, in
+layers, which are stacked here, and in kernels, which PyTorch stores as (out, in).
 
 A leaf of the parameters is named by its path, as in "layers/attention/q_proj/kernel".
 """
@@ -50,7 +50,7 @@ class _Leaf(NamedTuple):
 
     Attributes:
       shape: of the leaf.
-      name: of the tensor; of a stack with `{}` for the number of the layer.
+      name: of the tensor; for a stack with `{}` for the number of the layer.
     """
 
     shape: tuple[int, ...]
@@ -93,7 +93,7 @@ def model_leaves(config: LlamaConfig) -> dict[str, _Leaf]:
 
 
 class ModelFolder:
-    """The parameters in a folder of transformers, checked by name and shape, read when asked for.
+    """The parameters in a folder of transformers, checked by name and shape, and read on demand.
 
     Args:
       folder: the folder.
@@ -101,7 +101,7 @@ class ModelFolder:
 
     Raises:
       InputError: a file is missing or damaged, or tensors do not fit the model; they are listed.
-        And from `read`, if a tensor has numbers that are not finite.
+        `read` raises one if a tensor has numbers that are not finite.
     """
 
     def __init__(self, folder: Path, config: LlamaConfig):
@@ -109,7 +109,7 @@ class ModelFolder:
         self._leaves, self._dtype = model_leaves(config), jnp.dtype(config.dtype)
         self._tensors = stored_tensors(folder)
         if not any(name.startswith(_PREFIX) for name in self._tensors):
-            # A model that was saved without its head, as for embeddings of text.
+            # A model that was saved without its head, such as one for text embeddings.
             named = lambda name: name if name == HEAD else _PREFIX + name
             self._tensors = {named(name): tensor for name, tensor in self._tensors.items()}
         _check_fit(folder, self._leaves.values(), self._tensors)
@@ -147,9 +147,9 @@ def write_model(
     Args:
       folder: made if it does not exist; it may not hold a model or an adapter.
       config: the model.
-      read: returns parts of its parameters; one layer of a leaf at a time is asked for.
+      read: returns parts of its parameters; called for one layer of a leaf at a time.
       settings: further keys of config.json, such as eos_token_id.
-      shard_bytes: the size of a file, which is also what is held in memory.
+      shard_bytes: the size of a file; one file at a time is held in memory.
 
     Raises:
       InputError: the folder holds a model or an adapter, transformers has no such architecture, or
@@ -209,7 +209,7 @@ def _check_fit(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None
 
 
 def _listed(names: list[str]) -> str:
-    """The names, with those that all layers share once: "model.layers.*.mlp.up_proj.weight"."""
+    """The names, once for all layers that share one: "model.layers.*.mlp.up_proj.weight"."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"(?<=layers\.)\d+(?=\.)", "*", name), []).append(name)
@@ -220,7 +220,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _is_tied(tensors: Mapping[str, Stored]) -> bool:
-    """Whether a head that the files have too is the embedding."""
+    """Whether a head in the files equals the embedding."""
     if EMBEDDING not in tensors or tensors[HEAD].shape != tensors[EMBEDDING].shape:
         return False
     both = tensors[HEAD], tensors[EMBEDDING]

@@ -1,7 +1,7 @@
 """RoBERTa and BERT from and to folders of Hugging Face: `config.json` and safetensors.
 
-A folder holds a body alone (RobertaModel, BertModel), or a body with a head: these begin the names
-of the body's tensors with `roberta.` or `bert.`.
+A folder holds only a body (RobertaModel, BertModel), or a body with a head; then the names of the
+body's tensors begin with `roberta.` or `bert.`.
 """
 
 import dataclasses
@@ -101,14 +101,12 @@ _LISTED = 20
 
 
 class LoadedEncoder(NamedTuple):
-    """Parameters from a folder, and what the folder and the model do not share.
+    """Parameters from a folder, and the tensors that only the folder or only the model has.
 
     Attributes:
       params: the parameters of the model, on the default device.
-      initialized: names of the head's tensors that are not taken from the folder; they have
-        initial values.
-      unused: names of tensors in the folder that the model has no use for, such as those of another
-        head.
+      initialized: names of the head's tensors that the folder lacks; they have initial values.
+      unused: names of tensors in the folder that the model does not need, such as another head's.
     """
 
     params: PyTree
@@ -148,9 +146,9 @@ def load_encoder(
     Args:
       folder: holds `model.safetensors`, or its shards and `model.safetensors.index.json`.
       model: an encoder with the folder's `encoder_config`, with or without a head.
-      key: random key for what the folder lacks of the head.
+      key: random key for tensors of the head that the folder lacks.
       labels: the names of the classes, in order, or none for a regression. A classifier in the
-        folder is not used if its config.json names others. None: it is used whatever its classes.
+        folder is not used if its config.json names others. None: it is always used.
 
     Raises:
       InputError: a file is missing or damaged; a tensor of the body is missing; a tensor has no
@@ -197,7 +195,7 @@ def _differences(
     stored: Mapping[str, str],
     wanted: Mapping[str, tuple[str, ...]],
 ) -> tuple[list[str], list[str]]:
-    """The tensors that the folder lacks of the head, and those that the model has no use for."""
+    """The head's tensors that the folder lacks, and tensors that the model does not need."""
     missing = [name for name in wanted if name not in stored]
     if lost := [name for name in missing if wanted[name][0] not in _HEAD_MODULES]:
         raise InputError(
@@ -219,7 +217,7 @@ def _without_tied(
     stored: Mapping[str, str],
     unused: Sequence[str],
 ) -> list[str]:
-    """The unused tensors but those of a stored decoder, which has to be the word embedding."""
+    """The unused tensors, without a stored decoder, which has to equal the word embedding."""
     tied = [name for name in unused if _TIED.get(name) in stored]
     for name in tied:
         decoder, embedding = (read_tensor(tensors[stored[n]]) for n in (name, _TIED[name]))
@@ -348,7 +346,7 @@ def _stored_names(tensors: Iterable[str], architecture: str) -> dict[str, str]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The names; of many the first, and how many more there are."""
+    """The names; if there are many, the first ones and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more

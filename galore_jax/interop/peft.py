@@ -17,12 +17,12 @@ _PREFIX, _NAMES = "base_model.model.", {A: "lora_A", B: "lora_B"}
 
 
 def is_adapted(path: str) -> bool:
-    """Whether a leaf is a kernel that an adapter is for: those of the blocks."""
+    """Whether a leaf is a kernel that adapters apply to: one in the blocks."""
     return path.startswith("layers/") and path.endswith(f"/{KERNEL}")
 
 
 def merged(read: ReadPart, adapter: Adapter) -> ReadPart:
-    """Reads the parameters of the model without adapters that computes the same."""
+    """Reads the parameters of the equivalent model without adapters."""
 
     def read_merged(path: str, index: tuple[slice, ...]) -> np.ndarray:
         if not is_adapted(path):
@@ -48,7 +48,7 @@ def write_adapter(
       folder: made if it does not exist; it may not hold a model or an adapter.
       model: the model.
       adapter: its adapter, with kernels.
-      read: returns parts of the parameters; one layer of a leaf at a time is asked for.
+      read: returns parts of the parameters; called for one layer of a leaf at a time.
       base: the folder or name of the model of transformers that the adapter belongs to.
 
     Raises:

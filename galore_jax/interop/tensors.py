@@ -81,7 +81,7 @@ def check_dtypes(tensors: Iterable[Stored]) -> None:
 def read_tensor(stored: Stored, index: Index | None = None) -> np.ndarray:
     """A tensor, or a part of it without reading the rest.
 
-    The file is closed again, because what was read of an open file stays mapped in memory.
+    The file is closed again, because what is read from an open file stays mapped in memory.
     """
     with _opened(stored.file) as opened:
         if index is None:
@@ -93,7 +93,8 @@ def make_folder(folder: Path) -> None:
     """Makes a folder for a model or an adapter, unless it exists and holds neither.
 
     Raises:
-      InputError: it holds one, which transformers would load with, or in place of, the new one.
+      InputError: it holds one, which transformers would load together with or instead of the new
+        one.
     """
     for name in (CONFIG, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER):
         if (folder / name).exists():
@@ -110,8 +111,7 @@ def write_tensors(
 ) -> None:
     """Writes tensors in files of at most `shard_bytes` each, holding one file at a time in memory.
 
-    A tensor that is larger than that has a file to itself. The index, of several files, is written
-    last.
+    A larger tensor has a file of its own. If there are several files, their index is written last.
 
     Args:
       folder: an existing folder.

@@ -16,9 +16,9 @@ from galore_jax.data.tokenizers import (
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write, write_json
 
-# Where there are both, the first has the added tokens too.
+# If there are both, the first also has the added tokens.
 _TOKENIZERS = (TOKENIZER, MODEL)
-# What transformers and other programs read beside them.
+# Files that transformers and other programs read too.
 _BESIDE = (
     *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
     *("vocab.json", "merges.txt", "vocab.txt"),
@@ -37,8 +37,8 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a tokenizer to a folder, under the names that transformers expects.
 
     Args:
-      source: a folder of Hugging Face, or the file of a tokenizer, which may be in such a folder:
-        what is beside it belongs to it.
+      source: a folder of Hugging Face, or the file of a tokenizer, copied with the files next to it
+        if it is in such a folder.
       folder: an existing folder.
     """
     if source.name in _TOKENIZERS:
@@ -58,10 +58,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def complete_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Writes what a SentencePiece model that came alone needs to be read alike by transformers.
+    """Writes the files with which transformers gives the tokens of a bare SentencePiece model.
 
-    That is a tokenizer.json, in which the names of special tokens in a text are special, as usual
-    there; and a tokenizer_config.json, without which transformers would take the defaults of the
+    These are a tokenizer.json, in which names of special tokens in a text are special, as usual
+    there; and a tokenizer_config.json, without which transformers would use the defaults of the
     model's type, such as LLaMA's `<s>` before each text.
 
     Args:

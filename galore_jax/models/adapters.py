@@ -70,7 +70,7 @@ def is_factor(names: Sequence[str]) -> bool:
 
 
 def product(adapter: Adapter, a: Any, b: Any) -> jax.Array:
-    """What the factors add to a kernel, or what they replace, in float32: (…, in, out)."""
+    """What the factors add to a kernel, or the kernel that they replace, float32 (…, in, out)."""
     a, b = (jnp.asarray(factor, jnp.float32) for factor in (a, b))
     return adapter.scale_of(a.shape[-1]) * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
@@ -100,7 +100,7 @@ def split(params: PyTree, adapters_only: bool = False) -> tuple[PyTree, PyTree]:
         adapters and the head of a classifier.
 
     Returns:
-      Two trees, which `combine` makes one again. Without adapters the second one is empty, unless
+      Two trees, which `combine` joins again. Without adapters the second one is empty, unless
       `adapters_only`.
     """
     flat: Any = flatten_dict(params)

@@ -127,7 +127,7 @@ class Encoder(nn.Module):
 
         Args:
           tokens: int32 (batch, length), padded with config.pad_id.
-          token_types: int32 (batch, length), the number of the text that a token is of. None: 0.
+          token_types: int32 (batch, length), the number of the token's text. None: 0.
           deterministic: False applies dropout, which needs the random stream "dropout".
 
         Returns:
@@ -247,8 +247,8 @@ class EncoderBlock(nn.Module):
         """The next activations (batch, length, hidden); the mask is that of `SelfAttention`."""
         config, adapter = self.config, self.adapter
         dropout = nn.Dropout(config.dropout, deterministic=deterministic)
-        # What goes into a sublayer and what comes out is whole along the last axis: neither the
-        # scales of norms nor dropout decide how XLA divides the products.
+        # Inputs and outputs of a sublayer are undivided along the last axis, so that neither the
+        # scales of norms nor dropout determine how XLA divides the products.
         attention = SelfAttention(config, adapter, name="attention")
         attended = constrain(attention(constrain(x, "batch"), mask, deterministic), "batch")
         x = _norm(config, "attention_norm")(x + dropout(attended))
@@ -276,7 +276,7 @@ class SelfAttention(nn.Module):
         scores = jnp.einsum(
             "bqhd,bkhd->bhqk", queries, keys, preferred_element_type=jnp.float32
         ) * (queries.shape[-1] ** -0.5)
-        # Not -inf, which would give NaN for a row of nothing but padding.
+        # Not -inf, which would give NaN for a row of padding only.
         weights = nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min))
         weights = nn.Dropout(config.attention_dropout)(weights, deterministic=deterministic)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
@@ -302,8 +302,8 @@ class EncoderMLP(nn.Module):
 def position_ids(tokens: jax.Array, config: EncoderConfig) -> jax.Array:
     """The rows of the position embedding for `tokens` (batch, length), int32 of that shape.
 
-    BERT numbers positions from 0. RoBERTa, as fairseq's `make_positions`, numbers the tokens that
-    are not padding from pad_id + 1, and padding has the row pad_id.
+    BERT numbers positions from 0. RoBERTa, like fairseq's `make_positions`, numbers the tokens that
+    are not padding from pad_id + 1; padding has row pad_id.
     """
     if config.architecture == "bert":
         return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

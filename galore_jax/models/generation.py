@@ -43,8 +43,8 @@ def generate(
         raise InputError("generating needs a prompt of at least one token and num_tokens ≥ 1.")
     if length >= config.max_length:
         raise InputError(
-            f"the prompt has {length} tokens, and the model takes {config.max_length} with those "
-            f"to come: shorten it to at most {config.max_length - 1}."
+            f"the prompt has {length} tokens, and the model takes {config.max_length} including "
+            f"new ones: shorten it to at most {config.max_length - 1}."
         )
     if length + num_tokens > config.max_length:
         raise InputError(

@@ -1,7 +1,7 @@
 """The layers of a decoder-only transformer: rotary attention, gated MLP, pre-norm block.
 
 Every layer works on activations of shape (batch, length, hidden) in the dtype of its parameters.
-Norm statistics, the rotation and the softmax are computed in float32 whatever that dtype is.
+Norm statistics, the rotation and the softmax are always computed in float32.
 """
 
 from typing import Any, NamedTuple
@@ -42,11 +42,11 @@ class KeyValueCache(NamedTuple):
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Activations whose axes have these logical names: "batch", "heads", "mlp"; None: whole.
+    """Activations whose axes have these logical names: "batch", "heads", "mlp"; None: undivided.
 
-    A trainer says with `nn.logical_axis_rules` which axes of its mesh divide a logical axis.
-    Without this, XLA may gather the whole batch where weights are divided over the same axes.
-    Without rules, as on a single device, it does nothing. Axes that are not named are whole.
+    A trainer maps logical axes to axes of its mesh by `nn.logical_axis_rules`; without rules, as on
+    a single device, this does nothing. It keeps XLA from gathering the whole batch where weights
+    are divided over the same axes. Further axes are undivided.
     """
     axes += (None,) * (x.ndim - len(axes))
     return nn.with_logical_constraint(x, axes)  # pyright: ignore[reportPrivateImportUsage]
@@ -57,8 +57,8 @@ def rotation_at(
 ) -> Rotation:
     """The rotation of RoFormer (arXiv 2104.09864, section 3.2.2) at `positions`, (batch, length).
 
-    Pair i of a head is rotated by `position / theta ** (2 i / head_size)` radians, or by what
-    `scaling` makes of that.
+    Pair i of a head is rotated by `position / theta ** (2 i / head_size)` radians, changed by
+    `scaling` if given.
     """
     frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
     if scaling is not None:
@@ -83,7 +83,7 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 def attention_mask(segments: jax.Array, window: int | None = None) -> jax.Array:
     """Causal mask within equal `segments` (batch, length): bool (batch, 1, query, key).
 
-    With a `window`, each query sees the last `window` positions, its own included.
+    With a `window`, each query sees the last `window` positions, including its own.
     """
     positions = jnp.arange(segments.shape[1])
     same = segments[:, None, :, None] == segments[:, None, None, :]

@@ -1,4 +1,4 @@
-"""The language-modelling loss, from logits or without ever forming all of them."""
+"""The language-modelling loss, from logits or by chunks of the vocabulary."""
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,8 @@ def next_token_loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, j
       The sum of the losses in nats and the number of targets, float32 scalars.
     """
     is_target = targets >= 0
-    # Comparing with every token of the vocabulary fuses into the sum and, backwards, into the
-    # gradient of logsumexp; gathering would scatter into an array as large as the logits.
+    # A comparison with every token of the vocabulary is fused with the sum and with the gradient of
+    # logsumexp; a gather would scatter its gradient into an array as large as the logits.
     chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
     return jnp.sum(losses * is_target), jnp.sum(is_target, dtype=jnp.float32)
@@ -34,8 +34,8 @@ def chunked_next_token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """`next_token_loss` of the logits `x @ head`, one chunk of the vocabulary at a time.
 
-    No array of shape (tokens, vocabulary) is formed. The backward pass recomputes the logits, which
-    is a third more work than keeping them.
+    No array of shape (tokens, vocabulary) is formed. The backward pass recomputes the logits, for a
+    third more work.
 
     Args:
       x: activations (batch, length, hidden).
@@ -111,7 +111,7 @@ def _chunk_logits(x: jax.Array, head: jax.Array, index: jax.Array) -> tuple[jax.
 
     Returns:
       Logits (n, chunk), their columns (chunk,), which of these are in no earlier chunk, and the
-      first of them.
+      first column.
     """
     size = min(VOCAB_CHUNK, head.shape[1])
     start = jnp.minimum(index * size, head.shape[1] - size)

@@ -19,9 +19,9 @@ def to_huggingface(
 ) -> Config:
     """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
 
-    The model's end of a sequence is that of its tokenizer, and after a training on conversations
-    that of an answer. Settings of generation that are beside the tokenizer are copied with this end
-    added. Adapters and other low-rank factors are merged into plain kernels.
+    The model's end-of-sequence token is that of its tokenizer or, after a training on
+    conversations, the one that ends an answer. A generation_config.json next to the tokenizer is
+    copied with this token added. Low-rank factors are merged into plain kernels.
 
     Args:
       run_folder: the folder of the run.
@@ -57,7 +57,7 @@ def to_huggingface(
             # Transformers never trains the embedding of padding, which the end of a text must have.
             "pad_token_id": None if tokenizer.pad_id == tokenizer.eos_id else tokenizer.pad_id,
         }
-        # Transformers refuses an id beyond the embedding, and has its own for one that is left out.
+        # Transformers refuses an id beyond the embedding, and has a default for a missing one.
         fits = lambda id: id is not None and id < config.model.vocab_size
         settings = {name: id if fits(id) else None for name, id in ids.items()}
         generation = None

@@ -1,4 +1,4 @@
-"""Plots of runs: their curves, and their losses against the size of the optimizer's state."""
+"""Plots of runs: curves, and losses against the size of the optimizer's state."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,12 +14,12 @@ from galore_jax.training.run_folder import RunFolder
 
 # Okabe and Ito's palette, suitable for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-# Where there are more runs than colours, they have another line.
+# Line styles, for more runs than colours.
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 # Fractions of a curve: the window of its running mean, and the steep start that is cut off.
 SMOOTHED_PART = 0.02
 STEEP_PART = 0.04
-# Where a label may stand, in points from its point, and its alignment: best place first.
+# Positions of a label, in points from its point, with its alignment; the best one first.
 _OFFSETS = tuple(
     ((side * distance, height), "left" if side > 0 else "right")
     for height in (0, 9, -9, 18, -18, 27, -27)
@@ -32,11 +32,11 @@ def plot_curves(
     picture: str | Path,
     names: Sequence[str] | None = None,
 ) -> None:
-    """Draws the runs into one PNG; without matplotlib it prints that it does not.
+    """Draws the runs into one PNG; without matplotlib it only prints a hint.
 
-    The upper plot has each run's training loss (smoothed, and faintly that of single steps) and its
-    validation losses as points; the steep start is cut off at the top. The lower plot has the
-    learning rate.
+    The upper plot has each run's training loss (smoothed, with that of single steps in a pale line)
+    and its validation losses as points; the steep start is cut off at the top. The lower plot has
+    the learning rate.
 
     Args:
       folders: the folders of the runs.
@@ -98,7 +98,7 @@ def plot_loss_by_bytes(
     """Draws a labelled point for each optimizer: its loss against the bytes of its state.
 
     The point is at the mean loss, with a line from the lowest to the highest. Without matplotlib it
-    prints that it does not draw.
+    only prints a hint.
 
     Args:
       optimizers: for each label the bytes and the losses.
@@ -130,7 +130,7 @@ def plot_loss_by_bytes(
 
 
 def _add_labels(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes each point's label next to it, inside the axes, where it covers nothing else."""
+    """Writes each point's label next to it, inside the axes, where it overlaps nothing."""
     axes.figure.draw_without_rendering()  # It determines where the points are.
     places = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     covered = []
@@ -164,7 +164,7 @@ def new_figure(figsize: tuple[float, float]) -> Any:
 
 
 def write_png(figure: Any, picture: str | Path) -> None:
-    """Writes a figure of `new_figure` to a PNG, whole or not at all; makes its folder."""
+    """Writes a figure of `new_figure` to a PNG that appears complete or not at all."""
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(picture) as path:
         figure.canvas.print_png(path)

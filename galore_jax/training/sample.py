@@ -27,9 +27,9 @@ def generate_text(
 ) -> str:
     """Continues a prompt with the latest checkpoint of a run, up to the end of the document.
 
-    If the run was trained on conversations, the prompt is a question, and its answer follows. A
-    model of transformers, which was not trained here, gets the token that its tokenizer puts before
-    a text; in a training here nothing precedes a document.
+    If the run was trained on conversations, the prompt is a question, and its answer is returned. A
+    model of transformers gets the token that its tokenizer puts before a text; documents of the
+    trainer have none.
 
     Args:
       folder: the folder of the run, or one with a model of transformers.
@@ -43,7 +43,7 @@ def generate_text(
       The prompt and its continuation, or the answer alone.
 
     Raises:
-      InputError: there is no checkpoint, the tokenizer is missing or another one, the prompt is
+      InputError: there is no checkpoint, the tokenizer is missing or has changed, the prompt is
         empty or not text, the text would be longer than the model allows, or the seed or the
         temperature is out of range.
     """
