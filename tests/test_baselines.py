@@ -295,7 +295,7 @@ def test_they_are_compared_by_name_and_their_runs_write_text(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"training": {"layerwise": True}}, "training.layerwise updates whole matrices"),
+        ({"training": {"layerwise": True}}, 'which excludes optimizer.name = "lora"'),
         (
             {"optimizer": {"lora": {"dropout": 1.0}}},
             "lora.dropout must be less than 1, not 1",

@@ -116,7 +116,6 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("training.folder=2026", "training.folder must be a valid string, not 2026."),
         ("training.folder=", "training.folder must have at least 1 character, not ''."),
         ("training.folder=\udce9", "training.folder must be a valid string, unable to parse raw"),
-        ("data.sequence_length=4096", "data.sequence_length is 4096, but model.max_length is only"),
         ("data.held_out=1.5", "data.held_out must be less than 1, not 1.5."),
         ("training.accumulation=3", "training.accumulation is 3, which does not divide"),
         ("mesh.fsdp=0", "mesh.fsdp must be greater than 0, not 0."),

@@ -92,20 +92,12 @@ def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (
-            {"galore": {"refresh": "svd"}},
-            'optimizer.galore.refresh = "svd" needs full gradients: set',
-        ),
-    ],
-)
-def test_settings_that_need_full_gradients_are_refused(settings, sentence):
-    with pytest.raises(InputError, match=sentence):
-        changed(CONFIG, optimizer=settings)
-    changed(CONFIG, optimizer={**settings, "gradients": "full"})
-    changed(CONFIG, optimizer={**settings, "name": "adamw"})
+def test_a_refresh_that_needs_full_gradients_has_them():
+    svd = {"galore": {"refresh": "svd"}}
+    assert not changed(FULL, optimizer={**svd, "gradients": None}).optimizer.has_projected_gradients
+    with pytest.raises(InputError, match=r'optimizer.galore.refresh = "svd" needs full gradients'):
+        changed(CONFIG, optimizer=svd)
+    changed(CONFIG, optimizer={**svd, "name": "adamw"})
 
 
 def test_a_layerwise_step_equals_an_ordinary_one(batch):
@@ -126,8 +118,8 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch):
 @pytest.mark.parametrize(
     ("section", "settings", "sentence"),
     [
-        ("training", {"accumulation": 2}, "discards a layer's gradient before the next micro"),
-        ("training", {"diagnostics": True}, "compares full gradients, which training.layerwise"),
+        ("training", {"accumulation": 2}, "its gradient, which excludes training.accumulation:"),
+        ("training", {"diagnostics": True}, "its gradient, which excludes training.diagnostics:"),
         ("optimizer", {"clip_by": "guess"}, "optimizer.clip_by must be 'first_pass' or"),
     ],
 )

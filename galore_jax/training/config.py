@@ -41,8 +41,6 @@ Optimizer = Literal[
     "lowrank",
 ]
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
-# They use more of a gradient than its coordinates.
-NEED_FULL_GRADIENTS = ("galore_fira", "apollo")
 # Below 1 in float32 too: with a decay of 1, bias corrections divide by 0.
 Decay = Annotated[float, Field(ge=0, lt=1 - 2**-25)]
 
@@ -152,8 +150,8 @@ class OptimizerConfig:
       eps: added to the root of the second moment (AdamW).
       weight_decay: decoupled weight decay in the full space, times the learning rate.
       gradients: with GaLore, `"projected"`: the backward pass computes coordinates only, and
-        sketches refresh the bases; or `"full"`. None: projected, but full where the optimizer needs
-        them, which are `"galore_fira"` and `"apollo"`.
+        sketches refresh the bases; or `"full"`. None: projected, but full where they are needed:
+        for the optimizers `"galore_fira"` and `"apollo"`, and to refresh by `"eigh"` or `"svd"`.
       clip_norm: the largest global norm, of coordinates where gradients are projected; 0 does not
         clip. With GaLore, numbers that are not finite do not count.
       clip_by: where `training.layerwise` gets the norm from before it updates the first layer:
@@ -186,20 +184,12 @@ class OptimizerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
-        if self.gradients == "projected" and self.name in NEED_FULL_GRADIENTS:
-            raise InputError(
-                f'optimizer.name = "{self.name}" needs full gradients: leave optimizer.gradients '
-                'out, or set it to "full".'
-            )
-        if self.galore.proj_type == "full" and self.name in NEED_FULL_GRADIENTS:
+        if self.gradients == "projected" and (needy := self._needs_full_gradients):
+            raise InputError(f"{needy} needs full gradients: leave optimizer.gradients out.")
+        if self.galore.proj_type == "full" and self.name in ("galore_fira", "apollo"):
             raise InputError(
                 f'optimizer.name = "{self.name}" scales what is not projected: choose an '
                 'optimizer.galore.proj_type other than "full".'
-            )
-        if self.has_projected_gradients and self.galore.refresh in ("eigh", "svd"):
-            raise InputError(
-                f'optimizer.galore.refresh = "{self.galore.refresh}" needs full gradients: set '
-                'optimizer.gradients = "full", or optimizer.galore.refresh = "subspace_iteration".'
             )
 
     @property
@@ -219,8 +209,14 @@ class OptimizerConfig:
     @property
     def has_projected_gradients(self) -> bool:
         """Whether the backward pass projects gradients."""
-        needs_full = self.gradients == "full" or self.name in NEED_FULL_GRADIENTS
-        return self.has_galore and not needs_full
+        return self.has_galore and self.gradients != "full" and not self._needs_full_gradients
+
+    @property
+    def _needs_full_gradients(self) -> str | None:
+        """The setting that needs more of a gradient than its coordinates."""
+        if self.has_galore and self.galore.refresh in ("eigh", "svd"):
+            return f'optimizer.galore.refresh = "{self.galore.refresh}"'
+        return f'optimizer.name = "{self.name}"' if self.name in ("galore_fira", "apollo") else None
 
     @property
     def has_refreshes(self) -> bool:
@@ -253,7 +249,7 @@ class TrainingConfig:
       tensorboard: also write TensorBoard events, into the folder's tensorboard/.
 
     Raises:
-      InputError: a value out of range, or settings that exclude each other.
+      InputError: a value out of range.
     """
 
     steps: Annotated[int, Field(ge=1, lt=2**31)] = 10_000
@@ -270,19 +266,6 @@ class TrainingConfig:
     diagnostics: bool = False
     tensorboard: bool = False
 
-    def __post_init__(self):
-        if self.layerwise and self.diagnostics:
-            raise InputError(
-                "training.diagnostics compares full gradients, which training.layerwise never "
-                "has: turn one of them off."
-            )
-        if self.layerwise and self.accumulation > 1:
-            raise InputError(
-                "training.layerwise discards a layer's gradient before the next micro-batch: set "
-                "training.accumulation = 1, or training.layerwise = false, which accumulates "
-                "coordinates."
-            )
-
 
 @checked("")
 @dataclass(frozen=True)
@@ -290,9 +273,9 @@ class Config:
     """The configuration of a run, one attribute for each section of the file.
 
     Raises:
-      InputError: the sections do not fit together: a sequence longer than the model takes,
-        micro-batches that do not divide the batch, a warm-up longer than the training, settings
-        that a layer-wise step cannot have, or low-rank factors in place of a checkpoint's matrices.
+      InputError: the sections do not fit together: micro-batches that do not divide the batch, a
+        warm-up longer than the training, settings that a layer-wise step cannot have, or low-rank
+        factors in place of a checkpoint's matrices.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -302,11 +285,6 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        if self.data.sequence_length > self.model.max_length:
-            raise InputError(
-                f"data.sequence_length is {self.data.sequence_length}, but model.max_length is "
-                f"only {self.model.max_length}: shorten the sequences or raise model.max_length."
-            )
         if self.data.batch_size % self.training.accumulation:
             raise InputError(
                 f"training.accumulation is {self.training.accumulation}, which does not divide "
@@ -322,18 +300,18 @@ class Config:
                 'optimizer.name = "lowrank" trains random factors in place of the matrices of '
                 'model.checkpoint: leave out the checkpoint, or set optimizer.name = "lora".'
             )
-        if self.training.layerwise:
-            self._check_layerwise()
+        others = {
+            "training.accumulation": self.training.accumulation > 1,
+            "training.diagnostics": self.training.diagnostics,
+            f'optimizer.name = "{self.optimizer.name}"': self.optimizer.adapter is not None,
+        }
+        if self.training.layerwise and any(others.values()):
+            raise InputError(
+                "training.layerwise updates a layer as soon as it has its gradient, which excludes "
+                f"{' and '.join(filter(others.get, others))}: set one of them to its default."
+            )
 
     @property
     def trains_adapters_only(self) -> bool:
         """Whether everything but the adapters is frozen, as usual with LoRA for a trained model."""
         return self.optimizer.name == "lora" and bool(self.model.checkpoint)
-
-    def _check_layerwise(self):
-        optimizer = self.optimizer
-        if optimizer.adapter is not None:
-            raise InputError(
-                "training.layerwise updates whole matrices layer by layer: set it to false with "
-                f'optimizer.name = "{optimizer.name}", whose gradients are small.'
-            )
