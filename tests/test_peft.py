@@ -14,7 +14,7 @@ pytest.importorskip("safetensors", reason="the files are safetensors")
 
 from model_folder import load, random_params, save
 from safetensors.numpy import load_file
-from test_convert import TOKENIZER
+from test_export import TOKENIZER
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
