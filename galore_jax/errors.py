@@ -24,7 +24,6 @@ _EXTRAS = {
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboardX",),
     "huggingface": ("safetensors", "transformers", "jinja2"),
-    "glue": ("sklearn", "importlib_resources"),
 }
 _EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}
 

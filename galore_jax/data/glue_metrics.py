@@ -1,12 +1,9 @@
 """The metrics of GLUE: accuracy, F1, Matthews', Pearson's and Spearman's correlation."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
+from scipy.stats import rankdata
 
 from galore_jax.data.glue import Task
-from galore_jax.errors import check_installed
 
 
 def predictions_of(task: Task, outputs: np.ndarray) -> np.ndarray:
@@ -19,16 +16,6 @@ def predictions_of(task: Task, outputs: np.ndarray) -> np.ndarray:
     return outputs.argmax(axis=1) if task.labels else outputs[:, 0]
 
 
-def check_metrics(task: Task) -> None:
-    """Checks that the metrics of a task can be computed.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
-    """
-    if {"f1", "matthews"} & {*task.metrics}:
-        check_installed("sklearn")
-
-
 def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The metrics of a task by name, in the order of `task.metrics`.
 
@@ -36,56 +23,35 @@ def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         task: one of `galore_jax.data.glue.TASKS`.
         predictions: as from `predictions_of`.
         labels: the labels, of the same shape.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is not installed.
     """
     return {name: float(_METRICS[name](predictions, labels)) for name in task.metrics}
 
 
-def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> Any:
+def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     return np.mean(predictions == labels)
 
 
-def _f1(predictions: np.ndarray, labels: np.ndarray) -> Any:
+def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
     """F1 of class 1; 0 if it neither occurs nor is predicted."""
-    from sklearn.metrics import f1_score
-
-    return f1_score(labels, predictions, zero_division=0)  # pyright: ignore[reportArgumentType]
-
-
-def _matthews(predictions: np.ndarray, labels: np.ndarray) -> Any:
-    """Matthews' correlation; 0 if all predictions are the same."""
-    from sklearn.metrics import matthews_corrcoef
-
-    return matthews_corrcoef(labels, predictions)
+    both = np.sum(predictions == 1) + np.sum(labels == 1)
+    return 2 * np.sum((predictions == 1) & (labels == 1)) / both if both else 0.0
 
 
-def _pearson(predictions: np.ndarray, labels: np.ndarray) -> Any:
-    from scipy.stats import pearsonr
-
-    return _unless_constant(pearsonr, predictions, labels)
-
-
-def _spearman(predictions: np.ndarray, labels: np.ndarray) -> Any:
-    from scipy.stats import spearmanr
-
-    return _unless_constant(spearmanr, predictions, labels)
-
-
-def _unless_constant(
-    correlation: Callable[..., Any], predictions: np.ndarray, labels: np.ndarray
-) -> Any:
-    """A correlation in float64; 0 if one side is constant, where it is undefined."""
+def _pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation in float64; 0 if one side is constant, where it is undefined."""
     if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
-    return correlation(predictions.astype(np.float64), labels.astype(np.float64)).statistic
+    return np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1]
+
+
+def _spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    return _pearson(rankdata(predictions), rankdata(labels))
 
 
 _METRICS = {
     "accuracy": _accuracy,
     "f1": _f1,
-    "matthews": _matthews,
+    "matthews": _pearson,  # of two classes it is Pearson's of their numbers
     "pearson": _pearson,
     "spearman": _spearman,
 }

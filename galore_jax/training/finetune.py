@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from galore_jax.data.glue import TASKS, Task, encode, load_examples, write_predictions
-from galore_jax.data.glue_metrics import check_metrics, predictions_of, scores
+from galore_jax.data.glue_metrics import predictions_of, scores
 from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import PairTokenizer, batches, load_pair_tokenizer
 from galore_jax.errors import InputError
@@ -59,7 +59,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
       InputError: the folder holds results of other settings, another process works there, there is
         too little memory, the devices do not fit the mesh, or the checkpoint, its tokenizer or the
         data cannot be used.
-      ModuleNotFoundError: the metrics need scikit-learn, which is not installed.
     """
     check_start(config)
     folder, task = Path(config.training.folder), TASKS[config.data.task]
@@ -94,12 +93,10 @@ def check_start(config: FinetuneConfig) -> None:
 
     Raises:
       InputError: the folder holds results of other settings, or there is no GPU for the kernels.
-      ModuleNotFoundError: the metrics need scikit-learn, which is not installed.
     """
     _check_folder(Path(config.training.folder), config)
     if missing_seeds(config):
         check_gpu(config.optimizer)
-        check_metrics(TASKS[config.data.task])
 
 
 def missing_seeds(config: FinetuneConfig) -> list[int]:

@@ -33,9 +33,8 @@ class GlueConfig:
     """`[data]`: the task and its rows of tokens.
 
     Attributes:
-      task: its name in TFDS: see `galore_jax.data.glue.TASKS`.
-      source: a folder with a folder of TSV files for each task; a data folder of TFDS; or `"tfds"`,
-        which downloads.
+      task: one of `galore_jax.data.glue.TASKS`.
+      source: a folder with a folder of GLUE's TSV files for each task.
       sequence_length: tokens per row; longer pairs are truncated.
       batch_size: rows per step.
 
@@ -44,7 +43,7 @@ class GlueConfig:
     """
 
     task: str = "rte"
-    source: str = "tfds"
+    source: str = "glue"
     sequence_length: PositiveInt = 128
     batch_size: PositiveInt = 16
 
