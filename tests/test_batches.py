@@ -214,6 +214,16 @@ def test_a_split_almost_without_text_is_refused(texts, rows, split, empty):
         make(config(rows), TOKENIZER)
 
 
+def test_text_of_which_the_tokenizer_keeps_nothing_is_refused(texts):
+    class Dropping(type(TOKENIZER)):
+        def encode(self, text):
+            return []
+
+    texts["train"] = ["\u200b"] * 50
+    with pytest.raises(InputError, match=r"are empty \(0 tokens in 50 documents\)"):
+        train_batches(config(), Dropping())
+
+
 def test_a_sample_starts_with_the_first_text_that_is_not_blank(texts):
     texts["validation"] = ["", " \n", "Once upon a time"]
     assert batches.first_prompt(config(), 4) == "Once"

@@ -113,7 +113,7 @@ def train_batches(
     Raises:
         InputError: the source is unusable or almost without text.
     """
-    source = _source(config, "train", report)
+    source = _source(config, tokenizer, "train", report)
     endless = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat()
     batches = _rows(source, endless, config, tokenizer, config.seed).batch(config.batch_size)
     return iter(
@@ -137,7 +137,7 @@ def validation_batches(
         batch["targets"][len(rows) :] = NO_TARGET
         return batch
 
-    source = _source(config, "validation", report)
+    source = _source(config, tokenizer, "validation", report)
     rows = _rows(source, grain.MapDataset.source(source), config, tokenizer, seed=None)
     return rows.batch(config.batch_size, batch_fn=padded)
 
@@ -199,7 +199,7 @@ def _conversations(config: DataConfig, split: str) -> "Conversations":
     return open_conversations(source, split, config.held_out, config.tokenizer, length)
 
 
-def _source(config: DataConfig, split: str, report: Report | None) -> Any:
+def _source(config: DataConfig, tokenizer: Tokenizer, split: str, report: Report | None) -> Any:
     """The texts or the conversations of a split, by index."""
     if config.rows == "conversations":
         conversations = _conversations(config, split)
@@ -207,7 +207,7 @@ def _source(config: DataConfig, split: str, report: Report | None) -> Any:
             report(f"{split}: {conversations.report}")
         return conversations
     texts = documents(config, split)
-    _check_text(config, texts, split)
+    _check_text(config, tokenizer, texts, split)
     return texts
 
 
@@ -241,19 +241,19 @@ def _rows(
     return PackedRows(tokenised, length, pad_id, window, seed)
 
 
-def _check_text(config: DataConfig, texts: Sequence[str], split: str) -> None:
-    """Raises an `InputError` if a random sample of documents has less than one letter on average.
+def _check_text(config: DataConfig, tokenizer: Tokenizer, texts: Sequence[str], split: str) -> None:
+    """Raises an `InputError` if a random sample of documents has less than one token on average.
 
     Otherwise rows would have no targets, and packing would take hours to fill a window.
     """
     sampled = min(len(texts), _DOCUMENTS_SAMPLED)
-    letters = 0
+    tokens = 0
     for index in random.Random(0).sample(range(len(texts)), sampled):
-        letters += len(texts[index].strip())
-        if letters >= sampled:
+        tokens += len(tokenizer.encode(texts[index].strip()))
+        if tokens >= sampled:
             return
     raise InputError(
         f"almost all documents in the {split} split of data.source = {config.source!r} are empty "
-        f"({letters:,} letters in {sampled:,} documents): choose another source, or prepare it "
+        f"({tokens:,} tokens in {sampled:,} documents): choose another source, or prepare it "
         "again from files with text."
     )
