@@ -14,6 +14,7 @@ from galore_jax.training.config_file import (
     to_dict,
     to_toml,
 )
+from galore_jax.training.finetune_config import FinetuneConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 
@@ -259,3 +260,19 @@ def test_a_comparison_that_cannot_be_is_refused_in_a_sentence(tmp_path, text, na
         load_comparison(path, names=names)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def sections(kind):
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield field.type
+            yield from sections(field.type)
+
+
+@pytest.mark.parametrize("kind", [Config, FinetuneConfig])
+def test_the_page_of_settings_has_every_section_and_its_docstring_every_setting(kind):
+    page = (CONFIGS[0].parents[1] / "docs" / "settings.md").read_text()
+    for section in sections(kind):
+        assert f"::: {section.__module__}.{section.__qualname__}\n" in page
+        documented = {line.partition(":")[0].strip() for line in section.__doc__.splitlines()}
+        assert documented >= {field.name for field in dataclasses.fields(section)}
