@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 KINDS: tuple[str, ...] = (
     "all-gather",
@@ -104,15 +103,6 @@ class Collective:
         is_reduced = self.kind == "all-reduce" and not self.scatters
         total = self.payload * (2 if is_reduced else 1)
         return total * inside // members, total * between // members
-
-    def axes(self, mesh: Mesh) -> tuple[str, ...]:
-        """The axes of the mesh along which its devices exchange data."""
-        places = [np.unravel_index(group, mesh.devices.shape) for group in self.groups]
-        return tuple(
-            name
-            for axis, name in enumerate(mesh.axis_names)
-            if any(len(set(place[axis].tolist())) > 1 for place in places)
-        )
 
 
 def collectives(program: str) -> list[Collective]:
