@@ -1,12 +1,8 @@
-"""Arguments of the command line: lists, and folders to write to."""
+"""Arguments of the command line."""
 
-import os
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-from galore_jax.errors import InputError
 
 
 def separated(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
@@ -23,25 +19,3 @@ def separated(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
         return found
 
     return parse
-
-
-def check_folder(name: str, folder: str | Path) -> None:
-    """Checks, before any work, that a folder can be written to or made.
-
-    Args:
-      name: of the argument.
-      folder: its value, or the folder of the file that it names.
-
-    Raises:
-      InputError: it or a folder above it is a file, or may not be written to.
-    """
-    nearest = next(path for path in (Path(folder), *Path(folder).parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise InputError(
-            f"{name} needs the folder {folder}, but {nearest} is not a folder: name another."
-        )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{name} needs the folder {folder}, but {nearest} cannot be written to: change its "
-            "permissions, or name another."
-        )

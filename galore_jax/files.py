@@ -29,7 +29,7 @@ def open_no_link(path: Path, flags: int) -> int:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path to write to; it is renamed to `path` only if the block succeeds.
+    """Yields an empty temporary file to write to; it becomes `path` only if the block succeeds.
 
     After an exception the temporary file is removed. A process that is killed leaves it behind;
     its name ends in `UNFINISHED`.

@@ -13,7 +13,6 @@ conversion: scripts/generate.py writes text with the model in FOLDER, and a trai
 import argparse
 import sys
 
-from galore_jax.command_line import check_folder
 from galore_jax.errors import run_cli
 
 
@@ -26,7 +25,6 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", help="to make")
     parser.add_argument("--adapter", action="store_true", help="LoRA's adapter alone")
     arguments = parser.parse_args()
-    check_folder("the target FOLDER", arguments.folder)
 
     from galore_jax.training.export import to_huggingface
     from galore_jax.training.progress import peak_process_memory

@@ -10,7 +10,6 @@ import argparse
 import os
 import sys
 
-from galore_jax.command_line import check_folder
 from galore_jax.errors import run_cli
 
 
@@ -28,7 +27,6 @@ def main() -> None:
         help="shards converted in parallel (default: the number of cores)",
     )
     arguments = parser.parse_args()
-    check_folder("--out", arguments.out)
 
     from galore_jax.data.c4 import open_c4, prepare_c4
 

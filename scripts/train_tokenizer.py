@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from galore_jax.command_line import check_folder
 from galore_jax.errors import InputError, run_cli
 from galore_jax.files import atomic_write
 
@@ -36,16 +35,17 @@ def main() -> None:
     out = Path(arguments.out)
     if out.suffix != ".model":
         raise InputError(f"--out is {out}: its name must end in .model.")
-    check_folder("--out", out.parent)
 
     from galore_jax.data.batches import DataConfig, documents
     from galore_jax.data.tokenizers import train_sentencepiece
 
     texts = documents(DataConfig(source=arguments.source), "train")
     out.parent.mkdir(parents=True, exist_ok=True)
-    model = train_sentencepiece(_spread(texts, arguments.limit), arguments.vocab_size)
-    with atomic_write(out) as unfinished:
-        unfinished.write_bytes(model)
+    with atomic_write(
+        out
+    ) as unfinished:  # A folder that cannot be written to fails before the work.
+        spread = _spread(texts, arguments.limit)
+        unfinished.write_bytes(train_sentencepiece(spread, arguments.vocab_size))
     print(f"{out} holds {arguments.vocab_size:,} pieces.")
 
 

@@ -37,24 +37,15 @@ def generate_text(
       tokens: the largest number of tokens to generate.
       temperature: divides the logits; 0 takes the most likely token.
       top_k: sample among the k most likely tokens only; 0: among all.
-      seed: random seed of the sampling, from 0 to 2³² - 1.
+      seed: random seed of the sampling.
 
     Returns:
       The prompt and its continuation, or the answer alone.
 
     Raises:
       InputError: there is no checkpoint, the tokenizer is missing or has changed, the prompt is
-        empty or not text, the text would be longer than the model allows, or the seed or the
-        temperature is out of range.
+        empty, the text would be longer than the model allows, or the temperature is out of range.
     """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed is {seed}: it must be between 0 and {2**32 - 1}.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"the prompt {prompt!a} is not UTF-8: convert it, or set the terminal to UTF-8."
-        ) from None
     is_run = not (Path(folder) / "config.json").is_file()
     config, params = load_for_inference(folder) if is_run else _load_huggingface(Path(folder))
     check_same_tokenizer(RunFolder(folder), config.data.tokenizer)
@@ -65,8 +56,6 @@ def generate_text(
 
         template = ChatTemplate(config.data.tokenizer)
     prompt_tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
-    if not prompt_tokens:
-        raise InputError("the prompt is empty: give a prompt of at least one word.")
     if not is_run:
         prompt_tokens = [*tokenizer.prefix, *prompt_tokens]
     start = jnp.asarray([prompt_tokens], jnp.int32)
