@@ -33,6 +33,7 @@ def checked(section: str) -> Callable[[AnyClass], AnyClass]:
 
     def decorate(kind: AnyClass) -> AnyClass:
         result: Any = pydantic.dataclasses.dataclass(kind, frozen=True, config=_STRICT)
+        result.__doc__ = kind.__doc__
         unchecked = result.__init__
         tables: dict[str, Any] = {f.name: f.type for f in fields(result) if is_dataclass(f.type)}
 
