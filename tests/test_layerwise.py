@@ -159,26 +159,24 @@ def test_at_12_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, set
     assert refreshes >= 3 or not projected
 
 
-@pytest.mark.parametrize("projected", [True, False], ids=["coordinates", "full gradient"])
-def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step(projected):
+def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step():
     tx = galore_jax.adamw(0.003, 8, GAP, weight_decay=0.1)
-    ordinary = Ordinary(tx, projected, OTHER_MODEL)
-    steps = layerwise_steps(tx, model_of(OTHER_MODEL), projected=projected)
+    ordinary = Ordinary(tx, True, OTHER_MODEL)
+    steps = layerwise_steps(tx, model_of(OTHER_MODEL))
     params = params_of(OTHER_MODEL)
     state = galore_jax.init(tx, params)
     for t in range(GAP + 2):
-        due = projected and bool(galore_jax.refresh_due(state))
+        due = bool(galore_jax.refresh_due(state))
         found = steps[due](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
         params, state, loss, _ = ordinary.step(params, state, batch_of(t))
         assert max_difference(found.params, params) <= 1e-5, t
         np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
-    if projected:
-        loss = functools.partial(loss_of, OTHER_MODEL)
-        report = galore_jax.describe(params, tx, loss, batch_of(0)).uses
-        kernels = {f"layers/attention/{letter}_proj/kernel" for letter in "qkvo"}
-        kernels |= {f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
-        assert report.keys() == kernels
-        assert {uses.gradient for uses in report.values()} == {"projected"}
+    loss = functools.partial(loss_of, OTHER_MODEL)
+    report = galore_jax.describe(params, tx, loss, batch_of(0)).uses
+    kernels = {f"layers/attention/{letter}_proj/kernel" for letter in "qkvo"}
+    kernels |= {f"layers/mlp/{name}_proj/kernel" for name in ("gate", "up", "down")}
+    assert report.keys() == kernels
+    assert {uses.gradient for uses in report.values()} == {"projected"}
 
 
 @pytest.mark.slow
@@ -329,8 +327,7 @@ def memory(step, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refreshes", [False, True], ids=["step", "refreshing step"])
-def test_temporary_memory_grows_with_depth_only_by_the_inputs_of_layers(refreshes):
+def test_temporary_memory_grows_with_depth_only_by_the_inputs_of_layers():
     tx = galore_jax.adamw(0.01, 32, eight_bit=True)
     rows, length, hidden = 4, 24, 128
     batch = batch_of(0, rows, length)
@@ -339,7 +336,7 @@ def test_temporary_memory_grows_with_depth_only_by_the_inputs_of_layers(refreshe
         config = LlamaConfig(97, hidden, 352, int(depth), 4, max_length=length)
         params = jax.eval_shape(functools.partial(initial, config))
         state = jax.eval_shape(functools.partial(layerwise.init, tx), params)
-        step = layerwise.make_step(model_of(config), tx, refreshes=refreshes)
+        step = layerwise.make_step(model_of(config), tx, refreshes=True)
         sizes.append(memory(step, params, state, batch).temp_size_in_bytes)
     slope, start = np.polyfit(depths, sizes, 1)
     inputs = rows * length * hidden * 4
