@@ -123,7 +123,7 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1, but only one size can take what"),
         ("training.steps=10", "optimizer.warmup_steps is 1000, but training.steps is only 10"),
         ("optimizer.rank=4", "optimizer.rank is now optimizer.galore.rank."),
-        ("mesh.axes=auto", "mesh.axes is no longer a setting: leave it out."),
+        ("mesh.axes=auto", "mesh.axes is gone."),
     ],
     ids=lambda text: text[:40],
 )

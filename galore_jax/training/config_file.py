@@ -51,7 +51,7 @@ _MOVED = (
             *("optimizer.max_gap", "optimizer.momentum", "optimizer.stagger"),
             "optimizer.stochastic_rounding",
         ),
-        "no longer a setting: leave it out",
+        "gone",
     )
 )
 
@@ -139,9 +139,8 @@ def from_dict(table: Mapping[str, Any], kind: type[AnyConfig] = Config) -> AnyCo
     Raises:
       InputError: a section or key is unknown, or a value has the wrong type or is out of range.
     """
-    for name in _flat(table):
-        if name in _MOVED:
-            raise InputError(f"{name} is {_MOVED[name]}.")
+    if moved := [f"{name} is {_MOVED[name]}" for name in _flat(table) if name in _MOVED]:
+        raise InputError(f"{'; '.join(moved)}.")
     return kind(**table)
 
 
