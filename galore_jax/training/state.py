@@ -106,9 +106,11 @@ def _check_memory(*shapes: PyTree) -> None:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-    if sum(map(on_a_device, jax.tree.leaves(shapes))) > statistics.get("bytes_limit", host):
+    if jax.default_backend() == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    else:  # Not every allocator has a limit.
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or math.inf
+    if sum(map(on_a_device, jax.tree.leaves(shapes))) > memory:
         raise MemoryError
 
 
