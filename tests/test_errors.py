@@ -81,8 +81,6 @@ def run_without(module, *arguments):
     ("arguments", "module", "extra"),
     [
         (("scripts/train.py", "--config", "configs/demo.toml"), "flax", "train"),
-        (("scripts/generate.py", "runs/x", "--prompt", "x"), "orbax", "train"),
-        (("scripts/train_tokenizer.py",), "sentencepiece", "train"),
         (("scripts/prepare_c4.py", "inputs"), "tensorflow_datasets", "train"),
         (("scripts/plot.py", "runs/x"), "matplotlib", "plots"),
     ],

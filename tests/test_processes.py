@@ -14,8 +14,6 @@ from pathlib import Path
 import jax
 import pytest
 
-from galore_jax.data.batches import DataConfig, train_batches
-from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.training.processes import joined
 
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
@@ -257,40 +255,6 @@ def test_what_only_one_process_can_refuse_ends_all(place):
     both = ["mesh.fsdp=3"]
     assert "mesh.fsdp × mesh.tensor is 3" in refused(both, both)
     assert not (place / "refused").exists()
-
-
-ROWS = """
-import sys
-import jax
-from galore_jax.training.config_file import from_dict
-from galore_jax.data.batches import train_batches
-from galore_jax.data.tokenizers import ByteTokenizer
-from galore_jax.training.layout import put_batch, training_mesh
-from galore_jax.training.processes import joined
-
-with joined(sys.argv[1], 2, int(sys.argv[2])):
-    config = from_dict({"data": {"sequence_length": 16, "batch_size": 4}})
-    batches = train_batches(config.data, ByteTokenizer())
-    tokens = put_batch(next(batches), training_mesh(config))["tokens"]
-    (shard,) = tokens.addressable_shards
-    print(shard.data.tolist())
-"""
-
-
-@pytest.mark.slow
-def test_the_rows_of_two_processes_make_up_the_batch_of_one():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", ROWS, address, str(index)], stdout=subprocess.PIPE, text=True
-        )
-        for index in range(2)
-    ]
-    printed = [process.communicate(timeout=60)[0] for process in processes]
-    rows = [row for text in printed for row in json.loads(text.splitlines()[-1])]
-    config = DataConfig(sequence_length=16, batch_size=4)
-    assert rows == next(train_batches(config, ByteTokenizer()))["tokens"].tolist()
 
 
 @pytest.mark.parametrize(
