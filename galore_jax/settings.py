@@ -63,7 +63,11 @@ def _sentence(error: ValidationError, section: str, kind: Any) -> str:
     key = first["loc"][0]
     name = f"{section}.{names[key] if isinstance(key, int) else key}".lstrip(".")
     if first["type"] == "unexpected_keyword_argument":
-        return f"{name} is unknown{suggestion(str(key), names)}"
+        # It may be a setting of one of the tables, as optimizer.rank was once.
+        tables = {f.name: fields(f.type) for f in fields(kind) if is_dataclass(f.type)}
+        inner = [f"{table}.{key}" for table, own in tables.items() if key in [f.name for f in own]]
+        nearest = f"; did you mean {' or '.join(inner)}?" if inner else suggestion(str(key), names)
+        return f"{name} is unknown{nearest}"
     if first["type"] == "dataclass_exact_type":
         return f"{name} is a table: write [{name}], then a line for each key."
     # Of the types of a union, each has an error, the most general one the last.

@@ -122,8 +122,10 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("mesh.fsdp=0", "mesh.fsdp must be greater than 0, not 0."),
         ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1, but only one size can take what"),
         ("training.steps=10", "optimizer.warmup_steps is 1000, but training.steps is only 10"),
-        ("optimizer.rank=4", "optimizer.rank is now optimizer.galore.rank."),
-        ("mesh.axes=auto", "mesh.axes is gone."),
+        ("optimizer.rank=4", "optimizer.rank is unknown; did you mean galore.rank or lora.rank?"),
+        ("optimizer.scale=4", "optimizer.scale is unknown; did you mean galore.scale?"),
+        ("steps=4", "steps is unknown; did you mean training.steps?"),
+        ("mesh.axes=auto", "mesh.axes is unknown; there are data, fsdp, tensor, shard_moments."),
     ],
     ids=lambda text: text[:40],
 )

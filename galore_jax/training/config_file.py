@@ -28,7 +28,7 @@ from typing import Any
 
 from galore_jax.errors import InputError, suggestion
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import OPTIMIZERS, Config, GaloreConfig
+from galore_jax.training.config import OPTIMIZERS, Config
 
 # The dataclass of a configuration: that of pre-training, unless another is given.
 AnyConfig = typing.TypeVar("AnyConfig")
@@ -41,19 +41,6 @@ _LABEL = re.compile(r"\w[\w .+=-]*")
 _ALWAYS_WRITTEN = {
     f"model.{field.name}" for field in fields(LlamaConfig) if field.default is not None
 }
-# Settings of files that were written before, and what they are now.
-_MOVED = (
-    {f"optimizer.{f.name}": f"now optimizer.galore.{f.name}" for f in fields(GaloreConfig)}
-    | {f"optimizer.{name}": f"now optimizer.lora.{name}" for name in ("alpha", "dropout")}
-    | dict.fromkeys(
-        (
-            *("mesh.axes", "training.bigram", "optimizer.clip_norm_of", "optimizer.complement"),
-            *("optimizer.max_gap", "optimizer.momentum", "optimizer.stagger"),
-            "optimizer.stochastic_rounding",
-        ),
-        "gone",
-    )
-)
 
 
 def load_config(
@@ -139,8 +126,6 @@ def from_dict(table: Mapping[str, Any], kind: type[AnyConfig] = Config) -> AnyCo
     Raises:
       InputError: a section or key is unknown, or a value has the wrong type or is out of range.
     """
-    if moved := [f"{name} is {_MOVED[name]}" for name in _flat(table) if name in _MOVED]:
-        raise InputError(f"{'; '.join(moved)}.")
     return kind(**table)
 
 
