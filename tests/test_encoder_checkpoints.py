@@ -12,7 +12,7 @@ from encoders import BERT, CONFIGS, TINY, initial, outputs, random_tokens, rando
 
 from galore_jax.errors import InputError
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
-from galore_jax.models.encoder import Classifier, Encoder, MaskedLanguageModel
+from galore_jax.models.encoder import Classifier, Encoder
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="needs safetensors")
 KEY = jax.random.key(5)
@@ -22,9 +22,8 @@ MODELS = pytest.mark.parametrize(
         lambda c: Encoder(c),
         lambda c: Classifier(c, 3),
         lambda c: Classifier(c, 1),
-        lambda c: MaskedLanguageModel(c),
     ],
-    ids=["body", "classification", "regression", "masked"],
+    ids=["body", "classification", "regression"],
 )
 
 
@@ -41,9 +40,7 @@ def transformers_model(library, model):
     """The class of `transformers` for a model."""
     if isinstance(model, Encoder):
         return library.AutoModel
-    if isinstance(model, Classifier):
-        return library.AutoModelForSequenceClassification
-    return library.AutoModelForMaskedLM
+    return library.AutoModelForSequenceClassification
 
 
 def batch(config):
@@ -166,10 +163,12 @@ def test_bfloat16_is_saved_and_loaded_bit_for_bit(tmp_path):
 
 @CONFIGS
 def test_a_head_that_the_folder_lacks_is_initialised_and_reported(tmp_path, config):
-    masked, model = MaskedLanguageModel(config), Classifier(config, 3)
-    save_encoder(tmp_path, masked, initial(masked))
+    body, model = Encoder(config), Classifier(config, 3)
+    save_encoder(tmp_path, body, initial(body))
+    other = {"lm_head.bias": np.zeros(61, np.float32)}
+    changed(tmp_path, lambda tensors: tensors.update(other))
     params, initialized, unused = load_encoder(tmp_path, model, KEY)
-    jax.tree.map(np.testing.assert_array_equal, params["encoder"], initial(masked)["encoder"])
+    jax.tree.map(np.testing.assert_array_equal, params["encoder"], initial(body))
     expected = model.init(KEY, random_tokens(1, 1))["params"]["head"]
     # Compiled, as there, or not, random numbers differ in their last bit.
     same = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -177,8 +176,7 @@ def test_a_head_that_the_folder_lacks_is_initialised_and_reported(tmp_path, conf
     dense = {"roberta": "classifier.dense", "bert": "pooler.dense"}[config.architecture]
     out = {"roberta": "classifier.out_proj", "bert": "classifier"}[config.architecture]
     assert set(initialized) == {f"{m}.{leaf}" for m in (dense, out) for leaf in ("weight", "bias")}
-    assert len(unused) == 5  # transform, its norm and the bias of the decoder
-    assert all(name.startswith(("lm_head.", "cls.predictions.")) for name in unused)
+    assert unused == (*other,)
 
 
 @CONFIGS
@@ -214,7 +212,7 @@ def changed(folder, change):
 
 @pytest.fixture
 def folder(tmp_path):
-    model = MaskedLanguageModel(BERT)
+    model = Classifier(BERT, 3)
     save_encoder(tmp_path, model, initial(model))
     return tmp_path
 
@@ -226,7 +224,7 @@ def test_names_of_converted_tensorflow_checkpoints_are_known(folder):
             tensors[new] = tensors.pop(name)
 
     changed(folder, rename)
-    model = MaskedLanguageModel(BERT)
+    model = Classifier(BERT, 3)
     loaded = load_encoder(folder, model, KEY)
     assert loaded[1:] == ((), ())
     jax.tree.map(np.testing.assert_array_equal, loaded.params, initial(model))
@@ -241,7 +239,7 @@ def test_shards_are_read_through_their_index(folder):
         safetensors.save_file(shard, folder / file)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    model = MaskedLanguageModel(BERT)
+    model = Classifier(BERT, 3)
     jax.tree.map(
         np.testing.assert_array_equal, load_encoder(folder, model, KEY).params, initial(model)
     )
@@ -250,16 +248,6 @@ def test_shards_are_read_through_their_index(folder):
         InputError, match=r"names model-00002-of-00002.safetensors, which .*download"
     ):
         load_encoder(folder, model, KEY)
-
-
-def test_a_stored_decoder_must_be_the_word_embedding(folder):
-    word, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
-    changed(folder, lambda tensors: tensors.update({decoder: tensors[word]}))
-    assert load_encoder(folder, MaskedLanguageModel(BERT), KEY).unused == ()
-    assert decoder in load_encoder(folder, Classifier(BERT, 3), KEY).unused
-    changed(folder, lambda tensors: tensors.update({decoder: tensors[word] + 1}))
-    with pytest.raises(InputError, match=f"{decoder} differs from .*not tied"):
-        load_encoder(folder, MaskedLanguageModel(BERT), KEY)
 
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
@@ -291,7 +279,7 @@ QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 def test_tensors_that_do_not_fit_are_named(folder, change, message):
     changed(folder, change)
     with pytest.raises(InputError, match=message):
-        load_encoder(folder, MaskedLanguageModel(BERT), KEY)
+        load_encoder(folder, Classifier(BERT, 3), KEY)
 
 
 def test_a_truncated_file_is_named(folder):
@@ -300,7 +288,7 @@ def test_a_truncated_file_is_named(folder):
     with pytest.raises(
         InputError, match=r"model.safetensors is not a complete safetensors file .*download"
     ):
-        load_encoder(folder, MaskedLanguageModel(BERT), KEY)
+        load_encoder(folder, Classifier(BERT, 3), KEY)
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):

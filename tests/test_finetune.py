@@ -23,7 +23,7 @@ from galore_jax.data.glue_metrics import predictions_of, scores
 from galore_jax.data.text_pairs import load_pair_tokenizer
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.lock import locked
-from galore_jax.models.encoder import Classifier, MaskedLanguageModel
+from galore_jax.models.encoder import Classifier, Encoder
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.compare_finetuning import (
@@ -49,7 +49,7 @@ CONFIG = dataclasses.replace(
 def place(tmp_path_factory):
     """A folder with a model, its tokenizer, and RTE: a pair entails if it shares its first word."""
     place = tmp_path_factory.mktemp("finetune")
-    model = MaskedLanguageModel(CONFIG)
+    model = Encoder(CONFIG)
     save_encoder(place / "model", model, initial(model))
     (place / "model" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (place / "RTE").mkdir()
@@ -305,7 +305,7 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
     with pytest.raises(InputError, match=r"holds results with optimizer.name = 'adamw', which is"):
         finetune(configured(place, tmp_path, GALORE))
     model = tmp_path / "model"
-    save_encoder(model, MaskedLanguageModel(CONFIG), initial(MaskedLanguageModel(CONFIG)))
+    save_encoder(model, Encoder(CONFIG), initial(Encoder(CONFIG)))
     (model / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
     with pytest.raises(InputError, match="does not belong to the model: it has 13 tokens"):
         finetune(configured(tmp_path, tmp_path / "new", GALORE))

@@ -26,16 +26,16 @@ from galore_jax.interop.tensors import (
     stored_tensors,
     write_file,
 )
+from galore_jax.models.adapters import HEAD
 from galore_jax.models.encoder import (
     ARCHITECTURES,
     Classifier,
     Encoder,
     EncoderConfig,
-    MaskedLanguageModel,
 )
 from galore_jax.types import PyTree
 
-EncoderModel = Encoder | Classifier | MaskedLanguageModel
+EncoderModel = Encoder | Classifier
 
 # Our modules and theirs; "layers" become `encoder.layer.0`, `encoder.layer.1` and so on.
 _BODY = {
@@ -53,33 +53,12 @@ _BODY = {
     "layers/mlp_norm": "encoder.layer.{}.output.LayerNorm",
 }
 _HEADS = {
-    "roberta": {
-        "head/dense": "classifier.dense",
-        "head/out_proj": "classifier.out_proj",
-        "lm_head": "lm_head",
-        "lm_head/dense": "lm_head.dense",
-        "lm_head/norm": "lm_head.layer_norm",
-    },
-    "bert": {
-        "head/dense": "pooler.dense",
-        "head/out_proj": "classifier",
-        "lm_head": "cls.predictions",
-        "lm_head/dense": "cls.predictions.transform.dense",
-        "lm_head/norm": "cls.predictions.transform.LayerNorm",
-    },
+    "roberta": {"head/dense": "classifier.dense", "head/out_proj": "classifier.out_proj"},
+    "bert": {"head/dense": "pooler.dense", "head/out_proj": "classifier"},
 }
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-_HEAD_MODULES = ("head", "lm_head")
 # Tensors that a model without their head does not need, and buffers of older versions.
 _UNUSED = re.compile(r"(pooler|classifier|lm_head|cls|qa_outputs)\.|embeddings\.position_ids$")
-# The decoder of a masked language model, where it is stored although it is tied.
-_TIED = {
-    "lm_head.decoder.weight": "embeddings.word_embeddings.weight",
-    "lm_head.decoder.bias": "lm_head.bias",
-    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-
 # Settings of a config.json, and their names in EncoderConfig.
 _SETTINGS = {
     "vocab_size": "vocab_size",
@@ -152,8 +131,7 @@ def load_encoder(
 
     Raises:
       InputError: a file is missing or damaged; a tensor of the body is missing; a tensor has no
-        place in the model, or another shape or dtype; or the decoder is not tied. The message
-        names the tensors.
+        place in the model, or another shape or dtype. The message names the tensors.
     """
     tensors = stored_tensors(Path(folder))
     stored = _stored_names(tensors, model.config.architecture)
@@ -163,12 +141,9 @@ def load_encoder(
     wanted = {name: path for path, leaf in _leaves(params) for name in _names(path, leaf, model)}
     missing, unused = _differences(folder, model, stored, wanted)
     check_dtypes(tensors[stored[name]] for name in wanted if name in stored)
-    if isinstance(model, MaskedLanguageModel):
-        unused = _without_tied(folder, tensors, stored, unused)
     if missing:
         # Only the head is computed.
-        heads = lambda key: {k: v for k, v in initialize(key).items() if k in _HEAD_MODULES}
-        params |= jax.jit(heads)(key)
+        params |= jax.jit(lambda key: {HEAD: initialize(key)[HEAD]})(key)
 
     def read(path: tuple[Any, ...], leaf: Any) -> jax.Array:
         names = _names(_keys(path), leaf, model)
@@ -197,7 +172,7 @@ def _differences(
 ) -> tuple[list[str], list[str]]:
     """The head's tensors that the folder lacks, and tensors that the model does not need."""
     missing = [name for name in wanted if name not in stored]
-    if lost := [name for name in missing if wanted[name][0] not in _HEAD_MODULES]:
+    if lost := [name for name in missing if wanted[name][0] != HEAD]:
         raise InputError(
             f"{folder} lacks {_listed(lost)}, which a model of this config.json has: take weights "
             "that belong to it."
@@ -209,24 +184,6 @@ def _differences(
             "has no place: take weights that belong to it."
         )
     return missing, unused
-
-
-def _without_tied(
-    folder: str | Path,
-    tensors: Mapping[str, Stored],
-    stored: Mapping[str, str],
-    unused: Sequence[str],
-) -> list[str]:
-    """The unused tensors, without a stored decoder, which has to equal the word embedding."""
-    tied = [name for name in unused if _TIED.get(name) in stored]
-    for name in tied:
-        decoder, embedding = (read_tensor(tensors[stored[n]]) for n in (name, _TIED[name]))
-        if not np.array_equal(decoder, embedding):
-            raise InputError(
-                f"{folder}: {stored[name]} differs from {_TIED[name]}: a decoder that is not tied "
-                "to the word embedding is not supported."
-            )
-    return [name for name in unused if name not in tied]
 
 
 def _read_leaf(path: tuple[str, ...], leaf: Any, tensors: Sequence[Stored]) -> jax.Array:
@@ -288,9 +245,7 @@ def _hugging_face_config(model: EncoderModel, labels: Sequence[str]) -> dict[str
     config = model.config
     settings = {name: getattr(config, ours) for name, ours in _SETTINGS.items()}
     task = "Model"
-    if isinstance(model, MaskedLanguageModel):
-        task = "ForMaskedLM"
-    elif isinstance(model, Classifier):
+    if isinstance(model, Classifier):
         task = "ForSequenceClassification"
         names = _class_names(labels, model.num_labels)
         settings["id2label"] = {str(index): name for index, name in enumerate(names)}

@@ -176,31 +176,6 @@ class Classifier(nn.Module):
         return head(x[:, 0], deterministic)
 
 
-class MaskedLanguageModel(nn.Module):
-    """An encoder that predicts the token at each position; its decoder is the word embedding.
-
-    Its leaves are those of `Encoder` in encoder/, lm_head/dense/{kernel,bias} (hidden, hidden),
-    lm_head/norm/{scale,bias} and lm_head/bias (vocab,).
-    """
-
-    config: EncoderConfig
-
-    def setup(self):
-        """Creates the layers."""
-        self.encoder = Encoder(self.config)
-        self.lm_head = MaskedLanguageModelHead(self.config)
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        token_types: jax.Array | None = None,
-        deterministic: bool = True,
-    ) -> jax.Array:
-        """Logits, float32 (batch, length, vocab); see `Encoder`."""
-        x = self.encoder(tokens, token_types, deterministic)
-        return self.lm_head(x, self.encoder.word_embedding.embedding)
-
-
 class ClassificationHead(nn.Module):
     """`out_proj(tanh(dense(x)))` of the first token, with dropout."""
 
@@ -217,21 +192,6 @@ class ClassificationHead(nn.Module):
             x = dropout(x)
         x = jnp.tanh(_dense(config.hidden_size, config, "dense")(x))
         return _dense(self.num_labels, config, "out_proj", jnp.float32)(dropout(x))
-
-
-class MaskedLanguageModelHead(nn.Module):
-    """`norm(gelu(dense(x))) embeddingᵀ + bias`."""
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array, embedding: jax.Array) -> jax.Array:
-        """Maps (batch, length, hidden), with a (vocab, hidden), to float32 (…, vocab)."""
-        config = self.config
-        x = _gelu(_dense(config.hidden_size, config, "dense")(x))
-        x = _norm(config, "norm")(x)
-        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,), config.dtype)
-        return jnp.einsum("blh,vh->blv", x, embedding, preferred_element_type=jnp.float32) + bias
 
 
 class EncoderBlock(nn.Module):
