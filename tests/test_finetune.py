@@ -49,8 +49,7 @@ CONFIG = dataclasses.replace(
 def place(tmp_path_factory):
     """A folder with a model, its tokenizer, and RTE: a pair entails if it shares its first word."""
     place = tmp_path_factory.mktemp("finetune")
-    model = Encoder(CONFIG)
-    save_encoder(place / "model", model, initial(model))
+    save_encoder(place / "model", Encoder(CONFIG), initial(Classifier(CONFIG, 2))["encoder"])
     (place / "model" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (place / "RTE").mkdir()
     draw = np.random.default_rng(0)
