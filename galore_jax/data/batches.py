@@ -184,9 +184,7 @@ def _text_checksum(texts: Sequence[str]) -> int:
 def first_prompt(config: DataConfig, characters: int) -> str:
     """The beginning of the first validation document with text, or of the first question."""
     if config.rows == "conversations":
-        messages = _conversations(config, "validation").messages(0)
-        questions = [each["content"] for each in messages if each["role"] == "user"]
-        return "".join(questions[:1])[:characters]
+        return _conversations(config, "validation").first_question[:characters]
     texts = documents(config, "validation")
     beginnings = (texts[index][:characters] for index in range(len(texts)))
     return next(filter(str.strip, beginnings), "")

@@ -9,7 +9,7 @@ A row of a file is one of
 
 import json
 from codecs import BOM_UTF8
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +22,9 @@ from galore_jax.errors import InputError
 _FILES = {"train": "train.jsonl", "validation": "validation.jsonl"}
 _CHAT = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT = {"human": "user", "gpt": "assistant", **_CHAT}
-
-
-class JsonRows:
-    """The values in a JSONL file, one per line, or in a JSON file of one array.
-
-    For a JSONL file only the positions of the lines are kept in memory.
-
-    Args:
-        path: the file. Blank lines do not count.
-
-    Raises:
-        InputError: the file cannot be read, or its array is not valid JSON.
-    """
-
-    def __init__(self, path: Path):
-        self._path, self._array = path, None
-        self._starts, self._numbers, position = [], [], 0
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        self._starts.append(position)
-                        self._numbers.append(number)
-                    position += len(line)
-        except OSError as error:
-            raise InputError(
-                f"{path} cannot be read ({error.strerror}): name a folder that has it, or a .jsonl "
-                "file, as data.source."
-            ) from None
-        if self._starts and self._read(0).lstrip(BOM_UTF8 + b" \t").startswith(b"["):
-            self._array = _parse(path.read_bytes(), str(path))
-
-    def __len__(self) -> int:
-        return len(self._starts if self._array is None else self._array)
-
-    def __getitem__(self, index: int) -> Any:
-        """Raises an `InputError` if the line is not JSON."""
-        if self._array is not None:
-            return self._array[index]
-        return _parse(self._read(index), self.place(index))
-
-    def place(self, index: int) -> str:
-        """Where a row stands, for people."""
-        if self._array is not None:
-            return f"{self._path}, item {index + 1}"
-        return f"{self._path}, line {self._numbers[index]}"
-
-    def _read(self, index: int) -> bytes:
-        # Several threads read, so each opens the file for itself.
-        with self._path.open("rb") as file:
-            file.seek(self._starts[index])
-            return file.readline()
-
-
-def _parse(text: bytes, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place} is not JSON: {error}.") from None
+# By the key of the list: the keys of a message, and the roles with their names here.
+_LISTS = {"messages": ("role", "content", _CHAT), "conversations": ("from", "value", _SHAREGPT)}
+Row = tuple[str, Any]  # its place in a file, for people; and its JSON, as bytes or parsed
 
 
 class Conversations:
@@ -91,11 +35,11 @@ class Conversations:
 
     Attributes:
         tokens: number of tokens in all conversations.
+        first_question: the first user's message.
         report: what was read, cut and left out, in one sentence.
 
     Args:
-        rows: those of a file.
-        indices: which of them.
+        rows: those of a file that are to be read.
         template: renders and tokenises them.
         length: tokens of a conversation that are kept.
 
@@ -104,18 +48,19 @@ class Conversations:
             answer ends with the tokenizer's end of sequence, so that none would be learnt.
     """
 
-    def __init__(self, rows: JsonRows, indices: np.ndarray, template: ChatTemplate, length: int):
-        self._rows, self._indices = rows, list[int]()
+    def __init__(self, rows: Sequence[Row], template: ChatTemplate, length: int):
         self._conversations: list[Conversation] = []
+        self.first_question = ""
         self.tokens = answers = ends = cut = 0
-        for index in indices.tolist():
-            messages, conversation = _encoded(rows, index, template)
+        for row in rows:
+            messages, conversation = _encoded(row, template)
             # Copies, as a slice would keep all of the array.
             kept = Conversation(*(array[:length].copy() for array in conversation))
             # The first token of a conversation is not predicted.
-            if not (kept.is_answer[1:].any() and _has_answer(messages)):
+            if not (kept.is_answer[1:].any() and any(_texts(messages, "assistant"))):
                 continue
-            self._indices.append(index)
+            if not self._conversations:
+                self.first_question = "".join(_texts(messages, "user")[:1])
             self._conversations.append(kept)
             self.tokens += len(kept.tokens)
             answers += int(kept.is_answer.sum())
@@ -127,33 +72,27 @@ class Conversations:
                 "the token that ends an answer in the chat template as eos_token in "
                 "tokenizer_config.json."
             )
-        left_out = len(indices) - len(self._indices)
+        left_out = len(rows) - len(self)
         self.report = (
-            f"{len(self._indices):,} conversations of {self.tokens:,} tokens, {answers:,} of them "
+            f"{len(self):,} conversations of {self.tokens:,} tokens, {answers:,} of them "
             f"in answers; cut at {length:,} tokens: {cut:,}; left out, as their answers begin "
             f"later or are empty: {left_out:,}"
         )
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self._conversations)
 
     def __getitem__(self, index: int) -> Conversation:
         return self._conversations[index]
 
-    def messages(self, index: int) -> list[Message]:
-        """The messages of a conversation, which is not cut."""
-        return _messages(self._rows[self._indices[index]])
 
-
-def _encoded(
-    rows: JsonRows, index: int, template: ChatTemplate
-) -> tuple[list[Message], Conversation]:
-    row = rows[index]
+def _encoded(row: Row, template: ChatTemplate) -> tuple[list[Message], Conversation]:
+    place, content = row
     try:
-        messages = _messages(row)
+        messages = _messages(_parse(content) if isinstance(content, bytes) else content)
         return messages, template.encode(messages)
     except InputError as error:
-        raise InputError(f"{rows.place(index)}: {error}") from None
+        raise InputError(f"{place}: {error}") from None
 
 
 def open_conversations(
@@ -182,12 +121,11 @@ def open_conversations(
         )
     if path.is_dir():
         path = path / _FILES[split]
-        rows = JsonRows(path)
-        indices = np.arange(len(rows))
+        rows = _read_rows(path)
     else:
-        rows = JsonRows(path)
-        indices = _split(len(rows), split, held_out, path)
-    conversations = Conversations(rows, indices, ChatTemplate(tokenizer), length)
+        rows = _read_rows(path)
+        rows = [rows[index] for index in _split(len(rows), split, held_out, path)]
+    conversations = Conversations(rows, ChatTemplate(tokenizer), length)
     if not len(conversations):
         raise InputError(
             f"the {split} split in {path} is empty ({conversations.report}): add conversations, "
@@ -208,6 +146,36 @@ def _split(count: int, split: str, held_out: int | float, path: Path) -> np.ndar
     return np.sort(order[:number] if split == "validation" else order[number:])
 
 
+def _read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file, one a line, or of a JSON file of one array; blank lines are none.
+
+    Raises:
+        InputError: the file cannot be read, or is an array that is not JSON.
+    """
+    try:
+        content = path.read_bytes().removeprefix(BOM_UTF8)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}): name a folder that has it, or a .jsonl "
+            "file, as data.source."
+        ) from None
+    if not content.lstrip().startswith(b"["):
+        lines = enumerate(content.split(b"\n"), 1)
+        return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    try:
+        array = _parse(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return [(f"{path}, item {number}", row) for number, row in enumerate(array, 1)]
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is not JSON: {error}.") from None
+
+
 def _messages(row: Any) -> list[Message]:
     """The messages of a row of any of the three formats.
 
@@ -217,15 +185,16 @@ def _messages(row: Any) -> list[Message]:
     """
     if not isinstance(row, dict):
         raise InputError("this is not an object with the keys of a conversation.")
-    if "messages" in row:
-        messages = _listed(row, "messages", ("role", "content"), _CHAT)
-    elif "conversations" in row:
-        messages = _listed(row, "conversations", ("from", "value"), _SHAREGPT)
+    if keys := [key for key in _LISTS if key in row]:
+        messages = _listed(keys[0], row[keys[0]])
     elif "instruction" in row and "output" in row:
-        question = [_text(row, "instruction"), _text({"input": row.get("input") or ""}, "input")]
+        texts = [row["instruction"], row.get("input") or "", row["output"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError("instruction, input and output must be text.")
+        *question, answer = texts
         messages = [
             {"role": "user", "content": "\n\n".join(filter(None, question))},
-            {"role": "assistant", "content": _text(row, "output")},
+            {"role": "assistant", "content": answer},
         ]
     else:
         raise InputError(
@@ -234,42 +203,31 @@ def _messages(row: Any) -> list[Message]:
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("the conversation has no answer to train on: add one, or remove it.")
+    try:
+        "".join(message["content"] for message in messages).encode()
+    except UnicodeEncodeError:
+        raise InputError("a text has an unpaired surrogate, which is not a character.") from None
     return messages
 
 
-def _has_answer(messages: list[Message]) -> bool:
-    return any(each["role"] == "assistant" and each["content"].strip() for each in messages)
-
-
-def _listed(
-    row: Mapping[str, Any], key: str, keys: tuple[str, str], roles: Mapping[str, str]
-) -> list[Message]:
-    listed = row[key]
+def _listed(key: str, listed: Any) -> list[Message]:
+    role_key, text_key, roles = _LISTS[key]
     if not isinstance(listed, list) or not listed:
         raise InputError(f"{key} must be a list of at least one message, not {listed!r:.40}.")
     messages = []
     for number, message in enumerate(listed, 1):
-        if not isinstance(message, dict):
-            raise InputError(f"message {number} must have {keys[0]} and {keys[1]}.")
-        role = _text(message, keys[0], number)
-        if role not in roles:
+        fields = message if isinstance(message, dict) else {}
+        role, text = fields.get(role_key), fields.get(text_key)
+        if role not in list(roles) or not isinstance(text, str):
             raise InputError(
-                f"message {number} is {keys[0]} {role!r}, which is unknown; there are "
-                f"{', '.join(roles)}."
+                f"message {number} must have {role_key}, one of {', '.join(roles)}, and a text "
+                f"{text_key}, and is {message!r:.60}."
             )
-        messages.append({"role": roles[role], "content": _text(message, keys[1], number)})
+        messages.append({"role": roles[role], "content": text})
     return messages
 
 
-def _text(table: Mapping[str, Any], key: str, number: int | None = None) -> str:
-    value = table.get(key)
-    of = "" if number is None else f" of message {number}"
-    if not isinstance(value, str):
-        raise InputError(f"{key}{of} must be text, not {value!r:.40}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{key}{of} has an unpaired surrogate, which is not a character."
-        ) from None
-    return value
+def _texts(messages: Sequence[Message], role: str) -> list[str]:
+    """The messages of a role that are not blank."""
+    contents = (message["content"] for message in messages if message["role"] == role)
+    return [content for content in contents if content.strip()]
