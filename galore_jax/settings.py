@@ -1,7 +1,7 @@
 """Dataclasses whose fields are the settings of a section of a configuration file.
 
 pydantic checks each value against the type of its field, `Annotated` with a range or a `Literal`
-with the choices. What is wrong ends in one sentence.
+with the choices. An error is one sentence.
 """
 
 import re
@@ -20,12 +20,11 @@ _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, validate_
 
 
 def checked(section: str) -> Callable[[AnyClass], AnyClass]:
-    """A decorator of a frozen dataclass: its values are checked when one is made.
+    """A decorator of a frozen dataclass whose values are checked when an instance is made.
 
-    Whole numbers are accepted for others, but no number for text or a boolean. Making one raises an
-    `InputError` for an unknown name, with the nearest that there are; for a value of another type,
-    out of range or not finite; and what its `__post_init__` raises. A field that is another such
-    dataclass also takes a mapping of that one's values.
+    A whole number is accepted as a float, but no number as text or a boolean. An unknown name
+    raises an `InputError` with the nearest ones, and so does a value of another type, out of range
+    or not finite. A field that is another such dataclass also accepts a mapping of its values.
 
     Args:
       section: its name in front of the settings in messages, as in `optimizer.learning_rate`.
@@ -63,14 +62,14 @@ def _sentence(error: ValidationError, section: str, kind: Any) -> str:
     key = first["loc"][0]
     name = f"{section}.{names[key] if isinstance(key, int) else key}".lstrip(".")
     if first["type"] == "unexpected_keyword_argument":
-        # It may be a setting of one of the tables, as optimizer.rank was once.
+        # It may be a setting of one of the tables, such as optimizer.rank of earlier versions.
         tables = {f.name: fields(f.type) for f in fields(kind) if is_dataclass(f.type)}
         inner = [f"{table}.{key}" for table, own in tables.items() if key in [f.name for f in own]]
         nearest = f"; did you mean {' or '.join(inner)}?" if inner else suggestion(str(key), names)
         return f"{name} is unknown{nearest}"
     if first["type"] == "dataclass_exact_type":
         return f"{name} is a table: write [{name}], then a line for each key."
-    # Of the types of a union, each has an error, the most general one the last.
+    # Each type of a union has an error, the most general one last.
     last = [first, *(other for other in others if other["loc"][0] == key)][-1]
     wanted = re.sub(r"^\w+ should", "must", last["msg"])
     return f"{name} {wanted}, not {last['input']!r}."

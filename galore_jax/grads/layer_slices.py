@@ -1,4 +1,4 @@
-"""Slices of one layer, or of the leaves outside of layers, of parameters and optimizer states.
+"""Parts of parameters and optimizer states: those of one layer, or of leaves without layers.
 
 A state contains trees like the parameters (of moments, bases or counters) and shared values such as
 counts. The node at the path of a parameter is that parameter's piece, whatever the state keeps
@@ -59,8 +59,8 @@ class Slices:
                 if not stack.ndim or stack.shape[0] != self.layers:
                     raise ValueError(
                         f"layerwise: for {'/'.join(path_names(path))}, which is stacked by layer, "
-                        f"the optimizer keeps an array, {stack.shape}, that is not one of each "
-                        "layer: use a transformation that treats each layer by itself."
+                        f"the optimizer keeps an array, {stack.shape}, that is not stacked by "
+                        "layer: use a transformation that treats each layer separately."
                     )
                 return lax.dynamic_index_in_dim(stack, index, keepdims=False)
 

@@ -2,8 +2,8 @@
 
 The axes of a tracked array have letters, as in `jnp.einsum`: A, B, … are batch axes, a, b, … make
 up the in side in this order, m, n, … the out side. Sorted by letter, the axes are a batch of
-matrices. What moves or selects whole matrices of the array does the same to the stacks of basis
-vectors and coordinates.
+matrices. An operation that moves or selects whole matrices of the array does the same to the stacks
+of basis vectors and coordinates.
 """
 
 import math

@@ -154,7 +154,7 @@ class OptimizerConfig:
         for the optimizers `"galore_fira"` and `"apollo"`, and to refresh by `"eigh"` or `"svd"`.
       clip_norm: the largest global norm, of coordinates where gradients are projected; 0 does not
         clip. With GaLore, numbers that are not finite do not count.
-      clip_by: where `training.layerwise` gets the norm from before it updates the first layer:
+      clip_by: how `training.layerwise` knows the norm before it updates the first layer:
         `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
         time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
         clips the step after it.
@@ -237,8 +237,8 @@ class TrainingConfig:
         layer's gradient and update exist at a time: see grads/layerwise.py.
       evaluate_every: updates between evaluations; 0 evaluates at the end only.
       evaluation_tokens: number of targets to evaluate on; 0 evaluates on the full validation split.
-      reference_batch_size: rows in a batch of the reference's evaluator, on all its devices, which
-        `reference_loss` depends on: see evaluate.py; 0: data.batch_size.
+      reference_batch_size: rows in a batch of the reference's evaluator, over all its devices, for
+        `reference_loss`: see evaluate.py; 0: data.batch_size.
       checkpoint_every: updates between checkpoints; 0 saves at the end only.
       keep_checkpoints: how many of the latest checkpoints are kept on disk.
       log_every: updates between reads of the metrics from the device; every step has its line.

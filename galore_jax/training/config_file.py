@@ -49,11 +49,10 @@ def load_config(
     """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
 
     A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
-    `training.folder` defaults to `runs/<name of the file>`. The configuration is of the dataclass
-    `kind`, whose attributes are the sections. For a `Config`, `model.checkpoint` stands for all
-    that the folder determines, the settings of the model and the tokenizer. As an override it takes
-    precedence over the file, and other overrides over it; in a file it determines what the file
-    leaves out.
+    `training.folder` defaults to `runs/<name of the file>`. The attributes of the dataclass `kind`
+    are the sections. In a `Config`, `model.checkpoint` sets the model and the tokenizer to those of
+    the folder. As an override it takes precedence over the file, and other overrides over it; in a
+    file it determines only what the file leaves out.
 
     Raises:
       InputError: the file or the checkpoint is missing or damaged, a section or key is unknown, or
@@ -180,12 +179,12 @@ def _with_checkpoint(table: dict[str, Any], overrides: dict[str, Any]) -> dict[s
     in_file, given = _flat(table), _flat(overrides)
     is_given = "model.checkpoint" in given
     folder = (given if is_given else in_file).get("model.checkpoint")
-    # The file of a run leaves out nothing, and the folder may be gone.
+    # The file of a run is complete, and the folder may be gone.
     is_complete = not is_given and set(in_file) >= _ALWAYS_WRITTEN
     if not isinstance(folder, str) or not folder or is_complete:
         return table
     settings = _settings_of_checkpoint(folder)
-    # The tokenizer of the file is that of another model if the checkpoint is not the file's.
+    # If the checkpoint is an override, the file's tokenizer belongs to another model.
     named = {**_flat(settings), **given, **({} if is_given else in_file)}
     if "data.tokenizer" not in named:
         raise InputError(
@@ -237,7 +236,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
-    """A value of TOML, which are those of JSON, but for one character."""
+    """A value as TOML, which agrees with JSON except for one character."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -54,7 +54,7 @@ class GlueConfig:
 @checked("training")
 @dataclass(frozen=True)
 class EpochsConfig:
-    """`[training]`: how long, how often, and where the results go.
+    """`[training]`: epochs, seeds, and the folder of the results.
 
     Attributes:
       epochs: passes over the training examples, each followed by an evaluation.

@@ -21,7 +21,7 @@ from galore_jax.types import PyTree
 def make_optimizer(
     config: OptimizerConfig, steps: int, *, clips: bool = True
 ) -> optax.GradientTransformation:
-    """The optimizer called `config.name`, behind a clip by global norm if one is set.
+    """The optimizer called `config.name`, after a clip by global norm if one is set.
 
     Args:
       config: the section `[optimizer]`.

@@ -18,10 +18,10 @@ PRUNED = 0.99
 def restart(config: Config, state: TrainState) -> TrainState:
     """Merges the adapters into the kernels and starts new ones, which leaves the model as it is.
 
-    Kernels are rounded to the nearest number of their dtype. The new A are drawn as the first ones
-    were, from the seed and the step, so a resumed run draws the same; the new B are 0. Of the
-    moments of each factor of a layer the largest hundredth is kept, and the count of updates. The
-    learning rate is the schedule's business.
+    Kernels are rounded to the nearest number of their dtype. New A are drawn like the first ones,
+    from the seed and the step, so a resumed run draws the same; new B are 0. The largest hundredth
+    of the moments of each factor of a layer is kept, and so is the count of updates. The schedule
+    handles the learning rate.
     """
     adapter = config.optimizer.adapter
     assert adapter is not None, "only ReLoRA restarts"
@@ -31,7 +31,7 @@ def restart(config: Config, state: TrainState) -> TrainState:
 
 
 def prune_moments(opt_state: PyTree) -> PyTree:
-    """Sets all but the largest hundredth of each factor's moments to 0, in each layer by itself."""
+    """Sets all but the largest hundredth of each factor's moments to 0, separately by layer."""
 
     def pruned(path: Any, leaf: jax.Array) -> jax.Array:
         if not is_factor(path_names(path)):
@@ -44,6 +44,6 @@ def prune_moments(opt_state: PyTree) -> PyTree:
 
 
 def steps_until_restart(config: Config, step: Any) -> int:
-    """How many steps there are before the next one that begins with a restart, the first at T."""
+    """The number of steps before the next one that begins with a restart; the first is step T."""
     gap = config.optimizer.lora.restart_gap
     return gap if int(step) == 0 else -int(step) % gap
