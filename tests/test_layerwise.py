@@ -283,7 +283,7 @@ def test_an_optimizer_that_treats_a_stack_as_one_matrix_is_refused():
     tx = optax.adafactor(0.003, min_dim_size_to_factor=2)
     params = params_of(CONFIG)
     step = layerwise.make_step(model_of(CONFIG), tx, projected=False)
-    with pytest.raises(ValueError, match=r"scale.*, \(\d+,\), that is not one of each layer"):
+    with pytest.raises(ValueError, match=r"scale.*, \(\d+,\), that is not stacked by layer"):
         step(params, layerwise.init(tx, params), batch_of(0))
 
 
