@@ -280,10 +280,14 @@ def test_a_model_that_does_not_fit_the_folder_is_refused(folder):
 
 
 @pytest.mark.slow
-def test_the_script_exports_once(folder, run, tmp_path):
+def test_a_script_exports_once_and_another_generates_with_the_folder(folder, run, tmp_path):
     command = [sys.executable, str(SCRIPT), str(run), str(tmp_path / "back")]
     first, second = (subprocess.run(command, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert_equal_trees(load(tmp_path / "back")[1], load(folder)[1])
     assert second.returncode == 2
     assert len(second.stderr.splitlines()) == 1
+    generate = [sys.executable, str(SCRIPT.with_name("generate.py")), str(tmp_path / "back")]
+    command = [*generate, "--prompt", "a b", "--tokens", "3"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == generate_text(run, "a b", 3) + "\n"
