@@ -168,7 +168,7 @@ def test_a_broken_file_keeps_the_other_shards_and_can_be_replaced(tmp_path):
     write_inputs(tmp_path / "inputs")
     broken = tmp_path / "inputs" / "c4-train.00001-of-01024.json.gz"
     broken.write_bytes(broken.read_bytes()[:-500])
-    with pytest.raises(InputError, match=f"{broken} is truncated in line "):
+    with pytest.raises(InputError, match=f"{broken} is truncated or corrupt in line "):
         prepare_c4(str(tmp_path / "inputs"), str(tmp_path / "data"))
     assert sorted(path.name for path in tmp_path.rglob("c4-*array_record*")) == [
         "c4-train.array_record-00000-of-00002",
@@ -199,32 +199,23 @@ zipped = functools.partial(gzip.compress, mtime=0)
         (zipped(GOOD + b"[" * 100_000), "line 2: not JSON"),
         (zipped(GOOD + b'{"text": ["a"]}'), 'line 2: no document with a "text"'),
         (zipped(GOOD + b'{"text": "a", "url": {}, "timestamp": 3}'), "line 2: a .timestamp"),
-        (random.Random(0).randbytes(1000), "corrupt gzip at line 1"),
-        (zipped(GOOD)[:-9], "truncated in line "),
-        (GOOD, "corrupt gzip at line 1"),
-        (zipped(GOOD * 9)[:-8] + b"\0" * 8, "corrupt gzip at line 10"),
+        (random.Random(0).randbytes(1000), "truncated or corrupt in line 1"),
+        (zipped(GOOD)[:-9], "truncated or corrupt in line "),
+        (GOOD, "truncated or corrupt in line 1"),
+        (zipped(GOOD * 9)[:-8] + b"\0" * 8, "truncated or corrupt in line 10"),
     ],
 )
 def test_a_broken_shard_is_named_with_its_line(tmp_path, content, message):
     file = tmp_path / "c4-train.00000-of-00001.json.gz"
     file.write_bytes(content)
     with pytest.raises(InputError, match=f"{file}.* {message}"):
-        list(read_examples(file, report=lambda more_bytes: None))
+        list(read_examples(file))
 
 
 def test_blank_lines_are_skipped(tmp_path):
     file = tmp_path / "c4-train.00000-of-00001.json.gz"
     file.write_bytes(zipped(GOOD + b"\n" + GOOD + b" \n"))
-    assert len(list(read_examples(file, report=lambda more_bytes: None))) == 2
-
-
-def test_reading_reports_every_compressed_byte(tmp_path):
-    write_inputs(tmp_path, documents_per_file=1500)
-    file = tmp_path / "c4-train.00000-of-01024.json.gz"
-    reported = []
-    assert len(list(read_examples(file, reported.append))) == 1500
-    assert sum(reported) == file.stat().st_size
-    assert len(reported) > 3
+    assert len(list(read_examples(file))) == 2
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path):

@@ -16,8 +16,8 @@ import signal
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ _VERSION = "3.1.0"
 _SPLITS = ("train", "validation")
 _METADATA = "dataset_info.json"  # of TFDS; written last, it marks a complete folder
 _INPUTS = "inputs.json"  # name and size of the input file of each shard
-_LINES_PER_REPORT = 200
 
 
 def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
@@ -191,19 +190,17 @@ def _claim(target: Path, inputs: Mapping[str, list[Any]]) -> None:
 def _convert(sources: Mapping[Path, Path], workers: int) -> None:
     """Writes the shards (keys) from their input files (values), several in parallel."""
     processes = multiprocessing.get_context("spawn")
-    bytes_read, stop = processes.Value("q", 0), processes.Event()
-    pool = ProcessPoolExecutor(
-        min(workers, len(sources)), processes, _start_worker, (bytes_read, stop)
-    )
-    total = sum(file.stat().st_size for file in sources.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="C4, compressed") as bar:
+    stop = processes.Event()
+    pool = ProcessPoolExecutor(min(workers, len(sources)), processes, _start_worker, (stop,))
+    sizes = {file: file.stat().st_size for file in sources.values()}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="C4, compressed") as bar:
         try:
-            pending = {pool.submit(_write_shard, file, shard) for shard, file in sources.items()}
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-                bar.update(bytes_read.value - bar.n)
-                for shard in done:
-                    shard.result()
+            pending = {
+                pool.submit(_write_shard, file, shard): file for shard, file in sources.items()
+            }
+            for shard in as_completed(pending):
+                shard.result()
+                bar.update(sizes[pending[shard]])
         except BrokenProcessPool as error:
             raise InputError(
                 "a worker process was killed, perhaps for lack of memory: run the same command "
@@ -216,14 +213,12 @@ def _convert(sources: Mapping[Path, Path], workers: int) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-# In worker processes: the shared counter of bytes, and the event that ends them early.
-_bytes_read: Any = None
-_stop: Any = None
+_stop: Any = None  # in worker processes: the event that ends them early
 
 
-def _start_worker(bytes_read: Any, stop: Any) -> None:
-    global _bytes_read, _stop
-    _bytes_read, _stop = bytes_read, stop
+def _start_worker(stop: Any) -> None:
+    global _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them through the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -236,20 +231,15 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _report(more_bytes: int) -> None:
-    if _stop.is_set():
-        raise KeyboardInterrupt
-    with _bytes_read.get_lock():
-        _bytes_read.value += more_bytes
-
-
 def _write_shard(file: Path, shard: Path) -> None:
     """Converts one json.gz file into one array_record shard."""
     with atomic_write(shard) as unfinished:
         try:
             writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
             try:
-                for example in read_examples(file, _report):
+                for example in read_examples(file):
+                    if _stop.is_set():
+                        raise KeyboardInterrupt
                     writer.write(_serialized(example))
             except BaseException:
                 with contextlib.suppress(RuntimeError):
@@ -263,43 +253,32 @@ def _write_shard(file: Path, shard: Path) -> None:
             raise InputError(f"{shard} cannot be written: {error}.") from error
 
 
-def read_examples(file: Path, report: Callable[[int], None]) -> Iterator[dict[str, bytes]]:
+def read_examples(file: Path) -> Iterator[dict[str, bytes]]:
     """Yields the documents of an allenai/c4 json.gz file as examples of the TFDS features.
 
     Args:
         file: one line of JSON per document; blank lines are skipped.
-        report: called from time to time with the number of compressed bytes read since.
 
     Raises:
         InputError: the file is empty, truncated or corrupt, or a line is not a C4 document.
     """
-    number = reported = documents = 0
-    with open(file, "rb") as compressed, gzip.open(compressed) as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
+    number, is_empty = 0, True
+    try:
+        with gzip.open(file) as lines:
+            for number, line in enumerate(lines, 1):  # noqa: B007  (messages name it)
+                if line.strip():
                     yield _example(line)
-                except ValueError as error:
-                    raise InputError(
-                        f"{file}, line {number}: {error}; correct the line, or download the file "
-                        "again if it is C4's."
-                    ) from error
-                documents += 1
-                if number % _LINES_PER_REPORT == 0:
-                    report(compressed.tell() - reported)
-                    reported = compressed.tell()
-        except EOFError as error:
-            raise InputError(
-                f"{file} is truncated in line {number + 1}: download it again."
-            ) from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(
-                f"{file} is corrupt gzip at line {number + 1}: download it again."
-            ) from error
-        report(compressed.tell() - reported)
-    if documents == 0:
+                    is_empty = False
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(
+            f"{file} is truncated or corrupt in line {number + 1}: download it again."
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{file}, line {number}: {error}; correct the line, or download the file again if it "
+            "is C4's."
+        ) from error
+    if is_empty:
         raise InputError(f"{file} is empty, it has no document: download it again.")
 
 
