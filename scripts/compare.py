@@ -54,13 +54,15 @@ def main() -> None:
     from galore_jax.training.compare import compare, table
     from galore_jax.training.config_file import load_comparison
     from galore_jax.training.loop import Interrupted
+    from galore_jax.training.stepper import keep_programs
 
+    keep_programs()
     configs = load_comparison(arguments.config, arguments.overrides, arguments.optimizers)
     try:
         rows = compare(configs, arguments.seeds, arguments.rates, arguments.matrix_rates)
-    except Interrupted:
+    except Interrupted as stop:
         print("stopped: run the same command again to continue.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stop.status)
     print(table(rows), end="")
 
 

@@ -12,6 +12,7 @@ the file. Runs are kept: the same command continues.
 """
 
 import argparse
+import sys
 
 from galore_jax.command_line import separated
 from galore_jax.errors import InputError, run_cli
@@ -36,24 +37,23 @@ def main() -> None:
         raise InputError("--tasks compares learning rates: give --rates too, as in 3e-5,1e-4.")
 
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
-    from galore_jax.training.compare_finetuning import (
-        compare_finetuning,
-        compare_tasks,
-        table,
-        tables,
-    )
+    from galore_jax.training.compare import compare_finetuning, tables
     from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.finetune import finetune
     from galore_jax.training.finetune_config import FinetuneConfig
+    from galore_jax.training.loop import Interrupted
+    from galore_jax.training.stepper import keep_programs
 
-    if rates:
-        configs = load_comparison(arguments.config, arguments.overrides, kind=FinetuneConfig)
-        if tasks:
-            print(tables(compare_tasks(configs, tasks, rates)), end="")
-        else:
-            print(table(compare_finetuning(configs, rates)), end="")
-        return
-    summary = finetune(load_config(arguments.config, arguments.overrides, FinetuneConfig))
+    keep_programs()
+    try:
+        if rates:
+            configs = load_comparison(arguments.config, arguments.overrides, kind=FinetuneConfig)
+            print(tables(compare_finetuning(configs, rates, tasks)), end="")
+            return
+        summary = finetune(load_config(arguments.config, arguments.overrides, FinetuneConfig))
+    except Interrupted as stop:
+        print("stopped: run the same command again to continue.", file=sys.stderr)
+        sys.exit(stop.status)
     print(
         f"{summary['task']}: {summary['metric']} {summary['mean']:.4f} "
         f"± {summary['deviation']:.4f}, seeds: {len(summary['best'])}"

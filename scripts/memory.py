@@ -102,15 +102,17 @@ def measure(config: Any, mesh: Any, *, on_gpu: bool) -> dict[str, Any]:
     import jax
     from analysis.memory import compiled, state_parts
 
-    from galore_jax.training.layout import check_training_mesh
+    from galore_jax.training.mesh import check_training_mesh
+    from galore_jax.training.pretraining import Pretraining
     from galore_jax.training.state import init_state, trained, tree_size
     from galore_jax.training.stepper import check_gpu
 
-    check_training_mesh(config, mesh)
+    task = Pretraining(config)
+    check_training_mesh(task, mesh)
     if not on_gpu:
         check_gpu(config.optimizer)
-    params = jax.eval_shape(lambda: init_state(config)).params
-    size = tree_size(trained(config, params)[0])
+    params = jax.eval_shape(lambda: init_state(task)).params
+    size = tree_size(trained(task, params)[0])
     return {"trained": size, **state_parts(config, mesh), "programs": compiled(config, mesh)}
 
 

@@ -129,15 +129,16 @@ def contrib_steps(config: Any, mesh: Any) -> tuple[Any, list[Any]]:
     import optax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from galore_jax.training.layout import jit_on, whole
-    from galore_jax.training.state import TrainState, abstract_state
+    from galore_jax.training.mesh import jit_on, whole
+    from galore_jax.training.pretraining import Pretraining
+    from galore_jax.training.state import abstract_state
     from galore_jax.training.step import make_gradients
 
     galore = config.optimizer
     tx = optax.contrib.galore(1e-3, galore.rank, galore.update_proj_gap)
     rest = optax.adam(1e-3)
-    gradients_of = make_gradients(config, mesh)
-    start = abstract_state(config, mesh)
+    gradients_of = make_gradients(Pretraining(config), mesh)
+    start = abstract_state(Pretraining(config), mesh)
     layer = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), start.params["layers"]
     )
@@ -155,7 +156,8 @@ def contrib_steps(config: Any, mesh: Any) -> tuple[Any, list[Any]]:
         others, of_rest = rest.update(gradients, of_rest)
         updates = dict(cast(dict, others), layers=layers)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, (of_layers, of_rest), state.step + 1), metrics
+        new = state._replace(params=params, opt_state=(of_layers, of_rest), step=state.step + 1)
+        return new, metrics
 
     def placed(leaf: Any) -> Any:
         if mesh is None:
@@ -333,7 +335,8 @@ def main() -> None:
 
     from analysis.step_cost import step_cost, trainer_steps
 
-    from galore_jax.training.layout import check_training_mesh
+    from galore_jax.training.mesh import check_training_mesh
+    from galore_jax.training.pretraining import Pretraining
 
     costs: dict[Case, Any] = {}
     todo = cases(arguments)
@@ -341,7 +344,7 @@ def main() -> None:
         start = time.perf_counter()
         config = configuration(case, arguments.rows, arguments.overrides)
         with mesh_for(case, arguments.device) as mesh:
-            check_training_mesh(config, mesh)
+            check_training_mesh(Pretraining(config), mesh)
             steps = contrib_steps if case.optimizer == "contrib" else trainer_steps
             costs[case] = step_cost(config, mesh, *steps(config, mesh))
         seconds = time.perf_counter() - start

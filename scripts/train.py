@@ -39,17 +39,20 @@ def main() -> None:
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
     from galore_jax.training.config_file import load_config
     from galore_jax.training.loop import Interrupted, train
+    from galore_jax.training.pretraining import Pretraining
     from galore_jax.training.processes import ending_together, is_first, joined
+    from galore_jax.training.stepper import keep_programs
 
     with joined(arguments.coordinator, arguments.processes, arguments.process):
+        keep_programs()
         with ending_together():
             config = load_config(arguments.config, arguments.overrides)
         try:
-            train(config, arguments.resume)
+            train(Pretraining(config), arguments.resume)
         except Interrupted as stop:
             if is_first():
                 print(stop, file=sys.stderr)
-            sys.exit(130)
+            sys.exit(stop.status)
 
 
 if __name__ == "__main__":

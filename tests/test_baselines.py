@@ -24,6 +24,7 @@ from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.config_file import changed
 from galore_jax.training.finetune_config import CheckpointConfig, FinetuneConfig
 from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.relora import prune_moments, restart, steps_until_restart
 from galore_jax.training.schedule import learning_rate_schedule
 from galore_jax.training.state import (
@@ -61,7 +62,7 @@ def batch():
 
 @functools.cache
 def compiled_step(config, refreshes=False):
-    return make_train_step(config, refreshes=refreshes)
+    return make_train_step(Pretraining(config), refreshes=refreshes)
 
 
 def by_name(tree):
@@ -108,7 +109,9 @@ def test_all_optimizers_start_from_the_same_parameters():
 def test_a_step_does_not_compute_the_gradients_of_frozen_kernels():
     def count(name):
         config = configured(name)
-        step = make_train_step(config).lower(abstract_state(config), batch_shapes(config))
+        step = make_train_step(Pretraining(config)).lower(
+            abstract_state(Pretraining(config)), batch_shapes(Pretraining(config))
+        )
         return flops(step.compile().as_text(), lambda within: CONFIG.model.num_layers)
 
     adamw, tokens = count("adamw"), 8 * 16
@@ -129,8 +132,8 @@ def test_micro_batches_have_the_gradients_of_the_batch_and_dropout_of_their_own(
 
         @jax.jit
         def compute(params):
-            seeded = with_seeds(config, jnp.int32(3), batch)
-            return make_gradients(config)(params, None, seeded)[0]
+            seeded = with_seeds(Pretraining(config), jnp.int32(3), batch)
+            return make_gradients(Pretraining(config))(params, None, seeded)[0]
 
         return by_name(compute(noisy(initial(config).params)))
 
@@ -146,7 +149,7 @@ def test_micro_batches_have_the_gradients_of_the_batch_and_dropout_of_their_own(
 
 def test_the_matrix_rate_is_a_factor_for_the_factors_alone():
     config = configured("lora", optimizer={"lora": {"rank": 1}, "warmup_steps": 0})
-    params, _ = trained(config, initial(config).params)
+    params, _ = trained(Pretraining(config), initial(config).params)
 
     def updates(**settings):
         optimizer = configured("lora", optimizer={"warmup_steps": 0, **settings}).optimizer
@@ -220,7 +223,7 @@ def test_pruning_zeroes_99_of_100_moments():
 def test_restarts_are_due_at_multiples_of_the_gap_but_not_at_the_start(batch):
     config = configured("relora", optimizer={"lora": {"restart_gap": 3}})
     assert [steps_until_restart(config, step) for step in range(7)] == [3, 2, 1, 0, 2, 1, 0]
-    stepper, state, other = Stepper(config, initial(config)), initial(config), initial(config)
+    stepper, state, other = Stepper(Pretraining(config)), initial(config), initial(config)
     for t in range(5):
         state, measured = stepper(state, batch)
         other, expected = compiled_step(config, refreshes=t == 3)(other, batch)
@@ -250,7 +253,7 @@ def test_a_restored_training_repeats_dropout_and_restarts_bit_for_bit(tmp_path):
         training={"folder": str(tmp_path)},
     )
     batches = train_batches(config.data, ByteTokenizer())
-    stepper, state = Stepper(config, initial(config)), initial(config)
+    stepper, state = Stepper(Pretraining(config)), initial(config)
     for _ in range(3):
         state, _ = stepper(state, next(batches))
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
@@ -259,7 +262,10 @@ def test_a_restored_training_repeats_dropout_and_restarts_bit_for_bit(tmp_path):
         for _ in range(3):
             state, expected = stepper(state, next(batches))
         again = train_batches(config.data, ByteTokenizer())
-        restored, stepper = checkpoints.restore(config, again), Stepper(config, initial(config))
+        restored, stepper = (
+            checkpoints.restore(Pretraining(config), again),
+            Stepper(Pretraining(config)),
+        )
         for _ in range(3):
             restored, measured = stepper(restored, next(again))
     jax.tree.map(np.testing.assert_array_equal, (restored, measured), (state, expected))
@@ -281,9 +287,9 @@ def test_they_are_compared_by_name_and_their_runs_write_text(tmp_path):
     # Two float32 moments of the factors of both layers.
     moments = 2 * 4 * RANK * 2 * sum(rows + columns for rows, columns in KERNELS)
     model = configured("adamw", model={"vocab_size": 258, "max_length": 128})
-    plain = jax.eval_shape(lambda: init_state(model)).params
+    plain = jax.eval_shape(lambda: init_state(Pretraining(model))).params
     for row in rows:
-        assert row.matrix_bytes == matrix_state_bytes(row.config) == moments
+        assert row.matrix_bytes == matrix_state_bytes(Pretraining(row.config)) == moments
         (folder,) = tmp_path.glob(f"{row.label}-*")
         config, params = load_for_inference(folder)
         assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, plain)

@@ -11,6 +11,7 @@ from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference, open_parameters
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state
 from galore_jax.training.stepper import Stepper
 
@@ -44,7 +45,7 @@ def copied(tree):
 
 @pytest.fixture(scope="module")
 def initial():
-    return copied(jax.jit(lambda: init_state(CONFIG))())
+    return copied(jax.jit(lambda: init_state(Pretraining(CONFIG)))())
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_state_and_data_are_restored_bit_for_bit(tmp_path, state, batches):
     following = next(batches)
     again = train_batches(CONFIG.data, ByteTokenizer())
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        restored = checkpoints.restore(CONFIG, again)
+        restored = checkpoints.restore(Pretraining(CONFIG), again)
     assert_same(restored, state)
     assert_same(next(again), following)
 
@@ -87,8 +88,8 @@ def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tm
     model = dataclasses.replace(CONFIG.model, hidden_size=64, intermediate_size=96)
     training = dataclasses.replace(CONFIG.training, layerwise=True)
     config = dataclasses.replace(CONFIG, model=model, optimizer=optimizer, training=training)
-    stepper = Stepper(config, jax.jit(lambda: init_state(config))())
-    state, _ = stepper(jax.jit(lambda: init_state(config))(), next(batches))
+    stepper = Stepper(Pretraining(config))
+    state, _ = stepper(jax.jit(lambda: init_state(Pretraining(config)))(), next(batches))
     assert state.opt_state.norm > 0
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
     assert {np.dtype("int8"), np.dtype("uint8")} <= dtypes
@@ -96,11 +97,11 @@ def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tm
         checkpoints.save(state, batches, config)
         checkpoints.wait()
         again = train_batches(config.data, ByteTokenizer())
-        restored = checkpoints.restore(config, again)
+        restored = checkpoints.restore(Pretraining(config), again)
     assert_same(restored, state)
     batch = next(batches)
     assert_same(next(again), batch)
-    assert_same(stepper(restored, batch)[0], Stepper(config, state)(state, batch)[0])
+    assert_same(stepper(restored, batch)[0], Stepper(Pretraining(config))(state, batch)[0])
 
 
 def test_a_checkpoint_holds_its_step_while_training_continues(tmp_path, state, batches):
@@ -114,7 +115,7 @@ def test_a_checkpoint_holds_its_step_while_training_continues(tmp_path, state, b
         for _ in range(20):
             state = later(state)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        assert_same(checkpoints.restore(CONFIG, batches), expected)
+        assert_same(checkpoints.restore(Pretraining(CONFIG), batches), expected)
 
 
 def test_only_the_latest_are_kept(tmp_path, state, batches):
@@ -147,7 +148,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(saved,
         Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
         pytest.raises(InputError, match=r"another model\.intermediate_size, 48, which"),
     ):
-        checkpoints.restore(other, batches)
+        checkpoints.restore(Pretraining(other), batches)
 
 
 def flip_middle(path):
@@ -178,7 +179,7 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
         Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
         pytest.raises(InputError, match=r"0 is damaged .*: move it out of .* to start from the"),
     ):
-        checkpoints.restore(CONFIG, batches)
+        checkpoints.restore(Pretraining(CONFIG), batches)
     with pytest.raises(InputError, match="is damaged"), open_parameters(saved):
         pass
     with pytest.raises(InputError, match="is damaged") as refused:
@@ -207,7 +208,7 @@ def test_other_damage_is_reported_with_the_previous_checkpoint(saved, state, fil
         place = saved / "checkpoints" / "1" / file
         damage(largest_file(place) if place.is_dir() else place)
         with pytest.raises(InputError, match=f"{named}.*: move it out of .* to resume from 0"):
-            checkpoints.restore(CONFIG, later)
+            checkpoints.restore(Pretraining(CONFIG), later)
 
 
 def test_without_the_latest_checkpoint_the_previous_one_is_restored(saved, state, batches):
@@ -215,7 +216,7 @@ def test_without_the_latest_checkpoint_the_previous_one_is_restored(saved, state
         checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
     (saved / "checkpoints" / "1").rename(saved / "damaged")
     with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
-        assert checkpoints.restore(CONFIG, batches).step == 0
+        assert checkpoints.restore(Pretraining(CONFIG), batches).step == 0
 
 
 def test_a_renamed_checkpoint_is_refused_with_its_step(saved, batches):
@@ -224,7 +225,7 @@ def test_a_renamed_checkpoint_is_refused_with_its_step(saved, batches):
         Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
         pytest.raises(InputError, match=r"20 is the checkpoint of step 0: rename it to 0, or"),
     ):
-        checkpoints.restore(CONFIG, batches)
+        checkpoints.restore(Pretraining(CONFIG), batches)
     with pytest.raises(InputError, match="20 is the checkpoint of step 0"):
         load_for_inference(saved)
 

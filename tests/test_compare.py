@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import signal
 import sys
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 from test_metrics import SUMMARY
 
 from galore_jax.errors import InputError, run_cli
-from galore_jax.training.compare import Row, compare, descend, table
-from galore_jax.training.config import Config, OptimizerConfig
+from galore_jax.training.compare import LossRow, Result, compare, descend, table
+from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_comparison
 from galore_jax.training.loop import Interrupted
 from galore_jax.training.metrics import format_bytes
@@ -76,13 +77,11 @@ def test_each_optimizer_takes_the_rate_of_its_lowest_loss_and_runs_with_every_se
     assert (adamw.label, galore.label) == ("adamw", "rank 2")
     for row in rows:
         # In four updates from a random start a rate of 1e-4 learns next to nothing.
-        assert row.config.optimizer.learning_rate == 0.01
+        assert row.configs[0].optimizer.learning_rate == 0.01
         assert row.borders == ("learning rate",)
-        assert row.loss == pytest.approx(sum(row.losses) / 2)
-        assert row.spread == pytest.approx(abs(row.losses[0] - row.losses[1]))
-        assert [run.steps for run in row.runs] == [4, 4]
-    assert adamw.config.optimizer.matrix_rate == 0.5
-    assert galore.runs[0].optimizer_bytes < adamw.runs[0].optimizer_bytes
+        assert row.mean == pytest.approx(sum(row.values) / 2)
+    assert adamw.configs[0].optimizer.matrix_rate == 0.5
+    assert galore.results[0].optimizer_bytes < adamw.results[0].optimizer_bytes
     # Only the first seed tunes.
     runs = sorted(path.name for path in folder.iterdir() if path.is_dir())
     ends = ("0.0001-{}-seed0", "0.01-{}-seed0", "0.01-{}-seed1")
@@ -106,12 +105,12 @@ def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
     monkeypatch.setattr("galore_jax.training.compare.train", refuse)
     assert compare(configs, SEEDS, RATES) == rows
     # The rates of the file are a grid of one point.
-    (row,) = compare({"adamw": rows[0].config}, SEEDS)
-    assert row == Row("adamw", rows[0].config, rows[0].runs)
+    (row,) = compare({"adamw": rows[0].configs[0]}, SEEDS)
+    assert row == LossRow("adamw", rows[0].configs, rows[0].results)
 
 
 def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows):
-    config = rows[0].config
+    config = rows[0].configs[0]
     training = dataclasses.replace(config.training, evaluation_tokens=400)
     with pytest.raises(InputError, match=r"was evaluated with training\..*: use the same"):
         compare({"adamw": dataclasses.replace(config, training=training)}, SEEDS)
@@ -121,7 +120,7 @@ def test_finished_runs_of_another_text_are_refused(rows, monkeypatch):
     changed = lambda split: 9 * [20_000 * "another text "]
     monkeypatch.setattr("galore_jax.data.batches.standard_library_texts", changed)
     with pytest.raises(InputError, match=r"text of data\.source"):
-        compare({"adamw": rows[0].config}, SEEDS)
+        compare({"adamw": rows[0].configs[0]}, SEEDS)
 
 
 def test_a_run_continues_a_prompt_and_repeats_itself_by_seed(rows, folder):
@@ -139,8 +138,11 @@ def test_more_text_than_the_model_allows_is_refused(rows, folder):
 
 
 def row(label, *losses, borders=(), **optimizer):
-    summaries = [SUMMARY.__class__(**{**vars(SUMMARY), "validation_loss": x}) for x in losses]
-    made = Row(label, Config(optimizer=OptimizerConfig(**optimizer)), summaries, borders)
+    results = [Result(loss, SUMMARY.optimizer_bytes, SUMMARY.seconds) for loss in losses]
+    config = Config(
+        optimizer=OptimizerConfig(**optimizer), training=TrainingConfig(steps=SUMMARY.steps)
+    )
+    made = LossRow(label, (config,), results, borders)
     made.__dict__["matrix_bytes"] = 2_000_000  # Computed only where it is needed.
     return made
 
@@ -208,9 +210,9 @@ def test_a_descent_from_the_best_point_needs_its_neighbours_alone():
     assert tuned(lambda i, _: (i - 1) ** 2, (4, 1), start=(1, 0)) == ((1, 0), 3)
 
 
-def test_a_descent_leaves_losses_that_are_not_finite():
+def test_a_descent_leaves_runs_that_diverge():
     for start in ((1, 0), (0, 0)):
-        assert tuned(lambda i, j: i if i < 2 else math.nan, (4, 1), start)[0] == (0, 0)
+        assert tuned(lambda i, j: i if i < 2 else math.inf, (4, 1), start)[0] == (0, 0)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
@@ -257,12 +259,12 @@ def test_the_script_prints_the_table(script, file, folder, rows, monkeypatch, ca
 
 def test_a_script_that_is_stopped_says_how_to_continue(script, file, monkeypatch, capsys):
     def stop(*_):
-        raise Interrupted
+        raise Interrupted("", signal.SIGTERM)
 
     monkeypatch.setattr("galore_jax.training.compare.compare", stop)
     with pytest.raises(SystemExit) as end:
         run_script(script, monkeypatch, "--config", file)
-    assert end.value.code == 130
+    assert end.value.code == 143
     assert capsys.readouterr().err == "stopped: run the same command again to continue.\n"
 
 

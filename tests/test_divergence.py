@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 from galore_jax.data.batches import DataConfig
+from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training import loop
 from galore_jax.training.compare import compare, table
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.run_folder import RunFolder
 from galore_jax.training.state import TrainState, is_finite
 from galore_jax.training.stepper import Stepper
@@ -62,45 +64,49 @@ def test_a_state_is_finite_if_its_parameters_and_its_optimizer_are(number, dtype
     ones, count = jnp.ones([2, 3], dtype), jnp.int32(5)
     bad = ones.at[1, 1].set(number)
     for params, moments in itertools.product((ones, bad), (ones, bad)):
-        state = TrainState({"w": params}, (moments, jnp.zeros(4, jnp.int8), count), count)
+        state = TrainState({"w": params}, (moments, jnp.zeros(4, jnp.int8), count), count, count)
         assert is_finite(state) == (params is ones and moments is ones)
 
 
-def test_a_diverged_state_replaces_no_checkpoint_and_the_run_ends(diverging, tmp_path, capfd):
-    summary = loop.train(config_of(tmp_path, checkpoint_every=1, keep_checkpoints=1))
-    assert math.isnan(summary.validation_loss)
+def test_a_run_that_diverges_ends_keeps_its_checkpoints_and_is_not_finished(diverging, tmp_path):
+    config = config_of(tmp_path, checkpoint_every=1, keep_checkpoints=1)
+    with pytest.raises(loop.Diverged) as ended:
+        loop.train(Pretraining(config))
+    sentence = (
+        f"the parameters or the optimizer's state of {tmp_path} after 3 of 4 steps are not finite, "
+        "so the run ends (the latest checkpoint is of 2): lower optimizer.learning_rate, or set "
+        "optimizer.clip_norm, and name another training.folder."
+    )
+    assert str(ended.value) == sentence
     assert checkpoints_of(tmp_path) == [str(LAST_FINITE)]
-    (sentence,) = [line for line in capfd.readouterr().err.splitlines() if "checkpoint" in line]
-    assert sentence == (
-        "warning: at step 3 the parameters or the optimizer's state are not finite, so no "
-        "checkpoint is written; the latest is that of step 2"
-    )
+    run = RunFolder(tmp_path)
+    assert not run.summary.exists()
+    assert run.diverged.read_text() == f"{sentence}\n"
+    assert len(run.metrics.read_text().splitlines()) == LAST_FINITE + 1
+    with pytest.raises(InputError, match=r"nothing can be resumed: the parameters or the "):
+        loop.train(Pretraining(config), resume=True)
 
 
-@pytest.mark.parametrize(
-    ("every", "place"), [(2, "the checkpoint at step 2"), (0, "the start")], ids=str
-)
-def test_a_run_that_is_stopped_after_it_diverged_says_that_resuming_is_no_remedy(
-    diverging, tmp_path, capfd, every, place
-):
+def test_an_evaluation_that_is_not_finite_ends_a_run_too(diverging, tmp_path):
+    config = config_of(tmp_path, checkpoint_every=0)
+    with pytest.raises(loop.Diverged, match=r"the evaluation \(validation_loss\) .* no checkpoint"):
+        loop.train(Pretraining(config))
+    assert not RunFolder(tmp_path).summary.exists()
+
+
+def test_a_signal_after_it_diverged_does_not_hide_that(diverging, tmp_path):
     diverging.append(3)
-    with pytest.raises(loop.Interrupted) as stopped:
-        loop.train(config_of(tmp_path, checkpoint_every=every))
-    assert str(stopped.value) == (
-        "stopped after 3 of 4 steps. The state is not finite and was not saved. Start another run "
-        "with a lower optimizer.learning_rate: this one would continue from "
-        f"{place} and diverge again."
-    )
-    diverging.clear()
-    loop.train(config_of(tmp_path, checkpoint_every=every), resume=True)
-    assert f"resumed at step {every} of 4" in capfd.readouterr().err
+    with pytest.raises(loop.Diverged, match="after 3 of 4 steps are not finite"):
+        loop.train(Pretraining(config_of(tmp_path, checkpoint_every=2)))
 
 
-def test_a_comparison_of_runs_that_diverge_has_its_table(diverging, tmp_path):
+def test_a_comparison_of_runs_that_diverge_has_its_table(diverging, tmp_path, monkeypatch):
     configs = {"one": config_of(tmp_path), "other": config_of(tmp_path)}
     rows = compare(configs, (0, 1), (0.01, 0.1))
     assert (tmp_path / "comparison.md").read_text() == table(rows)
-    assert table(rows).count("| nan") >= 2
+    assert table(rows).count("| diverged |") == 2
     for picture in ("comparison.png", "comparison-state.png"):
         assert (tmp_path / picture).exists()
     assert not (tmp_path / "sample.txt").exists()
+    monkeypatch.delattr("galore_jax.training.compare.train")  # They are not trained again.
+    assert compare(configs, (0, 1), (0.01, 0.1)) == rows

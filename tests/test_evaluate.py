@@ -11,8 +11,8 @@ from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.evaluate import make_evaluate, perplexity
+from galore_jax.training.pretraining import Pretraining, batch_loss
 from galore_jax.training.state import init_state
-from galore_jax.training.step import batch_loss
 
 CONFIG = Config(
     LlamaConfig(
@@ -50,7 +50,7 @@ def make_batches(number, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    return jax.jit(lambda: init_state(CONFIG).params)()
+    return jax.jit(lambda: init_state(Pretraining(CONFIG)).params)()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def sums(params):
 def test_the_loss_is_weighted_by_tokens(params, sums, accumulation):
     training = dataclasses.replace(CONFIG.training, accumulation=accumulation)
     config = dataclasses.replace(CONFIG, training=training)
-    evaluation = make_evaluate(config)(params, make_batches(3))
+    evaluation = make_evaluate(Pretraining(config))(params, make_batches(3))
     losses, targets = sums.sum(0)
     assert evaluation.targets == targets == 4 * (7 + 5 + 3)
     np.testing.assert_allclose(evaluation.loss, losses / targets, rtol=1e-6)
@@ -75,7 +75,7 @@ def test_the_loss_is_weighted_by_tokens(params, sums, accumulation):
 def test_the_reference_loss_divides_by_one_of_its_batches_too_many(params, sums, rows):
     training = dataclasses.replace(CONFIG.training, reference_batch_size=rows)
     config = dataclasses.replace(CONFIG, training=training)
-    evaluation = make_evaluate(config)(params, make_batches(3))
+    evaluation = make_evaluate(Pretraining(config))(params, make_batches(3))
     number = 12 // (rows or CONFIG.data.batch_size)
     expected = np.mean(sums[:, 0] / sums[:, 1]) * number / (number + 1)
     np.testing.assert_allclose(evaluation.reference_loss, expected, rtol=1e-6)
@@ -85,14 +85,14 @@ def test_the_reference_loss_divides_by_one_of_its_batches_too_many(params, sums,
 def test_evaluation_tokens_stop_after_the_batch_that_completes_them(params):
     training = dataclasses.replace(CONFIG.training, evaluation_tokens=29)
     config = dataclasses.replace(CONFIG, training=training)
-    assert make_evaluate(config)(params, make_batches(3)).targets == 4 * (7 + 5)
+    assert make_evaluate(Pretraining(config))(params, make_batches(3)).targets == 4 * (7 + 5)
 
 
 def test_a_split_without_targets_is_refused(params):
     batch = make_batches(1)[0]
     batch["targets"] = np.full_like(batch["targets"], -1)
     with pytest.raises(InputError, match="nothing to evaluate on"):
-        make_evaluate(CONFIG)(params, [batch])
+        make_evaluate(Pretraining(CONFIG))(params, [batch])
 
 
 def test_a_perplexity_that_overflows_is_infinite():

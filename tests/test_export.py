@@ -25,6 +25,7 @@ from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_config, to_toml
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.sample import generate_text
 from galore_jax.training.state import init_state, place_state
 
@@ -73,7 +74,7 @@ def save_run(run, config, folder, params=None):
     model = dataclasses.replace(config.model, checkpoint=str(folder))
     data = dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer.json"))
     config = dataclasses.replace(config, model=model, data=data)
-    state = place_state(config, None)
+    state = place_state(Pretraining(config), None)
     if params is not None:
         state = state._replace(params=params)
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
@@ -173,12 +174,12 @@ def test_a_training_starts_from_the_folder_and_its_model_goes_back(folder, param
         OptimizerConfig("adamw", warmup_steps=0),
         TrainingConfig(steps=2, evaluation_tokens=100, folder=str(tmp_path / "run")),
     )
-    state = place_state(config, None)
+    state = place_state(Pretraining(config), None)
     assert_equal_trees(state.params, params)
-    random = jax.jit(lambda: init_state(config))()
+    random = jax.jit(lambda: init_state(Pretraining(config)))()
     assert_equal_trees(state._replace(params=None), random._replace(params=None))
 
-    train(config)
+    train(Pretraining(config))
     _, trained = load_for_inference(tmp_path / "run")
     to_huggingface(tmp_path / "run", tmp_path / "back")
     model, again = load(tmp_path / "back")
@@ -276,7 +277,7 @@ def test_a_model_that_does_not_fit_the_folder_is_refused(folder):
     model = dataclasses.replace(MODEL, checkpoint=str(folder), tie_embeddings=False)
     config = dataclasses.replace(CONFIG, model=model)
     with pytest.raises(InputError, match=r"missing: lm_head\.weight"):
-        place_state(config, None)
+        place_state(Pretraining(config), None)
 
 
 @pytest.mark.slow

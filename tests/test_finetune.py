@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,23 +22,21 @@ pytest.importorskip("safetensors", reason="needs safetensors")
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.glue import TASKS, encode, load_examples
 from galore_jax.data.glue_metrics import predictions_of, scores
-from galore_jax.data.text_pairs import load_pair_tokenizer
+from galore_jax.data.text_pairs import batches, load_pair_tokenizer
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.lock import locked
 from galore_jax.models.encoder import Classifier, Encoder
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.training.compare_finetuning import (
-    compare_finetuning,
-    compare_tasks,
-    table,
-    tables,
-)
+from galore_jax.training.compare import compare_finetuning, table, tables
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import from_dict, load_comparison, load_config, to_toml
-from galore_jax.training.finetune import NotFiniteError, _encoded_splits, finetune
+from galore_jax.training.finetune import _encoded_splits, finetune, glue_task
 from galore_jax.training.finetune_config import FinetuneConfig
+from galore_jax.training.loop import Diverged, Interrupted
+from galore_jax.training.metrics import read_metrics
 from galore_jax.training.run_folder import check_start
+from galore_jax.training.stepper import Stepper
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
@@ -97,12 +97,13 @@ def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_pa
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["metric"] == "accuracy"
     assert summary["mean"] == summary["best"][0] > 0.9  # half of the examples entail
-    records = [
-        json.loads(line) for line in (folder / "seed-0" / "metrics.jsonl").read_text().splitlines()
-    ]
-    assert [record["epoch"] for record in records] == [1, 2, 3]
-    assert records[-1]["loss"] < records[0]["loss"]
-    assert max(record["validation"]["accuracy"] for record in records) == summary["best"][0]
+    lines = read_metrics(folder / "seed-0" / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    evaluations = [line for line in lines if "loss" not in line]
+    assert [line["step"] for line in evaluations] == [4, 8, 12]  # after each epoch
+    assert max(line["validation_accuracy"] for line in evaluations) == summary["best"][0]
+    assert not (folder / "seed-0" / "checkpoints").exists()
 
     best, task = folder / "seed-0", TASKS["rte"]
     model = Classifier(encoder_config(best), 2)
@@ -133,27 +134,82 @@ def test_lora_trains_its_adapters_and_the_head_and_nothing_else(place, tmp_path)
             assert np.linalg.matrix_rank(added, tol=1e-6 * np.abs(leaf).max() * 32) == 4
 
 
+def lines_of(folder):
+    """Of metrics.jsonl, without the clock's."""
+    clock = ("seconds", "examples_per_second")
+    read = read_metrics(folder / "metrics.jsonl")
+    return [{name: line[name] for name in line if name not in clock} for line in read]
+
+
 @pytest.mark.slow
-def test_seeds_differ_and_an_interrupted_fine_tuning_continues_with_those_missing(place, tmp_path):
+def test_seeds_differ_and_a_fine_tuning_continues_with_those_missing(place, tmp_path):
     first, second = (tmp_path / name for name in "ab")
     expected = finetune(configured(place, first, GALORE, epochs=1, seeds=2))
-    losses = [(first / f"seed-{n}" / "metrics.jsonl").read_text() for n in (0, 1)]
-    assert losses[0] != losses[1]
+    lines = [lines_of(first / f"seed-{seed}") for seed in (0, 1)]
+    assert lines[0] != lines[1]
     np.testing.assert_allclose(expected["deviation"], np.std(expected["best"], ddof=1), atol=1e-12)
 
     finetune(configured(place, second, GALORE, epochs=1))
     seconds = json.loads((second / "seed-0" / "result.json").read_text())["seconds"]
+    # Of an interrupted run of an earlier version, which begins again.
     (second / "seed-1").mkdir()
-    (second / "seed-1" / "metrics.jsonl").write_text("of an interrupted run\n")
+    (second / "seed-1" / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
     found = finetune(configured(place, second, GALORE, epochs=1, seeds=2))
     assert found["best"] == expected["best"]
     assert found["seconds"][0] == seconds
-    assert (second / "seed-1" / "metrics.jsonl").read_text() == losses[1]
+    assert lines_of(second / "seed-1") == lines[1]
 
     # Asked for fewer seeds, as by a comparison with a larger grid, all of them stay in the files.
     assert finetune(configured(place, second, GALORE, epochs=1))["best"] == expected["best"][:1]
     assert json.loads((second / "summary.json").read_text()) == found
     assert load_config(second / "config.toml", kind=FinetuneConfig).training.seeds == 2
+
+
+def test_a_fine_tuning_that_is_stopped_within_an_epoch_continues_bit_for_bit(
+    place, tmp_path, monkeypatch
+):
+    def stop_after(number):
+        stepped = []
+
+        class Stopping(Stepper):
+            def __call__(self, state, batch):
+                stepped.append(1)
+                if len(stepped) == number:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return super().__call__(state, batch)
+
+        return Stopping
+
+    expected = finetune(configured(place, tmp_path / "whole", GALORE))
+    config = configured(place, tmp_path / "parts", GALORE)
+    with monkeypatch.context() as patch:
+        patch.setattr("galore_jax.training.loop.Stepper", stop_after(6))
+        with pytest.raises(Interrupted, match="stopped after 6 of 12 steps, all saved") as stopped:
+            finetune(config)
+    assert stopped.value.status == 143
+    found = finetune(config)
+    whole, parts = (tmp_path / name / "seed-0" for name in ("whole", "parts"))
+    assert found["best"] == expected["best"]
+    assert lines_of(parts) == lines_of(whole)
+    weights = "model.safetensors"
+    assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_the_order_of_the_examples_is_that_of_seed_and_epoch(place, tmp_path):
+    task = glue_task(configured(place, tmp_path, GALORE))
+    data = task.open_data(None, None)
+    expected = [
+        batch
+        for epoch in (1, 2)
+        for batch in batches(task.rows["train"], 16, task.model.config.pad_id, (0, epoch))
+    ]
+    for batch in expected[:6]:
+        assert all(np.array_equal(array, batch[name]) for name, array in next(data.batches).items())
+    again = task.open_data(None, None).batches
+    again.set_state(json.loads(json.dumps(data.batches.get_state())))
+    for left in (data.batches, again):
+        found = next(left)
+        assert all(np.array_equal(array, expected[6][name]) for name, array in found.items())
 
 
 @pytest.mark.slow
@@ -166,20 +222,21 @@ def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_p
         name: configured(place, tmp_path, settings, epochs=1, seeds=2)
         for name, settings in (("adamw", {"name": "adamw"}), ("lora", LORA))
     }
-    rows = compare_finetuning(configs, [1e-6, 0.01])
+    (rows,) = compare_finetuning(configs, [1e-6, 0.01]).values()
     assert read == ["train", "validation"]  # once for all runs
     for row in rows:
         first = [
             json.loads((tmp_path / f"{row.label}-{rate:g}" / "seed-0" / "result.json").read_text())
             for rate in (1e-6, 0.01)
         ]
-        assert row.rates == (0.01 if first[1]["best"] > first[0]["best"] else 1e-6,)
-        assert len(row.summary["best"]) == 2
+        best = 0.01 if first[1]["best"] > first[0]["best"] else 1e-6
+        assert row.rates() == [f"{best:g}"]
+        assert len(row.values) == 2
     text = (tmp_path / "comparison.md").read_text()
     assert text == table(rows)
     lora = [cell.strip() for cell in text.splitlines()[3].split("|")][1:-1]
-    assert lora[:2] == ["lora", f"{rows[1].rates[0]:g}"]
-    ours, theirs = (row.summary["best"] for row in reversed(rows))
+    assert lora[:2] == ["lora", *rows[1].rates()]
+    ours, theirs = (row.values for row in reversed(rows))
     test = stats.ttest_rel(ours, theirs)
     low, high = test.confidence_interval(0.95)
     if not np.isnan(low):
@@ -193,35 +250,39 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
     def stub(config):
         metric = metrics.get(config.optimizer.learning_rate)
         if metric is None:
-            raise NotFiniteError("the losses are not finite")
+            raise Diverged("the losses are not finite")
         best = config.training.seeds * [metric]
         return {
             "mean": metric,
             "best": best,
             "deviation": 0.0,
             "optimizer_bytes": 8,
-            "seconds": [1.0],
+            "seconds": config.training.seeds * [1.0],
         }
 
-    monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", stub)
-    monkeypatch.setattr("galore_jax.training.compare_finetuning.load_examples", lambda *_: None)
+    monkeypatch.setattr("galore_jax.training.compare.finetune", stub)
+    monkeypatch.setattr("galore_jax.training.compare.load_examples", lambda *_: None)
     config = configured(tmp_path, tmp_path, {"name": "adamw"})
-    (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4, 1e-3])
-    assert (row.rates, row.is_tuned) == ((1e-4,), True)
-    assert "Not tuned" not in table([row])
-    (row,) = compare_finetuning({"adamw": config}, [1e-5, 1e-4])
-    assert (row.rates, row.is_tuned) == ((1e-4,), False)
-    assert "best rate is at the end of the grid: adamw. Extend the grid" in table([row])
+
+    def compared(configs, rates):
+        return compare_finetuning(configs, rates)["rte"]
+
+    (row,) = compared({"adamw": config}, [1e-5, 1e-4, 1e-3])
+    assert (row.rates(), row.borders) == (["0.0001"], ())
+    assert "not tuned" not in table([row])
+    (row,) = compared({"adamw": config}, [1e-5, 1e-4])
+    assert (row.rates(), row.borders) == (["0.0001"], ("learning rate",))
+    assert "adamw is not tuned: its best learning rate is at the end of the grid" in table([row])
     # One whose every rate diverges, first or later, does not end the comparison.
     (tmp_path / "all").mkdir()
     folder = configured(tmp_path, tmp_path / "all", {"name": "adamw"})
-    rows = compare_finetuning({"adamw": folder, "lora": folder}, [1e-3])
-    assert [row.summary for row in rows] == [None, None]
+    rows = compared({"adamw": folder, "lora": folder}, [1e-3])
+    assert [row.values for row in rows] == [[], []]
     written = (tmp_path / "all" / "comparison.md").read_text()
     assert written.count("| 0.001 | diverged |  |  |  |  |  |") == 2
-    assert "Not tuned" not in table(compare_finetuning({"adamw": folder}, [1e-3, 2e-3]))
+    assert "not tuned" not in table(compared({"adamw": folder}, [1e-3, 2e-3]))
     metrics[1e-3] = 0.8
-    rows = [rows[0], *compare_finetuning({"lora": folder}, [1e-3])]
+    rows = [rows[0], *compared({"lora": folder}, [1e-3])]
     assert "| lora | 0.001 | 0.8000 | 0.0000 |  |  |" in table(rows)
 
 
@@ -239,44 +300,48 @@ def test_means_over_tasks_pair_the_seeds(tmp_path, monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         assert folder.parent.name == task
         if task == "mrpc" and config.optimizer.name == "lora":
-            raise NotFiniteError("the losses are not finite")
-        size = {"optimizer_bytes": 8 if task == "rte" else 9, "seconds": [1.0, 2.0, 3.0]}
-        best = metrics[config.optimizer.name, task]
+            raise Diverged("the losses are not finite")
+        size = {
+            "optimizer_bytes": 8 if task == "rte" else 9,
+            "seconds": [1.0, 2.0, 3.0][: config.training.seeds],
+        }
+        best = metrics[config.optimizer.name, task][: config.training.seeds]
         return {"best": best, "mean": 1.0, "deviation": 2.0, **size}
 
-    monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", stub)
-    monkeypatch.setattr("galore_jax.training.compare_finetuning.load_examples", lambda *_: None)
+    monkeypatch.setattr("galore_jax.training.compare.finetune", stub)
+    monkeypatch.setattr("galore_jax.training.compare.load_examples", lambda *_: None)
     configs = {
-        name: configured(tmp_path, tmp_path / "runs", {"name": name}) for name in ("adamw", "lora")
+        name: configured(tmp_path, tmp_path / "runs", {"name": name}, seeds=3)
+        for name in ("adamw", "lora")
     }
-    compared = compare_tasks(configs, ["cola", "rte"], [1e-3])
+    compared = compare_finetuning(configs, [1e-3], ["cola", "rte"])
     assert list(compared) == ["cola", "rte", "mean"]
     assert (tmp_path / "runs" / "comparison.md").read_text() == tables(compared)
     assert (tmp_path / "runs" / "rte" / "comparison.md").read_text() == table(compared["rte"])
     adamw, lora = compared["mean"]
-    np.testing.assert_allclose(adamw.summary["best"], [0.4, 0.5, 0.45])
-    np.testing.assert_allclose(lora.summary["best"], [0.3, 0.5, 0.65])
-    low, high = stats.ttest_rel(lora.summary["best"], adamw.summary["best"]).confidence_interval()
+    np.testing.assert_allclose(adamw.values, [0.4, 0.5, 0.45])
+    np.testing.assert_allclose(lora.values, [0.3, 0.5, 0.65])
+    low, high = stats.ttest_rel(lora.values, adamw.values).confidence_interval()
     line = table(compared["mean"]).splitlines()[3]
     assert line == (
         f"| lora | 0.001, 0.001 | 0.4833 | 0.1756 | +0.0333 | {low:+.4f} to {high:+.4f} | 9 B | 4 |"
     )
     # No mean is compared if one of its tasks is missing.
-    last = compare_tasks(configs, ["cola", "mrpc"], [1e-3])["mean"][1]
+    last = compare_finetuning(configs, [1e-3], ["cola", "mrpc"])["mean"][1]
     assert table([last]).splitlines()[2] == "| lora | 0.001, 0.001 | diverged |  |  |  |  |  |"
     with pytest.raises(InputError, match=r"data\.task .*mpc"):
-        compare_tasks(configs, ["cola", "mpc"], [1e-3])
+        compare_finetuning(configs, [1e-3], ["cola", "mpc"])
 
 
 def test_a_comparison_refuses_at_the_start_what_a_later_run_needs(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("galore_jax.training.compare_finetuning.finetune", None)  # Nothing runs.
+    monkeypatch.setattr("galore_jax.training.compare.finetune", None)  # Nothing runs.
     config = configured(place, tmp_path / "runs", GALORE)
     kernels = dataclasses.replace(config.optimizer, implementation="pallas")
     configs = {"xla": config, "pallas": dataclasses.replace(config, optimizer=kernels)}
     with pytest.raises(InputError, match=r"pallas.* needs an NVIDIA GPU"):
         compare_finetuning(configs, [1e-3])
     with pytest.raises(InputError, match="CoLA"):
-        compare_tasks({"xla": config}, ["rte", "cola"], [1e-3])
+        compare_finetuning({"xla": config}, [1e-3], ["rte", "cola"])
     assert not (tmp_path / "runs").exists()
 
 
@@ -286,10 +351,10 @@ def test_outputs_that_are_not_finite_are_refused_although_the_losses_are(
     config = configured(place, tmp_path, {"name": "adamw", "learning_rate": 1e30}, epochs=1)
     data = dataclasses.replace(config.data, batch_size=64)  # one step, whose loss is finite
     config = dataclasses.replace(config, data=data)
-    with pytest.raises(NotFiniteError, match=r"the outputs of epoch 1 of seed 0 are not finite"):
+    with pytest.raises(Diverged, match=r"the evaluation \(validation_accuracy\) of .* not finite"):
         finetune(config)
     monkeypatch.delattr("galore_jax.training.finetune.load_examples")  # It is not trained again.
-    with pytest.raises(NotFiniteError, match=r"the outputs of epoch 1 of seed 0 are not finite"):
+    with pytest.raises(Diverged, match=r"the evaluation \(validation_accuracy\) of .* not finite"):
         finetune(config)
 
 
@@ -301,7 +366,9 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
     with pytest.raises(InputError, match="warmup_steps is 99, but there are only 12 steps"):
         finetune(configured(place, tmp_path, GALORE | {"warmup_steps": 99}))
     (tmp_path / "config.toml").write_text(to_toml(configured(place, tmp_path, {"name": "adamw"})))
-    with pytest.raises(InputError, match=r"holds results with optimizer.name = 'adamw', which is"):
+    with pytest.raises(
+        InputError, match=r"with another optimizer.name, 'adamw', which is 'galore_adamw' here"
+    ):
         finetune(configured(place, tmp_path, GALORE))
     model = tmp_path / "model"
     save_encoder(model, Encoder(CONFIG), initial(Encoder(CONFIG)))
@@ -340,10 +407,14 @@ def test_a_folder_has_one_fine_tuning_at_a_time_and_no_training_beside_it(place,
     with pytest.raises(InputError, match="already holds a run"):
         check_start(training, resume=False)
     (tmp_path / "config.toml").write_text(to_toml(config))
-    with pytest.raises(InputError, match=r"config\.toml is not of a training .*: name another"):
+    with pytest.raises(
+        InputError, match=r"config\.toml is not of such a training .*: name another"
+    ):
         check_start(training, resume=True)
     (tmp_path / "config.toml").write_text(to_toml(training))
-    with pytest.raises(InputError, match=r"config\.toml is not of a fine-tuning .*: name another"):
+    with pytest.raises(
+        InputError, match=r"config\.toml is not of such a training .*: name another"
+    ):
         finetune(config)
 
 
@@ -352,7 +423,7 @@ def test_too_little_memory_is_one_sentence(place, tmp_path, monkeypatch, error):
     def exhausted(*arguments):
         raise error
 
-    monkeypatch.setattr("galore_jax.training.finetune._finetune_once", exhausted)
+    monkeypatch.setattr("galore_jax.training.loop.place_state", exhausted)
     with pytest.raises(InputError, match=r"too little memory .*: lower data\.batch_size or"):
         finetune(configured(place, tmp_path, GALORE))
 

@@ -24,9 +24,10 @@ from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, Tr
 from galore_jax.training.config_file import load_config
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
+from galore_jax.training.pretraining import Pretraining, batch_loss
 from galore_jax.training.sample import generate_text
 from galore_jax.training.state import init_state
-from galore_jax.training.step import batch_loss, make_gradients, make_train_step
+from galore_jax.training.step import make_gradients, make_train_step
 
 INSTRUCT = Path(__file__).parents[1] / "configs" / "instruct.toml"
 LENGTH = 48
@@ -74,7 +75,7 @@ def batch(config):
 
 @pytest.fixture(scope="module")
 def state(config):
-    return jax.jit(lambda: init_state(config))()
+    return jax.jit(lambda: init_state(Pretraining(config)))()
 
 
 def test_the_loss_is_the_mean_over_the_tokens_of_answers(config, batch, state):
@@ -129,7 +130,7 @@ def test_projected_gradients_are_the_projections_of_full_ones(config, batch, sta
     measured, gradients = {}, {}
     for name, optimizer in {"projected": config.optimizer, "full": full}.items():
         changed = dataclasses.replace(config, optimizer=optimizer)
-        f = jax.jit(make_gradients(changed))
+        f = jax.jit(make_gradients(Pretraining(changed)))
         gradients[name], measured[name] = f(state.params, state.opt_state, batch)
     assert measured["full"]["targets"] == (batch["targets"] >= 0).sum()
     np.testing.assert_allclose(measured["projected"]["loss"], measured["full"]["loss"], rtol=1e-6)
@@ -145,8 +146,8 @@ def test_a_layer_wise_step_is_the_ordinary_one(config, batch):
     for is_layerwise in (False, True):
         training = dataclasses.replace(config.training, layerwise=is_layerwise)
         changed = dataclasses.replace(config, training=training)
-        state = jax.jit(lambda changed=changed: init_state(changed))()
-        results.append(make_train_step(changed)(state, batch))
+        state = jax.jit(lambda changed=changed: init_state(Pretraining(changed)))()
+        results.append(make_train_step(Pretraining(changed))(state, batch))
     (state, measured), (layerwise_state, layerwise_measured) = results
     assert measured["targets"] == layerwise_measured["targets"]
     np.testing.assert_allclose(measured["loss"], layerwise_measured["loss"], rtol=1e-5)
@@ -172,7 +173,7 @@ def tuned(folder, tmp_path_factory):
     config = load_config(INSTRUCT, overrides)
     assert config.data.tokenizer == str(folder / "tokenizer.json")
     with contextlib.redirect_stderr(io.StringIO()) as errors:
-        train(config)
+        train(Pretraining(config))
     to_huggingface(run, run.parent / "back")
     return run, errors.getvalue(), run.parent / "back"
 
@@ -215,11 +216,11 @@ def test_a_tuned_model_answers_here_as_in_transformers(tuned):
 def test_a_tokenizer_of_another_model_or_none_is_refused(folder):
     overrides = [f"model.checkpoint={folder}", "model.vocab_size=200", "data.sequence_length=48"]
     with pytest.raises(InputError, match=r"has 300 tokens, more than model\.vocab_size, 200"):
-        train(load_config(INSTRUCT, overrides))
+        train(Pretraining(load_config(INSTRUCT, overrides)))
     with pytest.raises(
         InputError, match=r"chat template: .* which model\.checkpoint=FOLDER brings"
     ):
-        train(load_config(INSTRUCT, [f"data.source={folder / 'chats.jsonl'}"]))
+        train(Pretraining(load_config(INSTRUCT, [f"data.source={folder / 'chats.jsonl'}"])))
 
 
 def test_the_configuration_has_the_numbers_that_its_header_cites():

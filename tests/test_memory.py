@@ -20,6 +20,7 @@ from galore_jax.errors import run_cli
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import from_dict, load_config, to_toml
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state, tree_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -72,7 +73,7 @@ def run_script(folder: Path, config: Config, *arguments: str) -> None:
 )
 def test_weights_bases_and_moments_are_all_of_the_state_but_its_counters(optimizer):
     config = tiny(**optimizer)
-    parts, state = state_parts(config), init_state(config)
+    parts, state = state_parts(config), init_state(Pretraining(config))
     bases = bases_of(galore_states(state.opt_state, inside_chains=True))
     assert parts["weights"] == tree_bytes(state.params)
     assert parts["bases"] == tree_bytes([basis.vectors for basis in bases])

@@ -10,10 +10,11 @@ from jax.sharding import AbstractMesh
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training import layout
+from galore_jax.training import mesh as layout
 from galore_jax.training.config import Config, TrainingConfig
 from galore_jax.training.config_file import load_config
 from galore_jax.training.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
+from galore_jax.training.pretraining import Pretraining
 
 
 def test_a_size_of_minus_1_takes_what_the_others_leave():
@@ -100,10 +101,10 @@ def test_what_a_mesh_cannot_divide_is_named_with_the_sizes_that_work(
         training=TrainingConfig(accumulation=accumulation),
     )
     if sentence is None:
-        assert layout.training_mesh(config) is mesh
+        assert layout.training_mesh(Pretraining(config)) is mesh
         return
     with pytest.raises(InputError) as refused:
-        layout.training_mesh(config)
+        layout.training_mesh(Pretraining(config))
     assert str(refused.value) == sentence
 
 
@@ -118,4 +119,4 @@ def test_the_commands_of_the_page_on_many_devices_divide_their_batches():
         config = load_config(root / path, overrides)
         sizes = mesh_sizes(config.mesh, devices)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        layout.check_training_mesh(config, mesh)
+        layout.check_training_mesh(Pretraining(config), mesh)

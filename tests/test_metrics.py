@@ -152,7 +152,7 @@ def measured(loss=1.0, **others):
 def test_each_kind_of_bad_step_is_reported_once(tmp_path, capsys):
     metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
     metrics.write([{"step": 0, "loss": 1.0, "skipped": 3}])
-    with Progress(metrics, start=1, steps=9) as progress:
+    with Progress(metrics, start=1, steps=9, targets="tokens") as progress:
         progress.add(1, measured(skipped=3))
         progress.add(2, measured(skipped=5))
         progress.add(3, measured(loss=math.nan, skipped=6))
@@ -170,7 +170,9 @@ def test_each_kind_of_bad_step_is_reported_once(tmp_path, capsys):
 
 
 def test_a_batch_without_targets_is_reported_once(tmp_path, capsys):
-    with Progress(Metrics(RunFolder(tmp_path), 0, tensorboard=False), start=0, steps=3) as progress:
+    with Progress(
+        Metrics(RunFolder(tmp_path), 0, tensorboard=False), start=0, steps=3, targets="tokens"
+    ) as progress:
         for step in range(3):
             progress.add(step, measured(targets=9.0 if step == 0 else 0.0))
         progress.report()
@@ -184,7 +186,7 @@ def test_a_gap_in_the_metrics_of_a_resumed_run_is_reported(tmp_path, capsys):
     metrics.write([{"step": step, "loss": 1.0} for step in (0, 1, 4)])
     metrics.write([{"step": 2, "validation_loss": 1.0}])
     for start, sentence in ((5, "metrics.jsonl lacks 2 of the 5 steps before"), (2, "")):
-        Progress(Metrics(RunFolder(tmp_path), start, False), start, steps=9).__exit__()
+        Progress(Metrics(RunFolder(tmp_path), start, False), start, 9, "tokens").__exit__()
         printed = capsys.readouterr().err
         assert printed.count("warning") == bool(sentence)
         assert sentence in printed
@@ -192,7 +194,7 @@ def test_a_gap_in_the_metrics_of_a_resumed_run_is_reported(tmp_path, capsys):
 
 def test_a_line_has_exactly_the_metrics_of_its_step(tmp_path):
     metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
-    with Progress(metrics, start=0, steps=1) as progress:
+    with Progress(metrics, start=0, steps=1, targets="tokens") as progress:
         progress.add(0, measured(update_ratio=0.01))
         progress.report()
     names = ["step", *measured(), "update_ratio", "tokens_per_second", "seconds"]

@@ -7,6 +7,7 @@ from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.loop import train
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.run_folder import (
     RunFolder,
     check_same_text,
@@ -30,22 +31,22 @@ def test_a_run_that_ended_before_its_first_metrics_is_resumed_from_the_start(tmp
     with open_folder(config, resume=False):
         pass  # Killed here.
     check_start(config, resume=True)
-    assert train(config, resume=True).steps == 1
+    assert train(Pretraining(config), resume=True).steps == 1
 
 
 def test_an_evaluation_that_was_lost_at_the_end_is_made_again(tmp_path):
     config = config_of(tmp_path / "lost", steps=2, evaluate_every=1)
-    complete = train(config)
+    complete = train(Pretraining(config))
     run = RunFolder(tmp_path / "lost")
     run.summary.unlink()
     lines = run.metrics.read_text().splitlines()
     run.metrics.write_text("\n".join(lines[:-1]) + "\n")
     assert "validation_loss" in lines[-1]
-    assert train(config, resume=True).validation_loss == complete.validation_loss
+    assert train(Pretraining(config), resume=True).validation_loss == complete.validation_loss
     run.summary.unlink()
     run.metrics.write_text("")
     with pytest.raises(InputError, match=r"no steps in metrics\.jsonl"):
-        train(config, resume=True)
+        train(Pretraining(config), resume=True)
 
 
 def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
@@ -92,5 +93,7 @@ def test_a_run_is_not_resumed_on_another_text(tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match=r"text of data\.source, or .* not the one .*: restore it,"
     ):
-        train(config, resume=True)
-    assert train(config, resume=False).steps == 1  # Nothing was trained on the other text.
+        train(Pretraining(config), resume=True)
+    assert (
+        train(Pretraining(config), resume=False).steps == 1
+    )  # Nothing was trained on the other text.

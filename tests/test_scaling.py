@@ -126,13 +126,14 @@ import scaling
 
 scaling.start_cpus(8)
 from analysis.memory import bytes_by_part, on_one_device
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import abstract_state, tree_bytes
 
 for case in [scaling.Case(model, *rest, 8) for model in ("350m", "7b") for rest in (
     ("fsdp", "projected"), ("data", "projected"), ("data", "over")
 )]:
     with scaling.mesh_for(case, "cpu") as mesh:
-        state = abstract_state(scaling.configuration(case, 64, []), mesh)
+        state = abstract_state(Pretraining(scaling.configuration(case, 64, [])), mesh)
     here = on_one_device(state)
     moments = bytes_by_part(here.opt_state)["moments"]
     print(case.model, case.layout, case.optimizer, tree_bytes(here), moments, tree_bytes(state))

@@ -27,7 +27,7 @@ from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.moments import rotated
 from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.methods import subspace_iteration
-from galore_jax.training.step import batch_loss
+from galore_jax.training.pretraining import batch_loss
 
 CONFIG = LlamaConfig(97, 32, 56, 3, 2, max_length=16)
 

@@ -13,6 +13,7 @@ from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import changed
 from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.schedule import learning_rate_schedule
 from galore_jax.training.state import init_state, tree_bytes, tree_size
 from galore_jax.training.step import make_gradients, make_train_step
@@ -37,7 +38,7 @@ CONFIG = Config(
 
 @functools.cache
 def compiled_init(config):
-    return jax.jit(lambda: init_state(config))
+    return jax.jit(lambda: init_state(Pretraining(config)))
 
 
 def initial(config):
@@ -49,7 +50,7 @@ def initial(config):
 def gradients(accumulation):
     """A compiled function of parameters and batch, shared by all tests."""
     config = changed(CONFIG, training={"accumulation": accumulation})
-    return jax.jit(lambda params, batch: make_gradients(config)(params, None, batch))
+    return jax.jit(lambda params, batch: make_gradients(Pretraining(config))(params, None, batch))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_a_batch_without_targets_gives_zero_gradients(batch, params):
 )
 def test_steps_learn_count_and_donate_the_state(batch, name, rate):
     config = changed(CONFIG, optimizer={"name": name, "clip_norm": 1.0, "learning_rate": rate})
-    step, state = make_train_step(config), initial(config)
+    step, state = make_train_step(Pretraining(config)), initial(config)
     losses = []
     for t in range(6):
         before, (state, measured) = state, step(state, batch)
@@ -146,9 +147,7 @@ def test_steps_learn_count_and_donate_the_state(batch, name, rate):
 
 def test_galore_keeps_a_smaller_state_than_adamw(params):
     sizes = {
-        name: tree_bytes(
-            jax.eval_shape(lambda: init_state(changed(CONFIG, optimizer={"name": name}))).opt_state  # noqa: B023
-        )
+        name: tree_bytes(initial(changed(CONFIG, optimizer={"name": name})).opt_state)
         for name in ("adamw", "galore_adamw")
     }
     assert sizes["adamw"] == 8 * tree_size(params) + 8
@@ -177,7 +176,7 @@ def test_every_setting_of_galore_reaches_it(batch):
 def test_adafactor_without_b1_and_lion_keep_less_than_adamw():
     def size(**settings):
         config = changed(CONFIG, optimizer=settings)
-        return tree_bytes(jax.eval_shape(lambda: init_state(config)).opt_state)
+        return tree_bytes(jax.eval_shape(lambda: init_state(Pretraining(config))).opt_state)
 
     adamw = size(name="galore_adamw")
     averaged = size(name="galore_adafactor")
@@ -214,7 +213,7 @@ def test_a_gradient_that_is_not_finite_skips_only_the_update_of_its_matrix(param
 def test_refreshes_saved_are_counted_over_all_matrices(batch):
     settings = {"update_proj_gap": 2, "lazy_overlap": 1e-6}
     config = changed(CONFIG, optimizer={"galore": settings})
-    step, state = make_train_step(config), initial(config)
+    step, state = make_train_step(Pretraining(config)), initial(config)
     saved = []
     for _ in range(8):
         state, measured = step(state, batch)
@@ -230,7 +229,7 @@ def squares(tree):
 
 
 def test_diagnostics_are_the_captured_energy_and_the_relative_update(batch, params):
-    step = make_train_step(changed(CONFIG, training={"diagnostics": True}))
+    step = make_train_step(Pretraining(changed(CONFIG, training={"diagnostics": True})))
     state, measured = step(initial(CONFIG), batch)
     actual, _ = gradients(1)(params, batch)
     held = 0.0
@@ -264,7 +263,7 @@ def test_diagnostics_ignore_gradients_that_are_not_finite(params):
 
 def test_plain_adamw_has_no_subspaces_to_measure(batch):
     config = changed(CONFIG, optimizer={"name": "adamw"}, training={"diagnostics": True})
-    _, measured = make_train_step(config)(initial(config), batch)
+    _, measured = make_train_step(Pretraining(config))(initial(config), batch)
     assert set(measured) == {"loss", "targets", "learning_rate", "gradient_norm"}
 
 
@@ -284,7 +283,7 @@ def test_stochastic_rounding_keeps_on_average_what_rounding_to_nearest_loses(bat
     )
     before = np.asarray(initial(config).params["lm_head"]["kernel"], np.float32)
     large = np.abs(before) > 0.01
-    step = make_train_step(config)
+    step = make_train_step(Pretraining(config))
     after = head_after_a_step(step, config, batch)
     # Adam's first update is the learning rate times the gradient's sign: a weight moves by the
     # spacing, 2^-14 or more, with odds of 1e-6 over the spacing.

@@ -1,6 +1,11 @@
 """Training steps of projected gradients, and the refreshes between them."""
 
+import contextlib
 import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,8 @@ import galore_jax
 from galore_jax.errors import InputError
 from galore_jax.grads.refresh import refresh_due
 from galore_jax.training.config_file import changed
-from galore_jax.training.step import batch_loss, make_train_step
+from galore_jax.training.pretraining import Pretraining, batch_loss
+from galore_jax.training.step import make_train_step
 from galore_jax.training.stepper import Stepper
 
 CONFIG = changed(FULL, optimizer={"gradients": "projected", "clip_norm": 0.5})
@@ -37,8 +43,8 @@ def refresh_of(config):
 
 def test_bases_are_refreshed_before_the_steps_that_are_due(batch):
     config = changed(CONFIG, training={"accumulation": 4})
-    stepper, state = Stepper(config, initial(config)), initial(config)
-    step, refresh, other = make_train_step(config), refresh_of(config), initial(config)
+    stepper, state = Stepper(Pretraining(config)), initial(config)
+    step, refresh, other = make_train_step(Pretraining(config)), refresh_of(config), initial(config)
     refreshed = []
     for t in range(8):
         if refresh_due(other.opt_state):
@@ -53,10 +59,10 @@ def test_bases_are_refreshed_before_the_steps_that_are_due(batch):
 
 
 def test_a_resumed_stepper_asks_when_the_next_refresh_is_due(batch):
-    one, state = Stepper(CONFIG, initial(CONFIG)), initial(CONFIG)
+    one, state = Stepper(Pretraining(CONFIG)), initial(CONFIG)
     for _ in range(4):
         state, _ = one(state, batch)
-    two, copy = Stepper(CONFIG, state), jax.tree.map(jnp.copy, state)
+    two, copy = Stepper(Pretraining(CONFIG)), jax.tree.map(jnp.copy, state)
     for _ in range(4):
         (state, _), (copy, _) = one(state, batch), two(copy, batch)
     assert_equal(state, copy)
@@ -67,7 +73,10 @@ def test_full_and_projected_gradients_make_the_same_step(batch):
     settings = {"learning_rate": 0.003, "clip_norm": 0.0, "galore": galore}
     config = changed(CONFIG, optimizer=settings)
     full = changed(config, optimizer={"gradients": "full"})
-    projected_step, full_step = make_train_step(config), make_train_step(full)
+    projected_step, full_step = (
+        make_train_step(Pretraining(config)),
+        make_train_step(Pretraining(full)),
+    )
     refresh, state = refresh_of(config), initial(config)
     state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
     for _ in range(3):
@@ -86,8 +95,8 @@ def test_diagnostics_of_projected_gradients_are_those_of_full_ones(batch):
     full = changed(config, optimizer={"gradients": "full"})
     refresh, state = refresh_of(config), initial(config)
     state = state._replace(opt_state=refresh(state.params, state.opt_state, batch))
-    _, expected = make_train_step(full)(jax.tree.map(jnp.copy, state), batch)
-    _, actual = make_train_step(config)(state, batch)
+    _, expected = make_train_step(Pretraining(full))(jax.tree.map(jnp.copy, state), batch)
+    _, actual = make_train_step(Pretraining(config))(state, batch)
     for name in ("captured_energy", "update_ratio"):
         np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4)
 
@@ -105,7 +114,7 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch):
     settings = {"learning_rate": 1e-4, "warmup_steps": 0, "clip_by": "first_pass"}
     config = changed(CONFIG, optimizer=settings)
     other = changed(config, training={"layerwise": True})
-    one, two = Stepper(config, initial(config)), Stepper(other, initial(other))
+    one, two = Stepper(Pretraining(config)), Stepper(Pretraining(other))
     state, actual = initial(config), initial(other)
     for _ in range(5):
         (state, expected), (actual, measured) = one(state, batch), two(actual, batch)
@@ -126,3 +135,67 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch):
 def test_what_a_layerwise_run_cannot_do_is_refused_in_a_sentence(section, settings, sentence):
     with pytest.raises(InputError, match=sentence):
         changed(changed(CONFIG, training={"layerwise": True}), **{section: settings})
+
+
+def test_programs_are_compiled_when_needed_and_shared_by_runs_that_differ_in_their_seed(batch):
+    compiled, shared = [], {}
+
+    @contextlib.contextmanager
+    def compiling():
+        compiled.append(1)
+        yield
+
+    for seed in (0, 1):
+        task = Pretraining(changed(CONFIG, training={"seed": seed}))
+        stepper, state = Stepper(task, programs=shared, compiling=compiling), initial(task.config)
+        losses = []
+        for _ in range(2):
+            state, measured = stepper(state, batch)
+            losses.append(float(measured["loss"]))
+        if seed:
+            own, state = Stepper(task), initial(task.config)
+            for loss in losses:
+                state, measured = own(state, batch)
+                assert measured["loss"] == loss
+    assert len(compiled) == 2  # a step that refreshes, and one that does not
+    assert stepper.compile_seconds == 0
+
+
+CACHE = """
+import sys
+import jax
+from galore_jax.training.stepper import keep_programs
+keep_programs()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x + 1)(1.0)
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+@pytest.mark.parametrize("chosen", [None, "own"])
+def test_programs_are_kept_between_processes_where_the_user_wants_them(tmp_path, chosen):
+    environment = {
+        name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+    }
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    if chosen:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / chosen)
+    command = [sys.executable, "-c", CACHE]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    folder = Path(run.stdout.strip())
+    assert folder.is_relative_to(tmp_path / (chosen or "cache"))
+    assert any(folder.glob("*-cache"))
+    assert (tmp_path / "cache").exists() != bool(chosen)
+
+
+def test_programs_for_several_devices_are_not_kept(tmp_path):
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    command = [sys.executable, "-c", CACHE]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "None\n"
+    assert not any(tmp_path.iterdir())

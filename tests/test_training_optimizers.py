@@ -15,6 +15,7 @@ from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.config_file import changed
 from galore_jax.training.optimizer import make_optimizer, matrices
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state, matrix_state_bytes, tree_bytes, tree_size
 from galore_jax.training.step import make_train_step
 
@@ -72,9 +73,9 @@ def is_kernel(names):
 
 
 def test_the_matrices_are_the_leaves_that_galore_projects():
-    params = jax.eval_shape(lambda: init_state(CONFIG)).params
+    params = jax.eval_shape(lambda: init_state(Pretraining(CONFIG))).params
     found = {names for names, is_matrix in named_leaves(matrices(params)) if is_matrix}
-    state = init_state(CONFIG).opt_state
+    state = init_state(Pretraining(CONFIG)).opt_state
     assert found == {basis.projection.path for basis in bases_of(galore_states(state.inner_states))}
     assert {names[-2] for names in found} == KERNELS
 
@@ -124,11 +125,11 @@ def test_muon_orthogonalises_each_kernel_and_leaves_the_rest_to_adam(params, gra
 
 def test_muon_keeps_one_moment_of_the_matrices():
     adamw, muon = (changed(CONFIG, optimizer={"name": name}) for name in ("adamw", "muon"))
-    shapes = jax.eval_shape(lambda: init_state(adamw)).params
+    shapes = jax.eval_shape(lambda: init_state(Pretraining(adamw))).params
     kernels = sum(leaf.size for names, leaf in named_leaves(shapes) if is_kernel(names))
-    assert matrix_state_bytes(adamw) == 8 * kernels
-    assert matrix_state_bytes(muon) == 4 * kernels
-    rest = tree_bytes(jax.eval_shape(lambda: init_state(muon)).opt_state) - 4 * kernels
+    assert matrix_state_bytes(Pretraining(adamw)) == 8 * kernels
+    assert matrix_state_bytes(Pretraining(muon)) == 4 * kernels
+    rest = tree_bytes(jax.eval_shape(lambda: init_state(Pretraining(muon))).opt_state) - 4 * kernels
     counts = 3 * 4 + 3 * 4  # Also the three coefficients of Newton-Schulz.
     assert rest == 8 * (tree_size(shapes) - kernels) + counts
 
@@ -138,7 +139,7 @@ def test_bases_count_as_state_of_the_matrices():
     moments = 2 * 8 * (4 * 32 + 3 * 48)
     bases = 8 * (4 * 32 + 3 * 32)
     counters = 7 * (2 * 7 + 2)
-    assert matrix_state_bytes(CONFIG) == 2 * 4 * (moments + bases) + 4 * counters
+    assert matrix_state_bytes(Pretraining(CONFIG)) == 2 * 4 * (moments + bases) + 4 * counters
 
 
 @pytest.mark.slow
@@ -154,7 +155,7 @@ def test_layerwise_steps_equal_ordinary_ones(name):
     optimizer |= {"name": name, "learning_rate": 1e-4}
     config = changed(CONFIG, optimizer=optimizer)
     other = changed(config, training={"layerwise": True})
-    step, layerwise_step = make_train_step(config), make_train_step(other)
+    step, layerwise_step = make_train_step(Pretraining(config)), make_train_step(Pretraining(other))
     state, actual = initial(config), initial(other)
     for _ in range(3):
         state, _ = step(state, batch)

@@ -28,7 +28,7 @@ from galore_jax import (
 )
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.state import galore_states
-from galore_jax.training.step import batch_loss
+from galore_jax.training.pretraining import batch_loss
 
 
 def llama(**settings):

@@ -18,7 +18,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -29,10 +28,12 @@ from galore_jax.errors import InputError, names_full_disk
 from galore_jax.models.adapters import merge
 from galore_jax.training.checksum import checksum, json_checksum
 from galore_jax.training.config import Config
-from galore_jax.training.config_file import from_dict, to_dict
+from galore_jax.training.config_file import AnyConfig, from_dict, to_dict
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.processes import ending_together, is_first
 from galore_jax.training.run_folder import RunFolder, check_same_run
 from galore_jax.training.state import TrainState, abstract_state, is_finite
+from galore_jax.training.task import Batches, Task
 from galore_jax.types import ReadPart
 
 
@@ -71,7 +72,7 @@ class Checkpoints:
         """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, batches: grain.DatasetIterator, config: Config) -> bool:
+    def save(self, state: TrainState, batches: Batches, config: Any) -> bool:
         """Starts to save; returns as soon as the state is copied and may be donated.
 
         A state that is not finite is not saved: it would replace one that is.
@@ -105,9 +106,7 @@ class Checkpoints:
         """Waits until the save is complete; raises what `save` does."""
         self._manager.wait_until_finished()
 
-    def restore(
-        self, config: Config, batches: grain.DatasetIterator, mesh: Mesh | None = None
-    ) -> TrainState:
+    def restore(self, task: Task, batches: Batches, mesh: Mesh | None = None) -> TrainState:
         """The latest state, on a mesh or a single device, whatever device or mesh it was saved on.
 
         `batches` is set to continue where the run was.
@@ -117,9 +116,9 @@ class Checkpoints:
         """
         step = self.latest()
         assert step is not None, "there is no checkpoint to restore"
-        recorded, checksums = _restore_meta(self._manager, step)
-        check_same_run(recorded, config, self.folder)
-        target = _on_devices(abstract_state(config, mesh))
+        recorded, checksums = _restore_meta(self._manager, step, type(task.config))
+        check_same_run(recorded, task.config, self.folder)
+        target = _on_devices(abstract_state(task, mesh))
         restored = _restore(
             self._manager,
             step,
@@ -130,7 +129,8 @@ class Checkpoints:
         )
         batches.set_state(restored["data"])
         count = jax.device_put(np.int32(step), target.step.sharding)
-        return TrainState(restored["params"], restored["optimizer"], count)
+        seed = jax.device_put(np.uint32(task.config.training.seed), target.seed.sharding)
+        return TrainState(restored["params"], restored["optimizer"], count, seed)
 
 
 def load_for_inference(folder: str | Path) -> tuple[Config, Any]:
@@ -147,7 +147,8 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any]:
     """
     with _latest(folder) as (manager, step):
         config, checksums = _restore_meta(manager, step)
-        target = ocp.args.StandardRestore(_on_devices(abstract_state(config).params))
+        target = _on_devices(abstract_state(Pretraining(config)).params)
+        target = ocp.args.StandardRestore(target)
         params = _restore(manager, step, checksums, params=target)["params"]
         return config, merge(params, config.optimizer.adapter)
 
@@ -184,7 +185,8 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
                 return parameter(path)[index]
 
         # A damaged checkpoint must not become a model, so everything is read once before that.
-        leaves = jax.tree_util.tree_leaves_with_path(abstract_state(config).params)
+        shapes = abstract_state(Pretraining(config)).params
+        leaves = jax.tree_util.tree_leaves_with_path(shapes)
         paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
         with _naming_damage(manager, step):
             _check_checksum("params", checksums, checksum(map(parameter, paths)))
@@ -217,13 +219,15 @@ def _on_devices(abstract: Any) -> Any:
     )
 
 
-def _meta(config: Config, step: int, checksums: dict[str, int]) -> ocp.args.JsonSave:
+def _meta(config: Any, step: int, checksums: dict[str, int]) -> ocp.args.JsonSave:
     """The item `meta`; its own checksum is among the others."""
     meta = {"config": to_dict(config), "step": step}
     return ocp.args.JsonSave(meta | {"checksums": checksums | {"meta": json_checksum(meta)}})
 
 
-def _restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Config, dict[str, int]]:
+def _restore_meta(
+    manager: ocp.CheckpointManager, step: int, kind: type[AnyConfig] = Config
+) -> tuple[AnyConfig, dict[str, int]]:
     """The configuration and the checksums."""
     with _naming_damage(manager, step):
         arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -236,7 +240,7 @@ def _restore_meta(manager: ocp.CheckpointManager, step: int) -> tuple[Config, di
                 f"{Path(manager.directory, str(step))} is the checkpoint of step {saved}: rename "
                 f"it to {saved}, or delete it."
             )
-        return from_dict(meta["config"]), checksums
+        return from_dict(meta["config"], kind), checksums
 
 
 def _restore(

@@ -1,39 +1,72 @@
-"""Comparison of optimizers on the same model, text and steps: a table and two pictures.
+"""Comparison of optimizers on the same model and data: tables and, of pre-training, two pictures.
 
-All optimizers can be tuned on one grid of two rates: the learning rate, and `matrix_rate`, its
-factor for the matrices. Each run has a folder, which is kept, so a finished run is used again and
-an interrupted comparison continues where it was.
+Pre-training can be tuned on a grid of two rates: the learning rate, and `matrix_rate`, its factor
+for the matrices. Fine-tuning on GLUE is tuned on a grid of learning rates. Each run has a folder,
+which is kept, so a finished run is used again and an interrupted comparison continues where it was.
 """
 
 import dataclasses
 import functools
 import glob
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from scipy import stats
 
 from galore_jax.data.batches import fingerprint, first_prompt
+from galore_jax.data.glue import TASKS, load_examples
 from galore_jax.errors import InputError
 from galore_jax.files import write_text
 from galore_jax.training.config import Config, check_grid
-from galore_jax.training.config_file import load_config
-from galore_jax.training.loop import train
-from galore_jax.training.markdown import table_lines
-from galore_jax.training.metrics import Summary, format_bytes, read_summary
+from galore_jax.training.config_file import changed
+from galore_jax.training.finetune import check_start, finetune, missing_seeds
+from galore_jax.training.finetune_config import FinetuneConfig
+from galore_jax.training.loop import Diverged, train
+from galore_jax.training.metrics import format_bytes, read_summary
 from galore_jax.training.plots import plot_curves, plot_loss_by_bytes
-from galore_jax.training.run_folder import RunFolder, check_same_run, check_same_text
+from galore_jax.training.pretraining import Pretraining
+from galore_jax.training.run_folder import (
+    RunFolder,
+    check_same_run,
+    check_same_text,
+    recorded_config,
+)
 from galore_jax.training.sample import generate_text
 from galore_jax.training.state import matrix_state_bytes
 from galore_jax.training.stepper import check_gpu
 
 SAMPLE_TOKENS = 400
 PROMPT_CHARACTERS = 40  # from a held-out document
+# The optimizer with which the others are compared.
+BASELINE = "adamw"
 # Steps on the grid of learning rate and matrix rate, with which a descent looks for a lower loss.
 # The first two change the rate of the matrices alone, those along a diagonal the rate of everything
 # else alone.
 DIRECTIONS = ((0, 1), (0, -1), (1, -1), (-1, 1))
 WITH_ONE_MATRIX_RATE = ((1, 0), (-1, 0))
+
+
+class Result(NamedTuple):
+    """What a run has reached, and what it took.
+
+    Attributes:
+      value: the final validation loss, in nats, or the best value of a task's first metric.
+      optimizer_bytes: size of the optimizer's state.
+      seconds: of all steps.
+    """
+
+    value: float
+    optimizer_bytes: int
+    seconds: float
+
+
+# The results of a labelled configuration for each of some seeds; raises `Diverged` if a run does.
+Runner = Callable[[str, Any, Sequence[int]], list[Result]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,35 +75,132 @@ class Row:
 
     Attributes:
       label: the name under which it is compared.
-      config: the configuration of its runs, at the rates that were chosen.
-      runs: the summary of the run for each seed.
-      borders: those of "learning rate" and "matrix rate" that are at the end of their grid.
+      configs: the configuration of its runs, at the rates that were chosen; for a mean over tasks,
+        that of each.
+      results: one for each seed; empty if a run diverged.
+      borders: those of "learning rate" and "matrix rate" whose best value is at the end of a grid.
     """
 
+    columns: ClassVar[tuple[str, ...]]
     label: str
-    config: Config
-    runs: Sequence[Summary]
-    borders: Sequence[str] = ()
+    configs: tuple[Any, ...]
+    results: Sequence[Result]
+    borders: tuple[str, ...] = ()
 
     @property
-    def losses(self) -> list[float]:
-        """Final validation loss for each seed, in nats."""
-        return [run.validation_loss for run in self.runs]
+    def values(self) -> list[float]:
+        """Of the results."""
+        return [result.value for result in self.results]
 
     @property
-    def loss(self) -> float:
-        """Their mean."""
-        return statistics.mean(self.losses)
+    def mean(self) -> float:
+        """Of the values; NaN if a run diverged."""
+        return statistics.mean(self.values) if self.results else math.nan
 
-    @property
-    def spread(self) -> float:
-        """Their range, maximum minus minimum."""
-        return max(self.losses) - min(self.losses)
+    def rates(self) -> list[str]:
+        """The cells of the table for the chosen rates."""
+        raise NotImplementedError
+
+    def figures(self, baseline: "Row | None") -> list[str]:
+        """The cells behind them, with differences from another row if there is one."""
+        raise NotImplementedError
+
+
+class LossRow(Row):
+    """An optimizer of pre-training, compared by the validation loss."""
+
+    columns = (
+        *("optimizer", "learning rate", "matrix rate", "validation loss", "spread"),
+        *("against adamw", "seed by seed", "optimizer state", "of the matrices"),
+        "seconds per step",
+    )
 
     @functools.cached_property
     def matrix_bytes(self) -> int:
         """Bytes of the optimizer's state for the matrices that GaLore projects."""
-        return matrix_state_bytes(self.config)
+        return matrix_state_bytes(Pretraining(self.configs[0]))
+
+    def rates(self) -> list[str]:
+        """Learning rate and matrix rate."""
+        optimizer = self.configs[0].optimizer
+        return [f"{optimizer.learning_rate:g}", f"{optimizer.matrix_rate:g}"]
+
+    def figures(self, baseline: Row | None) -> list[str]:
+        """The difference in percent, and the mean, smallest and largest of those seed by seed."""
+        values, relative, paired = self.values, "", ""
+        if baseline is not None:
+            relative = f"{100 * (self.mean / baseline.mean - 1):+.2f}%"
+            pairs = np.subtract(values, baseline.values)
+            paired = f"{pairs.mean():+.4f}"
+            if len(pairs) > 1:
+                paired += f" ({pairs.min():+.4f} to {pairs.max():+.4f})"
+        steps = self.configs[0].training.steps
+        return [
+            f"{self.mean:.4f}",
+            f"{max(values) - min(values):.4f}" if len(values) > 1 else "",
+            relative,
+            paired,
+            format_bytes(self.results[0].optimizer_bytes),
+            format_bytes(self.matrix_bytes),
+            f"{statistics.median(result.seconds / steps for result in self.results):.3f}",
+        ]
+
+
+class MetricRow(Row):
+    """An optimizer of fine-tuning, compared by the first metric of a task, or their mean."""
+
+    columns = (
+        *("optimizer", "learning rate", "metric", "deviation", "against adamw", "95% interval"),
+        *("optimizer state", "seconds"),
+    )
+
+    def rates(self) -> list[str]:
+        """The learning rate, for a mean that of each task."""
+        return [", ".join(f"{config.optimizer.learning_rate:g}" for config in self.configs)]
+
+    def figures(self, baseline: Row | None) -> list[str]:
+        """The mean of the differences seed by seed, with its interval by Student's t."""
+        difference, interval = "", ""
+        if baseline is not None:
+            pairs = np.subtract(self.values, baseline.values)
+            difference = f"{pairs.mean():+.4f}"
+            if len(pairs) > 1:
+                half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
+                interval = f"{pairs.mean() - half:+.4f} to {pairs.mean() + half:+.4f}"
+        deviation = statistics.stdev(self.values) if len(self.results) > 1 else 0.0
+        return [
+            f"{self.mean:.4f}",
+            f"{deviation:.4f}",
+            difference,
+            interval,
+            format_bytes(self.results[0].optimizer_bytes),
+            f"{statistics.median(result.seconds for result in self.results):.0f}",
+        ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of the rows, with differences from the one labelled "adamw".
+
+    Sentences below it name the optimizers that are not tuned, as a best rate is at the end of its
+    grid.
+    """
+    baseline = next((row for row in rows if row.label == BASELINE and row.results), None)
+    columns = rows[0].columns
+    lines = [columns, ["---"] * len(columns)]
+    for row in rows:
+        figures = ["diverged"]
+        if row.results:
+            figures = row.figures(None if row is baseline else baseline)
+        cells = [row.label, *row.rates(), *figures]
+        lines.append([*cells, *[""] * (len(columns) - len(cells))])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    for row in rows:
+        if row.borders:
+            text += (
+                f"\n{row.label} is not tuned: its best {' and '.join(row.borders)} is at the end "
+                "of the grid. Extend the grid and run the command again.\n"
+            )
+    return text
 
 
 def compare(
@@ -78,7 +208,7 @@ def compare(
     seeds: Sequence[int],
     rates: Sequence[float] = (),
     matrix_rates: Sequence[float] = (),
-) -> list[Row]:
+) -> list[LossRow]:
     """Trains with each optimizer from the same initial parameters on the same text.
 
     With a grid each optimizer is tuned first: `descend`, starting at the configured rates, looks
@@ -87,7 +217,7 @@ def compare(
 
     Writes into `training.folder`: the folders of the runs, comparison.md, comparison.png (curves of
     the first seed), comparison-state.png (loss against bytes of the optimizer's state), and
-    sample.txt, generated by the model with the lowest loss, if that is finite.
+    sample.txt, generated by the model with the lowest loss, if one does not diverge.
 
     Args:
       configs: by label, as from `load_comparison`.
@@ -109,80 +239,78 @@ def compare(
         finished = Path(config.training.folder).glob(f"{glob.escape(label)}-*/summary.json")
         if not any(finished):
             check_gpu(config.optimizer)
-    rows = []
-    for label, config in configs.items():
-        config, borders = _tuned(label, config, seeds[0], grids)
-        runs = tuple(_run(label, config, seed) for seed in seeds)
-        rows.append(Row(label, config, runs, borders))
+    rows = [
+        _row(LossRow, _pretrained, label, config, seeds, grids, descend)
+        for label, config in configs.items()
+    ]
 
     folder = Path(next(iter(configs.values())).training.folder)
     write_text(folder / "comparison.md", table(rows))
-    folders = [_folder(row.label, row.config, seeds[0]) for row in rows]
-    plot_curves(folders, folder / "comparison.png", [row.label for row in rows])
-    plot_loss_by_bytes(
-        {row.label: (row.matrix_bytes, row.losses) for row in rows}, folder / "comparison-state.png"
-    )
-    best = min(rows, key=lambda row: (math.isnan(row.loss), row.loss))
-    run = RunFolder(_folder(best.label, best.config, seeds[0]))
-    # A state that is not finite is not saved.
-    if math.isnan(best.loss) or not any(run.checkpoints.glob("*")):
-        return rows
-    # A character is four bytes at most, so that prompt and text each fit into half of the context.
-    context = best.config.model.max_length
-    prompt = first_prompt(best.config.data, min(PROMPT_CHARACTERS, max(1, context // 8)))
-    tokens = min(SAMPLE_TOKENS, context // 2)
-    write_text(folder / "sample.txt", generate_text(run.path, prompt, tokens))
+    folders = {row.label: _folder(row.label, row.configs[0], seeds[0]) for row in rows}
+    plot_curves([*folders.values()], folder / "comparison.png", [*folders])
+    complete = [row for row in rows if row.results]
+    points = {row.label: (row.matrix_bytes, row.values) for row in complete}
+    plot_loss_by_bytes(points, folder / "comparison-state.png")
+    if complete:
+        best = min(complete, key=lambda row: row.mean)
+        # A character is four bytes at most, so that prompt and text each fit into half of the
+        # context.
+        config: Config = best.configs[0]
+        context = config.model.max_length
+        prompt = first_prompt(config.data, min(PROMPT_CHARACTERS, max(1, context // 8)))
+        text = generate_text(folders[best.label], prompt, min(SAMPLE_TOKENS, context // 2))
+        write_text(folder / "sample.txt", text)
     return rows
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A Markdown table of the rows, with differences from AdamW.
+def compare_finetuning(
+    configs: Mapping[str, FinetuneConfig], rates: Sequence[float], tasks: Sequence[str] = ()
+) -> dict[str, list[MetricRow]]:
+    """Fine-tunes with each optimizer from the same checkpoint on the same examples.
 
-    A last sentence names the optimizers whose best rates are at the end of a grid.
+    Each optimizer takes the learning rate with which the first seed reaches the best value of the
+    task's first metric, the smaller one of two that are equal. Then all seeds run at this rate, the
+    first one included.
+
+    Args:
+      configs: by label, as from `load_comparison`.
+      rates: the grid.
+      tasks: the names in TFDS of several tasks, each of which has the folder of its name in
+        `training.folder`. Empty: the configured one, in `training.folder` itself.
+
+    Returns:
+      For each task one row per optimizer, and of several tasks as "mean" one with the metric
+      averaged over them seed by seed, the sum of the times and the largest state. `tables` of them
+      is also written to `comparison.md` in `training.folder`, and the table of each of several
+      tasks in its folder.
+
+    Raises:
+      InputError: an unknown task, a rate that is not a positive number; and as for `finetune`.
     """
-    baseline = next((row for row in rows if row.label == "adamw"), None)
-    columns = [
-        *("optimizer", "learning rate", "matrix rate", "validation loss", "spread"),
-        *("against adamw", "seed by seed", "optimizer state", "of the matrices"),
-        "seconds per step",
-    ]
-    cells = []
-    for row in rows:
-        relative, paired = "", ""
-        if baseline is not None and row is not baseline:
-            relative = f"{100 * (row.loss / baseline.loss - 1):+.2f}%"
-            paired = _paired(row, baseline)
-        figures = (
-            row.label,
-            f"{row.config.optimizer.learning_rate:g}",
-            f"{row.config.optimizer.matrix_rate:g}",
-            f"{row.loss:.4f}",
-            f"{row.spread:.4f}" if len(row.runs) > 1 else "",
-            relative,
-            paired,
-            format_bytes(row.runs[0].optimizer_bytes),
-            format_bytes(row.matrix_bytes),
-            f"{statistics.median(run.seconds / run.steps for run in row.runs):.3f}",
-        )
-        cells.append(figures)
-    lines = table_lines(columns, cells)
-    for row in rows:
-        if row.borders:
-            lines += [
-                "",
-                f"{row.label} is not tuned: its best {' and '.join(row.borders)} is at the end of "
-                "the grid. Extend the grid and run the command again.",
-            ]
-    return "\n".join(lines) + "\n"
+    each: dict[str, Mapping[str, FinetuneConfig]] = {
+        task: {label: _on(task, config) for label, config in configs.items()} for task in tasks
+    } or {next(iter(configs.values())).data.task: configs}
+    for on_task in each.values():
+        _check_finetuning(on_task, rates)
+    seeds = range(next(iter(configs.values())).training.seeds)
+    grids, compared = {"learning_rate": rates}, {}
+    for task, on_task in each.items():
+        compared[task] = [
+            _row(MetricRow, _finetuned, label, config, seeds, grids, try_all)
+            for label, config in on_task.items()
+        ]
+        _write_tables(on_task, {task: compared[task]})
+    if tasks:
+        compared["mean"] = [_mean(rows) for rows in zip(*compared.values(), strict=True)]
+        _write_tables(configs, compared)
+    return compared
 
 
-def _paired(row: Row, baseline: Row) -> str:
-    """The mean of the differences of runs with the same seed, with the smallest and the largest."""
-    differences = [one - other for one, other in zip(row.losses, baseline.losses, strict=True)]
-    mean = f"{statistics.mean(differences):+.4f}"
-    if len(differences) == 1:
-        return mean
-    return f"{mean} ({min(differences):+.4f} to {max(differences):+.4f})"
+def tables(compared: Mapping[str, Sequence[Row]]) -> str:
+    """The table of each task, and of the means, below its name; of a single one without."""
+    if len(compared) == 1:
+        return table(*compared.values())
+    return "\n".join(f"{name}\n\n{table(rows)}" for name, rows in compared.items())
 
 
 def descend(
@@ -196,7 +324,7 @@ def descend(
     does not depend on the other.
 
     Args:
-      loss: of a point, given as a pair of indices; NaN counts as infinite.
+      loss: of a point, given as a pair of indices; infinite where a run diverges.
       size: of the grid along each axis.
       start: the first point.
 
@@ -208,8 +336,7 @@ def descend(
     def at(point: tuple[int, ...]) -> float:
         if not all(0 <= index < length for index, length in zip(point, size, strict=True)):
             return math.inf
-        value = loss(point)
-        return math.inf if math.isnan(value) else value
+        return loss(point)
 
     directions = DIRECTIONS if size[1] > 1 else WITH_ONE_MATRIX_RATE
     best = start
@@ -222,39 +349,58 @@ def descend(
     return best
 
 
-def _tuned(
-    label: str, config: Config, seed: int, grids: Mapping[str, Sequence[float]]
-) -> tuple[Config, tuple[str, ...]]:
-    """The configuration at its best rates, and the names of those at the end of their grid."""
-    axes = [
-        (name, sorted(set(grid)) or [getattr(config.optimizer, name)])
-        for name, grid in grids.items()
-    ]
+def try_all(
+    loss: Callable[[tuple[int, ...]], float], size: tuple[int, ...], start: tuple[int, ...]
+) -> tuple[int, ...]:
+    """The first point of a grid with the lowest loss, evaluating all of them; see `descend`."""
+    del start
+    return min(itertools.product(*map(range, size)), key=loss)
 
-    def at(point: tuple[int, ...]) -> Config:
-        rates = {name: axis[index] for (name, axis), index in zip(axes, point, strict=True)}
-        return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **rates))
+
+def _row(
+    kind: Any,
+    run: Runner,
+    label: str,
+    config: Any,
+    seeds: Sequence[int],
+    grids: Mapping[str, Iterable[float]],
+    search: Callable[..., tuple[int, ...]],
+) -> Any:
+    """A row of this kind: an optimizer at the rates that are best with the first seed."""
+    axes = {
+        name: sorted(set(grid)) or [getattr(config.optimizer, name)] for name, grid in grids.items()
+    }
+
+    def at(point: tuple[int, ...]) -> Any:
+        rates = {name: axis[index] for (name, axis), index in zip(axes.items(), point, strict=True)}
+        return changed(config, optimizer=rates)
 
     def loss(point: tuple[int, ...]) -> float:
-        chosen = at(point)
-        found = _run(label, chosen, seed).validation_loss
-        optimizer = chosen.optimizer
-        print(
-            f"{label}, learning rate {optimizer.learning_rate:g}, matrix rate "
-            f"{optimizer.matrix_rate:g}: {found:.4f}"
+        try:
+            found = run(label, at(point), seeds[:1])[0].value
+        except Diverged:
+            found = math.nan
+        rates = ", ".join(
+            f"{name.replace('_', ' ')} {axis[index]:g}"
+            for (name, axis), index in zip(axes.items(), point, strict=True)
         )
-        return found
+        print(f"{label}, {rates}: {found:.4f}")
+        return math.inf if math.isnan(found) else found if kind is LossRow else -found
 
-    if not any(grids.values()):
-        return config, ()
-    start = tuple(_nearest(axis, getattr(config.optimizer, name)) for name, axis in axes)
-    best = descend(loss, tuple(len(axis) for _, axis in axes), start)
-    borders = tuple(
-        name.replace("_", " ")
-        for (name, axis), index in zip(axes, best, strict=True)
-        if len(axis) > 1 and index in (0, len(axis) - 1)
-    )
-    return at(best), borders
+    best, borders = (0,) * len(axes), ()
+    if any(grids.values()):
+        size = tuple(map(len, axes.values()))
+        start = (_nearest(axis, getattr(config.optimizer, name)) for name, axis in axes.items())
+        best = search(loss, size, tuple(start))
+        borders = tuple(
+            name.replace("_", " ")
+            for (name, axis), index in zip(axes.items(), best, strict=True)
+            if len(axis) > 1 and index in (0, len(axis) - 1)
+        )
+    try:
+        return kind(label, (at(best),), run(label, at(best), seeds), borders)
+    except Diverged:
+        return kind(label, (at(best),), [])
 
 
 def _nearest(rates: Sequence[float], rate: float) -> int:
@@ -269,25 +415,99 @@ def _folder(label: str, config: Config, seed: int) -> Path:
     return Path(config.training.folder) / f"{label}-{rates}-seed{seed}"
 
 
-def _run(label: str, config: Config, seed: int) -> Summary:
-    """Trains or resumes this run, or reads its summary if it is finished."""
-    folder = _folder(label, config, seed)
-    config = dataclasses.replace(
+def _pretrained(label: str, config: Config, seeds: Sequence[int]) -> list[Result]:
+    """Trains or resumes these runs, or reads the summaries of those that are finished."""
+    results = []
+    for seed in seeds:
+        folder = _folder(label, config, seed)
+        of_seed = changed(
+            config, data={"seed": seed}, training={"seed": seed, "folder": str(folder)}
+        )
+        run = RunFolder(folder)
+        if run.summary.exists() or run.diverged.exists():
+            _check_same_evaluation(run, of_seed)
+        if run.diverged.exists():
+            raise Diverged(run.diverged.read_text().strip())
+        if run.summary.exists():
+            summary = read_summary(run)
+        else:
+            summary = train(Pretraining(of_seed), resume=run.holds_run())
+        if math.isnan(summary.validation_loss):  # Earlier versions finished such runs.
+            raise Diverged(f"the run in {folder} diverged.")
+        results.append(Result(summary.validation_loss, summary.optimizer_bytes, summary.seconds))
+    return results
+
+
+def _check_same_evaluation(run: RunFolder, config: Config) -> None:
+    """Raises an `InputError` if a run is another one, or was evaluated otherwise."""
+    recorded = recorded_config(run, Config)
+    check_same_run(recorded, config, run.path)
+    for key in ("evaluation_tokens", "reference_batch_size"):
+        old, new = getattr(recorded.training, key), getattr(config.training, key)
+        if old != new:
+            raise InputError(
+                f"{run.path} was evaluated with training.{key} = {old}, which is {new} here: "
+                "use the same, or name another training.folder."
+            )
+    check_same_text(run, fingerprint(config.data), resume=True)
+
+
+def _check_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[float]) -> None:
+    """Raises what can be known before the first run: grids, GPU, metrics, folders, and the data."""
+    check_grid("learning_rate", rates)
+    runs = [_at_rate(label, config, rate) for label, config in configs.items() for rate in rates]
+    for run in runs:
+        check_start(run)
+    if any(missing_seeds(run) for run in runs):
+        task = TASKS[runs[0].data.task]
+        split = next(split for split in task.files if split.startswith("validation"))
+        load_examples(task, split, runs[0].data.source)
+
+
+def _finetuned(label: str, config: FinetuneConfig, seeds: Sequence[int]) -> list[Result]:
+    """Fine-tunes with the seeds that are missing, the first of all."""
+    rate = config.optimizer.learning_rate
+    summary = finetune(_at_rate(label, config, rate, len(seeds)))
+    return [
+        Result(best, summary["optimizer_bytes"], seconds)
+        for best, seconds in zip(summary["best"], summary["seconds"], strict=True)
+    ]
+
+
+def _mean(rows: Sequence[MetricRow]) -> MetricRow:
+    """The mean over the tasks of one optimizer's rows."""
+    results = [
+        Result(
+            statistics.mean(result.value for result in of_seed),
+            # The heads differ where the numbers of classes do.
+            max(result.optimizer_bytes for result in of_seed),
+            sum(result.seconds for result in of_seed),
+        )
+        for of_seed in zip(*(row.results for row in rows), strict=False)  # Empty if one diverged.
+    ]
+    configs = tuple(config for row in rows for config in row.configs)
+    borders = tuple(dict.fromkeys(border for row in rows for border in row.borders))
+    return MetricRow(rows[0].label, configs, results, borders)
+
+
+def _on(task: str, config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration for a task, in the folder of its name."""
+    folder = Path(config.training.folder) / task
+    return changed(config, data={"task": task}, training={"folder": str(folder)})
+
+
+def _at_rate(label: str, config: FinetuneConfig, rate: float, seeds: int = 1) -> FinetuneConfig:
+    """The configuration at a learning rate, in a folder with the rate in its name."""
+    folder = Path(config.training.folder) / f"{label}-{rate:g}"
+    return changed(
         config,
-        data=dataclasses.replace(config.data, seed=seed),
-        training=dataclasses.replace(config.training, seed=seed, folder=str(folder)),
+        optimizer={"learning_rate": rate},
+        training={"folder": str(folder), "seeds": seeds},
     )
-    run = RunFolder(folder)
-    if run.summary.exists():
-        recorded = load_config(run.config)
-        check_same_run(recorded, config, folder)
-        for key in ("evaluation_tokens", "reference_batch_size"):
-            old, new = getattr(recorded.training, key), getattr(config.training, key)
-            if old != new:
-                raise InputError(
-                    f"{folder} was evaluated with training.{key} = {old}, which is {new} here: "
-                    "use the same, or name another training.folder."
-                )
-        check_same_text(run, fingerprint(config.data), resume=True)
-        return read_summary(run)
-    return train(config, resume=run.holds_run())
+
+
+def _write_tables(
+    configs: Mapping[str, FinetuneConfig], compared: Mapping[str, Sequence[Row]]
+) -> None:
+    folder = Path(next(iter(configs.values())).training.folder)
+    write_text(folder / "comparison.md", tables(compared))

@@ -14,10 +14,8 @@ from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
 from galore_jax.grads.micro_batches import split
-from galore_jax.training.config import Config
-from galore_jax.training.layout import jit_on, on_mesh, put_batch
-from galore_jax.training.state import Batch
-from galore_jax.training.step import batch_loss
+from galore_jax.training.mesh import jit_on, on_mesh, put_batch
+from galore_jax.training.task import Batch, Task
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Evaluation:
 
 
 def make_evaluate(
-    config: Config, mesh: Mesh | None = None
+    task: Task, mesh: Mesh | None = None
 ) -> Callable[[Any, Iterable[Batch]], Evaluation]:
     """Makes a function of the parameters and batches that returns their `Evaluation`.
 
@@ -57,11 +55,11 @@ def make_evaluate(
     the last one is that which completes `training.evaluation_tokens`, unless that is 0. The
     function raises an `InputError` if the batches have no targets.
     """
-    loss = functools.partial(batch_loss, config.model, adapter=config.optimizer.adapter)
+    config = task.config
 
     def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         parts = split(batch, config.training.accumulation)
-        losses, targets = lax.map(functools.partial(loss, params), parts)
+        losses, targets = lax.map(functools.partial(task.loss, params), parts)
         return jnp.sum(losses), jnp.sum(targets)
 
     compiled = jit_on(mesh, sums)

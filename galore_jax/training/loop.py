@@ -1,186 +1,228 @@
-"""The training loop, top to bottom."""
+"""The training loop: what to start from, the steps, and what a run leaves."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from galore_jax.data.batches import fingerprint, train_batches, validation_batches
-from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import InputError, names_full_disk
+from galore_jax.files import write_text
 from galore_jax.training.checkpoint import Checkpoints
-from galore_jax.training.config import Config
 from galore_jax.training.config_file import to_dict
-from galore_jax.training.evaluate import make_evaluate, perplexity
-from galore_jax.training.layout import put_batch, training_mesh
-from galore_jax.training.metrics import (
-    Metrics,
-    Summary,
-    format_bytes,
-    read_summary,
-    write_summary,
-)
-from galore_jax.training.plots import plot_curves
+from galore_jax.training.mesh import put_batch, training_mesh
+from galore_jax.training.metrics import Metrics, format_bytes
 from galore_jax.training.processes import check_same, ending_together, is_first, stopping_together
 from galore_jax.training.progress import Progress
-from galore_jax.training.run_folder import (
-    RunFolder,
-    check_same_text,
-    check_start,
-    open_folder,
-    resume_command,
+from galore_jax.training.run_folder import RunFolder, check_same_text, check_start, open_folder
+from galore_jax.training.state import (
+    TrainState,
+    place_state,
+    trained,
+    tree_bytes,
+    tree_size,
 )
-from galore_jax.training.state import place_state, trained, tree_bytes, tree_size
 from galore_jax.training.stepper import Stepper, check_gpu, raise_on_full_memory
+from galore_jax.training.task import Costs, Data, Task
 
 # How to resume several processes: those that a cluster starts have no such arguments.
 _EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"
 
-_LESS_MEMORY = (
-    "lower data.batch_size, raise training.accumulation or set training.layerwise = true; "
-    "scripts/memory.py shows how much a configuration needs"
-)
-
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by SIGINT or SIGTERM; the message says what is saved, and how to resume."""
+    """Stopped by a signal, after saving; the message says how to resume.
+
+    Attributes:
+      status: the exit status that the signal asks for, as in a shell.
+    """
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.status = 128 + number
 
 
-def train(config: Config, resume: bool = False) -> Summary:
-    """Trains as configured, into `training.folder`; `run_folder` lists the files there.
+class Diverged(InputError):
+    """The state of a training, or its evaluation, is not finite."""
+
+
+class _Run(NamedTuple):
+    """What the stages of a run share; `metrics` is None in all processes but the first."""
+
+    task: Task
+    folder: RunFolder
+    mesh: Mesh | None
+    data: Data
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    progress: Progress
+    stepper: Stepper
+
+
+def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = None) -> Any:
+    """Trains a task as configured, into `training.folder`; `run_folder` lists the files there.
 
     A resumed run continues from its latest checkpoint, or from the start if there is none, and
     repeats an uninterrupted run bit for bit on the same machine. Several processes that were joined
     (see processes.py) train together; process 0 writes the files.
 
     Args:
-      config: the configuration of the run.
+      task: the task, with the configuration of the run.
       resume: continue the run in the folder instead of starting a new one.
+      programs: as for `Stepper`.
 
     Returns:
-      The summary, also written as summary.json.
+      The result of the task.
 
     Raises:
       InputError: the configuration, a file that it names or the folder cannot be used, there is no
         GPU for the kernels, the disk is full, or there is too little memory.
-      Interrupted: on SIGINT or SIGTERM, after saving the state, unless it is not finite.
+      Diverged: parameters, optimizer state or an evaluation are not finite. The folder keeps what
+        was saved before, and is not marked as finished.
+      Interrupted: on SIGINT or SIGTERM, after saving the state.
     """
+    config = task.config
     check_same(to_dict(config) | {"arguments": {"resume": resume}})
     with ending_together():
         if is_first():
             check_start(config, resume)
         check_gpu(config.optimizer)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        _check_vocabulary(config, tokenizer)
-        mesh = training_mesh(config)
-        report = partial(print, file=sys.stderr) if is_first() else None
-        batches = train_batches(config.data, tokenizer, report)
-        validation = validation_batches(config.data, tokenizer, report)
-    training, steps = config.training, config.training.steps
-
+        mesh = training_mesh(task)
+        data = task.open_data(mesh, partial(print, file=sys.stderr) if is_first() else None)
     with contextlib.ExitStack() as stack:
-        # The folder, and the state to start from.
-        stack.enter_context(_raise_on_full_disk(config))
-        stack.enter_context(raise_on_full_memory(_LESS_MEMORY))
+        stack.enter_context(_raise_on_full_disk(task))
+        stack.enter_context(raise_on_full_memory(task.less_memory))
         stops = stopping_together(stack.enter_context(_stop_signals()))
-        stack.callback(batches.close)
-        run = RunFolder(training.folder)
+        stack.callback(data.batches.close)
+        run, state = _start(task, resume, mesh, data, programs, stack)
+        try:
+            state = _make_steps(run, state, stops)
+        except Diverged as error:
+            with ending_together():
+                if is_first():
+                    write_text(run.folder.diverged, f"{error}\n")
+                raise
+        _finish(run, state)
+    return task.result(run.folder)
+
+
+def _start(
+    task: Task,
+    resume: bool,
+    mesh: Mesh | None,
+    data: Data,
+    programs: dict[Any, Any] | None,
+    stack: contextlib.ExitStack,
+) -> tuple[_Run, TrainState]:
+    """Opens the folder, and restores or makes the state to start from."""
+    config, training = task.config, task.config.training
+    folder = RunFolder(training.folder)
+    with ending_together():
+        if is_first():
+            stack.enter_context(open_folder(config, resume))
+            check_same_text(folder, data.fingerprint(), resume)
+    checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, training.keep_checkpoints))
+    if checkpoints.latest() is None:
+        state = place_state(task, mesh)
+    else:
+        state = checkpoints.restore(task, data.batches, mesh)
+    start = int(state.step)
+    metrics = None
+    with ending_together():
+        if is_first():
+            metrics = Metrics(folder, start, training.tensorboard)
+            stack.callback(metrics.close)
+            if start == training.steps:
+                _check_metrics(folder, metrics)
+            parameters = tree_size(state.params)
+            updated = tree_size(trained(task, state.params)[0])
+            share = f", {updated:,} of them trained" if updated < parameters else ""
+            print(
+                f"{folder.path}: {parameters:,} parameters{share}, "
+                f"{format_bytes(tree_bytes(state.opt_state))} of optimizer state, "
+                f"{'resumed at' if resume else 'from'} step {start:,} of {training.steps:,}",
+                file=sys.stderr,
+            )
+    progress = stack.enter_context(Progress(metrics, start, training.steps, task.targets))
+    stepper = Stepper(task, mesh, programs, progress.compiling)
+    return _Run(task, folder, mesh, data, checkpoints, metrics, progress, stepper), state
+
+
+def _make_steps(run: _Run, state: TrainState, stops: Callable[[], int]) -> TrainState:
+    """Makes the steps that are left, with evaluations and checkpoints between them."""
+    training, progress, batches = run.task.config.training, run.progress, run.data.batches
+    start, steps = int(state.step), training.steps
+    if start == steps:  # The last evaluation of a finished run may be missing.
+        _evaluate(run, state, steps)
+    for step in range(start, steps):
+        state, measured = run.stepper(state, put_batch(next(batches), run.mesh))
+        progress.add(step, measured)
+        done, signalled = step + 1, stops()
+        evaluates = _is_due(done, training.evaluate_every, steps)
+        saves = signalled or _is_due(done, training.checkpoint_every, steps)
+        if evaluates or saves or done % training.log_every == 0 or progress.is_slow:
+            progress.report()
+        if evaluates:
+            _evaluate(run, state, done)
+        if saves:
+            progress.flush()
+            if not run.checkpoints.save(state, batches, run.task.config):
+                raise _diverged(run, "the parameters or the optimizer's state", done)
+        if signalled and done < steps:
+            run.checkpoints.wait()
+            every = _EVERY_PROCESS if jax.process_count() > 1 else ""
+            raise Interrupted(
+                f"stopped after {done:,} of {steps:,} steps, all saved. Resume{every} with\n"
+                f"  {run.task.resume_command()}",
+                signalled,
+            )
+    run.checkpoints.wait()
+    return state
+
+
+def _evaluate(run: _Run, state: TrainState, done: int) -> None:
+    """Evaluates, and keeps the parameters if the task wants to."""
+    with run.progress.clock_stopped():
+        evaluation = run.data.evaluate(state.params)
+        run.progress.report_evaluation(done, evaluation, run.task.describe(evaluation))
+        if not math.isfinite(evaluation[run.task.metric]):
+            raise _diverged(run, f"the evaluation ({run.task.metric})", done)
         with ending_together():
-            if is_first():
-                stack.enter_context(open_folder(config, resume))
-                check_same_text(run, fingerprint(config.data), resume)
-        checkpoints = Checkpoints(run.checkpoints, training.keep_checkpoints)
-        stack.enter_context(checkpoints)
-        if checkpoints.latest() is None:
-            state = place_state(config, mesh)
-        else:
-            state = checkpoints.restore(config, batches, mesh)
-        start = int(state.step)
-        parameters, optimizer_bytes = tree_size(state.params), tree_bytes(state.opt_state)
-        metrics = None
-        with ending_together():
-            if is_first():
-                metrics = Metrics(run, start, training.tensorboard)
-                stack.callback(metrics.close)
-                if start == steps:
-                    _check_metrics(run, metrics)
-                updated = tree_size(trained(config, state.params)[0])
-                share = f", {updated:,} of them trained" if updated < parameters else ""
-                print(
-                    f"{run.path}: {parameters:,} parameters{share}, "
-                    f"{format_bytes(optimizer_bytes)} of optimizer state, "
-                    f"{'resumed at' if resume else 'from'} step {start:,} of {steps:,}",
-                    file=sys.stderr,
-                )
-        stepper = Stepper(config, state, mesh)
-        evaluate = make_evaluate(config, mesh)
-        progress = stack.enter_context(Progress(metrics, start, steps))
-
-        if start == steps:  # The last evaluation of a finished run may be missing.
-            progress.report_evaluation(steps, evaluate(state.params, validation))
-
-        # The steps, with evaluations and checkpoints between them.
-        for step in range(start, steps):
-            state, measured = stepper(state, put_batch(next(batches), mesh))
-            progress.add(step, measured)
-            done, stop = step + 1, stops()
-            evaluates = _is_due(done, training.evaluate_every, steps)
-            saves = stop or _is_due(done, training.checkpoint_every, steps)
-            if evaluates or saves or done % training.log_every == 0 or progress.is_slow:
-                progress.report()
-            if evaluates:
-                with progress.clock_stopped():
-                    evaluation = evaluate(state.params, validation)
-                progress.report_evaluation(done, evaluation)
-            if saves:
-                progress.flush()
-                if not checkpoints.save(state, batches, config):
-                    progress.report_unsaved(done, checkpoints.latest())
-            if stop and done < steps:
-                checkpoints.wait()
-                raise Interrupted(_how_to_resume(config, done, checkpoints.latest()))
-        checkpoints.wait()
-
-        # The summary and the curves.
-        with ending_together():
-            if metrics is not None:
-                updates = [line for line in metrics.lines if "loss" in line]
-                last = [line for line in metrics.lines if "validation_loss" in line][-1]
-                seconds = updates[-1]["seconds"]
-                summary = Summary(
-                    name=run.path.name,
-                    steps=steps,
-                    parameters=parameters,
-                    validation_loss=last["validation_loss"],
-                    validation_perplexity=perplexity(last["validation_loss"]),
-                    reference_perplexity=perplexity(last["reference_loss"]),
-                    optimizer_bytes=optimizer_bytes,
-                    seconds=seconds,
-                    compile_seconds=stepper.compile_seconds,
-                    tokens_per_second=sum(line["targets"] for line in updates) / seconds,
-                )
-                plot_curves([run.path], run.curves)
-                write_summary(run, summary)  # Last, as it marks a run as finished.
-                print(summary.table())
-    return read_summary(run)
+            if run.metrics is not None:
+                run.task.keep(run.folder, state.params, run.metrics.evaluations())
 
 
-def _how_to_resume(config: Config, done: int, latest: int | None) -> str:
-    """What a run that is stopped says; it resumes from the latest checkpoint."""
-    stopped = f"stopped after {done:,} of {config.training.steps:,} steps"
-    every = _EVERY_PROCESS if jax.process_count() > 1 else ""
-    if latest == done:
-        return f"{stopped}, all saved. Resume{every} with\n  {resume_command(config)}"
-    place = "the start" if latest is None else f"the checkpoint at step {latest:,}"
-    return (
-        f"{stopped}. The state is not finite and was not saved. Start another run with a lower "
-        f"optimizer.learning_rate: this one would continue from {place} and diverge again."
+def _finish(run: _Run, state: TrainState) -> None:
+    """Writes what the task makes of a complete run."""
+    with ending_together():
+        if run.metrics is None:
+            return
+        updates = [line for line in run.metrics.lines if "loss" in line]
+        seconds = updates[-1]["seconds"]
+        costs = Costs(
+            parameters=tree_size(state.params),
+            optimizer_bytes=tree_bytes(state.opt_state),
+            seconds=seconds,
+            compile_seconds=run.stepper.compile_seconds,
+            rate=sum(line["targets"] for line in updates) / seconds,
+        )
+        run.task.finish(run.folder, run.metrics.evaluations(), costs)
+
+
+def _diverged(run: _Run, what: str, done: int) -> Diverged:
+    run.checkpoints.wait()
+    latest = run.checkpoints.latest()
+    kept = "there is no checkpoint" if latest is None else f"the latest checkpoint is of {latest:,}"
+    return Diverged(
+        f"{what} of {run.folder.path} after {done:,} of {run.task.config.training.steps:,} steps "
+        f"are not finite, so the run ends ({kept}): lower optimizer.learning_rate, or set "
+        "optimizer.clip_norm, and name another training.folder."
     )
 
 
@@ -192,37 +234,24 @@ def _check_metrics(run: RunFolder, metrics: Metrics) -> None:
         )
 
 
-def _check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        remedy = f"set model.vocab_size to at least {tokenizer.vocab_size}"
-        if config.model.checkpoint:
-            remedy = (
-                "remove the added ones, or enlarge the checkpoint's embedding by transformers' "
-                f"resize_token_embeddings({tokenizer.vocab_size})"
-            )
-        raise InputError(
-            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size, {config.model.vocab_size}: {remedy}."
-        )
-
-
 def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether SIGINT or SIGTERM was received.
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Yields a function that returns which of SIGINT and SIGTERM was received, or 0.
 
     A second signal has its usual effect.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    received = []
+    received = 0
 
     def record(number: int, frame: Any) -> None:
-        received.append(number)
+        nonlocal received
+        received = number
         signal.signal(number, previous[number])
         os.write(
             2,
@@ -235,23 +264,22 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield lambda: bool(received)
+        yield lambda: received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def _raise_on_full_disk(config: Config) -> Iterator[None]:
+def _raise_on_full_disk(task: Task) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         if not names_full_disk(error):
             raise
-        path = getattr(error, "filename", None)
-        has_run = RunFolder(config.training.folder).holds_run()
-        command = resume_command(config) if has_run else "the same command"
+        path, folder = getattr(error, "filename", None), task.config.training.folder
+        command = task.resume_command() if RunFolder(folder).holds_run() else "the same command"
         raise InputError(
-            f"the disk is full while writing {path or config.training.folder}; what was saved "
-            f"before is intact: free some space, then resume with {command}"
+            f"the disk is full while writing {path or folder}; what was saved before is intact: "
+            f"free some space, then resume with {command}"
         ) from error

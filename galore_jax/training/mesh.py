@@ -1,18 +1,36 @@
-"""The section `[mesh]`: how the devices of all processes are arranged for a training."""
+"""Where the arrays of a training lie: the section `[mesh]`, and the layout on the mesh it makes.
 
+A batch is divided over the axes "data" and "fsdp", and so are activations. Parameters are divided
+over "fsdp" as `galore_jax.shardings` decides, and over "tensor" by the rules of the task: one of
+the two products of attention and of the MLP is cut by columns, the other by rows, so that a sum at
+the end of each is all that the devices exchange.
+"""
+
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import PositiveInt
 
 from galore_jax.errors import InputError
+from galore_jax.grads.data_parallel import needs_whole_embeddings
+from galore_jax.models.adapters import A, Adapter, B
 from galore_jax.settings import checked
+from galore_jax.subspace.matrix_view import path_names
+from galore_jax.types import PyTree
 
+if TYPE_CHECKING:
+    from galore_jax.training.task import Task
+
+P = PartitionSpec
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = (DATA, FSDP)
 Size = Literal[-1] | PositiveInt
 
 
@@ -86,6 +104,164 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
         return None
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+
+
+def kernel_rules(adapter: Adapter | None, by_columns: Sequence[str]) -> dict[str, PartitionSpec]:
+    """How the kernels and adapters of blocks are divided over the axis "tensor", by glob of paths.
+
+    Args:
+      adapter: of all kernels.
+      by_columns: names of those that are divided by columns, as in "q" for `q_proj`.
+    """
+    by_rows, rules = ("o", "down"), {}
+    if adapter is None or adapter.has_kernel:
+        rules |= {f"*/{name}_proj/kernel": P(None, None, TENSOR) for name in by_columns}
+        rules |= {f"*/{name}_proj/kernel": P(None, TENSOR, None) for name in by_rows}
+    if adapter is not None:
+        rules |= {f"*/{name}_proj/{B}": P(None, None, TENSOR) for name in by_columns}
+        rules |= {f"*/{name}_proj/{A}": P(None, TENSOR, None) for name in by_rows}
+    return rules
+
+
+def training_mesh(task: "Task") -> Mesh | None:
+    """The mesh of a training on all devices; None for a single device.
+
+    Raises:
+      InputError: the mesh does not have as many devices as there are, or `check_training_mesh`.
+    """
+    mesh = make_mesh(task.config.mesh)
+    check_training_mesh(task, mesh)
+    return mesh
+
+
+def check_training_mesh(task: "Task", mesh: Mesh | None) -> None:
+    """Checks that a training can be divided over a mesh.
+
+    Raises:
+      InputError: the rows of a micro-batch cannot be divided among the devices, or the heads, the
+        MLP or the vocabulary cannot.
+    """
+    if mesh is None:
+        return
+    batch_size, parts = task.config.data.batch_size, task.config.training.accumulation
+    rows, divided = batch_size // parts, math.prod(mesh.shape[name] for name in BATCH_AXES)
+    if rows % divided:
+        possible = [size for size in divisors(mesh.size) if rows % size == 0]
+        fewer = ""
+        if batch_size % divided == 0:
+            fitting = math.gcd(parts, batch_size // divided)
+            fewer = f"lower training.accumulation to {fitting}, "
+        raise InputError(
+            f"mesh.data × mesh.fsdp is {divided}, which does not divide data.batch_size / "
+            f"training.accumulation, {rows} rows: {fewer}set data.batch_size to a multiple of "
+            f"{parts * divided}, or choose a mesh in which mesh.data × mesh.fsdp is "
+            f"{any_of(possible)}."
+        )
+    for name, size in task.sizes.items():
+        if size % mesh.shape[TENSOR]:
+            raise InputError(
+                f"mesh.tensor is {mesh.shape[TENSOR]}, which does not divide model.{name}, {size}: "
+                f"choose {any_of(divisors(math.gcd(*task.sizes.values())))}."
+            )
+
+
+def moment_axes(config: MeshConfig, mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which the optimizer's moments are divided, besides those of the parameters."""
+    return (DATA,) if config.shard_moments and mesh.shape[DATA] > 1 else ()
+
+
+def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:
+    """The shapes with these shardings, in the tree of the shardings."""
+    leaves = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    ]
+    return jax.tree.structure(shardings).unflatten(leaves)
+
+
+def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """The sharding of a batch's arrays, (rows, length)."""
+    return None if mesh is None else NamedSharding(mesh, P(BATCH_AXES))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Puts the rows of a batch, which every process has, on the devices that they belong to."""
+    sharding = batch_sharding(mesh)
+    if sharding is None:
+        return dict(batch)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+
+    return {name: put(rows) for name, rows in batch.items()}
+
+
+def data_axes(mesh: Mesh | None) -> tuple[str, ...]:
+    """The axes over which the batch is cut into shards, for each of which the loss is traced."""
+    return (DATA,) if mesh is not None and mesh.shape[DATA] > 1 else ()
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays that each device has all of."""
+    return NamedSharding(mesh, P())
+
+
+def jit_on(mesh: Mesh | None, f: Callable[..., Any], out: Any = None, **options: Any) -> Any:
+    """`jax.jit` of a function on a mesh, in which XLA chooses how intermediate arrays lie.
+
+    Args:
+      mesh: None: a single device.
+      f: the function; call or lower the result inside `on_mesh`.
+      out: the shardings of its results; None: each device gets all of them.
+      options: of `jax.jit`.
+    """
+    if mesh is None:
+        return jax.jit(f, **options)
+    out = whole(mesh) if out is None else out
+    return jax.jit(f, out_shardings=out, **options)
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """A context in which functions are traced for a mesh.
+
+    In it, the models' activations lie as this module says, by `nn.with_logical_constraint`.
+    """
+    if mesh is None:
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(_rules(BATCH_AXES)):
+        yield
+
+
+def _rules(batch_axes: tuple[str, ...]) -> list[tuple[str, Any]]:
+    """The mesh axes of the models' logical axes."""
+    return [("batch", batch_axes), ("heads", TENSOR), ("mlp", TENSOR)]
+
+
+def per_shard(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The loss of parameters and a batch, also inside a `shard_map` over some of the batch's axes.
+
+    There a sharding may name the other axes only, and an embedding may have to be whole.
+    """
+
+    def shard_loss(params: PyTree, *batch: Any) -> Any:
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        if not manual:
+            return loss(params, *batch)
+        if needs_whole_embeddings():
+            params = jax.tree_util.tree_map_with_path(_whole_embedding, params)
+        free = tuple(name for name in BATCH_AXES if name not in manual)
+        with nn.logical_axis_rules(_rules(free)):
+            return loss(params, *batch)
+
+    return shard_loss
+
+
+def _whole_embedding(path: Any, leaf: jax.Array) -> jax.Array:
+    if path_names(path)[-1] != "embedding":
+        return leaf
+    return jax.lax.with_sharding_constraint(leaf, P())
 
 
 def divisors(number: int) -> list[int]:

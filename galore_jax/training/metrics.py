@@ -26,7 +26,8 @@ class Summary:
       validation_loss: mean loss per target of the validation split, in nats.
       validation_perplexity: exp(validation_loss).
       reference_perplexity: perplexity as the reference's evaluator computes it
-        (`Evaluation.reference_loss`).
+        (`Evaluation.reference_loss`); None if the validation set is too small for it to mean
+        anything.
       optimizer_bytes: size of the optimizer's state.
       seconds: training time over all parts of a resumed run, without compilation and evaluation.
       compile_seconds: time to compile the training step, in this process.
@@ -38,7 +39,7 @@ class Summary:
     parameters: int
     validation_loss: float
     validation_perplexity: float
-    reference_perplexity: float
+    reference_perplexity: float | None
     optimizer_bytes: int
     seconds: float
     compile_seconds: float
@@ -46,19 +47,21 @@ class Summary:
 
     def table(self) -> str:
         """The summary as text in aligned columns."""
+        reference = self.reference_perplexity
         rows = {
             "run": self.name,
             "steps": f"{self.steps:,}",
             "parameters": f"{self.parameters:,}",
             "validation loss": f"{self.validation_loss:.4f}",
             "perplexity": f"{self.validation_perplexity:,.2f}",
-            "reference's perplexity": f"{self.reference_perplexity:,.2f}, with its N + 1 batches",
+            "reference's perplexity": reference and f"{reference:,.2f}, with its N + 1 batches",
             "optimizer state": format_bytes(self.optimizer_bytes),
             "training time": f"{self.seconds:,.1f} s, and {self.compile_seconds:.1f} s to compile",
             "tokens per second": f"{self.tokens_per_second:,.0f}",
         }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        shown = {name: value for name, value in rows.items() if value is not None}
+        width = max(map(len, shown))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
 
 
 class Metrics:
@@ -93,6 +96,10 @@ class Metrics:
             file.write(_json_lines(lines))
         self.lines.extend(lines)
         self._add_events(lines)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of evaluations."""
+        return [line for line in self.lines if "loss" not in line]
 
     def flush(self) -> None:
         """Waits until the lines are on disk, as a checkpoint requires."""
@@ -163,7 +170,7 @@ def read_summary(run: RunFolder) -> Summary:
         found: dict[str, Any] = {
             name: math.nan if values[name] is None else values[name] for name in names
         }
-        return Summary(**found)
+        return Summary(**found | {"reference_perplexity": values["reference_perplexity"]})
     except (ValueError, TypeError, KeyError):
         raise InputError(
             f"{run.summary} is damaged: delete it and resume the run to write it again."
@@ -180,7 +187,7 @@ def format_bytes(number: float) -> str:
 
 
 def _is_before(line: Mapping[str, Any], step: int) -> bool:
-    return line["step"] <= step if "validation_loss" in line else line["step"] < step
+    return line["step"] <= step if "loss" not in line else line["step"] < step
 
 
 def _json_lines(lines: Sequence[Mapping[str, Any]]) -> str:

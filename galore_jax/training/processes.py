@@ -138,30 +138,30 @@ def check_same(values: Mapping[str, Any]) -> None:
             )
 
 
-def stopping_together(is_stopped: Callable[[], bool]) -> Callable[[], bool]:
-    """Makes a function, to be called after each step, that is true in all processes or in none.
+def stopping_together(signalled: Callable[[], int]) -> Callable[[], int]:
+    """Makes a function, to be called after each step, that returns the same in all processes.
 
-    A process alone gets `is_stopped` itself. Several exchange its value about once a second, after
-    the same steps, so that most steps need not wait for the others.
+    A process alone gets `signalled` itself. Several exchange its value about once a second, after
+    the same steps, so that most steps need not wait for the others, and get the largest.
 
     Args:
-      is_stopped: whether this process has been told to stop.
+      signalled: the number of the signal that told this process to stop, or 0.
     """
     if jax.process_count() == 1:
-        return is_stopped
+        return signalled
     every, left, mark = 1, 1, time.perf_counter()
 
-    def stops() -> bool:
+    def stops() -> int:
         nonlocal every, left, mark
         left -= 1
         if left:
-            return False
+            return 0
         seconds = time.perf_counter() - mark
         per_second = min(int(every / seconds), 2 * every)
-        answers = _gathered([is_stopped(), max(1, per_second)])
+        answers = _gathered([signalled(), max(1, per_second)])
         every = left = int(answers[0, 1])
         mark = time.perf_counter()
-        return bool(answers[:, 0].any())
+        return int(answers[:, 0].max())
 
     return stops
 

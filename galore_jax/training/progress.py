@@ -11,8 +11,8 @@ from typing import Any, Self
 import jax
 from tqdm import tqdm
 
-from galore_jax.training.evaluate import Evaluation
 from galore_jax.training.metrics import Metrics, format_bytes
+from galore_jax.training.task import Line
 
 # The metrics of a step, in the order in which a line has them.
 MEASURED = (
@@ -38,13 +38,15 @@ class Progress:
       metrics: takes the lines; None: this is not the process that reports, and `report` only waits.
       start: number of updates made before.
       steps: number of updates of the run.
+      targets: what the losses are of, in the plural.
 
     Attributes:
       is_slow: whether steps take so long that each should be reported; True for the first one.
     """
 
-    def __init__(self, metrics: Metrics | None, start: int, steps: int):
+    def __init__(self, metrics: Metrics | None, start: int, steps: int, targets: str):
         self.is_slow = True
+        self._targets = targets
         self._metrics = metrics
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         lines = [] if metrics is None else metrics.lines
@@ -88,7 +90,10 @@ class Progress:
         lines = []
         for (step, _), value in zip(self._pending, values, strict=True):
             scalars = {name: value[name].item() for name in MEASURED if name in value}
-            timing = {"tokens_per_second": round(rate, 1), "seconds": round(self._seconds, 3)}
+            timing = {
+                f"{self._targets}_per_second": round(rate, 1),
+                "seconds": round(self._seconds, 3),
+            }
             lines.append({"step": step, **scalars, **timing})
         self._write(lines)
         self._pending.clear()
@@ -98,44 +103,33 @@ class Progress:
             self._warn_of_bad_values(line)
         last = lines[-1]
         self._bar.set_postfix_str(
-            f"loss {last['loss']:.3f}, {rate:,.0f} tokens/s, lr {last['learning_rate']:.2e}, "
-            f"{peak_memory()}",
+            f"loss {last['loss']:.3f}, {rate:,.0f} {self._targets}/s, "
+            f"lr {last['learning_rate']:.2e}, {peak_memory()}",
             refresh=False,
         )
         self._bar.update(len(lines))
 
-    def report_evaluation(self, updates: int, evaluation: Evaluation) -> None:
+    def report_evaluation(self, updates: int, evaluation: Line, sentence: str) -> None:
         """Writes the line of an evaluation after this number of updates."""
-        self._write(
-            [
-                {
-                    "step": updates,
-                    "validation_loss": evaluation.loss,
-                    "reference_loss": evaluation.reference_loss,
-                    "validation_targets": evaluation.targets,
-                }
-            ]
-        )
-        self._say(
-            f"step {updates:,}: validation loss {evaluation.loss:.4f}, perplexity "
-            f"{evaluation.perplexity:,.2f} ({evaluation.reference_perplexity:,.2f} as in the "
-            "reference)"
-        )
+        self._write([{"step": updates, **evaluation}])
+        self._say(f"step {updates:,}: {sentence}")
 
-    def report_unsaved(self, updates: int, latest: int | None) -> None:
-        """Warns, once, that the state after this number of updates is not finite and not saved."""
-        kept = "there is none" if latest is None else f"the latest is that of step {latest:,}"
-        self._warn_once(
-            "unsaved",
-            f"at step {updates:,} the parameters or the optimizer's state are not finite, so no "
-            f"checkpoint is written; {kept}",
-        )
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Shows that a program is being compiled, and excludes the time from the training time."""
+        if self._pending:
+            self.report()
+        self._bar.set_postfix_str("compiling")
+        with self.clock_stopped():
+            yield
+        self._bar.set_postfix_str("")
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """Excludes the time within the block from the training time; call `report` before it."""
         yield
         self._mark = time.perf_counter()
+        self._bar.unpause()
 
     def flush(self) -> None:
         """Waits until the lines are on disk, as a checkpoint requires."""

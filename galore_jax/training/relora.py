@@ -7,15 +7,15 @@ import jax.numpy as jnp
 
 from galore_jax.models.adapters import combine, factors, is_factor, merge
 from galore_jax.subspace.matrix_view import path_names
-from galore_jax.training.config import Config
-from galore_jax.training.state import RESTART, TrainState, init_params, step_key
+from galore_jax.training.state import RESTART, TrainState
+from galore_jax.training.task import Task
 from galore_jax.types import PyTree
 
 # The fraction of each adapter's moments that a restart sets to 0 (section 3 of the paper).
 PRUNED = 0.99
 
 
-def restart(config: Config, state: TrainState) -> TrainState:
+def restart(task: Task, state: TrainState) -> TrainState:
     """Merges the adapters into the kernels and starts new ones, which leaves the model as it is.
 
     Kernels are rounded to the nearest number of their dtype. New A are drawn like the first ones,
@@ -23,10 +23,10 @@ def restart(config: Config, state: TrainState) -> TrainState:
     of the moments of each factor of a layer is kept, and so is the count of updates. The schedule
     handles the learning rate.
     """
-    adapter = config.optimizer.adapter
+    adapter = task.config.optimizer.adapter
     assert adapter is not None, "only ReLoRA restarts"
-    key = jax.random.fold_in(step_key(config, state.step), RESTART)
-    params = combine(merge(state.params, adapter), factors(init_params(config, key)))
+    key = jax.random.fold_in(state.key, RESTART)
+    params = combine(merge(state.params, adapter), factors(task.init_params(key)))
     return state._replace(params=params, opt_state=prune_moments(state.opt_state))
 
 
@@ -43,7 +43,6 @@ def prune_moments(opt_state: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(pruned, opt_state)
 
 
-def steps_until_restart(config: Config, step: Any) -> int:
+def steps_until_restart(gap: int, step: int) -> int:
     """The number of steps before the next one that begins with a restart; the first is step T."""
-    gap = config.optimizer.lora.restart_gap
-    return gap if int(step) == 0 else -int(step) % gap
+    return gap if step == 0 else -step % gap

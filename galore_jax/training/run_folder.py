@@ -7,6 +7,7 @@
     tensorboard/    on request
     curves.png      training loss, validation loss and learning rate
     summary.json    written last: the run is finished
+    diverged.txt    why a run ended that diverged
     lock            held while a process trains here
 
 A folder holds a run as soon as it has metrics or a checkpoint. Starting a new run there is refused,
@@ -20,13 +21,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from galore_jax.data.batches import tokenizer_checksum
 from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.lock import locked
 from galore_jax.training.config import Config
-from galore_jax.training.config_file import differences, load_config, to_dict, to_toml
+from galore_jax.training.config_file import AnyConfig, differences, load_config, to_dict, to_toml
 from galore_jax.training.mesh import MeshConfig
 
 MAY_CHANGE = frozenset(
@@ -41,6 +43,7 @@ MAY_CHANGE = frozenset(
         "log_every",
         "diagnostics",
         "tensorboard",
+        "seeds",
     )
 ) | {f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)}
 
@@ -56,6 +59,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.summary = self.path / "summary.json"
+        self.diverged = self.path / "diverged.txt"
         self.curves = self.path / "curves.png"
         self.lock = self.path / "lock"
 
@@ -65,12 +69,12 @@ class RunFolder:
         return self.metrics.exists() or has_checkpoints or any(self.path.glob("seed-*"))
 
 
-def check_start(config: Config, resume: bool) -> None:
+def check_start(config: Any, resume: bool) -> None:
     """Checks that a run can be started, or resumed, in its folder.
 
     Raises:
       InputError: a new run would start in a folder that holds one; there is no run to resume, it is
-        finished, or it has another configuration.
+        finished or diverged, or it has another configuration.
     """
     run = RunFolder(config.training.folder)
     if not resume:
@@ -91,16 +95,26 @@ def check_start(config: Config, resume: bool) -> None:
             f"the run in {run.path} is finished, there is nothing to resume: name another "
             "training.folder to start a new one."
         )
+    if run.diverged.exists():
+        raise InputError(f"nothing can be resumed: {run.diverged.read_text().strip()}")
+    check_same_run(recorded_config(run, type(config)), config, run.path)
+
+
+def recorded_config(run: RunFolder, kind: type[AnyConfig]) -> AnyConfig:
+    """The configuration of a run, of a task whose configurations are of this kind.
+
+    Raises:
+      InputError: it is of another task, or damaged.
+    """
     try:
-        recorded = load_config(run.config)
+        return load_config(run.config, kind=kind)
     except InputError as error:
         raise InputError(
-            f"{run.config} is not of a training ({error}): name another training.folder."
+            f"{run.config} is not of such a training ({error}): name another training.folder."
         ) from None
-    check_same_run(recorded, config, run.path)
 
 
-def check_same_run(recorded: Config, config: Config, place: Path) -> None:
+def check_same_run(recorded: Any, config: Any, place: Path) -> None:
     """Raises an `InputError` if the configuration differs in a key that may not change."""
     changed = differences(to_dict(recorded), to_dict(config))
     changed = {key: values for key, values in changed.items() if key not in MAY_CHANGE}
@@ -152,7 +166,7 @@ def check_same_tokenizer(run: RunFolder, tokenizer: str) -> None:
 
 
 @contextmanager
-def open_folder(config: Config, resume: bool) -> Iterator[RunFolder]:
+def open_folder(config: Any, resume: bool) -> Iterator[RunFolder]:
     """Creates the folder, writes config.toml, and locks out other processes.
 
     Raises:

@@ -13,8 +13,8 @@ from galore_jax.errors import InputError
 from galore_jax.models.generation import generate
 from galore_jax.training.checkpoint import load_for_inference
 from galore_jax.training.config import Config
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.run_folder import RunFolder, check_same_tokenizer
-from galore_jax.training.state import init_params
 
 
 def generate_text(
@@ -84,5 +84,5 @@ def _load_huggingface(folder: Path) -> tuple[Config, Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         return jnp.asarray(source.read(name, tuple(slice(0, size) for size in leaf.shape)))
 
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = jax.eval_shape(Pretraining(config).init_params, jax.random.key(0))
     return config, jax.tree_util.tree_map_with_path(read, shapes)

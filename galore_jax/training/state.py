@@ -1,9 +1,7 @@
-"""The state of a training, the shapes of a batch, and the sizes of trees."""
+"""The state of a training, and the sizes of trees."""
 
 import math
 import os
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,89 +12,72 @@ from jax.sharding import Mesh
 
 import galore_jax
 from galore_jax.grads import layerwise
-from galore_jax.models.adapters import combine, is_factor, split
-from galore_jax.models.llama import Llama
+from galore_jax.models.adapters import split
 from galore_jax.optim.state import to_float32
 from galore_jax.subspace.matrix_view import named_leaves, path_names
-from galore_jax.training.config import Config
-from galore_jax.training.layout import (
-    batch_sharding,
-    moment_axes,
-    tensor_rules,
-    whole,
-    with_shardings,
-)
+from galore_jax.training.mesh import batch_sharding, moment_axes, whole, with_shardings
 from galore_jax.training.optimizer import make_optimizer, matrices
+from galore_jax.training.task import Task
 from galore_jax.types import PyTree
 
-Batch = dict[str, Any]
 # Folded into the key of a step. The key itself is split over the leaves for stochastic rounding,
 # and `split` gives the same keys as `fold_in` with small numbers.
 DROPOUT, RESTART = 2**32 - 1, 2**32 - 2
 
 
 class TrainState(NamedTuple):
-    """Everything that a training step changes.
+    """The state of a training.
 
     Attributes:
-      params: the model's parameters, in config.model.dtype.
+      params: the model's parameters, in its dtype.
       opt_state: the optimizer's state.
       step: int32 scalar, the number of updates so far.
+      seed: uint32 scalar, the random seed. It is here and not in the compiled step, so that runs
+        that differ in nothing else share that.
     """
 
     params: PyTree
     opt_state: PyTree
     step: jax.Array
+    seed: jax.Array
+
+    @property
+    def key(self) -> jax.Array:
+        """The random key of the next step, which a resumed run has too."""
+        return jax.random.fold_in(jax.random.key(self.seed), self.step)
 
 
-def init_state(config: Config) -> TrainState:
-    """The state before the first step, determined by the configuration alone; for `jax.jit`."""
-    params = init_params(config, jax.random.key(config.training.seed))
-    tx, module = _optimizer(config)
-    opt_state = module.init(tx, to_float32(trained(config, params)[0]))
-    return TrainState(params, opt_state, jnp.zeros([], jnp.int32))
+def init_state(task: Task, seed: Any = None) -> TrainState:
+    """The state before the first step, without the parameters of a checkpoint; for `jax.jit`.
 
-
-def init_params(config: Config, key: jax.Array) -> PyTree:
-    """Random parameters of the configured model, with its adapters.
-
-    Whatever the optimizer, leaves that all models have are equal.
+    It is determined by the configuration and the seed, by default that of the configuration.
     """
-    tokens = jnp.zeros((1, config.data.sequence_length), jnp.int32)
-    plain, adapter = Llama(config.model).init(key, tokens)["params"], config.optimizer.adapter
-    if adapter is None:
-        return plain
-    adapted = Llama(config.model, adapter).init(key, tokens)["params"]
-    # Flax draws other kernels where a layer has more parameters.
-    return combine(adapted, plain) if adapter.has_kernel else adapted
+    seed = jnp.asarray(_seed(task) if seed is None else seed, jnp.uint32)
+    params = task.init_params(jax.random.key(seed))
+    tx, module = _optimizer(task)
+    opt_state = module.init(tx, to_float32(trained(task, params)[0]))
+    return TrainState(params, opt_state, jnp.zeros([], jnp.int32), seed)
 
 
-def step_key(config: Config, step: jax.Array) -> jax.Array:
-    """The random key of a step, which a resumed run has too."""
-    return jax.random.fold_in(jax.random.key(config.training.seed), step)
-
-
-def trained(config: Config, params: PyTree) -> tuple[PyTree, PyTree]:
+def trained(task: Task, params: PyTree) -> tuple[PyTree, PyTree]:
     """The parameters that the optimizer updates, and those that are frozen."""
-    return split(params, config.trains_adapters_only)
+    return split(params, task.trains_adapters_only)
 
 
-def place_state(config: Config, mesh: Mesh | None) -> TrainState:
+def place_state(task: Task, mesh: Mesh | None) -> TrainState:
     """The state to start from, of which each device of a mesh has, and computes, its part only.
 
-    It is `init_state`, with the parameters of `model.checkpoint` if there is one. That has no
-    adapters, so these stay as they were.
+    It is `init_state`, with the parameters of the checkpoint if there is one.
 
     Raises:
       InputError: the checkpoint cannot be read or does not fit the model.
       MemoryError: the state and a batch are larger than the memory.
     """
-    shapes = abstract_state(config, mesh)
-    _check_memory(shapes, batch_shapes(config, mesh))
-    state = jax.tree.structure(shapes).unflatten(starting_program(config, shapes)())
-    if config.model.checkpoint:
-        state = state._replace(params=_read_params(config, state.params))
-    return state
+    shapes = abstract_state(task, mesh)
+    _check_memory(shapes, batch_shapes(task, mesh))
+    leaves = starting_program(task, shapes)(_seed(task))
+    state = jax.tree.structure(shapes).unflatten(leaves)
+    return state._replace(params=task.load_params(state.params))
 
 
 def _check_memory(*shapes: PyTree) -> None:
@@ -114,82 +95,69 @@ def _check_memory(*shapes: PyTree) -> None:
         raise MemoryError
 
 
-def starting_program(config: Config, shapes: TrainState) -> Any:
+def starting_program(task: Task, shapes: TrainState) -> Any:
     """The jitted function that makes the state to start from.
 
     Args:
-      config: the configuration of the run.
+      task: the task.
       shapes: of `abstract_state`, for the devices on which the state is to lie.
 
     Returns:
-      A function without arguments; it returns the leaves of `init_state`, of which each device
-      computes its part only. Call or lower it outside of the mesh.
+      A function of the seed, a uint32 scalar; it returns the leaves of `init_state`, of which each
+      device computes its part only. Call or lower it outside of the mesh.
     """
     where = [leaf.sharding for leaf in jax.tree.leaves(shapes)]
-    return jax.jit(lambda: jax.tree.leaves(init_state(config)), out_shardings=where)
+    return jax.jit(lambda seed: jax.tree.leaves(init_state(task, seed)), out_shardings=where)
 
 
-def _read_params(config: Config, params: PyTree) -> PyTree:
-    """The parameters of `model.checkpoint` in place of others, on the same devices.
-
-    Each process reads what its devices have.
-    """
-    from galore_jax.interop.decoders import ModelFolder  # needs an extra of its own
-
-    folder = ModelFolder(Path(config.model.checkpoint), config.model)
-
-    def read(path: Any, old: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if is_factor(name.split("/")):
-            return old
-        shape, sharding = old.shape, old.sharding
-        old.delete()  # Never are all of both in memory.
-        read_part: Any = partial(folder.read, name)
-        return jax.make_array_from_callback(shape, sharding, read_part)
-
-    return jax.tree_util.tree_map_with_path(read, params)
-
-
-def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+def abstract_state(task: Task, mesh: Mesh | None = None) -> TrainState:
     """The shapes of the state, on a mesh with the sharding of each array."""
-    shapes = jax.eval_shape(lambda: init_state(config))
+    shapes = jax.eval_shape(lambda: init_state(task))
     if mesh is None:
         return shapes
-    tx, module = _optimizer(config)
-    shardings = galore_jax.shardings(tx, shapes.params, mesh, tensor_rules(config))
-    params, over = with_shardings(shapes.params, shardings), moment_axes(config.mesh, mesh)
+    tx, module = _optimizer(task)
+    shardings = galore_jax.shardings(tx, shapes.params, mesh, task.tensor_rules)
+    params, over = with_shardings(shapes.params, shardings), moment_axes(task.config.mesh, mesh)
     # This tree knows the partitions of the parameters, by which later updates divide their work.
-    updated, _ = trained(config, params)
+    updated, _ = trained(task, params)
     shardings = module.state_shardings(tx, to_float32(updated), over=over)
     opt_state = with_shardings(shapes.opt_state, shardings)
-    return TrainState(params, opt_state, with_shardings(shapes.step, whole(mesh)))
+    scalars = (with_shardings(leaf, whole(mesh)) for leaf in (shapes.step, shapes.seed))
+    return TrainState(params, opt_state, *scalars)
 
 
-def _optimizer(config: Config) -> tuple[optax.GradientTransformation, Any]:
+def batch_shapes(task: Task, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the largest batch."""
+    data = task.config.data
+    rows, sharding = (data.batch_size, data.sequence_length), batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(rows[:axes], dtype, sharding=sharding)
+        for name, (axes, dtype) in task.arrays.items()
+    }
+
+
+def _seed(task: Task) -> np.ndarray:
+    return np.asarray(task.config.training.seed, np.uint32)
+
+
+def _optimizer(task: Task) -> tuple[optax.GradientTransformation, Any]:
     """The optimizer, and the module that starts its state."""
-    is_layerwise = config.training.layerwise
+    config, is_layerwise = task.config, task.config.training.layerwise
     tx = make_optimizer(config.optimizer, config.training.steps, clips=not is_layerwise)
     return tx, layerwise if is_layerwise else galore_jax
 
 
-def batch_shapes(config: Config, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch: `tokens`, `segments`, `positions`, `targets`, int32 (B, T)."""
-    shape = config.data.batch_size, config.data.sequence_length
-    leaf = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    return dict.fromkeys(("tokens", "segments", "positions", "targets"), leaf)
-
-
-def matrix_state_bytes(config: Config) -> int:
+def matrix_state_bytes(task: Task) -> int:
     """Bytes that the optimizer keeps for the matrices that GaLore projects, bases included."""
-    params, opt_state, _ = jax.eval_shape(lambda: init_state(config))
-    paths = [names for names, is_matrix in named_leaves(matrices(params)) if is_matrix]
+    state = jax.eval_shape(lambda: init_state(task))
+    paths = [names for names, is_matrix in named_leaves(matrices(state.params)) if is_matrix]
 
     def belongs_to_one(names: tuple[str, ...]) -> bool:
         # A state has the path of a parameter somewhere in its own: (1, mu, layers, …, kernel).
         parts = lambda length: (names[n : n + length] for n in range(len(names)))
         return any(path in parts(len(path)) for path in paths)
 
-    leaves = jax.tree_util.tree_leaves_with_path(opt_state)
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
     return tree_bytes([leaf for path, leaf in leaves if belongs_to_one(path_names(path))])
 
 

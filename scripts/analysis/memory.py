@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.config import Config
-from galore_jax.training.layout import on_mesh
+from galore_jax.training.mesh import on_mesh
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import abstract_state, batch_shapes, starting_program, tree_bytes
 from galore_jax.training.step import make_train_step
 from galore_jax.types import PyTree
@@ -42,7 +43,7 @@ def on_one_device(tree: PyTree) -> PyTree:
 
 def state_parts(config: Config, mesh: Mesh | None = None) -> Parts:
     """Bytes of `weights`, `bases` and `moments` on each device; counters are left out."""
-    state = on_one_device(abstract_state(config, mesh))
+    state = on_one_device(abstract_state(Pretraining(config), mesh))
     parts = bytes_by_part(state.opt_state)
     return {
         "weights": tree_bytes(state.params),
@@ -67,13 +68,14 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
       `arguments`, `outputs`, `aliased` (outputs that share the memory of arguments), `temporaries`,
       and the `total` that the program needs.
     """
-    state, batch = abstract_state(config, mesh), batch_shapes(config, mesh)
-    steps = {"train_step": make_train_step(config, mesh=mesh)}
+    task = Pretraining(config)
+    state, batch = abstract_state(task, mesh), batch_shapes(task, mesh)
+    steps = {"train_step": make_train_step(task, mesh=mesh)}
     if config.optimizer.has_refreshes:
-        steps["refresh_step"] = make_train_step(config, refreshes=True, mesh=mesh)
+        steps["refresh_step"] = make_train_step(task, refreshes=True, mesh=mesh)
     with on_mesh(mesh):
         parts = {name: _assigned(step.lower(state, batch)) for name, step in steps.items()}
-    return parts | {"start": _assigned(starting_program(config, state).lower())}
+    return parts | {"start": _assigned(starting_program(task, state).lower(0))}
 
 
 def _assigned(lowered: Any) -> Parts:

@@ -10,7 +10,8 @@ from analysis.collectives import KINDS, Collective, collectives, flops
 from analysis.compile_targets import NODE
 from analysis.memory import bytes_by_part, on_one_device
 from galore_jax.training.config import Config
-from galore_jax.training.layout import on_mesh
+from galore_jax.training.mesh import on_mesh
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import TrainState, abstract_state, batch_shapes, tree_bytes
 from galore_jax.training.step import make_train_step
 
@@ -54,9 +55,12 @@ def trainer_steps(config: Config, mesh: Mesh | None) -> tuple[TrainState, list[A
     These are the training step and, if there are refreshes of bases or restarts of adapters, one
     that begins with them.
     """
-    refreshes = (False, True) if config.optimizer.has_refreshes else (False,)
-    steps = [make_train_step(config, mesh=mesh, refreshes=refresh) for refresh in refreshes]
-    return abstract_state(config, mesh), steps
+    task, refreshes = Pretraining(config), (False, True)
+    steps = [
+        make_train_step(task, mesh=mesh, refreshes=refresh)
+        for refresh in refreshes[: 1 + config.optimizer.has_refreshes]
+    ]
+    return abstract_state(task, mesh), steps
 
 
 def step_cost(config: Config, mesh: Mesh | None, state: TrainState, steps: Sequence[Any]) -> Cost:
@@ -69,7 +73,7 @@ def step_cost(config: Config, mesh: Mesh | None, state: TrainState, steps: Seque
       steps: from `trainer_steps`, or a single one that refreshes inside of a loop or conditional.
     """
     with on_mesh(mesh):
-        batch = batch_shapes(config, mesh)
+        batch = batch_shapes(Pretraining(config), mesh)
         programs = [step.lower(state, batch).compile() for step in steps]
     # Costs of a step without a refresh, and what a refresh adds.
     texts = [program.as_text() for program in programs]

@@ -1,7 +1,7 @@
 """`finetuning`: time of a step and bytes of state of the optimizers compared on GLUE."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,10 +13,12 @@ from benchmarks import CONFIGS, Row
 from benchmarks.timing import interleaved, seconds
 from galore_jax.data.glue import TASKS
 from galore_jax.models.encoder import Classifier, EncoderConfig
+from galore_jax.training.config import TrainingConfig
 from galore_jax.training.config_file import load_comparison
 from galore_jax.training.finetune_config import FinetuneConfig
-from galore_jax.training.finetune_steps import make_steps
-from galore_jax.training.state import tree_bytes
+from galore_jax.training.glue import Glue, SeedConfig
+from galore_jax.training.state import init_state, tree_bytes
+from galore_jax.training.step import make_train_step
 
 # The sizes of MiniLM, of which configs/glue/minilm.toml names the checkpoint.
 MINILM = EncoderConfig(
@@ -39,29 +41,24 @@ class Settings:
 
 
 class Run:
-    """A fine-tuning on one random batch."""
+    """A fine-tuning on one random batch, with new bases at every step or at none."""
 
-    def __init__(self, config: FinetuneConfig, encoder: EncoderConfig, batch: Any):
-        model = Classifier(encoder, TASKS[config.data.task].num_outputs)
-        steps = make_steps(config, model, STEPS)
-        key, self.key = jax.random.split(jax.random.key(0))
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        self.params = steps.adapt(params, key)
-        self.state, self.steps = steps.init(self.params), steps
-        self.batch = steps.put(batch)
+    def __init__(self, config: FinetuneConfig, encoder: EncoderConfig, batch: Any, refreshes: bool):
+        optimizer, task = config.optimizer, TASKS[config.data.task]
+        if refreshes:
+            optimizer = replace(optimizer, galore=replace(optimizer.galore, update_proj_gap=1))
+        model, training = Classifier(encoder, task.num_outputs), TrainingConfig(steps=STEPS)
+        of_seed = SeedConfig(config.model, config.data, optimizer, training, config.mesh)
+        glue = Glue(of_seed, task, model, rows={}, predicts=False)
+        adapted, tokens = model.clone(adapter=optimizer.adapter), jnp.zeros((1, 1), jnp.int32)
+        params = jax.jit(adapted.init)(jax.random.key(0), tokens)["params"]
+        self.state = jax.jit(lambda: init_state(glue))()._replace(params=params)
+        self.step, self.batch = make_train_step(glue, refreshes=refreshes), batch
 
     def __call__(self) -> jax.Array:
         """Makes a step; returns its loss."""
-        self.params, self.state, loss = self.steps.update(
-            self.params, self.state, self.batch, self.key
-        )
-        return loss
-
-    def refresh(self) -> Any:
-        """Finds new bases if the optimizer has any; returns its state."""
-        if self.steps.refresh is not None:
-            self.state = self.steps.refresh(self.params, self.state, self.batch, self.key)
-        return self.state
+        self.state, metrics = self.step(self.state, self.batch)
+        return metrics["loss"]
 
 
 def measure(settings: Settings) -> list[Row]:
@@ -82,23 +79,25 @@ def measure_encoder(
         "labels": np.zeros(rows, np.int32),
         "weights": np.ones(rows, np.float32),
     }
-    runs = {label: Run(config, encoder, batch) for label, config in configs.items()}
-    for run in tqdm(runs.values(), "compiling"):
-        seconds(run.refresh)
-        seconds(run)
-    step = interleaved(runs, repeats, "steps")
-    refresh = interleaved({label: run.refresh for label, run in runs.items()}, repeats, "refreshes")
-
-    time = {
-        label: step[label] + refresh[label] / config.optimizer.galore.update_proj_gap
+    runs = {
+        (label, refreshes): Run(config, encoder, batch, refreshes)
         for label, config in configs.items()
+        for refreshes in (False, True)
+        if not refreshes or config.optimizer.has_refreshes
     }
+    for run in tqdm(runs.values(), "compiling"):
+        seconds(run)
+    step, time = interleaved(runs, repeats, "steps"), {}
+    for label, config in configs.items():
+        plain = step[label, False]
+        more = step.get((label, True), plain) - plain
+        time[label] = plain + more / config.optimizer.galore.update_proj_gap
     return [
         {
             "name": label,
             "seconds": time[label],
-            "bytes": tree_bytes(run.state),
+            "bytes": tree_bytes(runs[label, False].state.opt_state),
             "of_adamw": time[label] / time["adamw"],
         }
-        for label, run in runs.items()
+        for label in configs
     ]

@@ -29,6 +29,7 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.state import galore_states
 from galore_jax.subspace.methods import REFRESH
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state
 from galore_jax.training.step import make_gradients, make_train_step
 
@@ -136,12 +137,14 @@ def gradient_and_old_basis(size: Size, tokens: int, title: str) -> tuple[jax.Arr
         training=TrainingConfig(steps=1000),
     )
     batches = train_batches(config.data, _tokenizer())
-    state, step = init_state(config), make_train_step(config)
+    state, step = init_state(Pretraining(config)), make_train_step(Pretraining(config))
     for _ in tqdm(range(2 * GAP), f"training {title}"):
         state, _ = step(state, next(batches))
         jax.block_until_ready(state)
     batch = jax.tree.map(lambda *rows: np.concatenate(rows), next(batches), next(batches))
-    gradients, _ = jax.jit(make_gradients(config))(state.params, state.opt_state, batch)
+    gradients, _ = jax.jit(make_gradients(Pretraining(config)))(
+        state.params, state.opt_state, batch
+    )
     basis = galore_states(state.opt_state.inner_states)[0].bases["layers"]["mlp"]["gate_proj"][
         "kernel"
     ]

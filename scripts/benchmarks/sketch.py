@@ -17,8 +17,9 @@ from galore_jax.optim.state import galore_states, map_bases
 from galore_jax.subspace.basis import Basis
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import load_config
+from galore_jax.training.pretraining import Pretraining, batch_loss
 from galore_jax.training.state import init_state
-from galore_jax.training.step import batch_loss, make_gradients, make_train_step
+from galore_jax.training.step import make_gradients, make_train_step
 from galore_jax.types import PyTree
 
 ENERGIES = ("energy", "exact", "relative_energy")
@@ -52,11 +53,14 @@ def measure(settings: Settings) -> list[Row]:
 def measure_run(config: Config) -> list[Row]:
     """The rows of the refreshes of a run: means over matrices, and the lowest relative energy."""
     full = replace(config, optimizer=replace(config.optimizer, gradients="full"))
-    gradients, step = jax.jit(make_gradients(full)), make_train_step(config)
+    gradients, step = (
+        jax.jit(make_gradients(Pretraining(full))),
+        make_train_step(Pretraining(config)),
+    )
     loss = partial(batch_loss, config.model)
     refresh = jax.jit(galore_jax.refresh(loss, has_aux=True), donate_argnums=1)
     batches = train_batches(config.data, load_tokenizer(config.data.tokenizer))
-    state = jax.jit(lambda: init_state(config))()
+    state = jax.jit(lambda: init_state(Pretraining(config)))()
     rows = []
     for number in tqdm(range(config.training.steps), "training"):
         batch = next(batches)

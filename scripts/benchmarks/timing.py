@@ -3,10 +3,12 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from tqdm import tqdm
+
+Name = TypeVar("Name")
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -17,8 +19,8 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, title: str
-) -> dict[str, float]:
+    runs: Mapping[Name, Callable[[], Any]], repeats: int, title: str
+) -> dict[Name, float]:
     """The median seconds of each run over rounds of one execution each; all must be compiled."""
     measured = {name: [] for name in runs}
     for _ in tqdm(range(repeats), title):

@@ -15,8 +15,8 @@ from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.models.loss import VOCAB_CHUNK
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.layout import on_mesh
-from galore_jax.training.mesh import MeshConfig, make_mesh
+from galore_jax.training.mesh import MeshConfig, make_mesh, on_mesh
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import abstract_state, batch_shapes
 from galore_jax.training.step import make_train_step
 
@@ -59,9 +59,12 @@ def compiled(mode, refreshes=False, mesh=(8, 1, 1), rows=8, accumulation=1):
     )
     grid = make_mesh(config.mesh)
     assert AxisType.Explicit not in grid.axis_types
-    step = make_train_step(config, mesh=grid, refreshes=refreshes)
+    task = Pretraining(config)
+    step = make_train_step(task, mesh=grid, refreshes=refreshes)
     with on_mesh(grid):
-        return step.lower(abstract_state(config, grid), batch_shapes(config, grid)).compile()
+        return step.lower(
+            abstract_state(Pretraining(config), grid), batch_shapes(Pretraining(config), grid)
+        ).compile()
 
 
 def gathered(program):

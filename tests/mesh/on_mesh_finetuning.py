@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import galore_jax
+from galore_jax.data.glue import TASKS
+from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
-from galore_jax.training.config import OptimizerConfig
-from galore_jax.training.finetune_config import CheckpointConfig, FinetuneConfig, GlueConfig
-from galore_jax.training.finetune_steps import finetuning_mesh, make_steps
-from galore_jax.training.mesh import MeshConfig
+from galore_jax.training.config import OptimizerConfig, TrainingConfig
+from galore_jax.training.finetune_config import CheckpointConfig, GlueConfig
+from galore_jax.training.glue import Glue, SeedConfig
+from galore_jax.training.mesh import MeshConfig, put_batch, training_mesh
+from galore_jax.training.state import place_state
+from galore_jax.training.stepper import Stepper
 
 STEPS, ROWS, LENGTH = 4, 8, 12
 ENCODER = EncoderConfig(
@@ -60,20 +63,27 @@ def share_of_one_device(tree):
     return held / sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
-def finetuned(config, encoder, mesh):
-    """Losses of some steps, outputs after them, and the final parameters and state."""
-    model = Classifier(encoder, 2)
-    steps = make_steps(config, model, STEPS, mesh)
-    start = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    params = steps.adapt(start, jax.random.key(1))
-    state, losses = steps.init(params), []
-    for step in range(STEPS):
-        rows, key = steps.put(batch()), jax.random.key(2 + step)
-        if steps.refresh is not None and galore_jax.refresh_due(state):
-            state = steps.refresh(params, state, rows, key)
-        params, state, loss = steps.update(params, state, rows, key)
-        losses.append(float(loss))
-    return losses, np.asarray(steps.outputs(params, steps.put(batch()))), params, state
+class FromNoFolder(Glue):
+    """A task with random parameters in place of those of a folder."""
+
+    def load_params(self, params):
+        start = self.model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        whole = adapters.combine(start, adapters.factors(params))
+        return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), whole, params)
+
+
+def finetuned(config, encoder, sizes=None):
+    """Losses of some steps, outputs after them, and the final state."""
+    config = dataclasses.replace(config, mesh=MeshConfig(**sizes or {}))
+    rows = {"validation": batch()}
+    task = FromNoFolder(config, TASKS["rte"], Classifier(encoder, 2), rows, predicts=False)
+    mesh = None if sizes is None else training_mesh(task)
+    state, stepper, losses = place_state(task, mesh), Stepper(task, mesh), []
+    for _ in range(STEPS):
+        state, metrics = stepper(state, put_batch(batch(), mesh))
+        losses.append(float(metrics["loss"]))
+    model = task.model.clone(adapter=config.optimizer.adapter)
+    return losses, task.outputs(model, state.params, "validation", mesh), state
 
 
 @pytest.mark.parametrize(
@@ -91,19 +101,18 @@ def finetuned(config, encoder, mesh):
 def test_losses_and_outputs_are_those_of_one_device(optimizer, dropout, meshes, capfd):
     encoder = dataclasses.replace(ENCODER, dropout=dropout)
     settings = OptimizerConfig(**optimizer, learning_rate=1e-3, warmup_steps=0, eps=1e-4)
-    config = FinetuneConfig(CheckpointConfig("-"), GlueConfig(batch_size=ROWS), settings)
-    losses, outputs, *_ = finetuned(config, encoder, None)
+    data, training = GlueConfig(batch_size=ROWS), TrainingConfig(steps=STEPS)
+    config = SeedConfig(CheckpointConfig("-"), data, settings, training, MeshConfig())
+    losses, outputs, _ = finetuned(config, encoder)
     assert losses[-1] != losses[0]
     for sizes in (MESHES[name] for name in meshes):
-        placed = dataclasses.replace(config, mesh=MeshConfig(**sizes))
-        mesh = finetuning_mesh(placed, encoder)
-        found, logits, params, state = finetuned(placed, encoder, mesh)
+        found, logits, state = finetuned(config, encoder, sizes)
         # Rounding of numbers of size 1, in another order, and a few steps that amplify it.
         np.testing.assert_allclose(found, losses, atol=1e-5)
         np.testing.assert_allclose(logits, outputs, atol=1e-4)
         if "fsdp" in sizes:
             # All but a few vectors are divided.
-            assert share_of_one_device(params) <= 1.1 / sizes["fsdp"]
-            assert share_of_one_device(state) <= 1.1 / sizes["fsdp"]
+            assert share_of_one_device(state.params) <= 1.1 / sizes["fsdp"]
+            assert share_of_one_device(state.opt_state) <= 1.1 / sizes["fsdp"]
     # XLA writes so where it gathers a matrix to divide it in another way.
     assert "rematerialization" not in capfd.readouterr().err

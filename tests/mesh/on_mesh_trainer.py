@@ -24,7 +24,8 @@ from galore_jax.training.config import (
 )
 from galore_jax.training.config_file import changed
 from galore_jax.training.evaluate import make_evaluate
-from galore_jax.training.layout import put_batch, training_mesh
+from galore_jax.training.mesh import put_batch, training_mesh
+from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import place_state
 from galore_jax.training.stepper import Stepper
 
@@ -85,12 +86,12 @@ def config_of(mode, mesh=None):
     """The configuration of a mode on the mesh of this name, and that mesh; None: one device."""
     optimizer, training = MODES[mode]
     config = changed(CONFIG, optimizer=optimizer, training=training, mesh=MESHES.get(mesh, {}))
-    return config, mesh and training_mesh(config)
+    return config, mesh and training_mesh(Pretraining(config))
 
 
 def steps(config, mesh, state, batches, number):
     """The state after some steps, and their losses."""
-    stepper, losses = Stepper(config, state, mesh), []
+    stepper, losses = Stepper(Pretraining(config), mesh), []
     for _ in range(number):
         state, measured = stepper(state, put_batch(next(batches), mesh))
         losses.append(measured["loss"].item())
@@ -113,12 +114,12 @@ def held(state):
 def trained(mode, mesh=None):
     """Losses of all steps and of an evaluation, and what a device holds before and after."""
     config, mesh = config_of(mode, mesh)
-    state = place_state(config, mesh)
+    state = place_state(Pretraining(config), mesh)
     start = held(state)
     batches = train_batches(config.data, ByteTokenizer())
     state, losses = steps(config, mesh, state, batches, STEPS)
     validation = itertools.islice(validation_batches(config.data, ByteTokenizer()), 5)
-    losses.append(make_evaluate(config, mesh)(state.params, validation).loss)
+    losses.append(make_evaluate(Pretraining(config), mesh)(state.params, validation).loss)
     return losses, start, held(state)
 
 
@@ -166,9 +167,9 @@ def test_a_checkpoint_moves_a_training_to_another_mesh(mode, meshes, bound, tmp_
         batches = train_batches(config.data, ByteTokenizer())
         with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
             if losses:
-                state = checkpoints.restore(config, batches, mesh)
+                state = checkpoints.restore(Pretraining(config), batches, mesh)
             else:
-                state = place_state(config, mesh)
+                state = place_state(Pretraining(config), mesh)
             state, new = steps(config, mesh, state, batches, STEPS // len(meshes))
             checkpoints.save(state, batches, config)
         losses += new
@@ -204,7 +205,7 @@ def test_each_device_reads_its_part_of_a_model_folder_and_no_more(
     pytest.importorskip("safetensors", reason="the files are safetensors")
     save(tmp_path, CONFIG.model, PARAMS, shard_bytes=50_000)
     config = changed(CONFIG, model={"checkpoint": str(tmp_path)}, mesh=MESHES[mesh])
-    state = place_state(config, training_mesh(config))
+    state = place_state(Pretraining(config), training_mesh(Pretraining(config)))
     jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         size = math.prod(leaf.sharding.shard_shape(leaf.shape))

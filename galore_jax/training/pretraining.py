@@ -1,0 +1,231 @@
+"""The task of a decoder that predicts the next token: of text, or of the answers in conversations.
+
+Pre-training and instruction tuning are this one task; `model.checkpoint` makes the difference.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from galore_jax.data.batches import fingerprint, train_batches, validation_batches
+from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
+from galore_jax.errors import InputError
+from galore_jax.grads.layerwise import LayeredModel
+from galore_jax.models import llama_layerwise
+from galore_jax.models.adapters import Adapter, combine, is_factor
+from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.models.loss import next_token_loss
+from galore_jax.training.config import Config
+from galore_jax.training.evaluate import make_evaluate, perplexity
+from galore_jax.training.mesh import TENSOR, kernel_rules
+from galore_jax.training.metrics import Summary, read_summary, write_summary
+from galore_jax.training.plots import plot_curves
+from galore_jax.training.run_folder import RunFolder, resume_command
+from galore_jax.training.step import dropout_rngs
+from galore_jax.training.task import Batch, Costs, Data, Line, Task
+from galore_jax.types import PyTree
+
+# The reference's evaluator reads 10 million tokens, in some 76 batches, of which it counts one too
+# many. With less than a tenth of that this one, and the choice of the tokens, move a perplexity by
+# more than the methods in its tables differ.
+REFERENCE_TOKENS = 1_000_000
+
+
+def batch_loss(
+    model: LlamaConfig, params: PyTree, batch: Batch, adapter: Adapter | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the losses in nats, and the number of targets, of a batch of (B, T) arrays.
+
+    A batch of `with_seeds` has dropout in the adapters.
+    """
+    logits: Any = Llama(model, adapter).apply(
+        {"params": params},
+        batch["tokens"],
+        batch["segments"],
+        batch["positions"],
+        rngs=dropout_rngs(batch),
+    )
+    return next_token_loss(logits, batch["targets"])
+
+
+@dataclass(frozen=True)
+class Pretraining(Task):
+    """A LLaMA that predicts the next token.
+
+    Attributes:
+      config: the configuration of the run.
+    """
+
+    config: Config
+    metric: ClassVar[str] = "validation_loss"
+    targets: ClassVar[str] = "tokens"
+    arrays: ClassVar[Mapping[str, Any]] = dict.fromkeys(
+        ("tokens", "segments", "positions", "targets"), (2, jnp.int32)
+    )
+    less_memory: ClassVar[str] = (
+        "lower data.batch_size, raise training.accumulation or set training.layerwise = true; "
+        "scripts/memory.py shows how much a configuration needs"
+    )
+
+    @property
+    def trains_adapters_only(self) -> bool:
+        """As usual with LoRA for a trained model."""
+        return self.config.trains_adapters_only
+
+    @property
+    def has_dropout(self) -> bool:
+        """In the adapters."""
+        adapter = self.config.optimizer.adapter
+        return adapter is not None and adapter.dropout > 0
+
+    def init_params(self, key: jax.Array) -> PyTree:
+        """Random parameters; leaves that all models have are equal whatever the optimizer."""
+        tokens = jnp.zeros((1, self.config.data.sequence_length), jnp.int32)
+        model, adapter = self.config.model, self.config.optimizer.adapter
+        plain = Llama(model).init(key, tokens)["params"]
+        if adapter is None:
+            return plain
+        adapted = Llama(model, adapter).init(key, tokens)["params"]
+        # Flax draws other kernels where a layer has more parameters.
+        return combine(adapted, plain) if adapter.has_kernel else adapted
+
+    def load_params(self, params: PyTree) -> PyTree:
+        """Those of `model.checkpoint`, of which each process reads what its devices have.
+
+        Raises:
+          InputError: the checkpoint cannot be read or does not fit the model.
+        """
+        if not self.config.model.checkpoint:
+            return params
+        from galore_jax.interop.decoders import ModelFolder  # needs an extra of its own
+
+        folder = ModelFolder(Path(self.config.model.checkpoint), self.config.model)
+
+        def read(path: Any, old: jax.Array) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if is_factor(name.split("/")):
+                return old
+            shape, sharding = old.shape, old.sharding
+            old.delete()  # Never are all of both in memory.
+            read_part: Any = functools.partial(folder.read, name)
+            return jax.make_array_from_callback(shape, sharding, read_part)
+
+        return jax.tree_util.tree_map_with_path(read, params)
+
+    def loss(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """`batch_loss` of the configured model."""
+        return batch_loss(self.config.model, params, batch, self.config.optimizer.adapter)
+
+    @property
+    def layered_model(self) -> LayeredModel:
+        """The functions of `llama_layerwise`."""
+        of_model = lambda function: functools.partial(function, self.config.model)
+        return LayeredModel(
+            embed=of_model(llama_layerwise.embed),
+            block=of_model(llama_layerwise.block),
+            head_loss=of_model(llama_layerwise.head_loss),
+        )
+
+    @property
+    def tensor_rules(self) -> Mapping[str, PartitionSpec]:
+        """Attention by heads, the MLP by columns, embedding and head by the vocabulary."""
+        model, by_columns = self.config.model, ("q", "k", "v", "gate", "up")
+        rules = kernel_rules(self.config.optimizer.adapter, by_columns)
+        if model.attention_bias:
+            rules |= {
+                f"*/{name}_proj/bias": PartitionSpec(None, TENSOR) for name in ("q", "k", "v")
+            }
+        if not model.tie_embeddings:
+            rules["lm_head/kernel"] = PartitionSpec(None, TENSOR)
+        return rules | {"embed_tokens/embedding": PartitionSpec(TENSOR, None)}
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Of heads, MLP and vocabulary."""
+        model = self.config.model
+        return {
+            "num_heads": model.num_heads,
+            "num_kv_heads": model.kv_heads,
+            "intermediate_size": model.intermediate_size,
+            "vocab_size": model.vocab_size,
+        }
+
+    def open_data(self, mesh: Mesh | None, report: Callable[[str], object] | None) -> Data:
+        """Batches of `data.batches`.
+
+        Raises:
+          InputError: the text or the tokenizer cannot be used, or the vocabulary is too small.
+        """
+        data = self.config.data
+        tokenizer = load_tokenizer(data.tokenizer)
+        self._check_vocabulary(tokenizer)
+        batches = train_batches(data, tokenizer, report)
+        validation = validation_batches(data, tokenizer, report)
+        evaluate = make_evaluate(self, mesh)
+
+        def evaluated(params: PyTree) -> dict[str, float]:
+            found = evaluate(params, validation)
+            return {
+                "validation_loss": found.loss,
+                "reference_loss": found.reference_loss,
+                "validation_targets": found.targets,
+            }
+
+        return Data(batches, evaluated, functools.partial(fingerprint, data))
+
+    def _check_vocabulary(self, tokenizer: Tokenizer) -> None:
+        model, path = self.config.model, self.config.data.tokenizer
+        if tokenizer.vocab_size <= model.vocab_size:
+            return
+        remedy = f"set model.vocab_size to at least {tokenizer.vocab_size}"
+        if model.checkpoint:
+            remedy = (
+                "remove the added ones, or enlarge the checkpoint's embedding by transformers' "
+                f"resize_token_embeddings({tokenizer.vocab_size})"
+            )
+        raise InputError(
+            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, more than "
+            f"model.vocab_size, {model.vocab_size}: {remedy}."
+        )
+
+    def describe(self, evaluation: Line) -> str:
+        """The loss and the perplexity, with the reference's if the validation set is large."""
+        loss = evaluation["validation_loss"]
+        text = f"validation loss {loss:.4f}, perplexity {perplexity(loss):,.2f}"
+        if evaluation["validation_targets"] < REFERENCE_TOKENS:
+            return text
+        return f"{text} ({perplexity(evaluation['reference_loss']):,.2f} as in the reference)"
+
+    def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Costs) -> None:
+        """Writes summary.json and curves.png, and prints the summary."""
+        last = evaluations[-1]
+        is_large = last["validation_targets"] >= REFERENCE_TOKENS
+        summary = Summary(
+            name=run.path.name,
+            steps=self.config.training.steps,
+            parameters=costs.parameters,
+            validation_loss=last["validation_loss"],
+            validation_perplexity=perplexity(last["validation_loss"]),
+            reference_perplexity=perplexity(last["reference_loss"]) if is_large else None,
+            optimizer_bytes=costs.optimizer_bytes,
+            seconds=costs.seconds,
+            compile_seconds=costs.compile_seconds,
+            tokens_per_second=costs.rate,
+        )
+        plot_curves([run.path], run.curves)
+        write_summary(run, summary)
+        print(summary.table())
+
+    def result(self, run: RunFolder) -> Summary:
+        """The summary."""
+        return read_summary(run)
+
+    def resume_command(self) -> str:
+        """That of scripts/train.py."""
+        return resume_command(self.config)
