@@ -61,6 +61,7 @@ def refreshed(gradient: np.ndarray, old: np.ndarray, side: str, method: str, rou
 
 def largest_angle(one: np.ndarray, other: np.ndarray) -> float:
     """Sine of the largest principal angle between two subspaces of equal dimension."""
+    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     return float(np.linalg.norm(one - other @ (other.T @ one), 2))
 
 

@@ -115,8 +115,9 @@ def eight_bit(moments, **settings):
     )
 
 
-@pytest.mark.parametrize("basis_dtype", [jnp.float32, jnp.int8])
-@pytest.mark.parametrize("moments", ["keep", "rotate"])
+@pytest.mark.parametrize(
+    ("moments", "basis_dtype"), [("keep", jnp.int8), ("rotate", jnp.float32)], ids=str
+)
 def test_galore_with_8_bit_moments_follows_that_with_float32_ones(moments, basis_dtype):
     target = random_params(SHAPES, 5)
     ends = []
@@ -147,8 +148,9 @@ def test_a_chain_of_galore_and_adam8bit_keeps_codes_of_coordinates():
     assert mu.value.scales.shape == (3, 16, 2)
 
 
-@pytest.mark.parametrize("basis_dtype", [jnp.float32, jnp.int8])
-@pytest.mark.parametrize("moments", ["keep", "rotate"])
+@pytest.mark.parametrize(
+    ("moments", "basis_dtype"), [("keep", jnp.float32), ("rotate", jnp.int8)], ids=str
+)
 def test_a_matrix_whose_gradient_is_not_finite_keeps_its_codes_weights_and_basis(
     moments, basis_dtype
 ):
@@ -210,8 +212,9 @@ def test_another_implementation_is_refused():
         scale_by_adam8bit(implementation="cuda")
 
 
-@pytest.mark.parametrize("moments", ["keep", "rotate"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("moments", "dtype"), [("keep", jnp.bfloat16), ("rotate", jnp.float32)], ids=str
+)
 def test_steps_with_kernels_equal_those_without(monkeypatch, moments, dtype):
     for name in ("adam_8bit", "lift_and_add"):
         kernel = functools.partial(getattr(pallas_triton, name), interpret=True)

@@ -151,16 +151,6 @@ def test_an_iterator_resumes_exactly_at_any_batch(texts, rows):
 
 
 @BOTH_ROWS
-def test_an_iterator_can_be_set_back(texts, rows):
-    iterator = train_batches(config(rows), TOKENIZER)
-    take(iterator, 3)
-    state = iterator.get_state()
-    drawn = take(iterator, 7)
-    iterator.set_state(state)
-    assert_equal(take(iterator, 7), drawn)
-
-
-@BOTH_ROWS
 def test_validation_covers_the_split_once_in_order_as_often_as_it_is_read(texts, rows):
     batches = validation_batches(config(rows), TOKENIZER)
     drawn = list(batches)

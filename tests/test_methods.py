@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 from pairwise import pairwise
+from reference import largest_angle
 
 from galore_jax.ops.quantization import quantize
 from galore_jax.subspace.basis import AGE_UNINITIALIZED
@@ -66,12 +67,6 @@ def refreshed(gradients, method, sides, vectors=None, age=AGE_UNINITIALIZED, num
 def orthonormality_error(vectors):
     vectors = np.asarray(vectors, np.float64)
     return np.abs(np.swapaxes(vectors, -1, -2) @ vectors - np.eye(vectors.shape[-1])).max()
-
-
-def largest_angle(one, other):
-    """Sine of the largest principal angle between two subspaces."""
-    one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    return np.linalg.norm(one - other @ (other.T @ one), 2)
 
 
 @pytest.mark.parametrize("sides", SIDES, ids="+".join)

@@ -8,7 +8,6 @@ import pytest
 from jax import lax
 
 import galore_jax
-from galore_jax.grads.projected_product import product_dtype
 
 X = jax.random.normal(jax.random.key(0), (8, 6))
 W = jax.random.normal(jax.random.key(1), (6, 8))
@@ -122,14 +121,6 @@ def test_small_float16_cotangents_do_not_vanish():
     # The product itself is in float16: 2⁻¹¹ for each of cos and x w.
     error = np.linalg.norm(found["w"].value - expected) / np.linalg.norm(expected)
     assert error < 2e-3
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [("float16", "float32"), ("bfloat16", "bfloat16"), ("float8_e4m3fn", "float32")],
-)
-def test_products_of_8_bits_and_of_float16_are_in_float32(dtype, expected):
-    assert product_dtype(dtype) == jnp.dtype(expected)
 
 
 def test_adafactor_keeps_the_phase_of_complex_gradients():
