@@ -4,7 +4,6 @@ One matrix at a time, float64, no cleverness. Both step along the full gradient.
 """
 
 import numpy as np
-import reference
 from reference import Bases, Moments, adam, lift, project
 
 GROWTH = 1.01
@@ -67,13 +66,13 @@ def step(
     weight_decay: float,
     method: str,
 ) -> tuple[np.ndarray, Moments]:
-    """One update, after which the whole weight decays; `method` is that of the refreshes."""
-    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    """One update with the decay of the weight before it; `method` is that of the refreshes."""
+    decayed = weight - learning_rate * weight_decay * weight
     if not bases:
-        return reference.step("adamw", weight, gradient, moments, bases, scale=scale, **rates)
+        update, moments = adam(gradient, moments, learning_rate)
+        return decayed + update, moments
     result, after = adam(project(gradient, bases), moments, -1.0)
     last = moments.values["norm"]
     direction, norm = DIRECTIONS[optimizer](gradient, result, bases, last, method)
-    weight = weight - learning_rate * scale * direction
     moments = Moments(after.values | {"norm": norm}, after.count)
-    return weight - learning_rate * weight_decay * weight, moments
+    return decayed - learning_rate * scale * direction, moments

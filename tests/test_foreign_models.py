@@ -79,8 +79,8 @@ def test_steps_along_full_gradients_are_those_of_the_reference_for_every_kernel(
     def leaves(params, state, grads):
         """The arrays of each projected kernel: its weights, gradient, moments and norm, bases."""
         tree = jax.tree.structure(params)
-        bases, adam, limiter, *_ = state.inner_states
-        trees = params, grads, adam.mu, adam.nu, limiter.norm, bases.bases
+        (kept, *_) = state
+        trees = params, grads, kept.mu, kept.nu, kept.norm, kept.bases
         for *arrays, basis in zip(*map(tree.flatten_up_to, trees), strict=True):
             if is_basis(basis):
                 weights, grad, *kept = (getattr(array, "value", array) for array in arrays)

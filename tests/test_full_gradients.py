@@ -10,7 +10,7 @@ from trees import PLAIN, STACKED, gradients, max_difference, random_params
 
 import galore_jax
 from galore_jax import Rule, apply_gradients, chain, layerwise
-from galore_jax.optim.channels import limit_growth
+from galore_jax.optim.fira import limit_growth
 
 MAKE = {"fira": galore_jax.fira, "apollo": galore_jax.apollo}
 both = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
@@ -25,7 +25,8 @@ def first_update(tx, gradient):
     """The update of a single kernel by its first gradient, the basis, and Adam's result."""
     params = {"kernel": jnp.zeros(gradient.shape)}
     updates, state = tx.update({"kernel": gradient}, tx.init(params), params)
-    (vectors,) = state.inner_states[0].bases["kernel"].vectors.values()
+    (state, *_) = getattr(state, "inner_states", state)
+    (vectors,) = state.bases["kernel"].vectors.values()
     return updates["kernel"], vectors
 
 
@@ -82,7 +83,7 @@ def test_leaves_that_are_not_projected_get_adamw(make):
     params = random_params(PLAIN)
     grads = gradients(params, jax.tree.map(jnp.zeros_like, params))
     results = []
-    for tx in (make(0.1, RANK, weight_decay=0.1), galore_jax.adamw(0.1, RANK, weight_decay=0.1)):
+    for tx in (make(0.1, RANK, weight_decay=0.1), optax.adamw(0.1, eps=1e-6, weight_decay=0.1)):
         new, _ = apply_gradients(tx, grads, tx.init(params), params)
         results.append(new["bias"])
     assert max_difference(*results) == 0
@@ -106,10 +107,10 @@ def test_the_norm_of_a_step_grows_by_at_most_one_percent_in_each_matrix_of_a_sta
     for multiple in multiples.T[..., None, None]:
         grads = {"kernel": jnp.where(multiple > 0, inside + multiple * outside, 0)}
         updates, state = update(grads, state, params)
-        basis = state.inner_states[0].bases["kernel"].vectors["left"]
+        basis = state[0].bases["kernel"].vectors["left"]
         step = updates["kernel"] - basis @ (basis.mT @ updates["kernel"])
         lengths.append(jnp.linalg.norm(step, axis=(1, 2)))
-        norms.append(state.inner_states[2].norm["kernel"].value)
+        norms.append(state[0].norm["kernel"].value)
     first = norms[0][:, None]
     np.testing.assert_allclose(jnp.stack(norms, axis=1) / first, expected, rtol=1e-4)
     # A gradient of zero leaves the norm that limits the next step.
@@ -124,40 +125,36 @@ def test_the_norm_of_a_step_grows_by_at_most_one_percent_in_each_matrix_of_a_sta
         (3, 2.5, 1.01 * 2.5 / 3, 1.01 * 2.5),
         (3, 2.98, 1, 3),
         (0, 2, 1, 2),
-        (jnp.nan, 2, 0, 2),
-        (jnp.inf, 2, 0, 2),
-        (jnp.inf, 0, 0, 0),
     ],
-    ids=["first", "grown", "grown little", "zero", "nan", "infinite", "infinite first"],
+    ids=["first", "grown", "grown little", "zero"],
 )
 def test_a_step_is_limited_by_the_last_one_that_had_a_norm(norm, last, factor, kept):
-    # Two channels, 3 : 4 : 5.
-    norms = jnp.array([[[0.6, 0.8]]]) * norm
-    found = limit_growth(norms, jnp.array([last], jnp.float32))
-    np.testing.assert_allclose(found[0], jnp.full((1, 1, 1), factor), rtol=1e-6)
-    np.testing.assert_allclose(found[1], [kept], rtol=1e-6)
+    step = jnp.array([[0.6, 0.8]]) * norm
+    limited, found = limit_growth(step, jnp.float32(last))
+    np.testing.assert_allclose(limited, factor * step, rtol=1e-6)
+    np.testing.assert_allclose(found, kept, rtol=1e-6)
 
 
 # What they need
 
 
 @both
-def test_gradients_that_are_coordinates_are_refused_with_the_remedy(make):
+def test_they_have_no_galore_whose_coordinates_the_backward_pass_could_compute(make):
     tx, params, batch = make(0.1, RANK), params_of(CONFIG), batch_of(0)
     loss = lambda params, batch: loss_of(CONFIG, params, batch)
     state = galore_jax.init(tx, params)
-    message = r"need full gradients: use jax\.value_and_grad .*projected=False"
     for use in (galore_jax.value_and_grad(loss), galore_jax.refresh(loss)):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"with galore in it; use jax\.value_and_grad"):
             use(params, state, batch)
-    for refreshes in (False, True):
-        step = layerwise.make_step(model_of(CONFIG), tx, refreshes=refreshes)
-        with pytest.raises(ValueError, match=message):
-            step(params, layerwise.init(tx, params), batch)
-    adamw = galore_jax.adamw(0.1, RANK)
-    _, grads = galore_jax.value_and_grad(loss, adamw)(params, adamw.init(params), batch)
-    with pytest.raises(ValueError, match=message):
-        apply_gradients(tx, grads, state, params)
+    step = layerwise.make_step(model_of(CONFIG), tx)
+    with pytest.raises(ValueError, match=r"without galore needs full gradients: .*projected=False"):
+        step(params, layerwise.init(tx, params), batch)
+
+
+@both
+def test_moments_that_follow_the_basis_are_refused(make):
+    with pytest.raises(ValueError, match='moments="rotate" is for galore alone: leave it out'):
+        make(0.1, RANK, moments="rotate")
 
 
 @both
@@ -167,12 +164,6 @@ def test_gradients_that_are_coordinates_are_refused_with_the_remedy(make):
 def test_a_projection_of_both_sides_is_refused(make, settings):
     with pytest.raises(ValueError, match=r'"full" projects both sides of .*/kernel and leaves no'):
         make(0.1, RANK, **settings).init(random_params(PLAIN))
-
-
-@pytest.mark.parametrize("name", MAKE)
-def test_a_kernel_for_moments_that_are_not_in_8_bits_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name}: implementation applies to 8-bit moments"):
-        MAKE[name](0.1, RANK, implementation="pallas")
 
 
 # What they work with
@@ -193,22 +184,20 @@ def test_the_step_is_along_the_gradient_behind_a_clip(make):
 
 
 @both
-def test_moments_and_bases_may_be_in_8_bits(make):
+def test_bases_may_be_in_8_bits(make):
     params = {"kernel": random_matrices(2, 64, 300)}
     grads = {"kernel": random_matrices(2, 64, 300, seed=1)}
     results = []
-    for settings in ({}, {"eight_bit": True}, {"eight_bit": True, "basis_dtype": jnp.int8}):
+    for settings in ({}, {"basis_dtype": jnp.int8}):
         tx = make(0.1, 32, refresh="svd", **settings)
         new, state = apply_gradients(tx, grads, tx.init(params), params)
         results.append(new)
-        codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
-        assert len(codes) == (2 if settings else 0)
-    # Moments become codes only after the first update.
-    assert max_difference(results[0], results[1]) <= 1e-5
+        codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int8]
+        assert len(codes) == len(settings)
     # Numbers of a basis are off by up to 1/254 of the largest of 32, or 1/100 of their own length,
     # and where a coordinate is smaller than its error Adam's first update has the other sign.
     moved = jnp.linalg.norm(results[0]["kernel"] - params["kernel"])
-    assert jnp.linalg.norm(results[0]["kernel"] - results[2]["kernel"]) < 0.1 * moved
+    assert jnp.linalg.norm(results[0]["kernel"] - results[1]["kernel"]) < 0.1 * moved
 
 
 @both
@@ -218,10 +207,8 @@ def test_the_state_is_that_of_galore_and_a_number_for_each_matrix(make):
     for tx in (make(0.1, RANK), galore_jax.adamw(0.1, RANK)):
         state = jax.eval_shape(tx.init, params)
         sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
-        table = galore_jax.describe(params, tx).table
-        sizes.append(int(table.split()[-1].replace(",", "")))
-    assert sizes[0] == sizes[2] + 4 * 3 * 3
-    assert sizes[1] == sizes[3] - 4 * 3 * 3
+    # The seed of galore's state is no part of theirs.
+    assert sizes[0] + 4 == sizes[1] + 4 * 3 * 3
 
 
 @both
@@ -252,18 +239,6 @@ def test_bfloat16_weights_are_rounded_stochastically_without_bias(make):
     # Neighbours lie at most 2^-7 apart: the standard error of a mean of 240 · 200 is below
     # 2^-8 / √48000.
     np.testing.assert_allclose(np.mean(moved), expected, atol=5 * 2.0**-8 / 48000**0.5)
-
-
-@both
-def test_the_update_of_weights_does_without_a_gpu_kernel(make):
-    params = random_params(PLAIN)
-    grads = gradients(params, jax.tree.map(jnp.zeros_like, params))
-    tx = make(0.1, RANK)
-    one, other = (
-        apply_gradients(tx, grads, tx.init(params), params, implementation=implementation)[0]
-        for implementation in ("xla", "pallas")
-    )
-    assert max_difference(one, other) == 0
 
 
 def test_the_scale_of_apollo_follows_its_rank_and_may_be_a_hyperparameter():

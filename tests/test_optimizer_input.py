@@ -77,8 +77,6 @@ def test_an_unprojected_leaf_may_have_no_gradient_if_the_state_has_no_place_for_
     grads, tx = replaced(params, "bias", None), make(0.1, 4)
     found, _ = apply_gradients(tx, grads, tx.init(grads), params)
     np.testing.assert_array_equal(found["bias"]["bias"], params["bias"]["bias"])
-    with pytest.raises(ValueError, match="gradient of bias/bias is None, and the opt"):
-        apply_gradients(tx, grads, tx.init(params), params)
 
 
 def test_trees_like_an_equinox_model_are_no_functions():
@@ -152,7 +150,6 @@ def test_an_optimizer_starts_from_the_shapes_of_the_parameters_alone(tx):
 @pytest.mark.parametrize(
     "inner",
     [
-        optax.scale_by_lbfgs(),
         contrib.cocob(),
         contrib.dog(),
         contrib.dowg(),
@@ -164,15 +161,13 @@ def test_an_optimizer_starts_from_the_shapes_of_the_parameters_alone(tx):
         contrib.schedule_free(optax.sgd(0.1), 0.1),
     ],
     ids=[
-        *("lbfgs", "cocob", "dog", "dowg", "ldog", "madgrad", "mechanic", "prodigy", "sam"),
+        *("cocob", "dog", "dowg", "ldog", "madgrad", "mechanic", "prodigy", "sam"),
         "schedule_free",
     ],
 )
-def test_what_keeps_copies_of_the_parameters_is_warned_of_after_galore(inner, request):
-    is_wrapper = request.node.callspec.id in ("mechanic", "sam", "schedule_free")
-    remedy = "put it around the whole chain" if is_wrapper else "use another optimizer"
+def test_what_keeps_copies_of_the_parameters_is_warned_of_after_galore(inner):
     for tx in (chain(galore(4), inner), optax.chain(galore(4), inner)):
-        with pytest.warns(UserWarning, match=f"State keeps a copy of the parameters.*{remedy}"):
+        with pytest.warns(UserWarning, match="keeps a copy of the parameters.* around the whole"):
             init(tx, random_params(PLAIN))
 
 

@@ -166,7 +166,6 @@ def test_layerwise_steps_equal_ordinary_ones(name):
 @pytest.mark.parametrize("name", ["galore_fira", "apollo"])
 def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
     config = OptimizerConfig(name=name, clip_norm=1.0)
-    assert config.has_galore
     assert not config.has_projected_gradients
     changed(CONFIG, optimizer={"name": name, "clip_norm": 1.0}, training={"layerwise": True})
 
@@ -179,6 +178,10 @@ def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
         (
             {"galore": {"proj_type": "full"}},
             "scales what is not projected: choose an optimizer.galore",
+        ),
+        (
+            {"galore": {"moments": "rotate"}},
+            "keeps its moments: set optimizer.galore.moments",
         ),
     ],
 )

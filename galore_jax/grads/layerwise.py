@@ -22,10 +22,10 @@ from galore_jax.ops.dtypes import widened
 from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
 from galore_jax.optim.apply import apply_gradients
-from galore_jax.optim.chain import start
 from galore_jax.optim.clipping import clip_factor, finite_squares
 from galore_jax.optim.placement import placed_state, shardings_of
 from galore_jax.optim.state import galore_states, to_float32
+from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.matrix_view import is_box
 from galore_jax.types import PyTree
 
@@ -141,8 +141,8 @@ def make_step(
       ValueError: an unknown `clip_by` or a negative `clip_norm`. When the step is called: leaves of
         blocks that are not stacked by layer or are projected across layers; an `embed` or
         `head_loss` that reads them; an `embed` whose second result depends on parameters; a state
-        that does not come from `init`; or, if projected, a state without galore or of an optimizer
-        that needs full gradients, as `fira` and `apollo` do.
+        that does not come from `init`; or, if projected, a state without galore, such as those of
+        `fira` and `apollo`.
     """
     if clip_by not in get_args(ClipBy):
         raise ValueError(f"layerwise: clip_by must be one of {get_args(ClipBy)}, not {clip_by!r}.")

@@ -24,7 +24,7 @@ from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, map_batch, names_of
 from galore_jax.ops.quantization import as_float32
-from galore_jax.optim.moments import BasisUpdate, constrain_state, rotate
+from galore_jax.optim.rotation import constrain_state, rotate
 from galore_jax.optim.state import (
     GaLoreState,
     bases_of,
@@ -291,7 +291,7 @@ def _refreshed(opt_state: PyTree, sketches: dict[Names, Sketch]) -> PyTree:
             new = refresh_basis(
                 basis, sketches[path], state.lazy_overlap, seed=state.seed, count=state.count
             )
-            basis_updates[path] = BasisUpdate(basis, new, new.age < basis.age)
+            basis_updates[path] = basis, new
             return new
 
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))

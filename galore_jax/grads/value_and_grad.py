@@ -15,7 +15,6 @@ from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.partition import AxisNames, names_of
-from galore_jax.optim.channels import check_coordinates_suffice
 from galore_jax.optim.state import (
     galore_states,
     is_low_rank,
@@ -70,9 +69,8 @@ def value_and_grad(
 
     Raises:
       ValueError: the optimizer has no galore, was started with full-size moments or with other
-        parameters, or needs full gradients, as `fira` and `apollo` do; a leaf of the parameters is
-        a function; the batch cannot be split; there is no mesh with the `data_axes`, or they divide
-        a parameter.
+        parameters; a leaf of the parameters is a function; the batch cannot be split; there is no
+        mesh with the `data_axes`, or they divide a parameter.
       TypeError: the loss does not return a number or, with has_aux, a pair.
 
     Examples:
@@ -299,10 +297,8 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     Elsewhere there is an `optax.MaskedNode()` or, on a mesh, `Unprojected`.
 
     Raises:
-      ValueError: there is no galore, or it was started with full-size moments or other parameters,
-        or the optimizer needs full gradients.
+      ValueError: there is no galore, or it was started with full-size moments or other parameters.
     """
-    check_coordinates_suffice(opt_state)
     states = galore_states(opt_state, inside_chains=True)
     if not states:
         raise ValueError(

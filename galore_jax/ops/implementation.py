@@ -1,9 +1,9 @@
 """Chooses between plain JAX and GPU kernels for 8-bit Adam and for the lift with its weight update.
 
 XLA does not fuse these operations into one pass over memory. `adam8bit` and `lift` implement them
-in plain JAX, for every backend ("xla"); `pallas_triton` has the same functions, but for the scaled
-channels of a lift, as kernels for NVIDIA GPUs ("pallas"), which loop over tiles and apply the
-formulas of `adam8bit` and `lift` to each.
+in plain JAX, for every backend ("xla"); `pallas_triton` has the same functions as kernels for
+NVIDIA GPUs ("pallas"), which loop over tiles and apply the formulas of `adam8bit` and `lift` to
+each.
 """
 
 from collections.abc import Callable

@@ -17,13 +17,11 @@ MAX_CHUNK = 2**22
 
 def lift_and_add(
     weights: jax.Array,
-    left: jax.Array | None,
-    right: jax.Array | None,
+    left: jax.Array,
+    right: jax.Array,
     scale: Any,
     decay: Any,
     seed: jax.Array | None = None,
-    channels: jax.Array | None = None,
-    gradient: jax.Array | None = None,
     *,
     right_is_transposed: bool = False,
     start: tuple[Any, Any] = (0, 0),
@@ -32,21 +30,16 @@ def lift_and_add(
 
     It is computed in float32, or in the dtype of the weights if that is wider.
 
-    With channels it is `(1 - decay) weights + scale (left right + channels · gradient)`.
-
     Matrix products use the backend's default precision.
 
     Args:
       weights: (m, n), of any floating dtype.
-      left: (m, r), of any floating dtype; None: there is no product.
-      right: (r, n), or (n, r) if transposed, of any floating dtype; None: as for `left`.
+      left: (m, r), of any floating dtype.
+      right: (r, n), or (n, r) if transposed, of any floating dtype.
       scale: float32 scalar.
       decay: float32 scalar.
       seed: two uint32; if given, bfloat16 weights are rounded stochastically, with random bits that
         depend only on the seed, the row and the column.
-      channels: (1, n) or (m, 1), factors of the columns or rows of the gradient; see
-        `scaled_gradient`.
-      gradient: (m, n), any floating dtype.
       right_is_transposed: use `rightᵀ` in place of `right`.
       start: row and column of the first element, if the weights are a part of a larger matrix;
         random bits depend on them. The column is a multiple of n.
@@ -58,12 +51,7 @@ def lift_and_add(
 
     def add_to_chunk(first: Any, weights: jax.Array) -> jax.Array:
         rows = lambda array: lax.dynamic_slice_in_dim(array, first, weights.shape[0])
-        update: Any = 0
-        if left is not None and right is not None:
-            update = product(rows(left), right, right_is_transposed)
-        if channels is not None:
-            factors = channels if channels.shape[0] == 1 else rows(channels)
-            update += scaled_gradient(factors, rows(gradient))
+        update = product(rows(left), right, right_is_transposed)
         place = start[0] + first, start[1]
         return add(weights, update, scale, decay, seed, place, aligned=aligned)
 
@@ -76,16 +64,6 @@ def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax
     axes = (((1,), (1 if right_is_transposed else 0,)), ((), ()))
     left, right = left.astype(dtype), right.astype(dtype)
     return lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
-
-
-def scaled_gradient(channels: jax.Array, gradient: jax.Array) -> jax.Array:
-    """`channels · gradient` in float32; 0 where the factor is, even if the gradient is not finite.
-
-    Args:
-      channels: (…, 1, n) or (…, m, 1).
-      gradient: (…, m, n).
-    """
-    return jnp.where(channels == 0, 0, channels * gradient.astype(jnp.float32))
 
 
 def add(

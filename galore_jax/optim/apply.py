@@ -16,8 +16,9 @@ from galore_jax.ops.implementation import Implementation, check_implementation, 
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import Partition, map_batch
 from galore_jax.ops.rounding import stochastic_round
-from galore_jax.optim.chain import is_chain, update_low_rank
-from galore_jax.optim.moments import constrain_state
+from galore_jax.optim import stock_chain
+from galore_jax.optim.chain import is_chain
+from galore_jax.optim.rotation import constrain_state
 from galore_jax.optim.state import (
     GaLoreState,
     boxed_as,
@@ -30,7 +31,7 @@ from galore_jax.optim.state import (
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.placement import matrices_partition
-from galore_jax.subspace.projection import is_coordinates
+from galore_jax.subspace.projection import Projection, Side, is_coordinates
 from galore_jax.types import PyTree
 
 
@@ -88,17 +89,12 @@ def _apply_gradients(
     all_params, params = params, with_gradient(params, grads)
     # A chain inside of a wrapper, which may change the tree, checks its own gradients.
     _check_shapes(grads, params, galore_states(state.inner_states if is_chain(tx) else state))
-    gradients = grads  # What galore received: a chain may have clipped them.
-    try:
-        if is_chain(tx):
-            updates, gradients, state = tx.update_coordinates(grads, state, params, **extra_args)
-            states = galore_states(state.inner_states)
-        else:
-            updates, state, _ = update_low_rank(tx, grads, state, params, **extra_args)
-            states = galore_states(state)
-    except ValueError as error:
-        _raise_on_none(grads, error)
-        raise
+    if is_chain(tx):
+        updates, state = tx.update_coordinates(grads, state, params, **extra_args)
+        states = galore_states(state.inner_states)
+    else:
+        updates, state = stock_chain.update(tx, grads, state, params, **extra_args)
+        states = galore_states(state)
     leaves, tree = jax.tree.flatten(params)
     keys = tree.unflatten(
         [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
@@ -111,17 +107,15 @@ def _apply_gradients(
         total = _at_least_float32(param) + _at_least_float32(jnp.asarray(update))
         return _rounded(total, param.dtype, key)
 
-    def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any, gradient: Any) -> Any:
+    def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
         if not is_coordinates(update):
             return update
-        gradient = None if update.channels is None else gradient
-        return _lift_and_add(basis, update, param, key, gradient, implementation)
+        return _lift_and_add(basis, update, param, key, implementation)
 
     # Unprojected leaves first; then each galore replaces coordinates by new parameters.
     new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
-        arguments = new, params, keys, gradients
-        new = map_bases(lift_and_add, galore_state.bases, *arguments, otherwise=new)
+        new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
     new = constrain_unprojected(boxed_as(params, new), states)
     return _with_rest(new, all_params), constrain_state(state)
 
@@ -140,18 +134,6 @@ def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> N
             )
 
 
-def _raise_on_none(grads: PyTree, error: ValueError) -> None:
-    """Names a gradient that is None, if there is one, as the likely reason for an error."""
-    is_leaf = lambda node: node is None or is_coordinates(node)
-    for names, grad in named_leaves(grads, is_leaf):
-        if grad is None:
-            raise ValueError(
-                f"apply_gradients: the gradient of {'/'.join(names)} is None, and the optimizer "
-                f"failed ({str(error).splitlines()[0]}): if its state has a place for this leaf, "
-                "pass zeros, or start the optimizer with None there."
-            ) from error
-
-
 def _with_rest(new: PyTree, params: PyTree) -> PyTree:
     """The new parameters, with the old ones where the new ones are None."""
     pick = lambda new, old: old if new is None else new
@@ -160,27 +142,12 @@ def _with_rest(new: PyTree, params: PyTree) -> PyTree:
 
 @partial(jax.jit, static_argnames="implementation")
 def _lift_and_add(
-    basis: Basis,
-    update: Any,
-    param: jax.Array,
-    key: Any,
-    gradient: Any,
-    implementation: Implementation,
-) -> Any:
-    projection, batch, full = basis.projection, basis.age.ndim, ()
-    if gradient is not None:
-        full = update.channels, projection.view.to_matrices(gradient)
-        implementation = "xla"  # The Triton kernel only lifts.
+    basis: Basis, update: Any, param: jax.Array, key: Any, implementation: Implementation
+) -> jax.Array:
+    """`(1 − decay) W + scale · lift(N)` for a leaf, matrix by matrix and in place."""
+    projection, batch = basis.projection, basis.age.ndim
     partition = matrices_partition(projection)
-    decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
-    seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
-
-    def update_one(weights: jax.Array, parts: Any, decay: Any, seed: Any, *full: Any) -> jax.Array:
-        left, right, is_transposed = projection.factors(*parts)
-        add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
-        if partition is not None:
-            add = _on_parts(add, partition.trailing(2), is_transposed, update.channels)
-        return add(weights, left, right, basis.scale, decay, seed, *full)
+    update_one = partial(_update_matrix, projection, partition, implementation, basis.scale)
 
     def update_all(matrices: jax.Array, *others: Any) -> jax.Array:
         stack, *rest = flatten_batch((matrices, *others), batch)
@@ -197,18 +164,35 @@ def _lift_and_add(
             new = lax.fori_loop(0, len(stack), update_at, stack)
         return new.reshape(matrices.shape)
 
+    decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
+    seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
+    others = (basis.vectors, update.value), decay, seeds
     matrices = projection.view.to_matrices(param)
-    others = (basis.vectors, update.value), decay, seeds, *full
     return projection.view.from_matrices(map_batch(partition, update_all, matrices, *others))
 
 
+def _update_matrix(
+    projection: Projection,
+    partition: Partition | None,
+    implementation: Implementation,
+    scale: jax.Array,
+    weights: jax.Array,
+    parts: tuple[dict[Side, Any], jax.Array],
+    decay: jax.Array,
+    seed: jax.Array | None,
+) -> jax.Array:
+    """The new weights of one matrix, on a mesh without moving any part of them."""
+    left, right, is_transposed = projection.factors(*parts)
+    add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
+    if partition is not None:
+        add = _on_parts(add, partition.trailing(2), is_transposed)
+    return add(weights, left, right, scale, decay, seed)
+
+
 def _on_parts(
-    add: Callable[..., jax.Array],
-    partition: Partition,
-    right_is_transposed: bool,
-    channels: jax.Array | None,
+    add: Callable[..., jax.Array], partition: Partition, right_is_transposed: bool
 ) -> Callable[..., jax.Array]:
-    """`add` on the part of a matrix that each device has: no part of it moves."""
+    """`add` on the part of a matrix that each device has."""
     rows, columns = partition.axes
     cut = lambda *names: PartitionSpec(*(each or None for each in names))
 
@@ -220,9 +204,6 @@ def _on_parts(
     matrix, whole = cut(rows, columns), PartitionSpec()
     right = cut(columns, ()) if right_is_transposed else cut((), columns)
     in_specs = matrix, cut(rows, ()), right, whole, whole, whole
-    if channels is not None:
-        factors = cut((), columns) if channels.shape[-2] == 1 else cut(rows, ())
-        in_specs += factors, matrix
     return partition.map_parts(add_to_part, in_specs, matrix)
 
 

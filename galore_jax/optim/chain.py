@@ -11,14 +11,9 @@ import optax
 
 from galore_jax.ops.dtypes import widened
 from galore_jax.ops.explicit import specs_of, with_auto_axes
-from galore_jax.ops.lift import scaled_gradient
-from galore_jax.optim.moments import BasisUpdates, check_rotation, compare_bases, rotate
-from galore_jax.optim.nonfinite import (
-    accumulates,
-    restore_moments,
-    skip_updates,
-    without_skips,
-)
+from galore_jax.optim import stock_chain
+from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
+from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
 from galore_jax.optim.state import (
     ChainState,
     GaLoreState,
@@ -26,31 +21,14 @@ from galore_jax.optim.state import (
     boxed_as,
     constrain_unprojected,
     galore_states,
-    is_low_rank,
     map_bases,
     project,
     start_coordinates,
-    with_galore_states,
     with_gradient,
-    without_boxes,
 )
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
-
-# Names of states with a copy of the parameters, which would mix coordinates of different bases: of
-# wrappers, which can stand around a chain, and of optimizers.
-_WRAPPERS_WITH_COPIES = frozenset({"MechanicState", "SAMState", "ScheduleFreeState"})
-_STATES_WITH_COPIES = _WRAPPERS_WITH_COPIES | {
-    "COCOBState",
-    "DoGState",
-    "DoWGState",
-    "MadgradState",
-    "ProdigyState",
-    "ScaleByDistanceOverGradientsState",
-    "ScaleByLBFGSState",
-}
-_OWN_ERRORS = ("galore:", "chain:", "decay_weights")
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
@@ -59,14 +37,6 @@ class GaLore(optax.GradientTransformationExtraArgs):
     def __call__(self, inner: optax.GradientTransformation) -> "Chain":
         """`galore(...)(inner)` is `chain(galore(...), inner)`."""
         return chain(self, inner)
-
-
-class FullGradientTransformation(optax.GradientTransformationExtraArgs):
-    """A transformation in a `chain` that reads full gradients, although it comes after galore.
-
-    Its `update` has three more keyword arguments: `gradients`, as galore received them;
-    `coordinates`, as galore emitted them; and the `bases` that they are in.
-    """
 
 
 class Chain(optax.GradientTransformationExtraArgs):
@@ -78,11 +48,8 @@ class Chain(optax.GradientTransformationExtraArgs):
         return cast(_ChainUpdate, self.update).transforms
 
     @property
-    def update_coordinates(self) -> Callable[..., tuple[PyTree, PyTree, ChainState]]:
-        """`update` that leaves `Coordinates` as they are.
-
-        It also returns, before the state, the gradients to which their `channels` refer.
-        """
+    def update_coordinates(self) -> Callable[..., tuple[PyTree, ChainState]]:
+        """`update` that leaves `Coordinates` as they are."""
         return cast(_ChainUpdate, self.update).update_coordinates
 
 
@@ -138,70 +105,60 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     if sum(isinstance(tx, GaLore) for tx in transforms) > 1:
         raise ValueError("chain: there is more than one galore; leave only one.")
 
-    def init_fn(params: PyTree) -> ChainState:
+    def init(params: PyTree) -> ChainState:
         states, bases = [], []
         for tx in transforms:
             if isinstance(tx, GaLore):
                 _warn_of_full_moments(states, params)
-            states.append(start(tx, params))
+            states.append(stock_chain.start(tx, params))
             check_rotation(states[-1], bases)
             if bases:
-                _warn_of_copies(states[-1])
+                stock_chain.warn_of_copies(tx, params)
             new_galores = galore_states(states[-1])
             bases += bases_of(new_galores)
             params = start_coordinates(params, new_galores)
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
-        # `basis_updates` is empty until galore has been reached.
-        states, basis_updates = [], {}
-        gradients, full = updates, {}
+        # What galore did to its bases; empty until it has been reached.
+        states, changes = [], {}
         params = None if params is None else with_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
             _check_not_after_decay(updates)
-            if isinstance(tx, FullGradientTransformation):
-                updates, new = tx.update(updates, old, params, **full)
-            elif basis_updates:
-                old = rotate(old, basis_updates)
+            if changes:
+                ready = rotate(old, changes)
                 update = optax.with_extra_args_support(tx).update
-                updates, new = update(updates, old, params, **extra_args)
-                new = restore_moments(old, new, basis_updates)
+                updates, new = update(updates, ready, params, **extra_args)
+                new = restore_moments(ready, new, changes)
             else:
-                received = updates
-                updates, new, basis_updates = update_low_rank(
-                    tx, updates, old, params, **extra_args
-                )
-                if isinstance(tx, GaLore):
-                    if accumulates(state):
-                        basis_updates = without_skips(basis_updates)
-                    gradients = received
-                    full = {"bases": new.bases, "coordinates": updates, "gradients": received}
-                if params is not None:
-                    params = project(params, galore_states(new))
+                updates, new = stock_chain.update(tx, updates, old, params, **extra_args)
+                galores = galore_states(new)
+                changes = basis_updates(galore_states(old), galores)
+                changes = without_skips(changes) if accumulates(state) else changes
+                params = None if params is None else project(params, galores)
             states.append(new)
-        return skip_updates(updates, basis_updates), gradients, ChainState(tuple(states))
+        return skip_updates(updates, changes), ChainState(tuple(states))
 
-    return Chain(init_fn, _ChainUpdate(transforms, update_coordinates))
+    return Chain(init, _ChainUpdate(transforms, update_coordinates))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ChainUpdate:
     """The `update` of a chain, with what `Chain` offers besides.
 
-    They are here because what JAX and `_replace` make of a named tuple has its fields alone.
+    They are here because a rebuilt named tuple loses extra attributes.
     """
 
     transforms: tuple[optax.GradientTransformation, ...]
-    update_coordinates: Callable[..., tuple[PyTree, PyTree, ChainState]]
+    update_coordinates: Callable[..., tuple[PyTree, ChainState]]
 
     def __call__(
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         def update(updates: PyTree, state: Any, params: PyTree, extra_args: Any):
             like = updates if params is None else with_gradient(params, updates)
-            found = self.update_coordinates(updates, state, params, **extra_args)
-            updates, gradients, state = found
-            return _lift(updates, gradients, galore_states(state.inner_states), like), state
+            updates, state = self.update_coordinates(updates, state, params, **extra_args)
+            return _lift(updates, galore_states(state.inner_states), like), state
 
         # Again, as what runs inside of with_auto_axes can use no arrays from here.
         like = updates if params is None else with_gradient(params, updates)
@@ -209,114 +166,15 @@ class _ChainUpdate:
         return with_auto_axes(update, *arguments, out=lambda: specs_of((like, state)))
 
 
-def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """Starts a transformation as `galore_jax.init` does, wherever the parameters lie."""
-    states = galore_states(jax.eval_shape(tx.init, params))
-    if not all(map(is_low_rank, states)):
-        params = start_coordinates(params, states)
-    state = tx.init(params)
-    bases = bases_of(states)
-    check_rotation(state, bases)
-    if bases:
-        _warn_of_copies(state)
-    return state
-
-
-def update_low_rank(
-    tx: optax.GradientTransformation,
-    updates: PyTree,
-    state: PyTree,
-    params: PyTree,
-    **extra_args: Any,
-) -> tuple[PyTree, PyTree, BasisUpdates]:
-    """`tx.update` with the parameters' coordinates in the bases of this very update.
-
-    A stock chain hands the same `params` to all its parts. They must therefore be projected before
-    it runs, into bases that it refreshes while it runs. Hence two calls: the first one is used only
-    for its bases (under jit the rest of it is never compiled), and the second one finds nothing
-    due.
-
-    Args:
-      tx: any transformation, started by `init`.
-      updates: gradients, or what the transformation before it made of them.
-      state: of `tx`.
-      params: the parameters, or None.
-      **extra_args: for `tx.update`.
-
-    Returns:
-      The updates, `Coordinates` where a galore in `tx` projects; the state; and what happened to
-      the bases.
-
-    Raises:
-      ValueError: a part of a stock transformation cannot work on coordinates.
-    """
-    old = galore_states(state)
-    low_rank = all(map(is_low_rank, old))
-    if isinstance(tx, GaLore):
-        updates, state = tx.update(updates, state, params, **extra_args)
-        return updates, state, compare_bases(old, galore_states(state)) if low_rank else {}
-    tx = optax.with_extra_args_support(tx)
-    if not old or not low_rank:
-        projected = any(map(is_coordinates, jax.tree.leaves(updates, is_leaf=is_coordinates)))
-        try:
-            updates, new = tx.update(updates, state, params, **extra_args)
-            if projected and jax.tree.structure(new) != jax.tree.structure(state):
-                raise ValueError(f"its {type(state).__name__} would have another structure")
-            return updates, new, {}
-        except (AttributeError, TypeError, ValueError) as error:
-            if not projected or str(error).startswith(_OWN_ERRORS):
-                raise
-            remedy = "remove it, give it labels or masks as trees instead of functions"
-            if accumulates(state):
-                remedy = "remove it, and accumulate by value_and_grad(…, micro_batches=…)"
-            raise ValueError(
-                "a wrapper around a chain with galore, or a transformation in front of galore, "
-                f"cannot work on gradients that are coordinates ({str(error).splitlines()[0]}): "
-                f"{remedy}, or use full gradients, by jax.value_and_grad."
-            ) from error
-
-    # First call: the refreshed bases.
-    try:
-        updates = without_boxes(updates, old)
-        coordinates = None if params is None else project(params, old)
-        _, probe = tx.update(updates, state, coordinates, **extra_args)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            "a transformation around or before galore cannot work on its coordinates "
-            f"({error}): use galore_jax.chain in place of optax.chain, inside all wrappers."
-        ) from error
-    new = galore_states(probe)
-    basis_updates = compare_bases(old, new)
-    if accumulates(state):
-        basis_updates = without_skips(basis_updates)
-
-    # Second call: the update in these bases, whose ages of zero make no refresh due.
-    fresh = [_with_age_zero(state) for state in new]
-    ready = rotate(with_galore_states(state, fresh), basis_updates)
-    coordinates = None if params is None else project(params, fresh)
-    updates, after = tx.update(updates, ready, coordinates, **extra_args)
-    after = restore_moments(ready, after, basis_updates)
-    return skip_updates(updates, basis_updates), with_galore_states(after, new), basis_updates
-
-
-def _with_age_zero(state: GaLoreState) -> GaLoreState:
-    young = lambda basis: dataclasses.replace(basis, age=jnp.zeros_like(basis.age))
-    return state._replace(bases=map_bases(young, state.bases, otherwise=state.bases))
-
-
-def _lift(updates: PyTree, gradients: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
+def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
     """Full updates in the dtypes of `like`: the parameters or, without them, the gradients."""
 
-    def lifted(basis: Basis, update: Any, gradient: Any, like: Any) -> Any:
+    def lifted(basis: Basis, update: Any, like: Any) -> Any:
         if not is_coordinates(update):
             return update
-        projection, full = basis.projection, jnp.float32(0)
+        projection = basis.projection
         view = projection.view
-        if update.value is not None:
-            full += projection.lift_matrices(basis.vectors, update.value)
-        if update.channels is not None:
-            full += scaled_gradient(update.channels, view.to_matrices(gradient))
-        full = basis.scale * full
+        full = basis.scale * projection.lift_matrices(basis.vectors, update.value)
         if update.decay is not None:
             full -= update.decay[..., None, None] * widened(view.to_matrices(like))
         return view.from_matrices(full)
@@ -325,7 +183,7 @@ def _lift(updates: PyTree, gradients: PyTree, states: list[GaLoreState], like: P
         return jnp.asarray(update, jnp.result_type(like.value if is_coordinates(like) else like))
 
     for state in states:
-        updates = map_bases(lifted, state.bases, updates, gradients, like, otherwise=updates)
+        updates = map_bases(lifted, state.bases, updates, like, otherwise=updates)
     return constrain_unprojected(jax.tree.map(cast, boxed_as(like, updates), like), states)
 
 
@@ -345,19 +203,5 @@ def _warn_of_full_moments(states: list[PyTree], params: PyTree) -> None:
             warnings.warn(
                 f"the transformation with the state {type(state).__name__} is in front of galore, "
                 "where it keeps moments of full size: put galore in front of it.",
-                stacklevel=2,
-            )
-
-
-def _warn_of_copies(state: PyTree) -> None:
-    keeps_copies = lambda node: type(node).__name__ in _STATES_WITH_COPIES
-    for node in jax.tree.leaves(state, is_leaf=keeps_copies):
-        if keeps_copies(node):
-            name = type(node).__name__
-            is_wrapper = name in _WRAPPERS_WITH_COPIES
-            remedy = "put it around the whole chain" if is_wrapper else "use another optimizer"
-            warnings.warn(
-                f"the transformation with the state {name} keeps a copy of the parameters, and "
-                f"after galore these are coordinates in a basis that changes: {remedy} instead.",
                 stacklevel=2,
             )

@@ -1,29 +1,59 @@
-"""Fira: GaLore with Adam, and a step along what the projection leaves out (arXiv 2410.01623)."""
+"""Fira: GaLore with Adam, and a step along what the projection leaves out (arXiv 2410.01623).
 
-from typing import Any
+It needs full gradients and makes full updates, so it is an ordinary optax transformation: nothing
+else in this package knows it. `apollo.py` takes another direction with the same state.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
-from galore_jax.ops.implementation import Implementation
-from galore_jax.optim.aliases import choose_adam, with_settings_of_galore
-from galore_jax.optim.chain import Chain, chain
-from galore_jax.optim.channels import (
-    channel_norms,
-    limit_growth,
-    norm_ratio,
-    residual_norms,
-    scale_channels,
-)
-from galore_jax.optim.galore import galore
-from galore_jax.optim.weight_decay import decay_weights
-from galore_jax.subspace.basis import Basis
-from galore_jax.subspace.projection import Coordinates
+from galore_jax.ops.loops import flatten_batch
+from galore_jax.ops.partition import map_batch
+from galore_jax.optim.flax_serialization import register_if_flax_imported
+from galore_jax.optim.settings import Settings
+from galore_jax.optim.state import boxed_as, map_bases, to_float32
+from galore_jax.subspace.basis import Basis, count_update
+from galore_jax.subspace.placement import matrices_partition
+from galore_jax.subspace.projection import Coordinates, Projection
+from galore_jax.subspace.refresh import refresh_basis
 from galore_jax.subspace.rules import Rank
-from galore_jax.types import Mask
+from galore_jax.types import Mask, PyTree
+
+# The largest factor by which the norm of a step may grow: γ in arXiv 2410.01623 and, equation 4, in
+# arXiv 2412.05270.
+MAX_GROWTH = 1.01
+
+# From the basis of one matrix, its coordinates R, Adam's result N and the gradient G, (in, out):
+# two parts of the update, (in, out), of which the limiter acts on the second.
+Direction = Callable[[Basis, jax.Array, jax.Array, jax.Array], tuple[Any, jax.Array]]
 
 
-@with_settings_of_galore
+class FiraState(NamedTuple):
+    """State of `scale_by_fira`; each tree is like the parameters.
+
+    Attributes:
+      count: int32 scalar, number of updates so far.
+      mu: Adam's first moments, float32; for projected leaves `Coordinates`, `(*batch, r, out)` with
+        a left basis, `(*batch, in, r)` with a right one.
+      nu: Adam's second moments, likewise.
+      bases: a `Basis` for projected leaves, elsewhere `optax.MaskedNode()`.
+      norm: for projected leaves `Coordinates` whose value, float32 `(*batch,)`, is the norm of the
+        last limited step that was not zero, 0 before the first; elsewhere `optax.MaskedNode()`.
+    """
+
+    count: jax.typing.ArrayLike
+    mu: PyTree
+    nu: PyTree
+    bases: PyTree
+    norm: PyTree
+
+
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
@@ -33,47 +63,29 @@ def fira(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-6,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
-    eight_bit: bool = False,
-    implementation: Implementation = "xla",
     **settings: Any,
-) -> Chain:
-    """Fira: AdamW on the coordinates and a scaled step along the residual (arXiv 2410.01623).
-
-    With a left basis P, the coordinates `R = PᵀG` and Adam's result N, the update of a projected
-    leaf is `lr · scale · (P N + S)`. The step along the residual, `S = (G − P R) diag(φ)`, has one
-    factor for each column, `φⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`; where R is 0 it is 0. With a right basis
-    rows take the place of columns. The norm-growth limiter scales S down until its norm is at most
-    1.01 times that of the last step that was not zero. Each matrix of a stack has its own limiter,
-    which a matrix that is skipped because its gradient is not finite leaves as it is. Other leaves
-    get plain AdamW.
-
-    The state is GaLore's and one number per matrix. No full-size array is stored between steps, and
-    of a stack the residual of one matrix at a time exists. But Fira needs full gradients: those of
-    `jax.value_and_grad`, or of `layerwise.make_step(…, projected=False)`.
+) -> optax.GradientTransformation:
+    """Fira with decoupled weight decay, for full gradients; see `scale_by_fira`.
 
     Args:
       learning_rate: a number, or a schedule of the update count.
       rank: as for `galore`.
       update_proj_gap: as for `galore`.
-      scale: factor of both parts of the update; the paper's formula has none.
+      scale: as for `scale_by_fira`.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
-      weight_decay: as for `adamw`.
-      mask: as for `adamw`.
-      eight_bit: whether to keep 8-bit moments; see `scale_by_adam8bit`.
-      implementation: of the update of 8-bit moments; see `scale_by_adam8bit`. The update of
-        projected weights is always that of "xla".
-      **settings: other arguments of `galore`.
+      weight_decay: as for `optax.adamw`.
+      mask: as for `optax.adamw`.
+      **settings: other arguments of `scale_by_fira`: `proj_type`, `refresh`, `rules`, …
 
     Returns:
-      A `chain`. Put a clip in front with `chain(clip, fira(...))`; nothing may come after it.
+      An optax transformation.
 
     Raises:
-      ValueError: at init, both sides of a leaf are projected; at an update, gradients that
-        `galore_jax.value_and_grad` has projected; and as for `adamw`.
+      ValueError: at init, both sides of a leaf are projected; and as for `galore`.
 
     Examples:
       >>> import galore_jax, jax.numpy as jnp, optax
@@ -83,23 +95,179 @@ def fira(
       >>> optax.tree.get(state, "mu")["kernel"].value.shape
       (4, 16)
       >>> grads = {"kernel": jnp.arange(128.0).reshape(8, 16)}
-      >>> params, state = galore_jax.apply_gradients(tx, grads, state, params)
+      >>> updates, state = tx.update(grads, state, params)
     """
-    return chain(
-        galore(rank, update_proj_gap, scale, **settings),
-        choose_adam("fira", b1, b2, eps, eight_bit, implementation),
-        scale_channels("fira", _step),
+    return optax.chain(
+        scale_by_fira(rank, update_proj_gap, scale, b1=b1, b2=b2, eps=eps, **settings),
+        optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
-        decay_weights(learning_rate, weight_decay, mask),
     )
 
 
-def _step(
-    basis: Basis, result: jax.Array, coordinates: jax.Array, matrices: jax.Array, last: jax.Array
-) -> tuple[Coordinates, jax.Array]:
-    """`P N + S` as `P (N − R diag(φ)) + G diag(φ)`, with the limiter's factor in φ."""
-    projection = basis.projection
+def scale_by_fira(
+    rank: Rank,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    **settings: Any,
+) -> optax.GradientTransformation:
+    """Adam on the coordinates and a scaled step along the residual (arXiv 2410.01623).
+
+    With a left basis P, the coordinates `R = PᵀG` and Adam's result N, the update of a projected
+    leaf is `scale · (P N + S)`. The step along the residual, `S = (G − P R) diag(φ)`, has one
+    factor for each column, `φⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`; where R is 0 it is 0. With a right basis
+    rows take the place of columns. The norm-growth limiter scales S down until its norm is at most
+    1.01 times that of the last step that was not zero. Each matrix of a stack has its own limiter.
+    Other leaves get plain Adam.
+
+    Args:
+      rank: as for `galore`.
+      update_proj_gap: as for `galore`.
+      scale: factor of both parts of the update; the paper's formula has none.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the square root of the second moment.
+      **settings: other arguments of `galore`, but not `moments`, which are kept.
+
+    Returns:
+      An optax transformation of full gradients.
+    """
+    found = Settings(rank, update_proj_gap, scale, **settings)
+    return in_subspaces("fira", found, optax.scale_by_adam(b1, b2, eps), _direction)
+
+
+def _direction(
+    basis: Basis, coordinates: jax.Array, result: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`P N` and `S = (G − P R) diag(φ)`."""
+    projection, vectors = basis.projection, basis.vectors
     factors = norm_ratio(channel_norms(projection, result), channel_norms(projection, coordinates))
-    limit, norm = limit_growth(factors * residual_norms(basis, coordinates, matrices), last)
-    factors = limit * factors
-    return Coordinates(result - factors * coordinates, projection, channels=factors), norm
+    residual = gradient - projection.lift_matrices(vectors, coordinates)
+    return projection.lift_matrices(vectors, result), residual * factors
+
+
+def in_subspaces(
+    name: str, settings: Settings, adam: optax.GradientTransformation, direction: Direction
+) -> optax.GradientTransformation:
+    """Adam on coordinates, and updates along a direction made from its result and the gradient.
+
+    Args:
+      name: of the optimizer, for error messages.
+      settings: of the projection.
+      adam: `optax.scale_by_adam`.
+      direction: of a projected matrix.
+
+    Returns:
+      An optax transformation of full gradients.
+    """
+    if settings.moments != "keep":
+        raise ValueError(f'{name}: moments="{settings.moments}" is for galore alone: leave it out.')
+
+    def init(params: PyTree) -> FiraState:
+        register_if_flax_imported()
+        bases = settings.start_bases(params)
+
+        def zeros(basis: Basis) -> Coordinates:
+            projection = basis.projection
+            if len(projection.sides) == 2:
+                raise ValueError(
+                    f'{name}: proj_type="full" projects both sides of {projection.name} and leaves '
+                    'no channels to scale: use "std", "reverse_std", "left" or "right".'
+                )
+            return Coordinates(jnp.zeros(projection.coordinates_shape, jnp.float32), projection)
+
+        def no_norm(basis: Basis) -> Coordinates:
+            return Coordinates(jnp.zeros(basis.age.shape, jnp.float32), basis.projection)
+
+        moments: Any = adam.init(map_bases(zeros, bases, otherwise=to_float32(params)))
+        return FiraState(*moments, bases, map_bases(no_norm, bases, otherwise=bases))
+
+    def update(grads: PyTree, state: FiraState, params: PyTree = None) -> tuple[PyTree, FiraState]:
+        del params
+        lazy, seed = settings.for_refresh()
+
+        def refreshed(basis: Basis, gradient: jax.Array) -> Basis:
+            basis = settings.applied_to(basis)
+            return refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
+
+        def projected(basis: Basis, gradient: jax.Array) -> Coordinates:
+            return Coordinates(basis.projection.project(basis.vectors, gradient), basis.projection)
+
+        # P, R and N.
+        bases = map_bases(refreshed, state.bases, grads, otherwise=state.bases)
+        coordinates = map_bases(projected, bases, grads, otherwise=to_float32(grads))
+        moments = optax.ScaleByAdamState(state.count, state.mu, state.nu)
+        results, moments = adam.update(coordinates, moments)
+        # The update and the norm of its limited part.
+        arguments = grads, coordinates, results, state.norm
+        step = lambda *arguments: _step(direction, *arguments)
+        pairs = map_bases(step, bases, *arguments, otherwise=bases)
+        updates = map_bases(lambda _, pair: pair[0], bases, pairs, otherwise=results)
+        norm = map_bases(lambda _, pair: pair[1], bases, pairs, otherwise=state.norm)
+        counted = lambda basis: count_update(basis, jnp.ones(basis.age.shape, bool))
+        bases = map_bases(counted, bases, otherwise=bases)
+        return boxed_as(grads, updates), FiraState(*moments, bases, norm)
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def _step(
+    direction: Direction,
+    basis: Basis,
+    gradient: jax.Array,
+    coordinates: Coordinates,
+    result: Coordinates,
+    norm: Coordinates,
+) -> tuple[jax.Array, Coordinates]:
+    """The update of a leaf, float32 of its shape, and the norms to keep."""
+    projection = basis.projection
+
+    def of_one(arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        vectors, gradient, coordinates, result, last = arrays
+        of_matrix = replace(basis, vectors=vectors)
+        gradient = gradient.astype(jnp.float32)
+        free, limited = direction(of_matrix, coordinates, result, gradient)
+        limited, norm = limit_growth(limited, last)
+        return free + limited, norm
+
+    def of_all(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+        # One after the other, so that no second array of the size of a stack exists.
+        batch = arrays[-1].shape
+        updates, norms = lax.map(of_one, flatten_batch(arrays, len(batch)))
+        return updates.reshape(*batch, *updates.shape[1:]), norms.reshape(batch)
+
+    matrices = projection.view.to_matrices(gradient)
+    arrays = basis.vectors, matrices, coordinates.value, result.value, norm.value
+    update, norms = map_batch(matrices_partition(projection), of_all, *arrays)
+    return projection.view.from_matrices(basis.scale * update), Coordinates(norms, projection)
+
+
+def channel_norms(projection: Projection, matrix: jax.Array) -> jax.Array:
+    """The norm of each column with a left basis, `(1, out)`, of each row with a right one."""
+    axis = 0 if "left" in projection.sides else 1
+    return jnp.linalg.norm(matrix, axis=axis, keepdims=True)
+
+
+def norm_ratio(one: jax.Array, other: jax.Array) -> jax.Array:
+    """The ratio of norms, 0 where the second is 0."""
+    return jnp.where(other > 0, one / jnp.where(other > 0, other, 1), 0)
+
+
+def limit_growth(step: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The norm-growth limiter: a step's norm is at most `MAX_GROWTH` times that of the last step.
+
+    Args:
+      step: of one matrix.
+      last: the norm of the last step that was not zero; 0: there was none, and the step is not
+        limited.
+
+    Returns:
+      The step, and the norm to keep.
+    """
+    norm = jnp.linalg.norm(step)
+    limit = jnp.where(last > 0, MAX_GROWTH * last, jnp.inf)
+    factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
+    return factor * step, jnp.where(norm > 0, jnp.minimum(norm, limit), last)

@@ -15,13 +15,9 @@ algorithm in plain NumPy, which the tests compare with step by step, is `tests/r
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache
-from numbers import Integral
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -29,6 +25,7 @@ from galore_jax.ops.dtypes import widened
 from galore_jax.optim.chain import GaLore
 from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.optim.nonfinite import zero_nonfinite
+from galore_jax.optim.settings import Settings
 from galore_jax.optim.state import (
     GaLoreState,
     boxed_as,
@@ -37,31 +34,11 @@ from galore_jax.optim.state import (
     map_bases,
     to_float32,
 )
-from galore_jax.subspace.basis import Basis, count_update, start_basis
-from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.projection import (
-    MOMENTS,
-    Coordinates,
-    Moments,
-    Projection,
-    ProjType,
-    is_coordinates,
-)
+from galore_jax.subspace.basis import Basis, count_update
+from galore_jax.subspace.projection import Coordinates, Moments, ProjType, is_coordinates
 from galore_jax.subspace.refresh import refresh_basis
-from galore_jax.subspace.rules import (
-    Rank,
-    Rule,
-    Rules,
-    check_number,
-    projection_of,
-    projections,
-    rule_for,
-    static_hint,
-    warn_if_nothing_projected,
-)
+from galore_jax.subspace.rules import Rank, Rules
 from galore_jax.types import PyTree
-
-BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
 
 
 def galore(
@@ -142,110 +119,47 @@ def galore(
       (8, 128)
       >>> params, state = apply_gradients(tx, jax.tree.map(jnp.ones_like, params), state, params)
     """
-    default = Rule(rank, proj_type, scale, update_proj_gap, refresh)
-    if not isinstance(rules, Mapping | None):
-        raise ValueError(f"galore: rules must be a mapping from patterns to Rules, not {rules!r}.")
-    rules = dict(rules or {})
-    if moments not in MOMENTS:
-        raise ValueError(f"galore: moments must be one of {', '.join(MOMENTS)}, not {moments!r}.")
-    for pattern, rule in rules.items():
-        if not isinstance(rule, Rule | None):
-            raise ValueError(
-                f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or None "
-                "not to project its leaves."
-            )
-    dtype_of_bases = _basis_dtype(basis_dtype)
-    check_number("lazy_overlap", lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1)
-    check_number("seed", seed, "a whole number", lambda seed: isinstance(seed, Integral))
+    settings = Settings(
+        rank,
+        update_proj_gap,
+        scale,
+        proj_type,
+        refresh,
+        weight_dimension_numbers,
+        rules,
+        moments,
+        lazy_overlap,
+        basis_dtype,
+        seed,
+    )
 
-    def complete(projection: Projection) -> Rule:
-        return (rule_for(projection.path, rules)[1] or Rule()).or_else(default)
-
-    def check_settings(basis: Basis) -> None:
-        """Checks that the state was started with these settings, as far as it depends on them."""
-        found, (_, rule) = basis.projection, rule_for(basis.projection.path, rules)
-        wanted = rule and projection_of(found.path, found.view, rule, default)
-        stored = jax.tree.leaves(basis.vectors)[0].dtype  # of the codes, if they are quantised
-        pairs: dict[str, tuple[Any, Any]] = {
-            "rank": (found.rank, wanted and wanted.rank),
-            "sides": (found.sides, wanted and wanted.sides),
-            "refresh": (basis.method, complete(found).refresh),
-            "moments": (basis.moments, moments),
-            "basis_dtype": (stored.name, dtype_of_bases.name),
-        }
-        for name, (old, new) in pairs.items():
-            if old != new:
-                raise ValueError(
-                    f"galore: the state of {found.name} was started with {name} = {old!r}, which "
-                    f"is {new!r} here: use the optimizer that it was started with, or start anew."
-                )
-
-    def init_fn(params: PyTree) -> GaLoreState:
+    def init(params: PyTree) -> GaLoreState:
         register_if_flax_imported()
-        leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
-        if not leaves:  # A placeholder, as `optax.tree.map_params` uses.
-            return GaLoreState(jnp.zeros([], jnp.int32), params, *settings())
-        # What is projected.
-        leaf_projections = tree.flatten_up_to(
-            projections(params, default, rules, weight_dimension_numbers)
-        )
-        if not any(leaf_projections):
-            warn_if_nothing_projected(params, rules, weight_dimension_numbers)
-        # A random basis for each projected leaf.
-        bases = []
-        for leaf, projection in zip(leaves, leaf_projections, strict=True):
-            if projection is None:
-                bases.append(optax.MaskedNode())
-                continue
-            rule = complete(projection)
-            basis = start_basis(
-                projection,
-                scale=rule.scale,
-                interval=rule.update_proj_gap,
-                method=str(rule.refresh),
-                moments=moments,
-                full_size=not is_coordinates(leaf),
-                dtype=dtype_of_bases,
-                seed=seed,
-            )
-            bases.append(basis)
         count = jnp.zeros([], jnp.int32)
-        # Without boxes: the axis names in them are the parameter's, not those of a basis.
-        tree = jax.tree.structure(unboxed(params), is_leaf=is_coordinates)
-        return GaLoreState(count, jax.tree.unflatten(tree, bases), *settings())
+        return GaLoreState(count, settings.start_bases(params), *settings.for_refresh())
 
-    def settings() -> tuple[jax.Array | None, jax.Array]:
-        # Kept in the state for `refresh`, which works from the state alone.
-        # Copies, as arrays among the settings outlive a donated state.
-        lazy = None if lazy_overlap is None else jnp.array(lazy_overlap, jnp.float32)
-        return lazy, jnp.array(seed if isinstance(seed, jax.Array) else seed % 2**32, jnp.uint32)
-
-    def update_fn(updates: PyTree, state: Any, params: PyTree = None, **extra_args):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
-        low_rank = is_low_rank(state)
+        low_rank, (lazy, seed) = is_low_rank(state), settings.for_refresh()
         if not low_rank:
-            _check_low_rank(moments)
-        lazy, seed = settings()
+            _check_low_rank(settings)
 
-        def at_leaf(old: Basis, gradient: Any) -> tuple[Any, Basis]:
-            projection, rule = old.projection, complete(old.projection)
-            check_settings(old)
+        def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
+            basis, projection = settings.applied_to(basis), basis.projection
             check_gradient(gradient, projection)
-            basis = dataclasses.replace(
-                old,
-                scale=jnp.asarray(rule.scale, jnp.float32),
-                interval=jnp.array(rule.update_proj_gap, jnp.int32),
-            )
-            if is_coordinates(gradient):
+            if is_coordinates(
+                gradient
+            ):  # `galore_jax.refresh` has refreshed the basis if it was due.
+                basis = dataclasses.replace(basis, refreshed=jnp.zeros_like(basis.refreshed))
                 value = widened(gradient.value)  # Squares overflow early in float16.
             else:
                 basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
                 value = projection.project(basis.vectors, gradient)
             value, finite = zero_nonfinite(value)
-            update = Coordinates(value, projection)
+            basis = count_update(basis, finite)
             if basis.full_size:
-                update = projection.lift(basis.vectors, value).astype(gradient.dtype)
-            return update, _using_settings_of(old, count_update(basis, finite))
+                return projection.lift(basis.vectors, value).astype(gradient.dtype), basis
+            return Coordinates(value, projection), basis
 
         pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
@@ -254,37 +168,14 @@ def galore(
         updates = new if low_rank else boxed_as(updates, new)
         return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
 
-    return GaLore(init_fn, update_fn)
+    return GaLore(init, update)
 
 
-def _using_settings_of(old: Basis, new: Basis) -> Basis:
-    """The new basis, computed so that its settings depend on those of the old one.
-
-    JAX drops arguments that nothing depends on. It would then give the buffers of the donated state
-    to other numbers than those they hold, all of which XLA would copy at each step.
-    """
-    same = lambda old, new: jnp.where(old == new, old, new)
-    scale, interval = same(old.scale, new.scale), same(old.interval, new.interval)
-    return dataclasses.replace(new, scale=scale, interval=interval)
-
-
-def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
-    is_array = isinstance(basis_dtype, jax.Array)
-    if not is_array:
-        with suppress(TypeError):  # not a dtype
-            found = jnp.dtype(jnp.float32 if basis_dtype is None else basis_dtype)
-            if found in BASIS_DTYPES:
-                return found
-    names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
-    hint = f"; {static_hint('basis_dtype')}" if is_array else ""
-    raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}{hint}.")
-
-
-def _check_low_rank(moments: Moments) -> None:
-    if moments != "keep":
+def _check_low_rank(settings: Settings) -> None:
+    if settings.moments != "keep":
         raise ValueError(
-            f'galore: moments="{moments}" needs low-rank moments, but galore was started with '
-            "tx.init(params): use galore_jax.chain in place of optax.chain, or start with "
+            f'galore: moments="{settings.moments}" needs low-rank moments, but galore was started '
+            "with tx.init(params): use galore_jax.chain in place of optax.chain, or start with "
             "galore_jax.init(tx, params)."
         )
     _warn_of_full_size()

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.optim.moments import BasisUpdates, is_moment
+from galore_jax.optim.rotation import BasisUpdates, is_moment
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
 
@@ -42,39 +42,39 @@ def accumulates(state: PyTree) -> bool:
     return any(map(is_accumulator, jax.tree.leaves(state, is_leaf=is_accumulator)))
 
 
-def without_skips(basis_updates: BasisUpdates) -> BasisUpdates:
+def without_skips(changes: BasisUpdates) -> BasisUpdates:
     """What happened to the bases, as if no update had been skipped."""
     return {
-        path: update._replace(old=replace(update.old, skipped=update.new.skipped))
-        for path, update in basis_updates.items()
+        path: (old, replace(new, finite=jnp.ones_like(new.finite)))
+        for path, (old, new) in changes.items()
     }
 
 
-def skip_updates(updates: PyTree, basis_updates: BasisUpdates) -> PyTree:
+def skip_updates(updates: PyTree, changes: BasisUpdates) -> PyTree:
     """The final updates of a chain, zero for the skipped matrices, which do not decay either."""
 
     def at_leaf(update: PyTree) -> PyTree:
-        if not is_coordinates(update) or update.projection.path not in basis_updates:
+        if not is_coordinates(update) or update.projection.path not in changes:
             return update  # A chain without galore may be inside of one that has it.
-        skipped = basis_updates[update.projection.path].skipped
-        decay = None if update.decay is None else jnp.where(skipped, 0, update.decay)
-        skip = lambda part: jnp.where(skipped[..., None, None], 0, part)
-        return replace(jax.tree.map(skip, replace(update, decay=None)), decay=decay)
+        finite = changes[update.projection.path][1].finite
+        decay = None if update.decay is None else jnp.where(finite, update.decay, 0)
+        value = jnp.where(finite[..., None, None], update.value, 0)
+        return replace(update, value=value, decay=decay)
 
     return jax.tree.map(at_leaf, updates, is_leaf=is_coordinates)
 
 
-def restore_moments(old: PyTree, new: PyTree, basis_updates: BasisUpdates) -> PyTree:
+def restore_moments(old: PyTree, new: PyTree, changes: BasisUpdates) -> PyTree:
     """The state `new` with the moments of the state `old` for the skipped matrices."""
 
     def at_moment(old: PyTree, new: PyTree) -> PyTree:
-        if not is_moment(new) or new.projection.path not in basis_updates:
+        if not is_moment(new) or new.projection.path not in changes:
             return new
-        skipped = basis_updates[new.projection.path].skipped
-        if new.value.shape[: skipped.ndim] != skipped.shape:
+        finite = changes[new.projection.path][1].finite
+        if new.value.shape[: finite.ndim] != finite.shape:
             return new  # A statistic over several matrices, to which this one contributed zeros.
-        skipped = skipped.reshape(skipped.shape + (1,) * (new.value.ndim - skipped.ndim))
-        kept = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), old.value, new.value)
+        finite = finite.reshape(finite.shape + (1,) * (new.value.ndim - finite.ndim))
+        kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), old.value, new.value)
         return Coordinates(kept, new.projection)
 
     return jax.tree.map(at_moment, old, new, is_leaf=is_coordinates)

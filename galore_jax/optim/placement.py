@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh, NamedSharding
 from galore_jax.ops.explicit import with_auto_axes
 from galore_jax.ops.partition import AxisNames, MeshAxes, Partition, axes_of, names_of, partition_of
 from galore_jax.ops.quantization import Quantized
-from galore_jax.optim.chain import start
-from galore_jax.optim.moments import is_moment
+from galore_jax.optim.rotation import is_moment
 from galore_jax.optim.state import GaLoreState, Unprojected, is_parameter
+from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.subspace.placement import (
@@ -197,10 +197,10 @@ class _Places:
             side: self._like(stored, basis_partition(projection, side))
             for side, stored in basis.vectors.items()
         }
-        counters = ("number", "age", "gap", "wait", "skipped", "saved", "overlap")
-        fields: dict[str, Any] = dict.fromkeys(counters, counters_partition(projection))
-        fields |= dict.fromkeys(("scale", "interval"))
-        placed = {name: partition or self.undivided for name, partition in fields.items()}
+        counters = counters_partition(projection) or self.undivided
+        names = {field.name for field in dataclasses.fields(Basis) if not field.metadata}
+        placed: dict[str, Any] = dict.fromkeys(names - {"vectors"}, counters)
+        placed |= dict.fromkeys(("scale", "interval"), self.undivided)
         return dataclasses.replace(basis, vectors=vectors, **placed)
 
     def _like(self, value: Any, partition: Partition | None) -> Any:

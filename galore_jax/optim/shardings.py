@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.ops.partition import MeshAxes, Partition, axes_of, names_of, placed
-from galore_jax.optim.chain import start
 from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.matrix_view import is_bias_or_scale, is_box, named_leaves
 from galore_jax.subspace.projection import Projection
 from galore_jax.subspace.rules import matches

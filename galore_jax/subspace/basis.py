@@ -34,6 +34,9 @@ class Basis:
       gap: int32 `(*batch,)`, the age at which the next refresh is due.
       wait: int32 `(*batch,)`, after failed refreshes, the number of updates between the one at
         which the refresh became due and the next attempt.
+      refreshed: bool `(*batch,)`, whether the last update, or a later call of `galore_jax.refresh`,
+        gave the matrix new vectors.
+      finite: bool `(*batch,)`, whether its last gradient was; if not, the update was skipped.
       skipped: int32 `(*batch,)`, number of updates skipped because the gradient was not finite.
       saved: int32 `(*batch,)`, number of refreshes avoided by gaps longer than `update_proj_gap`.
       overlap: float32 `(*batch,)`, the mean squared cosine of the principal angles between the
@@ -52,6 +55,8 @@ class Basis:
     age: Any
     gap: Any
     wait: Any
+    refreshed: Any
+    finite: Any
     skipped: Any
     saved: Any
     overlap: Any
@@ -109,6 +114,8 @@ def start_basis(
         # Copies: an array among the settings would otherwise be donated once for each leaf.
         gap=jnp.array(jnp.full(batch, interval, jnp.int32)),
         wait=jnp.zeros(batch, jnp.int32),
+        refreshed=jnp.zeros(batch, bool),
+        finite=jnp.ones(batch, bool),
         skipped=jnp.zeros(batch, jnp.int32),
         saved=jnp.zeros(batch, jnp.int32),
         overlap=jnp.zeros(batch, jnp.float32),
@@ -145,7 +152,8 @@ def count_update(basis: Basis, finite: jax.Array) -> Basis:
     count = lambda number, happened: jnp.where(happened, number + 1, number)
     age = count(basis.age, finite)
     saved = count(basis.saved, finite & (age < basis.gap) & (age % basis.interval == 0))
-    return dataclasses.replace(basis, age=age, skipped=count(basis.skipped, ~finite), saved=saved)
+    skipped = count(basis.skipped, ~finite)
+    return dataclasses.replace(basis, age=age, finite=finite, skipped=skipped, saved=saved)
 
 
 def path_hash(projection: Projection) -> int:

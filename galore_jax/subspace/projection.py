@@ -127,21 +127,18 @@ class Projection:
         return value
 
     def factors(
-        self, vectors: dict[Side, Any], value: jax.Array | None
-    ) -> tuple[jax.Array | None, jax.Array | None, bool]:
+        self, vectors: dict[Side, Any], value: jax.Array
+    ) -> tuple[jax.Array, jax.Array, bool]:
         """Two factors whose product is the lifted coordinates of one matrix.
 
         Args:
           vectors: for each side, `(in or out, r)`.
-          value: the coordinates N of the matrix, or None.
+          value: the coordinates N of the matrix.
 
         Returns:
           `P` (in, r) and `N` (r, out) for left; `N` (in, r) and `P` (out, r) for right; `P` (in, r)
-          and `N Qᵀ` (r, out) for both sides; None and None without coordinates; and whether the
-          second factor must be transposed.
+          and `N Qᵀ` (r, out) for both sides; and whether the second factor must be transposed.
         """
-        if value is None:
-            return None, None, False
         vectors = {side: dequantize(stored) for side, stored in vectors.items()}
         if "left" not in vectors:
             return value, vectors["right"], True
@@ -163,22 +160,16 @@ class Coordinates:
     state the shape of `value`.
 
     Attributes:
-      value: array of shape `projection.coordinates_shape`; in an update, None if there is nothing
-        to lift.
+      value: array of shape `projection.coordinates_shape`.
       projection: static.
       decay: None, or the fraction of the parameter itself that the update subtracts (weight decay),
         a scalar or one value per matrix, `(*batch,)`. `decay_weights` sets it, and must be the last
         transformation.
-      channels: None, or factors of the full gradient's channels, which the update then contains in
-        addition to the lifted coordinates: of columns, `(*batch, 1, out)`, with a left basis, of
-        rows, `(*batch, in, 1)`, with a right one. A channel whose factor is 0 is left out even if
-        it is not finite.
     """
 
     value: Any
     projection: Projection = field(metadata={"static": True})
     decay: Any = None
-    channels: Any = None
 
 
 def is_coordinates(node: Any) -> bool:

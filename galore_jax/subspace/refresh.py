@@ -168,6 +168,7 @@ def _apply_refresh(
         age=jnp.where(refreshed, 0, basis.age),
         gap=jnp.where(refreshed, gap, basis.gap),
         wait=jnp.where(refreshed, 0, wait),
+        refreshed=refreshed,
         overlap=jnp.where(refreshed, overlaps, basis.overlap),
     )
     return constrain_basis(new)

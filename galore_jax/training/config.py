@@ -191,6 +191,11 @@ class OptimizerConfig:
                 f'optimizer.name = "{self.name}" scales what is not projected: choose an '
                 'optimizer.galore.proj_type other than "full".'
             )
+        if self.galore.moments != "keep" and self.name in ("galore_fira", "apollo"):
+            raise InputError(
+                f'optimizer.name = "{self.name}" keeps its moments: set optimizer.galore.moments = '
+                '"keep".'
+            )
 
     @property
     def adapter(self) -> Adapter | None:
@@ -203,8 +208,8 @@ class OptimizerConfig:
 
     @property
     def has_galore(self) -> bool:
-        """Whether the optimizer works in low-rank subspaces."""
-        return self.name.startswith("galore_") or self.name == "apollo"
+        """Whether `galore_jax.galore` is a part of the optimizer."""
+        return self.name.startswith("galore_") and self.name != "galore_fira"
 
     @property
     def has_projected_gradients(self) -> bool:

@@ -9,6 +9,8 @@ import optax.contrib
 
 import galore_jax
 from galore_jax.models.adapters import is_factor
+from galore_jax.optim.apollo import scale_by_apollo
+from galore_jax.optim.fira import scale_by_fira
 from galore_jax.optim.muon import SCALE
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.subspace.projection import is_coordinates
@@ -68,6 +70,10 @@ def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
     match config.name:
         case "adamw" | "lora" | "relora" | "lowrank":
             normalise = optax.scale_by_adam(**_adam(config))
+        case "galore_fira":
+            normalise = scale_by_fira(**config.galore.given, **_adam(config))
+        case "apollo":
+            normalise = scale_by_apollo(**config.galore.given, **_adam(config))
         case "adamw8bit":
             normalise = galore_jax.scale_by_adam8bit(**_adam(config), implementation=implementation)
         case _:
@@ -118,12 +124,8 @@ def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
             optimizer = galore_jax.lion(schedule, b1=config.b1, **_b2(config), **settings)
         case "galore_muon":
             optimizer = galore_jax.muon(schedule, **adam)
-        case "galore_muon8bit":
-            optimizer = galore_jax.muon(schedule, **adam, **eight_bit)
-        case "galore_fira":
-            optimizer = galore_jax.fira(schedule, **adam)
         case _:
-            optimizer = galore_jax.apollo(schedule, **adam)
+            optimizer = galore_jax.muon(schedule, **adam, **eight_bit)
     *transforms, decay = optimizer.transforms
     return galore_jax.chain(*transforms, _scale_matrices(config), decay)
 

@@ -8,7 +8,7 @@ A moment is any `Coordinates` node in an optimizer's state; it records the path 
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,38 +31,14 @@ SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares"})
 FACTORS: dict[str, Side] = {"rows": "left", "columns": "right"}
 
 
-class BasisUpdate(NamedTuple):
-    """What an update, or a call of `refresh`, did to the basis of one parameter.
-
-    Attributes:
-      old: the basis before it.
-      new: the basis after it.
-      refreshed: bool `(*batch,)`, whether the matrix has new basis vectors.
-    """
-
-    old: Basis
-    new: Basis
-    refreshed: jax.Array
-
-    @property
-    def skipped(self) -> jax.Array:
-        """Bool `(*batch,)`, whether the gradient was not finite."""
-        return self.new.skipped > self.old.skipped
+# For each projected parameter, by path, its basis before and after an update or a refresh.
+BasisUpdates = dict[tuple[str, ...], tuple[Basis, Basis]]
 
 
-BasisUpdates = dict[tuple[str, ...], BasisUpdate]
-
-
-def compare_bases(old: list[GaLoreState], new: list[GaLoreState]) -> BasisUpdates:
-    """What happened between two states of the same galores, by the path of the parameter."""
-
-    def compare(old: Basis, new: Basis) -> BasisUpdate:
-        # A refresh sets the age to 0 before the update is counted.
-        counted = new.skipped == old.skipped
-        return BasisUpdate(old, new, jnp.where(counted, new.age - 1, new.age) < old.age)
-
+def basis_updates(old: list[GaLoreState], new: list[GaLoreState]) -> BasisUpdates:
+    """The bases of two states of the same galores, by the path of the parameter."""
     pairs = zip(bases_of(old), bases_of(new), strict=True)
-    return {old.projection.path: compare(old, new) for old, new in pairs}
+    return {before.projection.path: (before, after) for before, after in pairs}
 
 
 def is_moment(node: Any) -> bool:
@@ -121,15 +97,15 @@ def _has_directions(node: Any) -> bool:
     return is_moment(node) and node.value.shape != node.projection.view.batch
 
 
-def rotate(state: PyTree, basis_updates: BasisUpdates) -> PyTree:
+def rotate(state: PyTree, changes: BasisUpdates) -> PyTree:
     """Rotates the moments of parameters whose basis has `moments="rotate"` into the new bases."""
 
     def at_moment(names: tuple[str, ...], node: Any) -> Any:
-        basis_update = basis_updates.get(node.projection.path) if _has_directions(node) else None
-        if basis_update is None or basis_update.new.moments != "rotate":
+        pair = changes.get(node.projection.path) if _has_directions(node) else None
+        if pair is None or pair[1].moments != "rotate":
             return node
         kind = _kind(_field(names, node.projection.path), node)
-        value = _rotated_where_refreshed(node.value, basis_update, kind)
+        value = _rotated_where_refreshed(node.value, *pair, kind)
         return Coordinates(value, node.projection)
 
     new = [at_moment(*leaf) for leaf in named_leaves(state, is_coordinates)]
@@ -172,10 +148,9 @@ def _spread(c: jax.Array, value: jax.Array) -> jax.Array:
     return covered @ value + missing * value.mean(axis=0, keepdims=True)
 
 
-def _rotated_where_refreshed(value: Any, basis_update: BasisUpdate, kind: Any) -> Any:
-    old, new = basis_update.old, basis_update.new
+def _rotated_where_refreshed(value: Any, old: Basis, new: Basis, kind: Any) -> Any:
     rotate_all = partial(_rotated_where_flagged, kind)
-    arguments = basis_update.refreshed, value, old.vectors, new.vectors
+    arguments = new.refreshed, value, old.vectors, new.vectors
     return map_batch(matrices_partition(new.projection), rotate_all, *arguments)
 
 

@@ -1,0 +1,187 @@
+"""The settings of `galore`: what they may be, and the bases that follow from them."""
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.subspace.basis import Basis, start_basis
+from galore_jax.subspace.matrix_view import unboxed
+from galore_jax.subspace.projection import MOMENTS, Moments, ProjType, is_coordinates
+from galore_jax.subspace.rules import (
+    Rank,
+    Rule,
+    Rules,
+    check_number,
+    projection_of,
+    projections,
+    rule_for,
+    static_hint,
+    warn_if_nothing_projected,
+)
+from galore_jax.types import PyTree
+
+BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `galore`, which documents them.
+
+    Raises:
+      ValueError: a setting out of range.
+    """
+
+    rank: Rank
+    update_proj_gap: Any = 200
+    scale: Any = 0.25
+    proj_type: ProjType = "std"
+    refresh: str = "subspace_iteration"
+    weight_dimension_numbers: PyTree = None
+    rules: Rules | None = None
+    moments: Moments = "keep"
+    lazy_overlap: Any = None
+    basis_dtype: Any = None
+    seed: Any = 0
+
+    def __post_init__(self):
+        rules = {} if self.rules is None else self.rules
+        if not isinstance(rules, Mapping):
+            raise ValueError(
+                f"galore: rules must be a mapping from patterns to Rules, not {rules!r}."
+            )
+        for pattern, rule in rules.items():
+            if not isinstance(rule, Rule | None):
+                raise ValueError(
+                    f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or "
+                    "None not to project its leaves."
+                )
+        if self.moments not in MOMENTS:
+            raise ValueError(
+                f"galore: moments must be one of {', '.join(MOMENTS)}, not {self.moments!r}."
+            )
+        check_number(
+            "lazy_overlap", self.lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1
+        )
+        check_number("seed", self.seed, "a whole number", lambda seed: isinstance(seed, Integral))
+        # A copy, so that later changes of the user's mapping change nothing here.
+        object.__setattr__(self, "rules", dict(rules))
+        object.__setattr__(self, "basis_dtype", _basis_dtype(self.basis_dtype))
+        self.default  # noqa: B018  It checks itself.
+
+    @property
+    def default(self) -> Rule:
+        """The settings of leaves that no rule matches."""
+        return Rule(self.rank, self.proj_type, self.scale, self.update_proj_gap, self.refresh)
+
+    def rule_of(self, path: tuple[str, ...]) -> Rule:
+        """The complete rule of a projected leaf."""
+        return (rule_for(path, self.rules)[1] or Rule()).or_else(self.default)
+
+    def start_bases(self, params: PyTree) -> PyTree:
+        """Random bases, which the first finite gradients replace.
+
+        Args:
+          params: the parameters or, after another galore, their `Coordinates`.
+
+        Returns:
+          The tree of the parameters without boxes, with a `Basis` for projected leaves and
+          `optax.MaskedNode()` for the others.
+
+        Raises:
+          ValueError: a rule that matches no leaf; a rank, a rule or dimension numbers that do not
+            fit a leaf, which is named.
+
+        Warns:
+          UserWarning: there are matrices, but none is projected.
+        """
+        leaves, tree = jax.tree.flatten(params, is_leaf=is_coordinates)
+        if not leaves:  # A placeholder, as `optax.tree.map_params` uses.
+            return params
+        found = projections(params, self.default, self.rules, self.weight_dimension_numbers)
+        leaf_projections = tree.flatten_up_to(found)
+        if not any(leaf_projections):
+            warn_if_nothing_projected(params, self.rules, self.weight_dimension_numbers)
+        bases = []
+        for leaf, projection in zip(leaves, leaf_projections, strict=True):
+            if projection is None:
+                bases.append(optax.MaskedNode())
+                continue
+            rule = self.rule_of(projection.path)
+            basis = start_basis(
+                projection,
+                scale=rule.scale,
+                interval=rule.update_proj_gap,
+                method=str(rule.refresh),
+                moments=self.moments,
+                full_size=not is_coordinates(leaf),
+                dtype=self.basis_dtype,
+                seed=self.seed,
+            )
+            bases.append(basis)
+        # Without boxes: the axis names in them are the parameter's, not those of a basis.
+        tree = jax.tree.structure(unboxed(params), is_leaf=is_coordinates)
+        return jax.tree.unflatten(tree, bases)
+
+    def for_refresh(self) -> tuple[jax.Array | None, jax.Array]:
+        """The lazy overlap and the seed, as the state keeps them for `galore_jax.refresh`.
+
+        They are copies, as arrays among the settings outlive a donated state.
+        """
+        lazy = None if self.lazy_overlap is None else jnp.array(self.lazy_overlap, jnp.float32)
+        seed = self.seed if isinstance(self.seed, jax.Array) else self.seed % 2**32
+        return lazy, jnp.array(seed, jnp.uint32)
+
+    def applied_to(self, basis: Basis) -> Basis:
+        """The basis with the current scale and gap, which may be hyperparameters that change.
+
+        Raises:
+          ValueError: the basis was started with other settings than these.
+        """
+        self._check_started_with_these(basis)
+        rule = self.rule_of(basis.projection.path)
+        # They depend on the old ones: JAX drops arguments that nothing depends on. It would then
+        # give the buffers of the donated state to other numbers than those they hold, all of which
+        # XLA would copy at each step.
+        current = lambda old, new: jnp.where(old == new, old, jnp.asarray(new, old.dtype))
+        return dataclasses.replace(
+            basis,
+            scale=current(basis.scale, rule.scale),
+            interval=current(basis.interval, rule.update_proj_gap),
+        )
+
+    def _check_started_with_these(self, basis: Basis) -> None:
+        found, (_, rule) = basis.projection, rule_for(basis.projection.path, self.rules)
+        wanted = rule and projection_of(found.path, found.view, rule, self.default)
+        stored = jax.tree.leaves(basis.vectors)[0].dtype  # of the codes, if they are quantised
+        pairs: dict[str, tuple[Any, Any]] = {
+            "rank": (found.rank, wanted and wanted.rank),
+            "sides": (found.sides, wanted and wanted.sides),
+            "refresh": (basis.method, self.rule_of(found.path).refresh),
+            "moments": (basis.moments, self.moments),
+            "basis_dtype": (stored.name, self.basis_dtype.name),
+        }
+        for name, (old, new) in pairs.items():
+            if old != new:
+                raise ValueError(
+                    f"galore: the state of {found.name} was started with {name} = {old!r}, which "
+                    f"is {new!r} here: use the optimizer that it was started with, or start anew."
+                )
+
+
+def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
+    is_array = isinstance(basis_dtype, jax.Array)
+    if not is_array:
+        with suppress(TypeError):  # not a dtype
+            found = jnp.dtype(jnp.float32 if basis_dtype is None else basis_dtype)
+            if found in BASIS_DTYPES:
+                return found
+    names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
+    hint = f"; {static_hint('basis_dtype')}" if is_array else ""
+    raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}{hint}.")
