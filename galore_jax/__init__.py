@@ -5,40 +5,31 @@ from galore_jax.grads.check import check_projection
 from galore_jax.grads.describe import describe
 from galore_jax.grads.refresh import refresh, refresh_due
 from galore_jax.grads.value_and_grad import value_and_grad
-from galore_jax.optim.adam8bit import adam8bit, adamw8bit, scale_by_adam8bit
+from galore_jax.optim.adam8bit import scale_by_adam8bit
 from galore_jax.optim.aliases import adafactor, adamw, lion, muon
 from galore_jax.optim.apollo import apollo
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.chain import chain
 from galore_jax.optim.clipping import clip_by_finite_norm
-from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.fira import fira
 from galore_jax.optim.galore import galore
 from galore_jax.optim.muon import scale_by_muon
-from galore_jax.optim.placement import init, state_shardings
-from galore_jax.optim.shardings import shardings
-from galore_jax.optim.state import ChainState, GaLoreState
-from galore_jax.optim.weight_decay import decay_weights
-from galore_jax.subspace.basis import Basis
+from galore_jax.optim.sharding import init, shardings, state_shardings
+from galore_jax.optim.weight_decay import add_decayed_full_weights
 from galore_jax.subspace.projection import Coordinates
 from galore_jax.subspace.rules import Rule
 
 __all__ = [
-    "Basis",
-    "ChainState",
     "Coordinates",
-    "GaLoreState",
     "Rule",
     "adafactor",
-    "adam8bit",
     "adamw",
-    "adamw8bit",
+    "add_decayed_full_weights",
     "apollo",
     "apply_gradients",
     "chain",
     "check_projection",
     "clip_by_finite_norm",
-    "decay_weights",
     "describe",
     "fira",
     "galore",
@@ -49,7 +40,6 @@ __all__ = [
     "refresh",
     "refresh_due",
     "scale_by_adam8bit",
-    "scale_by_factored_rms",
     "scale_by_muon",
     "shardings",
     "state_shardings",

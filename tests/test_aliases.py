@@ -9,6 +9,7 @@ import pytest
 import galore_jax
 from galore_jax import apply_gradients
 from galore_jax.optim.clipping import clip_by_matrix_rms
+from galore_jax.optim.factored_rms import scale_by_factored_rms
 
 
 def params_and_grads(dtype=jnp.float32):
@@ -98,7 +99,7 @@ def test_the_update_of_a_matrix_lies_in_its_subspace_and_carries_the_scale():
 
 
 def test_adafactor_leaves_rows_and_columns_of_zeros_at_zero():
-    tx = galore_jax.scale_by_factored_rms(min_size_to_factor=2)
+    tx = scale_by_factored_rms(min_size_to_factor=2)
     grads = {"kernel": jnp.full((8, 12), 1e6).at[0].set(0).at[:, 0].set(0)}
     updates, _ = jax.jit(tx.update)(grads, tx.init(grads))
     expected = jnp.where(grads["kernel"] > 0, updates["kernel"][1, 1], 0)
@@ -107,9 +108,7 @@ def test_adafactor_leaves_rows_and_columns_of_zeros_at_zero():
 
 
 def test_adafactor_treats_each_layer_of_a_stack_by_itself():
-    tx = optax.chain(
-        galore_jax.scale_by_factored_rms(min_size_to_factor=2), clip_by_matrix_rms(0.1)
-    )
+    tx = optax.chain(scale_by_factored_rms(min_size_to_factor=2), clip_by_matrix_rms(0.1))
     shapes = {"bias": (3, 4), "norm": {"weight": (3, 4)}, "kernel": (3, 5, 6)}
     scales = jnp.array([1.0, 10.0, 100.0])
 

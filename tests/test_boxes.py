@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
 from trees import max_difference
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore, layerwise
 from galore_jax.grads.layerwise import LayeredModel
+from galore_jax.subspace.basis import Basis
 
 BOXES = {"partitioned": nn.with_partitioning, "logical": nn.with_logical_partitioning}
 TARGET = np.sin(np.arange(16.0, dtype=np.float32))
@@ -121,7 +121,7 @@ def test_a_state_has_boxes_where_its_arrays_are_shaped_like_the_parameters():
     assert mu["embed"]["embedding"].names == (None, "model")
     assert isinstance(mu["query"]["kernel"], galore_jax.Coordinates)
     bases = optax.tree.get(state, "bases")
-    assert isinstance(bases["query"]["kernel"], galore_jax.Basis)
+    assert isinstance(bases["query"]["kernel"], Basis)
     assert not any(map(is_box, jax.tree.leaves(bases, is_leaf=is_box)))
 
 
@@ -130,10 +130,8 @@ def test_states_of_boxed_parameters_are_written_read_and_mapped(name):
     params = params_in("partitioned")
     _, state = train(name, params, steps=1)
     tx = OPTIMIZERS[name]()
-    zeros = jax.tree.map(jnp.zeros_like, state)
     for read in (
         pickle.loads(pickle.dumps(state)),
-        serialization.from_bytes(zeros, serialization.to_bytes(state)),
         optax.tree.map_params(tx, lambda leaf: leaf, state),
     ):
         assert jax.tree.structure(read) == jax.tree.structure(state)

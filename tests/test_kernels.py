@@ -9,9 +9,9 @@ import pytest
 from jax.extend.random import threefry_2x32
 from pairwise import pairwise
 
-from galore_jax.ops import adam8bit, lift, pallas_triton
+from galore_jax.ops import adam_step, lift, pallas_triton
+from galore_jax.ops.precision import round_with_noise
 from galore_jax.ops.quantization import decode, dequantize, quantize
-from galore_jax.ops.rounding import round_with_noise
 from galore_jax.ops.threefry import noise, threefry
 
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
@@ -19,7 +19,7 @@ FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
 B1, B2, EPS, COUNT = 0.875, 0.96875, 1e-8, 10
 SEED = jnp.array([3, 5], jnp.uint32)
 
-adam_plain = jax.jit(functools.partial(adam8bit.adam_8bit, b1=B1, b2=B2, eps=EPS))
+adam_plain = jax.jit(functools.partial(adam_step.adam_8bit, b1=B1, b2=B2, eps=EPS))
 adam_kernel = jax.jit(
     functools.partial(pallas_triton.adam_8bit, b1=B1, b2=B2, eps=EPS, interpret=True)
 )
@@ -105,8 +105,8 @@ def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
 def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape):
     arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
     expected_update, *expected_moments = adam_plain(*arguments)
-    monkeypatch.setattr(adam8bit, "MAX_CHUNK", 1000)
-    step = functools.partial(adam8bit.adam_8bit, b1=B1, b2=B2, eps=EPS)
+    monkeypatch.setattr(adam_step, "MAX_CHUNK", 1000)
+    step = functools.partial(adam_step.adam_8bit, b1=B1, b2=B2, eps=EPS)
     assert "scan" in str(jax.make_jaxpr(step)(*arguments))
     update, *moments = jax.jit(step)(*arguments)
     np.testing.assert_allclose(update, expected_update, rtol=1e-6)

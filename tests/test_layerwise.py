@@ -267,7 +267,8 @@ def test_a_layer_whose_gradient_is_not_finite_is_left_out_with_all_its_state():
 
 
 def test_an_optimizer_without_galore_takes_full_gradients_and_8_bits():
-    for tx in (optax.adamw(0.003), galore_jax.adamw8bit(0.003)):
+    eight_bit = optax.chain(galore_jax.scale_by_adam8bit(), optax.scale(-0.003))
+    for tx in (optax.adamw(0.003), eight_bit):
         ordinary, steps = Ordinary(tx, False), layerwise_steps(tx, projected=False)
         params = params_of(CONFIG)
         state = tx.init(params)

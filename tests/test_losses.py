@@ -11,6 +11,7 @@ import pytest
 from losses.table import Case, filled
 
 import galore_jax
+from galore_jax.subspace.basis import Basis
 
 MODULES = [
     "plain_derivatives",
@@ -62,8 +63,8 @@ def is_coordinates(node) -> bool:
     return isinstance(node, galore_jax.Coordinates)
 
 
-def bases_by_name(state) -> dict[str, galore_jax.Basis]:
-    is_basis = lambda node: isinstance(node, galore_jax.Basis)
+def bases_by_name(state) -> dict[str, Basis]:
+    is_basis = lambda node: isinstance(node, Basis)
     bases = filter(is_basis, jax.tree.leaves(state, is_leaf=is_basis))
     return {basis.projection.name: basis for basis in bases}
 

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import galore_jax
+from galore_jax.optim.factored_rms import scale_by_factored_rms
 
 X = jax.random.normal(jax.random.key(0), (8, 6))
 W = jax.random.normal(jax.random.key(1), (6, 8))
@@ -52,9 +53,9 @@ def test_nothing_relies_on_implicit_promotion(dtype):
         ),
         galore_jax.adafactor(1e-3, rank=2),
         galore_jax.chain(galore_jax.galore(2), optax.sgd(1e-3)),
-        galore_jax.chain(optax.sgd(1e-3), galore_jax.decay_weights(1e-3, 0.1)),
+        galore_jax.chain(optax.sgd(1e-3), galore_jax.add_decayed_full_weights(1e-3, 0.1)),
         optax.masked(galore_jax.scale_by_muon(), {"w": True, "b": False}),
-        galore_jax.scale_by_factored_rms(),
+        scale_by_factored_rms(),
     ],
     ids=["lion", "adafactor", "sgd", "decay", "muon", "factored"],
 )

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from galore_jax.ops.precision import stochastic_round
 from galore_jax.ops.quantization import (
     Quantized,
     decode,
@@ -16,7 +17,6 @@ from galore_jax.ops.quantization import (
     stored_like,
     zeros_like,
 )
-from galore_jax.ops.rounding import stochastic_round
 
 CODES = ("signed", "unsigned", "int8")
 

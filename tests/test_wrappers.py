@@ -9,6 +9,7 @@ from trees import PLAIN, loss, max_difference, random_params
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore, init, value_and_grad
+from galore_jax.subspace.basis import Basis
 
 
 def test_chains_of_optax_around_and_in_place_of_a_chain_change_nothing():
@@ -216,7 +217,7 @@ def test_named_arrays_of_haliax_hold_parameters_but_no_bases_or_coordinates():
     params = {"kernel": NamedArray(jnp.ones((12, 20)), ("in", "out"))}
     tx = chain(galore(4), optax.adam(0.1))
     state = tx.init(params)
-    assert isinstance(state.inner_states[0].bases["kernel"], galore_jax.Basis)
+    assert isinstance(state.inner_states[0].bases["kernel"], Basis)
     assert isinstance(optax.tree.get(state, "mu")["kernel"], galore_jax.Coordinates)
     loss = lambda params, x: jnp.sum(jnp.sin(x @ params["kernel"].array))
     x = jax.random.normal(jax.random.key(0), (5, 12))

@@ -9,8 +9,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.grads.micro_batches import check_rows, has_mean
-from galore_jax.ops.dtypes import widened
 from galore_jax.ops.partition import MeshAxes, Partition
+from galore_jax.ops.precision import widened
 from galore_jax.optim.state import Unprojected, is_parameter
 from galore_jax.subspace.basis import is_basis
 from galore_jax.subspace.matrix_view import is_head, path_names, unboxed

@@ -18,12 +18,12 @@ from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
 from galore_jax.grads.refresh import refresh
 from galore_jax.grads.value_and_grad import bases_in, tracer
-from galore_jax.ops.dtypes import widened
 from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
+from galore_jax.ops.precision import widened
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.clipping import clip_factor, finite_squares
-from galore_jax.optim.placement import placed_state, shardings_of
+from galore_jax.optim.sharding import placed_state, shardings_of
 from galore_jax.optim.state import galore_states, to_float32
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.matrix_view import is_box

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.grads.projected_product import varying_as
-from galore_jax.ops.dtypes import promoted
-from galore_jax.ops.explicit import specs_of, with_auto_axes
+from galore_jax.ops.partition import specs_of, with_auto_axes
+from galore_jax.ops.precision import promoted
 from galore_jax.types import PyTree
 
 

@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from galore_jax.grads.tracked import BATCH, IN, OUT, TOKEN, Tracked, kind
-from galore_jax.ops.dtypes import promoted
-from galore_jax.ops.explicit import explicit_mesh, specs_of, with_auto_axes
+from galore_jax.ops.partition import explicit_mesh, specs_of, with_auto_axes
+from galore_jax.ops.precision import promoted
 from galore_jax.ops.quantization import dequantize
 
 # As for `lax.dot_general`, of x and the parameter: (contracting, contracting), (batch, batch).

@@ -20,9 +20,8 @@ from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_em
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype
 from galore_jax.grads.value_and_grad import Loss, Names, TracedLoss, Uses, bases_in, tracer
-from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.loops import flatten_batch, for_each
-from galore_jax.ops.partition import AxisNames, map_batch, names_of
+from galore_jax.ops.partition import AxisNames, map_batch, names_of, specs_of, with_auto_axes
 from galore_jax.ops.quantization import as_float32
 from galore_jax.optim.rotation import constrain_state, rotate
 from galore_jax.optim.state import (
@@ -35,9 +34,9 @@ from galore_jax.optim.state import (
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.methods import orthonormalise, span
+from galore_jax.subspace.new_basis import Sketch, refresh_basis
 from galore_jax.subspace.placement import constrain_coordinates, matrices_partition
 from galore_jax.subspace.projection import Side
-from galore_jax.subspace.refresh import Sketch, refresh_basis
 from galore_jax.types import PyTree
 
 # Coordinates of the gradient in given bases, by a backward pass.

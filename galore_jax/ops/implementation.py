@@ -1,15 +1,15 @@
 """Chooses between plain JAX and GPU kernels for 8-bit Adam and for the lift with its weight update.
 
-XLA does not fuse these operations into one pass over memory. `adam8bit` and `lift` implement them
+XLA does not fuse these operations into one pass over memory. `adam_step` and `lift` implement them
 in plain JAX, for every backend ("xla"); `pallas_triton` has the same functions as kernels for
-NVIDIA GPUs ("pallas"), which loop over tiles and apply the formulas of `adam8bit` and `lift` to
+NVIDIA GPUs ("pallas"), which loop over tiles and apply the formulas of `adam_step` and `lift` to
 each.
 """
 
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from galore_jax.ops import adam8bit, lift
+from galore_jax.ops import adam_step, lift
 
 Implementation = Literal["xla", "pallas"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
@@ -24,8 +24,8 @@ def check_implementation(implementation: str) -> None:
 
 
 def adam_8bit_of(implementation: Implementation) -> Callable[..., Any]:
-    """`adam8bit.adam_8bit` or its Triton kernel."""
-    return _triton().adam_8bit if _is_pallas(implementation) else adam8bit.adam_8bit
+    """`adam_step.adam_8bit` or its Triton kernel."""
+    return _triton().adam_8bit if _is_pallas(implementation) else adam_step.adam_8bit
 
 
 def lift_and_add_of(implementation: Implementation) -> Callable[..., Any]:

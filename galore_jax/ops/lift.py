@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from galore_jax.ops.dtypes import promoted, widened
 from galore_jax.ops.loops import map_chunks
-from galore_jax.ops.rounding import round_with_noise
+from galore_jax.ops.precision import promoted, round_with_noise, widened
 from galore_jax.ops.threefry import noise
 
 # About this many elements of the lifted update exist at the same time.

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from galore_jax.ops import adam8bit, lift
+from galore_jax.ops import adam_step, lift
 from galore_jax.ops.quantization import BLOCK, Quantized
 
 ADAM_ROWS = 8
@@ -35,11 +35,11 @@ def adam_8bit(
     eps: Any,
     interpret: bool = False,
 ) -> tuple[jax.Array, Quantized, Quantized]:
-    """`ops.adam8bit.adam_8bit` in one pass over memory, in place if the moments are donated."""
+    """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated."""
     _check_gpu(interpret)
     # View everything as matrices, and divide them into tiles of one block per row.
     shape = gradient.shape
-    gradient, mu_rows, nu_rows = adam8bit.as_rows((gradient, mu, nu))
+    gradient, mu_rows, nu_rows = adam_step.as_rows((gradient, mu, nu))
     # A last axis shorter than 256 forms a single block.
     block_size = pl.next_power_of_2(min(BLOCK, gradient.shape[-1]))
     tile, scale_tile = (
@@ -48,7 +48,7 @@ def adam_8bit(
     moments = Quantized(tile, scale_tile, mu.code), Quantized(tile, scale_tile, nu.code)
 
     # Call the kernel; codes and scales of the moments are overwritten.
-    scalars = jnp.stack(adam8bit.adam_scalars(count, b1, b2, eps))
+    scalars = jnp.stack(adam_step.adam_scalars(count, b1, b2, eps))
     update = jax.ShapeDtypeStruct(gradient.shape, jnp.float32)
     update, new_mu, new_nu = pl.pallas_call(
         functools.partial(_adam_kernel, shape=gradient.shape),
@@ -81,11 +81,11 @@ def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape
         plgpu.store(moment.codes, new.codes, mask=mask)
         plgpu.store(moment.scales, new.scales, mask=scale_mask)
 
-    update, m, v = adam8bit.adam_step(
+    update, m, v = adam_step.adam_step(
         plgpu.load(gradient, mask=mask, other=0.0),
         load(mu, 127),
         load(nu, 0),
-        adam8bit.AdamScalars(*(scalars[i] for i in range(len(adam8bit.AdamScalars._fields)))),
+        adam_step.AdamScalars(*(scalars[i] for i in range(len(adam_step.AdamScalars._fields)))),
     )
     plgpu.store(new_update, update, mask=mask)
     store(new_mu, m)

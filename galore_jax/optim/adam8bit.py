@@ -1,4 +1,4 @@
-"""Adam and AdamW with 8-bit moments (arXiv 2110.02861), with or without GaLore."""
+"""Adam with 8-bit moments (arXiv 2110.02861), with or without GaLore."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec
 
 from galore_jax.ops.implementation import Implementation, adam_8bit_of
 from galore_jax.ops.quantization import Code, Quantized, zeros_like
-from galore_jax.optim.flax_serialization import register_if_flax_imported
-from galore_jax.types import Mask, PyTree
+from galore_jax.types import PyTree
 
 # Smaller leaves keep float32 moments, as in the implementation of arXiv 2110.02861, and so do those
 # with a shorter last axis, whose scales would use up what the codes save.
@@ -66,8 +65,6 @@ def scale_by_adam8bit(
     step = adam_8bit_of(implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
-        register_if_flax_imported()
-
         def zeros(code: Any) -> PyTree:
             def at_leaf(path: Any, param: Any) -> Any:
                 if jnp.iscomplexobj(param):
@@ -126,75 +123,3 @@ def _on_parts(
     update, *new = on_parts(update, *bare, count)
     mu, nu = (replace(moment, partition=mu.partition) for moment in new)
     return update, mu, nu
-
-
-def adam8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    *,
-    implementation: Implementation = "xla",
-) -> optax.GradientTransformation:
-    """`optax.adam` with 8-bit moments; see `scale_by_adam8bit`.
-
-    `chain(galore(rank=128), adam8bit(1e-3))` is 8-bit GaLore.
-
-    Args:
-      learning_rate: a number, or a schedule of the update count.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the square root of the second moment.
-      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
-
-    Returns:
-      An optax transformation.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from galore_jax import adam8bit, chain, galore
-      >>> state = chain(galore(rank=8), adam8bit(1e-3)).init({"kernel": jnp.ones((64, 512))})
-    """
-    return optax.chain(
-        scale_by_adam8bit(b1, b2, eps, implementation=implementation),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
-def adamw8bit(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    *,
-    weight_decay: float | jax.Array = 1e-4,
-    mask: Mask = None,
-    implementation: Implementation = "xla",
-) -> optax.GradientTransformation:
-    """`optax.adamw` with 8-bit moments; see `scale_by_adam8bit`.
-
-    After `galore` it decays only the coordinates, as `optax.adamw` does;
-    `galore_jax.adamw(..., eight_bit=True)` decays full weights.
-
-    Args:
-      learning_rate: a number, or a schedule of the update count.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the square root of the second moment.
-      weight_decay: decoupled weight decay, multiplied by the learning rate.
-      mask: which leaves decay, as for `optax.adamw`.
-      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
-
-    Returns:
-      An optax transformation.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from galore_jax import adamw8bit
-      >>> state = adamw8bit(1e-3).init({"kernel": jnp.ones((64, 512))})
-    """
-    return optax.chain(
-        scale_by_adam8bit(b1, b2, eps, implementation=implementation),
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
-    )

@@ -14,7 +14,7 @@ from galore_jax.optim.clipping import clip_by_matrix_rms
 from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
 from galore_jax.optim.muon import scale_by_muon
-from galore_jax.optim.weight_decay import decay_weights
+from galore_jax.optim.weight_decay import add_decayed_full_weights
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import Mask, PyTree
@@ -89,7 +89,7 @@ def adamw(
         galore(rank, update_proj_gap, scale, **settings),
         choose_adam("adamw", b1, b2, eps, eight_bit, implementation),
         optax.scale_by_learning_rate(learning_rate),
-        decay_weights(learning_rate, weight_decay, mask),
+        add_decayed_full_weights(learning_rate, weight_decay, mask),
     )
 
 
@@ -167,7 +167,7 @@ def muon(
         galore(rank, update_proj_gap, scale, **settings),
         optax.partition(by_label, labels),
         optax.scale_by_learning_rate(learning_rate),
-        decay_weights(learning_rate, weight_decay, mask),
+        add_decayed_full_weights(learning_rate, weight_decay, mask),
     )
 
 
@@ -219,7 +219,7 @@ def adafactor(
         clip_by_matrix_rms(clipping_threshold),
         optax.scale_by_learning_rate(learning_rate),
         optax.identity() if b1 is None else optax.ema(b1, debias=False),
-        decay_weights(learning_rate, weight_decay, mask),
+        add_decayed_full_weights(learning_rate, weight_decay, mask),
     )
 
 
@@ -261,5 +261,5 @@ def lion(
         galore(rank, update_proj_gap, scale, **settings),
         optax.scale_by_lion(b1=b1, b2=b2),
         optax.scale_by_learning_rate(learning_rate),
-        decay_weights(learning_rate, weight_decay, mask),
+        add_decayed_full_weights(learning_rate, weight_decay, mask),
     )

@@ -10,12 +10,10 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from galore_jax.ops.dtypes import widened
-from galore_jax.ops.explicit import specs_of, with_auto_axes
 from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
 from galore_jax.ops.loops import flatten_batch
-from galore_jax.ops.partition import Partition, map_batch
-from galore_jax.ops.rounding import stochastic_round
+from galore_jax.ops.partition import Partition, map_batch, specs_of, with_auto_axes
+from galore_jax.ops.precision import stochastic_round, widened
 from galore_jax.optim import stock_chain
 from galore_jax.optim.chain import is_chain
 from galore_jax.optim.rotation import constrain_state

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.ops.dtypes import widened
-from galore_jax.ops.explicit import specs_of, with_auto_axes
+from galore_jax.ops.partition import specs_of, with_auto_axes
+from galore_jax.ops.precision import widened
 from galore_jax.optim import stock_chain
 from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
 from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
@@ -191,8 +191,8 @@ def _check_not_after_decay(updates: PyTree) -> None:
     for update in jax.tree.leaves(updates, is_leaf=is_coordinates):
         if is_coordinates(update) and update.decay is not None:
             raise ValueError(
-                "chain: a decay of full weights (decay_weights, and the end of galore_jax.adamw) "
-                "must come last; put what follows it in front of galore, or around the chain."
+                "chain: add_decayed_full_weights, with which adamw of galore_jax ends, must come "
+                "last; put what follows it in front of galore, or around the chain."
             )
 
 

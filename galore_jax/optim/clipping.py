@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.ops.dtypes import widened
+from galore_jax.ops.precision import widened
 from galore_jax.subspace.matrix_view import is_vector, named_leaves
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree

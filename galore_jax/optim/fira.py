@@ -15,13 +15,12 @@ from jax import lax
 
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import map_batch
-from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.optim.settings import Settings
 from galore_jax.optim.state import boxed_as, map_bases, to_float32
 from galore_jax.subspace.basis import Basis, count_update
+from galore_jax.subspace.new_basis import refresh_basis
 from galore_jax.subspace.placement import matrices_partition
 from galore_jax.subspace.projection import Coordinates, Projection
-from galore_jax.subspace.refresh import refresh_basis
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import Mask, PyTree
 
@@ -167,7 +166,6 @@ def in_subspaces(
         raise ValueError(f'{name}: moments="{settings.moments}" is for galore alone: leave it out.')
 
     def init(params: PyTree) -> FiraState:
-        register_if_flax_imported()
         bases = settings.start_bases(params)
 
         def zeros(basis: Basis) -> Coordinates:

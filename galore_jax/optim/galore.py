@@ -2,7 +2,7 @@
 
 The paper's algorithm, and where each line of it is:
 
-    every T steps: P ← the leading r singular vectors of G     subspace.refresh.refresh_basis
+    every T steps: P ← the leading r singular vectors of G     subspace.new_basis.refresh_basis
     R ← PᵀG                                                    Projection.project; or
                                                                directly in the backward pass: grads
     Adam (or any optimizer) on R, with moments of R's shape    what comes after galore in the chain
@@ -21,9 +21,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from galore_jax.ops.dtypes import widened
+from galore_jax.ops.precision import widened
 from galore_jax.optim.chain import GaLore
-from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.optim.nonfinite import zero_nonfinite
 from galore_jax.optim.settings import Settings
 from galore_jax.optim.state import (
@@ -35,8 +34,8 @@ from galore_jax.optim.state import (
     to_float32,
 )
 from galore_jax.subspace.basis import Basis, count_update
+from galore_jax.subspace.new_basis import refresh_basis
 from galore_jax.subspace.projection import Coordinates, Moments, ProjType, is_coordinates
-from galore_jax.subspace.refresh import refresh_basis
 from galore_jax.subspace.rules import Rank, Rules
 from galore_jax.types import PyTree
 
@@ -134,7 +133,6 @@ def galore(
     )
 
     def init(params: PyTree) -> GaLoreState:
-        register_if_flax_imported()
         count = jnp.zeros([], jnp.int32)
         return GaLoreState(count, settings.start_bases(params), *settings.for_refresh())
 

@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.ops.dtypes import widened
 from galore_jax.ops.newton_schulz import newton_schulz
+from galore_jax.ops.precision import widened
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.optim.adam8bit import zero_moment
-from galore_jax.optim.flax_serialization import register_if_flax_imported
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
@@ -64,7 +63,6 @@ def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.Gradi
     """
 
     def init_fn(params: PyTree) -> ScaleByMuonState:
-        register_if_flax_imported()
         for names, leaf in named_leaves(params, is_coordinates):
             if not is_coordinates(leaf) and (jnp.ndim(leaf) < 2 or jnp.iscomplexobj(leaf)):
                 raise ValueError(

@@ -7,20 +7,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.ops.dtypes import widened
+from galore_jax.ops.precision import widened
 from galore_jax.subspace.matrix_view import is_function, unboxed
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.subspace.rules import static_hint
 from galore_jax.types import Mask, PyTree
 
 
-class DecayWeightsState(NamedTuple):
-    """State of `decay_weights`: count, int32 scalar, number of updates so far."""
+class AddDecayedFullWeightsState(NamedTuple):
+    """State of `add_decayed_full_weights`: count, int32 scalar, number of updates so far."""
 
     count: jax.typing.ArrayLike
 
 
-def decay_weights(
+def add_decayed_full_weights(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: optax.ScalarOrSchedule,
     mask: Mask = None,
@@ -46,14 +46,14 @@ def decay_weights(
         parameters.
     """
 
-    def init_fn(params: PyTree) -> DecayWeightsState:
+    def init_fn(params: PyTree) -> AddDecayedFullWeightsState:
         del params
-        return DecayWeightsState(jnp.zeros([], jnp.int32))
+        return AddDecayedFullWeightsState(jnp.zeros([], jnp.int32))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         if params is None:
             raise ValueError(
-                "decay_weights needs the parameters: call update(grads, state, params)."
+                "add_decayed_full_weights needs the parameters: call update(grads, state, params)."
             )
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         coefficient = weight_decay(state.count) if callable(weight_decay) else weight_decay
@@ -62,8 +62,8 @@ def decay_weights(
         if is_tree and isinstance(mask, bool | jax.Array):
             # What optax.inject_hyperparams makes of a function, which it calls with the count.
             raise ValueError(
-                "decay_weights: mask must be a function or a tree of booleans like the parameters, "
-                f"not {mask}; {static_hint('mask')}."
+                "add_decayed_full_weights: mask must be a function or a tree of booleans like the "
+                f"parameters, not {mask}; {static_hint('mask')}."
             )
 
         def decay(update: Any, param: Any, decays: bool) -> Any:
@@ -81,7 +81,7 @@ def decay_weights(
         leaves = jax.tree.map(lambda _: 0, updates, is_leaf=is_coordinates)
         decays = jax.tree.broadcast(unboxed(decays), leaves)
         updates = jax.tree.map(decay, updates, params, decays, is_leaf=is_coordinates)
-        return updates, DecayWeightsState(optax.safe_increment(state.count))
+        return updates, AddDecayedFullWeightsState(optax.safe_increment(state.count))
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -163,8 +163,8 @@ class Coordinates:
       value: array of shape `projection.coordinates_shape`.
       projection: static.
       decay: None, or the fraction of the parameter itself that the update subtracts (weight decay),
-        a scalar or one value per matrix, `(*batch,)`. `decay_weights` sets it, and must be the last
-        transformation.
+        a scalar or one value per matrix, `(*batch,)`. `add_decayed_full_weights` sets it, and must
+        be the last transformation.
     """
 
     value: Any

@@ -243,7 +243,7 @@ def test_random_bits_of_the_lift_do_not_depend_on_the_mesh(width):
 
 def test_8_bit_adam_on_parts_equals_that_of_whole_arrays_up_to_rounding(monkeypatch):
     monkeypatch.setattr(adam8bit, "MIN_QUANTIZED_SIZE", 256)
-    tx = galore_jax.adam8bit(1e-3)
+    tx = optax.chain(galore_jax.scale_by_adam8bit(), optax.scale(-1e-3))
     params = {"w": jnp.ones((16, 2048)), "v": jnp.ones((2048,))}
     grads = jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), params)
     on_mesh = placed(params, {"fsdp": 8}, tx, {"w": P(None, "fsdp")})
