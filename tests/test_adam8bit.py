@@ -231,3 +231,15 @@ def test_steps_with_kernels_equal_those_without(monkeypatch, moments, dtype):
         assert change > 0.001
         assert difference.max() <= 0.05 * change + (2**-7 * 4 if dtype == jnp.bfloat16 else 0)
         assert (difference > 1e-5).mean() <= 0.01
+
+
+@pytest.mark.parametrize("make", [galore_jax.adamw, galore_jax.muon])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_state_with_other_moments_is_refused_in_a_sentence(make, started):
+    params = random_params(SHAPES)
+    state = make(0.1, rank=4, eight_bit=started).init(params)
+    tx = make(0.1, rank=4, eight_bit=not started)
+    with pytest.raises(
+        ValueError, match=rf"use the optimizer .* \(eight_bit={started}\), or start"
+    ):
+        apply_gradients(tx, params, state, params)

@@ -82,6 +82,15 @@ def is_unprojected(names):
         "head/kernel",
         "input_norm/kernel",
         "RMSNorm_0/kernel",
+        "emb",
+        "tok_emb/weight",
+        "transformer/wte/embedding",
+        "classifier/dense/kernel",
+        "params/classifier/kernel",
+        "output/kernel",
+        "model/output/weight",
+        "output",
+        "decoder/logits_dense/kernel",
     ],
 )
 def test_names_of_embeddings_heads_norms_biases_and_scales_are_not_projected(path):
@@ -94,6 +103,13 @@ def test_names_of_embeddings_heads_norms_biases_and_scales_are_not_projected(pat
         *("q_proj/kernel", "heads/kernel", "overhead/kernel", "normal/kernel", "bias/kernel"),
         *("scaled", "PreNorm_0/FeedForward_0/Dense_0/kernel", "AdaLayerNorm_0/Dense_0/kernel"),
         "MultiHeadDotProductAttention_0/query/kernel",
+        *(
+            "encoder/layer/0/output/dense/kernel",
+            "layer_0/mlp/output/kernel",
+            "output/dense/kernel",
+        ),
+        *("attention_output/kernel", "attention/out/kernel", "self_attn/o_proj/kernel"),
+        *("member/kernel", "classifiers/kernel", "output_proj/kernel", "output/dense/kernel"),
     ],
 )
 def test_only_complete_words_count_and_norms_only_in_the_last_two_names(path):

@@ -80,6 +80,11 @@ def scale_by_adam8bit(
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         del params
+        if not isinstance(state, ScaleByAdam8bitState):
+            raise ValueError(
+                f"scale_by_adam8bit: the moments of this {type(state).__name__} are not in 8 bits: "
+                "use the optimizer that it was started with (eight_bit=False), or start anew."
+            )
         count = optax.safe_increment(state.count)
 
         def at_leaf(update: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from galore_jax.ops.implementation import Implementation
-from galore_jax.optim.adam8bit import scale_by_adam8bit
+from galore_jax.optim.adam8bit import ScaleByAdam8bitState, scale_by_adam8bit
 from galore_jax.optim.chain import Chain, chain
 from galore_jax.optim.clipping import clip_by_matrix_rms
 from galore_jax.optim.factored_rms import scale_by_factored_rms
@@ -103,7 +103,17 @@ def choose_adam(
         raise ValueError(
             f"{name}: implementation applies to 8-bit moments: set eight_bit=True as well."
         )
-    return optax.scale_by_adam(b1, b2, eps)
+    adam: Any = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None):
+        if isinstance(state, ScaleByAdam8bitState):
+            raise ValueError(
+                f"{name}: the state has moments in 8 bits: use the optimizer that it was started "
+                "with (eight_bit=True), or start anew."
+            )
+        return adam.update(updates, state, params)
+
+    return optax.GradientTransformation(adam.init, update)
 
 
 @with_settings_of_galore

@@ -18,7 +18,11 @@ UNPROJECTED_LEAVES = frozenset({"bias", "scale", "offset", "beta", "gamma"})
 # Nor, unless a rule matches it, is a leaf with one of these words in its path, or with the name of
 # a norm in its last two names: a "PreNorm" may contain whole layers. "lm_head" consists of "lm" and
 # "head".
-UNPROJECTED_WORDS = frozenset({"embed", "embedding", "embeddings", "head", "unembed", "wpe", "wte"})
+EMBEDDINGS = frozenset({"emb", "embed", "embedding", "embeddings", "unembed", "wpe", "wte"})
+HEADS = frozenset({"classifier", "head", "logits"})
+# A layer named "output" is a head if it is at the top, below at most one of these names: blocks
+# have layers of that name too, such as BERT's layer/0/output/dense.
+_ROOTS = frozenset({"model", "module", "params"})
 NORMS = frozenset({"layernorm", "ln", "norm", "rmsnorm"})
 # Names of attention kernels that may have separate axes for the heads: Flax's, Keras' and Tunix'.
 _ATTENTIONS = (
@@ -143,14 +147,15 @@ def is_vector(names: tuple[str, ...]) -> bool:
 
 def is_unprojected_by_name(names: tuple[str, ...]) -> bool:
     """Whether a leaf is of an embedding, a head or a norm by its path: no projection by default."""
-    return not (
-        UNPROJECTED_WORDS.isdisjoint(_words(names)) and NORMS.isdisjoint(_words(names[-2:]))
-    )
+    is_norm = not NORMS.isdisjoint(_words(names[-2:]))
+    return is_norm or is_head(names) or not EMBEDDINGS.isdisjoint(_words(names))
 
 
 def is_head(names: tuple[str, ...]) -> bool:
-    """Whether a path contains the word head."""
-    return "head" in _words(names)
+    """Whether a leaf is of a head by its path."""
+    from_top = names[1:] if names[:1] and names[0] in _ROOTS else names
+    is_output = from_top[:1] == ("output",) and len(from_top) <= 2
+    return is_output or not HEADS.isdisjoint(_words(names))
 
 
 def _words(names: tuple[str, ...]) -> list[str]:
