@@ -207,12 +207,12 @@ def test_the_state_is_that_of_galore_and_a_number_for_each_matrix(make):
     for tx in (make(0.1, RANK), galore_jax.adamw(0.1, RANK)):
         state = jax.eval_shape(tx.init, params)
         sizes.append(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
-    # The seed of galore's state is no part of theirs.
-    assert sizes[0] + 4 == sizes[1] + 4 * 3 * 3
+    # They have no count and seed of galore, nor a count of the decay.
+    assert sizes[0] + 3 * 4 == sizes[1] + 4 * 3 * 3
 
 
 @both
-def test_nothing_of_the_size_of_a_stack_is_stored_besides_it_and_its_gradient(make):
+def test_nothing_of_the_size_of_a_stack_is_stored_besides_it_its_gradient_and_update(make):
     rows, columns, temporaries = 128, 192, []
     for layers in (8, 16):
         tx, shape = make(0.1, 2), (layers, rows, columns)
@@ -221,8 +221,8 @@ def test_nothing_of_the_size_of_a_stack_is_stored_besides_it_and_its_gradient(ma
         step = jax.jit(lambda p, s, g, tx=tx: apply_gradients(tx, g, s, p), donate_argnums=(0, 1))
         compiled = step.lower(params, state, params).compile()
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
-    # A few stacks of coordinates, 2/128 of the weights each.
-    assert temporaries[1] - temporaries[0] < 0.2 * 8 * rows * columns * 4
+    # The update, and a few stacks of coordinates, 2/128 of the weights each.
+    assert temporaries[1] - temporaries[0] < 1.2 * 8 * rows * columns * 4
 
 
 @both

@@ -1,8 +1,6 @@
 """Ready-made optimizers: GaLore with AdamW, Muon, Adafactor and Lion."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import optax
@@ -14,26 +12,11 @@ from galore_jax.optim.clipping import clip_by_matrix_rms
 from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
 from galore_jax.optim.muon import scale_by_muon
+from galore_jax.optim.settings import with_settings_of_galore
 from galore_jax.optim.weight_decay import add_decayed_full_weights
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import Mask, PyTree
-
-Make = TypeVar("Make", bound=Callable[..., Chain])
-
-
-def with_settings_of_galore(make: Make) -> Make:
-    """Replaces `**settings` in a function's signature by the keyword arguments of galore.
-
-    `optax.inject_hyperparams` reads from the signature what can be a hyperparameter.
-    """
-    settings = inspect.signature(galore).parameters.values()
-    signature = inspect.signature(make)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    names = {p.name for p in own}
-    own += [p for p in settings if p.kind is p.KEYWORD_ONLY and p.name not in names]
-    make.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
-    return make
 
 
 @with_settings_of_galore

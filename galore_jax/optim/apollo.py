@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.optim.fira import channel_norms, in_subspaces, norm_ratio
-from galore_jax.optim.settings import Settings
+from galore_jax.optim.settings import Settings, with_settings_of_galore
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import Mask
@@ -18,6 +18,7 @@ from galore_jax.types import Mask
 MINI_SCALE = math.sqrt(128)
 
 
+@with_settings_of_galore
 def apollo(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,

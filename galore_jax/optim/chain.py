@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeGuard, cast
 
 import jax
@@ -131,7 +132,9 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 updates, new = update(updates, ready, params, **extra_args)
                 new = restore_moments(ready, new, changes)
             else:
-                updates, new = stock_chain.update(tx, updates, old, params, **extra_args)
+                own = isinstance(tx, GaLore)
+                update = tx.update if own else partial(stock_chain.update, tx)
+                updates, new = update(updates, old, params, **extra_args)
                 galores = galore_states(new)
                 changes = basis_updates(galore_states(old), galores)
                 changes = without_skips(changes) if accumulates(state) else changes

@@ -15,7 +15,7 @@ from jax import lax
 
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import map_batch
-from galore_jax.optim.settings import Settings
+from galore_jax.optim.settings import Settings, with_settings_of_galore
 from galore_jax.optim.state import boxed_as, map_bases, to_float32
 from galore_jax.subspace.basis import Basis, count_update
 from galore_jax.subspace.new_basis import refresh_basis
@@ -53,6 +53,7 @@ class FiraState(NamedTuple):
     norm: PyTree
 
 
+@with_settings_of_galore
 def fira(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank,
@@ -149,7 +150,7 @@ def _direction(
 
 
 def in_subspaces(
-    name: str, settings: Settings, adam: optax.GradientTransformation, direction: Direction
+    name: str, settings: Settings, adam: Any, direction: Direction
 ) -> optax.GradientTransformation:
     """Adam on coordinates, and updates along a direction made from its result and the gradient.
 
@@ -181,7 +182,8 @@ def in_subspaces(
             return Coordinates(jnp.zeros(basis.age.shape, jnp.float32), basis.projection)
 
         moments: Any = adam.init(map_bases(zeros, bases, otherwise=to_float32(params)))
-        return FiraState(*moments, bases, map_bases(no_norm, bases, otherwise=bases))
+        norm = map_bases(no_norm, bases, otherwise=bases)
+        return FiraState(moments.count, moments.mu, moments.nu, bases, norm)
 
     def update(grads: PyTree, state: FiraState, params: PyTree = None) -> tuple[PyTree, FiraState]:
         del params
@@ -197,7 +199,7 @@ def in_subspaces(
         # P, R and N.
         bases = map_bases(refreshed, state.bases, grads, otherwise=state.bases)
         coordinates = map_bases(projected, bases, grads, otherwise=to_float32(grads))
-        moments = optax.ScaleByAdamState(state.count, state.mu, state.nu)
+        moments: Any = optax.ScaleByAdamState(state.count, state.mu, state.nu)
         results, moments = adam.update(coordinates, moments)
         # The update and the norm of its limited part.
         arguments = grads, coordinates, results, state.norm
@@ -207,7 +209,8 @@ def in_subspaces(
         norm = map_bases(lambda _, pair: pair[1], bases, pairs, otherwise=state.norm)
         counted = lambda basis: count_update(basis, jnp.ones(basis.age.shape, bool))
         bases = map_bases(counted, bases, otherwise=bases)
-        return boxed_as(grads, updates), FiraState(*moments, bases, norm)
+        state = FiraState(moments.count, moments.mu, moments.nu, bases, norm)
+        return boxed_as(grads, updates), state
 
     return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
 

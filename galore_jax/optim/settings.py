@@ -1,11 +1,12 @@
 """The settings of `galore`: what they may be, and the bases that follow from them."""
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,6 @@ from galore_jax.subspace.projection import MOMENTS, Moments, ProjType, is_coordi
 from galore_jax.subspace.rules import (
     Rank,
     Rule,
-    Rules,
     check_number,
     projection_of,
     projections,
@@ -26,6 +26,8 @@ from galore_jax.subspace.rules import (
     warn_if_nothing_projected,
 )
 from galore_jax.types import PyTree
+
+Make = TypeVar("Make", bound=Callable[..., optax.GradientTransformation])
 
 BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
 
@@ -44,7 +46,7 @@ class Settings:
     proj_type: ProjType = "std"
     refresh: str = "subspace_iteration"
     weight_dimension_numbers: PyTree = None
-    rules: Rules | None = None
+    rules: Any = None
     moments: Moments = "keep"
     lazy_overlap: Any = None
     basis_dtype: Any = None
@@ -185,3 +187,18 @@ def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
     names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
     hint = f"; {static_hint('basis_dtype')}" if is_array else ""
     raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}{hint}.")
+
+
+def with_settings_of_galore(make: Make) -> Make:
+    """Replaces `**settings` in the signature of an optimizer by the arguments of galore.
+
+    `optax.inject_hyperparams` reads from the signature what can be a hyperparameter.
+    """
+    signature = inspect.signature(make)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    names = {p.name for p in own}
+    for parameter in inspect.signature(Settings).parameters.values():
+        if parameter.name not in names:
+            own.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+    make.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return make
