@@ -8,6 +8,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +16,14 @@ import grain
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from galore_jax.data.packing import NO_TARGET, FittedRows, PackedRows, Rows, pack
+from galore_jax.data.packing import (
+    NO_TARGET,
+    Rows,
+    WindowedRows,
+    fitted_window,
+    pack,
+    packed_window,
+)
 from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer, tokenizer_files
 from galore_jax.errors import InputError
@@ -233,10 +241,12 @@ def _rows(
     if config.rows == "conversations":
         # At most an epoch: otherwise copies of a conversation, equally long, would share rows.
         window = max(1, int(len(source) * min(1, _WINDOW_TOKENS / source.tokens)))
-        return FittedRows(elements.to_iter_dataset(_READ_OPTIONS), length, pad_id, window, seed)
+        read = partial(fitted_window, size=window, length=length, pad_id=pad_id)
+        return WindowedRows(elements.to_iter_dataset(_READ_OPTIONS), read, seed)
     tokenised = elements.map(with_eos).to_iter_dataset(_READ_OPTIONS)
     window = config.batch_size if seed is None else max(1, _WINDOW_TOKENS // length)
-    return PackedRows(tokenised, length, pad_id, window, seed)
+    read = partial(packed_window, rows=window, length=length, pad_id=pad_id)
+    return WindowedRows(tokenised, read, seed)
 
 
 def _check_text(config: DataConfig, tokenizer: Tokenizer, texts: Sequence[str], split: str) -> None:

@@ -1,8 +1,7 @@
 """Packed rows: documents end to end, cut at the ends of rows, or whole conversations."""
 
-from abc import abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -104,69 +103,84 @@ def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
     return groups
 
 
-class PackedRows(grain.IterDataset[Rows]):
-    """Rows of shape (length,) packed from a stream of documents, window by window.
+def packed_window(
+    documents: grain.DatasetIterator[np.ndarray], offset: int, rows: int, length: int, pad_id: int
+) -> tuple[Rows, int]:
+    """The next rows that `pack` makes of a stream of documents, for `WindowedRows`.
 
     A document that does not fit into the rest of a row continues in the next row, as a separate
-    segment. The rows of a window are shuffled, so that one long document does not fill a batch. The
+    segment.
+
+    Args:
+        documents: arrays of token ids, int32 of shape (n,), n > 0.
+        offset: tokens of the first document that earlier windows have.
+        rows: size of the window.
+        length: tokens per row.
+        pad_id: token id that fills the last row if `documents` end.
+    """
+    pieces, room = [], rows * length
+    while room:
+        before = documents.get_state()
+        document = next(documents, None)
+        if document is None:
+            break
+        piece = document[offset : offset + room]
+        room -= len(piece)
+        pieces.append(piece)
+        offset += len(piece)
+        if offset == len(document):
+            offset = 0
+        else:  # The window is full; the next one reads this document again.
+            documents.set_state(before)
+    if not pieces:
+        raise StopIteration
+    return pack(pieces, length, pad_id), offset
+
+
+def fitted_window(
+    conversations: grain.DatasetIterator[Conversation],
+    offset: int,
+    size: int,
+    length: int,
+    pad_id: int,
+) -> tuple[Rows, int]:
+    """As `packed_window`, but the rows that `fit` makes of the next `size` conversations."""
+    window = list(islice(conversations, size))
+    if not window:
+        raise StopIteration
+    return fit(window, length, pad_id), offset
+
+
+# From a stream, and an offset in its next element, to rows and the offset for the next window;
+# raises StopIteration at the end.
+ReadWindow = Callable[[grain.DatasetIterator, int], tuple[Rows, int]]
+
+
+class WindowedRows(grain.IterDataset[Rows]):
+    """Rows of shape (length,) made of a stream of documents or conversations, window by window.
+
+    The rows of a window are shuffled, so that one long document does not fill a batch. The
     iterator's state is a few numbers for any size of the window, because a restored iterator reads
     the current window again.
     """
 
-    def __init__(
-        self,
-        documents: grain.IterDataset[np.ndarray],
-        length: int,
-        pad_id: int,
-        window: int,
-        seed: int | None,
-    ):
-        """Packs `documents`.
-
-        Args:
-            documents: arrays of token ids, int32 of shape (n,), n > 0.
-            length: tokens per row.
-            pad_id: token id that fills the last row if `documents` end.
-            window: number of rows packed at a time.
-            seed: random seed of the shuffle within a window; None does not shuffle.
-        """
+    def __init__(self, documents: grain.IterDataset, read: ReadWindow, seed: int | None):
+        """Reads windows of `documents`; with the seed None their rows stay in order."""
         super().__init__(documents)
-        self._settings = (length, pad_id, window, seed)
+        self._settings = (read, seed)
 
     def __iter__(self) -> grain.DatasetIterator[Rows]:
         """Starts from the first document."""
-        return _PackedRowsIterator(iter(self._parent), *self._settings)
+        return _WindowIterator(iter(self._parent), *self._settings)
 
     def __str__(self) -> str:
         return type(self).__name__
 
 
-class FittedRows(PackedRows):
-    """Rows of shape (length,) that `fit` makes of a stream of conversations, window by window.
-
-    As `PackedRows`, but the size of a window is a number of conversations.
-    """
-
-    def __iter__(self) -> grain.DatasetIterator[Rows]:
-        """Starts from the first conversation."""
-        return _FittedRowsIterator(iter(self._parent), *self._settings)
-
-
 class _WindowIterator(grain.DatasetIterator[Rows]):
-    def __init__(
-        self,
-        documents: grain.DatasetIterator,
-        length: int,
-        pad_id: int,
-        window: int,
-        seed: int | None,
-    ):
+    def __init__(self, documents: grain.DatasetIterator, read: ReadWindow, seed: int | None):
         super().__init__(documents)
-        self._documents = documents
-        self._length = length
-        self._pad_id = pad_id
-        self._window = window
-        self._seed = seed
+        self._documents, self._read, self._seed = documents, read, seed
         self._start = {"documents": documents.get_state(), "offset": 0, "window": 0}
         self._row = 0
         self._rows: Rows | None = None  # None: the window that starts at _start is not read yet
@@ -184,8 +198,8 @@ class _WindowIterator(grain.DatasetIterator[Rows]):
         return row
 
     def _read_window(self, start: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
-        """Packs the documents from `start` on; also returns where the next window starts."""
-        rows, offset = self._pack_window(start["offset"])
+        """The rows of the window at `start`, and where the next window starts."""
+        rows, offset = self._read(self._documents, start["offset"])
         end = {
             "documents": self._documents.get_state(),
             "offset": offset,
@@ -198,16 +212,6 @@ class _WindowIterator(grain.DatasetIterator[Rows]):
             rows = {name: values[order] for name, values in rows.items()}
         return rows, end
 
-    @abstractmethod
-    def _pack_window(self, offset: int) -> tuple[Rows, int]:
-        """Packs the next documents, without the first `offset` tokens of the first one.
-
-        Also returns the offset in the first document of the next window.
-
-        Raises:
-            StopIteration: there is no further document.
-        """
-
     def get_state(self) -> dict[str, Any]:
         return {**self._start, "row": self._row}
 
@@ -216,33 +220,3 @@ class _WindowIterator(grain.DatasetIterator[Rows]):
         self._documents.set_state(self._start["documents"])
         self._row = state["row"]
         self._rows = None
-
-
-class _PackedRowsIterator(_WindowIterator):
-    def _pack_window(self, offset: int) -> tuple[Rows, int]:
-        pieces = []
-        room = self._window * self._length
-        while room:
-            before = self._documents.get_state()
-            document = next(self._documents, None)
-            if document is None:
-                break
-            piece = document[offset : offset + room]
-            room -= len(piece)
-            pieces.append(piece)
-            offset += len(piece)
-            if offset == len(document):
-                offset = 0
-            else:  # The window is full; the next one reads this document again.
-                self._documents.set_state(before)
-        if not pieces:
-            raise StopIteration
-        return pack(pieces, self._length, self._pad_id), offset
-
-
-class _FittedRowsIterator(_WindowIterator):
-    def _pack_window(self, offset: int) -> tuple[Rows, int]:
-        conversations = list(islice(self._documents, self._window))
-        if not conversations:
-            raise StopIteration
-        return fit(conversations, self._length, self._pad_id), offset
