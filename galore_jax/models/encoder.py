@@ -1,20 +1,26 @@
 """RoBERTa (arXiv 1907.11692) and BERT (arXiv 1810.04805) in Flax Linen, with stacked blocks."""
 
 import dataclasses
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from galore_jax.errors import InputError, require, require_choice
+from galore_jax.errors import InputError, require
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.dense import Dense
 from galore_jax.models.layers import constrain
+from galore_jax.settings import checked
 
 ARCHITECTURES = ("roberta", "bert")
 
 
+Rate = Annotated[float, Field(ge=0, lt=1)]
+
+
+@checked("model")
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
     """Sizes and numerical settings of a RoBERTa or BERT; the defaults are those of RoBERTa base.
@@ -42,34 +48,25 @@ class EncoderConfig:
       InputError: a value is out of range, or the number of heads does not divide evenly.
     """
 
-    architecture: str = "roberta"
-    vocab_size: int = 50265
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_layers: int = 12
-    num_heads: int = 12
-    max_length: int = 512
-    token_types: int = 1
-    pad_id: int = 1
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    classifier_dropout: float | None = None
-    norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
-    dtype: str = "float32"
+    architecture: Literal["roberta", "bert"] = "roberta"
+    vocab_size: PositiveInt = 50265
+    hidden_size: PositiveInt = 768
+    intermediate_size: PositiveInt = 3072
+    num_layers: PositiveInt = 12
+    num_heads: PositiveInt = 12
+    max_length: PositiveInt = 512
+    token_types: PositiveInt = 1
+    pad_id: NonNegativeInt = 1
+    dropout: Rate = 0.1
+    attention_dropout: Rate = 0.1
+    classifier_dropout: Rate | None = None
+    norm_epsilon: PositiveFloat = 1e-5
+    initializer_range: PositiveFloat = 0.02
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
 
     def __post_init__(self):
-        require_choice("model.architecture", self.architecture, ARCHITECTURES)
-        require_choice("model.dtype", self.dtype, ("float32", "bfloat16"))
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
-        for name in (*sizes, "max_length", "token_types", "norm_epsilon", "initializer_range"):
-            value = getattr(self, name)
-            require(f"model.{name}", value, value > 0, "positive")
-        for name in ("dropout", "attention_dropout", "classifier_dropout"):
-            value = getattr(self, name)
-            require(f"model.{name}", value, value is None or 0 <= value < 1, "from 0 to below 1")
-        in_vocabulary = 0 <= self.pad_id < self.vocab_size
+        in_vocabulary = self.pad_id < self.vocab_size
         require("model.pad_id", self.pad_id, in_vocabulary, "a row of the word embedding")
         if self.hidden_size % self.num_heads:
             raise InputError(
