@@ -3,8 +3,8 @@
 This is the only file that saves and restores with Orbax. A checkpoint is `checkpoints/<number of
 updates>/` with four items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the
 configuration, the step, and checksums of all four). Orbax writes to a temporary folder, which it
-renames at the end. Each process writes the parts of the arrays that lie on its devices, and process
-0 everything else, so that another number of processes, on another mesh, can read it.
+renames at the end. Each process writes the parts of the arrays on its devices, and process 0
+everything else. Another number of processes, on another mesh, can read it.
 """
 
 import glob
@@ -42,7 +42,7 @@ class Checkpoints:
 
     Args:
       folder: the run's checkpoints/.
-      keep: how many of the latest to keep; an older one is deleted after the newer is complete.
+      keep: how many of the latest to keep; older ones are deleted once a newer one is complete.
 
     Raises:
       InputError: Orbax cannot use the name of the folder.
@@ -75,7 +75,7 @@ class Checkpoints:
     def save(self, state: TrainState, batches: Batches, config: Any) -> bool:
         """Starts to save; returns as soon as the state is copied and may be donated.
 
-        A state that is not finite is not saved: it would replace one that is.
+        A state that is not finite is not saved, as it would replace a finite one.
 
         Returns:
           Whether it is saved.
@@ -107,9 +107,9 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def restore(self, task: Task, batches: Batches, mesh: Mesh | None = None) -> TrainState:
-        """The latest state, on a mesh or a single device, whatever device or mesh it was saved on.
+        """The latest state, on a mesh or a device, from whatever mesh or device it was saved.
 
-        `batches` is set to continue where the run was.
+        `batches` continues from the run's position.
 
         Raises:
           InputError: the checkpoint is of another configuration, or is damaged.
@@ -157,13 +157,13 @@ def load_for_inference(folder: str | Path) -> tuple[Config, Any]:
 def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
     """Opens the parameters of a run's latest checkpoint, to read them part by part.
 
-    One parameter is held at a time, a whole stack of layers; of a kernel with adapters also these.
+    One parameter, a whole stack of layers, is in memory at a time; with a kernel its adapters.
 
     Args:
       folder: the folder of the run.
 
     Yields:
-      The run's configuration, and the function that reads. Adapters are apart from the kernels.
+      The run's configuration, and the function that reads, in which adapters are separate leaves.
 
     Raises:
       InputError: the folder holds no checkpoint, or its latest one is damaged.
@@ -212,7 +212,7 @@ def _latest(folder: str | Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
 
 
 def _on_devices(abstract: Any) -> Any:
-    """Adds a sharding where there is none: Orbax would look for the device that saved the array."""
+    """Adds missing shardings, without which Orbax looks for the device that saved the array."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
         lambda leaf: leaf if leaf.sharding is not None else leaf.update(sharding=here), abstract
@@ -284,11 +284,11 @@ def _naming_damage(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
 
 
 def _check_is_no_pattern(folder: Path) -> None:
-    """Raises an `InputError` for a path that Orbax, which merges its files by glob, would miss."""
+    """Raises an `InputError` for a path that Orbax, which finds its files by glob, would miss."""
     if glob.escape(str(folder)) != str(folder):
         raise InputError(
-            f"{folder} has one of the characters *, ? and [ in its path, with which checkpoints "
-            "cannot be saved: name another training.folder."
+            f"{folder} has a *, ? or [ in its path, where checkpoints cannot be saved: name "
+            "another training.folder."
         )
 
 

@@ -68,8 +68,8 @@ class Metrics:
     """metrics.jsonl and, on request, TensorBoard events.
 
     Opening a run at `step` drops the lines of later steps, which a killed run may have left, and an
-    incomplete last line, which a power cut may have left. The number of a step's line is below
-    `step`; that of an evaluation counts updates and is at most `step`.
+    incomplete last line, left by a power cut. Lines of steps before `step` stay, and those of
+    evaluations after at most `step` updates.
 
     Args:
       run: the run's folder.

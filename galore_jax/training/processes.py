@@ -1,8 +1,8 @@
 """Several processes that train together: how they start, agree and end.
 
-All of them run the same program. Process 0 writes the run's files and reports progress; what only
-one of them knows, a signal or an error, reaches the others through the functions here, which all
-have to call at the same point. A process alone skips all of it.
+All of them run the same program. Process 0 writes the run's files and reports progress. A signal or
+an error in one process reaches the others through the functions here, which all have to call at the
+same point. A single process skips them.
 """
 
 import atexit
@@ -31,10 +31,10 @@ _SETTINGS_BYTES = 2**16
 def joined(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> Iterator[None]:
-    """Joins this process with the others, from the block on until the process ends.
+    """Joins this process with the others until it ends.
 
-    Without arguments it does so if a cluster has started several processes (Slurm or Open MPI, in
-    the environment that these set). Enter it before JAX uses any device.
+    Without arguments it does so if Slurm or Open MPI has started several processes, as their
+    environment variables tell. Enter it before JAX uses any device.
 
     Args:
       coordinator: address and port of process 0, as host:port.
@@ -47,7 +47,7 @@ def joined(
     if (coordinator, processes, process) == (None, None, None) and not _in_cluster():
         yield
         return
-    # JAX's own handling of SIGTERM would keep the signal from this program.
+    # JAX's own handler of SIGTERM would hide the signal from this program.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(

@@ -35,7 +35,7 @@ class Progress:
     """Collects the metrics of steps, without waiting for the device until `report` is called.
 
     Args:
-      metrics: takes the lines; None: this is not the process that reports, and `report` only waits.
+      metrics: writes the lines; None: this process does not report, and `report` only waits.
       start: number of updates made before.
       steps: number of updates of the run.
       targets: what the losses are of, in the plural.
@@ -53,7 +53,7 @@ class Progress:
         self._seconds = max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self._skipped = max((line.get("skipped", 0) for line in lines), default=0)
         self._warned: set[str] = set()
-        # Files and pipes get an occasional line instead of a moving bar.
+        # Files and pipes receive an occasional line instead of a moving bar.
         pause = 0.2 if sys.stderr.isatty() else 15
         self._bar = tqdm(
             total=steps,

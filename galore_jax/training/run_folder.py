@@ -12,7 +12,7 @@
 
 A folder holds a run as soon as it has metrics or a checkpoint. Starting a new run there is refused,
 so that nothing is lost. Resuming needs the same configuration except for the keys in `MAY_CHANGE`,
-which affect output, evaluation and checkpoints, but not what is computed.
+which affect output, evaluation and checkpoints, but not the training itself.
 """
 
 import dataclasses
@@ -128,10 +128,10 @@ def check_same_run(recorded: Any, config: Any, place: Path) -> None:
 
 
 def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None:
-    """Records the fingerprint of the training text, or on resuming compares it.
+    """Records the fingerprint of the training text or, when resuming, compares it.
 
     Raises:
-      InputError: the text is another one.
+      InputError: the text has changed.
     """
     if not (resume and run.text.exists()):
         write_json(run.text, found)
@@ -147,10 +147,10 @@ def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None
 
 
 def check_same_tokenizer(run: RunFolder, tokenizer: str) -> None:
-    """Checks that the tokenizer of a run is at its path, and the one that it was trained with.
+    """Checks that the tokenizer of a run is at its path and has not changed.
 
     Raises:
-      InputError: it is not.
+      InputError: it is missing or has changed.
     """
     if tokenizer != "bytes" and not Path(tokenizer).is_file():
         raise InputError(
