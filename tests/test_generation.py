@@ -115,13 +115,12 @@ def test_bfloat16_generates():
 @pytest.mark.parametrize(
     ("prompt", "num_tokens", "settings", "named"),
     [
-        (PROMPT, 21, {}, "at most 20 tokens"),
+        (PROMPT, 21, {}, "tokens and 21 new ones exceed"),
         (PROMPT[:, :0], 5, {}, "at least one token"),
         (PROMPT, 0, {}, "at least one token"),
-        (PROMPT, 5, {"temperature": -1.0}, "temperature is -1.0"),
-        (PROMPT, 5, {"temperature": float("nan")}, "temperature is nan"),
-        (PROMPT, 5, {"temperature": float("inf")}, "temperature is inf"),
-        (PROMPT, 5, {"top_k": -2}, "top_k is -2"),
+        (PROMPT, 5, {"temperature": -1.0}, "temperature must be finite .*, not -1.0"),
+        (PROMPT, 5, {"temperature": float("nan")}, "temperature must be finite"),
+        (PROMPT, 5, {"top_k": -2}, "top_k must be 0 or more, not -2"),
     ],
 )
 def test_impossible_requests_are_refused(params, prompt, num_tokens, settings, named):

@@ -154,8 +154,8 @@ def _from_settings(table: dict[str, Any]) -> LlamaConfig:
         **{ours: table[theirs] for ours, theirs in _SIZES.items()},
         num_kv_heads=table["num_key_value_heads"],
         head_dim=table.get("head_dim"),
-        norm_epsilon=float(table["rms_norm_eps"]),
-        initializer_range=float(table["initializer_range"]),
+        norm_epsilon=table["rms_norm_eps"],
+        initializer_range=table["initializer_range"],
         **_rope(table["rope_parameters"]),
         attention_bias="qkv" if kind == "qwen2" else "qkvo" if has_bias else "",
         qk_norm=kind == "qwen3",
@@ -171,10 +171,9 @@ def _rope(rope: dict[str, Any]) -> dict[str, Any]:
         raise InputError("rotary embeddings that differ between kinds of layers are not supported.")
     if rope["rope_type"] not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
         raise InputError(f"the rotary embedding {rope} is not supported: only llama3 is.")
-    settings: dict[str, Any] = {"rope_theta": float(rope["rope_theta"])}
+    settings: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if rope["rope_type"] == "llama3":
-        settings |= {ours: float(rope[theirs]) for ours, theirs in _LLAMA3_ROPE.items()}
-        settings["rope_original_length"] = int(settings["rope_original_length"])
+        settings |= {ours: rope[theirs] for ours, theirs in _LLAMA3_ROPE.items()}
     return settings
 
 

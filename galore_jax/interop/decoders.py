@@ -23,6 +23,7 @@ from galore_jax.interop.tensors import (
     Index,
     Stored,
     check_dtypes,
+    listed_names,
     make_folder,
     read_tensor,
     stored_tensors,
@@ -199,24 +200,13 @@ def _check_fit(folder: Path, leaves: Any, tensors: Mapping[str, Stored]) -> None
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+    found = [f"{what}: {listed_names(names)}" for what, names in problems.items() if names]
     if found:
         raise InputError(
             f"the tensors in {folder} do not fit its {CONFIG} or the settings of the model: "
             f"{'; '.join(found)}."
         )
     check_dtypes(tensors[name] for name in shapes)
-
-
-def _listed(names: list[str]) -> str:
-    """The names, once for all layers that share one: "model.layers.*.mlp.up_proj.weight"."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"(?<=layers\.)\d+(?=\.)", "*", name), []).append(name)
-    return ", ".join(
-        names[0] if len(names) == 1 else f"{pattern} ({len(names)} times)"
-        for pattern, names in groups.items()
-    )
 
 
 def _is_tied(tensors: Mapping[str, Stored]) -> bool:

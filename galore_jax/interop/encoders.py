@@ -22,6 +22,7 @@ from galore_jax.interop.tensors import (
     SINGLE,
     Stored,
     check_dtypes,
+    listed_names,
     read_tensor,
     stored_tensors,
     write_file,
@@ -75,8 +76,6 @@ _SETTINGS = {
     "initializer_range": "initializer_range",
 }
 _SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
-_CLASSES = {"roberta": "Roberta", "bert": "Bert"}
-_LISTED = 20
 
 
 class LoadedEncoder(NamedTuple):
@@ -174,14 +173,14 @@ def _differences(
     missing = [name for name in wanted if name not in stored]
     if lost := [name for name in missing if wanted[name][0] != HEAD]:
         raise InputError(
-            f"{folder} lacks {_listed(lost)}, which a model of this config.json has: take weights "
-            "that belong to it."
+            f"{folder} lacks {listed_names(lost)}, which a model of this config.json has: take "
+            "weights that belong to it."
         )
     unused = [name for name in stored if name not in wanted]
     if unknown := [stored[name] for name in unused if not _UNUSED.match(name)]:
         raise InputError(
-            f"{folder} holds {_listed(unknown)}, for which this {model.config.architecture} model "
-            "has no place: take weights that belong to it."
+            f"{folder} holds {listed_names(unknown)}, for which this {model.config.architecture} "
+            "model has no place: take weights that belong to it."
         )
     return missing, unused
 
@@ -253,7 +252,7 @@ def _hugging_face_config(model: EncoderModel, labels: Sequence[str]) -> dict[str
         if model.num_labels == 1:
             settings["problem_type"] = "regression"
     return settings | {
-        "architectures": [_CLASSES[config.architecture] + task],
+        "architectures": [config.architecture.capitalize() + task],
         "model_type": config.architecture,
         "hidden_act": "gelu",
         "max_position_embeddings": config.first_position + config.max_length,
@@ -298,10 +297,3 @@ def _stored_names(tensors: Iterable[str], architecture: str) -> dict[str, str]:
         if (other := stored.setdefault(ours(name), name)) != name:
             raise InputError(f"the tensors {other} and {name} mean the same: remove one.")
     return stored
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The names; if there are many, the first ones and the number of the others."""
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more

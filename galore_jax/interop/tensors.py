@@ -78,6 +78,17 @@ def check_dtypes(tensors: Iterable[Stored]) -> None:
             )
 
 
+def listed_names(names: Iterable[str]) -> str:
+    """Names of tensors, with those that all layers share once: "encoder.layer.*.query.weight"."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return ", ".join(
+        found[0] if len(found) == 1 else f"{pattern} ({len(found)} times)"
+        for pattern, found in groups.items()
+    )
+
+
 def read_tensor(stored: Stored, index: Index | None = None) -> np.ndarray:
     """A tensor, or a part of it without reading the rest.
 

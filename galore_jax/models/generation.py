@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from galore_jax.errors import InputError
+from galore_jax.errors import InputError, require
 from galore_jax.models.layers import KeyValueCache
 from galore_jax.models.llama import Llama, LlamaConfig
 
@@ -41,20 +41,13 @@ def generate(
     length = prompt_tokens.shape[1]
     if length < 1 or num_tokens < 1:
         raise InputError("generating needs a prompt of at least one token and num_tokens ≥ 1.")
-    if length >= config.max_length:
-        raise InputError(
-            f"the prompt has {length} tokens, and the model takes {config.max_length} including "
-            f"new ones: shorten it to at most {config.max_length - 1}."
-        )
     if length + num_tokens > config.max_length:
         raise InputError(
             f"the prompt of {length} tokens and {num_tokens} new ones exceed model.max_length "
-            f"{config.max_length}: ask for at most {config.max_length - length} tokens."
+            f"{config.max_length}: shorten the prompt, or ask for fewer tokens."
         )
-    if not 0 <= temperature < math.inf:
-        raise InputError(f"temperature is {temperature}: it must be finite and not negative.")
-    if top_k < 0:
-        raise InputError(f"top_k is {top_k}: it must not be negative.")
+    require("temperature", temperature, 0 <= temperature < math.inf, "finite and not negative")
+    require("top_k", top_k, top_k >= 0, "0 or more")
     top_k = min(top_k, config.vocab_size) or config.vocab_size
     return _generate(config, params, prompt_tokens, num_tokens, key, float(temperature), top_k)
 
