@@ -4,6 +4,7 @@ from galore_jax.grads import layerwise
 from galore_jax.grads.check import check_projection
 from galore_jax.grads.describe import describe
 from galore_jax.grads.refresh import refresh, refresh_due
+from galore_jax.grads.step import make_step
 from galore_jax.grads.value_and_grad import value_and_grad
 from galore_jax.optim.adam8bit import scale_by_adam8bit
 from galore_jax.optim.aliases import adafactor, adamw, lion, muon
@@ -36,6 +37,7 @@ __all__ = [
     "init",
     "layerwise",
     "lion",
+    "make_step",
     "muon",
     "refresh",
     "refresh_due",

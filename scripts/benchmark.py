@@ -14,7 +14,11 @@ step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 2
                        hand-written one of galore_jax's models, by which AdamW too is faster
                        on CPUs
     repeats=7          of each baseline
-tokens: the same for stacked blocks, by tokens per step, and a picture.
+branch: a step of make_step, which branches on whether a basis is due, against two programs, on
+  blocks as for step: time of a step without and with a refresh, of compiling, and temporaries.
+    layers=2           number of blocks
+    repeats=7          of each form
+tokens: the same as step for stacked blocks, by tokens per step, and a picture.
     sizes=130m,350m,1b   widths and ranks, from configs/
     tokens=256,512,1024,2048,4096,8192  per step, multiples of 256
     layers=1             number of blocks
@@ -55,7 +59,7 @@ from typing import Any, TypeVar
 from galore_jax.errors import InputError, require_choice, run_cli, suggestion
 from galore_jax.files import write_json
 
-BENCHMARKS = ("step", "tokens", "optimizers", "finetuning", "state", "refresh", "sketch")
+BENCHMARKS = ("step", "branch", "tokens", "optimizers", "finetuning", "state", "refresh", "sketch")
 Settings = TypeVar("Settings")
 
 

@@ -170,7 +170,7 @@ LAYERED = LayeredModel(
 @pytest.mark.parametrize("projected", [True, False])
 def test_boxes_change_no_number_of_a_layerwise_step(projected):
     tx = galore_jax.adamw(1e-2, 4, update_proj_gap=2)
-    step = layerwise.make_step(LAYERED, tx, projected=projected, refreshes=projected)
+    step = galore_jax.make_step(LAYERED, tx, projected=projected, refreshes=projected)
     runs = []
     for params in (layered_params(), nn.meta.unbox(layered_params())):
         state, structure = layerwise.init(tx, params), jax.tree.structure(params)

@@ -75,13 +75,14 @@ def test_the_readme_trains_with_low_rank_moments_then_with_projected_gradients()
     batch = jax.random.normal(jax.random.key(0), (320, 160))
     params = {"kernel": jax.random.normal(jax.random.key(1), (160, 192))}
     page = Page(README, loss=loss, params=params, batches=8 * [batch])
-    full, projected = page.names("jax.grad("), page.names("refresh_due(state)")
+    projected = page.names("make_step(loss, tx)")
+    full = {"loss": loss, "params": params, "batches": 8 * [batch]}
+    exec(blocks(README, "python")[0], full)  # Again, as the results are donated.
     assert moments(full["state"])["kernel"].value.shape == (128, 192)
     assert loss(full["params"], batch) < loss(params, batch)
     assert loss(projected["params"], batch) < loss(full["params"], batch)
-    step = projected["value_and_grad"](loss)
-    _, grads = step(projected["params"], projected["state"], batch)
-    assert isinstance(grads["kernel"], galore_jax.Coordinates)
+    uses = galore_jax.describe(params, full["tx"], loss, batch).uses
+    assert uses["kernel"].gradient == "projected"
 
 
 def test_the_chain_and_the_stock_chain_of_the_usage_page_train_alike():
@@ -143,6 +144,39 @@ def test_the_loop_of_projected_gradients_refreshes_and_learns():
     params, state = checked["params"], checked["state"]
     _, grads = galore_jax.value_and_grad(loss)(params, state, tokens)
     np.testing.assert_allclose(accumulated.value, grads["up"].value, atol=1e-6)
+
+
+def test_the_algorithm_in_plain_jax_is_that_of_the_library():
+    page = Page(DOCS / "algorithm.md").blocks[-1].names
+    assert len(blocks(DOCS / "algorithm.md", "python")[0].splitlines()) <= 60
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "up": jax.random.normal(keys[0], (16, 24)) / 4,
+        "down": jax.random.normal(keys[1], (24, 16)) / 5,
+        "bias": jnp.zeros(16),
+    }
+
+    def loss(params, x):
+        return jnp.mean(
+            jnp.sin(x + jnp.tanh(x @ params["up"]) @ params["down"] + params["bias"]) ** 2
+        )
+
+    settings = {"update_proj_gap": page["GAP"], "scale": page["SCALE"], "refresh": "svd"}
+    tx = galore_jax.adamw(page["RATE"], page["RANK"], **settings)
+    found, state = params, {name: page["start"](leaf) for name, leaf in params.items()}
+    opt_state, gradient = tx.init(params), jax.jit(jax.grad(loss))
+    apply = jax.jit(lambda *arguments: galore_jax.apply_gradients(tx, *arguments))
+    for step in range(3 * page["GAP"] + 1):
+        grads = gradient(params, jax.random.normal(jax.random.key(step), (12, 16)))
+        found, state = page["train_step"](params, state, grads, step)
+        params, opt_state = apply(grads, opt_state, params)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, params)
+    # Subspace iteration comes to the same subspace.
+    basis = jnp.linalg.qr(jax.random.normal(keys[2], (16, page["RANK"])))[0]
+    for _ in range(20):
+        basis = page["iterated"](grads["up"], basis)
+    overlap = jnp.sum((basis.T @ page["leading"](grads["up"])) ** 2) / page["RANK"]
+    assert overlap > 0.98
 
 
 def test_the_layer_wise_loop_refreshes_and_learns():
@@ -244,11 +278,7 @@ def test_every_public_name_is_in_the_reference():
     reference = "\n".join(read(page) for page in (DOCS / "api").glob("*.md"))
     documented = set(re.findall(r"^::: galore_jax\.([\w.]+)$", reference, re.MULTILINE))
     names = set(galore_jax.__all__) - {"layerwise"}
-    own = {
-        f"layerwise.{name}"
-        for name, value in vars(layerwise).items()
-        if getattr(value, "__module__", None) == layerwise.__name__ and not name.startswith("_")
-    }
+    own = {f"layerwise.{name}" for name in layerwise.__all__}
     assert documented == names | own
     table = read(DOCS / "api" / "index.md").partition("Signatures use")[0]
     listed = set(re.findall(r"`(\w+)`", table.partition("| --- | --- |")[2]))

@@ -44,15 +44,16 @@ def tied():
 def test_an_embedding_that_is_also_the_head_gets_both_gradients():
     model, params, loss = tied()
     tx = galore_jax.chain(galore_jax.galore(4), optax.sgd(0.1))
-    step = jax.jit(layerwise.make_step(model, tx))
+    step = jax.jit(galore_jax.make_step(model, tx, has_aux=True, refreshes=False))
     batch = jnp.arange(12).reshape(3, 4)
     state = layerwise.init(tx, params)
     result = step(params, state, batch)
     value, grads = galore_jax.value_and_grad(loss)(params, state.inner, batch)
     expected, _ = galore_jax.apply_gradients(tx, grads, state.inner, params)
     assert max_difference(result.params, expected) <= 1e-6
-    np.testing.assert_allclose(result.loss, value, rtol=1e-6)
-    assert result.aux >= result.loss
+    loss, aux = result.value
+    np.testing.assert_allclose(loss, value, rtol=1e-6)
+    assert aux >= loss
 
 
 def patches(is_read_by_the_head):
@@ -87,7 +88,7 @@ def test_an_embedding_that_is_projected_gets_the_ordinary_update(is_read_by_the_
     tx = galore_jax.adamw(0.01, 4)
     state = layerwise.init(tx, params)
     batch = jax.random.normal(jax.random.key(1), (10, 24))
-    result = jax.jit(layerwise.make_step(model, tx, refreshes=True))(params, state, batch)
+    result = jax.jit(galore_jax.make_step(model, tx, refreshes=True))(params, state, batch)
     expected = galore_jax.refresh(loss)(params, state.inner, batch)
     _, grads = galore_jax.value_and_grad(loss)(params, expected, batch)
     expected, _ = galore_jax.apply_gradients(tx, grads, expected, params)
@@ -99,7 +100,7 @@ def test_full_gradients_have_one_step_whether_it_refreshes_or_not():
     tx = galore_jax.adamw(0.01, 4)
     arguments = params, layerwise.init(tx, params), jnp.arange(12).reshape(3, 4)
     steps = [
-        layerwise.make_step(model, tx, projected=False, refreshes=refreshes)
+        galore_jax.make_step(model, tx, projected=False, refreshes=refreshes)
         for refreshes in (False, True)
     ]
     assert len({str(jax.make_jaxpr(step)(*arguments)) for step in steps}) == 1
@@ -113,31 +114,34 @@ def test_models_it_would_train_wrongly_are_refused():
         embed=lambda params, batch: (params["embedding"][batch], params["bias"])
     )
     with pytest.raises(ValueError, match="depends on parameters, whose gradient"):
-        layerwise.make_step(leaking, tx)(params, state, jnp.arange(4)[None])
+        galore_jax.make_step(leaking, tx)(params, state, jnp.arange(4)[None])
     uneven = {**params, "layers": {**params["layers"], "other": jnp.zeros((2, 3))}}
     with pytest.raises(ValueError, match=r'below "layers" must be stacked by layer .* \[2, 3\]'):
-        layerwise.make_step(model, tx)(uneven, layerwise.init(tx, uneven), jnp.arange(4)[None])
+        galore_jax.make_step(model, tx)(uneven, layerwise.init(tx, uneven), jnp.arange(4)[None])
     reading = model._replace(
         head_loss=lambda params, x, batch: (jnp.mean(params["layers"]["kernel"]), x)
     )
     with pytest.raises(ValueError, match='may not read leaves below "layers"'):
-        layerwise.make_step(reading, tx)(params, state, jnp.arange(4)[None])
+        galore_jax.make_step(reading, tx)(params, state, jnp.arange(4)[None])
     numbers = {"layers": {"kernel": optax.contrib.GaLoreDimensionNumbers(0, (1, 2))}}
     numbers |= {"embedding": None, "bias": None}
     tx = galore_jax.chain(galore_jax.galore(2, weight_dimension_numbers=numbers), optax.sgd(0.1))
     with pytest.raises(ValueError, match="layers/kernel is projected across its layers"):
-        layerwise.make_step(model, tx)(params, layerwise.init(tx, params), jnp.arange(4)[None])
+        galore_jax.make_step(model, tx)(params, layerwise.init(tx, params), jnp.arange(4)[None])
 
 
 def test_wrong_settings_and_states_are_refused():
     model, params, _ = tied()
     tx, batch = galore_jax.adamw(0.01, 4), jnp.arange(4)[None]
     with pytest.raises(ValueError, match=r"clip_by must be one of .* not 'previus_step'"):
-        layerwise.make_step(model, tx, clip_norm=1.0, clip_by="previus_step")
+        galore_jax.make_step(model, tx, clip_norm=1.0, clip_by="previus_step")
     with pytest.raises(ValueError, match="clip_norm must be 0 or more, not -1"):
-        layerwise.make_step(model, tx, clip_norm=-1.0)
+        galore_jax.make_step(model, tx, clip_norm=-1.0)
     with pytest.raises(ValueError, match=r"must come from galore_jax\.layerwise\.init"):
-        layerwise.make_step(model, tx)(params, tx.init(params), batch)
+        galore_jax.make_step(model, tx)(params, tx.init(params), batch)
     plain = optax.adam(0.01)
-    with pytest.raises(ValueError, match=r"needs full gradients: .* projected=False"):
-        layerwise.make_step(model, plain)(params, layerwise.init(plain, params), batch)
+    step, state = galore_jax.make_step(model, plain, projected=True), layerwise.init(plain, params)
+    with pytest.raises(ValueError, match="need the state of an optimizer with galore"):
+        step(params, state, batch)
+    with pytest.raises(ValueError, match="which a LayeredModel never has"):
+        galore_jax.make_step(model, tx, micro_batches=2)

@@ -161,7 +161,7 @@ def test_layerwise_steps_keep_the_imaginary_parts_of_parameters_and_activations(
     tx, _ = start(params)
     state = galore_jax.layerwise.init(tx, params)
     model = galore_jax.layerwise.LayeredModel(embed, block, head_loss)
-    step = galore_jax.layerwise.make_step(model, tx, projected=projected)
+    step = galore_jax.make_step(model, tx, projected=projected, refreshes=False)
     gradients_of = lambda *arguments: (
         galore_jax.value_and_grad(loss)(*arguments)
         if projected

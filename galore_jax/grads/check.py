@@ -35,7 +35,7 @@ def check_projection(loss: Loss, *, has_aux: bool = False) -> Callable[..., dict
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> dict[str, float]:
         bases = bases_in(params, opt_state)
         traced = tracer(loss, has_aux)(params, bases, batch, unsplit)
-        _, gradients = traced.value_and_grad()
+        _, gradients = traced.value_and_grad(bases)
         full = jax.grad(loss, has_aux=has_aux)(params, *batch, **unsplit)
         tolerance = max(traced.eps, float(jnp.finfo(jnp.float32).eps)) ** 0.5
         errors: dict[str, float] = {}

@@ -314,7 +314,14 @@ SIZES |= dict.fromkeys(("dynamic_slice", "gather"), "slice_sizes")
 
 
 def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    """Selects, moves or repeats entire matrices; applied to their indices, it shows which ones."""
+    """Selects, moves or repeats entire matrices; applied to their indices, it shows which ones.
+
+    Take kernels of three layers with two experts each, `W` (3, 2, in, out), letters "ABam", and the
+    second layer of them, `lax.slice(W, (1, 0, 0, 0), (2, 2, in, out))`. Both sides are kept in full
+    (`sides = {2, 3}`). The same slice of the matrices' indices, an array (3, 2, 1, 1) from 0 to 5,
+    with its limits for the sides lowered to 1, is [[2, 3]], (1, 2, 1, 1): matrices 2 and 3 are what
+    the stacks of basis vectors and coordinates, (3, 2, n, r), are to be narrowed to.
+    """
     name, (value, *others) = equation.primitive.name, operands
     arrays, shape = _bind(equation, [value.array, *others]), value.array.shape
     sources = _sources(name, params, len(shape), arrays[0].ndim)
@@ -472,13 +479,12 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "transpose": _transpose,
     "reshape": _reshape,
     "jit": _jit,
-    "closed_call": lambda _, params, *rest: _evaluate_inner(params["call_jaxpr"], *rest),
     "remat2": _remat,
     "scan": _scan,
     "cond": _cond,
     "shard_map": _shard_map,
     **dict.fromkeys(("slice", "dynamic_slice", "gather", "split", "unstack"), _select),
     **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim", "tile"), _select),
-    **dict.fromkeys(("copy", "name", "sharding_constraint", "device_put"), _unchanged),
-    **dict.fromkeys(("optimization_barrier", "pvary", "reshard"), _unchanged),
+    **dict.fromkeys(("name", "sharding_constraint", "reshard"), _unchanged),
+    **dict.fromkeys(("optimization_barrier", "pvary"), _unchanged),
 }

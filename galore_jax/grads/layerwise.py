@@ -7,7 +7,7 @@ never exist together, so that training a 7B model fits into 24 GB (arXiv 2403.03
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,26 @@ from jax import lax
 
 from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.layer_slices import LAYERS, Slices
-from galore_jax.grads.refresh import refresh
-from galore_jax.grads.value_and_grad import bases_in, tracer
+from galore_jax.grads.refresh import refreshed
+from galore_jax.grads.value_and_grad import (
+    bases_in,
+    gradients,
+    no_bases,
+    passes,
+    takes_coordinates,
+)
 from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
 from galore_jax.ops.precision import widened
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.clipping import clip_factor, finite_squares
 from galore_jax.optim.sharding import placed_state, shardings_of
-from galore_jax.optim.state import galore_states, to_float32
+from galore_jax.optim.state import to_float32
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.matrix_view import is_box
 from galore_jax.types import PyTree
+
+__all__ = ["LayeredModel", "LayerwiseState", "init", "state_shardings"]
 
 ClipBy = Literal["first_pass", "previous_step"]
 HEAD, EMBEDDING = "head", "embedding"
@@ -88,84 +96,40 @@ def _starter(tx: optax.GradientTransformation) -> Callable[[PyTree], LayerwiseSt
     return lambda params: LayerwiseState(start(tx, to_float32(params)), jnp.zeros([], jnp.float32))
 
 
-class Step(NamedTuple):
-    """Result of a step: the new parameters and state, and the pair from `head_loss`."""
-
-    params: PyTree
-    state: LayerwiseState
-    loss: jax.Array
-    aux: Any
-
-
-def make_step(
+def layerwise_step(
     model: LayeredModel,
     tx: optax.GradientTransformation,
     *,
-    projected: bool = True,
-    refreshes: bool = False,
-    clip_norm: float = 0.0,
-    clip_by: ClipBy = "first_pass",
-    implementation: Implementation = "xla",
-) -> Callable[..., Step]:
-    """A complete training step, layer by layer; call it under `jax.jit`, donating params and state.
-
-    Up to rounding it equals `value_and_grad` (after `refresh`) and `apply_gradients` for optimizers
-    that treat each number or matrix separately, such as schedules, weight decay and everything in
-    `galore_jax.adamw`. Operations in `tx` that combine layers or leaves act within one layer here:
-    use `clip_norm` for a clip by global norm, and select leaves in masks by name, because the layer
-    axis is absent. Gradients cannot be accumulated over micro-batches, because those of a layer are
-    gone before the next layer's are known; accumulate coordinates with
-    `value_and_grad(micro_batches=…)`.
-
-    Args:
-      model: see `LayeredModel`.
-      tx: the optimizer.
-      projected: whether the backward pass projects gradients. False: full gradients of one layer at
-        a time, for methods that need them and for optimizers without galore.
-      refreshes: with projected gradients, whether bases that are due are refreshed first, layer by
-        layer. Compile such a step separately and use it when `refresh_due(state)` is true. With
-        full gradients, galore refreshes by itself.
-      clip_norm: gradients are scaled down to this global norm, of coordinates where gradients are
-        projected; 0: no clipping.
-      clip_by: how the norm is known before the first layer is updated. "first_pass": from an extra
-        forward and backward pass, exact, for nearly twice the time. "previous_step": the norm of
-        the previous step is used instead, at no cost; the first step is not clipped, and an outlier
-        clips the step after it.
-      implementation: of the lift, "xla" or "pallas"; see `apply_gradients`.
+    projected: bool | None,
+    refreshes: bool | None,
+    clip_norm: float,
+    clip_by: ClipBy,
+    implementation: Implementation,
+) -> Callable[..., tuple[PyTree, LayerwiseState, tuple[jax.Array, Any]]]:
+    """See `galore_jax.make_step`.
 
     Returns:
-      A function `(params, state, batch, key=None)` of a `LayerwiseState` and, for stochastic
-      rounding of bfloat16 parameters, a random key, that returns a `Step`.
-
-    Raises:
-      ValueError: an unknown `clip_by` or a negative `clip_norm`. When the step is called: leaves of
-        blocks that are not stacked by layer or are projected across layers; an `embed` or
-        `head_loss` that reads them; an `embed` whose second result depends on parameters; a state
-        that does not come from `init`; or, if projected, a state without galore, such as those of
-        `fira` and `apollo`.
+      A function `(params, state, batch, key)` that returns the new parameters and state, and the
+      pair from `head_loss`.
     """
-    if clip_by not in get_args(ClipBy):
-        raise ValueError(f"layerwise: clip_by must be one of {get_args(ClipBy)}, not {clip_by!r}.")
-    if clip_norm < 0:
-        raise ValueError(f"layerwise: clip_norm must be 0 or more, not {clip_norm}.")
 
-    def step(
-        params: PyTree, state: LayerwiseState, batch: PyTree, key: jax.Array | None = None
-    ) -> Step:
-        _check(state, projected)
+    def step(params: PyTree, state: LayerwiseState, batch: PyTree, key: jax.Array | None) -> Any:
+        if not isinstance(state, LayerwiseState):
+            raise ValueError("layerwise: the state must come from galore_jax.layerwise.init.")
         parts, inner = _parts(model, params, batch), state.inner
+        is_projected = takes_coordinates(inner) if projected is None else projected
         factor, refreshes_now = jnp.float32(1), refreshes
         if clip_norm and clip_by == "previous_step":
             factor = clip_factor(state.norm, clip_norm)
         elif clip_norm:
             # Bases are refreshed in this first pass, since the norm is that of coordinates in them.
-            measure = _PartStep(tx, projected, refreshes, update=None)
+            measure = _PartStep(tx, is_projected, refreshes, update=None)
             _, inner, squares, _ = _backward(model, parts, measure, params, inner, batch)
             factor, refreshes_now = clip_factor(jnp.sqrt(squares), clip_norm), False
-        update = _PartStep(tx, projected, refreshes_now, _Update(factor, key, implementation))
+        update = _PartStep(tx, is_projected, refreshes_now, _Update(factor, key, implementation))
         params, inner, squares, pair = _backward(model, parts, update, params, inner, batch)
         norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
-        return Step(params, LayerwiseState(inner, norm), *pair)
+        return params, LayerwiseState(inner, norm), pair
 
     return step
 
@@ -187,7 +151,7 @@ class _PartStep(NamedTuple):
 
     tx: optax.GradientTransformation
     projected: bool
-    refreshes: bool
+    refreshes: bool | None
     update: _Update | None
 
     def __call__(
@@ -205,21 +169,17 @@ class _PartStep(NamedTuple):
           Parameters and state, the gradient of x, the sum of squares of the parameters' gradients,
           and the loss's pair.
         """
-        # New bases, where they are due.
-        if self.projected and self.refreshes:
-            state = refresh(loss, has_aux=True)(params, state, x, *rest)
-
-        # Gradients with respect to parameters and inputs in one backward pass.
+        # Parameters and inputs together, to differentiate by both in one backward pass.
         joint_loss = lambda both, *rest: loss(both["params"], both["x"], *rest)
-        both = {"params": params, "x": x}
-        if self.projected:
-            unprojected = jax.tree.map(lambda _: optax.MaskedNode(), x)
-            bases = {"params": bases_in(params, state), "x": unprojected}
-            traced = tracer(joint_loss, has_aux=True)(both, bases, rest, {})
-            pair, gradients = traced.value_and_grad()
-        else:
-            pair, gradients = jax.value_and_grad(joint_loss, has_aux=True)(both, *rest)
-        grads = jax.tree.map(widened, gradients["params"])
+        both, unprojected = {"params": params, "x": x}, no_bases(x)
+        bases = bases_in(params, state) if self.projected else no_bases(params)
+        joint_bases = {"params": bases, "x": unprojected}
+        mean_of = passes(joint_loss, True, 1, ())(both, joint_bases, rest, {})
+        if self.projected and self.refreshes is not False:
+            state = refreshed(mean_of, both, joint_bases, state, when_due=self.refreshes is None)
+            joint_bases = {"params": bases_in(params, state), "x": unprojected}
+        pair, both_gradients = gradients(mean_of, joint_bases)
+        grads = jax.tree.map(widened, both_gradients["params"])
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
         squares = finite_squares(grads)
         grads, squares = lax.optimization_barrier((grads, squares))
@@ -231,7 +191,7 @@ class _PartStep(NamedTuple):
             params, state = apply_gradients(
                 self.tx, grads, state, params, key=key, implementation=self.update.implementation
             )
-        return (params, state), gradients["x"], squares, pair
+        return (params, state), both_gradients["x"], squares, pair
 
 
 def _backward(
@@ -298,7 +258,7 @@ def _backward(
         new, dx, more, _ = part_step(block_loss, *current, inputs[i], dy, number=i)
         if part_step.update is not None:
             params = slices.with_layer(params, i, new[0])
-        if part_step.update is not None or part_step.refreshes:
+        if part_step.update is not None or part_step.refreshes is not False:
             state = slices.with_layer(state, i, new[1])
         trees = params, state
         # The next layer is sliced here and carried: to read from a stack and write to it in one
@@ -378,16 +338,6 @@ def _parts(model: LayeredModel, params: PyTree, batch: PyTree) -> _Parts:
     return _Parts(
         Slices(groups, sizes.pop()), frozenset(read_by_embed & (read_by_loss | read_by_aux))
     )
-
-
-def _check(state: Any, projected: bool) -> None:
-    if not isinstance(state, LayerwiseState):
-        raise ValueError("layerwise: the state must come from galore_jax.layerwise.init.")
-    if projected and not galore_states(state.inner, inside_chains=True):
-        raise ValueError(
-            "layerwise: an optimizer without galore needs full gradients: use make_step(…, "
-            "projected=False)."
-        )
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:

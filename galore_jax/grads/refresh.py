@@ -16,12 +16,18 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_embeddings
-from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import product_dtype
-from galore_jax.grads.value_and_grad import Loss, Names, TracedLoss, Uses, bases_in, tracer
+from galore_jax.grads.value_and_grad import (
+    Loss,
+    MeanOf,
+    Names,
+    TracedLoss,
+    Uses,
+    bases_in,
+    passes,
+)
 from galore_jax.ops.loops import flatten_batch, for_each
-from galore_jax.ops.partition import AxisNames, map_batch, names_of, specs_of, with_auto_axes
+from galore_jax.ops.partition import AxisNames, map_batch, specs_of, with_auto_axes
 from galore_jax.ops.quantization import as_float32
 from galore_jax.optim.rotation import constrain_state, rotate
 from galore_jax.optim.state import (
@@ -86,7 +92,6 @@ def refresh(
     has_aux: bool = False,
     micro_batches: int = 1,
     data_axes: AxisNames = (),
-    axis_name: AxisNames | None = None,
 ) -> Callable[..., PyTree]:
     """Refreshes the bases that are due, by backward passes that never form a full gradient.
 
@@ -102,81 +107,87 @@ def refresh(
       micro_batches: as for `value_and_grad`; each pass covers all micro-batches before the next one
         begins.
       data_axes: as for `value_and_grad`.
-      axis_name: inside `jax.pmap` or `jax.shard_map`, the axes over which the batch is split.
-        Gradients are averaged over them, so that all devices compute the same bases. Pass `()` to
-        average over none.
 
     Returns:
       A function `(params, opt_state, *batch, **unsplit)` that returns the new state.
 
     Raises:
-      ValueError: a refresh method that needs full gradients, naming the leaf; no `axis_name` inside
+      ValueError: when called: a refresh method that needs full gradients, naming the leaf; inside
         `jax.pmap` or `jax.shard_map`; and as for `value_and_grad`.
     """
-    check_micro_batches(micro_batches)
+    means_over = passes(loss, has_aux, micro_batches, data_axes)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
-        _check_axis_name(axis_name)
-        bases, axes = bases_in(params, opt_state), names_of(data_axes)
-        trace = tracer(loss, has_aux, divided=micro_batches > 1 or bool(axes))
-        # On an Explicit mesh, what runs on shards must not use arrays from outside.
-        arrays, with_arrays = leaves_of(jax.Array, unsplit)
-
-        def mean_of(f: Callable[[TracedLoss, PyTree], PyTree], given: PyTree) -> PyTree:
-            """The mean of `f(traced loss, given)` over the shards and micro-batches."""
-
-            def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
-                params, bases, arrays, given = operands
-                params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
-                of_part = lambda *part: f(trace(params, bases, part, unsplit), given)
-                return mean_over(of_part, micro_batches, *shard)
-
-            return mean_over_shards(of_shard, axes, (params, bases, arrays, given), *batch)
-
-        # Which parameters the loss multiplies by.
-        uses: dict[Names, Uses] = {}
-
-        def record_uses(traced: TracedLoss, _: None) -> jax.Array:
-            uses.update(traced.uses)
-            return jnp.zeros([])
-
-        jax.eval_shape(lambda: mean_of(record_uses, None))
-        projected = {
-            basis.projection.path: basis
-            for basis in jax.tree.leaves(bases, is_leaf=is_basis)
-            if is_basis(basis) and uses[basis.projection.path].gradient != "full"
-        }
-
-        def backward(given: dict[Names, Basis]) -> dict[Names, jax.Array]:
-            def chosen(basis: Basis, param: jax.Array) -> Any:
-                if basis.projection.path not in given:
-                    return optax.MaskedNode()
-                basis = given[basis.projection.path]
-                # Already in the dtype of the products, so that no wider copies are stored.
-                dtype = product_dtype(param.dtype)
-                vectors = jax.tree.map(lambda own: own.astype(dtype), basis.vectors)
-                return dataclasses.replace(basis, vectors=vectors)
-
-            chosen_bases = map_bases(chosen, bases, params, otherwise=bases)
-            mean = mean_of(TracedLoss.coordinates, chosen_bases)
-            mean = lax.pmean(mean, axis_name) if axis_name else mean
-            return {path: constrain_coordinates(node).value for path, node in mean.items()}
-
-        if not projected:
-            return opt_state
-        sketches = _sketches(backward, projected)
-        return with_auto_axes(_refreshed, opt_state, sketches, out=lambda: specs_of(opt_state))
+        bases = bases_in(params, opt_state)
+        mean_of = means_over(params, bases, batch, unsplit)
+        return refreshed(mean_of, params, bases, opt_state, when_due=False)
 
     return run
 
 
-def _check_axis_name(axis_name: AxisNames | None) -> None:
-    axes = jax.sharding.get_abstract_mesh().manual_axes
-    if axes and axis_name is None:
+def refreshed(
+    mean_of: MeanOf, params: PyTree, bases: PyTree, opt_state: PyTree, *, when_due: bool
+) -> PyTree:
+    """The state with the bases renewed that are due, and with its moments in them.
+
+    Args:
+      mean_of: passes over the batch, of `passes`.
+      params: the parameters.
+      bases: of the state, in a tree like them.
+      opt_state: the optimizer's state.
+      when_due: whether to branch on whether anything is due, in a step that may not refresh.
+    """
+    states = galore_states(opt_state, inside_chains=True)
+    new = partial(_refreshed_states, mean_of, params, bases, states)
+    # Only bases go through the branch, which may copy what it returns.
+    new = lax.cond(_any_due(bases_of(states)), new, lambda: states) if when_due else new()
+    return with_auto_axes(_adopted, opt_state, new, out=lambda: specs_of(opt_state))
+
+
+def _refreshed_states(
+    mean_of: MeanOf, params: PyTree, bases: PyTree, states: list[GaLoreState]
+) -> list[GaLoreState]:
+    if axes := jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError(
             f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))}, each "
-            "device would compute bases of its own: name the batch's axes, refresh(…, axis_name=…)."
+            "device would compute bases of its own: refresh outside of it, under jax.jit, with "
+            "data_axes if the batch is divided."
         )
+    projected = _projected(mean_of, bases)
+    if not projected:
+        return states
+
+    def backward(given: dict[Names, Basis]) -> dict[Names, jax.Array]:
+        def chosen(basis: Basis, param: jax.Array) -> Any:
+            if basis.projection.path not in given:
+                return optax.MaskedNode()
+            basis = given[basis.projection.path]
+            # Already in the dtype of the products, so that no wider copies are stored.
+            dtype = product_dtype(param.dtype)
+            vectors = jax.tree.map(lambda own: own.astype(dtype), basis.vectors)
+            return dataclasses.replace(basis, vectors=vectors)
+
+        mean = mean_of(TracedLoss.coordinates, map_bases(chosen, bases, params, otherwise=bases))
+        return {path: constrain_coordinates(node).value for path, node in mean.items()}
+
+    sketches = _sketches(backward, projected)
+    return with_auto_axes(_renewed, states, sketches, out=lambda: specs_of(states))
+
+
+def _projected(mean_of: MeanOf, bases: PyTree) -> dict[Names, Basis]:
+    """The bases of the parameters that the loss multiplies by, by path."""
+    uses: dict[Names, Uses] = {}
+
+    def record_uses(traced: TracedLoss, _: None) -> jax.Array:
+        uses.update(traced.uses)
+        return jnp.zeros([])
+
+    jax.eval_shape(lambda: mean_of(record_uses, None))
+    return {
+        basis.projection.path: basis
+        for basis in jax.tree.leaves(bases, is_leaf=is_basis)
+        if is_basis(basis) and uses[basis.projection.path].gradient != "full"
+    }
 
 
 def _sketches(backward: Backward, bases: dict[Names, Basis]) -> dict[Names, Sketch]:
@@ -278,23 +289,29 @@ def _float32(stored: Any) -> jax.Array:
     return with_auto_axes(as_float32, stored, out=lambda: specs_of(codes))
 
 
-def _refreshed(opt_state: PyTree, sketches: dict[Names, Sketch]) -> PyTree:
-    """The state with bases renewed from the sketches, and with its moments in them."""
-    basis_updates = {}
+def _renewed(states: list[GaLoreState], sketches: dict[Names, Sketch]) -> list[GaLoreState]:
+    """The states with bases renewed from the sketches."""
 
     def renewed(state: GaLoreState) -> GaLoreState:
         def at_leaf(basis: Basis) -> Basis:
             path = basis.projection.path
             if path not in sketches:
                 return basis
-            new = refresh_basis(
+            return refresh_basis(
                 basis, sketches[path], state.lazy_overlap, seed=state.seed, count=state.count
             )
-            basis_updates[path] = basis, new
-            return new
 
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
 
-    new = [renewed(state) for state in galore_states(opt_state, inside_chains=True)]
-    rotated = rotate(opt_state, basis_updates)
+    return [renewed(state) for state in states]
+
+
+def _adopted(opt_state: PyTree, new: list[GaLoreState]) -> PyTree:
+    pairs = zip(bases_of(galore_states(opt_state, inside_chains=True)), bases_of(new), strict=True)
+    # `refreshed` may still be that of the last update.
+    changes = {
+        one.projection.path: (one, dataclasses.replace(other, refreshed=other.age < one.age))
+        for one, other in pairs
+    }
+    rotated = rotate(opt_state, changes)
     return constrain_state(with_galore_states(rotated, new, inside_chains=True))

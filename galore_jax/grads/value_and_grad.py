@@ -15,12 +15,14 @@ from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.partition import AxisNames, explicit_mesh, names_of, specs_of, with_auto_axes
 from galore_jax.optim.state import (
+    bases_of,
     galore_states,
     is_low_rank,
     is_parameter,
 )
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves, unboxed
+from galore_jax.subspace.methods import EXACT
 from galore_jax.subspace.placement import constrain_coordinates, coordinates_partition
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
@@ -87,29 +89,54 @@ def value_and_grad(
       (2, 16)
       >>> params, state = apply_gradients(tx, grads, state, params)
     """
-    check_micro_batches(micro_batches)
+    means_over = passes(loss, has_aux, micro_batches, data_axes)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
-        # On an Explicit mesh, what runs on shards must not use arrays from outside.
-        arrays, with_arrays = leaves_of(jax.Array, unsplit)
-        axes = names_of(data_axes)
-        trace = tracer(loss, has_aux, divided=micro_batches > 1 or bool(axes))
-
-        def of_shard(operands: tuple[PyTree, PyTree, Any], *shard: Any) -> tuple[Any, PyTree]:
-            params, bases, arrays = operands
-            params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
-
-            def one(*part: Any) -> tuple[Any, PyTree]:
-                return trace(params, bases, part, unsplit).value_and_grad()
-
-            return mean_over(one, micro_batches, *shard)
-
-        operands = params, bases_in(params, opt_state), arrays
-        value, gradients = mean_over_shards(of_shard, axes, operands, *batch)
-        gradients = jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
-        return value, gradients
+        bases = bases_in(params, opt_state)
+        return gradients(means_over(params, bases, batch, unsplit), bases)
 
     return run
+
+
+def gradients(mean_of: "MeanOf", bases: PyTree) -> tuple[Any, PyTree]:
+    """The value of a loss (with has_aux the pair) and its gradients, as means over a batch."""
+    value, gradients = mean_of(TracedLoss.value_and_grad, bases)
+    return value, jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
+
+
+# The mean of `f(traced loss, given)` over the shards and micro-batches of a batch.
+MeanOf = Callable[[Callable[["TracedLoss", PyTree], PyTree], PyTree], PyTree]
+
+
+def passes(
+    loss: Loss, has_aux: bool, micro_batches: int, data_axes: AxisNames
+) -> Callable[..., MeanOf]:
+    """Passes over a batch, for which the loss is traced once; arguments as for `value_and_grad`.
+
+    Returns:
+      A function of the parameters, the bases (a tree like the parameters with
+      `optax.MaskedNode()` for unprojected leaves), the batch and the loss's keyword arguments.
+    """
+    check_micro_batches(micro_batches)
+    axes = names_of(data_axes)
+
+    def means_over(params: PyTree, bases: PyTree, batch: Any, unsplit: Any) -> MeanOf:
+        trace = tracer(loss, has_aux, divided=micro_batches > 1 or bool(axes))
+        # On an Explicit mesh, what runs on shards must not use arrays from outside.
+        arrays, with_arrays = leaves_of(jax.Array, unsplit)
+
+        def mean_of(f: Callable[[TracedLoss, PyTree], PyTree], given: PyTree) -> PyTree:
+            def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
+                params, bases, arrays, given = operands
+                params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
+                of_part = lambda *part: f(trace(params, bases, part, unsplit), given)
+                return mean_over(of_part, micro_batches, *shard)
+
+            return mean_over_shards(of_shard, axes, (params, bases, arrays, given), *batch)
+
+        return mean_of
+
+    return means_over
 
 
 class Uses(NamedTuple):
@@ -198,13 +225,14 @@ class TracedLoss:
         self._unboxed_tree = jax.tree.structure(unboxed(params))
         self._bases = self._by_leaf(bases)
 
-    def value_and_grad(self) -> tuple[Any, PyTree]:
+    def value_and_grad(self, bases: PyTree) -> tuple[Any, PyTree]:
         """The value of the loss (with has_aux the pair) and its gradients.
 
         The gradients are `Coordinates` for parameters with a basis, but full for those that the
         loss never multiplies by.
         """
-        pair, gradients = self._differentiate(self._bases, set(range(len(self._leaves))))
+        everything = set(range(len(self._leaves)))
+        pair, gradients = self._differentiate(self._by_leaf(bases), everything)
         return pair if self._has_aux else pair[0], self._tree.unflatten(gradients)
 
     def coordinates(self, bases: PyTree) -> dict[Names, Coordinates]:
@@ -290,6 +318,18 @@ class TracedLoss:
         return {i: zeros(self._leaves[i], basis) for i, basis in bases.items()}
 
 
+def takes_coordinates(opt_state: PyTree) -> bool:
+    """Whether the optimizer can work on projected gradients, and refresh its bases with them."""
+    states = galore_states(opt_state, inside_chains=True)
+    from_sketches = all(basis.method not in EXACT for basis in bases_of(states))
+    return bool(states) and all(map(is_low_rank, states)) and from_sketches
+
+
+def no_bases(tree: PyTree) -> PyTree:
+    """What `bases_in` returns if nothing is projected."""
+    return jax.tree.map(lambda _: optax.MaskedNode(), unboxed(tree))
+
+
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     """All bases of a state in one tree like the parameters without boxes.
 
@@ -316,7 +356,7 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
                 f"the leaf {'/'.join(names)} of the parameters is a function: pass the arrays "
                 "alone, as by equinox.partition(model, equinox.is_inexact_array)."
             )
-    bases = jax.tree.map(lambda _: optax.MaskedNode(), unboxed(params))
+    bases = no_bases(params)
     pick = lambda own, other: other if isinstance(own, optax.MaskedNode) else own
     try:
         for state in states:

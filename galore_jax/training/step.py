@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh
 
 import galore_jax
-from galore_jax.grads import layerwise
 from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.models.adapters import combine
@@ -172,7 +171,7 @@ def dropout_rngs(batch: Batch) -> dict[str, jax.Array]:
 def _make_layerwise_step(task: Task, refreshes: bool, mesh: Mesh | None) -> TrainStep:
     optimizer, steps = task.config.optimizer, task.config.training.steps
     schedule = learning_rate_schedule(optimizer, steps)
-    step = layerwise.make_step(
+    step = galore_jax.make_step(
         task.layered_model,
         make_optimizer(optimizer, steps, clips=False),
         projected=optimizer.has_projected_gradients,
@@ -180,11 +179,14 @@ def _make_layerwise_step(task: Task, refreshes: bool, mesh: Mesh | None) -> Trai
         clip_norm=optimizer.clip_norm,
         clip_by=optimizer.clip_by,
         implementation=optimizer.implementation,
+        has_aux=True,
     )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
         key = _rounding_key(state)
-        params, opt_state, loss, targets = step(state.params, state.opt_state, batch, key)
+        params, opt_state, (loss, targets) = step(
+            state.params, state.opt_state, batch, rounding_key=key
+        )
         norm = "coordinates_norm" if optimizer.has_projected_gradients else "gradient_norm"
         metrics = {
             "loss": loss,

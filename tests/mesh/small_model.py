@@ -140,7 +140,7 @@ def train(
     if mode.startswith("layerwise"):
         state = galore_jax.layerwise.init(tx, params, over=over)
         projected = {"projected": mode == "layerwise"}
-        make_step = functools.partial(galore_jax.layerwise.make_step, model, tx, **projected)
+        make_step = functools.partial(galore_jax.make_step, model, tx, **projected)
         steps_of = {
             flag: jax.jit(make_step(refreshes=flag), donate_argnums=(0, 1)) for flag in (0, 1)
         }
@@ -163,8 +163,7 @@ def train(
             tokens = placed(jnp.asarray(tokens))
             due = bool(galore_jax.refresh_due(state))
             if mode.startswith("layerwise"):
-                result = steps_of[due](params, state, tokens)
-                params, state, value = result.params, result.state, result.loss
+                params, state, value = steps_of[due](params, state, tokens)
             else:
                 if due and mode == "projected":
                     state = refresh(params, state, tokens)

@@ -1,0 +1,148 @@
+"""`make_step`: a complete training step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import jax
+import optax
+
+from galore_jax.grads.layerwise import ClipBy, LayeredModel, layerwise_step
+from galore_jax.grads.refresh import refreshed
+from galore_jax.grads.value_and_grad import (
+    Loss,
+    bases_in,
+    gradients,
+    no_bases,
+    passes,
+    takes_coordinates,
+)
+from galore_jax.ops.implementation import Implementation
+from galore_jax.ops.partition import AxisNames
+from galore_jax.optim.apply import apply_gradients
+from galore_jax.optim.clipping import clip_by_finite_norm
+from galore_jax.types import PyTree
+
+
+class Step(NamedTuple):
+    """What a step returns: the new parameters and state, and the value of the loss."""
+
+    params: PyTree
+    state: PyTree
+    value: Any
+
+
+def make_step(
+    loss: Loss | LayeredModel,
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    micro_batches: int = 1,
+    data_axes: AxisNames = (),
+    projected: bool | None = None,
+    refreshes: bool | None = None,
+    clip_norm: float = 0.0,
+    clip_by: ClipBy = "first_pass",
+    implementation: Implementation = "xla",
+) -> Callable[..., Step]:
+    """A complete training step: new bases where they are due, gradients, and the update.
+
+    It is `refresh`, `value_and_grad` and `apply_gradients` in one. Call it under `jax.jit`, with
+    the parameters and the state donated. A step of an optimizer without galore is an ordinary one.
+
+    With a `LayeredModel` in place of the loss it goes layer by layer, so that the gradient and the
+    update of only one layer exist at a time (see `docs/low-memory.md`). Up to rounding that is the
+    same step for optimizers that treat each number or matrix separately, such as everything in
+    `galore_jax.adamw`. Operations in `tx` that combine layers or leaves act within one layer there:
+    clip by `clip_norm`, and select leaves in masks by name, because the layer axis is absent.
+
+    Args:
+      loss: as for `value_and_grad`, or a `LayeredModel`.
+      tx: any optax transformation.
+      has_aux: whether the loss returns a pair, the second part of which is not differentiated. That
+        of a `LayeredModel` always does; without `has_aux` its second part is left out.
+      micro_batches: as for `value_and_grad`; not for a `LayeredModel`, whose gradients are gone
+        before those of the next micro-batch are known.
+      data_axes: as for `value_and_grad`; not for a `LayeredModel`.
+      projected: whether the backward pass projects gradients. False: full gradients. None: it does
+        where the optimizer allows it.
+      refreshes: with projected gradients, whether to refresh the bases that are due. None: the step
+        branches on whether any is. True and False are for two programs in place of one with a
+        branch: compile both, and use that with True when `refresh_due(state)` is true. (With full
+        gradients, galore refreshes by itself.)
+      clip_norm: gradients are scaled down to this global norm of their finite elements, of
+        coordinates where they are projected; 0: no clipping.
+      clip_by: how the norm is known before the first layer of a `LayeredModel` is updated.
+        "first_pass": from an extra forward and backward pass, exact, for nearly twice the time.
+        "previous_step": the norm of the previous step is used instead, at no cost; the first step
+        is not clipped, and an outlier clips the step after it.
+      implementation: of the lift, "xla" or "pallas"; see `apply_gradients`.
+
+    Returns:
+      A function `(params, state, *batch, rounding_key=None, **unsplit)` that returns the new
+      parameters, the new state and the loss (with has_aux the pair), a `Step`. The state is that of
+      `galore_jax.init(tx, params)`, for a `LayeredModel` of `galore_jax.layerwise.init`, which
+      takes one batch and no keyword arguments. With a `rounding_key`, bfloat16 parameters are
+      rounded stochastically.
+
+    Raises:
+      ValueError: an unknown `clip_by`, a negative `clip_norm`, or micro-batches or data axes of a
+        `LayeredModel`. When the step is called: as for `value_and_grad` and `refresh`; of a
+        `LayeredModel`, also leaves of blocks that are not stacked by layer or are projected across
+        layers, an `embed` or `head_loss` that reads them, or an `embed` whose second result depends
+        on parameters.
+
+    Examples:
+      >>> import galore_jax, jax, jax.numpy as jnp
+      >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+      >>> params, x = {"w": jnp.ones((8, 16))}, jnp.ones((4, 8))
+      >>> tx = galore_jax.adamw(1e-2, rank=2)
+      >>> state = tx.init(params)
+      >>> step = jax.jit(galore_jax.make_step(loss, tx), donate_argnums=(0, 1))
+      >>> params, state, value = step(params, state, x)
+    """
+    if clip_by not in get_args(ClipBy):
+        raise ValueError(f"make_step: clip_by must be one of {get_args(ClipBy)}, not {clip_by!r}.")
+    if clip_norm < 0:
+        raise ValueError(f"make_step: clip_norm must be 0 or more, not {clip_norm}.")
+    if isinstance(loss, LayeredModel):
+        if micro_batches != 1 or data_axes:
+            raise ValueError(
+                "make_step: micro_batches and data_axes need the gradients of all layers at once, "
+                "which a LayeredModel never has: leave them out, or pass a loss."
+            )
+        settings: Any = {"clip_norm": clip_norm, "clip_by": clip_by}
+        settings |= {"projected": projected, "refreshes": refreshes}
+        by_layer = layerwise_step(loss, tx, implementation=implementation, **settings)
+
+        def step_by_layer(
+            params: PyTree, state: PyTree, batch: Any, *, rounding_key: jax.Array | None = None
+        ) -> Step:
+            params, state, pair = by_layer(params, state, batch, rounding_key)
+            return Step(params, state, pair if has_aux else pair[0])
+
+        return step_by_layer
+
+    means_over = passes(loss, has_aux, micro_batches, data_axes)
+    clip = clip_by_finite_norm(clip_norm) if clip_norm else optax.identity()
+
+    def step(
+        params: PyTree,
+        state: PyTree,
+        *batch: Any,
+        rounding_key: jax.Array | None = None,
+        **unsplit: Any,
+    ) -> Step:
+        is_projected = takes_coordinates(state) if projected is None else projected
+        bases = bases_in(params, state) if is_projected else no_bases(params)
+        mean_of = means_over(params, bases, batch, unsplit)
+        if is_projected and refreshes is not False:
+            state = refreshed(mean_of, params, bases, state, when_due=refreshes is None)
+            bases = bases_in(params, state)
+        value, grads = gradients(mean_of, bases)
+        grads, _ = clip.update(grads, clip.init(params))
+        params, state = apply_gradients(
+            tx, grads, state, params, key=rounding_key, implementation=implementation
+        )
+        return Step(params, state, value)
+
+    return step
