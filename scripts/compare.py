@@ -1,4 +1,4 @@
-"""Compares optimizers on the same model, text and steps: a table and two pictures.
+"""Compares optimizers on the same model, text and steps: a table and a picture.
 
 python scripts/compare.py --config configs/demo.toml
 python scripts/compare.py --config configs/llama_5m.toml --seeds 0,1,2 \

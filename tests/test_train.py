@@ -252,7 +252,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_resumes(place, uninterrupted
         assert full.returncode == 2
         assert "Traceback" not in full.stderr
         message = full.stderr.strip().splitlines()[-1]
-        assert message.startswith("error: the disk is full while writing")
+        assert message.startswith("error: the disk is full")
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         finished = finish(place, command(place, "disk/run", "--resume"))
         assert finished.returncode == 0, finished.stderr

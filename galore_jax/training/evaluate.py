@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,42 +17,25 @@ from galore_jax.training.mesh import jit_on, on_mesh, put_batch
 from galore_jax.training.task import Batch, Task
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of an evaluation.
-
-    Attributes:
-      loss: the sum of the losses divided by the number of targets, in nats.
-      reference_loss: the loss as the evaluator of the reference repository counts it; published
-        tables hold exp of it. It divides the sum of the mean losses of N batches, which have equal
-        weight however many targets they hold, by N + 1, and is too low by that factor. N is the
-        number of rows over `training.reference_batch_size`.
-      targets: number of tokens that were predicted.
-    """
-
-    loss: float
-    reference_loss: float
-    targets: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return perplexity(self.loss)
-
-    @property
-    def reference_perplexity(self) -> float:
-        """exp(reference_loss), the one to compare with published tables."""
-        return perplexity(self.reference_loss)
-
-
 def make_evaluate(
     task: Task, mesh: Mesh | None = None
-) -> Callable[[Any, Iterable[Batch]], Evaluation]:
-    """Makes a function of the parameters and batches that returns their `Evaluation`.
+) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
+    """Makes a function that evaluates parameters on batches.
 
     Parameters on a mesh need the mesh. Batches are split into the micro-batches of the training;
-    the last one is that which completes `training.evaluation_tokens`, unless that is 0. The
-    function raises an `InputError` if the batches have no targets.
+    the last one is that which completes `training.evaluation_tokens`, unless that is 0.
+
+    Returns:
+      A function of the parameters and batches; it returns
+
+      * `validation_loss`: the sum of the losses divided by the number of targets, in nats;
+      * `reference_loss`: the loss as the evaluator of the reference repository counts it; published
+        tables hold exp of it. It divides the sum of the mean losses of N batches, which have equal
+        weight however many targets they hold, by N + 1, and is too low by that factor. N is the
+        number of rows over `training.reference_batch_size`;
+      * `validation_targets`: the number of tokens that were predicted.
+
+      It raises an `InputError` if the batches have no targets.
     """
     config = task.config
 
@@ -64,7 +46,7 @@ def make_evaluate(
 
     compiled = jit_on(mesh, sums)
 
-    def evaluate(params: Any, batches: Iterable[Batch]) -> Evaluation:
+    def evaluate(params: Any, batches: Iterable[Batch]) -> dict[str, float]:
         results, rows = [], 0
         with on_mesh(mesh):
             for batch in take_targets(batches, config.training.evaluation_tokens):
@@ -78,23 +60,19 @@ def make_evaluate(
                 f"data.source = {config.data.source!r} holds no two tokens in one row."
             )
         means = losses[targets > 0] / targets[targets > 0]
-        size = config.training.reference_batch_size or config.data.batch_size
-        reference_batches = rows / size
-        return Evaluation(
-            loss=losses.sum() / targets.sum(),
-            reference_loss=means.mean() * reference_batches / (reference_batches + 1),
-            targets=int(targets.sum()),
-        )
+        reference = rows / (config.training.reference_batch_size or config.data.batch_size)
+        return {
+            "validation_loss": float(losses.sum() / targets.sum()),
+            "reference_loss": float(means.mean() * reference / (reference + 1)),
+            "validation_targets": int(targets.sum()),
+        }
 
     return evaluate
 
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite if that overflows."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def take_targets(batches: Iterable[Batch], targets: int) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from galore_jax.errors import InputError, names_full_disk
+from galore_jax.errors import InputError
 from galore_jax.files import write_text
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config_file import to_dict
@@ -96,7 +96,6 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
         mesh = training_mesh(task)
         data = task.open_data(mesh, partial(print, file=sys.stderr) if is_first() else None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_raise_on_full_disk(task))
         stack.enter_context(raise_on_full_memory(task.less_memory))
         stops = stopping_together(stack.enter_context(_stop_signals()))
         stack.callback(data.batches.close)
@@ -268,18 +267,3 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _raise_on_full_disk(task: Task) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not names_full_disk(error):
-            raise
-        path, folder = getattr(error, "filename", None), task.config.training.folder
-        command = task.resume_command() if RunFolder(folder).holds_run() else "the same command"
-        raise InputError(
-            f"the disk is full while writing {path or folder}; what was saved before is intact: "
-            f"free some space, then resume with {command}"
-        ) from error

@@ -79,15 +79,10 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     fixed = {name: size for name, size in sizes.items() if size != -1}
     product = math.prod(fixed.values())
     names = " × ".join(f"mesh.{name}" for name in fixed)
-    if free and devices % product:
+    if devices % product or (product != devices and not free):
         raise InputError(
-            f"{names} is {product}, which does not divide the number of devices, {devices}: choose "
-            f"values whose product is {any_of(divisors(devices))}."
-        )
-    if not free and product != devices:
-        raise InputError(
-            f"{names} is {product}, but the number of devices is {devices}: choose values whose "
-            f"product is {devices}, or set mesh.data = -1 and values whose product divides it."
+            f"{names} is {product}, but there are {devices} devices: choose values whose product "
+            f"{'divides' if free else 'is'} {devices}."
         )
     return sizes | dict.fromkeys(free, devices // product)
 
@@ -146,22 +141,15 @@ def check_training_mesh(task: "Task", mesh: Mesh | None) -> None:
     batch_size, parts = task.config.data.batch_size, task.config.training.accumulation
     rows, divided = batch_size // parts, math.prod(mesh.shape[name] for name in BATCH_AXES)
     if rows % divided:
-        possible = [size for size in divisors(mesh.size) if rows % size == 0]
-        fewer = ""
-        if batch_size % divided == 0:
-            fitting = math.gcd(parts, batch_size // divided)
-            fewer = f"lower training.accumulation to {fitting}, "
         raise InputError(
             f"mesh.data × mesh.fsdp is {divided}, which does not divide data.batch_size / "
-            f"training.accumulation, {rows} rows: {fewer}set data.batch_size to a multiple of "
-            f"{parts * divided}, or choose a mesh in which mesh.data × mesh.fsdp is "
-            f"{any_of(possible)}."
+            f"training.accumulation, {rows} rows: choose others."
         )
     for name, size in task.sizes.items():
         if size % mesh.shape[TENSOR]:
             raise InputError(
                 f"mesh.tensor is {mesh.shape[TENSOR]}, which does not divide model.{name}, {size}: "
-                f"choose {any_of(divisors(math.gcd(*task.sizes.values())))}."
+                f"choose a divisor of {math.gcd(*task.sizes.values())}."
             )
 
 
@@ -262,14 +250,3 @@ def _whole_embedding(path: Any, leaf: jax.Array) -> jax.Array:
     if path_names(path)[-1] != "embedding":
         return leaf
     return jax.lax.with_sharding_constraint(leaf, P())
-
-
-def divisors(number: int) -> list[int]:
-    """All positive integers that divide a positive one."""
-    return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def any_of(values: list[int]) -> str:
-    """As in "1, 2 or 4"."""
-    *most, last = map(str, values)
-    return f"{', '.join(most)} or {last}" if most else last

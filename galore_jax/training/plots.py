@@ -1,7 +1,6 @@
-"""Plots of runs: curves, and losses against the size of the optimizer's state."""
+"""Curves of runs."""
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write
-from galore_jax.training.metrics import format_bytes, read_metrics
+from galore_jax.training.metrics import read_metrics
 from galore_jax.training.run_folder import RunFolder
 
 # Okabe and Ito's palette, suitable for colour-blind readers.
@@ -19,12 +18,6 @@ LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 # Fractions of a curve: the window of its running mean, and the steep start that is cut off.
 SMOOTHED_PART = 0.02
 STEEP_PART = 0.04
-# Positions of a label, in points from its point, with its alignment; the best one first.
-_OFFSETS = tuple(
-    ((side * distance, height), "left" if side > 0 else "right")
-    for height in (0, 9, -9, 18, -18, 27, -27)
-    for side, distance in ((1, 8), (-1, 8))
-)
 
 
 def plot_curves(
@@ -54,8 +47,10 @@ def plot_curves(
     for name, run in runs.items():
         if not any("loss" in line for line in lines[name]):
             raise InputError(f"there is no run to plot in {run.path}: give the folder of a run.")
-    figure = _figure(picture, figsize=(9, 6.2))
-    if figure is None:
+    try:
+        figure = new_figure((9, 6.2))
+    except ModuleNotFoundError:
+        print(f'{picture} is not drawn, it needs matplotlib: pip install "galore-jax[plots]"')
         return
 
     # The curves.
@@ -89,64 +84,10 @@ def plot_curves(
     below.margins(x=0.01)
     above.legend(frameon=False)
     figure.align_ylabels()
-    _write(figure, picture)
-
-
-def plot_loss_by_bytes(
-    optimizers: Mapping[str, tuple[float, Sequence[float]]], picture: str | Path
-) -> None:
-    """Draws a labelled point for each optimizer: its loss against the bytes of its state.
-
-    The point is at the mean loss, with a line from the lowest to the highest. Without matplotlib it
-    only prints a hint.
-
-    Args:
-      optimizers: for each label the bytes and the losses.
-      picture: the PNG to write.
-    """
-    figure = _figure(picture, figsize=(9, 5.4))
-    if figure is None:
-        return
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes = figure.subplots()
-    axes.set_xscale("log")
-    points = []
-    for number, (label, (size, losses)) in enumerate(optimizers.items()):
-        mean = statistics.mean(losses)
-        if np.isfinite(mean):
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot([size] * 2, [min(losses), max(losses)], color=colour, linewidth=1.4)
-            axes.plot(size, mean, "o", color=colour, markersize=7, markeredgecolor="white")
-            points.append((label, size, mean, colour))
-    axes.margins(x=0.18, y=0.12)
-    axes.set_xlabel("bytes of the optimizer's state for the matrices of the blocks, bases included")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(lambda size, _: format_bytes(size))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_ylabel("validation loss per token (nats)")
-    _add_labels(axes, points)
-    _write(figure, picture)
-
-
-def _add_labels(axes: Any, points: Sequence[tuple[str, float, float, str]]) -> None:
-    """Writes each point's label next to it, inside the axes, where it overlaps nothing."""
-    axes.figure.draw_without_rendering()  # It determines where the points are.
-    places = [axes.transData.transform((x, y)) for _, x, y, _ in points]
-    covered = []
-    for (label, x, y, colour), own in zip(points, places, strict=True):
-        style = {"xytext": (0, 0), "textcoords": "offset points", "va": "center", "fontsize": 10}
-        text = axes.annotate(label, (x, y), color=colour, **style)
-        others = [place for place in places if place is not own]
-        for offset, align in _OFFSETS:
-            text.set(position=offset, ha=align)
-            box = text.get_window_extent()
-            is_inside = all(axes.bbox.contains(*corner) for corner in (box.min, box.max))
-            covers_label = any(box.overlaps(other) for other in covered)
-            covers_point = any(box.padded(6).contains(*place) for place in others)
-            if is_inside and not covers_label and not covers_point:
-                break
-        covered.append(box)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    write_png(figure, picture)
 
 
 def new_figure(figsize: tuple[float, float]) -> Any:
@@ -168,22 +109,6 @@ def write_png(figure: Any, picture: str | Path) -> None:
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(picture) as path:
         figure.canvas.print_png(path)
-
-
-def _figure(picture: str | Path, figsize: tuple[float, float]) -> Any:
-    """An empty figure, or None without matplotlib."""
-    try:
-        return new_figure(figsize)
-    except ModuleNotFoundError:
-        print(f'{picture} is not drawn, it needs matplotlib: pip install "galore-jax[plots]"')
-        return None
-
-
-def _write(figure: Any, picture: str | Path) -> None:
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-    write_png(figure, picture)
 
 
 def _names(folders: Sequence[str | Path]) -> list[str]:

@@ -168,16 +168,11 @@ class Pretraining(Task):
         batches = train_batches(data, tokenizer, report)
         validation = validation_batches(data, tokenizer, report)
         evaluate = make_evaluate(self, mesh)
-
-        def evaluated(params: PyTree) -> dict[str, float]:
-            found = evaluate(params, validation)
-            return {
-                "validation_loss": found.loss,
-                "reference_loss": found.reference_loss,
-                "validation_targets": found.targets,
-            }
-
-        return Data(batches, evaluated, functools.partial(fingerprint, data))
+        return Data(
+            batches,
+            lambda params: evaluate(params, validation),
+            functools.partial(fingerprint, data),
+        )
 
     def _check_vocabulary(self, tokenizer: Tokenizer) -> None:
         model, path = self.config.model, self.config.data.tokenizer

@@ -119,7 +119,9 @@ def trained(mode, mesh=None):
     batches = train_batches(config.data, ByteTokenizer())
     state, losses = steps(config, mesh, state, batches, STEPS)
     validation = itertools.islice(validation_batches(config.data, ByteTokenizer()), 5)
-    losses.append(make_evaluate(Pretraining(config), mesh)(state.params, validation).loss)
+    losses.append(
+        make_evaluate(Pretraining(config), mesh)(state.params, validation)["validation_loss"]
+    )
     return losses, start, held(state)
 
 
