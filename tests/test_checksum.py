@@ -19,6 +19,11 @@ def test_every_bit_of_every_element_counts(dtype):
         assert checksum([other]) != expected
 
 
+def test_booleans_count():
+    values = np.array([[True, False], [False, False]])
+    assert checksum([jnp.asarray(values)]) == checksum([values]) != checksum([~values])
+
+
 def test_the_order_of_elements_and_of_leaves_counts():
     one, other = np.float32([1, 2, 2]), np.float32([2, 1, 2])
     assert checksum([one]) != checksum([other])

@@ -7,7 +7,6 @@ import signal
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 from test_metrics import SUMMARY
 
@@ -218,21 +217,6 @@ def test_a_descent_leaves_runs_that_diverge():
 def test_a_rate_that_is_none_is_refused_before_any_run(configs, rate):
     with pytest.raises(InputError, match="matrix_rate must be positive and finite, not"):
         compare(configs, SEEDS, matrix_rates=(0.5, rate))
-
-
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_kernels_are_refused_without_a_gpu_before_any_run(configs, monkeypatch, tmp_path):
-    def with_kernels(config, folder):
-        optimizer = dataclasses.replace(config.optimizer, implementation="pallas")
-        training = dataclasses.replace(config.training, folder=str(folder))
-        return dataclasses.replace(config, optimizer=optimizer, training=training)
-
-    trained = []
-    monkeypatch.setattr("galore_jax.training.compare.train", lambda *_, **__: trained.append(1))
-    config = configs["rank 2"]
-    with pytest.raises(InputError, match="needs an NVIDIA GPU"):
-        compare({"one": config, "other": with_kernels(config, tmp_path)}, SEEDS)
-    assert not trained
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.processes import ending_together, is_first
 from galore_jax.training.run_folder import RunFolder, check_same_run
 from galore_jax.training.state import TrainState, abstract_state, is_finite
-from galore_jax.training.task import Batches, Task
+from galore_jax.training.task import Task
 from galore_jax.types import ReadPart
 
 
@@ -72,7 +72,7 @@ class Checkpoints:
         """The step of the latest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, batches: Batches, config: Any) -> bool:
+    def save(self, state: TrainState, batches: Any, config: Any) -> bool:
         """Starts to save; returns as soon as the state is copied and may be donated.
 
         A state that is not finite is not saved, as it would replace a finite one.
@@ -106,7 +106,7 @@ class Checkpoints:
         """Waits until the save is complete; raises what `save` does."""
         self._manager.wait_until_finished()
 
-    def restore(self, task: Task, batches: Batches, mesh: Mesh | None = None) -> TrainState:
+    def restore(self, task: Task, batches: Any, mesh: Mesh | None = None) -> TrainState:
         """The latest state, on a mesh or a device, from whatever mesh or device it was saved.
 
         `batches` continues from the run's position.

@@ -35,6 +35,8 @@ def _weighted_sum(leaf: jax.Array) -> jax.Array:
     With odd weights the sum detects every change of a single element. With a different weight at
     each position it also detects most exchanges of two unequal elements.
     """
+    if leaf.dtype == bool:
+        leaf = leaf.astype(np.uint8)
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
     bits = lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
     position = jnp.zeros(leaf.shape, jnp.uint32)

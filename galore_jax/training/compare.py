@@ -7,7 +7,6 @@ which is kept, so a finished run is used again and an interrupted comparison con
 
 import dataclasses
 import functools
-import glob
 import itertools
 import math
 import statistics
@@ -19,12 +18,11 @@ import numpy as np
 from scipy import stats
 
 from galore_jax.data.batches import fingerprint, first_prompt
-from galore_jax.data.glue import TASKS, load_examples
 from galore_jax.errors import InputError
 from galore_jax.files import write_text
 from galore_jax.training.config import Config, check_grid
 from galore_jax.training.config_file import changed
-from galore_jax.training.finetune import check_start, finetune, missing_seeds
+from galore_jax.training.finetune import finetune
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.loop import Diverged, train
 from galore_jax.training.metrics import format_bytes, read_summary
@@ -38,7 +36,6 @@ from galore_jax.training.run_folder import (
 )
 from galore_jax.training.sample import generate_text
 from galore_jax.training.state import matrix_state_bytes
-from galore_jax.training.stepper import check_gpu
 
 SAMPLE_TOKENS = 400
 PROMPT_CHARACTERS = 40  # from a held-out document
@@ -234,11 +231,6 @@ def compare(
     grids = {"learning_rate": rates, "matrix_rate": matrix_rates}
     for name, grid in grids.items():
         check_grid(name, grid)
-    for label, config in configs.items():
-        # Before any is trained, but not where finished runs may only be read.
-        finished = Path(config.training.folder).glob(f"{glob.escape(label)}-*/summary.json")
-        if not any(finished):
-            check_gpu(config.optimizer)
     rows = [
         _row(LossRow, _pretrained, label, config, seeds, grids, descend)
         for label, config in configs.items()
@@ -279,8 +271,7 @@ def compare_finetuning(
     Returns:
       For each task one row per optimizer, and of several tasks as "mean" one with the metric
       averaged over them seed by seed, the sum of the times and the largest state. `tables` of them
-      is also written to `comparison.md` in `training.folder`, and the table of each of several
-      tasks in its folder.
+      is also written to `comparison.md` in `training.folder`.
 
     Raises:
       InputError: an unknown task, a rate that is not a positive number; and as for `finetune`.
@@ -288,19 +279,16 @@ def compare_finetuning(
     each: dict[str, Mapping[str, FinetuneConfig]] = {
         task: {label: _on(task, config) for label, config in configs.items()} for task in tasks
     } or {next(iter(configs.values())).data.task: configs}
-    for on_task in each.values():
-        _check_finetuning(on_task, rates)
-    seeds = range(next(iter(configs.values())).training.seeds)
-    grids, compared = {"learning_rate": rates}, {}
+    check_grid("learning_rate", rates)
+    first, grids, compared = next(iter(configs.values())), {"learning_rate": rates}, {}
     for task, on_task in each.items():
         compared[task] = [
-            _row(MetricRow, _finetuned, label, config, seeds, grids, try_all)
+            _row(MetricRow, _finetuned, label, config, range(config.training.seeds), grids, try_all)
             for label, config in on_task.items()
         ]
-        _write_tables(on_task, {task: compared[task]})
     if tasks:
         compared["mean"] = [_mean(rows) for rows in zip(*compared.values(), strict=True)]
-        _write_tables(configs, compared)
+    write_text(Path(first.training.folder) / "comparison.md", tables(compared))
     return compared
 
 
@@ -450,18 +438,6 @@ def _check_same_evaluation(run: RunFolder, config: Config) -> None:
     check_same_text(run, fingerprint(config.data), resume=True)
 
 
-def _check_finetuning(configs: Mapping[str, FinetuneConfig], rates: Sequence[float]) -> None:
-    """Raises what can be known before the first run: grids, GPU, metrics, folders, and the data."""
-    check_grid("learning_rate", rates)
-    runs = [_at_rate(label, config, rate) for label, config in configs.items() for rate in rates]
-    for run in runs:
-        check_start(run)
-    if any(missing_seeds(run) for run in runs):
-        task = TASKS[runs[0].data.task]
-        split = next(split for split in task.files if split.startswith("validation"))
-        load_examples(task, split, runs[0].data.source)
-
-
 def _finetuned(label: str, config: FinetuneConfig, seeds: Sequence[int]) -> list[Result]:
     """Fine-tunes with the seeds that are missing, the first of all."""
     rate = config.optimizer.learning_rate
@@ -502,10 +478,3 @@ def _at_rate(label: str, config: FinetuneConfig, rate: float, seeds: int = 1) ->
         optimizer={"learning_rate": rate},
         training={"folder": str(folder), "seeds": seeds},
     )
-
-
-def _write_tables(
-    configs: Mapping[str, FinetuneConfig], compared: Mapping[str, Sequence[Row]]
-) -> None:
-    folder = Path(next(iter(configs.values())).training.folder)
-    write_text(folder / "comparison.md", tables(compared))

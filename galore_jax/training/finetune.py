@@ -4,7 +4,6 @@ import functools
 import shutil
 import statistics
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from galore_jax.data.glue import TASKS, encode, load_examples
@@ -13,7 +12,6 @@ from galore_jax.data.text_pairs import PairTokenizer, load_pair_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.interop.encoders import encoder_config
-from galore_jax.lock import locked
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import TrainingConfig
 from galore_jax.training.config_file import changed, to_toml
@@ -22,9 +20,6 @@ from galore_jax.training.glue import RESULT, Glue, SeedConfig
 from galore_jax.training.loop import Diverged, train
 from galore_jax.training.run_folder import RunFolder, check_same_run, recorded_config
 from galore_jax.training.stepper import check_gpu
-
-# The key of the result of a run that diverged, in runs of earlier versions.
-DIVERGED = "diverged"
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -46,13 +41,24 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         too little memory, the devices do not fit the mesh, or the checkpoint, its tokenizer or the
         data cannot be used.
     """
-    check_start(config)
-    folder, missing = RunFolder(config.training.folder), missing_seeds(config)
-    results = [
-        _read_result(config, seed) for seed in range(config.training.seeds) if seed not in missing
-    ]
-    if missing:
-        results = _finetune_seeds(config)
+    folder = RunFolder(config.training.folder)
+    if folder.config.exists():
+        check_same_run(recorded_config(folder, FinetuneConfig), config, folder.path)
+    results, task, programs = [], None, {}
+    for seed in range(config.training.seeds):
+        run = RunFolder(folder.path / f"seed-{seed}")
+        if not ((run.path / RESULT).exists() or run.diverged.exists()):
+            if task is None:
+                check_gpu(config.optimizer)
+                task = make_task(config)
+                folder.path.mkdir(parents=True, exist_ok=True)
+                write_text(folder.config, to_toml(config))
+            if not run.config.exists():
+                run.metrics.unlink(missing_ok=True)  # Earlier versions could not resume.
+            of_seed = changed(task.config, training={"seed": seed, "folder": str(run.path)})
+            train(replace(task, config=of_seed), resume=run.holds_run(), programs=programs)
+            shutil.rmtree(run.checkpoints)  # The best one stays.
+        results.append(_read_result(run))
     best = [result["best"] for result in results]
     summary = {
         "task": config.data.task,
@@ -64,35 +70,13 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         "seconds": [result["seconds"] for result in results],
     }
     # A summary of more seeds stays.
-    written = folder.summary
-    if missing or not written.exists() or len(read_json(written)["best"]) < len(best):
-        write_json(written, summary)
+    if task or not folder.summary.exists() or len(read_json(folder.summary)["best"]) < len(best):
+        write_json(folder.summary, summary)
     return summary
 
 
-def check_start(config: FinetuneConfig) -> None:
-    """Raises what `finetune` raises before it reads the checkpoint and the data.
-
-    Raises:
-      InputError: the folder holds results of other settings, or there is no GPU for the kernels.
-    """
-    _check_folder(config)
-    if missing_seeds(config):
-        check_gpu(config.optimizer)
-
-
-def missing_seeds(config: FinetuneConfig) -> list[int]:
-    """The seeds without a result in the folder."""
-    folders = {seed: _seed_folder(config, seed) for seed in range(config.training.seeds)}
-    return [
-        seed
-        for seed, run in folders.items()
-        if not ((run.path / RESULT).is_file() or run.diverged.exists())
-    ]
-
-
-def glue_task(config: FinetuneConfig) -> Glue:
-    """The task of the first seed, in its folder, with the data read.
+def make_task(config: FinetuneConfig) -> Glue:
+    """The task of a fine-tuning, with the data read; each seed needs a seed and a folder.
 
     Raises:
       InputError: the checkpoint, its tokenizer or the data cannot be used, or the warm-up is longer
@@ -111,7 +95,7 @@ def glue_task(config: FinetuneConfig) -> Glue:
         steps=config.training.epochs * epoch,
         evaluate_every=epoch,
         keep_checkpoints=1,
-        folder=str(_seed_folder(config, 0).path),
+        folder=config.training.folder,
     )
     if config.optimizer.warmup_steps > training.steps:
         raise InputError(
@@ -122,40 +106,13 @@ def glue_task(config: FinetuneConfig) -> Glue:
     return Glue(run, task, Classifier(encoder, task.num_outputs), rows, with_test)
 
 
-def _finetune_seeds(config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Fine-tunes with the seeds that are missing; the results of all."""
-    folder, programs = RunFolder(config.training.folder), {}
-    task = glue_task(config)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.lock, f"fine-tuning in {folder.path}", "name another training.folder"):
-        # Another process may have written here since the first check.
-        _check_folder(config)
-        write_text(folder.config, to_toml(config))
-        results, missing = [], missing_seeds(config)
-        for seed in range(config.training.seeds):
-            if seed in missing:
-                run = _seed_folder(config, seed)
-                if not run.config.exists():
-                    run.metrics.unlink(missing_ok=True)  # Earlier versions could not resume.
-                training = {"seed": seed, "folder": str(run.path)}
-                of_seed = changed(task.config, training=training)
-                train(replace(task, config=of_seed), resume=run.holds_run(), programs=programs)
-                shutil.rmtree(run.checkpoints)  # The best one stays.
-            results.append(_read_result(config, seed))
-        return results
-
-
-def _seed_folder(config: FinetuneConfig, seed: int) -> RunFolder:
-    return RunFolder(Path(config.training.folder) / f"seed-{seed}")
-
-
-def _read_result(config: FinetuneConfig, seed: int) -> dict[str, Any]:
+def _read_result(run: RunFolder) -> dict[str, Any]:
     """The recorded result of a seed; raises `Diverged` if it diverged."""
-    run = _seed_folder(config, seed)
-    result = {DIVERGED: run.diverged.read_text()} if run.diverged.exists() else None
-    result = result or read_json(run.path / RESULT)
-    if DIVERGED in result:
-        raise Diverged(result[DIVERGED].strip())
+    if run.diverged.exists():
+        raise Diverged(run.diverged.read_text().strip())
+    result = read_json(run.path / RESULT)
+    if "diverged" in result:  # as recorded by earlier versions
+        raise Diverged(result["diverged"])
     return result
 
 
@@ -170,14 +127,6 @@ def _encoded_splits(
         for split in splits
         if with_test or not split.startswith("test")
     }
-
-
-def _check_folder(config: FinetuneConfig) -> None:
-    """Raises an `InputError` if the folder holds a training, or results of other settings."""
-    folder = RunFolder(config.training.folder)
-    if folder.config.exists():
-        recorded = recorded_config(folder, FinetuneConfig)
-        check_same_run(recorded, config, folder.path)
 
 
 def _check_fit(config: FinetuneConfig, encoder: EncoderConfig, tokenizer: PairTokenizer) -> None:

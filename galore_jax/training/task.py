@@ -6,7 +6,7 @@ same for both.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -21,36 +21,17 @@ Batch = dict[str, Any]
 Line = Mapping[str, float]
 
 
-class Batches(Protocol):
-    """Endless batches of NumPy arrays, whose position JSON can hold."""
-
-    def __next__(self) -> Batch:
-        """The next batch."""
-        ...
-
-    def get_state(self) -> Any:
-        """The position of the next batch."""
-        ...
-
-    def set_state(self, state: Any) -> None:
-        """Continues at this position."""
-        ...
-
-    def close(self) -> None:
-        """Ends what reads in the background."""
-        ...
-
-
 class Data(NamedTuple):
     """The data of a training.
 
     Attributes:
-      batches: of the training set.
+      batches: those of the training set, endless, of NumPy arrays; with the methods of grain's
+        iterators `get_state`, of which JSON can hold the result, `set_state` and `close`.
       evaluate: the parameters → the line of their evaluation, without the step.
       fingerprint: → numbers that are others if the data are.
     """
 
-    batches: Batches
+    batches: Any
     evaluate: Callable[[PyTree], dict[str, float]]
     fingerprint: Callable[[], dict[str, int]]
 
