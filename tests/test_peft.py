@@ -22,6 +22,7 @@ from galore_jax.training.checkpoint import load_for_inference
 from galore_jax.training.config import Config, LoraConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
+from galore_jax.training.pretraining import Pretraining
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export.py"
 MODEL = LlamaConfig(
@@ -38,7 +39,9 @@ MODEL = LlamaConfig(
 LORA = OptimizerConfig(
     "lora", lora=LoraConfig(rank=0.25, alpha=8.0), warmup_steps=0, learning_rate=0.05
 )
-RELORA = dataclasses.replace(LORA, name="relora", update_proj_gap=2)
+RELORA = dataclasses.replace(
+    LORA, name="relora", lora=dataclasses.replace(LORA.lora, restart_gap=2)
+)
 LOWRANK = dataclasses.replace(LORA, name="lowrank")
 
 
@@ -48,6 +51,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("theirs")
     save(folder, MODEL, jax.tree.map(lambda leaf: leaf / 4, random_params(MODEL)))
     (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return folder
 
 
@@ -62,7 +66,8 @@ def run_of(folder, tmp_path_factory):
             model = dataclasses.replace(MODEL, checkpoint=str(folder) if checkpoint else "")
             data = DataConfig(tokenizer=str(folder / "tokenizer.json"), sequence_length=32)
             training = TrainingConfig(steps=3, evaluation_tokens=100, folder=str(place))
-            train(Config(model, dataclasses.replace(data, batch_size=4), optimizer, training))
+            config = Config(model, dataclasses.replace(data, batch_size=4), optimizer, training)
+            train(Pretraining(config))
             runs[optimizer, checkpoint] = place
         return runs[optimizer, checkpoint]
 
