@@ -134,7 +134,7 @@ def contrib_steps(config: Any, mesh: Any) -> tuple[Any, list[Any]]:
     from galore_jax.training.state import abstract_state
     from galore_jax.training.step import make_gradients
 
-    galore = config.optimizer
+    galore = config.optimizer.galore
     tx = optax.contrib.galore(1e-3, galore.rank, galore.update_proj_gap)
     rest = optax.adam(1e-3)
     gradients_of = make_gradients(Pretraining(config), mesh)
