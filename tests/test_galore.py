@@ -219,3 +219,12 @@ for method in ("subspace_iteration", "eigh", "svd"):
         assert new["w"].dtype == dtype
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_jaxs_checks_and_its_guard_against_transfers_find_nothing():
+    params = random_params(PLAIN)
+    tx = galore_jax.adamw(0.1, 4, moments="rotate", lazy_overlap=0.5, weight_decay=0.1)
+    with jax.enable_checks(True), jax.transfer_guard("disallow"):
+        state = jax.jit(tx.init)(params)
+        params, state = jax.jit(lambda p, s: apply_gradients(tx, p, s, p))(params, state)
+        jax.jit(tx.update)(params, state, params)

@@ -30,22 +30,44 @@ def apollo(
     eps: float = 1e-6,
     weight_decay: float | jax.Array = 0.0,
     mask: Mask = None,
+    refresh: str = "random",
     **settings: Any,
 ) -> optax.GradientTransformation:
-    """APOLLO with decoupled weight decay, for full gradients; see `scale_by_apollo`.
+    """APOLLO: SGD with learning rates per channel, from Adam in a random subspace (2412.05270).
+
+    With the coordinates `R = PᵀG` of a random projection and Adam's result N, the update of a
+    projected leaf is `lr · scale · G diag(s)` (algorithm 1), with one factor for each column,
+    `sⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`. With a right basis rows take the place of columns: the channels
+    are on the side that is not projected, by default the larger one. A leaf of rank 1 has a single
+    factor for the whole matrix, `s = ‖N‖ / ‖R‖`: this is APOLLO-Mini (section 4.2). The norm-growth
+    limiter (equation 4) scales the step `G diag(s)` down until its norm is at most 1.01 times that
+    of the last step that was not zero. Each matrix of a stack has its own limiter. Other leaves get
+    plain AdamW.
+
+    The entries of the paper's projection have the variance 1 / rank, so that the columns of R are
+    about as long as those of the gradient. With our orthonormal basis they are shorter by the
+    factor `√(rank / size)`, where size is that of the projected side, and Adam's result is the
+    same, up to `eps`. With `refresh="random"` s is therefore multiplied by `√(rank / size)`, so
+    that learning rates and scales are the paper's. The other methods, the paper's "APOLLO with
+    SVD", need no such factor. The paper draws its projection anew from a seed at every step; ours
+    is stored, `rank · size` numbers.
+
+    It takes full gradients: those of `jax.value_and_grad`, or of
+    `layerwise.make_step(…, projected=False)`.
 
     Args:
       learning_rate: a number, or a schedule of the update count.
       rank: as for `galore`. The paper takes a quarter or an eighth of the smaller side, 256 for 7B;
         1 is APOLLO-Mini.
       update_proj_gap: as for `galore`; 200 in the paper.
-      scale: as for `scale_by_apollo`.
+      scale: factor of the update, the paper's α. None: the paper's, √128 for `rank=1`, otherwise 1.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
       weight_decay: as for `optax.adamw`.
       mask: as for `optax.adamw`.
-      **settings: other arguments of `scale_by_apollo`: `proj_type`, `refresh`, `rules`, …
+      refresh: as for `galore`, but random by default.
+      **settings: other arguments of `galore`, but not `moments`, which are kept.
 
     Returns:
       An optax transformation.
@@ -64,7 +86,9 @@ def apollo(
       >>> updates, state = tx.update(grads, state, params)
     """
     return optax.chain(
-        scale_by_apollo(rank, update_proj_gap, scale, b1=b1, b2=b2, eps=eps, **settings),
+        scale_by_apollo(
+            rank, update_proj_gap, scale, b1=b1, b2=b2, eps=eps, refresh=refresh, **settings
+        ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -81,43 +105,12 @@ def scale_by_apollo(
     refresh: str = "random",
     **settings: Any,
 ) -> optax.GradientTransformation:
-    """The gradient with a factor per channel, from Adam in a random subspace (arXiv 2412.05270).
-
-    With the coordinates `R = PᵀG` of a random projection and Adam's result N, the update of a
-    projected leaf is `scale · G diag(s)` (algorithm 1), with one factor for each column,
-    `sⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`. With a right basis rows take the place of columns: the channels
-    are on the side that is not projected, by default the larger one. A leaf of rank 1 has a single
-    factor for the whole matrix, `s = ‖N‖ / ‖R‖`: this is APOLLO-Mini (section 4.2). The norm-growth
-    limiter (equation 4) scales the step `G diag(s)` down until its norm is at most 1.01 times that
-    of the last step that was not zero. Each matrix of a stack has its own limiter. Other leaves get
-    plain Adam.
-
-    The entries of the paper's projection have the variance 1 / rank, so that the columns of R are
-    about as long as those of the gradient. With our orthonormal basis they are shorter by the
-    factor `√(rank / size)`, where size is that of the projected side, and Adam's result is the
-    same, up to `eps`. With `refresh="random"` s is therefore multiplied by `√(rank / size)`, so
-    that learning rates and scales are the paper's. The other methods, the paper's "APOLLO with
-    SVD", need no such factor. The paper draws its projection anew from a seed at every step; ours
-    is stored, `rank · size` numbers.
-
-    Args:
-      rank: as for `galore`; 1 is APOLLO-Mini.
-      update_proj_gap: as for `galore`.
-      scale: factor of the update, the paper's α. None: the paper's, √128 for `rank=1`, otherwise 1.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the square root of the second moment.
-      refresh: as for `galore`, but random by default.
-      **settings: as for `scale_by_fira`.
-
-    Returns:
-      An optax transformation of full gradients, with a `FiraState`.
-    """
+    """The step of `apollo`, without its learning rate and decay, for chains of your own."""
     if scale is None:
         number: Any = rank
         scale = MINI_SCALE if isinstance(number, Integral) and number == 1 else 1.0
-    found = Settings(rank, update_proj_gap, scale, refresh=refresh, **settings)
-    return in_subspaces("apollo", found, optax.scale_by_adam(b1, b2, eps), _direction)
+    where = Settings(rank, update_proj_gap, scale, refresh=refresh, **settings)
+    return in_subspaces("apollo", where, optax.scale_by_adam(b1, b2, eps), _direction)
 
 
 def _direction(

@@ -67,19 +67,29 @@ def fira(
     mask: Mask = None,
     **settings: Any,
 ) -> optax.GradientTransformation:
-    """Fira with decoupled weight decay, for full gradients; see `scale_by_fira`.
+    """Fira: AdamW on the coordinates and a scaled step along the residual (arXiv 2410.01623).
+
+    With a left basis P, the coordinates `R = PᵀG` and Adam's result N, the update of a projected
+    leaf is `lr · scale · (P N + S)`. The step along the residual, `S = (G − P R) diag(φ)`, has one
+    factor for each column, `φⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`; where R is 0 it is 0. With a right basis
+    rows take the place of columns. The norm-growth limiter scales S down until its norm is at most
+    1.01 times that of the last step that was not zero. Each matrix of a stack has its own limiter.
+    Other leaves get plain AdamW.
+
+    The state is GaLore's and one number per matrix. It takes full gradients: those of
+    `jax.value_and_grad`, or of `layerwise.make_step(…, projected=False)`.
 
     Args:
       learning_rate: a number, or a schedule of the update count.
       rank: as for `galore`.
       update_proj_gap: as for `galore`.
-      scale: as for `scale_by_fira`.
+      scale: factor of both parts of the update; the paper's formula has none.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment.
       weight_decay: as for `optax.adamw`.
       mask: as for `optax.adamw`.
-      **settings: other arguments of `scale_by_fira`: `proj_type`, `refresh`, `rules`, …
+      **settings: other arguments of `galore`, but not `moments`, which are kept.
 
     Returns:
       An optax transformation.
@@ -114,29 +124,9 @@ def scale_by_fira(
     eps: float = 1e-6,
     **settings: Any,
 ) -> optax.GradientTransformation:
-    """Adam on the coordinates and a scaled step along the residual (arXiv 2410.01623).
-
-    With a left basis P, the coordinates `R = PᵀG` and Adam's result N, the update of a projected
-    leaf is `scale · (P N + S)`. The step along the residual, `S = (G − P R) diag(φ)`, has one
-    factor for each column, `φⱼ = ‖N[:, j]‖ / ‖R[:, j]‖`; where R is 0 it is 0. With a right basis
-    rows take the place of columns. The norm-growth limiter scales S down until its norm is at most
-    1.01 times that of the last step that was not zero. Each matrix of a stack has its own limiter.
-    Other leaves get plain Adam.
-
-    Args:
-      rank: as for `galore`.
-      update_proj_gap: as for `galore`.
-      scale: factor of both parts of the update; the paper's formula has none.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the square root of the second moment.
-      **settings: other arguments of `galore`, but not `moments`, which are kept.
-
-    Returns:
-      An optax transformation of full gradients.
-    """
-    found = Settings(rank, update_proj_gap, scale, **settings)
-    return in_subspaces("fira", found, optax.scale_by_adam(b1, b2, eps), _direction)
+    """The step of `fira`, without its learning rate and decay, for chains of your own."""
+    where = Settings(rank, update_proj_gap, scale, **settings)
+    return in_subspaces("fira", where, optax.scale_by_adam(b1, b2, eps), _direction)
 
 
 def _direction(
