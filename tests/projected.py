@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from galore_jax import chain, describe, galore, value_and_grad
-from galore_jax.optim.state import galore_states
+from galore_jax.optim.galore_state import galore_states
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import is_coordinates
 

@@ -19,7 +19,7 @@ from galore_jax.data.packing import fit
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import Llama, LlamaConfig
-from galore_jax.optim.state import galore_states, project
+from galore_jax.optim.galore_state import galore_states, project
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_config
 from galore_jax.training.export import to_huggingface

@@ -17,7 +17,7 @@ from analysis.memory import state_parts
 from jax.sharding import AbstractMesh
 
 from galore_jax.errors import run_cli
-from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import from_dict, load_config, to_toml
 from galore_jax.training.pretraining import Pretraining

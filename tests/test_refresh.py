@@ -13,7 +13,7 @@ import pytest
 
 from galore_jax import apply_gradients, chain, galore, refresh, refresh_due, value_and_grad
 from galore_jax.grads.refresh import updates_until_refresh
-from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.subspace.basis import AGE_UNINITIALIZED
 
 GAP = 16

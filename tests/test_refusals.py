@@ -8,7 +8,7 @@ from trees import PLAIN, random_params
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore, init
-from galore_jax.optim.state import bases_of
+from galore_jax.optim.galore_state import bases_of
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from galore_jax import (
 )
 from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.optim.rotation import rotated
-from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.methods import subspace_iteration
 from galore_jax.training.pretraining import batch_loss
 
@@ -231,7 +231,7 @@ def counted(tx, params, state):
 
 
 def projected_zeros(state, zeros):
-    from galore_jax.optim.state import start_coordinates
+    from galore_jax.optim.galore_state import start_coordinates
 
     return start_coordinates(zeros, galore_states(state, inside_chains=True))
 

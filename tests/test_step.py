@@ -9,7 +9,7 @@ from next_tokens import next_tokens
 import galore_jax
 from galore_jax.data.batches import DataConfig
 from galore_jax.models.llama import Llama, LlamaConfig
-from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import changed
 from galore_jax.training.optimizer import make_optimizer

@@ -10,7 +10,7 @@ from test_stepper import assert_equal
 
 import galore_jax
 from galore_jax.errors import InputError
-from galore_jax.optim.state import bases_of, galore_states
+from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.config_file import changed

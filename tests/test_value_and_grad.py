@@ -27,7 +27,7 @@ from galore_jax import (
     value_and_grad,
 )
 from galore_jax.models.llama import Llama, LlamaConfig
-from galore_jax.optim.state import galore_states
+from galore_jax.optim.galore_state import galore_states
 from galore_jax.training.pretraining import batch_loss
 
 

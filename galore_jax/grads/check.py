@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.grads.value_and_grad import Loss, bases_in, tracer
-from galore_jax.optim.state import map_bases
+from galore_jax.optim.galore_state import map_bases
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree

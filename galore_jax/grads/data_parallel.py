@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from galore_jax.grads.micro_batches import check_rows, has_mean
 from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.ops.precision import widened
-from galore_jax.optim.state import Unprojected, is_parameter
+from galore_jax.optim.galore_state import Unprojected, is_parameter
 from galore_jax.subspace.basis import is_basis
 from galore_jax.subspace.matrix_view import is_head, path_names, unboxed
 from galore_jax.subspace.placement import coordinates_partition

@@ -10,8 +10,8 @@ import optax
 
 from galore_jax.grads.data_parallel import leaves_of
 from galore_jax.grads.value_and_grad import Loss, Uses, bases_in, tracer
+from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.optim.sharding import init
-from galore_jax.optim.state import bases_of, galore_states
 from galore_jax.subspace.matrix_view import is_box, named_leaves
 from galore_jax.types import PyTree
 

@@ -29,8 +29,8 @@ from galore_jax.ops.partition import AxisNames
 from galore_jax.ops.precision import widened
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.clipping import clip_factor, finite_squares
+from galore_jax.optim.galore_state import to_float32
 from galore_jax.optim.sharding import placed_state, shardings_of
-from galore_jax.optim.state import to_float32
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.matrix_view import is_box
 from galore_jax.types import PyTree

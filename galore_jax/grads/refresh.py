@@ -29,14 +29,14 @@ from galore_jax.grads.value_and_grad import (
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, map_batch, specs_of, with_auto_axes
 from galore_jax.ops.quantization import as_float32
-from galore_jax.optim.rotation import constrain_state, rotate
-from galore_jax.optim.state import (
+from galore_jax.optim.galore_state import (
     GaLoreState,
     bases_of,
     galore_states,
     map_bases,
     with_galore_states,
 )
+from galore_jax.optim.rotation import constrain_state, rotate
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.methods import orthonormalise, span

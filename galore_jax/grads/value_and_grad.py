@@ -14,7 +14,7 @@ from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.partition import AxisNames, explicit_mesh, names_of, specs_of, with_auto_axes
-from galore_jax.optim.state import (
+from galore_jax.optim.galore_state import (
     bases_of,
     galore_states,
     is_low_rank,

@@ -11,8 +11,8 @@ from galore_jax.optim.chain import Chain, chain
 from galore_jax.optim.clipping import clip_by_matrix_rms
 from galore_jax.optim.factored_rms import scale_by_factored_rms
 from galore_jax.optim.galore import galore
+from galore_jax.optim.galore_settings import with_settings_of_galore
 from galore_jax.optim.muon import scale_by_muon
-from galore_jax.optim.settings import with_settings_of_galore
 from galore_jax.optim.weight_decay import add_decayed_full_weights
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rank

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.optim.fira import channel_norms, in_subspaces, norm_ratio
-from galore_jax.optim.settings import Settings, with_settings_of_galore
+from galore_jax.optim.galore_settings import Settings, with_settings_of_galore
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import Mask

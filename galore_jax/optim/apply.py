@@ -16,8 +16,7 @@ from galore_jax.ops.partition import Partition, map_batch, specs_of, with_auto_a
 from galore_jax.ops.precision import stochastic_round, widened
 from galore_jax.optim import stock_chain
 from galore_jax.optim.chain import is_chain
-from galore_jax.optim.rotation import constrain_state
-from galore_jax.optim.state import (
+from galore_jax.optim.galore_state import (
     GaLoreState,
     boxed_as,
     check_gradient,
@@ -26,6 +25,7 @@ from galore_jax.optim.state import (
     map_bases,
     with_gradient,
 )
+from galore_jax.optim.rotation import constrain_state
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.placement import matrices_partition

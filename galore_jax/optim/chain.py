@@ -13,9 +13,7 @@ import optax
 from galore_jax.ops.partition import specs_of, with_auto_axes
 from galore_jax.ops.precision import widened
 from galore_jax.optim import stock_chain
-from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
-from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
-from galore_jax.optim.state import (
+from galore_jax.optim.galore_state import (
     ChainState,
     GaLoreState,
     bases_of,
@@ -27,6 +25,8 @@ from galore_jax.optim.state import (
     start_coordinates,
     with_gradient,
 )
+from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
+from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree

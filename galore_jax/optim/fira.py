@@ -15,8 +15,8 @@ from jax import lax
 
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import map_batch
-from galore_jax.optim.settings import Settings, with_settings_of_galore
-from galore_jax.optim.state import boxed_as, map_bases, to_float32
+from galore_jax.optim.galore_settings import Settings, with_settings_of_galore
+from galore_jax.optim.galore_state import boxed_as, map_bases, to_float32
 from galore_jax.subspace.basis import Basis, count_update
 from galore_jax.subspace.new_basis import refresh_basis
 from galore_jax.subspace.placement import matrices_partition

@@ -23,9 +23,8 @@ import optax
 
 from galore_jax.ops.precision import widened
 from galore_jax.optim.chain import GaLore
-from galore_jax.optim.nonfinite import zero_nonfinite
-from galore_jax.optim.settings import Settings
-from galore_jax.optim.state import (
+from galore_jax.optim.galore_settings import Settings
+from galore_jax.optim.galore_state import (
     GaLoreState,
     boxed_as,
     check_gradient,
@@ -33,6 +32,7 @@ from galore_jax.optim.state import (
     map_bases,
     to_float32,
 )
+from galore_jax.optim.nonfinite import zero_nonfinite
 from galore_jax.subspace.basis import Basis, count_update
 from galore_jax.subspace.new_basis import refresh_basis
 from galore_jax.subspace.projection import Coordinates, Moments, ProjType, is_coordinates

@@ -17,7 +17,7 @@ import optax
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import constrained, map_batch
 from galore_jax.ops.quantization import as_float32, stored_like
-from galore_jax.optim.state import GaLoreState, bases_of
+from galore_jax.optim.galore_state import GaLoreState, bases_of
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.placement import constrain_basis, matrices_partition, moment_partition

@@ -28,8 +28,14 @@ from galore_jax.ops.partition import (
     with_auto_axes,
 )
 from galore_jax.ops.quantization import Quantized
+from galore_jax.optim.galore_state import (
+    GaLoreState,
+    Unprojected,
+    bases_of,
+    galore_states,
+    is_parameter,
+)
 from galore_jax.optim.rotation import is_moment
-from galore_jax.optim.state import GaLoreState, Unprojected, bases_of, galore_states, is_parameter
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import is_bias_or_scale, is_box, named_leaves, path_names

@@ -14,9 +14,7 @@ import jax.extend
 import jax.numpy as jnp
 import optax
 
-from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
-from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
-from galore_jax.optim.state import (
+from galore_jax.optim.galore_state import (
     GaLoreState,
     bases_of,
     galore_states,
@@ -27,6 +25,8 @@ from galore_jax.optim.state import (
     with_galore_states,
     without_boxes,
 )
+from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
+from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
 from galore_jax.types import PyTree
 
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import galore_jax
 from galore_jax.grads import layerwise
 from galore_jax.models.adapters import split
-from galore_jax.optim.state import to_float32
+from galore_jax.optim.galore_state import to_float32
 from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.training.mesh import batch_sharding, moment_axes, whole, with_shardings
 from galore_jax.training.optimizer import make_optimizer, matrices

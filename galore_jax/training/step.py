@@ -14,7 +14,7 @@ import galore_jax
 from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.models.adapters import combine
-from galore_jax.optim.state import galore_states, project
+from galore_jax.optim.galore_state import galore_states, project
 from galore_jax.training.mesh import data_axes, jit_on, per_shard, whole
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.relora import restart

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.optim.state import bases_of, galore_states, map_bases
+from galore_jax.optim.galore_state import bases_of, galore_states, map_bases
 from galore_jax.subspace.basis import Basis
 from galore_jax.types import PyTree
 

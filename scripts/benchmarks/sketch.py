@@ -13,7 +13,7 @@ from benchmarks import CONFIGS, Row
 from galore_jax.data.batches import train_batches
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.grads.refresh import refresh_due
-from galore_jax.optim.state import galore_states, map_bases
+from galore_jax.optim.galore_state import galore_states, map_bases
 from galore_jax.subspace.basis import Basis
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import load_config

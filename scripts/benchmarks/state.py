@@ -9,7 +9,7 @@ from benchmarks import CONFIGS, Row
 from benchmarks.baselines import baselines
 from benchmarks.models import init_llama, separate_layers
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.optim.state import galore_states, start_coordinates
+from galore_jax.optim.galore_state import galore_states, start_coordinates
 from galore_jax.training.config_file import load_config
 from galore_jax.training.state import tree_bytes, tree_size
 from galore_jax.types import PyTree
