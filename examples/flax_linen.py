@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 
-from galore_jax import adamw, apply_gradients, refresh, refresh_due, value_and_grad
+from galore_jax import adamw, make_step
 
 x = jax.random.normal(jax.random.key(0), (256, 64))
 batches = 20 * [(x, jnp.sin(x[:, :32]))]
@@ -29,21 +29,12 @@ def loss(params, x, y):
 
 @jax.jit
 def step(state, x, y):
-    value, grads = value_and_grad(loss)(state.params, state.opt_state, x, y)
-    params, opt_state = apply_gradients(state.tx, grads, state.opt_state, state.params)
+    params, opt_state, value = make_step(loss, state.tx)(state.params, state.opt_state, x, y)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state), value
-
-
-@jax.jit
-def new_bases(state, x, y):
-    opt_state = refresh(loss)(state.params, state.opt_state, x, y)
-    return state.replace(opt_state=opt_state)
 
 
 state = create()
 for x, y in batches:
-    if refresh_due(state.opt_state):
-        state = new_bases(state, x, y)
     state, value = step(state, x, y)
 
 # The state is a pytree of arrays, which Orbax saves and restores as it is.

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import adamw, apply_gradients, refresh, refresh_due, value_and_grad
+from galore_jax import adamw, make_step
 
 x = jax.random.normal(jax.random.key(0), (256, 64))
 batches = 20 * [(x, jnp.sin(x[:, :32]))]
@@ -19,14 +19,6 @@ def loss(params, x, y):
     return optax.l2_loss(network.apply(params, None, x), y).mean()
 
 
-@jax.jit
-def step(params, state, x, y):
-    value, grads = value_and_grad(loss)(params, state, x, y)
-    return *apply_gradients(tx, grads, state, params), value
-
-
-new_bases = jax.jit(refresh(loss))
+step = jax.jit(make_step(loss, tx))
 for x, y in batches:
-    if refresh_due(state):
-        state = new_bases(params, state, x, y)
     params, state, value = step(params, state, x, y)

@@ -125,7 +125,8 @@ def test_the_script_compiles_for_each_optimizer(tmp_path, capsys):
             gained = parts["outputs"] - parts["aliased"]
             assert parts["total"] == parts["arguments"] + gained + parts["temporaries"]
             if name == "start":
-                assert parts["arguments"] == parts["aliased"] == 0
+                assert parts["arguments"] == 4  # the seed
+                assert parts["aliased"] == 0
                 assert 0 <= parts["outputs"] - known <= COUNTERS + POINTERS
             else:
                 assert 0 <= parts["arguments"] - known - batch <= COUNTERS
