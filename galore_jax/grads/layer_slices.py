@@ -42,7 +42,7 @@ class Slices:
         """The tree with new pieces for a group; for the group None, with new shared values."""
         return self._map(lambda group, _, old, new: new if group == name else old, tree, new)
 
-    def layer(self, tree: PyTree, index: jax.Array) -> PyTree:
+    def layer(self, tree: PyTree, index: jax.Array | int) -> PyTree:
         """Like `group`, for one layer: its pieces, bases and moments too, lack the layer axis.
 
         Raises:

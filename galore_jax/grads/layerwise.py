@@ -118,16 +118,16 @@ def layerwise_step(
             raise ValueError("layerwise: the state must come from galore_jax.layerwise.init.")
         parts, inner = _parts(model, params, batch), state.inner
         is_projected = takes_coordinates(inner) if projected is None else projected
-        factor, refreshes_now = jnp.float32(1), refreshes
+        factor, refreshes_now = jnp.float32(1), refreshes if is_projected else False
         if clip_norm and clip_by == "previous_step":
             factor = clip_factor(state.norm, clip_norm)
         elif clip_norm:
             # Bases are refreshed in this first pass, since the norm is that of coordinates in them.
-            measure = _PartStep(tx, is_projected, refreshes, update=None)
-            _, inner, squares, _ = _backward(model, parts, measure, params, inner, batch)
+            measure = _PartStep(tx, is_projected, refreshes_now, update=None)
+            _, inner, squares, _ = _Pass(model, parts, measure, batch)(params, inner)
             factor, refreshes_now = clip_factor(jnp.sqrt(squares), clip_norm), False
         update = _PartStep(tx, is_projected, refreshes_now, _Update(factor, key, implementation))
-        params, inner, squares, pair = _backward(model, parts, update, params, inner, batch)
+        params, inner, squares, pair = _Pass(model, parts, update, batch)(params, inner)
         norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
         return params, LayerwiseState(inner, norm), pair
 
@@ -175,7 +175,7 @@ class _PartStep(NamedTuple):
         bases = bases_in(params, state) if self.projected else no_bases(params)
         joint_bases = {"params": bases, "x": unprojected}
         mean_of = passes(joint_loss, True, 1, ())(both, joint_bases, rest, {})
-        if self.projected and self.refreshes is not False:
+        if self.refreshes is not False:
             state = refreshed(mean_of, both, joint_bases, state, when_due=self.refreshes is None)
             joint_bases = {"params": bases_in(params, state), "x": unprojected}
         pair, both_gradients = gradients(mean_of, joint_bases)
@@ -194,89 +194,99 @@ class _PartStep(NamedTuple):
         return (params, state), both_gradients["x"], squares, pair
 
 
-def _backward(
-    model: LayeredModel,
-    parts: "_Parts",
-    part_step: _PartStep,
-    params: PyTree,
-    state: PyTree,
-    batch: PyTree,
-) -> tuple[PyTree, PyTree, jax.Array, Any]:
+class _Pass(NamedTuple):
     """A forward pass, then `part_step` for the head, each layer from the last on, the embedding.
 
-    Returns:
-      The parameters, the optimizer's state, the sum of squares of all gradients, and the result of
-      `head_loss`.
+    Each part is a loss of its parameters and inputs. The chain rule enters as a product with the
+    gradient of the outputs, of which the derivative is the vector-Jacobian product. The trees are
+    pairs of the parameters and the optimizer's state.
     """
-    slices, layers = parts.slices, parts.slices.layers
-    factor = jnp.float32(1) if part_step.update is None else part_step.update.factor
 
-    # Each part as a loss of its parameters and inputs. The chain rule enters as a product with the
-    # gradient of the outputs, of which the derivative is the vector-Jacobian product.
-    def head_loss(head: PyTree, inputs: tuple[jax.Array, PyTree]) -> tuple[jax.Array, Any]:
-        x, tied = inputs
-        pair = model.head_loss(slices.with_group(tied, HEAD, head), x, batch)
-        # Scaling this loss scales every gradient, since all are computed from this one.
-        return pair[0] * factor, pair
+    model: LayeredModel
+    parts: "_Parts"
+    part_step: _PartStep
+    batch: PyTree
 
-    def block_loss(layer: PyTree, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
-        return _dot(model.block(layer[model.layers], x, block_inputs), dy), None
+    def __call__(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, jax.Array, Any]:
+        """Returns the new trees, the sum of squares of all gradients, and the head's pair."""
+        slices, update = self.parts.slices, self.part_step.update
+        x, block_inputs, inputs = self._forward(params)
+        head, (dy, head_gradient), squares, (_, pair) = self._head((params, state), x)
+        trees = slices.with_group((params, state), HEAD, head)
+        trees, dy, more = self._layers(trees, inputs, block_inputs, dy)
+        squares += more
+        trees, more = self._embedding(trees, dy, head_gradient)
+        squares += more
+        # Shared values, such as counts, advance once all parts have used their old values.
+        params, state = slices.with_group(trees, None, head)
+        factor = jnp.float32(1) if update is None else update.factor
+        return params, state, squares / factor**2, pair
 
-    def embedding_loss(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:
-        # Of parameters that the head reads too, the head's gradient is added.
-        dy, head_gradient = upstream
-        own_part = _dot(model.embed(embedding, batch)[0], dy)
-        return own_part + _dot(parts.tied(embedding), head_gradient), None
+    def _forward(self, params: PyTree) -> tuple[jax.Array, PyTree, jax.Array]:
+        """The output of the last block, what all blocks share, and the input of each block."""
+        model = self.model
+        x, block_inputs = model.embed(self.parts.slices.group(params, EMBEDDING), self.batch)
+        x, inputs = lax.scan(
+            lambda x, block: (model.block(block, x, block_inputs), x), x, params[model.layers]
+        )
+        return x, block_inputs, inputs
 
-    def group(name: str) -> tuple[PyTree, PyTree]:
-        return slices.group(params, name), slices.group(state, name)
+    def _head(self, trees: PyTree, x: jax.Array) -> Any:
+        """The result of the head's step; its inputs are x and the embedding that it reads too."""
+        slices, update = self.parts.slices, self.part_step.update
 
-    def with_group(name: str | None, new: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        pairs = zip((params, state), new, strict=True)
-        return tuple(slices.with_group(old, name, piece) for old, piece in pairs)
+        def loss(head: PyTree, inputs: tuple[jax.Array, PyTree]) -> tuple[jax.Array, Any]:
+            x, tied = inputs
+            pair = self.model.head_loss(slices.with_group(tied, HEAD, head), x, self.batch)
+            # Scaling this loss scales every gradient, since all are computed from this one.
+            return (pair[0] if update is None else pair[0] * update.factor), pair
 
-    def layer(i: Any, trees: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        return slices.layer(trees[0], i), slices.layer(trees[1], i)
+        tied = self.parts.tied(slices.group(trees[0], EMBEDDING))
+        number = slices.layers
+        result = self.part_step(loss, *slices.group(trees, HEAD), (x, tied), number=number)
+        # XLA may postpone an update that nothing waits for, and would keep its gradient until then.
+        return lax.optimization_barrier(result)
 
-    # Forward pass: the input of each layer is kept.
-    x, block_inputs = model.embed(slices.group(params, EMBEDDING), batch)
-    x, inputs = lax.scan(
-        lambda x, block: (model.block(block, x, block_inputs), x), x, params[model.layers]
-    )
+    def _layers(
+        self, trees: PyTree, inputs: jax.Array, block_inputs: PyTree, dy: jax.Array
+    ) -> tuple[PyTree, jax.Array, jax.Array]:
+        """The new trees, the gradient of the first block's input, the sum of squares."""
+        slices, part_step = self.parts.slices, self.part_step
 
-    # Head.
-    tied = parts.tied(slices.group(params, EMBEDDING))
-    head_step = part_step(head_loss, *group(HEAD), (x, tied), number=layers)
-    # XLA may postpone an update that nothing waits for, and would keep its gradient until then.
-    head, (dy, head_gradient), squares, (_, pair) = lax.optimization_barrier(head_step)
-    params, state = with_group(HEAD, head)
+        def loss(layer: PyTree, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
+            return _dot(self.model.block(layer[self.model.layers], x, block_inputs), dy), None
 
-    # Layers, from the last to the first.
-    def layer_step(n: jax.Array, carry: Any) -> Any:
-        (params, state), current, dy, squares = carry
-        i = layers - 1 - n
-        new, dx, more, _ = part_step(block_loss, *current, inputs[i], dy, number=i)
-        if part_step.update is not None:
-            params = slices.with_layer(params, i, new[0])
-        if part_step.update is not None or part_step.refreshes is not False:
-            state = slices.with_layer(state, i, new[1])
-        trees = params, state
-        # The next layer is sliced here and carried: to read from a stack and write to it in one
-        # iteration, XLA would copy all of it.
-        return trees, layer(jnp.maximum(i - 1, 0), trees), dx, squares + more
+        def one_layer(n: jax.Array, carry: Any) -> Any:
+            (params, state), current, dy, squares = carry
+            i = slices.layers - 1 - n
+            new, dx, more, _ = part_step(loss, *current, inputs[i], dy, number=i)
+            if part_step.update is not None:
+                params = slices.with_layer(params, i, new[0])
+            if part_step.update is not None or part_step.refreshes is not False:
+                state = slices.with_layer(state, i, new[1])
+            trees = params, state
+            # The next layer is sliced here and carried: to read from a stack and write to it in one
+            # iteration, XLA would copy all of it.
+            return trees, slices.layer(trees, jnp.maximum(i - 1, 0)), dx, squares + more
 
-    start = (params, state), layer(layers - 1, (params, state)), dy, squares
-    (params, state), _, dy, squares = lax.fori_loop(0, layers, layer_step, start)
+        start = trees, slices.layer(trees, slices.layers - 1), dy, jnp.float32(0)
+        trees, _, dy, squares = lax.fori_loop(0, slices.layers, one_layer, start)
+        return trees, dy, squares
 
-    # Embedding.
-    new, _, more, _ = part_step(
-        embedding_loss, *group(EMBEDDING), None, (dy, head_gradient), number=layers + 1
-    )
-    params, state = with_group(EMBEDDING, new)
+    def _embedding(
+        self, trees: PyTree, dy: jax.Array, head_gradient: PyTree
+    ) -> tuple[PyTree, jax.Array]:
+        """The new trees and the sum of squares, with the head's gradient of what it reads too."""
+        slices = self.parts.slices
 
-    # Shared values, such as counts, advance once all parts have used their old values.
-    params, state = with_group(None, head)
-    return params, state, (squares + more) / factor**2, pair
+        def loss(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:
+            dy, head_gradient = upstream
+            own_part = _dot(self.model.embed(embedding, self.batch)[0], dy)
+            return own_part + _dot(self.parts.tied(embedding), head_gradient), None
+
+        group, number = slices.group(trees, EMBEDDING), slices.layers + 1
+        new, _, squares, _ = self.part_step(loss, *group, None, (dy, head_gradient), number=number)
+        return slices.with_group(trees, EMBEDDING, new), squares
 
 
 class _Parts(NamedTuple):

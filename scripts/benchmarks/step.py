@@ -63,6 +63,12 @@ class Run:
         analysis: Any = self._step.memory_analysis()
         return analysis.temp_size_in_bytes
 
+    @property
+    def temporary_bytes_of_refresh(self) -> int:
+        """Temporary memory of the refresh before the first step, 0 if the step includes it."""
+        analysis: Any = None if self._refresh is None else self._refresh.memory_analysis()
+        return 0 if analysis is None else analysis.temp_size_in_bytes
+
     def __call__(self) -> PyTree:
         """Dispatches one step, the first one after a refresh of every matrix.
 
