@@ -20,8 +20,7 @@ from galore_jax.errors import InputError
 pytest.importorskip("safetensors", reason="needs safetensors")
 
 from galore_jax.data.batches import DataConfig
-from galore_jax.data.glue import TASKS, encode, load_examples
-from galore_jax.data.glue_metrics import predictions_of, scores
+from galore_jax.data.glue_tasks import TASKS, encode, load_examples, predictions_of, scores
 from galore_jax.data.text_pairs import batches, load_pair_tokenizer
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.lock import locked

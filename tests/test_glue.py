@@ -6,8 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from galore_jax.data.glue import TASKS, Example, encode, load_examples, write_predictions
-from galore_jax.data.glue_metrics import predictions_of, scores
+from galore_jax.data.glue_tasks import (
+    TASKS,
+    Example,
+    encode,
+    load_examples,
+    predictions_of,
+    scores,
+    write_predictions,
+)
 from galore_jax.data.text_pairs import load_pair_tokenizer
 from galore_jax.errors import InputError
 

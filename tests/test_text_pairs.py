@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 
-from galore_jax.data.glue import TASKS, load_examples
+from galore_jax.data.glue_tasks import TASKS, load_examples
 from galore_jax.data.text_pairs import batches, load_pair_tokenizer
 from galore_jax.errors import InputError
 

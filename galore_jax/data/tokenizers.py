@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from galore_jax.errors import InputError, check_installed, one_sentence
+from galore_jax.files import read_json
 
 TOKENIZER, MODEL = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -155,9 +156,20 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
             raise InputError(f"{path} has no end-of-sequence piece, which training needs.")
+        self._check_settings(Path(path))
         pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
         self.pad_id: int = self.eos_id if pad_id < 0 else pad_id
         self.prefix: Sequence[int] = (bos_id,) if bos_id >= 0 else ()
+
+    def _check_settings(self, path: Path) -> None:
+        """Settings beside the file may name another end of a sequence, which would not count."""
+        settings = path.with_name(TOKENIZER_CONFIG)
+        named = read_json(settings).get("eos_token") if settings.is_file() else None
+        if named not in (None, self._processor.id_to_piece(self.eos_id)):
+            raise InputError(
+                f"{settings} names {named!r} as eos_token, which {path} does not: rename the model "
+                f"to {MODEL}, so that the settings are read, or name another folder."
+            )
 
     def encode(self, text: str) -> list[int]:
         """The ids of the pieces of `text`."""

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from galore_jax.data.glue import TASKS, encode, load_examples
+from galore_jax.data.glue_tasks import TASKS, encode, load_examples
 from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import PairTokenizer, load_pair_tokenizer
 from galore_jax.errors import InputError

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveInt
 
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.errors import InputError, require_choice
 from galore_jax.settings import checked
 from galore_jax.training.config import OptimizerConfig
@@ -33,7 +33,7 @@ class GlueConfig:
     """`[data]`: the task and its rows of tokens.
 
     Attributes:
-      task: one of `galore_jax.data.glue.TASKS`.
+      task: one of `galore_jax.data.glue_tasks.TASKS`.
       source: a folder with a folder of GLUE's TSV files for each task.
       sequence_length: tokens per row; longer pairs are truncated.
       batch_size: rows per step.

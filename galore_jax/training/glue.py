@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from galore_jax.data import glue
-from galore_jax.data.glue_metrics import predictions_of, scores
+from galore_jax.data import glue_tasks
+from galore_jax.data.glue_tasks import predictions_of, scores
 from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import batches
 from galore_jax.files import read_json, write_json
@@ -64,7 +64,7 @@ class Glue(Task):
     """
 
     config: SeedConfig
-    task: glue.Task
+    task: glue_tasks.Task
     model: Classifier
     rows: Mapping[str, Rows]
     predicts: bool
@@ -188,7 +188,7 @@ class Glue(Task):
             params = load_encoder(run.path, self.model, jax.random.key(0)).params
             for split in self._splits("test"):
                 outputs = self.outputs(self.model, params, split, None)
-                glue.write_predictions(
+                glue_tasks.write_predictions(
                     self.task, split, predictions_of(self.task, outputs), run.path
                 )
         result = {

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from benchmarks import CONFIGS, Row
 from benchmarks.timing import interleaved, seconds
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import TrainingConfig
 from galore_jax.training.config_file import load_comparison

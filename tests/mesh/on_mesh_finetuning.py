@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import OptimizerConfig, TrainingConfig

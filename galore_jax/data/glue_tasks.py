@@ -1,4 +1,4 @@
-"""The nine tasks of GLUE (arXiv 1804.07461): their examples, and predictions to submit.
+"""The nine tasks of GLUE (arXiv 1804.07461): examples, metrics, and predictions to submit.
 
 Examples come from the official TSV files, one folder per task.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy.stats import rankdata
 
 from galore_jax.data.text_pairs import PairTokenizer
 from galore_jax.errors import InputError, require_choice
@@ -36,7 +37,7 @@ class Task:
         label: column of the label.
         labels: the labels as the TSV files and submissions spell them, in the order of the classes;
             empty for a regression from 0 to 5.
-        metrics: names for `galore_jax.data.glue_metrics.scores`.
+        metrics: names for `scores`.
         header: columns of the training and validation files, if these do not begin with a header.
         has_broken_rows: whether the official files contain rows that are to be skipped.
     """
@@ -180,6 +181,27 @@ def encode(
     return rows
 
 
+def predictions_of(task: Task, outputs: np.ndarray) -> np.ndarray:
+    """What a model predicts: classes int (examples,) or similarities float (examples,).
+
+    Args:
+        task: one of `TASKS`.
+        outputs: of the model's head, (examples, task.num_outputs).
+    """
+    return outputs.argmax(axis=1) if task.labels else outputs[:, 0]
+
+
+def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The metrics of a task by name, in the order of `task.metrics`.
+
+    Args:
+        task: one of `TASKS`.
+        predictions: as from `predictions_of`.
+        labels: the labels, of the same shape.
+    """
+    return {name: float(_METRICS[name](predictions, labels)) for name in task.metrics}
+
+
 def write_predictions(
     task: Task,
     split: str,
@@ -246,3 +268,33 @@ def _label(task: Task, text: str, place: str) -> int | float:
         f"{place} has the label {text!r}, which is not {expected}: repair it or download the file "
         "again."
     )
+
+
+def _accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
+    return np.mean(predictions == labels)
+
+
+def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """F1 of class 1; 0 if it neither occurs nor is predicted."""
+    both = np.sum(predictions == 1) + np.sum(labels == 1)
+    return 2 * np.sum((predictions == 1) & (labels == 1)) / both if both else 0.0
+
+
+def _pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Pearson's correlation in float64; 0 if one side is constant, where it is undefined."""
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return np.corrcoef(predictions.astype(np.float64), labels.astype(np.float64))[0, 1]
+
+
+def _spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    return _pearson(rankdata(predictions), rankdata(labels))
+
+
+_METRICS = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews": _pearson,  # of two classes it is Pearson's of their numbers
+    "pearson": _pearson,
+    "spearman": _spearman,
+}
