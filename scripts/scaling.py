@@ -23,7 +23,6 @@ moments. The batch is that of the configuration, in micro-batches of at most --r
 """
 
 import argparse
-import math
 import os
 import sys
 import time
@@ -33,7 +32,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from galore_jax.errors import InputError, check_installed, require, require_choice, run_cli
+from galore_jax.command_line import separated
+from galore_jax.errors import InputError, check_installed, require_choice, run_cli
 from galore_jax.files import write_json
 
 GIB = 2**30
@@ -293,7 +293,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
         Case(model, layout, optimizer, devices)
         for model in arguments.models
         for layout in arguments.layouts
-        for devices in sorted(map(int, arguments.devices))
+        for devices in sorted(arguments.devices)
         for optimizer in arguments.optimizers
     ]
 
@@ -313,12 +313,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names: dict[str, Any] = {"type": lambda text: text.split(","), "metavar": "NAME,…"}
+    names: dict[str, Any] = {"type": separated(), "metavar": "NAME,…"}
     parser.add_argument("--models", default=list(MODELS), **names)
     parser.add_argument("--layouts", default=list(LAYOUTS), **names)
     parser.add_argument("--optimizers", default=list(OPTIMIZERS), **names)
-    parser.add_argument("--devices", default=["1", "8", "16", "64"], **{**names, "metavar": "N,…"})
-    parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
+    parser.add_argument("--devices", default=[1, 8, 16, 64], type=separated(int), metavar="N,…")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "rtx4090", "a100", "h100"))
     parser.add_argument("--rows", type=int, default=64, help="of a micro-batch on a device")
     rate: dict[str, Any] = {"type": float, "metavar": "RATE"}
     parser.add_argument("--tflops", default=400, help="of a device, for the last lines", **rate)
@@ -331,7 +331,7 @@ def main() -> None:
     if arguments.picture:
         check_installed("matplotlib")
     if arguments.device == "cpu":
-        start_cpus(max(map(int, arguments.devices)))
+        start_cpus(max(arguments.devices))
 
     from analysis.step_cost import step_cost, trainer_steps
 
@@ -369,17 +369,12 @@ def check(arguments: argparse.Namespace) -> None:
         for name in getattr(arguments, option):
             require_choice(f"--{option}", name, known)
     for number in arguments.devices:
-        if not number.isdecimal() or int(number).bit_count() != 1:
+        if number < 1 or number.bit_count() != 1:
             raise InputError(f"--devices {number} is not a power of two: take 1, 2, 4, 8, …")
-    require_choice("--device", arguments.device, ("cpu", "a100", "rtx4090", "h100"))
-    require("--rows", arguments.rows, arguments.rows >= 1, "at least 1")
     chosen = ("optimizer.name", "optimizer.gradients", "training.accumulation", "mesh.")
     for override in arguments.overrides:
         if override.startswith(chosen):
             raise InputError(f"{override}: the options choose this, see --help.")
-    for option in ("tflops", "network"):
-        rate = getattr(arguments, option)
-        require(f"--{option}", rate, 0 < rate < math.inf, "positive and finite")
 
 
 def start_cpus(number: int) -> None:

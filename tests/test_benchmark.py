@@ -106,13 +106,6 @@ def test_ranks_grow_with_the_width_except_rank_one():
     assert [scaled(rank).galore.rank for rank in (64, 0.25, 1)] == [256, 0.25, 1]
 
 
-@pytest.mark.slow
-def test_stacked_leaves_are_without_the_baseline_that_does_not_project_them():
-    settings = step.Settings(model="llama", leaves="stacked", repeats=1)
-    rows = step.measure_model(TINY, settings, (2, 8), RANK)
-    assert [row["name"] for row in rows] == ["adamw", "galore_full", "galore_projected"]
-
-
 def test_layers_as_in_flax_have_the_derivative_that_jax_makes():
     model = LlamaConfig(16, 8, 12, num_layers=1, num_heads=2)
     params, batch = init_llama(model), 2 * (jnp.ones((2, 4, 8)),)
