@@ -23,10 +23,9 @@ from galore_jax.training.compare import compare
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.config_file import changed
 from galore_jax.training.finetune_config import CheckpointConfig, FinetuneConfig
-from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.relora import prune_moments, restart, steps_until_restart
-from galore_jax.training.schedule import learning_rate_schedule
 from galore_jax.training.state import (
     abstract_state,
     batch_shapes,
@@ -46,7 +45,7 @@ KERNELS = [(32, 32)] * 4 + [(32, 48)] * 2 + [(48, 32)]
 
 def configured(name, **sections):
     optimizer = sections.pop("optimizer", {})
-    optimizer = {**optimizer, "name": name, "lora": {"rank": RANK, **optimizer.get("lora", {})}}
+    optimizer = {"name": name, **optimizer, "lora": {"rank": RANK, **optimizer.get("lora", {})}}
     return changed(CONFIG, optimizer=optimizer, **sections)
 
 

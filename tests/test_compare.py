@@ -215,7 +215,7 @@ def test_a_descent_leaves_runs_that_diverge():
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
 def test_a_rate_that_is_none_is_refused_before_any_run(configs, rate):
-    with pytest.raises(InputError, match="matrix_rate must be positive and finite, not"):
+    with pytest.raises(InputError, match="optimizer.matrix_rate must be "):
         compare(configs, SEEDS, matrix_rates=(0.5, rate))
 
 
@@ -255,7 +255,7 @@ def test_a_script_that_is_stopped_says_how_to_continue(script, file, monkeypatch
     ("arguments", "sentence"),
     [
         (["--optimizers", "adam"], "there is no optimizer 'adam' to compare; did you mean adamw"),
-        (["--rates", "0.1,0"], "learning_rate must be positive and finite, not 0.0."),
+        (["--rates", "0.1,0"], "learning_rate must be greater than 0, not 0.0."),
     ],
 )
 def test_a_wrong_argument_ends_in_one_sentence(

@@ -11,7 +11,6 @@ from galore_jax.training.config_file import (
     from_dict,
     load_comparison,
     load_config,
-    to_dict,
     to_toml,
 )
 from galore_jax.training.finetune_config import FinetuneConfig
@@ -174,12 +173,14 @@ def test_the_written_toml_reads_back_as_the_same_configuration():
         training=TrainingConfig(folder='a "quoted" \\ tab\t é 𝕏 \U000e0001', tensorboard=True),
     )
     assert from_dict(tomllib.loads(to_toml(config))) == config
-    assert from_dict(to_dict(config)) == config
+    assert from_dict(dataclasses.asdict(config)) == config
 
 
 def test_differences_name_the_keys_and_both_values():
     other = dataclasses.replace(Config(), optimizer=OptimizerConfig(galore=GaloreConfig(rank=7)))
-    assert differences(to_dict(Config()), to_dict(other)) == {"optimizer.galore.rank": (128, 7)}
+    assert differences(dataclasses.asdict(Config()), dataclasses.asdict(other)) == {
+        "optimizer.galore.rank": (128, 7)
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -375,7 +375,7 @@ def test_what_would_fail_later_is_refused_at_the_start(place, tmp_path):
     with pytest.raises(InputError, match=r"pallas.* needs an NVIDIA GPU"):
         finetune(configured(place, folder, GALORE | {"implementation": "pallas"}))
     for rate in (float("inf"), 0.0):
-        with pytest.raises(InputError, match="learning_rate must be positive and finite"):
+        with pytest.raises(InputError, match="learning_rate must be "):
             compare_finetuning({"galore": configured(place, folder, GALORE)}, [1e-3, rate])
     assert not folder.exists()
 

@@ -12,9 +12,8 @@ from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import changed
-from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.pretraining import Pretraining
-from galore_jax.training.schedule import learning_rate_schedule
 from galore_jax.training.state import init_state, tree_bytes, tree_size
 from galore_jax.training.step import make_gradients, make_train_step
 from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics

@@ -7,6 +7,7 @@ renames at the end. Each process writes the parts of the arrays on its devices, 
 everything else. Another number of processes, on another mesh, can read it.
 """
 
+import dataclasses
 import glob
 import logging
 import shutil
@@ -28,7 +29,7 @@ from galore_jax.errors import InputError, names_full_disk
 from galore_jax.models.adapters import merge
 from galore_jax.training.checksum import checksum, json_checksum
 from galore_jax.training.config import Config
-from galore_jax.training.config_file import AnyConfig, from_dict, to_dict
+from galore_jax.training.config_file import AnyConfig, from_dict
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.processes import ending_together, is_first
 from galore_jax.training.run_folder import RunFolder, check_same_run
@@ -221,7 +222,7 @@ def _on_devices(abstract: Any) -> Any:
 
 def _meta(config: Any, step: int, checksums: dict[str, int]) -> ocp.args.JsonSave:
     """The item `meta`; its own checksum is among the others."""
-    meta = {"config": to_dict(config), "step": step}
+    meta = {"config": dataclasses.asdict(config), "step": step}
     return ocp.args.JsonSave(meta | {"checksums": checksums | {"meta": json_checksum(meta)}})
 
 

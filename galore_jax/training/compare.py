@@ -20,7 +20,7 @@ from scipy import stats
 from galore_jax.data.batches import fingerprint, first_prompt
 from galore_jax.errors import InputError
 from galore_jax.files import write_text
-from galore_jax.training.config import Config, check_grid
+from galore_jax.training.config import Config
 from galore_jax.training.config_file import changed
 from galore_jax.training.finetune import finetune
 from galore_jax.training.finetune_config import FinetuneConfig
@@ -229,8 +229,7 @@ def compare(
       InputError: a rate is not a positive number; and as for `train`.
     """
     grids = {"learning_rate": rates, "matrix_rate": matrix_rates}
-    for name, grid in grids.items():
-        check_grid(name, grid)
+    _check_rates(configs, grids)
     rows = [
         _row(LossRow, _pretrained, label, config, seeds, grids, descend)
         for label, config in configs.items()
@@ -279,8 +278,8 @@ def compare_finetuning(
     each: dict[str, Mapping[str, FinetuneConfig]] = {
         task: {label: _on(task, config) for label, config in configs.items()} for task in tasks
     } or {next(iter(configs.values())).data.task: configs}
-    check_grid("learning_rate", rates)
     first, grids, compared = next(iter(configs.values())), {"learning_rate": rates}, {}
+    _check_rates(configs, grids)
     for task, on_task in each.items():
         compared[task] = [
             _row(MetricRow, _finetuned, label, config, range(config.training.seeds), grids, try_all)
@@ -290,6 +289,13 @@ def compare_finetuning(
         compared["mean"] = [_mean(rows) for rows in zip(*compared.values(), strict=True)]
     write_text(Path(first.training.folder) / "comparison.md", tables(compared))
     return compared
+
+
+def _check_rates(configs: Mapping[str, Any], grids: Mapping[str, Sequence[float]]) -> None:
+    """Raises an `InputError` unless each rate of the grids can be a setting."""
+    for config, (name, grid) in itertools.product(configs.values(), grids.items()):
+        for rate in grid:
+            changed(config, optimizer={name: rate})
 
 
 def tables(compared: Mapping[str, Sequence[Row]]) -> str:

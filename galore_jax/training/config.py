@@ -5,16 +5,13 @@
 settings.
 """
 
-import contextlib
-import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from galore_jax.data.batches import DataConfig
-from galore_jax.errors import InputError, require
+from galore_jax.errors import InputError
 from galore_jax.grads.layerwise import ClipBy
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.llama import LlamaConfig
@@ -43,23 +40,6 @@ Optimizer = Literal[
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
 # Below 1 in float32 too: with a decay of 1, bias corrections divide by 0.
 Decay = Annotated[float, Field(ge=0, lt=1 - 2**-25)]
-
-
-def check_grid(name: str, rates: Iterable[float]) -> None:
-    """Raises an `InputError` unless all rates of a grid are positive and finite."""
-    for rate in rates:
-        require(name, rate, 0 < rate < math.inf, "positive and finite")
-
-
-@contextlib.contextmanager
-def naming_settings() -> Iterator[None]:
-    """Turns a ValueError of `galore` into an `InputError` that names the setting."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith("galore: "):
-            raise
-        raise InputError(f"optimizer.galore.{str(error).removeprefix('galore: ')}") from None
 
 
 @checked("optimizer.galore")
@@ -95,8 +75,10 @@ class GaloreConfig:
     basis_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
 
     def __post_init__(self):
-        with naming_settings():
+        try:
             galore(**self.given)
+        except ValueError as error:
+            raise InputError(f"optimizer.galore.{str(error).removeprefix('galore: ')}") from None
 
     @property
     def given(self) -> dict[str, Any]:

@@ -130,21 +130,16 @@ def from_dict(table: Mapping[str, Any], kind: type[AnyConfig] = Config) -> AnyCo
 
 def changed(config: AnyConfig, **sections: Mapping[str, Any]) -> AnyConfig:
     """The configuration with `section={key: value}` in place of its own values."""
-    return from_dict(_merged(to_dict(config), sections), type(config))
-
-
-def to_dict(config: Any) -> dict[str, dict[str, Any]]:
-    """The inverse of `from_dict`."""
-    return asdict(config)
+    return from_dict(_merged(asdict(typing.cast(Any, config)), sections), type(config))
 
 
 def to_toml(config: Any) -> str:
     """The configuration as the text of a TOML file, without the keys that are None."""
-    return "\n".join(_lines(to_dict(config)))
+    return "\n".join(_lines(asdict(config)))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`{"section.key": (old, new)}` for each key in which two results of `to_dict` differ."""
+    """`{"section.key": (old, new)}` for each key in which two nested tables differ."""
     before, after = _flat(old), _flat(new)
     pairs = {key: (before.get(key), after.get(key)) for key in {**before, **after}}
     return {key: (one, other) for key, (one, other) in pairs.items() if one != other}

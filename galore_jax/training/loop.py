@@ -1,6 +1,7 @@
 """The training loop: what to start from, the steps, and what a run leaves."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -16,7 +17,6 @@ from jax.sharding import Mesh
 from galore_jax.errors import InputError
 from galore_jax.files import write_text
 from galore_jax.training.checkpoint import Checkpoints
-from galore_jax.training.config_file import to_dict
 from galore_jax.training.mesh import put_batch, training_mesh
 from galore_jax.training.metrics import Metrics, format_bytes
 from galore_jax.training.processes import check_same, ending_together, is_first, stopping_together
@@ -88,7 +88,7 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
       Interrupted: on SIGINT or SIGTERM, after saving the state.
     """
     config = task.config
-    check_same(to_dict(config) | {"arguments": {"resume": resume}})
+    check_same(dataclasses.asdict(config) | {"arguments": {"resume": resume}})
     with ending_together():
         if is_first():
             check_start(config, resume)

@@ -28,7 +28,7 @@ from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.lock import locked
 from galore_jax.training.config import Config
-from galore_jax.training.config_file import AnyConfig, differences, load_config, to_dict, to_toml
+from galore_jax.training.config_file import AnyConfig, differences, load_config, to_toml
 from galore_jax.training.mesh import MeshConfig
 
 MAY_CHANGE = frozenset(
@@ -116,7 +116,7 @@ def recorded_config(run: RunFolder, kind: type[AnyConfig]) -> AnyConfig:
 
 def check_same_run(recorded: Any, config: Any, place: Path) -> None:
     """Raises an `InputError` if the configuration differs in a key that may not change."""
-    changed = differences(to_dict(recorded), to_dict(config))
+    changed = differences(dataclasses.asdict(recorded), dataclasses.asdict(config))
     changed = {key: values for key, values in changed.items() if key not in MAY_CHANGE}
     if changed:
         key, (old, new) = next(iter(changed.items()))

@@ -16,9 +16,8 @@ from galore_jax.grads.micro_batches import mean_over
 from galore_jax.models.adapters import combine
 from galore_jax.optim.galore_state import galore_states, project
 from galore_jax.training.mesh import data_axes, jit_on, per_shard, whole
-from galore_jax.training.optimizer import make_optimizer
+from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.relora import restart
-from galore_jax.training.schedule import learning_rate_schedule
 from galore_jax.training.state import DROPOUT, TrainState, abstract_state, trained
 from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 from galore_jax.training.task import Batch, Task
