@@ -215,7 +215,7 @@ def test_a_descent_leaves_runs_that_diverge():
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, math.inf, math.nan])
 def test_a_rate_that_is_none_is_refused_before_any_run(configs, rate):
-    with pytest.raises(InputError, match="optimizer.matrix_rate must be "):
+    with pytest.raises(InputError, match="matrix_rate must be "):
         compare(configs, SEEDS, matrix_rates=(0.5, rate))
 
 
