@@ -230,7 +230,7 @@ def test_the_recommended_optimizer_has_the_bytes_that_its_page_says():
 def test_every_page_with_python_is_run_above():
     run = (
         *("usage", "projected-gradients", "low-memory", "comparison", "scaling"),
-        "which-optimizer",
+        *("which-optimizer", "algorithm"),
         "integrations",  # in test_integrations.py
     )
     assert {page for page in TEXTS if blocks(page, "python")} == {
