@@ -68,7 +68,7 @@ def test_the_three_formats_are_the_same_conversations(write, tokenizer):
         ROW,
         {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
         {"instruction": QUESTION, "input": "", "output": ANSWER, "text": "ignored"},
-        {"instruction": QUESTION, "output": ANSWER},
+        {"instruction": QUESTION, "input": None, "output": ANSWER},
         {"instruction": "Count legs.", "input": "dog", "output": "4"},
         {"messages": chat("Count legs.\n\ndog", "4")},
         {
@@ -85,15 +85,6 @@ def test_the_three_formats_are_the_same_conversations(write, tokenizer):
     assert tokens[0] == tokens[1] == tokens[2] == tokens[3] != tokens[4]
     assert tokens[4] == tokens[5] != tokens[6] == tokens[7]
     assert tokens[0] == ChatTemplate(tokenizer).encode(ROW["messages"]).tokens.tolist()
-
-
-def test_a_conversation_is_tokenised_once(write, tokenizer, monkeypatch):
-    read = everything(folder_of(write, 3 * [ROW]), tokenizer)
-    monkeypatch.delattr(ChatTemplate, "encode")
-    first, *others = [read[index] for index in (0, 1, 2, 0)]
-    assert (first.tokens.dtype, first.is_answer.dtype) == (np.int32, np.bool_)
-    for other in others:
-        np.testing.assert_array_equal(other, first)
 
 
 def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
@@ -115,12 +106,6 @@ def test_a_file_of_conversations_without_the_setting_for_them_is_named(write, to
     one = dataclasses.replace(config(write([ROW]), tokenizer), rows="packed")
     with pytest.raises(InputError, match=r'is a file, .* need data\.rows = "conversations"'):
         train_batches(one, load_tokenizer(tokenizer))
-
-
-def test_a_missing_input_and_none_are_the_same(write, tokenizer):
-    rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "input": None, "output": "b"}]
-    one, other = everything(folder_of(write, rows), tokenizer)
-    np.testing.assert_array_equal(one.tokens, other.tokens)
 
 
 def test_a_template_whose_answers_do_not_end_with_the_end_of_sequence_is_refused(write, tmp_path):

@@ -230,26 +230,6 @@ def test_names_of_converted_tensorflow_checkpoints_are_known(folder):
     jax.tree.map(np.testing.assert_array_equal, loaded.params, initial(model))
 
 
-def test_shards_are_read_through_their_index(folder):
-    tensors = safetensors.load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    files = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
-    for file in set(files.values()):
-        shard = {name: tensors[name] for name in names if files[name] == file}
-        safetensors.save_file(shard, folder / file)
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    model = Classifier(BERT, 3)
-    jax.tree.map(
-        np.testing.assert_array_equal, load_encoder(folder, model, KEY).params, initial(model)
-    )
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        InputError, match=r"names model-00002-of-00002.safetensors, which .*download"
-    ):
-        load_encoder(folder, model, KEY)
-
-
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 
 
@@ -280,20 +260,6 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
     changed(folder, change)
     with pytest.raises(InputError, match=message):
         load_encoder(folder, Classifier(BERT, 3), KEY)
-
-
-def test_a_truncated_file_is_named(folder):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        InputError, match=r"model.safetensors is not a complete safetensors file .*download"
-    ):
-        load_encoder(folder, Classifier(BERT, 3), KEY)
-
-
-def test_a_folder_without_safetensors_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"has neither model.safetensors nor"):
-        load_encoder(tmp_path, Encoder(BERT), KEY)
 
 
 @pytest.mark.parametrize(
