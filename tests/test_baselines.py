@@ -167,7 +167,7 @@ def test_a_restart_of_relora_leaves_the_model_and_renews_the_adapters(batch):
     state = initial(config)
     for _ in range(3):
         state, _ = compiled_step(config)(state, batch)
-    restarted = jax.jit(functools.partial(restart, config))(state)
+    restarted = jax.jit(functools.partial(restart, Pretraining(config)))(state)
 
     model = Llama(config.model, config.optimizer.adapter)
     logits = jax.jit(lambda params: model.apply({"params": params}, batch["tokens"]))
@@ -190,7 +190,7 @@ def test_a_restart_of_relora_leaves_the_model_and_renews_the_adapters(batch):
             is_merged = names[0] == "layers" and names[-1] == "kernel"
             assert np.array_equal(leaf, before[names]) != is_merged
     # The same from the seed and the step; another for another step.
-    again = jax.jit(functools.partial(restart, config))(state)
+    again = jax.jit(functools.partial(restart, Pretraining(config)))(state)
     jax.tree.map(np.testing.assert_array_equal, again, restarted)
     later = restart(Pretraining(config), state._replace(step=state.step + 1))
     assert all(
@@ -220,7 +220,7 @@ def test_pruning_zeroes_99_of_100_moments():
 
 def test_restarts_are_due_at_multiples_of_the_gap_but_not_at_the_start(batch):
     config = configured("relora", optimizer={"lora": {"restart_gap": 3}})
-    assert [steps_until_restart(config, step) for step in range(7)] == [3, 2, 1, 0, 2, 1, 0]
+    assert [steps_until_restart(3, step) for step in range(7)] == [3, 2, 1, 0, 2, 1, 0]
     stepper, state, other = Stepper(Pretraining(config)), initial(config), initial(config)
     for t in range(5):
         state, measured = stepper(state, batch)
