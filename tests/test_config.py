@@ -64,67 +64,25 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
             "optimizer.learning_rat=1",
             "optimizer.learning_rat is unknown; did you mean learning_rate or matrix_rate?",
         ),
-        ("model.zzz=1", "model.zzz is unknown; there are vocab_size, hidden_size"),
         ("optimiser.name=adamw", "optimiser is unknown; did you mean optimizer?"),
-        ("rank=1", "rank is unknown; there are model, data, optimizer, training, mesh."),
+        ("optimizer.rank=4", "optimizer.rank is unknown; did you mean galore.rank or lora.rank?"),
+        ("mesh.axes=auto", "mesh.axes is unknown; there are data, fsdp, tensor, shard_moments."),
         ("training=1", "training is a table: write [training], then a line for each key."),
         ("model.num_layers", "'model.num_layers' is not an override: write section.key=value"),
         ("optimizer.name=adam", "optimizer.name must be 'adamw', 'adamw8bit', 'galore_adamw', "),
-        ("optimizer.matrix_rate=0", "optimizer.matrix_rate must be greater than 0, not 0."),
         ("optimizer.b1=0.99999999", "optimizer.b1 must be less than 0.9999999701976776, not"),
-        (
-            "optimizer.galore.refresh=qr",
-            "optimizer.galore.refresh must be one of subspace_iteration, eigh,",
-        ),
-        (
-            "optimizer.galore.rank=0",
-            "optimizer.galore.rank must be an integer of at least 1, a fraction",
-        ),
-        (
-            "optimizer.galore.rank=64.0",
-            "a fraction of the smaller side or a function of the shape, not 64",
-        ),
-        ("optimizer.galore.rank=half", "optimizer.galore.rank must be a valid number, not 'half'."),
-        (
-            "optimizer.galore.scale=-1",
-            "optimizer.galore.scale must be positive and finite, not -1.0.",
-        ),
-        (
-            f"optimizer.galore.scale={10**400}",
-            "optimizer.galore.scale must be a valid number, not 1000",
-        ),
-        (
-            f"optimizer.galore.scale={'9' * 5000}",
-            "optimizer.galore.scale must be a valid number, not '999",
-        ),
+        ("optimizer.galore.rank=0", "galore.rank must be an integer of at least 1, a fraction"),
+        ("optimizer.galore.rank=half", "galore.rank must be a valid number, not 'half'."),
+        (f"optimizer.galore.scale={'9' * 5000}", "galore.scale must be a valid number, not '999"),
         ("optimizer.learning_rate=nan", "optimizer.learning_rate must be a finite number, not nan"),
-        (
-            "optimizer.galore.update_proj_gap=0",
-            "optimizer.galore.update_proj_gap must be a whole number from 1",
-        ),
-        (
-            "optimizer.galore.lazy_overlap=1.5",
-            "optimizer.galore.lazy_overlap must be above 0 and at most 1, not",
-        ),
-        ("training.steps=1e4", "training.steps must be a valid integer, not 10000.0."),
         ("training.steps=true", "training.steps must be a valid integer, not True."),
-        (
-            "training.steps=3000000000",
-            "training.steps must be less than 2147483648, not 3000000000",
-        ),
-        ("training.tensorboard=1", "training.tensorboard must be a valid boolean, not 1."),
         ("training.folder=2026", "training.folder must be a valid string, not 2026."),
         ("training.folder=", "training.folder must have at least 1 character, not ''."),
         ("training.folder=\udce9", "training.folder must be a valid string, unable to parse raw"),
-        ("data.held_out=1.5", "data.held_out must be less than 1, not 1.5."),
         ("training.accumulation=3", "training.accumulation is 3, which does not divide"),
-        ("mesh.fsdp=0", "mesh.fsdp must be greater than 0, not 0."),
-        ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1, but only one size can take what"),
         ("training.steps=10", "optimizer.warmup_steps is 1000, but training.steps is only 10"),
-        ("optimizer.rank=4", "optimizer.rank is unknown; did you mean galore.rank or lora.rank?"),
-        ("optimizer.scale=4", "optimizer.scale is unknown; did you mean galore.scale?"),
-        ("steps=4", "steps is unknown; did you mean training.steps?"),
-        ("mesh.axes=auto", "mesh.axes is unknown; there are data, fsdp, tensor, shard_moments."),
+        ("mesh.fsdp=0", "mesh.fsdp must be greater than 0, not 0."),
+        ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1"),
     ],
     ids=lambda text: text[:40],
 )
@@ -135,11 +93,6 @@ def test_a_bad_override_is_refused_in_a_sentence_that_names_what_is_valid(
         load_config(small, [override])
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
-
-
-def test_the_settings_of_galore_are_validated_for_plain_adamw_too(small):
-    with pytest.raises(InputError, match=r"^optimizer\.galore\.rank must be an integer"):
-        load_config(small, ["optimizer.name=adamw", "optimizer.galore.rank=0"])
 
 
 def test_a_missing_file_is_refused_with_the_nearest_names(small):
@@ -159,11 +112,6 @@ def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(InputError):
         load_config(path)
-
-
-def test_a_rank_is_a_number_of_columns_or_a_fraction(small):
-    assert load_config(small, ["optimizer.galore.rank=1"]).optimizer.galore.rank == 1
-    assert load_config(small, ["optimizer.galore.rank=0.25"]).optimizer.galore.rank == 0.25
 
 
 def test_the_written_toml_reads_back_as_the_same_configuration():
