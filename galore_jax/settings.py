@@ -54,22 +54,26 @@ def checked(section: str) -> Callable[[AnyClass], AnyClass]:
 
 def _sentence(error: ValidationError, section: str, kind: Any) -> str:
     """The first of the errors that pydantic found."""
-    first, *others = error.errors(include_url=False)
+    kinds = {f.name: f.type for f in fields(kind) if is_dataclass(f.type)}
+    tables = [(table, inner.name) for table, own in kinds.items() for inner in fields(own)]
+    inside = lambda key: [f"{table}.{name}" for table, name in tables if name == key]
+    is_unknown = lambda found: found["type"] == "unexpected_keyword_argument"
+    # First of all what is now in a table, such as optimizer.rank of earlier versions.
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda found: not (is_unknown(found) and inside(found["loc"][0])))
     raised = first.get("ctx", {}).get("error")
     if isinstance(raised, InputError):
         return str(raised)
     names = [field.name for field in fields(kind)]
     key = first["loc"][0]
     name = f"{section}.{names[key] if isinstance(key, int) else key}".lstrip(".")
-    if first["type"] == "unexpected_keyword_argument":
-        # It may be a setting of one of the tables, such as optimizer.rank of earlier versions.
-        tables = {f.name: fields(f.type) for f in fields(kind) if is_dataclass(f.type)}
-        inner = [f"{table}.{key}" for table, own in tables.items() if key in [f.name for f in own]]
+    if is_unknown(first):
+        inner = inside(key)
         nearest = f"; did you mean {' or '.join(inner)}?" if inner else suggestion(str(key), names)
         return f"{name} is unknown{nearest}"
     if first["type"] == "dataclass_exact_type":
         return f"{name} is a table: write [{name}], then a line for each key."
     # Each type of a union has an error, the most general one last.
-    last = [first, *(other for other in others if other["loc"][0] == key)][-1]
+    last = [found for found in errors if found["loc"][:1] == (key,)][-1]
     wanted = re.sub(r"^\w+ should", "must", last["msg"])
     return f"{name} {wanted}, not {last['input']!r}."
