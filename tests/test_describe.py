@@ -14,8 +14,9 @@ from galore_jax import chain, describe, galore
 
 KERNEL, BIAS = jnp.zeros((64, 256)), jnp.zeros(256)
 RANK = 8
-# Two moments of (64, 256), less two of (8, 256), the basis (64, 8), and nine counters and scalars.
-SAVED = 4 * (2 * 64 * 256 - 2 * 8 * 256 - 64 * 8 - 9)
+# Two moments of (64, 256), less two of (8, 256), the basis (64, 8), nine counters and scalars, and
+# whether the last update refreshed and was finite.
+SAVED = 4 * (2 * 64 * 256 - 2 * 8 * 256 - 64 * 8 - 9) - 2
 ADAM = chain(galore(RANK), optax.adam(1e-3))
 
 
