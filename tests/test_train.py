@@ -108,7 +108,7 @@ def test_a_run_writes_its_configuration_metrics_summary_and_picture(uninterrupte
     assert f"{summary['validation_loss']:.4f}" in finished.stdout
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["50", "60"]
     assert (folder / "config.toml").exists()
-    for shown in ("tokens/s", "lr ", "loss ", "memory", "100%"):
+    for shown in ("compiling", "tokens/s", "lr ", "loss ", "memory", "100%"):
         assert shown in finished.stderr
 
 

@@ -127,9 +127,12 @@ class Progress:
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """Excludes the time within the block from the training time; call `report` before it."""
+        start = time.perf_counter()
         yield
         self._mark = time.perf_counter()
-        self._bar.unpause()
+        if not self._bar.disable:
+            self._bar.start_t += self._mark - start
+            self._bar.last_print_t += self._mark - start
 
     def flush(self) -> None:
         """Waits until the lines are on disk, as a checkpoint requires."""
