@@ -122,7 +122,7 @@ class Progress:
         self._bar.set_postfix_str("compiling")
         with self.clock_stopped():
             yield
-        self._bar.set_postfix_str("")
+        self._bar.set_postfix_str("", refresh=False)
 
     @contextlib.contextmanager
     def clock_stopped(self) -> Iterator[None]:
