@@ -28,5 +28,5 @@ gradients = jax.jit(jax.grad(loss))
 
 def max_difference(one, other):
     # NumPy has nothing to compile.
-    differences = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), one, other)
+    differences = jax.tree.map(lambda a, b: np.abs(np.float64(a) - np.float64(b)).max(), one, other)
     return float(max(jax.tree.leaves(differences)))
