@@ -16,10 +16,9 @@ from galore_jax.types import PyTree
 
 def check_micro_batches(micro_batches: Any) -> None:
     """Raises a ValueError unless `micro_batches` is an integer of at least 1."""
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, Integral):
-        raise ValueError(f"micro_batches must be an integer, not {micro_batches!r}.")
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1, not {micro_batches}.")
+    is_integer = isinstance(micro_batches, Integral) and not isinstance(micro_batches, bool)
+    if not is_integer or micro_batches < 1:
+        raise ValueError(f"micro_batches must be a whole number above 0, not {micro_batches!r}.")
 
 
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:

@@ -193,10 +193,8 @@ def tracer(loss: Loss, has_aux: bool, divided: bool = False) -> Callable[..., "T
         key = structure, *map(jax.typeof, leaves), jax.sharding.get_abstract_mesh()
         if key not in traced:
             program = Program(pair, (params, arrays))
-            traced[key] = (
-                program,
-                TracedLoss(program, {}, has_aux, params, arrays, bases).find_uses(),
-            )
+            new = TracedLoss(program, {}, has_aux, params, arrays, bases)
+            traced[key] = program, new.find_uses()
         return TracedLoss(*traced[key], has_aux, params, arrays, bases)
 
     return trace
