@@ -72,7 +72,7 @@ def make_evaluate(
 
 def perplexity(loss: float) -> float:
     """exp(loss), infinite if that overflows."""
-    return math.exp(loss) if loss < 709 else math.inf
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def take_targets(batches: Iterable[Batch], targets: int) -> Iterator[Batch]:
