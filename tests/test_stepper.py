@@ -109,6 +109,7 @@ def test_a_refresh_that_needs_full_gradients_has_them():
     changed(CONFIG, optimizer={**svd, "name": "adamw"})
 
 
+@pytest.mark.slow
 def test_a_layerwise_step_equals_an_ordinary_one(batch):
     # At this rate rounding does not grow in a few steps.
     settings = {"learning_rate": 1e-4, "warmup_steps": 0, "clip_by": "first_pass"}

@@ -89,14 +89,12 @@ def finetuned(config, encoder, sizes=None):
 @pytest.mark.parametrize(
     ("optimizer", "dropout", "meshes"),
     [
-        (GALORE, 0.0, ["data", "all", "zero"]),
+        (GALORE, 0.0, ["all"]),
         # Shards of the axis "data" draw what to drop by themselves, those of others do not.
         (GALORE, 0.1, ["fsdp"]),
-        ({"name": "galore_muon", "galore": {"rank": 8, "update_proj_gap": 2}}, 0.0, ["all"]),
-        ({"name": "lora", "lora": {"rank": 4, "dropout": 0.0}}, 0.0, ["all", "zero"]),
-        ({"name": "adamw"}, 0.0, ["zero"]),
+        ({"name": "lora", "lora": {"rank": 4, "dropout": 0.0}}, 0.0, ["zero"]),
     ],
-    ids=["galore", "dropout", "muon", "lora", "adamw"],
+    ids=["galore", "dropout", "lora"],
 )
 def test_losses_and_outputs_are_those_of_one_device(optimizer, dropout, meshes, capfd):
     encoder = dataclasses.replace(ENCODER, dropout=dropout)
