@@ -2,15 +2,18 @@
 
 The paper's algorithm, and where each line of it is:
 
-    every T steps: P ← the leading r singular vectors of G     subspace.new_basis.refresh_basis
-    R ← PᵀG                                                    Projection.project; or
-                                                               directly in the backward pass: grads
-    Adam (or any optimizer) on R, with moments of R's shape    what comes after galore in the chain
-    W ← W + η · α P N                                          optim.apply, or chain's own lift
+    every T steps: P ← the leading r singular vectors of G   subspace.new_basis.refresh_basis
+    R ← PᵀG                                                  Projection.project; or directly in
+                                                             the backward pass: grads
+    N ← Adam (or any optimizer) of R, with moments of R's    what comes after galore in the chain;
+        shape; the learning rate and the sign are in N       moments at a refresh: optim.rotation
+    W ← W + α P N                                            apply_gradients: optim.apply; or
+                                                             `update` of a chain: optim.chain
 
 The mechanism: a `Coordinates` node replaces the parameter's leaf in the trees that
-transformations after galore are initialised with and update, so their state is low-rank. The
-algorithm in plain NumPy, which the tests compare with step by step, is `tests/reference.py`.
+transformations after galore are initialised with and update, so their state is low-rank. The whole
+algorithm in plain JAX is in `docs/algorithm.md`, and in plain NumPy, for the tests, in
+`tests/reference.py`.
 """
 
 import dataclasses
@@ -60,12 +63,15 @@ def galore(
     embeddings, heads and norms, recognised by name, are not projected, nor is a leaf whose smaller
     side is not larger than the rank. Each matrix has a basis of its own, computed anew at updates
     0, T, 2T, … from that update's gradient. A matrix is skipped if its gradient is not finite or
-    the sum of squares of its coordinates overflows float32: its weights, moments and basis stay as
-    they are, and a refresh that was due takes place at the next finite gradient (that of projected
-    gradients 1, 2, 4, … updates later).
+    the sum of squares of its coordinates overflows float32: galore passes on zeros, and the chain
+    puts weights and moments back as they were (see `optim.nonfinite`). A refresh that was due, and
+    had a gradient that is not finite or is zero, takes place at the next other one (that of
+    projected gradients 1, 2, 4, … finite updates later, at most T).
 
     The updates that leave galore are float32: `Coordinates` for projected leaves, `(*batch, r,
-    out)` with a left basis, `(*batch, in, r)` with a right one; full gradients for the others.
+    out)` with a left basis, `(*batch, in, r)` with a right one; full gradients for the others. Only
+    if it was started by the `init` of a stock chain, with full parameters, does it lift the
+    coordinates itself, unscaled.
 
     Args:
       rank: number of basis vectors r, an integer; or a fraction of the smaller side, or a function
@@ -97,7 +103,8 @@ def galore(
       seed: of the bases before the first gradient, and of "random".
 
     Returns:
-      A transformation for `chain`, or for `optax.chain` with `init` and `apply_gradients`.
+      A transformation for `chain`, or for `optax.chain` with `galore_jax.init` and
+      `apply_gradients`.
 
     Raises:
       ValueError: a setting out of range; at init, a rule that matches no leaf, or a rank, a rule or
@@ -133,29 +140,34 @@ def galore(
     )
 
     def init(params: PyTree) -> GaLoreState:
+        # Parameters that are given as `Coordinates`, as `chain` and `galore_jax.init` do, make the
+        # state low-rank: what comes after galore is started with the same tree.
         count = jnp.zeros([], jnp.int32)
         return GaLoreState(count, settings.start_bases(params), *settings.for_refresh())
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
-        low_rank, (lazy, seed) = is_low_rank(state), settings.for_refresh()
+        low_rank = is_low_rank(state)
+        lazy_overlap, seed = settings.for_refresh()
         if not low_rank:
-            _check_low_rank(settings)
+            _refuse_or_warn_of_full_size(settings)
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
-            basis, projection = settings.applied_to(basis), basis.projection
+            basis = settings.applied_to(basis)
+            projection = basis.projection
             check_gradient(gradient, projection)
-            if is_coordinates(
-                gradient
-            ):  # `galore_jax.refresh` has refreshed the basis if it was due.
+            if is_coordinates(gradient):
+                # `galore_jax.refresh` has refreshed the basis and rotated the moments, if they were
+                # due: the chain must not rotate them again.
                 basis = dataclasses.replace(basis, refreshed=jnp.zeros_like(basis.refreshed))
                 value = widened(gradient.value)  # Squares overflow early in float16.
             else:
-                basis = refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
+                # New vectors for the matrices that are due, and coordinates in them.
+                basis = refresh_basis(basis, gradient, lazy_overlap, seed=seed, count=state.count)
                 value = projection.project(basis.vectors, gradient)
             value, finite = zero_nonfinite(value)
             basis = count_update(basis, finite)
-            if basis.full_size:
+            if not low_rank:
                 return projection.lift(basis.vectors, value).astype(gradient.dtype), basis
             return Coordinates(value, projection), basis
 
@@ -163,13 +175,13 @@ def galore(
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
         unprojected = to_float32(updates) if low_rank else updates
         new = map_bases(lambda _, pair: pair[0], state.bases, pairs, otherwise=unprojected)
-        updates = new if low_rank else boxed_as(updates, new)
-        return updates, GaLoreState(optax.safe_increment(state.count), bases, lazy, seed)
+        new = new if low_rank else boxed_as(updates, new)
+        return new, GaLoreState(optax.safe_increment(state.count), bases, lazy_overlap, seed)
 
     return GaLore(init, update)
 
 
-def _check_low_rank(settings: Settings) -> None:
+def _refuse_or_warn_of_full_size(settings: Settings) -> None:
     if settings.moments != "keep":
         raise ValueError(
             f'galore: moments="{settings.moments}" needs low-rank moments, but galore was started '
