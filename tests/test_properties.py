@@ -162,8 +162,8 @@ def test_map_params_reaches_moments_and_bases_but_not_counts(case):
     state = case.tx.init(case.params)
     mapped = optax.tree.map_params(case.tx, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    galore_state, *_ = state.inner_states
-    mapped_galore, *_ = mapped.inner_states
+    galore_state, *_ = getattr(state, "inner_states", state)
+    mapped_galore, *_ = getattr(mapped, "inner_states", mapped)
     assert mapped_galore.count == galore_state.count
     for side, vectors in galore_state.bases["stack"].vectors.items():
         np.testing.assert_array_equal(mapped_galore.bases["stack"].vectors[side], vectors + 1)
@@ -187,7 +187,7 @@ def test_bfloat16_parameters_keep_their_dtype_and_have_a_float32_state(case):
     ("tree", "name"), list(zip(itertools.cycle(TREES), OPTIMIZERS, strict=False))
 )
 def test_trees_without_a_matrix_are_trained_too(tree, name):
-    params, tx = TREES[tree], make_optimizer(name, "subspace_iteration", "rotate")
+    params, tx = TREES[tree], make_optimizer(name, "subspace_iteration", "keep")
     grads = jax.tree.map(jnp.ones_like, params)
     after, _ = apply_gradients(tx, grads, tx.init(params), params)
     assert jax.tree.structure(after) == jax.tree.structure(params)

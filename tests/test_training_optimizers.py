@@ -138,8 +138,10 @@ def test_bases_count_as_state_of_the_matrices():
     # Of 2 layers: two moments of 4 attention and 3 MLP kernels at rank 8, and as many bases.
     moments = 2 * 8 * (4 * 32 + 3 * 48)
     bases = 8 * (4 * 32 + 3 * 32)
-    counters = 7 * (2 * 7 + 2)
-    assert matrix_state_bytes(Pretraining(CONFIG)) == 2 * 4 * (moments + bases) + 4 * counters
+    counters, flags = 7 * (2 * 7 + 2), 7 * 2 * 2
+    assert (
+        matrix_state_bytes(Pretraining(CONFIG)) == 2 * 4 * (moments + bases) + 4 * counters + flags
+    )
 
 
 @pytest.mark.slow

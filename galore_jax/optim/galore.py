@@ -159,7 +159,7 @@ def galore(
             if is_coordinates(gradient):
                 # `galore_jax.refresh` has refreshed the basis and rotated the moments, if they were
                 # due: the chain must not rotate them again.
-                basis = dataclasses.replace(basis, refreshed=jnp.zeros_like(basis.refreshed))
+                basis = dataclasses.replace(basis, refreshed=basis.refreshed & False)
                 value = widened(gradient.value)  # Squares overflow early in float16.
             else:
                 # New vectors for the matrices that are due, and coordinates in them.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.subspace.basis import Basis, start_basis
+from galore_jax.subspace.basis import Basis, replacing, start_basis
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.projection import MOMENTS, Moments, ProjType, is_coordinates
 from galore_jax.subspace.rules import (
@@ -148,10 +148,7 @@ class Settings:
         """
         self._check_started_with_these(basis)
         rule = self.rule_of(basis.projection.path)
-        # They depend on the old ones: JAX drops arguments that nothing depends on. It would then
-        # give the buffers of the donated state to other numbers than those they hold, all of which
-        # XLA would copy at each step.
-        current = lambda old, new: jnp.where(old == new, old, jnp.asarray(new, old.dtype))
+        current = lambda old, new: replacing(old, jnp.asarray(new, old.dtype))
         return dataclasses.replace(
             basis,
             scale=current(basis.scale, rule.scale),

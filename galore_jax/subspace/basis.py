@@ -153,7 +153,17 @@ def count_update(basis: Basis, finite: jax.Array) -> Basis:
     age = count(basis.age, finite)
     saved = count(basis.saved, finite & (age < basis.gap) & (age % basis.interval == 0))
     skipped = count(basis.skipped, ~finite)
+    finite = replacing(basis.finite, finite)
     return dataclasses.replace(basis, age=age, finite=finite, skipped=skipped, saved=saved)
+
+
+def replacing(old: jax.Array, new: jax.Array) -> jax.Array:
+    """The new array, computed so that it depends on the old one.
+
+    JAX drops arguments that nothing depends on. It would then give the buffers of the donated state
+    to other numbers than those they hold, all of which XLA would copy at each step.
+    """
+    return jnp.where(old == new, old, new)
 
 
 def path_hash(projection: Projection) -> int:

@@ -19,6 +19,7 @@ from galore_jax.subspace.basis import (
     AGE_UNINITIALIZED,
     Basis,
     path_hash,
+    replacing,
     updates_left,
     updates_overdue,
 )
@@ -168,7 +169,7 @@ def _apply_refresh(
         age=jnp.where(refreshed, 0, basis.age),
         gap=jnp.where(refreshed, gap, basis.gap),
         wait=jnp.where(refreshed, 0, wait),
-        refreshed=refreshed,
+        refreshed=replacing(basis.refreshed, refreshed),
         overlap=jnp.where(refreshed, overlaps, basis.overlap),
     )
     return constrain_basis(new)
