@@ -161,11 +161,12 @@ def train(
     with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
         for tokens in batches()[:steps]:
             tokens = placed(jnp.asarray(tokens))
-            due = bool(galore_jax.refresh_due(state))
+            # Full gradients are refreshed from in the update.
+            due = "full" not in mode and bool(galore_jax.refresh_due(state))
             if mode.startswith("layerwise"):
                 params, state, value = steps_of[due](params, state, tokens)
             else:
-                if due and mode == "projected":
+                if due:
                     state = refresh(params, state, tokens)
                 value, params, state = step(params, state, tokens)
             losses.append(float(value))
