@@ -130,7 +130,7 @@ def test_micro_batches_have_the_gradients_of_the_batch_and_dropout_of_their_own(
 
         @jax.jit
         def compute(params):
-            seeded = with_seeds(Pretraining(config), jnp.int32(3), batch)
+            seeded = with_seeds(Pretraining(config), jax.random.key(3), batch)
             return make_gradients(Pretraining(config))(params, None, seeded)[0]
 
         return by_name(compute(noisy(initial(config).params)))
