@@ -86,9 +86,13 @@ def matrices(optimizer, params, gradients, state):
     """All that the trees hold, leaf by leaf and in each layer by layer."""
     tree = jax.tree.structure(params)
     parts = [tree.flatten_up_to(part) for part in (params, gradients, links(state)[0].bases)]
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     found = []
-    for leaf, (weight, gradient, basis) in enumerate(zip(*parts, strict=True)):
-        vectors, due, size = {}, np.zeros(1, bool), weight.shape
+    for leaf, (path, weight, gradient, basis) in enumerate(zip(paths, *parts, strict=True)):
+        vectors, due = {}, np.zeros(1, bool)
+        size = weight.shape
+        if optimizer == "adafactor" and "bias" in path:
+            size = size[-1:]  # It clips the bias of each layer.
         if is_basis(basis):
             vectors, due, size = basis.vectors, np.ravel(basis.age >= basis.gap), size[-2:]
         weights, gradients = (exact(array, size) for array in (weight, gradient))

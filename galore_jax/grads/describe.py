@@ -69,8 +69,8 @@ def describe(
       >>> print(galore_jax.describe(params, tx))
       path    matrices      side  rank  bytes saved
       bias    -             -        -            0
-      kernel  2 x 64 x 256  left     8      225,216
-      total                                 225,216
+      kernel  2 x 64 x 256  left     8      225,212
+      total                                 225,212
     """
     state = jax.eval_shape(lambda params: init(tx, params), params)
     bases = bases_of(galore_states(state, inside_chains=True))

@@ -65,9 +65,8 @@ def apply_gradients(
       The new parameters and the new state.
 
     Raises:
-      ValueError: a gradient whose shape differs from its parameter's, or which is None where the
-        state does not allow it, naming the parameter; a stock transformation that cannot work on
-        coordinates; an unknown implementation.
+      ValueError: a gradient whose shape differs from its parameter's, or which is None where it is
+        projected, naming the parameter; an unknown implementation.
     """
     check_implementation(implementation)
     apply = partial(_apply_gradients, tx, implementation)

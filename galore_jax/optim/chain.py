@@ -85,7 +85,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
     Raises:
       ValueError: something that is no transformation, or more than one galore; at init, moments
         that cannot be rotated, naming the leaf; at an update, a transformation after the decay of
-        full weights, or one before galore that cannot work on projected gradients.
+        full weights.
 
     Examples:
       >>> import jax.numpy as jnp, optax
