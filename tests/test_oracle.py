@@ -89,8 +89,7 @@ def matrices(optimizer, params, gradients, state):
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(params)]
     found = []
     for leaf, (path, weight, gradient, basis) in enumerate(zip(paths, *parts, strict=True)):
-        vectors, due = {}, np.zeros(1, bool)
-        size = weight.shape
+        vectors, due, size = {}, np.zeros(len(weight), bool), weight.shape
         if optimizer == "adafactor" and "bias" in path:
             size = size[-1:]  # It clips the bias of each layer.
         if is_basis(basis):
