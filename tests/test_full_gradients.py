@@ -222,3 +222,13 @@ def test_the_scale_of_apollo_follows_its_rank_and_may_be_a_hyperparameter():
             assert ("scale" in state.hyperparams) == bool(settings)
             updates.append(tx.update(gradient, state, gradient)[0])
         assert max_difference(*updates) <= 1e-6
+
+
+@both
+def test_coordinates_in_place_of_full_gradients_are_refused(make):
+    params, tx = {"kernel": jnp.ones((8, 16))}, make(0.1, RANK)
+    loss = lambda params, x: jnp.sum(x @ params["kernel"])
+    state = galore_jax.adamw(0.1, RANK).init(params)
+    _, gradients = galore_jax.value_and_grad(loss)(params, state, jnp.ones((2, 8)))
+    with pytest.raises(ValueError, match="needs full gradients"):
+        tx.update(gradients, tx.init(params), params)

@@ -69,9 +69,10 @@ def assert_equal(found, wanted):
         (galore_jax.adamw(0.01, 4, GAP, refresh="random", lazy_overlap=0.5), 0.0, 1),
         (galore_jax.adamw(0.01, 4, GAP, refresh="svd"), 0.0, 1),
         (optax.chain(galore(4, GAP), optax.adam(0.01)), 0.0, 1),
+        (optax.MultiSteps(galore_jax.adamw(0.01, 4, GAP), 2).gradient_transformation(), 0.0, 1),
         (optax.adamw(0.01), 0.1, 1),
     ],
-    ids=["rotate", "clip-micro-batches-int8", "random", "svd", "stock-chain", "no-galore"],
+    ids=["rotate", "clip-micro-batches-int8", "random", "svd", "stock", "wrapped", "no-galore"],
 )
 def test_it_equals_its_parts_over_several_refreshes(tx, clip, micro_batches):
     state = galore_jax.init(tx, params())

@@ -131,13 +131,15 @@ def _scattered_axis(node: Any, data_axes: MeshAxes) -> int | None:
 
 
 def _mesh(data_axes: MeshAxes, tree: PyTree) -> Mesh | AbstractMesh:
-    """The mesh of the context, of the parameters, or else the one that their bases know."""
+    """The mesh of the context, of the parameters, or else the one that the state knows."""
     meshes: list[Mesh | AbstractMesh] = [jax.sharding.get_abstract_mesh()]
     for leaf in jax.tree.leaves(tree):
         sharding = jax.typeof(leaf).sharding
         meshes += [sharding.mesh] if isinstance(sharding, NamedSharding) else []
-    for basis in jax.tree.leaves(tree, is_leaf=is_basis):
-        if is_basis(basis) and basis.projection.partition is not None:
+    for basis in jax.tree.leaves(tree, is_leaf=is_parameter):
+        if isinstance(basis, Unprojected):
+            meshes.append(basis.partition.mesh)
+        elif is_basis(basis) and basis.projection.partition is not None:
             meshes.append(basis.projection.partition.mesh)
             for axis in set(data_axes) & set(basis.projection.partition.used):
                 raise ValueError(

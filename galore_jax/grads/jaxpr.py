@@ -486,5 +486,5 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     **dict.fromkeys(("slice", "dynamic_slice", "gather", "split", "unstack"), _select),
     **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim", "tile"), _select),
     **dict.fromkeys(("name", "sharding_constraint", "reshard"), _unchanged),
-    **dict.fromkeys(("optimization_barrier", "pvary"), _unchanged),
+    **dict.fromkeys(("copy", "optimization_barrier", "pvary"), _unchanged),
 }

@@ -106,7 +106,7 @@ def layerwise_step(
     clip_by: ClipBy,
     implementation: Implementation,
 ) -> Callable[..., tuple[PyTree, LayerwiseState, tuple[jax.Array, Any]]]:
-    """See `galore_jax.make_step`.
+    """The step of `galore_jax.make_step` for a `LayeredModel`, which documents the arguments.
 
     Returns:
       A function `(params, state, batch, key)` that returns the new parameters and state, and the

@@ -30,7 +30,8 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
     if micro_batches == 1:
         return f(*batch)
     parts = split(batch, micro_batches)
-    shapes, structure = jax.tree.flatten(jax.eval_shape(f, *first_part(batch, micro_batches)))
+    first = jax.tree.map(lambda rows: rows[0], parts)
+    shapes, structure = jax.tree.flatten(jax.eval_shape(f, *first))
     averaged = [i for i, leaf in enumerate(shapes) if has_mean(leaf)]
 
     def add(total: dict[int, Any], part: Any) -> tuple[dict[int, Any], dict[int, Any]]:
@@ -54,13 +55,6 @@ def has_mean(leaf: Any) -> bool:
     dtype = jnp.result_type(leaf)
     is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     return not (is_key or jnp.issubdtype(dtype, jnp.unsignedinteger))
-
-
-def first_part(batch: Any, micro_batches: int) -> Any:
-    """The first of the equal parts of a batch; for a single part the batch, unchecked."""
-    if micro_batches == 1:
-        return batch
-    return jax.tree.map(lambda parts: parts[0], split(batch, micro_batches))
 
 
 def split(batch: Any, micro_batches: int) -> Any:

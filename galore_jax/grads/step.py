@@ -12,7 +12,7 @@ from galore_jax.grads.value_and_grad import (
     Loss,
     bases_in,
     gradients,
-    no_bases,
+    only_placement,
     passes,
     takes_coordinates,
 )
@@ -74,20 +74,22 @@ def make_step(
       clip_by: how the norm is known before the first layer of a `LayeredModel` is updated.
         "first_pass": from an extra forward and backward pass, exact, for nearly twice the time.
         "previous_step": the norm of the previous step is used instead, at no cost; the first step
-        is not clipped, and an outlier clips the step after it.
+        is not clipped, and an outlier clips the step after it. (The gradients of a loss are all
+        there before the update.)
       implementation: of the lift, "xla" or "pallas"; see `apply_gradients`.
 
     Returns:
       A function `(params, state, *batch, rounding_key=None, **unsplit)` that returns the new
       parameters, the new state and the loss (with has_aux the pair), a `Step`. The state is that of
-      `galore_jax.init(tx, params)`, for a `LayeredModel` of `galore_jax.layerwise.init`, which
-      takes one batch and no keyword arguments. With a `rounding_key`, bfloat16 parameters are
-      rounded stochastically.
+      `galore_jax.init(tx, params)`. For a `LayeredModel` it is that of `galore_jax.layerwise.init`,
+      and the function takes one batch and no other keyword arguments. With a `rounding_key`,
+      bfloat16 parameters are rounded stochastically.
 
     Raises:
       ValueError: an unknown `clip_by`, a negative `clip_norm`, or micro-batches or data axes of a
         `LayeredModel`. When the step is called: as for `value_and_grad` and `refresh`; of a
-        `LayeredModel`, also leaves of blocks that are not stacked by layer or are projected across
+        `LayeredModel`, also a state that is not of `layerwise.init`, or keeps arrays that are not
+        stacked by layer, leaves of blocks that are not stacked by layer or are projected across
         layers, an `embed` or `head_loss` that reads them, or an `embed` whose second result depends
         on parameters.
 
@@ -133,7 +135,7 @@ def make_step(
         **unsplit: Any,
     ) -> Step:
         is_projected = takes_coordinates(state) if projected is None else projected
-        bases = bases_in(params, state) if is_projected else no_bases(params)
+        bases = (bases_in if is_projected else only_placement)(params, state)
         mean_of = means_over(params, bases, batch, unsplit)
         if is_projected and refreshes is not False:
             state = refreshed(mean_of, params, bases, state, when_due=refreshes is None)

@@ -15,6 +15,7 @@ from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.partition import AxisNames, explicit_mesh, names_of, specs_of, with_auto_axes
 from galore_jax.optim.galore_state import (
+    Unprojected,
     bases_of,
     galore_states,
     is_low_rank,
@@ -318,6 +319,11 @@ class TracedLoss:
 
 def takes_coordinates(opt_state: PyTree) -> bool:
     """Whether the optimizer can work on projected gradients, and refresh its bases with them."""
+    # These keep, or choose between, updates of the parameters' shapes.
+    keeps_full = lambda node: isinstance(node, optax.MultiStepsState | optax.ApplyIfFiniteState)
+    outer = filter(keeps_full, jax.tree.leaves(opt_state, is_leaf=keeps_full))
+    if any(galore_states(node, inside_chains=True) for node in outer):
+        return False
     states = galore_states(opt_state, inside_chains=True)
     from_sketches = all(basis.method not in EXACT for basis in bases_of(states))
     return bool(states) and all(map(is_low_rank, states)) and from_sketches
@@ -326,6 +332,15 @@ def takes_coordinates(opt_state: PyTree) -> bool:
 def no_bases(tree: PyTree) -> PyTree:
     """What `bases_in` returns if nothing is projected."""
     return jax.tree.map(lambda _: optax.MaskedNode(), unboxed(tree))
+
+
+def only_placement(params: PyTree, opt_state: PyTree) -> PyTree:
+    """What `bases_in` returns, without the bases: for full gradients, of any optimizer."""
+    nodes = no_bases(params)
+    for state in galore_states(opt_state, inside_chains=True):
+        where = lambda node, other: node if isinstance(node, Unprojected) else other
+        nodes = jax.tree.map(where, state.bases, nodes, is_leaf=is_parameter)
+    return nodes
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:

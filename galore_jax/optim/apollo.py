@@ -52,8 +52,8 @@ def apollo(
     SVD", need no such factor. The paper draws its projection anew from a seed at every step; ours
     is stored, `rank · size` numbers.
 
-    It takes full gradients: those of `jax.value_and_grad`, or of
-    `layerwise.make_step(…, projected=False)`.
+    It takes full gradients: those of `jax.value_and_grad`, or of `make_step`, layer by layer too. A
+    gradient that is not finite is not skipped: put `optax.apply_if_finite` around it.
 
     Args:
       learning_rate: a number, or a schedule of the update count.

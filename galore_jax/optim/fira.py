@@ -1,7 +1,7 @@
 """Fira: GaLore with Adam, and a step along what the projection leaves out (arXiv 2410.01623).
 
-It needs full gradients and makes full updates, so it is an ordinary optax transformation: nothing
-else in this package knows it. `apollo.py` takes another direction with the same state.
+It needs full gradients and makes full updates, so it is an ordinary optax transformation. Nothing
+else in this package knows it but `apollo.py`, which takes another direction with the same state.
 """
 
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from jax import lax
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import map_batch
 from galore_jax.optim.galore_settings import Settings, with_settings_of_galore
-from galore_jax.optim.galore_state import boxed_as, map_bases, to_float32
+from galore_jax.optim.galore_state import boxed_as, check_gradient, map_bases, to_float32
 from galore_jax.subspace.basis import Basis, count_update
 from galore_jax.subspace.new_basis import refresh_basis
 from galore_jax.subspace.placement import matrices_partition
-from galore_jax.subspace.projection import Coordinates, Projection
+from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
 from galore_jax.subspace.rules import Rank
 from galore_jax.types import Mask, PyTree
 
@@ -77,7 +77,8 @@ def fira(
     Other leaves get plain AdamW.
 
     The state is GaLore's and one number per matrix. It takes full gradients: those of
-    `jax.value_and_grad`, or of `layerwise.make_step(…, projected=False)`.
+    `jax.value_and_grad`, or of `make_step`, layer by layer too. A gradient that is not finite is
+    not skipped: put `optax.apply_if_finite` around it.
 
     Args:
       learning_rate: a number, or a schedule of the update count.
@@ -179,7 +180,12 @@ def in_subspaces(
         del params
         lazy, seed = settings.for_refresh()
 
-        def refreshed(basis: Basis, gradient: jax.Array) -> Basis:
+        def refreshed(basis: Basis, gradient: Any) -> Basis:
+            check_gradient(gradient, basis.projection)
+            if is_coordinates(gradient):
+                raise ValueError(
+                    f"{name} needs full gradients: use jax.value_and_grad, or make_step."
+                )
             basis = settings.applied_to(basis)
             return refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
 

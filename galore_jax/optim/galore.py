@@ -126,17 +126,17 @@ def galore(
       >>> params, state = apply_gradients(tx, jax.tree.map(jnp.ones_like, params), state, params)
     """
     settings = Settings(
-        rank,
-        update_proj_gap,
-        scale,
-        proj_type,
-        refresh,
-        weight_dimension_numbers,
-        rules,
-        moments,
-        lazy_overlap,
-        basis_dtype,
-        seed,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        refresh=refresh,
+        weight_dimension_numbers=weight_dimension_numbers,
+        rules=rules,
+        moments=moments,
+        lazy_overlap=lazy_overlap,
+        basis_dtype=basis_dtype,
+        seed=seed,
     )
 
     def init(params: PyTree) -> GaLoreState:

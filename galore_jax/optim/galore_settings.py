@@ -137,7 +137,7 @@ class Settings:
         They are copies, as arrays among the settings outlive a donated state.
         """
         lazy = None if self.lazy_overlap is None else jnp.array(self.lazy_overlap, jnp.float32)
-        seed = self.seed if isinstance(self.seed, jax.Array) else self.seed % 2**32
+        seed = self.seed if isinstance(self.seed, jax.Array) else int(self.seed) % 2**32
         return lazy, jnp.array(seed, jnp.uint32)
 
     def applied_to(self, basis: Basis) -> Basis:

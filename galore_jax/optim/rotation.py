@@ -30,7 +30,6 @@ FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
 SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares"})
 FACTORS: dict[str, Side] = {"rows": "left", "columns": "right"}
 
-
 # For each projected parameter, by path, its basis before and after an update or a refresh.
 BasisUpdates = dict[tuple[str, ...], tuple[Basis, Basis]]
 

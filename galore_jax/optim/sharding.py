@@ -115,7 +115,7 @@ def shardings(
         if spec is None:
             pattern = next((pattern for pattern in rules if matches(pattern, name)), None)
             spec = PartitionSpec() if pattern is None else rules[pattern]
-            unused.pop(pattern or "", None)
+            unused.pop(pattern, None)
         _check(spec, name, leaf.shape, mesh)
         wanted: list[tuple[str, Sequence[int]]] = [
             (axis, (place,)) for place, entry in enumerate(spec) for axis in names_of(entry)

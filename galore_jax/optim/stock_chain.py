@@ -27,6 +27,7 @@ from galore_jax.optim.galore_state import (
 )
 from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
 from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
+from galore_jax.subspace.basis import Basis
 from galore_jax.types import PyTree
 
 
@@ -73,7 +74,10 @@ def update(
     if not old or not all(map(is_low_rank, old)):
         return tx.update(updates, state, params, **extra_args)
 
-    # First call: the refreshed bases.
+    # First call: the refreshed bases. A wrapper may not run galore this time, as
+    # `optax.MultiSteps` between its updates: then nothing has happened to the bases.
+    old = [state._replace(bases=_idle(state.bases)) for state in old]
+    state = with_galore_states(state, old)
     updates = without_boxes(updates, old)
     coordinates = None if params is None else project(params, old)
     _, probe = tx.update(updates, state, coordinates, **extra_args)
@@ -89,6 +93,14 @@ def update(
     updates, after = tx.update(updates, ready, coordinates, **extra_args)
     after = restore_moments(ready, after, changes)
     return skip_updates(updates, changes), with_galore_states(after, new)
+
+
+def _idle(bases: PyTree) -> PyTree:
+    def at_basis(basis: Basis) -> Basis:
+        flags = {"refreshed": basis.refreshed & False, "finite": basis.finite | True}
+        return dataclasses.replace(basis, **flags)
+
+    return map_bases(at_basis, bases, otherwise=bases)
 
 
 def _with_age_zero(state: GaLoreState) -> GaLoreState:

@@ -35,7 +35,8 @@ class Basis:
       wait: int32 `(*batch,)`, after failed refreshes, the number of updates between the one at
         which the refresh became due and the next attempt.
       refreshed: bool `(*batch,)`, whether the last update, or a later call of `galore_jax.refresh`,
-        gave the matrix new vectors.
+        gave the matrix new vectors. An update by projected gradients, before which that function
+        refreshes and rotates the moments, sets it to False.
       finite: bool `(*batch,)`, whether its last gradient was; if not, the update was skipped.
       skipped: int32 `(*batch,)`, number of updates skipped because the gradient was not finite.
       saved: int32 `(*batch,)`, number of refreshes avoided by gaps longer than `update_proj_gap`.

@@ -18,6 +18,11 @@ def auxiliary_activations(params, x):
     return squared(y), {"outputs": y, "rows": jnp.int32(len(x))}
 
 
+@loss(projected="w1 w2")
+def copies_of_all_parameters(params, x):
+    return squared(network(jax.tree.map(jnp.array, params), x))
+
+
 @loss(projected="w1 w2", has_aux=True)
 def auxiliary_norms_of_all_parameters(params, x):
     return squared(network(params, x)), jax.tree.map(jnp.linalg.norm, params)
