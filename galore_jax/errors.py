@@ -19,7 +19,7 @@ _UNUSABLE = (
 _EXTRAS = {
     "train": (
         *("flax", "orbax", "tensorflow_datasets", "array_record", "grain"),
-        *("sentencepiece", "tqdm", "pydantic"),
+        *("sentencepiece", "tqdm", "pydantic", "filelock"),
     ),
     "plots": ("matplotlib",),
     "tensorboard": ("tensorboardX",),
@@ -116,7 +116,7 @@ def run_cli(main: Callable[[], None]) -> None:
         path = getattr(error, "filename", None)
         if names_full_disk(error):
             place = f" while writing {path}" if path else ""
-            remedy = "free some space and run the same command again."
+            remedy = "free some space and run the same command again, a training with --resume."
             sys.exit(_report(f"the disk is full{place}: {remedy}"))
         if not isinstance(error, OSError) or error.errno not in _UNUSABLE or path is None:
             raise

@@ -58,7 +58,7 @@ def _sentence(error: ValidationError, section: str, kind: Any) -> str:
     tables = [(table, inner.name) for table, own in kinds.items() for inner in fields(own)]
     inside = lambda key: [f"{table}.{name}" for table, name in tables if name == key]
     is_unknown = lambda found: found["type"] == "unexpected_keyword_argument"
-    # First of all what is now in a table, such as optimizer.rank of earlier versions.
+    # A setting that is now in a table, such as optimizer.rank of earlier versions, comes first.
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda found: not (is_unknown(found) and inside(found["loc"][0])))
     raised = first.get("ctx", {}).get("error")

@@ -41,9 +41,8 @@ def main() -> None:
 
     texts = documents(DataConfig(source=arguments.source), "train")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(
-        out
-    ) as unfinished:  # A folder that cannot be written to fails before the work.
+    # A folder that cannot be written to fails before the work.
+    with atomic_write(out) as unfinished:
         spread = _spread(texts, arguments.limit)
         unfinished.write_bytes(train_sentencepiece(spread, arguments.vocab_size))
     print(f"{out} holds {arguments.vocab_size:,} pieces.")

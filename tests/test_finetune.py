@@ -150,10 +150,10 @@ def test_seeds_differ_and_a_fine_tuning_continues_with_those_missing(place, tmp_
 
     finetune(configured(place, second, GALORE, epochs=1))
     seconds = json.loads((second / "seed-0" / "result.json").read_text())["seconds"]
-    # Of an interrupted run of an earlier version, which begins again.
-    (second / "seed-1").mkdir()
-    (second / "seed-1" / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
-    found = finetune(configured(place, second, GALORE, epochs=1, seeds=2))
+    two = configured(place, second, GALORE, epochs=1, seeds=2)
+    with locked(second / "lock", "fine-tuning", "wait"), pytest.raises(InputError, match="is fine"):
+        finetune(two)
+    found = finetune(two)
     assert found["best"] == expected["best"]
     assert found["seconds"][0] == seconds
     assert lines_of(second / "seed-1") == lines[1]

@@ -235,11 +235,10 @@ def _restore_meta(
         meta = manager.restore(step, args=arguments)["meta"]
         checksums = meta.pop("checksums")
         _check_checksum("meta", checksums, json_checksum(meta))
-        saved = meta.get("step", step)  # Earlier versions did not record it.
-        if saved != step:
+        if meta["step"] != step:
             raise InputError(
-                f"{Path(manager.directory, str(step))} is the checkpoint of step {saved}: rename "
-                f"it to {saved}, or delete it."
+                f"{Path(manager.directory, str(step))} is the checkpoint of step {meta['step']}: "
+                f"rename it to {meta['step']}, or delete it."
             )
         return from_dict(meta["config"], kind), checksums
 
@@ -258,7 +257,7 @@ def _restore(
 
 
 def _check_checksum(item: str, saved: dict[str, int], found: int) -> None:
-    if saved.get(item, found) != found:
+    if saved[item] != found:
         raise ValueError(f"its {item} differs from what was saved")
 
 

@@ -295,7 +295,8 @@ class Config:
         if self.training.layerwise and any(others.values()):
             raise InputError(
                 "training.layerwise updates a layer as soon as it has its gradient, which excludes "
-                f"{' and '.join(filter(others.get, others))}: set one of them to its default."
+                f"{' and '.join(filter(others.get, others))}: set it to false, or those to their "
+                "defaults."
             )
 
     @property

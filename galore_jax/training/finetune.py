@@ -1,5 +1,6 @@
 """Fine-tuning on GLUE, once for each seed."""
 
+import contextlib
 import functools
 import shutil
 import statistics
@@ -12,6 +13,7 @@ from galore_jax.data.text_pairs import PairTokenizer, load_pair_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.interop.encoders import encoder_config
+from galore_jax.lock import locked
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import TrainingConfig
 from galore_jax.training.config_file import changed, to_toml
@@ -42,23 +44,25 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         data cannot be used.
     """
     folder = RunFolder(config.training.folder)
-    if folder.config.exists():
-        check_same_run(recorded_config(folder, FinetuneConfig), config, folder.path)
+    _check_folder(folder, config)
     results, task, programs = [], None, {}
-    for seed in range(config.training.seeds):
-        run = RunFolder(folder.path / f"seed-{seed}")
-        if not ((run.path / RESULT).exists() or run.diverged.exists()):
-            if task is None:
-                check_gpu(config.optimizer)
-                task = make_task(config)
-                folder.path.mkdir(parents=True, exist_ok=True)
-                write_text(folder.config, to_toml(config))
-            if not run.config.exists():
-                run.metrics.unlink(missing_ok=True)  # Earlier versions could not resume.
-            of_seed = changed(task.config, training={"seed": seed, "folder": str(run.path)})
-            train(replace(task, config=of_seed), resume=run.holds_run(), programs=programs)
-            shutil.rmtree(run.checkpoints)  # The best one stays.
-        results.append(_read_result(run))
+    with contextlib.ExitStack() as stack:
+        for seed in range(config.training.seeds):
+            run = RunFolder(folder.path / f"seed-{seed}")
+            if not ((run.path / RESULT).exists() or run.diverged.exists()):
+                if task is None:
+                    check_gpu(config.optimizer)
+                    task = make_task(config)
+                    folder.path.mkdir(parents=True, exist_ok=True)
+                    work = f"fine-tuning in {folder.path}"
+                    stack.enter_context(locked(folder.lock, work, "name another training.folder"))
+                    _check_folder(folder, config)  # Another process may have written here since.
+                    write_text(folder.config, to_toml(config))
+                of_seed = changed(task.config, training={"seed": seed, "folder": str(run.path)})
+                train(replace(task, config=of_seed), resume=run.holds_run(), programs=programs)
+            if (run.path / RESULT).exists():
+                shutil.rmtree(run.checkpoints, ignore_errors=True)  # The best one stays.
+            results.append(_read_result(run))
     best = [result["best"] for result in results]
     summary = {
         "task": config.data.task,
@@ -106,14 +110,16 @@ def make_task(config: FinetuneConfig) -> Glue:
     return Glue(run, task, Classifier(encoder, task.num_outputs), rows, with_test)
 
 
+def _check_folder(folder: RunFolder, config: FinetuneConfig) -> None:
+    if folder.config.exists():
+        check_same_run(recorded_config(folder, FinetuneConfig), config, folder.path)
+
+
 def _read_result(run: RunFolder) -> dict[str, Any]:
     """The recorded result of a seed; raises `Diverged` if it diverged."""
     if run.diverged.exists():
         raise Diverged(run.diverged.read_text().strip())
-    result = read_json(run.path / RESULT)
-    if "diverged" in result:  # as recorded by earlier versions
-        raise Diverged(result["diverged"])
-    return result
+    return read_json(run.path / RESULT)
 
 
 @functools.lru_cache(maxsize=1)

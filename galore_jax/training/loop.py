@@ -82,7 +82,7 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
 
     Raises:
       InputError: the configuration, a file that it names or the folder cannot be used, there is no
-        GPU for the kernels, the disk is full, or there is too little memory.
+        GPU for the kernels, or there is too little memory.
       Diverged: parameters, optimizer state or an evaluation are not finite. The folder keeps what
         was saved before, and is not marked as finished.
       Interrupted: on SIGINT or SIGTERM, after saving the state.

@@ -26,7 +26,7 @@ class Summary:
       validation_loss: mean loss per target of the validation split, in nats.
       validation_perplexity: exp(validation_loss).
       reference_perplexity: perplexity as the reference's evaluator computes it
-        (`Evaluation.reference_loss`); None if the validation set is too small for it to mean
+        (`reference_loss`, see evaluate.py); None if the validation set is too small for it to mean
         anything.
       optimizer_bytes: size of the optimizer's state.
       seconds: training time over all parts of a resumed run, without compilation and evaluation.

@@ -137,8 +137,7 @@ def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None
         write_json(run.text, found)
         return
     recorded = read_json(run.text)
-    # Runs of earlier versions recorded less.
-    if any(recorded.get(key, number) != number for key, number in found.items()):
+    if recorded != found:
         raise InputError(
             f"the text of data.source, or the tokenizer, is not the one that the run in {run.path} "
             f"was started with ({recorded} in {run.text.name}, {found} now): restore it, or name "

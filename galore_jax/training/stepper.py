@@ -6,7 +6,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +125,12 @@ def keep_programs() -> None:
             line for line in info.read_text().splitlines() if line.startswith(("flags", "Feat"))
         ]
         cpu = "".join(about[:1])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "galore_jax" / f"{platform.machine()}-{zlib.crc32(cpu.encode()):08x}"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "galore_jax" / f"{platform.machine()}-{zlib.crc32(cpu.encode()):08x}"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # Without it only time is lost.
+    except (OSError, RuntimeError):  # The latter without a home.
+        return  # Only time is lost.
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        if find_spec("filelock") is not None:  # JAX needs it to delete old programs.
-            jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)

@@ -28,7 +28,7 @@ class Data(NamedTuple):
       batches: those of the training set, endless, of NumPy arrays; with the methods of grain's
         iterators `get_state`, of which JSON can hold the result, `set_state` and `close`.
       evaluate: the parameters → the line of their evaluation, without the step.
-      fingerprint: → numbers that are others if the data are.
+      fingerprint: → numbers that change if the data do.
     """
 
     batches: Any
