@@ -83,7 +83,10 @@ def test_state_and_data_are_restored_bit_for_bit(tmp_path, state, batches):
 @pytest.mark.slow
 def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tmp_path, batches):
     optimizer = dataclasses.replace(
-        CONFIG.optimizer, name="galore_adamw8bit", basis_dtype="int8", clip_by="previous_step"
+        CONFIG.optimizer,
+        name="galore_adamw8bit",
+        clip_by="previous_step",
+        galore=dataclasses.replace(CONFIG.optimizer.galore, basis_dtype="int8"),
     )
     model = dataclasses.replace(CONFIG.model, hidden_size=64, intermediate_size=96)
     training = dataclasses.replace(CONFIG.training, layerwise=True)

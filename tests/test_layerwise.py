@@ -114,7 +114,7 @@ FULL_CASES = {
     "adafactor": (galore_jax.adafactor, {}),
     "lion rotate": (galore_jax.lion, {"moments": "rotate"}),
     "fira": (galore_jax.fira, {"weight_decay": 0.1}),
-    "apollo": (galore_jax.apollo, {"refresh": "svd"}),
+    "apollo": (galore_jax.apollo, {}),
 }
 
 
