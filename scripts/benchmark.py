@@ -7,7 +7,7 @@ python scripts/benchmark.py state
 step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 256, float32, also
   relative to AdamW, and relative to AdamW with a refresh of every matrix at one step in 200.
     model=blocks       blocks alone, or llama: with embedding and head
-    layers=4           number of layers; 24 for llama
+    layers=0           number of layers; left out: 4 for blocks, 24 for llama
     leaves=separate    a leaf per layer, as optax.contrib.galore needs them to project them; or
                        stacked, as in the models of galore_jax, without that baseline
     dense=flax         layers with the derivative that JAX makes; or galore_jax: with the
