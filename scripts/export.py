@@ -1,11 +1,10 @@
 """Writes the model of a run as a folder of Hugging Face's transformers.
 
     python scripts/export.py RUN FOLDER
-    python scripts/export.py --adapter RUN FOLDER
 
 FOLDER gets config.json, safetensors files and the tokenizer. A run's adapters are merged into its
-kernels; with --adapter FOLDER gets the adapter alone, in PEFT's format. The way back needs no
-conversion: scripts/generate.py writes text with the model in FOLDER, and a training starts from it:
+kernels. The way back needs no conversion: scripts/generate.py writes text with the model in FOLDER,
+and a training starts from it:
 
     python scripts/train.py --config configs/llama_1b.toml model.checkpoint=FOLDER
 """
@@ -23,16 +22,15 @@ def main() -> None:
     )
     parser.add_argument("run", metavar="RUN", help="folder of a training run")
     parser.add_argument("folder", metavar="FOLDER", help="to make")
-    parser.add_argument("--adapter", action="store_true", help="LoRA's adapter alone")
     arguments = parser.parse_args()
 
     from galore_jax.training.export import to_huggingface
     from galore_jax.training.progress import peak_process_memory
 
-    config = to_huggingface(arguments.run, arguments.folder, adapter_only=arguments.adapter)
-    tokenizer = "" if arguments.adapter else f", with the tokenizer {config.data.tokenizer}"
+    config = to_huggingface(arguments.run, arguments.folder)
     print(
-        f"{arguments.folder}: {config.model.num_layers} layers{tokenizer}; {peak_process_memory()}",
+        f"{arguments.folder}: {config.model.num_layers} layers, with the tokenizer "
+        f"{config.data.tokenizer}; {peak_process_memory()}",
         file=sys.stderr,
     )
 

@@ -80,9 +80,8 @@ def test_galore_projects_the_kernels_of_the_blocks_and_no_others(config):
     assert all(row[1] == "3" for row in rows if row[0] in KERNELS)  # a matrix for each layer
 
 
-@pytest.mark.parametrize(("config", "remat"), [(TINY, False), (BERT, True)], ids=["keep", "remat"])
-def test_projected_gradients_equal_full_gradients_projected(config, remat):
-    config = dataclasses.replace(config, remat=remat)
+@CONFIGS
+def test_projected_gradients_equal_full_gradients_projected(config):
     tokens, types, labels = random_tokens(4, 7), random_types(4, 7), jnp.array([0, 1, 2, 1])
     padded = jnp.pad(tokens, ((0, 0), (0, 2)), constant_values=config.pad_id)
     types = jnp.pad(types, ((0, 0), (0, 2)))

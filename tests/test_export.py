@@ -18,10 +18,9 @@ from model_folder import load, random_params, save
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
-from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints, load_for_inference
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, LoraConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_config, to_toml
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
@@ -69,11 +68,12 @@ def folder(params, tmp_path_factory):
     return folder
 
 
-def save_run(run, config, folder, params=None):
+def save_run(run, config, folder=None, params=None):
     """A run with the tokenizer, and the parameters if none are given, of a folder."""
-    model = dataclasses.replace(config.model, checkpoint=str(folder))
-    data = dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer.json"))
-    config = dataclasses.replace(config, model=model, data=data)
+    if folder is not None:
+        model = dataclasses.replace(config.model, checkpoint=str(folder))
+        data = dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer.json"))
+        config = dataclasses.replace(config, model=model, data=data)
     state = place_state(Pretraining(config), None)
     if params is not None:
         state = state._replace(params=params)
@@ -102,7 +102,26 @@ def test_the_way_back_gives_the_same_model(run, folder, params, tmp_path):
     assert_equal_trees(again, params)
     assert json.loads((tmp_path / "back" / "tokenizer.json").read_text()) == TOKENIZER
     assert (tmp_path / "back" / "tokenizer_config.json").read_text() == '{"eos_token": "b"}'
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 2
+    settings = json.loads((tmp_path / "back" / "config.json").read_text())
+    # The end of a text is not exported as padding.
+    assert (settings["eos_token_id"], settings["pad_token_id"]) == (2, None)
+
+
+@pytest.mark.parametrize("name", ["lora", "lowrank"])
+def test_adapters_are_merged_into_the_kernels(name, tmp_path):
+    optimizer = OptimizerConfig(name, lora=LoraConfig(rank=0.25, alpha=8.0))
+    model = dataclasses.replace(MODEL, dtype="float32")
+    config = dataclasses.replace(CONFIG, model=model, optimizer=optimizer)
+    draw = lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(leaf.dtype)
+    params = jax.tree.map(draw, place_state(Pretraining(config), None).params)
+    save_run(tmp_path / "run", config, params=params)
+    to_huggingface(tmp_path / "run", tmp_path / "merged")
+    exported, again = load(tmp_path / "merged")
+    assert exported == model
+    _, expected = load_for_inference(tmp_path / "run")
+    # A layer is merged by itself or in the stack, in products of rank 4.
+    for one, other in zip(*map(jax.tree.leaves, (again, expected)), strict=True):
+        np.testing.assert_allclose(one, other, atol=4 * 2.0**-24 * np.abs(other).max())
 
 
 def test_text_begins_as_the_texts_of_the_training_did(folder, run, params, tmp_path, monkeypatch):
@@ -136,35 +155,6 @@ def test_text_begins_as_the_texts_of_the_training_did(folder, run, params, tmp_p
     (with_start / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"with-start has no tokenizer\.json or tokenizer\.model"):
         generate_text(with_start, "a b", 1)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "exported"), [([5, 2], [5, 2]), (5, [5, 2]), (2, 2), (None, [2]), ("absent", [2])]
-)
-def test_settings_of_generation_go_along_with_the_end_of_the_tokenizer(
-    folder, tmp_path, theirs, exported
-):
-    ends = {} if theirs == "absent" else {"eos_token_id": theirs}
-    shutil.copytree(folder, tmp_path / "theirs")
-    (tmp_path / "theirs" / "generation_config.json").write_text(json.dumps({"top_k": 3} | ends))
-    save_run(tmp_path / "run", CONFIG, tmp_path / "theirs")
-    to_huggingface(tmp_path / "run", tmp_path / "back")
-    back = json.loads((tmp_path / "back" / "generation_config.json").read_text())
-    assert back == {"top_k": 3, "eos_token_id": exported}
-
-
-def test_a_tokenizer_of_another_name_takes_along_what_is_beside_it(tmp_path):
-    for name in ("own.model", "tokenizer_config.json"):
-        (tmp_path / name).write_text(name)
-    (tmp_path / "new").mkdir()
-    tools = Path("additional_chat_templates", "tools.jinja")
-    (tmp_path / tools).parent.mkdir()
-    (tmp_path / tools).write_text("{{ tools }}")
-    copy_tokenizer(tmp_path / "own.model", tmp_path / "new")
-    assert (tmp_path / "new" / "tokenizer.model").read_text() == "own.model"
-    assert (tmp_path / "new" / "tokenizer_config.json").read_text() == "tokenizer_config.json"
-    assert (tmp_path / "new" / tools).read_text() == "{{ tools }}"
-    assert len(list((tmp_path / "new").iterdir())) == 3
 
 
 def test_a_training_starts_from_the_folder_and_its_model_goes_back(folder, params, tmp_path):
@@ -231,26 +221,11 @@ def test_a_folder_without_a_tokenizer_needs_one_by_name(folder, tmp_path):
     assert own.data.tokenizer == "own.json"
 
 
-def test_the_end_of_a_text_is_not_exported_as_padding(run, tmp_path):
-    to_huggingface(run, tmp_path / "back")
-    config = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert (config["eos_token_id"], config["pad_token_id"]) == (2, None)
-
-
 def test_an_export_refuses_the_folder_of_an_adapter(run, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"already has the file adapter_config\.json: name"):
         to_huggingface(run, tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_damaged_settings_of_generation_leave_no_half_export(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "theirs")
-    save_run(tmp_path / "run", CONFIG, tmp_path / "theirs")
-    (tmp_path / "theirs" / "generation_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"generation_config.json is not a JSON file"):
-        to_huggingface(tmp_path / "run", tmp_path / "back")
-    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -264,7 +239,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     save_run(tmp_path / "run", CONFIG, folder, damaged)
     with pytest.raises(InputError, match=refusal.format("the checkpoint to write")):
         to_huggingface(tmp_path / "run", tmp_path / "back")
-    monkeypatch.setattr("galore_jax.interop.decoders._check_finite", lambda *_: None)
+    monkeypatch.setattr("galore_jax.interop.decoders.check_finite", lambda *_: None)
     save(tmp_path / "theirs", MODEL, damaged)
     monkeypatch.undo()
     shutil.copy(folder / "tokenizer.json", tmp_path / "theirs")

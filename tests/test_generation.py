@@ -8,8 +8,7 @@ import pytest
 
 from galore_jax.errors import InputError
 from galore_jax.models.generation import generate
-from galore_jax.models.layers import KeyValueCache
-from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.models.llama import KeyValueCache, Llama, LlamaConfig
 
 TINY = LlamaConfig(
     vocab_size=47,

@@ -87,12 +87,16 @@ def test_the_vocabulary_of_t5_gives_the_same_tokens_of_c4(tmp_path):
 
 
 def test_settings_beside_a_model_file_go_along_and_are_not_replaced(tmp_path):
-    source = tmp_path / "spiece.model"
+    source = tmp_path / "tokenizer.model"
     source.write_bytes(train_sentencepiece(TEXTS, 290))
     source.with_name(SETTINGS).write_text('{"eos_token": "</s>"}')
+    tools = Path("additional_chat_templates", "tools.jinja")
+    (tmp_path / tools).parent.mkdir()
+    (tmp_path / tools).write_text("{{ tools }}")
     (tmp_path / "new").mkdir()
     copy_tokenizer(source, tmp_path / "new")
     complete_tokenizer(tmp_path / "new", load_tokenizer(str(source)))
     assert json.loads((tmp_path / "new" / SETTINGS).read_text()) == {"eos_token": "</s>"}
+    assert (tmp_path / "new" / tools).read_text() == "{{ tools }}"
     names = {path.name for path in (tmp_path / "new").iterdir()}
-    assert names == {"tokenizer.model", SETTINGS}
+    assert names == {"tokenizer.model", SETTINGS, tools.parts[0]}

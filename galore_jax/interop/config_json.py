@@ -1,4 +1,4 @@
-"""The config.json of Hugging Face's transformers as a `LlamaConfig`, and generation_config.json."""
+"""The config.json of Hugging Face's transformers as a `LlamaConfig`, and back."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +6,9 @@ from typing import Any, TypeVar
 
 from galore_jax.data.tokenizers import from_pretrained
 from galore_jax.errors import InputError, require_choice
-from galore_jax.files import read_json
 from galore_jax.interop.tensors import CONFIG
 from galore_jax.models.llama import LlamaConfig
 
-GENERATION_CONFIG = "generation_config.json"
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -102,26 +100,6 @@ def to_json(config: LlamaConfig) -> dict[str, Any]:
         table["use_sliding_window"] = config.sliding_window is not None
         table["max_window_layers"] = 0 if config.sliding_window else config.num_layers
     return table
-
-
-def generation_config(folder: Path, *, eos_id: int | None = None) -> dict[str, Any] | None:
-    """The settings with which transformers generates text; None if a folder has none.
-
-    Args:
-      folder: a folder of Hugging Face.
-      eos_id: another token that ends a generation.
-
-    Raises:
-      InputError: the file is damaged.
-    """
-    if not (folder / GENERATION_CONFIG).is_file():
-        return None
-    content = read_json(folder / GENERATION_CONFIG)
-    ends = content.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if eos_id is not None and eos_id not in ends:
-        content["eos_token_id"] = [*ends, eos_id]
-    return content
 
 
 def _architecture(config: LlamaConfig) -> str:

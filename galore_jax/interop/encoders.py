@@ -6,7 +6,7 @@ body's tensors begin with `roberta.` or `bert.`.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,25 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.errors import InputError, require_choice
-from galore_jax.files import read_json, write_json
+from galore_jax.files import write_json
 from galore_jax.interop.config_json import completed_settings
-from galore_jax.interop.tensors import (
-    CONFIG,
-    SINGLE,
-    Stored,
-    check_dtypes,
-    listed_names,
-    read_tensor,
-    stored_tensors,
-    write_file,
-)
+from galore_jax.interop.leaves import Leaf, check_fit, model_leaves
+from galore_jax.interop.tensors import CONFIG, SINGLE, Stored, stored_tensors, write_file
 from galore_jax.models.adapters import HEAD
-from galore_jax.models.encoder import (
-    ARCHITECTURES,
-    Classifier,
-    Encoder,
-    EncoderConfig,
-)
+from galore_jax.models.encoder import ARCHITECTURES, Classifier, Encoder, EncoderConfig
 from galore_jax.types import PyTree
 
 EncoderModel = Encoder | Classifier
@@ -129,77 +116,35 @@ def load_encoder(
         folder is not used if its config.json names others. None: it is always used.
 
     Raises:
-      InputError: a file is missing or damaged; a tensor of the body is missing; a tensor has no
-        place in the model, or another shape or dtype. The message names the tensors.
+      InputError: a file is missing or damaged, tensors do not fit the model (they are listed), or
+        one has numbers that are not finite.
     """
-    tensors = stored_tensors(Path(folder))
-    stored = _stored_names(tensors, model.config.architecture)
-    discarded = _discard_other_head(stored, Path(folder), labels)
+    folder, leaves = Path(folder), _leaves(model)
+    tensors = _renamed(stored_tensors(folder), model.config.architecture)
+    wanted = {name for leaf in leaves.values() for name in leaf.names}
+    unused = {name: tensors[name] for name in tensors.keys() - wanted if _UNUSED.match(name)}
+    if labels is not None and _class_names(labels) != _stored_class_names(folder):
+        unused |= {name: tensors[name] for name in tensors if name.startswith("classifier.")}
+    tensors = {name: tensors[name] for name in tensors if name not in unused}
+    is_missing = lambda path: path.startswith(HEAD) and leaves[path].name not in tensors
+    missing = [path for path in leaves if is_missing(path)]
+    check_fit(folder, [leaves[path] for path in leaves if path not in missing], tensors)
     initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.eval_shape(initialize, key)
-    wanted = {name: path for path, leaf in _leaves(params) for name in _names(path, leaf, model)}
-    missing, unused = _differences(folder, model, stored, wanted)
-    check_dtypes(tensors[stored[name]] for name in wanted if name in stored)
     if missing:
         # Only the head is computed.
         params |= jax.jit(lambda key: {HEAD: initialize(key)[HEAD]})(key)
 
-    def read(path: tuple[Any, ...], leaf: Any) -> jax.Array:
-        names = _names(_keys(path), leaf, model)
-        if names[0] in missing:
+    def read(path: Any, leaf: Any) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in missing:
             return leaf
-        return _read_leaf(_keys(path), leaf, [tensors[stored[name]] for name in names])
+        whole = tuple(slice(0, size) for size in leaf.shape)
+        return jnp.asarray(leaves[name].read(tensors, whole, leaf.dtype))
 
     params = jax.tree_util.tree_map_with_path(read, params)
-    return LoadedEncoder(params, tuple(missing), (*discarded, *(stored[name] for name in unused)))
-
-
-def _discard_other_head(
-    stored: dict[str, str], folder: Path, labels: Sequence[str] | None
-) -> list[str]:
-    """Removes a classifier for other labels from the names; returns its tensors."""
-    if labels is None or _class_names(labels) == _stored_class_names(folder):
-        return []
-    return [stored.pop(name) for name in list(stored) if name.startswith("classifier.")]
-
-
-def _differences(
-    folder: str | Path,
-    model: EncoderModel,
-    stored: Mapping[str, str],
-    wanted: Mapping[str, tuple[str, ...]],
-) -> tuple[list[str], list[str]]:
-    """The head's tensors that the folder lacks, and tensors that the model does not need."""
-    missing = [name for name in wanted if name not in stored]
-    if lost := [name for name in missing if wanted[name][0] != HEAD]:
-        raise InputError(
-            f"{folder} lacks {listed_names(lost)}, which a model of this config.json has: take "
-            "weights that belong to it."
-        )
-    unused = [name for name in stored if name not in wanted]
-    if unknown := [stored[name] for name in unused if not _UNUSED.match(name)]:
-        raise InputError(
-            f"{folder} holds {listed_names(unknown)}, for which this {model.config.architecture} "
-            "model has no place: take weights that belong to it."
-        )
-    return missing, unused
-
-
-def _read_leaf(path: tuple[str, ...], leaf: Any, tensors: Sequence[Stored]) -> jax.Array:
-    """A parameter from its tensors, one for each layer."""
-    is_stacked, is_kernel = "layers" in path, path[-1] == "kernel"
-    shape = leaf.shape[is_stacked:]
-    shape = shape[::-1] if is_kernel else shape
-    for found in tensors:
-        if found.shape != shape:
-            raise InputError(
-                f"{found.file}: {found.name} has the shape {found.shape}, but the model needs "
-                f"{shape}: take the weights that belong to this config.json, and a head with as "
-                "many labels."
-            )
-    layers = [read_tensor(found) for found in tensors]
-    values = np.stack(layers) if is_stacked else layers[0]
-    return jnp.asarray(values.mT if is_kernel else values, leaf.dtype)
+    initialized = tuple(leaves[path].name for path in missing)
+    return LoadedEncoder(params, initialized, tuple(sorted(each.name for each in unused.values())))
 
 
 def save_encoder(
@@ -213,19 +158,41 @@ def save_encoder(
       params: its parameters.
       labels: the names of a classifier's classes, in order. Empty: LABEL_0, LABEL_1 and so on.
     """
+    prefix = "" if isinstance(model, Encoder) else f"{model.config.architecture}."
     tensors = {}
-    prefix = f"{model.config.architecture}."
-    for path, leaf in _leaves(params):
-        leaf = np.asarray(leaf)
-        layers = leaf if "layers" in path else [leaf]
-        for name, value in zip(_names(path, leaf, model), layers, strict=True):
-            in_body = name.startswith(("embeddings.", "encoder.", "pooler."))
-            name = prefix + name if in_body and not isinstance(model, Encoder) else name
-            tensors[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+    for leaf, value in zip(_leaves(model).values(), jax.tree.leaves(params), strict=True):
+        layers = np.asarray(value) if leaf.is_stack else [np.asarray(value)]
+        for name, layer in zip(leaf.names, layers, strict=True):
+            name = name if name.startswith("classifier") else prefix + name
+            tensors[name] = np.ascontiguousarray(layer.T if leaf.is_kernel else layer)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / SINGLE, tensors)
     write_json(folder / CONFIG, _hugging_face_config(model, labels))
+
+
+def _leaves(model: EncoderModel) -> dict[str, Leaf]:
+    """The leaves by path, with names of tensors as in a body alone."""
+    modules = _BODY | _HEADS[model.config.architecture]
+
+    def tensor_name(path: str) -> str:
+        module, _, leaf = path.removeprefix("encoder/").rpartition("/")
+        return f"{modules[module]}.{_LEAVES[leaf]}"
+
+    return model_leaves(model, tensor_name)
+
+
+def _renamed(tensors: Mapping[str, Stored], architecture: str) -> dict[str, Stored]:
+    """The tensors with names as in a body alone, and the norms' names of PyTorch.
+
+    In checkpoints that were converted from TensorFlow norms have other names.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix(f"{architecture}.")
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+    return renamed
 
 
 def _class_names(labels: Sequence[str], count: int = 1) -> list[str]:
@@ -233,11 +200,8 @@ def _class_names(labels: Sequence[str], count: int = 1) -> list[str]:
 
 
 def _stored_class_names(folder: Path) -> list[str]:
-    path = folder / CONFIG
-    names = read_json(path).get("id2label") or {}
-    if not isinstance(names, dict) or not all(key.isdecimal() for key in names):
-        raise InputError(f"{path}: id2label must map whole numbers to labels, not {names!r}.")
-    return [names[key] for key in sorted(names, key=int)]
+    names = completed_settings(folder, lambda settings: settings["id2label"])
+    return [names[key] for key in sorted(names)]
 
 
 def _hugging_face_config(model: EncoderModel, labels: Sequence[str]) -> dict[str, Any]:
@@ -258,42 +222,3 @@ def _hugging_face_config(model: EncoderModel, labels: Sequence[str]) -> dict[str
         "max_position_embeddings": config.first_position + config.max_length,
         "torch_dtype": config.dtype,
     }
-
-
-def _leaves(params: PyTree) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        yield _keys(path), leaf
-
-
-def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
-    return tuple(entry.key for entry in path)
-
-
-def _names(path: tuple[str, ...], leaf: Any, model: EncoderModel) -> list[str]:
-    """The names of a parameter's tensors without the model's prefix, one for each layer."""
-    modules = "/".join(path[:-1]).removeprefix("encoder/")
-    module = (_BODY | _HEADS[model.config.architecture])[modules]
-    name = f"{module}.{_LEAVES[path[-1]]}"
-    return [name.format(layer) for layer in range(leaf.shape[0])] if "{}" in name else [name]
-
-
-def _stored_names(tensors: Iterable[str], architecture: str) -> dict[str, str]:
-    """The name in the files of each tensor, by its name in this module.
-
-    That is without the prefix of a model with a head, and without the older names of norms in
-    checkpoints that were converted from TensorFlow.
-
-    Raises:
-      InputError: two tensors have one name here.
-    """
-
-    def ours(name: str) -> str:
-        name = name.removeprefix(f"{architecture}.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
-        return name.replace("LayerNorm.beta", "LayerNorm.bias")
-
-    stored: dict[str, str] = {}
-    for name in sorted(tensors):
-        if (other := stored.setdefault(ours(name), name)) != name:
-            raise InputError(f"the tensors {other} and {name} mean the same: remove one.")
-    return stored

@@ -17,7 +17,6 @@ from galore_jax.files import atomic_write, read_json, write_json
 
 CONFIG = "config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES = ("F64", "F32", "BF16", "F16")
 Index = tuple[slice, ...]
 
@@ -78,17 +77,6 @@ def check_dtypes(tensors: Iterable[Stored]) -> None:
             )
 
 
-def listed_names(names: Iterable[str]) -> str:
-    """Names of tensors, with those that all layers share once: "encoder.layer.*.query.weight"."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
-    return ", ".join(
-        found[0] if len(found) == 1 else f"{pattern} ({len(found)} times)"
-        for pattern, found in groups.items()
-    )
-
-
 def read_tensor(stored: Stored, index: Index | None = None) -> np.ndarray:
     """A tensor, or a part of it without reading the rest.
 
@@ -101,13 +89,12 @@ def read_tensor(stored: Stored, index: Index | None = None) -> np.ndarray:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder for a model or an adapter, unless it exists and holds neither.
+    """Makes a folder for a model, unless it exists and holds none.
 
     Raises:
-      InputError: it holds one, which transformers would load together with or instead of the new
-        one.
+      InputError: it holds a model, or an adapter that transformers would load with the new one.
     """
-    for name in (CONFIG, SINGLE, INDEX, ADAPTER_CONFIG, ADAPTER):
+    for name in (CONFIG, SINGLE, INDEX, "adapter_config.json"):
         if (folder / name).exists():
             raise InputError(f"{folder} already has the file {name}: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)

@@ -37,19 +37,15 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copies a tokenizer to a folder, under the names that transformers expects.
 
     Args:
-      source: a folder of Hugging Face, or the file of a tokenizer, copied with the files next to it
-        if it is in such a folder.
+      source: a folder of Hugging Face; or a tokenizer's file, with what is beside it if it is in
+        such a folder.
       folder: an existing folder.
     """
-    if source.name in _TOKENIZERS:
-        source = source.parent
-    place = source if source.is_dir() else source.parent
-    templates = [str(file.relative_to(place)) for file in place.glob(_TEMPLATES)]
-    files = {name: place / name for name in (*_BESIDE, *templates)}
-    if source.is_dir():
-        files |= {name: source / name for name in _TOKENIZERS}
-    else:
-        files[MODEL] = source
+    files = {MODEL: source}
+    if source.is_dir() or source.name in _TOKENIZERS:
+        place = source if source.is_dir() else source.parent
+        templates = [str(file.relative_to(place)) for file in place.glob(_TEMPLATES)]
+        files = {name: place / name for name in (*_TOKENIZERS, *_BESIDE, *templates)}
     for name, file in files.items():
         if file.is_file():
             (folder / name).parent.mkdir(exist_ok=True)

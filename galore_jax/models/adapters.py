@@ -13,9 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from galore_jax.types import PyTree
+from galore_jax.types import PyTree, ReadPart
 
 A, B, KERNEL = "lora_a", "lora_b", "kernel"
 FACTORS = (A, B)
@@ -89,6 +90,24 @@ def merge(params: PyTree, adapter: Adapter | None) -> PyTree:
                 kernel += flat[*layer, KERNEL].astype(jnp.float32)
             merged[*layer, KERNEL] = kernel.astype(a.dtype)
     return unflatten_dict(merged)
+
+
+def merged(read: ReadPart, adapter: Adapter) -> ReadPart:
+    """Reads parts of the parameters that `merge` would return, from parts of a decoder's."""
+
+    def read_merged(path: str, index: tuple[slice, ...]) -> np.ndarray:
+        layer = path.removesuffix(KERNEL)
+        if not path.startswith("layers/") or layer == path:
+            return read(path, index)
+        *batch, rows, columns = index
+        a = read(layer + A, (*batch, rows, slice(None)))
+        b = read(layer + B, (*batch, slice(None), columns))
+        part = np.asarray(product(adapter, a, b))
+        if adapter.has_kernel:
+            part = part + read(path, index).astype(np.float32)
+        return part.astype(a.dtype)
+
+    return read_merged
 
 
 def split(params: PyTree, adapters_only: bool = False) -> tuple[PyTree, PyTree]:

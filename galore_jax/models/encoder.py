@@ -10,8 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from galore_jax.errors import InputError, require
 from galore_jax.models.adapters import Adapter
-from galore_jax.models.dense import Dense
-from galore_jax.models.layers import constrain
+from galore_jax.models.layers import check_length, constrain, dense, embedding
 from galore_jax.settings import checked
 
 ARCHITECTURES = ("roberta", "bert")
@@ -42,7 +41,6 @@ class EncoderConfig:
       norm_epsilon: added to the variance in LayerNorm.
       initializer_range: standard deviation of the initial kernels and embeddings.
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
-      remat: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
       InputError: a value is out of range, or the number of heads does not divide evenly.
@@ -63,7 +61,6 @@ class EncoderConfig:
     norm_epsilon: PositiveFloat = 1e-5
     initializer_range: PositiveFloat = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: bool = False
 
     def __post_init__(self):
         in_vocabulary = self.pad_id < self.vocab_size
@@ -96,17 +93,13 @@ class Encoder(nn.Module):
     def setup(self):
         """Creates the layers."""
         config = self.config
-        self.word_embedding = _embedding(config.vocab_size, config)
-        self.position_embedding = _embedding(config.first_position + config.max_length, config)
-        self.token_type_embedding = _embedding(config.token_types, config)
+        self.word_embedding = embedding(config.vocab_size, config)
+        self.position_embedding = embedding(config.first_position + config.max_length, config)
+        self.token_type_embedding = embedding(config.token_types, config)
         self.embedding_norm = _norm(config)
         self.embedding_dropout = nn.Dropout(config.dropout)
-        block = EncoderBlock
-        if config.remat:
-            # Counting self, argument 3 is `deterministic`, which must not be traced.
-            block = nn.remat(EncoderBlock, prevent_cse=False, static_argnums=(3,))
         stack = nn.scan(
-            block,
+            EncoderBlock,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=cast(Any, (nn.broadcast, nn.broadcast)),
@@ -133,12 +126,8 @@ class Encoder(nn.Module):
         Raises:
           InputError: a row is longer than config.max_length.
         """
-        config, length = self.config, tokens.shape[1]
-        if length > config.max_length:
-            raise InputError(
-                f"a row of {length} tokens is longer than model.max_length {config.max_length}: "
-                "shorten the rows, or choose a model with more positions."
-            )
+        config = self.config
+        check_length(tokens, config)
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         x = self.word_embedding(tokens) + self.token_type_embedding(token_types)
@@ -187,8 +176,9 @@ class ClassificationHead(nn.Module):
         dropout = nn.Dropout(rate, deterministic=deterministic)
         if config.architecture == "roberta":
             x = dropout(x)
-        x = jnp.tanh(_dense(config.hidden_size, config, "dense")(x))
-        return _dense(self.num_labels, config, "out_proj", jnp.float32)(dropout(x))
+        x = jnp.tanh(dense(config.hidden_size, config, "dense", use_bias=True)(x))
+        out = dense(self.num_labels, config, "out_proj", result=jnp.float32, use_bias=True)
+        return out(dropout(x))
 
 
 class EncoderBlock(nn.Module):
@@ -222,10 +212,10 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
         """Attends to `x` (batch, length, hidden) where `mask` (batch, 1, 1, length) is true."""
-        config = self.config
+        config, options = self.config, {"use_bias": True, "adapter": self.adapter}
 
         def heads(name: str) -> jax.Array:
-            projected = _dense(config.hidden_size, config, name, adapter=self.adapter)(x)
+            projected = dense(config.hidden_size, config, name, **options)(x)
             projected = projected.reshape(*x.shape[:2], config.num_heads, -1)
             return constrain(projected, "batch", None, "heads")
 
@@ -238,7 +228,7 @@ class SelfAttention(nn.Module):
         weights = nn.Dropout(config.attention_dropout)(weights, deterministic=deterministic)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(values.dtype), values)
         mixed = constrain(mixed.reshape(x.shape), "batch", None, "heads")
-        return _dense(config.hidden_size, config, "o_proj", adapter=self.adapter)(mixed)
+        return dense(config.hidden_size, config, "o_proj", **options)(mixed)
 
 
 class EncoderMLP(nn.Module):
@@ -250,10 +240,10 @@ class EncoderMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (batch, length, hidden) to the same shape."""
-        config = self.config
-        up = _dense(config.intermediate_size, config, "up_proj", adapter=self.adapter)(x)
-        hidden = constrain(_gelu(up), "batch", None, "mlp")
-        return _dense(config.hidden_size, config, "down_proj", adapter=self.adapter)(hidden)
+        config, options = self.config, {"use_bias": True, "adapter": self.adapter}
+        up = dense(config.intermediate_size, config, "up_proj", **options)(x)
+        hidden = constrain(nn.gelu(up, approximate=False), "batch", None, "mlp")
+        return dense(config.hidden_size, config, "down_proj", **options)(hidden)
 
 
 def position_ids(tokens: jax.Array, config: EncoderConfig) -> jax.Array:
@@ -268,21 +258,6 @@ def position_ids(tokens: jax.Array, config: EncoderConfig) -> jax.Array:
     return jnp.cumsum(is_token, axis=1) * is_token + config.pad_id
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return nn.gelu(x, approximate=False)
-
-
-def _embedding(rows: int, config: EncoderConfig) -> nn.Embed:
-    # Sums of embeddings, and the gradient of a token that occurs often, are float32 as in llama.py.
-    return nn.Embed(
-        rows,
-        config.hidden_size,
-        dtype=jnp.float32,
-        param_dtype=config.dtype,
-        embedding_init=nn.initializers.normal(config.initializer_range),
-    )
-
-
 def _norm(config: EncoderConfig, name: str | None = None) -> nn.LayerNorm:
     # The variance is that of centred values: E[x²] - E[x]² cancels where the mean is large.
     return nn.LayerNorm(
@@ -290,24 +265,5 @@ def _norm(config: EncoderConfig, name: str | None = None) -> nn.LayerNorm:
         dtype=config.dtype,
         param_dtype=config.dtype,
         use_fast_variance=False,
-        name=name,
-    )
-
-
-def _dense(
-    features: int,
-    config: EncoderConfig,
-    name: str,
-    result: Any = None,
-    adapter: Adapter | None = None,
-) -> Dense:
-    """A dense layer with bias; its output has the dtype `result`, by default config.dtype."""
-    return Dense(
-        features,
-        config.initializer_range,
-        config.dtype,
-        result,
-        use_bias=True,
-        adapter=adapter,
         name=name,
     )

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.errors import InputError, require
-from galore_jax.models.layers import KeyValueCache
-from galore_jax.models.llama import Llama, LlamaConfig
+from galore_jax.models.llama import KeyValueCache, Llama, LlamaConfig
 
 
 def generate(

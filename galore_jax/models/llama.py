@@ -4,7 +4,7 @@ The configuration covers the models that differ from it in details: LLaMA 3, Mis
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -15,15 +15,16 @@ from galore_jax.errors import InputError
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.dense import Dense, matmul
 from galore_jax.models.layers import (
-    Block,
-    KeyValueCache,
-    RotaryScaling,
     Rotation,
     attention_mask,
+    causal_attention,
+    check_length,
     constrain,
+    dense,
+    embedding,
     is_visible,
     rms_norm,
-    rotation_at,
+    rotate,
 )
 from galore_jax.settings import checked
 
@@ -124,32 +125,28 @@ class LlamaConfig:
         """Key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
-    @property
-    def block_settings(self) -> dict[str, Any]:
-        """The attributes of `Block`."""
-        return {
-            "num_heads": self.num_heads,
-            "num_kv_heads": self.kv_heads,
-            "head_size": self.head_size,
-            "intermediate_size": self.intermediate_size,
-            "biased": self.attention_bias,
-            "qk_norm": self.qk_norm,
-            "norm_epsilon": self.norm_epsilon,
-            "initializer_range": self.initializer_range,
-            "dtype": self.dtype,
-        }
-
     def rotation_at(self, positions: jax.Array) -> Rotation:
-        """The rotary embedding at `positions`, (batch, length)."""
-        scaling = None
+        """The rotation of RoFormer (arXiv 2104.09864, section 3.2.2) at positions (batch, length).
+
+        Pair i of a head is rotated by `position / rope_theta ** (2 i / head_size)` radians. A
+        rope_factor other than 1 divides the frequencies of few turns by it, as in LLaMA 3.
+        """
+        size = self.head_size
+        frequencies = self.rope_theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
         if self.rope_factor != 1:
-            scaling = RotaryScaling(
-                self.rope_factor,
-                self.rope_low_freq_factor,
-                self.rope_high_freq_factor,
-                self.rope_original_length,
-            )
-        return rotation_at(positions, self.head_size, self.rope_theta, scaling)
+            low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+            turns = self.rope_original_length * frequencies / (2 * jnp.pi)
+            kept = jnp.clip((turns - low) / (high - low), 0, 1)
+            frequencies *= kept + (1 - kept) / self.rope_factor
+        angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+        return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of all positions so far, each (batch, max length, kv heads, head)."""
+
+    keys: jax.Array
+    values: jax.Array
 
 
 class Llama(nn.Module):
@@ -169,16 +166,7 @@ class Llama(nn.Module):
     def setup(self):
         """Creates the layers."""
         config = self.config
-        initializer = nn.initializers.normal(config.initializer_range)
-        # The lookup is done in float32 so that its gradient, a sum over all occurrences of a
-        # token, is accumulated in float32 before it is rounded.
-        self.embed_tokens = nn.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            dtype=jnp.float32,
-            param_dtype=config.dtype,
-            embedding_init=initializer,
-        )
+        self.embed_tokens = embedding(config.vocab_size, config)
         block = nn.remat(Block, prevent_cse=False) if config.remat else Block
         stack = nn.scan(
             block,
@@ -187,12 +175,10 @@ class Llama(nn.Module):
             in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0, nn.broadcast)),
             length=config.num_layers,
         )
-        self.layers = stack(**config.block_settings, adapter=self.adapter)
-        self.norm = rms_norm(config.norm_epsilon, config.dtype)
+        self.layers = stack(config, self.adapter)
+        self.norm = rms_norm(config)
         if not config.tie_embeddings:
-            self.lm_head = Dense(
-                config.vocab_size, config.initializer_range, config.dtype, result=jnp.float32
-            )
+            self.lm_head = dense(config.vocab_size, config, result=jnp.float32)
 
     def __call__(
         self,
@@ -214,12 +200,8 @@ class Llama(nn.Module):
         Raises:
           InputError: a row is longer than config.max_length.
         """
+        check_length(tokens, self.config)
         length = tokens.shape[1]
-        if length > self.config.max_length:
-            raise InputError(
-                f"a row of {length} tokens is longer than model.max_length "
-                f"{self.config.max_length}: shorten the rows or raise model.max_length."
-            )
         if segments is None:
             segments = jnp.ones((1, length), jnp.int32)
         if positions is None:
@@ -254,3 +236,113 @@ class Llama(nn.Module):
         if self.config.tie_embeddings:
             return matmul(x, self.embed_tokens.embedding.T, jnp.float32), cache
         return self.lm_head(x), cache
+
+
+class Block(nn.Module):
+    """One pre-norm layer: `x += attention(norm(x)); x += mlp(norm(x))`.
+
+    With `remat_halves` the backward pass recomputes attention and the MLP separately, so that the
+    activations of only one of them exist at a time.
+    """
+
+    config: LlamaConfig
+    adapter: Adapter | None = None
+    remat_halves: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: Rotation,
+        mask: jax.Array,
+        cache: KeyValueCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """Arguments and results are those of `Attention`."""
+        half = nn.remat if self.remat_halves else lambda layer: layer
+        attention = half(Attention)(self.config, self.adapter, name="attention")
+        mlp = half(MLP)(self.config, self.adapter, name="mlp")
+        attended, cache = attention(self._norm("input_norm", x), rotation, mask, cache, start)
+        x = x + attended
+        return constrain(x + mlp(self._norm("post_attention_norm", x)), "batch"), cache
+
+    def _norm(self, name: str, x: jax.Array) -> jax.Array:
+        return constrain(rms_norm(self.config, name)(x), "batch")
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; kv heads are shared by groups of query heads.
+
+    Kernels are plain (in, out) matrices: q (hidden, heads x head), k and v (hidden, kv heads x
+    head), o (heads x head, hidden).
+    """
+
+    config: LlamaConfig
+    adapter: Adapter | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: Rotation,
+        mask: jax.Array,
+        cache: KeyValueCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KeyValueCache | None]:
+        """Attends to `x` itself, or to `cache` after `x` is written into it.
+
+        Args:
+          x: activations (batch, length, hidden).
+          rotation: the rotary embedding at the positions of `x`.
+          mask: bool (batch or 1, 1, length, keys), true where a query sees a key.
+          cache: keys and values of earlier positions; `x` is written from `start` on.
+          start: position of the first token of `x`, int32 scalar.
+
+        Returns:
+          The activations, and the cache with `x` in it (None without a cache).
+        """
+        config, (batch, length, hidden) = self.config, x.shape
+
+        def heads(letter: str, count: int) -> jax.Array:
+            projected = self._projection(letter, count * config.head_size)(x)
+            projected = projected.reshape(batch, length, count, config.head_size)
+            return constrain(projected, "batch", None, "heads")
+
+        def rotated(letter: str, count: int) -> jax.Array:
+            projected = heads(letter, count)
+            if config.qk_norm:
+                projected = rms_norm(config, f"{letter}_norm")(projected)
+            return rotate(projected, rotation)
+
+        queries, keys = rotated("q", config.num_heads), rotated("k", config.kv_heads)
+        values = heads("v", config.kv_heads)
+        if cache is None:
+            mixed = causal_attention(queries, keys, values, mask)
+        else:
+            keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, start, axis=1)
+            values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, start, axis=1)
+            cache = KeyValueCache(keys, values)
+            mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask)
+        mixed = constrain(mixed.reshape(batch, length, -1), "batch", None, "heads")
+        return self._projection("o", hidden)(mixed), cache
+
+    def _projection(self, letter: str, features: int) -> Dense:
+        has_bias = letter in self.config.attention_bias
+        options = {"use_bias": has_bias, "adapter": self.adapter}
+        return dense(features, self.config, f"{letter}_proj", **options)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+
+    config: LlamaConfig
+    adapter: Adapter | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (batch, length, hidden) to the same shape."""
+        config, adapter = self.config, self.adapter
+        gate = dense(config.intermediate_size, config, "gate_proj", adapter=adapter)(x)
+        up = dense(config.intermediate_size, config, "up_proj", adapter=adapter)(x)
+        hidden = constrain(nn.silu(gate) * up, "batch", None, "mlp")
+        return dense(x.shape[-1], config, "down_proj", adapter=adapter)(hidden)

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from galore_jax.models.layers import Block, Rotation, attention_mask, constrain, rms_norm
-from galore_jax.models.llama import LlamaConfig
+from galore_jax.models.layers import Rotation, attention_mask, constrain, embedding, rms_norm
+from galore_jax.models.llama import Block, LlamaConfig
 from galore_jax.models.loss import chunked_next_token_loss
 from galore_jax.types import PyTree
 
@@ -16,8 +16,8 @@ Batch = dict[str, jax.Array]
 
 def embed(config: LlamaConfig, params: PyTree, batch: Batch) -> tuple[jax.Array, Any]:
     """The activations before the first block, and the rotation and mask that every block takes."""
-    embedding = nn.Embed(config.vocab_size, config.hidden_size, dtype=jnp.float32)
-    x: Any = embedding.apply({"params": params["embed_tokens"]}, batch["tokens"])
+    lookup = embedding(config.vocab_size, config)
+    x: Any = lookup.apply({"params": params["embed_tokens"]}, batch["tokens"])
     rotation = config.rotation_at(batch["positions"])
     mask = attention_mask(batch["segments"], config.sliding_window)
     return constrain(x, "batch").astype(config.dtype), (rotation, mask)
@@ -30,16 +30,14 @@ def block(
     block_inputs: tuple[Rotation, jax.Array],
 ) -> jax.Array:
     """One block, with parameters that have no layer axis."""
-    layer = Block(**config.block_settings, remat_halves=True)
-    return layer.apply({"params": params}, x, *block_inputs)[0]
+    return Block(config, remat_halves=True).apply({"params": params}, x, *block_inputs)[0]
 
 
 def head_loss(
     config: LlamaConfig, params: PyTree, x: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """The mean loss per target in nats, and the number of targets, without forming all logits."""
-    norm = rms_norm(config.norm_epsilon, config.dtype)
-    normed: Any = norm.apply({"params": params["norm"]}, x)
+    normed: Any = rms_norm(config).apply({"params": params["norm"]}, x)
     if config.tie_embeddings:
         head = nn.meta.unbox(params["embed_tokens"])["embedding"].T
     else:

@@ -3,52 +3,34 @@
 from pathlib import Path
 
 from galore_jax.data.tokenizers import load_tokenizer
-from galore_jax.errors import InputError
-from galore_jax.files import write_json
-from galore_jax.interop.config_json import GENERATION_CONFIG, generation_config
 from galore_jax.interop.decoders import write_model
-from galore_jax.interop.peft import merged, write_adapter
 from galore_jax.interop.tokenizer_files import complete_tokenizer, copy_tokenizer
+from galore_jax.models.adapters import merged
 from galore_jax.training.checkpoint import open_parameters
 from galore_jax.training.config import Config
 from galore_jax.training.run_folder import RunFolder, check_same_tokenizer
 
 
-def to_huggingface(
-    run_folder: str | Path, folder: str | Path, *, adapter_only: bool = False
-) -> Config:
+def to_huggingface(run_folder: str | Path, folder: str | Path) -> Config:
     """Writes the model of a run's latest checkpoint, and its tokenizer, for transformers.
 
-    The model's end-of-sequence token is that of its tokenizer or, after a training on
-    conversations, the one that ends an answer. A generation_config.json next to the tokenizer is
-    copied with this token added. Low-rank factors are merged into plain kernels.
+    The model's end-of-sequence token is that of its tokenizer, which also ends an answer. Low-rank
+    factors are merged into plain kernels.
 
     Args:
       run_folder: the folder of the run.
       folder: the new folder.
-      adapter_only: write LoRA's adapter alone, in PEFT's format, for the model of the run's
-        `model.checkpoint`.
 
     Returns:
       The configuration of the run.
 
     Raises:
       InputError: there is no checkpoint, it is damaged or has a weight that is not finite, the
-        tokenizer is missing, the folder holds a model, transformers has no such architecture, or
-        the run has no adapter that belongs to a checkpoint.
+        tokenizer is missing, the folder holds a model, or transformers has no such architecture.
     """
     folder = Path(folder)
     with open_parameters(run_folder) as (config, read):
-        adapter = config.optimizer.adapter
-        if adapter_only:
-            if adapter is None or not config.trains_adapters_only:
-                raise InputError(
-                    f"{run_folder} trained more than an adapter: leave out --adapter, or train "
-                    'with optimizer.name = "lora" and model.checkpoint=FOLDER.'
-                )
-            write_adapter(folder, config.model, adapter, read, config.model.checkpoint)
-            return config
-        source = config.data.tokenizer
+        source, adapter = config.data.tokenizer, config.optimizer.adapter
         check_same_tokenizer(RunFolder(run_folder), source)
         tokenizer = load_tokenizer(source)
         ids = {
@@ -60,15 +42,10 @@ def to_huggingface(
         # Transformers refuses an id beyond the embedding, and has a default for a missing one.
         fits = lambda id: id is not None and id < config.model.vocab_size
         settings = {name: id if fits(id) else None for name, id in ids.items()}
-        generation = None
-        if source != "bytes":
-            generation = generation_config(Path(source).parent, eos_id=settings["eos_token_id"])
         if adapter is not None:
             read = merged(read, adapter)
         write_model(folder, config.model, read, settings=settings)
     if source != "bytes":
         copy_tokenizer(Path(source), folder)
         complete_tokenizer(folder, tokenizer)
-    if generation is not None:
-        write_json(folder / GENERATION_CONFIG, generation)
     return config

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.models import dense
-from galore_jax.models.layers import attention_mask, rotation_at
+from galore_jax.models.layers import attention_mask
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 from galore_jax.types import PyTree
@@ -79,7 +79,7 @@ def _run_layers(config: LlamaConfig, layers: PyTree, x: Any) -> Any:
     # for every head, in the forward and the backward pass.
     with jax.ensure_compile_time_eval():
         positions = jnp.arange(x.shape[1])[None]
-        rotation = rotation_at(positions, config.head_size, config.rope_theta)
+        rotation = config.rotation_at(positions)
         mask = attention_mask(jnp.ones_like(positions))
     run = lambda model, x: model.layers(x, rotation, mask, None, 0)[0]
     if isinstance(layers, list):
