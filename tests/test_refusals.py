@@ -104,13 +104,6 @@ def test_a_kernel_without_a_gpu_is_refused():
         apply_gradients(tx, params, tx.init(params), params, implementation="pallas")
 
 
-def test_a_centred_second_moment_is_not_rotated():
-    params = random_params(PLAIN)
-    tx = galore_jax.chain(galore(4, moments="rotate"), optax.rmsprop(0.1, centered=True))
-    with pytest.raises(ValueError, match="cannot rotate the moments of optax"):
-        tx.init(params)
-
-
 def test_kernels_that_nothing_would_use_are_refused():
     with pytest.raises(ValueError, match="implementation applies to 8-bit moments"):
         galore_jax.adamw(0.1, rank=4, implementation="pallas")

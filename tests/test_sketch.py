@@ -26,7 +26,7 @@ from galore_jax import (
 from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.galore_state import bases_of, galore_states
-from galore_jax.optim.rotation import rotated
+from galore_jax.optim.moments import rotated
 from galore_jax.subspace.methods import subspace_iteration
 from galore_jax.training.pretraining import batch_loss
 

@@ -36,7 +36,7 @@ from galore_jax.optim.galore_state import (
     map_bases,
     with_galore_states,
 )
-from galore_jax.optim.rotation import constrain_state, rotate
+from galore_jax.optim.moments import constrain_state, rotate
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.methods import orthonormalise, span

@@ -25,7 +25,7 @@ from galore_jax.optim.galore_state import (
     map_bases,
     with_gradient,
 )
-from galore_jax.optim.rotation import constrain_state
+from galore_jax.optim.moments import constrain_state
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.placement import matrices_partition

@@ -25,8 +25,13 @@ from galore_jax.optim.galore_state import (
     start_coordinates,
     with_gradient,
 )
-from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
-from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
+from galore_jax.optim.moments import (
+    basis_updates,
+    check_rotation,
+    restore_moments,
+    rotate,
+    skip_updates,
+)
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
@@ -135,10 +140,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 own = isinstance(tx, GaLore)
                 update = tx.update if own else partial(stock_chain.update, tx)
                 updates, new = update(updates, old, params, **extra_args)
-                galores = galore_states(new)
-                changes = basis_updates(galore_states(old), galores)
-                changes = without_skips(changes) if accumulates(state) else changes
-                params = None if params is None else project(params, galores)
+                changes = basis_updates(old, new, state)
+                params = None if params is None else project(params, galore_states(new))
             states.append(new)
         return skip_updates(updates, changes), ChainState(tuple(states))
 

@@ -6,7 +6,7 @@ The paper's algorithm, and where each line of it is:
     R ← PᵀG                                                  Projection.project; or directly in
                                                              the backward pass: grads
     N ← Adam (or any optimizer) of R, with moments of R's    what comes after galore in the chain;
-        shape; the learning rate and the sign are in N       moments at a refresh: optim.rotation
+        shape; the learning rate and the sign are in N       moments at a refresh: optim.moments
     W ← W + α P N                                            apply_gradients: optim.apply; or
                                                              `update` of a chain: optim.chain
 
@@ -35,7 +35,6 @@ from galore_jax.optim.galore_state import (
     map_bases,
     to_float32,
 )
-from galore_jax.optim.nonfinite import zero_nonfinite
 from galore_jax.subspace.basis import Basis, count_update
 from galore_jax.subspace.new_basis import refresh_basis
 from galore_jax.subspace.projection import Coordinates, Moments, ProjType, is_coordinates
@@ -64,7 +63,7 @@ def galore(
     side is not larger than the rank. Each matrix has a basis of its own, computed anew at updates
     0, T, 2T, … from that update's gradient. A matrix is skipped if its gradient is not finite or
     the sum of squares of its coordinates overflows float32: galore passes on zeros, and the chain
-    puts weights and moments back as they were (see `optim.nonfinite`). A refresh that was due, and
+    puts weights and moments back as they were. A refresh that was due, and
     had a gradient that is not finite or is zero, takes place at the next other one (that of
     projected gradients 1, 2, 4, … finite updates later, at most T).
 
@@ -94,7 +93,8 @@ def galore(
         `Rule` matches is projected even if it is an embedding, a head or part of a norm.
       moments: what a refresh does with the moments of the matrix, whatever optimizer keeps them:
         "keep" (the reference) or "rotate" (express them in the new basis, as LDAdam, arXiv
-        2410.16103, does; not for Adamax, whose `nu` is no second moment).
+        2410.16103, does; not for Adamax and centred RMSProp, whose `nu` are no mere second
+        moments).
       lazy_overlap: if the mean squared cosine of the principal angles between the old and the new
         subspace is at least this, the matrix's own gap doubles, up to 8 T, otherwise it is T again
         (Q-GaLore, arXiv 2407.08296, compares single vectors). None: every gap is T.
@@ -165,7 +165,10 @@ def galore(
                 # New vectors for the matrices that are due, and coordinates in them.
                 basis = refresh_basis(basis, gradient, lazy_overlap, seed=seed, count=state.count)
                 value = projection.project(basis.vectors, gradient)
-            value, finite = zero_nonfinite(value)
+            # Zeros for a matrix that is not finite. What is not finite in a gradient shows in its
+            # coordinates, and an infinite sum of squares would end up in a second moment.
+            finite = jnp.isfinite(jnp.sum(value**2, axis=(-2, -1)))
+            value = jnp.where(finite[..., None, None], value, 0)
             basis = count_update(basis, finite)
             if not low_rank:
                 return projection.lift(basis.vectors, value).astype(gradient.dtype), basis

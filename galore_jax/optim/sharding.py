@@ -35,7 +35,7 @@ from galore_jax.optim.galore_state import (
     galore_states,
     is_parameter,
 )
-from galore_jax.optim.rotation import is_moment
+from galore_jax.optim.moments import is_moment
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import is_bias_or_scale, is_box, named_leaves, path_names

@@ -25,8 +25,13 @@ from galore_jax.optim.galore_state import (
     with_galore_states,
     without_boxes,
 )
-from galore_jax.optim.nonfinite import accumulates, restore_moments, skip_updates, without_skips
-from galore_jax.optim.rotation import basis_updates, check_rotation, rotate
+from galore_jax.optim.moments import (
+    basis_updates,
+    check_rotation,
+    restore_moments,
+    rotate,
+    skip_updates,
+)
 from galore_jax.subspace.basis import Basis
 from galore_jax.types import PyTree
 
@@ -81,10 +86,7 @@ def update(
     updates = without_boxes(updates, old)
     coordinates = None if params is None else project(params, old)
     _, probe = tx.update(updates, state, coordinates, **extra_args)
-    new = galore_states(probe)
-    changes = basis_updates(old, new)
-    if accumulates(state):
-        changes = without_skips(changes)
+    new, changes = galore_states(probe), basis_updates(state, probe, state)
 
     # Second call: the update in these bases, whose ages of zero make no refresh due.
     fresh = [_with_age_zero(state) for state in new]
