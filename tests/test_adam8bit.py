@@ -200,11 +200,6 @@ def test_it_works_under_tree_map_params_and_does_not_compile_again():
     assert step._cache_size() == 1
 
 
-def test_another_implementation_is_refused():
-    with pytest.raises(ValueError, match="implementation must be one of xla, pallas, not 'cuda'"):
-        scale_by_adam8bit(implementation="cuda")
-
-
 @pytest.mark.parametrize(
     ("moments", "dtype"), [("keep", jnp.bfloat16), ("rotate", jnp.float32)], ids=str
 )

@@ -8,34 +8,18 @@ import pytest
 
 import galore_jax
 from galore_jax import apply_gradients
-from galore_jax.optim.clipping import clip_by_matrix_rms
 from galore_jax.optim.factored_rms import scale_by_factored_rms
 
 
 def params_and_grads(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
-    params = {
-        "kernel": jax.random.normal(keys[0], (12, 20)),
-        "bias": jax.random.normal(keys[1], (20,)),
-    }
-    grads = {
-        "kernel": jax.random.normal(keys[2], (12, 20)),
-        "bias": jax.random.normal(keys[3], (20,)),
-    }
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), (params, grads))
+    draw = lambda i, shape: jax.random.normal(keys[i], shape, dtype)
+    return tuple({"kernel": draw(i, (12, 20)), "bias": draw(i + 1, (20,))} for i in (0, 2))
 
 
 def step(tx, params, grads, state=None, key=None):
     state = tx.init(params) if state is None else state
     return apply_gradients(tx, grads, state, params, key=key)
-
-
-def test_decay_shrinks_whole_weights_after_the_update_and_is_not_scaled():
-    params, grads = params_and_grads()
-    plain, _ = step(galore_jax.adamw(0.1, rank=4), params, grads)
-    decayed, _ = step(galore_jax.adamw(0.1, rank=4, weight_decay=0.5), params, grads)
-    for name in params:
-        np.testing.assert_allclose(decayed[name], plain[name] * (1 - 0.1 * 0.5), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +72,6 @@ def test_a_schedule_sets_the_rate_of_the_update_and_of_the_decay():
     np.testing.assert_allclose(after_two["kernel"], undecayed["kernel"] * 0.95, atol=1e-6)
 
 
-def test_the_update_of_a_matrix_lies_in_its_subspace_and_carries_the_scale():
-    params, grads = params_and_grads()
-    tx = galore_jax.adamw(1.0, rank=4, scale=0.5)
-    updates, state = tx.update(grads, tx.init(params), params)
-    basis = state.inner_states[0].bases["kernel"].vectors["left"]
-    np.testing.assert_allclose(basis @ (basis.T @ updates["kernel"]), updates["kernel"], atol=1e-5)
-    # Adam's first update is the sign: 4 x 20 ones, lifted by orthonormal vectors, times the scale.
-    np.testing.assert_allclose(jnp.linalg.norm(updates["kernel"]), 0.5 * 80**0.5, rtol=1e-4)
-
-
 def test_adafactor_leaves_rows_and_columns_of_zeros_at_zero():
     tx = scale_by_factored_rms(min_size_to_factor=2)
     grads = {"kernel": jnp.full((8, 12), 1e6).at[0].set(0).at[:, 0].set(0)}
@@ -105,25 +79,6 @@ def test_adafactor_leaves_rows_and_columns_of_zeros_at_zero():
     expected = jnp.where(grads["kernel"] > 0, updates["kernel"][1, 1], 0)
     np.testing.assert_array_equal(updates["kernel"], expected)
     assert jnp.isfinite(updates["kernel"]).all()
-
-
-def test_adafactor_treats_each_layer_of_a_stack_by_itself():
-    tx = optax.chain(scale_by_factored_rms(min_size_to_factor=2), clip_by_matrix_rms(0.1))
-    shapes = {"bias": (3, 4), "norm": {"weight": (3, 4)}, "kernel": (3, 5, 6)}
-    scales = jnp.array([1.0, 10.0, 100.0])
-
-    def gradient(shape):
-        normal = jax.random.normal(jax.random.key(len(shape)), shape)
-        return normal * scales.reshape(3, *(1 for _ in shape[1:]))
-
-    stacked = jax.tree.map(gradient, shapes, is_leaf=lambda node: isinstance(node, tuple))
-    found, _ = jax.jit(tx.update)(stacked, tx.init(stacked))
-    for i in range(3):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-        wanted, _ = jax.jit(tx.update)(layer, tx.init(layer))
-        jax.tree.map(
-            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), found, wanted
-        )
 
 
 def test_stochastic_rounding_keeps_on_average_what_rounding_to_nearest_swallows():

@@ -1,6 +1,5 @@
 """The examples of docs/integrations.md: each framework trains with a low-rank state."""
 
-import math
 import runpy
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,6 @@ import pytest
 import galore_jax
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# Those that the frameworks cause within themselves.
-ignore_deprecations = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def run(example: str) -> dict[str, Any]:
@@ -98,67 +95,7 @@ def test_an_nnx_model_and_optimizer(nnx):
     np.testing.assert_array_equal(model.layers[2].rngs.count[...], dropped + 2)
 
 
-@ignore_deprecations
-def test_the_trainer_of_tunix():
-    pytest.importorskip("tunix", reason="google-tunix is not installed")
-    from flax import nnx
-
-    names = run("tunix_trainer")
-    trainer, model, [batch, *_] = names["trainer"], names["model"], names["dataset"]
-    assert trainer.loss_fn(model, **names["model_inputs"](batch)) < 0.8 * math.log(100)
-    kernels = {(32, 64), (64, 32), (32, 4, 8), (4, 8, 32), (32, 2, 8)}
-    assert kernels <= shapes(nnx.state(model, nnx.Param))
-    assert kernels.isdisjoint(shapes(trainer.optimizer.opt_state))
-
-    # Tunix' own accumulation keeps another copy of the parameters.
-    tx, parent = names["adamw"](1e-2, rank=8), names["PeftTrainer"]
-    settings = {"gradient_accumulation_steps": trainer.micro_batches, "eval_every_n_steps": 100}
-    accumulating = parent(nnx.clone(model), tx, names["TrainingConfig"](**settings))
-    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    more = size(accumulating.optimizer.opt_state) - size(trainer.optimizer.opt_state)
-    assert more == size(nnx.state(model, nnx.Param)) + 2  # and two counters
-
-    # A step with coordinates of micro-batches, and one with full gradients of the batch. Tunix
-    # starts the kernels of the MLP at zero, where they have no gradient.
-    normal = lambda leaf: 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape)
-    nnx.update(model, jax.tree.map(normal, nnx.state(model, nnx.Param)))
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    step = nnx.jit(trainer._train_step)
-    step(model, optimizer, batch)
-    start, other, other_optimizer = map(nnx.clone, (model, model, optimizer))
-    value, _, _ = step(model, optimizer, batch)
-    full_step = nnx.jit(lambda *arguments: parent._train_step(trainer, *arguments))
-    wanted, _, _ = full_step(other, other_optimizer, batch)
-    np.testing.assert_allclose(value, wanted, rtol=1e-5)
-    params = [nnx.as_pure(nnx.state(each, nnx.Param)) for each in (model, other, start)]
-    assert_close(*params, kernels)
-
-
-@ignore_deprecations
-def test_a_checkpoint_of_tunix_brings_the_state_back(tmp_path):
-    pytest.importorskip("tunix", reason="google-tunix is not installed")
-    from flax import nnx
-
-    names = run("tunix_trainer")
-    settings = {"eval_every_n_steps": 100, "checkpoint_root_directory": str(tmp_path)}
-
-    def trainer():
-        model = names["Llama3"](names["config"], rngs=nnx.Rngs(0))
-        config = names["TrainingConfig"](**settings, max_steps=2)
-        own = names["GaLoreTrainer"](model, names["adamw"](1e-2, rank=8), config)
-        return own.with_gen_model_input_fn(names["model_inputs"])
-
-    first = trainer()
-    first.train(names["dataset"])
-    second = trainer()
-    assert second.train_steps == 2
-    for each in (lambda own: own.model, lambda own: own.optimizer):
-        states = [jax.tree.leaves(nnx.state(each(own))) for own in (first, second)]
-        for one, other in zip(*states, strict=True):
-            np.testing.assert_array_equal(one, other)
-
-
-@ignore_deprecations
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras causes them itself.
 def test_an_optimizer_and_a_model_of_keras(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras", reason="Keras is not installed")
@@ -188,57 +125,6 @@ def test_an_optimizer_and_a_model_of_keras(tmp_path, monkeypatch):
             [variable.value for variable in each.trainable_variables] for each in (other, model)
         ]
         assert_close(*ends, start, kernels)
-
-
-@ignore_deprecations
-def test_the_trainer_of_levanter(tmp_path):
-    pytest.importorskip("levanter", reason="marin-levanter is not installed")
-    import draccus
-    import haliax as hax
-    from levanter.checkpoint import CheckpointerConfig
-    from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
-    from levanter.models.lm_model import LmExample
-    from levanter.tracker import NoopConfig
-    from levanter.trainer import Trainer, TrainerConfig
-
-    names = run("levanter_galore")
-    settings = {"type": "galore", "rank": 8, "learning_rate": 2e-2, "warmup": 0}
-    config = draccus.decode(names["OptimizerConfig"], settings)
-    optimizer = config.build(num_train_steps=6)
-    llama = LlamaConfig(
-        max_seq_len=16,
-        hidden_dim=32,
-        intermediate_dim=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-    )
-    trainer = TrainerConfig(
-        id="galore",
-        num_train_steps=6,
-        train_batch_size=8,
-        tracker=NoopConfig(),
-        require_accelerator=False,
-        log_jaxprs=False,
-        log_xla_hlo=False,
-        log_dir=tmp_path,
-        checkpointer=CheckpointerConfig(base_path=str(tmp_path)),
-    )
-    batch, vocabulary = hax.Axis("batch", 8), hax.Axis("vocab", 64)
-    tokens = jax.random.randint(jax.random.key(0), (8, 16), 0, 64)
-    examples = hax.vmap(LmExample.causal, batch)(hax.named(tokens, (batch, llama.max_Pos)))
-    model = lambda: LlamaLMHeadModel.init(vocabulary, llama, key=jax.random.key(0))
-    loss = lambda model, example, key=None: model.compute_next_token_loss(example, key=key)
-    losses = []
-    with Trainer(trainer, optimizer, loss) as trainer:
-        state = trainer.initial_state(jax.random.key(0), model_init=model)
-        for _ in range(6):
-            info = trainer.train_step(state, examples)
-            state = info.state
-            losses.append(info.loss)
-    assert losses[-1] < 0.8 * losses[0]
-    stacks = {shape for shape in shapes(state.opt_state) if len(shape) == 3}
-    assert stacks == {(2, 8, 32), (2, 32, 8), (2, 16, 8), (2, 64, 8), (2, 8, 64)}
 
 
 def test_accumulation_by_the_optimizer_holds_coordinates_and_takes_the_mean():

@@ -8,7 +8,7 @@ import pytest
 import reference
 
 import galore_jax
-from galore_jax import apply_gradients, chain, galore, scale_by_muon
+from galore_jax import apply_gradients, scale_by_muon
 from galore_jax.ops.newton_schulz import newton_schulz
 from galore_jax.ops.quantization import Quantized
 
@@ -30,14 +30,10 @@ def test_newton_schulz_agrees_with_the_iteration_on_the_matrix_itself(shape):
 def test_newton_schulz_brings_singular_values_close_to_one_whatever_the_scale(factor):
     values = np.linalg.svd(jax.jit(newton_schulz)(factor * random((16, 40))))[1]
     assert 0.6 < values.min() <= values.max() < 1.3
-
-
-def test_newton_schulz_of_zeros_is_zero():
     np.testing.assert_array_equal(newton_schulz(jnp.zeros((2, 3, 5))), 0)
 
 
-@pytest.mark.parametrize("rank", [2, 8, 16])
-@pytest.mark.parametrize("shape", [(32, 32), (24, 80), (3, 80, 24)])
+@pytest.mark.parametrize(("shape", "rank"), [((32, 32), 2), ((24, 80), 8), ((3, 80, 24), 16)])
 def test_lifted_updates_have_the_singular_values_of_full_rank_muon_at_any_rank(shape, rank):
     params, tx = {"kernel": jnp.zeros(shape)}, galore_jax.muon(1.0, rank)
     after, _ = apply_gradients(tx, {"kernel": random(shape)}, tx.init(params), params)
@@ -62,16 +58,6 @@ def test_without_galore_it_is_muon_of_optax_with_a_consistent_root_mean_square()
     starts = tx.init(params), other.init(params)
     _, (one, two) = jax.lax.scan(step, starts, jnp.arange(300))
     np.testing.assert_allclose(one[-1], 0.2 * 20**0.5 * two[-1], atol=1e-5)
-
-
-def test_leaves_that_are_not_projected_are_trained_by_adamw():
-    params = {"kernel": jnp.ones((8, 16)), "bias": jnp.ones(16), "embedding": jnp.ones((9, 4))}
-    grads = {name: random(leaf.shape) for name, leaf in params.items()}
-    muon = galore_jax.muon(0.1, 4, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5)
-    adamw = galore_jax.adamw(0.1, 4, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.5)
-    ones, twos = (apply_gradients(tx, grads, tx.init(params), params)[0] for tx in (muon, adamw))
-    for name in ("bias", "embedding"):
-        np.testing.assert_allclose(ones[name], twos[name], rtol=1e-6)
 
 
 def test_it_keeps_one_moment_of_the_coordinates():
@@ -101,14 +87,3 @@ def test_eight_bit_moments_change_the_update_by_no_more_than_their_rounding():
 def test_vectors_are_refused_by_name():
     with pytest.raises(ValueError, match=r"layer/bias is float32\[8\].*use galore_jax.muon"):
         scale_by_muon().init({"layer": {"bias": jnp.ones(8)}})
-
-
-def test_a_chain_made_by_hand_is_the_ready_made_one():
-    params = {"kernel": jnp.zeros((8, 16))}
-    by_hand = chain(galore(4, scale=1.0), scale_by_muon(0.9), optax.scale_by_learning_rate(0.1))
-    ready = galore_jax.muon(0.1, 4, beta=0.9)
-    grads = {"kernel": random((8, 16))}
-    one, two = (
-        apply_gradients(tx, grads, tx.init(params), params)[0]["kernel"] for tx in (by_hand, ready)
-    )
-    np.testing.assert_array_equal(one, two)

@@ -223,15 +223,3 @@ def test_behind_a_clip_by_finite_norm_the_others_go_as_if_a_bad_matrix_were_zero
     assert not bad["stack"]["kernel"][1].any()
     for one, other in zip(jax.tree.leaves(absent), jax.tree.leaves(bad), strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_a_clip_by_finite_norm_is_a_clip_by_global_norm_where_all_is_finite():
-    grads = random_params(jax.random.key(0))
-    norm = optax.tree.norm(grads)
-    for max_norm in (norm / 3, norm * 3):
-        (ours, _), (stock, _) = (
-            clip(max_norm).update(grads, clip(max_norm).init(grads))
-            for clip in (clip_by_finite_norm, optax.clip_by_global_norm)
-        )
-        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(stock), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-6)

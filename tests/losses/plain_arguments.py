@@ -1,12 +1,12 @@
 """What a loss is given and what it returns: auxiliary values, keywords, other types, 64 bits."""
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from losses.table import Table, inputs, mlp, network, normal, squared
+from losses.table import Table, given, inputs, mlp, network, normal, squared
 
 CASES = Table()
 loss = CASES.loss
@@ -23,14 +23,18 @@ def copies_of_all_parameters(params, x):
     return squared(network(jax.tree.map(jnp.array, params), x))
 
 
-@loss(projected="w1 w2", has_aux=True)
-def auxiliary_norms_of_all_parameters(params, x):
-    return squared(network(params, x)), jax.tree.map(jnp.linalg.norm, params)
-
-
-@loss(projected="w1 w2", has_aux=True)
-def auxiliary_parameters_themselves(params, x):
-    return squared(network(params, x)), params
+# Auxiliary values of the parameters.
+auxiliary = CASES.rows(
+    lambda f: lambda params, x: (squared(network(params, x)), f(params)),
+    projected="w1 w2",
+    has_aux=True,
+)
+norms = lambda params: jax.tree.map(jnp.linalg.norm, params)
+auxiliary("auxiliary norms of all parameters", norms)
+auxiliary("auxiliary parameters themselves", lambda params: params)
+auxiliary("an auxiliary value that is empty", lambda params: None)
+small = lambda params: sum(jnp.sum(jnp.abs(a) < 0.1) for a in jax.tree.leaves(params))
+auxiliary("an auxiliary count of small weights", small)
 
 
 @loss(projected="w1 w2", has_aux=True)
@@ -39,21 +43,10 @@ def an_auxiliary_gradient_by_the_inputs(params, x):
     return value(x), jax.grad(value)(x)
 
 
-@loss(projected="w1 w2", has_aux=True)
-def an_auxiliary_count_of_small_weights(params, x):
-    small = sum(jnp.sum(jnp.abs(a) < 0.1) for a in jax.tree.leaves(params))
-    return squared(network(params, x)), small
-
-
 @loss(partly="w1 w2", has_aux=True)
 def a_penalty_that_is_also_auxiliary(params, x):
     penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
     return squared(network(params, x)) + 0.1 * penalty, penalty
-
-
-@loss(projected="w1 w2", has_aux=True)
-def an_auxiliary_value_that_is_empty(params, x):
-    return squared(network(params, x)), None
 
 
 @loss(
@@ -78,10 +71,7 @@ def parameters_in_a_list(params, x):
     return squared(network(first, x) @ last["w3"])
 
 
-class Weights(NamedTuple):
-    w1: jax.Array
-    b1: jax.Array
-    w2: jax.Array
+Weights = namedtuple("Weights", mlp())
 
 
 @loss(projected="w1 w2", params=lambda: Weights(**mlp()))
@@ -155,57 +145,48 @@ def a_cross_entropy_with_integer_labels(params, x, labels):
     return -jnp.mean(jnp.take_along_axis(logits, labels[:, None], axis=1))
 
 
-@loss(projected="w1 w2", batch=lambda: (inputs(6, 6),), micro_batches=3)
+@loss(projected="w1 w2", batch=given(6, 6), micro_batches=3)
 def a_mean_over_micro_batches(params, x):
     return squared(network(params, x))
 
 
-@loss(partly="w1 w2", batch=lambda: (inputs(6, 6),), micro_batches=2)
+@loss(partly="w1 w2", batch=given(6, 6), micro_batches=2)
 def micro_batches_with_a_penalty(params, x):
     penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
     return squared(network(params, x)) + 0.1 * penalty
 
 
-@loss(full="w1", projected="w2", batch=lambda: (inputs(6, 6),), micro_batches=2)
+@loss(full="w1", projected="w2", batch=given(6, 6), micro_batches=2)
 def micro_batches_with_a_kernel_that_is_transformed(params, x):
     return squared(network(params | {"w1": 2 * params["w1"]}, x))
 
 
-@loss(projected="w1 w2", batch=lambda: (inputs(6, 6),), micro_batches=3)
+@loss(projected="w1 w2", batch=given(6, 6), micro_batches=3)
 def micro_batches_with_a_gradient_penalty(params, x):
     return jnp.mean(jax.grad(lambda x: jnp.sum(jnp.sin(network(params, x))))(x) ** 2)
 
 
-@loss(
-    projected="w1 w2",
-    x64=True,
-    params=lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp()),
-    batch=lambda: (inputs(5, 6).astype(jnp.float64),),
-)
+double = {"x64": True, "params": lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp())}
+double_inputs = lambda: (inputs(5, 6).astype(jnp.float64),)
+
+
+@loss(projected="w1 w2", **double, batch=double_inputs)
 def parameters_of_64_bits(params, x):
     return squared(network(params, x))
 
 
-@loss(
-    partly="w1 w2",
-    x64=True,
-    params=lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp()),
-)
+@loss(partly="w1 w2", **double)
 def parameters_of_64_bits_with_a_penalty(params, x):
     return squared(network(params, x)) + sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
 
 
-@loss(
-    projected="w1 w2",
-    x64=True,
-    params=lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp()),
-)
+@loss(projected="w1 w2", **double)
 def parameters_of_64_bits_in_products_of_32(params, x):
     single = jax.tree.map(lambda a: a.astype(jnp.float32), params)
     return squared(network(single, x.astype(jnp.float32)))
 
 
-@loss(projected="w1 w2", x64=True, batch=lambda: (jnp.asarray(inputs(5, 6), jnp.float64),))
+@loss(projected="w1 w2", x64=True, batch=double_inputs)
 def parameters_of_32_bits_with_activations_of_64(params, x):
     return squared(network(params, x))
 

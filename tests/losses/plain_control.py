@@ -7,27 +7,44 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from losses.table import Table, inputs, network, normal, squared, stack
+from losses.table import Table, given, inputs, kernel, network, normal, squared, stack
 
 CASES = Table()
 loss = CASES.loss
 
+
+# Functions of the parameters and the batch in place of the network.
+
+applied = CASES.rows(lambda f: lambda params, x: squared(f(params, x)), projected="w1 w2")
+each = lambda params, x: jax.lax.map(lambda x: network(params, x), x)
+applied("a map over the batch", each)
+applied("a vmap over the batch", lambda params, x: jax.vmap(lambda x: network(params, x))(x))
+applied("a jit", jax.jit(network))
+within = jax.jit(lambda params, x: network(params, x))
+applied("a jit in a jit", jax.jit(lambda params, x: within(params, jnp.cos(x))))
+twice = jax.jit(lambda n, params, x: network(params, n * x), static_argnums=0, inline=True)
+static = lambda params, x: twice(2, params, x)
+applied("a jit with an inline flag and a static argument", static)
+
 policies = jax.checkpoint_policies
+remat = functools.partial(jax.checkpoint, network)
+applied("remat", remat())
+applied("remat that may save nothing", remat(policy=policies.nothing_saveable))
+applied("remat that may save everything", remat(policy=policies.everything_saveable))
+applied("remat that may save products", remat(policy=policies.dots_with_no_batch_dims_saveable))
+inner = remat(prevent_cse=False)
+outer = jax.checkpoint(lambda params, x: inner(params, jnp.cos(inner(params, x))))
+applied("remat inside remat without a barrier", outer)
 
 
-def recurrent():
-    return {"wx": normal(6, 8), "wh": normal(8, 8), "b": normal(8)}
+sequence = given(4, 5, 6)
 
 
-def square():
-    return {"w": normal(6, 6)}
-
-
-def sequence():
-    return (inputs(4, 5, 6),)
-
-
-@loss(projected="wx wh", params=recurrent, batch=sequence)
+@loss(
+    projected="wx wh",
+    params=lambda: {"wx": normal(6, 8), "wh": normal(8, 8), "b": normal(8)},
+    batch=sequence,
+)
 def a_recurrent_cell(params, xs):
     def step(h, x):
         h = jnp.tanh(x @ params["wx"] + h @ params["wh"] + params["b"])
@@ -66,31 +83,19 @@ def a_gated_recurrent_unit_with_a_stack_of_gates(params, xs):
     return squared(jax.lax.scan(step, jnp.zeros((5, 6)), xs)[0])
 
 
-@loss(projected="w", params=square)
+@loss(projected="w", params=kernel("w", 6, 6))
 def a_loop_with_static_bounds(params, x):
     return squared(jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ params["w"]), x))
 
 
-@loss(projected="w1 w2")
-def a_map_over_the_batch(params, x):
-    return squared(jax.lax.map(lambda x: network(params, x), x))
-
-
-@loss(projected="w1 w2")
-def a_vmap_over_the_batch(params, x):
-    return squared(jax.vmap(lambda x: network(params, x))(x))
-
-
-@loss(projected="w1 w2", batch=lambda: (inputs(2, 5, 6),))
+@loss(projected="w1 w2", batch=given(2, 5, 6))
 def a_vmap_with_an_axis_name(params, x):
     mean = lambda x: network(params, x) - jax.lax.pmean(network(params, x), "row")
     return squared(jax.vmap(mean, axis_name="row")(x))
 
 
-TWO_SQUARES = {
-    "params": lambda: {"w": normal(6, 6), "v": normal(6, 6, seed=2)},
-    "batch": lambda: (inputs(5, 6), jnp.bool_(True)),
-}
+ONE_SQUARE = {"params": kernel("w", 6, 6), "batch": lambda: (inputs(5, 6), jnp.bool_(True))}
+TWO_SQUARES = ONE_SQUARE | {"params": lambda: {"w": normal(6, 6), "v": normal(6, 6, seed=2)}}
 
 
 # A branch that is not taken has no gradient.
@@ -109,12 +114,12 @@ def a_select_between_two_kernels(params, x, chosen):
     return squared(x @ jnp.where(chosen, params["w"], params["v"]))
 
 
-@loss(projected="w", params=square, batch=lambda: (inputs(5, 6), jnp.bool_(True)))
+@loss(projected="w", **ONE_SQUARE)
 def a_cond_that_applies_a_kernel_or_does_nothing(params, x, chosen):
     return squared(jax.lax.cond(chosen, lambda x: x @ params["w"], lambda x: x, x))
 
 
-@loss(partly="w", params=square, batch=lambda: (inputs(5, 6), jnp.bool_(True)))
+@loss(partly="w", **ONE_SQUARE)
 def a_cond_that_applies_a_kernel_or_scales_it(params, x, chosen):
     w = params["w"]
     return squared(jax.lax.cond(chosen, lambda: x @ w, lambda: x @ (2 * w)))
@@ -140,7 +145,7 @@ def a_cond_inside_a_scan(params, x):
     return squared(jax.lax.scan(step, x, jnp.arange(3))[0])
 
 
-@loss(projected="w", params=square)
+@loss(projected="w", params=kernel("w", 6, 6))
 def a_scan_that_stops_early_by_a_condition(params, x):
     def step(h, _):
         go = jnp.sum(h**2) > 1e-3
@@ -149,35 +154,16 @@ def a_scan_that_stops_early_by_a_condition(params, x):
     return squared(jax.lax.scan(step, x, None, length=3)[0])
 
 
-@loss(projected="w1 w2")
-def a_jit(params, x):
-    return squared(jax.jit(network)(params, x))
-
-
-@loss(projected="w1 w2")
-def a_jit_in_a_jit(params, x):
-    inner = jax.jit(lambda params, x: network(params, x))
-    return squared(jax.jit(lambda params, x: inner(params, jnp.cos(x)))(params, x))
-
-
 @loss(projected="w1 w2", tolerance=2e-2)
 def a_jit_that_returns_the_kernels_in_bfloat16(params, x):
     half = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree))
     return squared(network(half(params), x.astype(jnp.bfloat16)))
 
 
-@loss(projected="w1 w2")
-def a_jit_with_an_inline_flag_and_a_static_argument(params, x):
-    apply = jax.jit(lambda n, params, x: network(params, n * x), static_argnums=0, inline=True)
-    return squared(apply(2, params, x))
-
-
-@jax.custom_vjp
-def clipped(x):
-    return x
-
-
+clipped = jax.custom_vjp(lambda x: x)
 clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1e-2, 1e-2),))
+product = jax.custom_vjp(jnp.matmul)
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
 
 
 @jax.custom_jvp
@@ -189,14 +175,6 @@ def swish(x):
 def _(primals, tangents):
     (x,), (dx,) = primals, tangents
     return swish(x), dx * jax.nn.sigmoid(x) * (1 + x * (1 - jax.nn.sigmoid(x)))
-
-
-@jax.custom_vjp
-def product(x, w):
-    return x @ w
-
-
-product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
 
 
 @loss(projected="w1 w2")
@@ -232,29 +210,6 @@ def gelu_relu_and_other_activations(params, x):
 
 
 @loss(projected="w1 w2")
-def remat(params, x):
-    return squared(jax.checkpoint(network)(params, x))
-
-
-@loss(projected="w1 w2")
-def remat_that_may_save_nothing(params, x):
-    saved = jax.checkpoint(network, policy=policies.nothing_saveable)
-    return squared(saved(params, x))
-
-
-@loss(projected="w1 w2")
-def remat_that_may_save_everything(params, x):
-    saved = jax.checkpoint(network, policy=policies.everything_saveable)
-    return squared(saved(params, x))
-
-
-@loss(projected="w1 w2")
-def remat_that_may_save_products(params, x):
-    saved = jax.checkpoint(network, policy=policies.dots_with_no_batch_dims_saveable)
-    return squared(saved(params, x))
-
-
-@loss(projected="w1 w2")
 def remat_that_saves_an_activation_by_its_name(params, x):
     def named(params, x):
         h = checkpoint_name(jnp.tanh(x @ params["w1"] + params["b1"]), "hidden")
@@ -271,13 +226,6 @@ def remat_that_saves_a_kernel_by_its_name(params, x):
 
     saved = jax.checkpoint(named, policy=policies.save_only_these_names("kernel"))
     return squared(saved(params, x))
-
-
-@loss(projected="w1 w2")
-def remat_inside_remat_without_a_barrier(params, x):
-    inner = jax.checkpoint(network, prevent_cse=False)
-    outer = jax.checkpoint(lambda params, x: inner(params, jnp.cos(inner(params, x))))
-    return squared(outer(params, x))
 
 
 @loss(projected="w1 w2", tolerance=2e-2)
@@ -340,11 +288,10 @@ def a_shard_map_over_the_batch(params, x):
     return squared(mapped(params, x))
 
 
-def heads():
-    return {"query": {"kernel": normal(6, 2, 4)}, "out": {"kernel": normal(2, 4, 6)}}
-
-
-@loss(projected="query/kernel out/kernel", params=heads)
+@loss(
+    projected="query/kernel out/kernel",
+    params=lambda: {"query": {"kernel": normal(6, 2, 4)}, "out": {"kernel": normal(2, 4, 6)}},
+)
 def a_shard_map_with_an_entry_for_every_axis_of_heads(params, x):
     mesh, rows = Mesh(jax.devices()[:1], ("data",)), PartitionSpec("data", None)
 
@@ -356,7 +303,7 @@ def a_shard_map_with_an_entry_for_every_axis_of_heads(params, x):
     return squared(mapped(params["query"]["kernel"], params["out"]["kernel"], x))
 
 
-@loss(full="w", params=square)
+@loss(full="w", params=kernel("w", 6, 6))
 def a_fixed_point_by_custom_root(params, x):
     solve = lambda f, z: jax.lax.fori_loop(0, 20, lambda _, z: z + f(z), z)
     solve_linear = lambda g, y: solve(lambda v: g(v) - y, jnp.zeros_like(y))

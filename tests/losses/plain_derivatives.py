@@ -44,28 +44,26 @@ def a_second_derivative_by_nested_jvp(params, x):
     return squared(value) + squared(second)
 
 
-@loss(projected="w1 w2")
-def a_jacobian_by_jacfwd(params, x):
-    return squared(jax.vmap(jax.jacfwd(lambda x: network(params, x)))(x)) + squared(
-        network(params, x)
-    )
-
-
-@loss(projected="w1 w2")
-def a_jacobian_by_jacrev(params, x):
-    return squared(jax.vmap(jax.jacrev(lambda x: network(params, x)))(x)) + squared(
-        network(params, x)
-    )
-
-
-@loss(projected="w1 w2")
-def a_hessian(params, x):
-    return squared(jax.vmap(jax.hessian(lambda x: energy(params, x)))(x))
-
-
-@loss(projected="w1 w2")
-def a_hessian_by_jacrev_of_jacrev(params, x):
-    return squared(jax.vmap(jax.jacrev(jax.jacrev(lambda x: energy(params, x))))(x))
+# Derivatives of the network by the inputs, of each row.
+jacobian = CASES.rows(
+    lambda derivative: (
+        lambda params, x: (
+            squared(jax.vmap(derivative(lambda x: network(params, x)))(x))
+            + squared(network(params, x))
+        )
+    ),
+    projected="w1 w2",
+)
+jacobian("a jacobian by jacfwd", jax.jacfwd)
+jacobian("a jacobian by jacrev", jax.jacrev)
+hessian = CASES.rows(
+    lambda derivative: (
+        lambda params, x: squared(jax.vmap(derivative(lambda x: energy(params, x)))(x))
+    ),
+    projected="w1 w2",
+)
+hessian("a hessian", jax.hessian)
+hessian("a hessian by jacrev of jacrev", lambda f: jax.jacrev(jax.jacrev(f)))
 
 
 @loss(projected="w1 w2")
@@ -80,10 +78,14 @@ def a_hessian_vector_product_reverse_over_reverse(params, x):
     return squared(jax.grad(lambda y: jnp.vdot(slope(y), jnp.cos(x)))(x))
 
 
+def value_and_slope(f, x):
+    y, slope = jax.jvp(f, (x,), (jnp.cos(x),))
+    return squared(y) + squared(slope)
+
+
 @loss(projected="w1 w2")
 def a_jvp_in_the_inputs_next_to_the_primal(params, x):
-    y, slope = jax.jvp(lambda x: network(params, x), (x,), (jnp.cos(x),))
-    return squared(y) + squared(slope)
+    return value_and_slope(lambda x: network(params, x), x)
 
 
 @loss(projected="w1 w2")
@@ -124,30 +126,32 @@ def a_contractive_autoencoder_with_tied_kernels(params, x):
     return squared(encode(x) @ params["w1"].T - x) + 0.1 * jnp.sum(contraction**2)
 
 
-@loss(projected="ws", params=stack(3))
-def a_gradient_penalty_through_unrolled_layers(params, x):
-    def output(x):
-        for i in range(3):
-            x = jnp.tanh(x @ params["ws"][i])
-        return jnp.sum(jnp.sin(x))
+def scanned(ws, x):
+    return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, ws)[0]
 
-    return output(x) + jnp.sum(jax.grad(output)(x) ** 2)
+
+def unrolled(ws, x):
+    for i in range(3):
+        x = jnp.tanh(x @ ws[i])
+    return x
 
 
 @loss(projected="ws", params=stack(3))
 def a_jvp_through_scanned_layers(params, x):
-    layers = lambda x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["ws"])[0]
-    y, slope = jax.jvp(layers, (x,), (jnp.cos(x),))
-    return squared(y) + squared(slope)
+    return value_and_slope(lambda x: scanned(params["ws"], x), x)
 
 
-@loss(projected="ws", params=stack(3))
-def a_gradient_penalty_through_scanned_layers(params, x):
-    def output(x):
-        x, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["ws"])
-        return jnp.sum(jnp.sin(x))
+def penalised(layers):
+    def loss(params, x):
+        output = lambda x: jnp.sum(jnp.sin(layers(params["ws"], x)))
+        return output(x) + jnp.sum(jax.grad(output)(x) ** 2)
 
-    return output(x) + jnp.sum(jax.grad(output)(x) ** 2)
+    return loss
+
+
+penalty = CASES.rows(penalised, params=stack(3), projected="ws")
+penalty("a gradient penalty through unrolled layers", unrolled)
+penalty("a gradient penalty through scanned layers", scanned)
 
 
 @loss(projected="w1 w2")
@@ -203,20 +207,13 @@ def adapted(params, x, steps=1, gradient=None):
     return params
 
 
-@loss(partly="w1 w2")
-def maml_with_one_inner_step(params, x):
-    return squared(network(adapted(params, x[:2]), x[2:]))
-
-
-@loss(partly="w1 w2")
-def maml_with_two_inner_steps(params, x):
-    return squared(network(adapted(params, x[:2], steps=2), x[2:]))
-
-
-@loss(partly="w1 w2")
-def first_order_maml(params, x):
-    gradient = lambda params, x: jax.lax.stop_gradient(jax.grad(inner_loss)(params, x))
-    return squared(network(adapted(params, x[:2], gradient=gradient), x[2:]))
+maml = CASES.rows(
+    lambda inner: lambda params, x: squared(network(inner(params, x[:2]), x[2:])), partly="w1 w2"
+)
+maml("maml with one inner step", adapted)
+maml("maml with two inner steps", lambda params, x: adapted(params, x, steps=2))
+constant = lambda params, x: jax.lax.stop_gradient(jax.grad(inner_loss)(params, x))
+maml("first order maml", lambda params, x: adapted(params, x, gradient=constant))
 
 
 @loss(full="w1 w2")
@@ -245,17 +242,12 @@ def scaled_backward(scale):
     return identity
 
 
-@loss(full="w1 w2")
-def a_backward_pass_that_reads_a_value_of_the_loss(params, x):
-    return squared(scaled_backward(jnp.sum(x**2))(network(params, x)))
-
-
-@loss(full="w1 w2", micro_batches=2, batch=lambda: (inputs(6, 6),))
-def a_backward_pass_that_reads_its_micro_batch(params, x):
-    # A value that all micro-batches have in common.
-    return squared(scaled_backward(2 * jnp.mean(jnp.sign(x**2)))(network(params, x)))
-
-
-@loss(projected="w1 w2")
-def a_backward_pass_that_reads_the_batch(params, x):
-    return squared(scaled_backward(x)(network(params, x)))
+backward = CASES.rows(
+    lambda scale: lambda params, x: squared(scaled_backward(scale(x))(network(params, x))),
+    full="w1 w2",
+)
+backward("a backward pass that reads a value of the loss", lambda x: jnp.sum(x**2))
+# A value that all micro-batches have in common.
+common = lambda x: 2 * jnp.mean(jnp.sign(x**2))
+backward("a backward pass that reads its micro batch", common, (6, 6), micro_batches=2)
+backward("a backward pass that reads the batch", lambda x: x, full="", projected="w1 w2")

@@ -11,9 +11,42 @@ CASES = Table()
 loss = CASES.loss
 
 
-@loss(full="w1 w2")
-def kernels_scaled_by_their_number_of_axes(params, x):
-    return squared(network(jax.tree.map(lambda a: 2 * a if a.ndim >= 2 else a, params), x))
+# All parameters, each changed by one function.
+
+changed = CASES.rows(
+    lambda change: lambda params, x: squared(network(jax.tree.map(change, params), x)),
+    full="w1 w2",
+)
+twice_kernels = lambda a: 2 * a if a.ndim >= 2 else a
+changed("kernels scaled by their number of axes", twice_kernels)
+twice_biases = lambda a: 2 * a if a.ndim < 2 else a
+changed("biases scaled by their number of axes", twice_biases, full="", projected="w1 w2")
+changed("kernels pruned by their size", lambda a: jnp.where(jnp.abs(a) > 0.2, a, 0))
+changed("absolute kernels", jnp.abs)
+standard = lambda a: (a - a.mean(axis=0)) / (a.std(axis=0) + 1e-2) if a.ndim >= 2 else a
+changed("weight standardisation", standard)
+
+
+def quantised(a):
+    step = jnp.max(jnp.abs(a)) / 7
+    return a + jax.lax.stop_gradient(step * jnp.round(a / step) - a)
+
+
+changed("fake quantisation with a straight through estimator", quantised)
+rounded = jax.custom_vjp(lambda a: jnp.round(4 * a) / 4)
+rounded.defvjp(lambda a: (rounded(a), None), lambda _, g: (g,))
+changed("rounding with a custom derivative", rounded)
+
+# One kernel, changed by a function.
+
+first = CASES.rows(
+    lambda change: lambda params, x: squared(network(params | {"w1": change(params["w1"])}, x)),
+    full="w1",
+    projected="w2",
+)
+first("a kernel with its diagonal removed", lambda w: w * (1 - jnp.eye(6, 8)))
+first("a kernel clipped to a range", lambda w: jnp.clip(w, -0.6, 0.6))
+first("a softmax over a kernel", jax.nn.softmax)
 
 
 @loss(full="w1", projected="w2")
@@ -22,62 +55,15 @@ def a_kernel_scaled_by_its_path(params, x):
     return squared(network(jax.tree_util.tree_map_with_path(double, params), x))
 
 
-@loss(projected="w1 w2")
-def biases_scaled_by_their_number_of_axes(params, x):
-    return squared(network(jax.tree.map(lambda a: 2 * a if a.ndim < 2 else a, params), x))
-
-
-@loss(full="w1 w2")
-def kernels_pruned_by_their_size(params, x):
-    prune = lambda a: jnp.where(jnp.abs(a) > 0.2, a, 0)
-    return squared(network(jax.tree.map(prune, params), x))
-
-
 @loss(full="w1 w2", batch=lambda: (inputs(5, 6), jax.tree.map(lambda a: a > -0.2, mlp())))
 def kernels_pruned_by_masks_in_the_batch(params, x, masks):
     return squared(network(jax.tree.map(jnp.multiply, params, masks), x))
-
-
-@loss(full="w1 w2")
-def absolute_kernels(params, x):
-    return squared(network(jax.tree.map(jnp.abs, params), x))
 
 
 @loss(full="w1 w2", tolerance=2e-2)
 def kernels_cast_to_bfloat16_and_scaled(params, x):
     half = lambda a: a.astype(jnp.bfloat16) * jnp.bfloat16(0.5)
     return squared(network(jax.tree.map(half, params), x.astype(jnp.bfloat16)))
-
-
-def quantised(a):
-    step = jnp.max(jnp.abs(a)) / 7
-    return a + jax.lax.stop_gradient(step * jnp.round(a / step) - a)
-
-
-@loss(full="w1 w2")
-def fake_quantisation_with_a_straight_through_estimator(params, x):
-    return squared(network(jax.tree.map(quantised, params), x))
-
-
-@jax.custom_vjp
-def rounded(a):
-    return jnp.round(4 * a) / 4
-
-
-rounded.defvjp(lambda a: (rounded(a), None), lambda _, g: (g,))
-
-
-@loss(full="w1 w2")
-def rounding_with_a_custom_derivative(params, x):
-    return squared(network(jax.tree.map(rounded, params), x))
-
-
-@loss(full="w1 w2")
-def weight_standardisation(params, x):
-    def standard(a):
-        return (a - a.mean(axis=0)) / (a.std(axis=0) + 1e-2) if a.ndim >= 2 else a
-
-    return squared(network(jax.tree.map(standard, params), x))
 
 
 @loss(full="w1 w2", params=lambda: mlp() | {"g1": normal(8), "g2": normal(6)})
@@ -121,21 +107,6 @@ def a_low_rank_term_added_to_a_kernel(params, x):
 def a_low_rank_product_next_to_a_kernel(params, x):
     added = x @ params["a"] @ params["b"]
     return squared(jnp.tanh(x @ params["w1"] + params["b1"] + added) @ params["w2"])
-
-
-@loss(full="w1", projected="w2")
-def a_kernel_with_its_diagonal_removed(params, x):
-    return squared(network(params | {"w1": params["w1"] * (1 - jnp.eye(6, 8))}, x))
-
-
-@loss(full="w1", projected="w2")
-def a_kernel_clipped_to_a_range(params, x):
-    return squared(network(params | {"w1": jnp.clip(params["w1"], -0.6, 0.6)}, x))
-
-
-@loss(full="w1", projected="w2")
-def a_softmax_over_a_kernel(params, x):
-    return squared(network(params | {"w1": jax.nn.softmax(params["w1"])}, x))
 
 
 @loss(full="w1", projected="w2")

@@ -3,76 +3,44 @@
 import jax
 import jax.numpy as jnp
 
-from losses.table import Table, inputs, mlp, network, normal, squared, stack
+from losses.table import Table, inputs, kernel, mlp, network, squared, stack
 
 CASES = Table()
 loss = CASES.loss
 
 
-def one():
-    return {"w": normal(6, 8)}
+def cast(tree, dtype):
+    return jax.tree.map(lambda a: a.astype(dtype), tree)
 
 
-@loss(projected="w1 w2", tolerance=2e-2)
+# Numbers of the network in another type.
+
+half = {"projected": "w1 w2", "tolerance": 2e-2}
+
+
+@loss(**half)
 def everything_in_bfloat16(params, x):
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    return squared(network(half, x.astype(jnp.bfloat16)))
+    return squared(network(*cast((params, x), jnp.bfloat16)))
 
 
-@loss(projected="w1 w2", tolerance=2e-2)
+@loss(**half)
 def everything_in_float16(params, x):
-    half = jax.tree.map(lambda a: a.astype(jnp.float16), params)
-    return squared(network(half, x.astype(jnp.float16)))
+    return squared(network(*cast((params, x), jnp.float16)))
 
 
-@loss(
-    projected="w1 w2",
-    tolerance=2e-2,
-    params=lambda: jax.tree.map(lambda a: a.astype(jnp.bfloat16), mlp()),
-)
+@loss(**half)
+def a_loss_in_bfloat16(params, x):
+    return jnp.mean(network(*cast((params, x), jnp.bfloat16)) ** 2)
+
+
+@loss(**half, params=lambda: cast(mlp(), jnp.bfloat16))
 def parameters_that_are_kept_in_bfloat16(params, x):
     return squared(network(params, x.astype(jnp.bfloat16)))
 
 
-@loss(projected="w1 w2", tolerance=2e-2)
+@loss(**half)
 def a_cast_to_bfloat16_and_back(params, x):
-    back = lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)
-    return squared(network(jax.tree.map(back, params), x))
-
-
-# The gradient in full is the less exact one: its cotangent is rounded to float8.
-@loss(projected="w", params=one, tolerance=0.1)
-def a_kernel_rounded_to_float8(params, x):
-    return squared(x @ params["w"].astype(jnp.float8_e4m3fn).astype(jnp.float32))
-
-
-@loss(projected="w", params=one, tolerance=2e-2)
-def a_product_in_bfloat16_with_a_result_in_float32(params, x):
-    half = jnp.bfloat16
-    product = jnp.matmul(
-        x.astype(half), params["w"].astype(half), preferred_element_type=jnp.float32
-    )
-    return squared(product)
-
-
-@loss(projected="w", params=one, tolerance=0.1)
-def a_product_in_float8_with_a_result_in_float32(params, x):
-    small = jnp.float8_e4m3fn
-    product = jnp.matmul(
-        x.astype(small), params["w"].astype(small), preferred_element_type=jnp.float32
-    )
-    return squared(product)
-
-
-@loss(projected="w1 w2", tolerance=2e-2)
-def a_loss_in_bfloat16(params, x):
-    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    return jnp.mean(network(half, x.astype(jnp.bfloat16)) ** 2)
-
-
-@loss(projected="w", params=one)
-def activations_of_complex_numbers(params, x):
-    return squared(jnp.abs(jnp.fft.fft(x) @ params["w"]))
+    return squared(network(cast(cast(params, jnp.bfloat16), jnp.float32), x))
 
 
 @loss(projected="w1 w2")
@@ -81,30 +49,49 @@ def products_of_the_highest_precision(params, x):
         return squared(network(params, x))
 
 
-@loss(projected="w", params=one, batch=lambda: ((3 * inputs(5, 6)).astype(jnp.int32),))
-def integer_activations(params, x):
-    return squared(x @ params["w"])
+# One kernel of 6 × 8, and activations of many types.
+
+product = CASES.rows(
+    lambda f: lambda params, x: squared(f(params["w"], x)),
+    params=kernel("w", 6, 8),
+    projected="w",
+)
 
 
-@loss(projected="w", params=one, batch=lambda: (inputs(5, 6) > 0,))
-def boolean_activations(params, x):
-    return squared(x @ params["w"])
+def given_as(change):
+    return {"batch": lambda: (change(inputs(5, 6)),)}
 
 
-@loss(projected="w", params=one, batch=lambda: (inputs(5, 6).astype(jnp.bfloat16),))
-def activations_in_bfloat16_with_a_kernel_in_float32(params, x):
-    return squared(x @ params["w"])
+def product_in(dtype):
+    return lambda w, x: jnp.matmul(
+        x.astype(dtype), w.astype(dtype), preferred_element_type=jnp.float32
+    )
 
 
-@loss(projected="w", params=one, batch=lambda: (jnp.array([0, 3, 3, 5]),))
-def one_hot_activations(params, x):
-    return squared(jax.nn.one_hot(x, 6) @ params["w"])
-
-
-@loss(projected="w", params=one, batch=lambda: (jnp.round(5 * inputs(5, 6)).astype(jnp.int8),))
-def a_product_of_integers_with_a_kernel_without_a_cast(params, x):
+def without_a_cast(w, x):
     dense = (((1,), (0,)), ((), ()))
-    return squared(jax.lax.dot_general(x, params["w"], dense, preferred_element_type=jnp.float32))
+    return jax.lax.dot_general(x, w, dense, preferred_element_type=jnp.float32)
+
+
+small = jnp.float8_e4m3fn
+plain = lambda w, x: x @ w
+# The gradient in full is the less exact one: its cotangent is rounded to float8.
+rounded = lambda w, x: x @ w.astype(small).astype(jnp.float32)
+product("a kernel rounded to float8", rounded, tolerance=0.1)
+product("a product in float8 with a result in float32", product_in(small), tolerance=0.1)
+in_bfloat16 = product_in(jnp.bfloat16)
+product("a product in bfloat16 with a result in float32", in_bfloat16, tolerance=2e-2)
+product("activations of complex numbers", lambda w, x: jnp.abs(jnp.fft.fft(x) @ w))
+product("integer activations", plain, **given_as(lambda x: (3 * x).astype(jnp.int32)))
+product("boolean activations", plain, **given_as(lambda x: x > 0))
+of_half = given_as(lambda x: x.astype(jnp.bfloat16))
+product("activations in bfloat16 with a kernel in float32", plain, **of_half)
+product("one hot activations", lambda w, x: jax.nn.one_hot(x, 6) @ w, [0, 3, 3, 5])
+rounded_to_int8 = given_as(lambda x: jnp.round(5 * x).astype(jnp.int8))
+product("a product of integers with a kernel without a cast", without_a_cast, **rounded_to_int8)
+
+
+# Bases in another type.
 
 
 @loss(projected="w1 w2", basis_dtype=jnp.bfloat16)

@@ -85,6 +85,26 @@ class Table(list[Case]):
 
         return declare
 
+    def rows(self, form: Callable[[Callable], Callable], **common):
+        """A short way to declare losses that differ in one function only.
+
+        Returns a function of a case's name, the function `f` that makes the loss `form(f)`, the
+        batch (by default five inputs; a tuple is the shape of inputs, and other numbers are
+        indices), and the arguments of `loss` that differ from `common`.
+        """
+
+        def declare(name: str, f: Callable, *batch, **settings):
+            loss = lambda *arguments: form(f)(*arguments)
+            loss.__name__ = name.replace(" ", "_")
+            made = lambda: tuple(
+                inputs(*own) if isinstance(own, tuple) else jnp.array(own, jnp.int32)
+                for own in batch
+            )
+            own = {"batch": made} if batch else {}
+            self.loss(**common | own | settings)(loss)
+
+        return declare
+
 
 def normal(*shape: int, seed: int = 0, scale: float = 0.5) -> jax.Array:
     """Drawn by NumPy, which has nothing to compile."""
@@ -94,6 +114,11 @@ def normal(*shape: int, seed: int = 0, scale: float = 0.5) -> jax.Array:
 
 def inputs(*shape: int) -> jax.Array:
     return normal(*shape, seed=1, scale=1.0)
+
+
+def given(*shape: int) -> Callable[[], tuple[jax.Array]]:
+    """A batch of inputs of this shape."""
+    return lambda: (inputs(*shape),)
 
 
 def filled(shapes: PyTree) -> PyTree:
@@ -117,6 +142,11 @@ def squared(y: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sin(y.astype(jnp.float32)) ** 2)
 
 
+def kernel(name: str, *shape: int) -> Callable[[], dict[str, jax.Array]]:
+    """A single kernel by its name."""
+    return lambda: {name: normal(*shape)}
+
+
 def stack(*batch: int) -> Callable[[], dict[str, jax.Array]]:
     """Square kernels for activations with six features."""
-    return lambda: {"ws": normal(*batch, 6, 6)}
+    return kernel("ws", *batch, 6, 6)
