@@ -22,7 +22,6 @@ _EXTRAS = {
         *("sentencepiece", "tqdm", "pydantic", "filelock"),
     ),
     "plots": ("matplotlib",),
-    "tensorboard": ("tensorboardX",),
     "huggingface": ("safetensors", "transformers", "jinja2"),
 }
 _EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}

@@ -54,7 +54,7 @@ def main() -> None:
     from galore_jax.training.compare import compare, table
     from galore_jax.training.config_file import load_comparison
     from galore_jax.training.loop import Interrupted
-    from galore_jax.training.stepper import keep_programs
+    from galore_jax.training.processes import keep_programs
 
     keep_programs()
     configs = load_comparison(arguments.config, arguments.overrides, arguments.optimizers)

@@ -42,7 +42,7 @@ def main() -> None:
     from galore_jax.training.finetune import finetune
     from galore_jax.training.finetune_config import FinetuneConfig
     from galore_jax.training.loop import Interrupted
-    from galore_jax.training.stepper import keep_programs
+    from galore_jax.training.processes import keep_programs
 
     keep_programs()
     try:

@@ -7,8 +7,11 @@ training on conversations the prompt is a question, and the answer is printed.
 """
 
 import argparse
+import itertools
+from pathlib import Path
+from typing import Any
 
-from galore_jax.errors import run_cli
+from galore_jax.errors import InputError, run_cli
 
 
 def main() -> None:
@@ -35,9 +38,92 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from galore_jax.training.sample import generate_text
-
     print(generate_text(**vars(arguments)))
+
+
+def generate_text(
+    folder: str | Path,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    seed: int = 0,
+) -> str:
+    """Continues a prompt with the latest checkpoint of a run, up to the end of the document.
+
+    If the run was trained on conversations, the prompt is a question, and its answer is returned. A
+    model of transformers gets the token that its tokenizer puts before a text; documents of the
+    trainer have none.
+
+    Args:
+      folder: the folder of the run, or one with a model of transformers.
+      prompt: text to continue, or a question.
+      tokens: the largest number of tokens to generate.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: sample among the k most likely tokens only; 0: among all.
+      seed: random seed of the sampling.
+
+    Returns:
+      The prompt and its continuation, or the answer alone.
+
+    Raises:
+      InputError: there is no checkpoint, the tokenizer is missing or has changed, the prompt is
+        empty, the text would be longer than the model allows, or the temperature is out of range.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from galore_jax.data.tokenizers import load_tokenizer
+    from galore_jax.models.generation import generate
+    from galore_jax.training.checkpoint import load_for_inference
+    from galore_jax.training.run_folder import RunFolder, check_same_tokenizer
+
+    is_run = not (Path(folder) / "config.json").is_file()
+    config, params = load_for_inference(folder) if is_run else _load_huggingface(Path(folder))
+    check_same_tokenizer(RunFolder(folder), config.data.tokenizer)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    template = None
+    if config.data.rows == "conversations":
+        from galore_jax.data.chat_template import ChatTemplate  # needs an extra of its own
+
+        template = ChatTemplate(config.data.tokenizer)
+    prompt_tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
+    if not is_run:
+        prompt_tokens = [*tokenizer.prefix, *prompt_tokens]
+    start = jnp.asarray([prompt_tokens], jnp.int32)
+    key = jax.random.key(seed)
+    new = generate(config.model, params, start, tokens, key, temperature, top_k)[0].tolist()
+    document = itertools.takewhile(lambda token: token != tokenizer.eos_id, new)
+    # The model's vocabulary may be larger than the tokenizer's; ids beyond that have no text.
+    text_tokens = [token for token in document if token < tokenizer.vocab_size]
+    return tokenizer.decode(text_tokens if template else prompt_tokens + text_tokens)
+
+
+def _load_huggingface(folder: Path) -> tuple[Any, Any]:
+    """The configuration of the model in a folder of transformers, and its parameters."""
+    import jax
+    import jax.numpy as jnp
+
+    from galore_jax.data.batches import DataConfig
+    from galore_jax.interop.config_json import read_config
+    from galore_jax.interop.decoders import ModelFolder
+    from galore_jax.interop.tokenizer_files import find_tokenizer
+    from galore_jax.training.config import Config
+    from galore_jax.training.pretraining import Pretraining
+
+    tokenizer, model = find_tokenizer(folder), read_config(folder)
+    if tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer.json or tokenizer.model: add the model's.")
+    length = min(DataConfig.sequence_length, model.max_length)
+    config = Config(model, DataConfig(tokenizer=str(tokenizer), sequence_length=length))
+    source = ModelFolder(folder, model)
+
+    def read(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.asarray(source.read(name, tuple(slice(0, size) for size in leaf.shape)))
+
+    shapes = jax.eval_shape(Pretraining(config).init_params, jax.random.key(0))
+    return config, jax.tree_util.tree_map_with_path(read, shapes)
 
 
 if __name__ == "__main__":

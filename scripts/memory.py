@@ -105,7 +105,7 @@ def measure(config: Any, mesh: Any, *, on_gpu: bool) -> dict[str, Any]:
     from galore_jax.training.mesh import check_training_mesh
     from galore_jax.training.pretraining import Pretraining
     from galore_jax.training.state import init_state, trained, tree_size
-    from galore_jax.training.stepper import check_gpu
+    from galore_jax.training.step import check_gpu
 
     task = Pretraining(config)
     check_training_mesh(task, mesh)

@@ -40,8 +40,7 @@ def main() -> None:
     from galore_jax.training.config_file import load_config
     from galore_jax.training.loop import Interrupted, train
     from galore_jax.training.pretraining import Pretraining
-    from galore_jax.training.processes import ending_together, is_first, joined
-    from galore_jax.training.stepper import keep_programs
+    from galore_jax.training.processes import ending_together, is_first, joined, keep_programs
 
     with joined(arguments.coordinator, arguments.processes, arguments.process):
         keep_programs()

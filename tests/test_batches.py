@@ -214,11 +214,6 @@ def test_text_of_which_the_tokenizer_keeps_nothing_is_refused(texts):
         train_batches(config(), Dropping())
 
 
-def test_a_sample_starts_with_the_first_text_that_is_not_blank(texts):
-    texts["validation"] = ["", " \n", "Once upon a time"]
-    assert batches.first_prompt(config(), 4) == "Once"
-
-
 def test_text_in_few_of_many_documents_is_enough(texts):
     texts["train"] = ([""] * 99 + ["x" * 200]) * 100
     assert (next(train_batches(config(), TOKENIZER))["segments"] > 0).all()

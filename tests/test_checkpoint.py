@@ -13,7 +13,7 @@ from galore_jax.training.checkpoint import Checkpoints, load_for_inference, open
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state
-from galore_jax.training.stepper import Stepper
+from galore_jax.training.step import Stepper
 
 CONFIG = Config(
     LlamaConfig(
@@ -61,20 +61,20 @@ def batches():
 @pytest.fixture
 def saved(tmp_path, state, batches):
     """A run's folder with one checkpoint, after no update."""
-    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(state, batches, CONFIG)
     return tmp_path
 
 
 def test_state_and_data_are_restored_bit_for_bit(tmp_path, state, batches):
     next(batches)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() is None
         checkpoints.save(state, batches, CONFIG)
         checkpoints.wait()
     following = next(batches)
     again = train_batches(CONFIG.data, ByteTokenizer())
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         restored = checkpoints.restore(Pretraining(CONFIG), again)
     assert_same(restored, state)
     assert_same(next(again), following)
@@ -96,7 +96,7 @@ def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tm
     assert state.opt_state.norm > 0
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
     assert {np.dtype("int8"), np.dtype("uint8")} <= dtypes
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, batches, config)
         checkpoints.wait()
         again = train_batches(config.data, ByteTokenizer())
@@ -113,16 +113,16 @@ def test_a_checkpoint_holds_its_step_while_training_continues(tmp_path, state, b
         donate_argnums=0,
     )
     expected = copied(state)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, batches, CONFIG)
         for _ in range(20):
             state = later(state)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         assert_same(checkpoints.restore(Pretraining(CONFIG), batches), expected)
 
 
 def test_only_the_latest_are_kept(tmp_path, state, batches):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(state._replace(step=np.int32(step)), batches, CONFIG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
@@ -132,7 +132,7 @@ def test_what_a_killed_save_left_behind_is_neither_read_nor_kept(saved, batches)
     unfinished = saved / "checkpoints" / "5.orbax-checkpoint-tmp"
     unfinished.mkdir()
     (unfinished / "half").write_text("half")
-    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+    with Checkpoints(saved / "checkpoints") as checkpoints:
         assert checkpoints.latest() == 0
         assert not unfinished.exists()
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(saved,
         CONFIG, model=dataclasses.replace(CONFIG.model, intermediate_size=64)
     )
     with (
-        Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
+        Checkpoints(saved / "checkpoints") as checkpoints,
         pytest.raises(InputError, match=r"another model\.intermediate_size, 48, which"),
     ):
         checkpoints.restore(Pretraining(other), batches)
@@ -179,7 +179,7 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
     checkpoint = saved / "checkpoints" / "0"
     damage(largest_file(checkpoint / "params" / "ocdbt.process_0" / "d"))
     with (
-        Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
+        Checkpoints(saved / "checkpoints") as checkpoints,
         pytest.raises(InputError, match=r"0 is damaged .*: move it out of .* to start from the"),
     ):
         checkpoints.restore(Pretraining(CONFIG), batches)
@@ -205,7 +205,7 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
 def test_other_damage_is_reported_with_the_previous_checkpoint(saved, state, file, damage, named):
     later = train_batches(CONFIG.data, ByteTokenizer())
     next(later)
-    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+    with Checkpoints(saved / "checkpoints") as checkpoints:
         checkpoints.save(state._replace(step=np.int32(1)), later, CONFIG)
         checkpoints.wait()
         place = saved / "checkpoints" / "1" / file
@@ -215,17 +215,17 @@ def test_other_damage_is_reported_with_the_previous_checkpoint(saved, state, fil
 
 
 def test_without_the_latest_checkpoint_the_previous_one_is_restored(saved, state, batches):
-    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+    with Checkpoints(saved / "checkpoints") as checkpoints:
         checkpoints.save(state._replace(step=np.int32(1)), batches, CONFIG)
     (saved / "checkpoints" / "1").rename(saved / "damaged")
-    with Checkpoints(saved / "checkpoints", keep=2) as checkpoints:
+    with Checkpoints(saved / "checkpoints") as checkpoints:
         assert checkpoints.restore(Pretraining(CONFIG), batches).step == 0
 
 
 def test_a_renamed_checkpoint_is_refused_with_its_step(saved, batches):
     (saved / "checkpoints" / "0").rename(saved / "checkpoints" / "20")
     with (
-        Checkpoints(saved / "checkpoints", keep=2) as checkpoints,
+        Checkpoints(saved / "checkpoints") as checkpoints,
         pytest.raises(InputError, match=r"20 is the checkpoint of step 0: rename it to 0, or"),
     ):
         checkpoints.restore(Pretraining(CONFIG), batches)
@@ -235,7 +235,7 @@ def test_a_renamed_checkpoint_is_refused_with_its_step(saved, batches):
 
 def test_a_name_that_orbax_takes_for_a_pattern_is_refused_before_a_save(tmp_path):
     with pytest.raises(InputError, match=r"run\[1\]/checkpoints has a \*"):
-        Checkpoints(tmp_path / "run[1]" / "checkpoints", keep=2)
+        Checkpoints(tmp_path / "run[1]" / "checkpoints")
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_jax.training.checksum import checksum, json_checksum
+from galore_jax.training.checkpoint import checksum, json_checksum
 
 VALUES = np.arange(24).reshape(2, 3, 4)
 

@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from generate import generate_text
 from test_metrics import SUMMARY
 
 from galore_jax.errors import InputError, run_cli
-from galore_jax.training.compare import LossRow, Result, compare, descend, table
+from galore_jax.training.compare import Result, Row, compare, descend, table
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_comparison
 from galore_jax.training.loop import Interrupted
 from galore_jax.training.metrics import format_bytes
-from galore_jax.training.sample import generate_text
 
 RATES, SEEDS = (0.01, 0.0001), (0, 1)
 TINY = """
@@ -90,10 +90,9 @@ def test_each_optimizer_takes_the_rate_of_its_lowest_loss_and_runs_with_every_se
     ]
 
 
-def test_it_writes_a_table_a_picture_and_a_sample(rows, folder):
+def test_it_writes_a_table_and_a_picture(rows, folder):
     assert (folder / "comparison.md").read_text() == table(rows)
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "sample.txt").exists()
 
 
 def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
@@ -104,7 +103,7 @@ def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
     assert compare(configs, SEEDS, RATES) == rows
     # The rates of the file are a grid of one point.
     (row,) = compare({"adamw": rows[0].configs[0]}, SEEDS)
-    assert row == LossRow("adamw", rows[0].configs, rows[0].results)
+    assert row == Row("adamw", rows[0].configs, rows[0].results)
 
 
 def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows):
@@ -140,7 +139,7 @@ def row(label, *losses, borders=(), **optimizer):
     config = Config(
         optimizer=OptimizerConfig(**optimizer), training=TrainingConfig(steps=SUMMARY.steps)
     )
-    made = LossRow(label, (config,), results, borders)
+    made = Row(label, (config,), results, borders)
     made.__dict__["matrix_bytes"] = 2_000_000  # Computed only where it is needed.
     return made
 

@@ -45,14 +45,14 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         [
             "optimizer.name=adamw",
             'data.tokenizer="bytes"',
-            "training.tensorboard=true",
+            "training.layerwise=true",
             "optimizer.learning_rate=3e-4",
             "model.num_kv_heads=4",
         ],
     )
     assert config.optimizer.name == "adamw"
     assert config.data.tokenizer == "bytes"
-    assert config.training.tensorboard is True
+    assert config.training.layerwise is True
     assert config.optimizer.learning_rate == 3e-4
     assert config.model.num_kv_heads == 4
 
@@ -118,7 +118,7 @@ def test_the_written_toml_reads_back_as_the_same_configuration():
     config = dataclasses.replace(
         Config(),
         optimizer=OptimizerConfig("galore_lion", galore=GaloreConfig(0.25, lazy_overlap=0.5)),
-        training=TrainingConfig(folder='a "quoted" \\ tab\t é 𝕏 \U000e0001', tensorboard=True),
+        training=TrainingConfig(folder='a "quoted" \\ tab\t é 𝕏 \U000e0001'),
     )
     assert from_dict(tomllib.loads(to_toml(config))) == config
     assert from_dict(dataclasses.asdict(config)) == config
@@ -196,11 +196,6 @@ def test_a_training_ignores_the_tables_of_a_comparison(tables):
         ('[compare."a/b"]\nname = "adamw"', [], "[compare.a/b] is not an optimizer to compare"),
         ("[compare.mini]", [], "[compare.mini]: optimizer.name must be 'adamw', 'adamw8bit'"),
         ("[compare.muon]\ngalore.rnak = 3", [], "[compare.muon]: optimizer.galore.rnak is unknown"),
-        (
-            '[compare.apollo]\ngradients = "projected"',
-            [],
-            '[compare.apollo]: optimizer.name = "apollo" needs full gradients',
-        ),
         ("[comparr.muon]", [], "comparr is unknown; there are model"),
     ],
 )

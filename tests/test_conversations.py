@@ -13,7 +13,7 @@ from chats import ANSWER, CHATML, QUESTION, byte_level, chat, save_tokenizer
 from next_tokens import next_tokens
 
 from galore_jax.data import batches
-from galore_jax.data.batches import DataConfig, first_prompt, train_batches, validation_batches
+from galore_jax.data.batches import DataConfig, train_batches, validation_batches
 from galore_jax.data.chat_template import ChatTemplate
 from galore_jax.data.conversations import open_conversations
 from galore_jax.data.packing import Conversation, fit
@@ -340,13 +340,6 @@ def test_targets_are_the_following_tokens_of_answers(data):
                 expected[row, before] = following[row, before]
         np.testing.assert_array_equal(batch["targets"], expected)
         assert all(values.dtype == np.int32 for values in batch.values())
-
-
-def test_the_first_question_prompts_a_sample(data):
-    read = open_conversations(data.source, "validation", 9, data.tokenizer, LENGTH)
-    prompt = first_prompt(data, 1000)
-    assert prompt in load_tokenizer(data.tokenizer).decode(read[0].tokens.tolist())
-    assert first_prompt(data, 3) == prompt[:3] != ""
 
 
 def test_validation_has_every_conversation_once_and_pads_the_last_batch(data):

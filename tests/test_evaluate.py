@@ -70,16 +70,6 @@ def test_the_loss_is_weighted_by_tokens(params, sums, accumulation):
     np.testing.assert_allclose(evaluation["validation_loss"], losses / targets, rtol=1e-6)
 
 
-@pytest.mark.parametrize("rows", [2, 6, 0])
-def test_the_reference_loss_divides_by_one_of_its_batches_too_many(params, sums, rows):
-    training = dataclasses.replace(CONFIG.training, reference_batch_size=rows)
-    config = dataclasses.replace(CONFIG, training=training)
-    evaluation = make_evaluate(Pretraining(config))(params, make_batches(3))
-    number = 12 // (rows or CONFIG.data.batch_size)
-    expected = np.mean(sums[:, 0] / sums[:, 1]) * number / (number + 1)
-    np.testing.assert_allclose(evaluation["reference_loss"], expected, rtol=1e-6)
-
-
 def test_evaluation_tokens_stop_after_the_batch_that_completes_them(params):
     training = dataclasses.replace(CONFIG.training, evaluation_tokens=29)
     config = dataclasses.replace(CONFIG, training=training)

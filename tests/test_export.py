@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the files are safetensors")
 
+from generate import generate_text
 from model_folder import load, random_params, save
 
 from galore_jax.data.batches import DataConfig, train_batches
@@ -25,7 +26,6 @@ from galore_jax.training.config_file import load_config, to_toml
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
 from galore_jax.training.pretraining import Pretraining
-from galore_jax.training.sample import generate_text
 from galore_jax.training.state import init_state, place_state
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "export.py"
@@ -77,7 +77,7 @@ def save_run(run, config, folder=None, params=None):
     state = place_state(Pretraining(config), None)
     if params is not None:
         state = state._replace(params=params)
-    with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
+    with Checkpoints(run / "checkpoints") as checkpoints:
         checkpoints.save(state, train_batches(config.data, load_tokenizer("bytes")), config)
 
 
@@ -147,7 +147,7 @@ def test_text_begins_as_the_texts_of_the_training_did(folder, run, params, tmp_p
         return np.array([[2]])
 
     with monkeypatch.context() as patched:
-        patched.setattr("galore_jax.training.sample.generate", generate)
+        patched.setattr("galore_jax.models.generation.generate", generate)
         generate_text(with_start, "a b", 1)
         generate_text(tmp_path / "run", "a b", 1)  # A training puts nothing before a document.
     assert prompts == [[[0, 1, 2]], [[1, 2]]]

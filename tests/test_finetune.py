@@ -35,7 +35,7 @@ from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.loop import Diverged, Interrupted
 from galore_jax.training.metrics import read_metrics
 from galore_jax.training.run_folder import check_start
-from galore_jax.training.stepper import Stepper
+from galore_jax.training.step import Stepper
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
@@ -52,16 +52,14 @@ def place(tmp_path_factory):
     (place / "model" / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (place / "RTE").mkdir()
     draw = np.random.default_rng(0)
-    for name, count in (("train", 64), ("dev", 24), ("test", 5)):
-        lines = ["index\tsentence1\tsentence2" + ("" if name == "test" else "\tlabel")]
+    for name, count in (("train", 64), ("dev", 24)):
+        lines = ["index\tsentence1\tsentence2\tlabel"]
         for index in range(count):
             first, second = draw.choice(list("abcdefgh"), (2, 3))
             entails = draw.random() < 0.5
             second[0] = "a" if entails else "b"
-            row = [str(index), " ".join(first), " ".join(second)]
-            lines.append(
-                "\t".join(row + ["entailment" if entails else "not_entailment"] * (name != "test"))
-            )
+            label = "entailment" if entails else "not_entailment"
+            lines.append("\t".join([str(index), " ".join(first), " ".join(second), label]))
         (place / "RTE" / f"{name}.tsv").write_text("\n".join(lines) + "\n")
     return place
 
@@ -92,7 +90,7 @@ LORA = {"name": "lora", "lora": {"rank": 4}}
 )
 def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_path, optimizer):
     folder = tmp_path / "run"
-    summary = finetune(configured(place, folder, optimizer, predict=True))
+    summary = finetune(configured(place, folder, optimizer))
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["metric"] == "accuracy"
     assert summary["mean"] == summary["best"][0] > 0.9  # half of the examples entail
@@ -111,9 +109,6 @@ def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_pa
     outputs = model.apply({"params": params}, rows["tokens"], rows["token_types"])
     found = scores(task, predictions_of(task, np.asarray(outputs)), rows["labels"])
     assert found == {"accuracy": summary["best"][0]}
-    lines = (best / "RTE.tsv").read_text().splitlines()
-    assert lines[0] == "index\tprediction"
-    assert len(lines) == 6
 
 
 def test_lora_trains_its_adapters_and_the_head_and_nothing_else(place, tmp_path):
@@ -229,12 +224,12 @@ def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_p
             for rate in (1e-6, 0.01)
         ]
         best = 0.01 if first[1]["best"] > first[0]["best"] else 1e-6
-        assert row.rates() == [f"{best:g}"]
+        assert row.rates == [f"{best:g}"]
         assert len(row.values) == 2
     text = (tmp_path / "comparison.md").read_text()
     assert text == table(rows)
     lora = [cell.strip() for cell in text.splitlines()[3].split("|")][1:-1]
-    assert lora[:2] == ["lora", *rows[1].rates()]
+    assert lora[:2] == ["lora", *rows[1].rates]
     ours, theirs = (row.values for row in reversed(rows))
     test = stats.ttest_rel(ours, theirs)
     low, high = test.confidence_interval(0.95)
@@ -266,10 +261,10 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
         return compare_finetuning(configs, rates)["rte"]
 
     (row,) = compared({"adamw": config}, [1e-5, 1e-4, 1e-3])
-    assert (row.rates(), row.borders) == (["0.0001"], ())
+    assert (row.rates, row.borders) == (["0.0001"], ())
     assert "not tuned" not in table([row])
     (row,) = compared({"adamw": config}, [1e-5, 1e-4])
-    assert (row.rates(), row.borders) == (["0.0001"], ("learning rate",))
+    assert (row.rates, row.borders) == (["0.0001"], ("learning rate",))
     assert "adamw is not tuned: its best learning rate is at the end of the grid" in table([row])
     # One whose every rate diverges, first or later, does not end the comparison.
     (tmp_path / "all").mkdir()

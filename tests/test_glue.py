@@ -1,4 +1,4 @@
-"""GLUE: examples from TSV files, their rows, metrics and predictions to submit."""
+"""GLUE: examples from TSV files, their rows and metrics."""
 
 import os
 from pathlib import Path
@@ -11,9 +11,7 @@ from galore_jax.data.glue_tasks import (
     Example,
     encode,
     load_examples,
-    predictions_of,
     scores,
-    write_predictions,
 )
 from galore_jax.data.text_pairs import load_pair_tokenizer
 from galore_jax.errors import InputError
@@ -23,8 +21,7 @@ needs_data = pytest.mark.skipif(
     "GALORE_JAX_TEST_DATA" not in os.environ, reason="needs the TSV files of GLUE"
 )
 
-# The columns of the official training files, and of the test files where they are not the same
-# without the label.
+# The columns of the official files.
 COLUMNS = {
     "cola": "source label judgment sentence",
     "sst2": "sentence label",
@@ -47,22 +44,18 @@ def write_task(folder, name, count=7):
     (folder / task.folder).mkdir(parents=True)
     examples = {}
     for number, (split, file) in enumerate(task.files.items()):
-        is_test = split.startswith("test")
         examples[split], lines = [], []
         columns = COLUMNS[name]
-        if is_test:
-            columns = ["index", *(column for column in columns if column in task.texts)]
-        if is_test or name != "cola":
+        if name != "cola":
             lines.append("\t".join(columns))
         for row in range(count):
             label = (row + number) % (task.num_outputs if task.labels else 6)
             texts = [f"{TEXTS[(row + i) % 4]} {split} {row}" for i in range(len(task.texts))]
             fields = dict.fromkeys(columns, "x") | dict(zip(task.texts, texts, strict=True))
-            if not is_test:
-                fields[task.label] = task.labels[label] if task.labels else f"{label}.000"
+            fields[task.label] = task.labels[label] if task.labels else f"{label}.000"
             lines.append("\t".join(fields.values()))
             text_b = texts[1] if len(texts) == 2 else None
-            examples[split].append(Example(texts[0], text_b, None if is_test else label))
+            examples[split].append(Example(texts[0], text_b, label))
         (folder / task.folder / file).write_bytes("\n".join(lines).encode())
     return examples
 
@@ -77,7 +70,7 @@ def test_official_files_of_all_tasks_are_read(name, tmp_path):
 @needs_data
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [("rte", (2490, 277, 3000)), ("cola", (8551, 1043, 1063)), ("mrpc", (3668, 408, 1725))],
+    [("rte", (2490, 277)), ("cola", (8551, 1043)), ("mrpc", (3668, 408))],
 )
 def test_real_files_have_the_published_numbers_of_examples(name, sizes):
     task = TASKS[name]
@@ -130,14 +123,6 @@ def test_broken_rows_of_qqp_are_left_out_with_a_warning(tmp_path):
         assert load_examples(TASKS["qqp"], "train", tmp_path) == expected
 
 
-def test_a_broken_row_of_a_test_set_would_shift_the_predictions_after_it(tmp_path):
-    write_task(tmp_path, "qqp")
-    with (tmp_path / "QQP" / "test.tsv").open("a") as file:
-        file.write("\n9\tA question\n")
-    with pytest.raises(InputError, match=r"test.tsv, row \d+ has 2 columns, not 3"):
-        load_examples(TASKS["qqp"], "test", tmp_path)
-
-
 def test_empty_lines_at_the_end_are_no_rows(tmp_path):
     expected = write_task(tmp_path, "rte")["train"]
     with (tmp_path / "RTE" / "train.tsv").open("a") as file:
@@ -149,7 +134,7 @@ def test_what_is_not_there_is_named(tmp_path):
     write_task(tmp_path, "rte")
     with pytest.raises(InputError, match=r"there is no .*CoLA/train.tsv: download"):
         load_examples(TASKS["cola"], "train", tmp_path)
-    with pytest.raises(InputError, match=r"split = 'dev' is unknown.* train, validation, test"):
+    with pytest.raises(InputError, match=r"split = 'dev' is unknown.* train, validation"):
         load_examples(TASKS["rte"], "dev", tmp_path)
     (tmp_path / "RTE/dev.tsv").write_text("index\tsentence1\tlabel\n")
     with pytest.raises(InputError, match=r"dev.tsv, row 1 lacks the column 'sentence2'"):
@@ -159,7 +144,7 @@ def test_what_is_not_there_is_named(tmp_path):
         load_examples(TASKS["rte"], "validation", tmp_path)
 
 
-def test_examples_become_rows_with_labels_unless_there_are_none(tmp_path):
+def test_examples_become_rows_with_labels(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "mat", "a"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
@@ -169,7 +154,6 @@ def test_examples_become_rows_with_labels_unless_there_are_none(tmp_path):
     np.testing.assert_array_equal(rows["labels"], np.array([1, 0], np.int32), strict=True)
     rows = encode([Example("cat", "mat", 2.5)], tokenizer, 8)
     np.testing.assert_array_equal(rows["labels"], np.array([2.5], np.float32), strict=True)
-    assert set(encode([Example("cat", None, None)], tokenizer, 8)) == {"tokens", "token_types"}
 
 
 def test_metrics_are_those_of_their_formulas():
@@ -196,19 +180,3 @@ def test_correlations_are_those_of_their_formulas():
     assert scores(TASKS["stsb"], guesses, labels) == pytest.approx(expected)
     constant = np.full(5, 2.0, np.float32)
     assert scores(TASKS["stsb"], constant, labels) == {"pearson": 0, "spearman": 0}
-
-
-def test_predictions_are_written_as_glue_takes_them(tmp_path):
-    outputs = np.array([[0.1, 2.0, 0.3], [3.0, 0.2, 0.1], [0.0, 0.1, 0.2]])
-    mnli = TASKS["mnli"]
-    path = write_predictions(mnli, "test_mismatched", predictions_of(mnli, outputs), tmp_path)
-    assert path.name == "MNLI-mm.tsv"
-    assert path.read_text() == "index\tprediction\n0\tneutral\n1\tentailment\n2\tcontradiction\n"
-    stsb, similarities = TASKS["stsb"], np.array([[0.1], [3.0], [-0.1], [5.2]])
-    path = write_predictions(stsb, "test", predictions_of(stsb, similarities), tmp_path / "new")
-    assert path == tmp_path / "new" / "STS-B.tsv"
-    assert path.read_text() == "index\tprediction\n0\t0.100\n1\t3.000\n2\t0.000\n3\t5.000\n"
-    assert write_predictions(TASKS["cola"], "test", [1, 0], tmp_path).name == "CoLA.tsv"
-    assert write_predictions(mnli, "test_matched", [0], tmp_path).name == "MNLI-m.tsv"
-    with pytest.raises(InputError, match="split = 'train' is unknown; there are test"):
-        write_predictions(TASKS["cola"], "train", [1], tmp_path)

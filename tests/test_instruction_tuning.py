@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from chats import CHATML, chat, save_tokenizer
+from generate import generate_text
 from model_folder import random_params, save
 
 from galore_jax.data.batches import DataConfig, train_batches
@@ -25,7 +26,6 @@ from galore_jax.training.config_file import load_config
 from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
 from galore_jax.training.pretraining import Pretraining, batch_loss
-from galore_jax.training.sample import generate_text
 from galore_jax.training.state import init_state
 from galore_jax.training.step import make_gradients, make_train_step
 

@@ -1,7 +1,5 @@
-import importlib
 import json
 import math
-import struct
 import sys
 
 import numpy as np
@@ -26,7 +24,6 @@ SUMMARY = Summary(
     parameters=1_234_567,
     validation_loss=2.0,
     validation_perplexity=math.exp(2.0),
-    reference_perplexity=math.exp(1.9),
     optimizer_bytes=12_345_678,
     seconds=61.5,
     compile_seconds=4.0,
@@ -38,7 +35,7 @@ def a_run(folder, steps=30):
     """A folder with metrics as a training leaves them."""
     run = RunFolder(folder)
     run.path.mkdir(parents=True)
-    metrics = Metrics(run, 0, tensorboard=False)
+    metrics = Metrics(run, 0)
     for step in range(steps):
         metrics.write([{"step": step, "loss": 5 - step / steps, "learning_rate": 0.01}])
     metrics.write([{"step": steps, "validation_loss": 4.1}])
@@ -49,9 +46,9 @@ def test_opening_at_a_step_drops_what_a_killed_run_left_after_it(tmp_path):
     run = a_run(tmp_path / "run")
     with run.metrics.open("a") as file:
         file.write('{"step": 31, "lo')
-    metrics = Metrics(run, 30, tensorboard=False)
+    metrics = Metrics(run, 30)
     assert [line["step"] for line in metrics.lines] == list(range(31))
-    metrics = Metrics(run, 10, tensorboard=False)
+    metrics = Metrics(run, 10)
     assert [line["step"] for line in metrics.lines] == list(range(10))
     assert read_metrics(run.metrics) == metrics.lines
     assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
@@ -63,7 +60,7 @@ def test_a_last_line_cut_by_a_power_failure_is_left_out_and_repaired_on_opening(
     complete = run.metrics.read_bytes()
     run.metrics.write_bytes(complete + half)
     assert [line["step"] for line in read_metrics(run.metrics)] == [0, 1, 2, 3]
-    Metrics(run, 3, tensorboard=False).write([{"step": 3, "loss": 1.0}])
+    Metrics(run, 3).write([{"step": 3, "loss": 1.0}])
     assert run.metrics.read_bytes() == complete + b'{"step": 3, "loss": 1.0}\n'
 
 
@@ -76,7 +73,7 @@ def test_a_damaged_line_in_the_middle_is_refused_by_file_and_number(tmp_path, li
     before = run.metrics.read_bytes().splitlines()
     before[1] = line
     run.metrics.write_bytes(b"\n".join(before) + b"\n")
-    for read in (lambda: Metrics(run, 3, tensorboard=False), lambda: read_metrics(run.metrics)):
+    for read in (lambda: Metrics(run, 3), lambda: read_metrics(run.metrics)):
         with pytest.raises(
             InputError, match=r"metrics\.jsonl, line 2 is damaged: delete this line"
         ):
@@ -95,53 +92,15 @@ def test_a_damaged_summary_is_refused_with_the_remedy(tmp_path, text):
 def test_an_evaluation_after_the_restored_step_is_kept(tmp_path):
     run = RunFolder(tmp_path)
     lines = [{"step": 9, "loss": 1.0}, {"step": 10, "validation_loss": 1.0}]
-    Metrics(run, 0, tensorboard=False).write([*lines, {"step": 10, "loss": 0.9}])
-    assert Metrics(run, 10, tensorboard=False).lines == lines
+    Metrics(run, 0).write([*lines, {"step": 10, "loss": 0.9}])
+    assert Metrics(run, 10).lines == lines
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     run = RunFolder(tmp_path)
-    Metrics(run, 0, tensorboard=False).write([{"step": 0, "loss": math.nan}])
+    Metrics(run, 0).write([{"step": 0, "loss": math.nan}])
     assert json.loads(run.metrics.read_text()) == {"step": 0, "loss": None}
     assert math.isnan(read_metrics(run.metrics)[0]["loss"])
-
-
-def shown_by_tensorboard(folder):
-    """The scalars (name, step) that are left after the purges."""
-    event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
-    shown = []
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + length])
-            data = data[16 + length :]
-            if event.HasField("session_log"):
-                shown = [(name, step) for name, step in shown if step < event.step]
-            shown += [(value.tag, event.step) for value in event.summary.value]
-    return shown
-
-
-def test_tensorboard_keeps_the_evaluation_at_the_step_where_a_run_resumes(tmp_path):
-    pytest.importorskip("tensorboardX", reason="tensorboardX is not installed")
-    run = RunFolder(tmp_path)
-    first = Metrics(run, 0, tensorboard=True)
-    first.write([{"step": step, "loss": 1.0} for step in range(2)])
-    first.write([{"step": 2, "validation_loss": 1.0}, {"step": 2, "loss": 1.0}])
-    first.close()
-    (events,) = run.tensorboard.iterdir()
-    events.rename(events.with_name("events.out.tfevents.0"))  # else of the same second's name
-    again = Metrics(run, 2, tensorboard=True)
-    again.write([{"step": 2, "loss": 1.0}])
-    again.close()
-    expected = [("loss", 0), ("loss", 1), ("validation_loss", 2), ("loss", 2)]
-    assert shown_by_tensorboard(run.tensorboard) == expected
-
-
-def test_tensorboard_without_its_package_names_the_command(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "galore-jax\[tensorboard\]"'):
-        Metrics(RunFolder(tmp_path), 0, tensorboard=True)
 
 
 def measured(loss=1.0, **others):
@@ -150,7 +109,7 @@ def measured(loss=1.0, **others):
 
 
 def test_each_kind_of_bad_step_is_reported_once(tmp_path, capsys):
-    metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
+    metrics = Metrics(RunFolder(tmp_path), 0)
     metrics.write([{"step": 0, "loss": 1.0, "skipped": 3}])
     with Progress(metrics, start=1, steps=9, targets="tokens") as progress:
         progress.add(1, measured(skipped=3))
@@ -170,9 +129,7 @@ def test_each_kind_of_bad_step_is_reported_once(tmp_path, capsys):
 
 
 def test_a_batch_without_targets_is_reported_once(tmp_path, capsys):
-    with Progress(
-        Metrics(RunFolder(tmp_path), 0, tensorboard=False), start=0, steps=3, targets="tokens"
-    ) as progress:
+    with Progress(Metrics(RunFolder(tmp_path), 0), start=0, steps=3, targets="tokens") as progress:
         for step in range(3):
             progress.add(step, measured(targets=9.0 if step == 0 else 0.0))
         progress.report()
@@ -182,22 +139,22 @@ def test_a_batch_without_targets_is_reported_once(tmp_path, capsys):
 
 
 def test_a_gap_in_the_metrics_of_a_resumed_run_is_reported(tmp_path, capsys):
-    metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
+    metrics = Metrics(RunFolder(tmp_path), 0)
     metrics.write([{"step": step, "loss": 1.0} for step in (0, 1, 4)])
     metrics.write([{"step": 2, "validation_loss": 1.0}])
     for start, sentence in ((5, "metrics.jsonl lacks 2 of the 5 steps before"), (2, "")):
-        Progress(Metrics(RunFolder(tmp_path), start, False), start, 9, "tokens").__exit__()
+        Progress(Metrics(RunFolder(tmp_path), start), start, 9, "tokens").__exit__()
         printed = capsys.readouterr().err
         assert printed.count("warning") == bool(sentence)
         assert sentence in printed
 
 
 def test_a_line_has_exactly_the_metrics_of_its_step(tmp_path):
-    metrics = Metrics(RunFolder(tmp_path), 0, tensorboard=False)
+    metrics = Metrics(RunFolder(tmp_path), 0)
     with Progress(metrics, start=0, steps=1, targets="tokens") as progress:
-        progress.add(0, measured(update_ratio=0.01))
+        progress.add(0, measured(skipped=2))
         progress.report()
-    names = ["step", *measured(), "update_ratio", "tokens_per_second", "seconds"]
+    names = ["step", *measured(), "skipped", "tokens_per_second", "seconds"]
     assert list(metrics.lines[0]) == names
 
 
@@ -231,9 +188,7 @@ def test_several_runs_are_drawn_into_one_picture(tmp_path):
 
 def test_a_run_without_a_finite_loss_is_drawn_without_a_warning(tmp_path):
     run = a_run(tmp_path / "run")
-    Metrics(run, 0, tensorboard=False).write(
-        [{"step": n, "loss": math.nan, "learning_rate": 0.1} for n in range(3)]
-    )
+    Metrics(run, 0).write([{"step": n, "loss": math.nan, "learning_rate": 0.1} for n in range(3)])
     plot_curves([run.path], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").is_file()
 

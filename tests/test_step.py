@@ -15,8 +15,7 @@ from galore_jax.training.config_file import changed
 from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state, tree_bytes, tree_size
-from galore_jax.training.step import make_gradients, make_train_step
-from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
+from galore_jax.training.step import make_gradients, make_train_step, subspace_metrics
 
 CONFIG = Config(
     LlamaConfig(
@@ -223,45 +222,8 @@ def test_refreshes_saved_are_counted_over_all_matrices(batch):
     assert saved == [14 * count for count in (0, 0, 0, 1, 1, 1, 1, 2)]
 
 
-def squares(tree):
-    return sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(tree))
-
-
-def test_diagnostics_are_the_captured_energy_and_the_relative_update(batch, params):
-    step = make_train_step(Pretraining(changed(CONFIG, training={"diagnostics": True})))
-    state, measured = step(initial(CONFIG), batch)
-    actual, _ = gradients(1)(params, batch)
-    held = 0.0
-    for basis in bases(state.opt_state):
-        projected = actual
-        for name in basis.projection.path:
-            projected = projected[name]
-        ((side, vectors),) = basis.vectors.items()
-        vectors, projected = np.asarray(vectors), np.asarray(projected)
-        held += squares(vectors.mT @ projected if side == "left" else projected @ vectors)
-    kernels = lambda tree: (tree["layers"]["attention"], tree["layers"]["mlp"])
-    energy = held / squares(kernels(actual))
-    assert 0.3 < energy < 1
-    np.testing.assert_allclose(measured["captured_energy"], energy, rtol=1e-5)
-    moved = jax.tree.map(lambda new, old: new - old, kernels(state.params), kernels(params))
-    ratio = np.sqrt(squares(moved) / squares(kernels(params)))
-    np.testing.assert_allclose(measured["update_ratio"], ratio, rtol=1e-5)
-
-
-def test_diagnostics_ignore_gradients_that_are_not_finite(params):
-    opt_state = initial(CONFIG).opt_state
-    random = np.random.default_rng(0)
-    gradients = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), params)
-    bad, without = (with_first_up_proj(gradients, factor) for factor in (jnp.inf, 0))
-    expected = energy_metrics(opt_state, without, params, params)
-    assert energy_metrics(opt_state, bad, params, params) == expected
-    # Random bases of 8 out of 32 dimensions; 4 deviations of a sum of 4,352 squares.
-    np.testing.assert_allclose(expected["captured_energy"], 8 / 32, rtol=4 * (2 / 4352) ** 0.5)
-    assert expected["update_ratio"] == 0
-
-
 def test_plain_adamw_has_no_subspaces_to_measure(batch):
-    config = changed(CONFIG, optimizer={"name": "adamw"}, training={"diagnostics": True})
+    config = changed(CONFIG, optimizer={"name": "adamw"})
     _, measured = make_train_step(Pretraining(config))(initial(config), batch)
     assert set(measured) == {"loss", "targets", "learning_rate", "gradient_norm"}
 

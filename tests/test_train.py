@@ -49,7 +49,6 @@ evaluate_every = 20
 evaluation_tokens = 400
 checkpoint_every = 10
 log_every = 1
-diagnostics = true
 """
 
 
@@ -316,7 +315,7 @@ def test_a_second_process_in_the_folder_is_refused(error_of, place):
     "error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
 )
 def test_too_little_memory_ends_with_the_settings_that_need_less(place, monkeypatch, error):
-    def fail(folder, keep):
+    def fail(folder):
         raise error
 
     monkeypatch.setattr(loop, "Checkpoints", fail)

@@ -176,7 +176,6 @@ def test_fira_and_apollo_have_full_gradients_and_clip_them(name):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"gradients": "projected"}, "needs full gradients: leave optimizer.gradients out"),
         (
             {"galore": {"proj_type": "full"}},
             "scales what is not projected: choose an optimizer.galore",

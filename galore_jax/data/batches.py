@@ -189,15 +189,6 @@ def _text_checksum(texts: Sequence[str]) -> int:
     return checksum
 
 
-def first_prompt(config: DataConfig, characters: int) -> str:
-    """The beginning of the first validation document with text, or of the first question."""
-    if config.rows == "conversations":
-        return _conversations(config, "validation").first_question[:characters]
-    texts = documents(config, "validation")
-    beginnings = (texts[index][:characters] for index in range(len(texts)))
-    return next(filter(str.strip, beginnings), "")
-
-
 def _conversations(config: DataConfig, split: str) -> "Conversations":
     from galore_jax.data.conversations import open_conversations  # needs an extra of its own
 

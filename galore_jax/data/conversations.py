@@ -35,7 +35,6 @@ class Conversations:
 
     Attributes:
         tokens: number of tokens in all conversations.
-        first_question: the first user's message.
         report: what was read, cut and left out, in one sentence.
 
     Args:
@@ -50,7 +49,6 @@ class Conversations:
 
     def __init__(self, rows: Sequence[Row], template: ChatTemplate, length: int):
         self._conversations: list[Conversation] = []
-        self.first_question = ""
         self.tokens = answers = ends = cut = 0
         for row in rows:
             messages, conversation = _encoded(row, template)
@@ -59,8 +57,6 @@ class Conversations:
             # The first token of a conversation is not predicted.
             if not (kept.is_answer[1:].any() and any(_texts(messages, "assistant"))):
                 continue
-            if not self._conversations:
-                self.first_question = "".join(_texts(messages, "user")[:1])
             self._conversations.append(kept)
             self.tokens += len(kept.tokens)
             answers += int(kept.is_answer.sum())

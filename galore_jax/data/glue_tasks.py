@@ -1,4 +1,4 @@
-"""The nine tasks of GLUE (arXiv 1804.07461): examples, metrics, and predictions to submit.
+"""The nine tasks of GLUE (arXiv 1804.07461): examples and metrics.
 
 Examples come from the official TSV files, one folder per task.
 """
@@ -15,15 +15,14 @@ from scipy.stats import rankdata
 
 from galore_jax.data.text_pairs import PairTokenizer
 from galore_jax.errors import InputError, require_choice
-from galore_jax.files import write_text
 
 
 class Example(NamedTuple):
-    """A text, or a pair of texts, and its label: a class, a similarity, or None in a test set."""
+    """A text, or a pair of texts, and its label: a class or a similarity."""
 
     text_a: str
     text_b: str | None
-    label: int | float | None
+    label: int | float
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Task:
         folder: its name in GLUE, which the folder of its TSV files has.
         texts: columns of the one or two texts in the TSV files.
         label: column of the label.
-        labels: the labels as the TSV files and submissions spell them, in the order of the classes;
-            empty for a regression from 0 to 5.
+        labels: the labels as the TSV files spell them, in the order of the classes; empty for a
+            regression from 0 to 5.
         metrics: names for `scores`.
         header: columns of the training and validation files, if these do not begin with a header.
         has_broken_rows: whether the official files contain rows that are to be skipped.
@@ -60,12 +59,11 @@ class Task:
     def files(self) -> dict[str, str]:
         """The TSV file of each split."""
         if self.name != "mnli":
-            return {"train": "train.tsv", "validation": "dev.tsv", "test": "test.tsv"}
+            return {"train": "train.tsv", "validation": "dev.tsv"}
         kinds = ("matched", "mismatched")
         return {
             "train": "train.tsv",
             **{f"validation_{kind}": f"dev_{kind}.tsv" for kind in kinds},
-            **{f"test_{kind}": f"test_{kind}.tsv" for kind in kinds},
         }
 
 
@@ -118,20 +116,19 @@ def load_examples(task: Task, split: str, source: str | Path) -> list[Example]:
 
     Args:
         task: one of `TASKS`.
-        split: "train", "validation" or "test"; for MNLI the last two end in "_matched" or
-            "_mismatched". Test sets have no labels.
+        split: "train" or "validation"; for MNLI the latter ends in "_matched" or "_mismatched".
         source: a folder with a folder of TSV files for each task.
 
     Raises:
         InputError: there is no such split or file, a row is broken or its label is out of range;
-            the message names the file and the row. In the training and validation files of QQP,
-            rows with a wrong number of columns are skipped with a warning.
+            the message names the file and the row. In the files of QQP, rows with a wrong number of
+            columns are skipped with a warning.
     """
     require_choice("split", split, task.files)
-    path, is_test = Path(source, task.folder, task.files[split]), split.startswith("test")
+    path = Path(source, task.folder, task.files[split])
     rows = _rows(path)
-    header, first = (rows[0], 2) if is_test or not task.header else ([*task.header], 1)
-    wanted = task.texts if is_test else (*task.texts, task.label)
+    header, first = ([*task.header], 1) if task.header else (rows[0], 2)
+    wanted = (*task.texts, task.label)
     if lacking := [column for column in wanted if column not in header]:
         raise InputError(
             f"{path}, row 1 lacks the column {lacking[0]!r}: take the file of {task.folder} from "
@@ -141,15 +138,15 @@ def load_examples(task: Task, split: str, source: str | Path) -> list[Example]:
     examples, broken = [], []
     for row, fields in enumerate(rows[first - 1 :], first):
         if len(fields) != len(header):
-            if is_test or not task.has_broken_rows:  # Predictions are numbered by row.
+            if not task.has_broken_rows:
                 raise InputError(
                     f"{path}, row {row} has {len(fields)} columns, not {len(header)}: repair it or "
                     "download the file again."
                 )
             broken.append(row)
             continue
-        texts = [fields[column] for column in columns]
-        label = None if is_test else _label(task, texts.pop(), f"{path}, row {row}")
+        *texts, text = [fields[column] for column in columns]
+        label = _label(task, text, f"{path}, row {row}")
         examples.append(Example(texts[0], texts[1] if len(texts) > 1 else None, label))
     if not examples:
         raise InputError(f"{path} has no examples: download the file again.")
@@ -169,16 +166,13 @@ def encode(
 
     Returns:
         "tokens" and "token_types", int32 (examples, length), as from `PairTokenizer.encode`; and
-        "labels" (examples,), int32 classes or float32 similarities, unless it is a test set.
+        "labels" (examples,), int32 classes or float32 similarities.
     """
     pairs = [(example.text_a, example.text_b) for example in examples]
     tokens, token_types = tokenizer.encode(pairs, length)
-    rows = {"tokens": tokens, "token_types": token_types}
-    labels = [example.label for example in examples if example.label is not None]
-    if labels:
-        dtype = np.int32 if isinstance(labels[0], int) else np.float32
-        rows["labels"] = np.array(labels, dtype)
-    return rows
+    labels = [example.label for example in examples]
+    dtype = np.int32 if isinstance(labels[0], int) else np.float32
+    return {"tokens": tokens, "token_types": token_types, "labels": np.array(labels, dtype)}
 
 
 def predictions_of(task: Task, outputs: np.ndarray) -> np.ndarray:
@@ -200,41 +194,6 @@ def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         labels: the labels, of the same shape.
     """
     return {name: float(_METRICS[name](predictions, labels)) for name in task.metrics}
-
-
-def write_predictions(
-    task: Task,
-    split: str,
-    predictions: Sequence[int] | Sequence[float] | np.ndarray,
-    folder: str | Path,
-) -> Path:
-    """Writes predictions for a test set in the format that gluebenchmark.com takes.
-
-    Args:
-        task: one of `TASKS`.
-        split: a test split.
-        predictions: a class, or a similarity, for each example in order.
-        folder: created if it does not exist.
-
-    Returns:
-        The file, whose name is the one that GLUE expects, such as `MNLI-m.tsv`.
-
-    Raises:
-        InputError: the split is not a test split.
-    """
-    suffixes = {"test": "", "test_matched": "-m", "test_mismatched": "-mm"}
-    require_choice("split", split, [name for name in task.files if name in suffixes])
-    path = Path(folder, f"{task.folder}{suffixes[split]}.tsv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["index\tprediction"]
-    for index, prediction in enumerate(predictions):
-        if task.labels:
-            text = task.labels[int(prediction)]
-        else:
-            text = f"{np.clip(prediction, *SCORES):.3f}"
-        lines.append(f"{index}\t{text}")
-    write_text(path, "\n".join(lines) + "\n")
-    return path
 
 
 def _rows(path: Path) -> list[list[str]]:

@@ -9,25 +9,28 @@ everything else. Another number of processes, on another mesh, can read it.
 
 import dataclasses
 import glob
+import json
 import logging
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from jax import lax
 from jax.sharding import Mesh
 
 from galore_jax.errors import InputError, names_full_disk
 from galore_jax.models.adapters import merge
-from galore_jax.training.checksum import checksum, json_checksum
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import AnyConfig, from_dict
 from galore_jax.training.pretraining import Pretraining
@@ -37,27 +40,29 @@ from galore_jax.training.state import TrainState, abstract_state, is_finite
 from galore_jax.training.task import Task
 from galore_jax.types import ReadPart
 
+# How many of the latest checkpoints are kept: the one before the last is there if that is damaged.
+KEPT = 2
+
 
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
 
     Args:
       folder: the run's checkpoints/.
-      keep: how many of the latest to keep; older ones are deleted once a newer one is complete.
 
     Raises:
       InputError: Orbax cannot use the name of the folder.
       OSError: the folder cannot be made.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path):
         _silence_duplicate_errors()
         self.folder = folder.absolute()
         _check_is_no_pattern(self.folder)
         with ending_together():
             self.folder.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(self.folder)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Self:
@@ -281,6 +286,41 @@ def _naming_damage(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
             f"the checkpoint {Path(manager.directory, str(step))} is damaged or not readable "
             f"({reason}): move it out of {manager.directory} to {remedy}."
         ) from error
+
+
+# Orbax verifies its indices, but not the arrays themselves.
+
+
+def checksum(leaves: Iterable[Any]) -> int:
+    """A 32-bit checksum of all bits of arrays, computed on their device and one after another.
+
+    Args:
+      leaves: arrays, of JAX or NumPy, with elements of 1, 2 or 4 bytes.
+    """
+    return zlib.crc32(np.array([int(_weighted_sum(leaf)) for leaf in leaves], np.uint32).tobytes())
+
+
+def json_checksum(value: Any) -> int:
+    """A 32-bit checksum of a JSON value."""
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+@jax.jit
+def _weighted_sum(leaf: jax.Array) -> jax.Array:
+    """The sum, modulo 2³², of the elements' bits times odd weights: uint32 ().
+
+    With odd weights the sum detects every change of a single element. With a different weight at
+    each position it also detects most exchanges of two unequal elements.
+    """
+    if leaf.dtype == bool:
+        leaf = leaf.astype(np.uint8)
+    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
+    bits = lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    position = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        along = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        position = position * np.uint32(size) + along
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
 def _check_is_no_pattern(folder: Path) -> None:

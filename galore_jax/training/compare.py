@@ -5,19 +5,19 @@ for the matrices. Fine-tuning on GLUE is tuned on a grid of learning rates. Each
 which is kept, so a finished run is used again and an interrupted comparison continues where it was.
 """
 
-import dataclasses
 import functools
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from galore_jax.data.batches import fingerprint, first_prompt
+from galore_jax.data.batches import fingerprint
 from galore_jax.errors import InputError
 from galore_jax.files import write_text
 from galore_jax.training.config import Config
@@ -34,11 +34,8 @@ from galore_jax.training.run_folder import (
     check_same_text,
     recorded_config,
 )
-from galore_jax.training.sample import generate_text
 from galore_jax.training.state import matrix_state_bytes
 
-SAMPLE_TOKENS = 400
-PROMPT_CHARACTERS = 40  # from a held-out document
 # The optimizer with which the others are compared.
 BASELINE = "adamw"
 # Steps on the grid of learning rate and matrix rate, with which a descent looks for a lower loss.
@@ -46,6 +43,15 @@ BASELINE = "adamw"
 # else alone.
 DIRECTIONS = ((0, 1), (0, -1), (1, -1), (-1, 1))
 WITH_ONE_MATRIX_RATE = ((1, 0), (-1, 0))
+LOSS_COLUMNS = (
+    *("optimizer", "learning rate", "matrix rate", "validation loss", "spread", "against adamw"),
+    *("seed by seed", "optimizer state", "of the matrices", "seconds per step"),
+)
+METRIC_COLUMNS = (
+    *("optimizer", "learning rate", "metric", "deviation", "against adamw", "95% interval"),
+    *("optimizer state", "seconds"),
+)
+Point = tuple[int, ...]
 
 
 class Result(NamedTuple):
@@ -62,11 +68,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-# The results of a labelled configuration for each of some seeds; raises `Diverged` if a run does.
-Runner = Callable[[str, Any, Sequence[int]], list[Result]]
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Row:
     """One optimizer of a comparison.
 
@@ -78,7 +80,6 @@ class Row:
       borders: those of "learning rate" and "matrix rate" whose best value is at the end of a grid.
     """
 
-    columns: ClassVar[tuple[str, ...]]
     label: str
     configs: tuple[Any, ...]
     results: Sequence[Result]
@@ -94,85 +95,18 @@ class Row:
         """Of the values; NaN if a run diverged."""
         return statistics.mean(self.values) if self.results else math.nan
 
+    @property
     def rates(self) -> list[str]:
-        """The cells of the table for the chosen rates."""
-        raise NotImplementedError
-
-    def figures(self, baseline: "Row | None") -> list[str]:
-        """The cells behind them, with differences from another row if there is one."""
-        raise NotImplementedError
-
-
-class LossRow(Row):
-    """An optimizer of pre-training, compared by the validation loss."""
-
-    columns = (
-        *("optimizer", "learning rate", "matrix rate", "validation loss", "spread"),
-        *("against adamw", "seed by seed", "optimizer state", "of the matrices"),
-        "seconds per step",
-    )
+        """The chosen rates as cells of the table; the learning rates of several tasks in one."""
+        optimizers = [config.optimizer for config in self.configs]
+        cells = [", ".join(f"{optimizer.learning_rate:g}" for optimizer in optimizers)]
+        has_matrix_rate = isinstance(self.configs[0], Config)
+        return cells + [f"{optimizers[0].matrix_rate:g}"] * has_matrix_rate
 
     @functools.cached_property
     def matrix_bytes(self) -> int:
-        """Bytes of the optimizer's state for the matrices that GaLore projects."""
+        """Of pre-training, bytes of the state for the matrices that GaLore projects."""
         return matrix_state_bytes(Pretraining(self.configs[0]))
-
-    def rates(self) -> list[str]:
-        """Learning rate and matrix rate."""
-        optimizer = self.configs[0].optimizer
-        return [f"{optimizer.learning_rate:g}", f"{optimizer.matrix_rate:g}"]
-
-    def figures(self, baseline: Row | None) -> list[str]:
-        """The difference in percent, and the mean, smallest and largest of those seed by seed."""
-        values, relative, paired = self.values, "", ""
-        if baseline is not None:
-            relative = f"{100 * (self.mean / baseline.mean - 1):+.2f}%"
-            pairs = np.subtract(values, baseline.values)
-            paired = f"{pairs.mean():+.4f}"
-            if len(pairs) > 1:
-                paired += f" ({pairs.min():+.4f} to {pairs.max():+.4f})"
-        steps = self.configs[0].training.steps
-        return [
-            f"{self.mean:.4f}",
-            f"{max(values) - min(values):.4f}" if len(values) > 1 else "",
-            relative,
-            paired,
-            format_bytes(self.results[0].optimizer_bytes),
-            format_bytes(self.matrix_bytes),
-            f"{statistics.median(result.seconds / steps for result in self.results):.3f}",
-        ]
-
-
-class MetricRow(Row):
-    """An optimizer of fine-tuning, compared by the first metric of a task, or their mean."""
-
-    columns = (
-        *("optimizer", "learning rate", "metric", "deviation", "against adamw", "95% interval"),
-        *("optimizer state", "seconds"),
-    )
-
-    def rates(self) -> list[str]:
-        """The learning rate, for a mean that of each task."""
-        return [", ".join(f"{config.optimizer.learning_rate:g}" for config in self.configs)]
-
-    def figures(self, baseline: Row | None) -> list[str]:
-        """The mean of the differences seed by seed, with its interval by Student's t."""
-        difference, interval = "", ""
-        if baseline is not None:
-            pairs = np.subtract(self.values, baseline.values)
-            difference = f"{pairs.mean():+.4f}"
-            if len(pairs) > 1:
-                half = stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)
-                interval = f"{pairs.mean() - half:+.4f} to {pairs.mean() + half:+.4f}"
-        deviation = statistics.stdev(self.values) if len(self.results) > 1 else 0.0
-        return [
-            f"{self.mean:.4f}",
-            f"{deviation:.4f}",
-            difference,
-            interval,
-            format_bytes(self.results[0].optimizer_bytes),
-            f"{statistics.median(result.seconds for result in self.results):.0f}",
-        ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -182,13 +116,15 @@ def table(rows: Sequence[Row]) -> str:
     grid.
     """
     baseline = next((row for row in rows if row.label == BASELINE and row.results), None)
-    columns = rows[0].columns
+    is_loss = isinstance(rows[0].configs[0], Config)
+    columns, figures = (LOSS_COLUMNS, _losses) if is_loss else (METRIC_COLUMNS, _metrics)
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        figures = ["diverged"]
-        if row.results:
-            figures = row.figures(None if row is baseline else baseline)
-        cells = [row.label, *row.rates(), *figures]
+        differences = None
+        if baseline is not None and row is not baseline:
+            differences = np.subtract(row.values, baseline.values) if row.results else None
+        cells = [row.label, *row.rates]
+        cells += figures(row, baseline, differences) if row.results else ["diverged"]
         lines.append([*cells, *[""] * (len(columns) - len(cells))])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     for row in rows:
@@ -200,21 +136,60 @@ def table(rows: Sequence[Row]) -> str:
     return text
 
 
+def _losses(row: Row, baseline: Row | None, differences: np.ndarray | None) -> list[str]:
+    """The cells of pre-training: differences in percent, and their mean, least and largest."""
+    values, relative, paired = row.values, "", ""
+    if baseline is not None and differences is not None:
+        relative = f"{100 * (row.mean / baseline.mean - 1):+.2f}%"
+        paired = f"{differences.mean():+.4f}"
+        if len(differences) > 1:
+            paired += f" ({differences.min():+.4f} to {differences.max():+.4f})"
+    steps = row.configs[0].training.steps
+    return [
+        f"{row.mean:.4f}",
+        f"{max(values) - min(values):.4f}" if len(values) > 1 else "",
+        relative,
+        paired,
+        format_bytes(row.results[0].optimizer_bytes),
+        format_bytes(row.matrix_bytes),
+        f"{statistics.median(result.seconds / steps for result in row.results):.3f}",
+    ]
+
+
+def _metrics(row: Row, baseline: Row | None, differences: np.ndarray | None) -> list[str]:
+    """The cells of fine-tuning: the mean difference, with its interval by Student's t."""
+    del baseline
+    difference, interval = "", ""
+    if differences is not None:
+        mean = differences.mean()
+        difference = f"{mean:+.4f}"
+        if len(differences) > 1:
+            half = stats.t.ppf(0.975, len(differences) - 1) * stats.sem(differences)
+            interval = f"{mean - half:+.4f} to {mean + half:+.4f}"
+    return [
+        f"{row.mean:.4f}",
+        f"{statistics.stdev(row.values) if len(row.results) > 1 else 0.0:.4f}",
+        difference,
+        interval,
+        format_bytes(row.results[0].optimizer_bytes),
+        f"{statistics.median(result.seconds for result in row.results):.0f}",
+    ]
+
+
 def compare(
     configs: Mapping[str, Config],
     seeds: Sequence[int],
     rates: Sequence[float] = (),
     matrix_rates: Sequence[float] = (),
-) -> list[LossRow]:
+) -> list[Row]:
     """Trains with each optimizer from the same initial parameters on the same text.
 
     With a grid each optimizer is tuned first: `descend`, starting at the configured rates, looks
     for those with the lowest validation loss after all steps with the first seed. Then the other
     seeds run at these rates.
 
-    Writes into `training.folder`: the folders of the runs, comparison.md, comparison.png (curves of
-    the first seed) and sample.txt, generated by the model with the lowest loss, if one does not
-    diverge.
+    Writes into `training.folder`: the folders of the runs, comparison.md and comparison.png (curves
+    of the first seed).
 
     Args:
       configs: by label, as from `load_comparison`.
@@ -230,31 +205,17 @@ def compare(
     """
     grids = {"learning_rate": rates, "matrix_rate": matrix_rates}
     _check_rates(configs, grids)
-    rows = [
-        _row(LossRow, _pretrained, label, config, seeds, grids, descend)
-        for label, config in configs.items()
-    ]
-
+    rows = [_row(label, config, seeds, grids) for label, config in configs.items()]
     folder = Path(next(iter(configs.values())).training.folder)
     write_text(folder / "comparison.md", table(rows))
-    folders = {row.label: _folder(row.label, row.configs[0], seeds[0]) for row in rows}
-    plot_curves([*folders.values()], folder / "comparison.png", [*folders])
-    complete = [row for row in rows if row.results]
-    if complete:
-        best = min(complete, key=lambda row: row.mean)
-        # A character is four bytes at most, so that prompt and text each fit into half of the
-        # context.
-        config: Config = best.configs[0]
-        context = config.model.max_length
-        prompt = first_prompt(config.data, min(PROMPT_CHARACTERS, max(1, context // 8)))
-        text = generate_text(folders[best.label], prompt, min(SAMPLE_TOKENS, context // 2))
-        write_text(folder / "sample.txt", text)
+    folders = [_folder(row.label, row.configs[0], seeds[0]) for row in rows]
+    plot_curves(folders, folder / "comparison.png", [*configs])
     return rows
 
 
 def compare_finetuning(
     configs: Mapping[str, FinetuneConfig], rates: Sequence[float], tasks: Sequence[str] = ()
-) -> dict[str, list[MetricRow]]:
+) -> dict[str, list[Row]]:
     """Fine-tunes with each optimizer from the same checkpoint on the same examples.
 
     Each optimizer takes the learning rate with which the first seed reaches the best value of the
@@ -264,8 +225,8 @@ def compare_finetuning(
     Args:
       configs: by label, as from `load_comparison`.
       rates: the grid.
-      tasks: the names in TFDS of several tasks, each of which has the folder of its name in
-        `training.folder`. Empty: the configured one, in `training.folder` itself.
+      tasks: names of several tasks, each of which has the folder of its name in `training.folder`.
+        Empty: the configured one, in `training.folder` itself.
 
     Returns:
       For each task one row per optimizer, and of several tasks as "mean" one with the metric
@@ -275,27 +236,22 @@ def compare_finetuning(
     Raises:
       InputError: an unknown task, a rate that is not a positive number; and as for `finetune`.
     """
-    each: dict[str, Mapping[str, FinetuneConfig]] = {
-        task: {label: _on(task, config) for label, config in configs.items()} for task in tasks
-    } or {next(iter(configs.values())).data.task: configs}
     first, grids, compared = next(iter(configs.values())), {"learning_rate": rates}, {}
+    folder, seeds = Path(first.training.folder), range(first.training.seeds)
+    each = {
+        task: {
+            label: changed(config, data={"task": task}, training={"folder": str(folder / task)})
+            for label, config in configs.items()
+        }
+        for task in tasks
+    } or {first.data.task: configs}
     _check_rates(configs, grids)
     for task, on_task in each.items():
-        compared[task] = [
-            _row(MetricRow, _finetuned, label, config, range(config.training.seeds), grids, try_all)
-            for label, config in on_task.items()
-        ]
+        compared[task] = [_row(label, config, seeds, grids) for label, config in on_task.items()]
     if tasks:
         compared["mean"] = [_mean(rows) for rows in zip(*compared.values(), strict=True)]
-    write_text(Path(first.training.folder) / "comparison.md", tables(compared))
+    write_text(folder / "comparison.md", tables(compared))
     return compared
-
-
-def _check_rates(configs: Mapping[str, Any], grids: Mapping[str, Sequence[float]]) -> None:
-    """Raises an `InputError` unless each rate of the grids can be a setting."""
-    for config, (name, grid) in itertools.product(configs.values(), grids.items()):
-        for rate in grid:
-            changed(config, optimizer={name: rate})
 
 
 def tables(compared: Mapping[str, Sequence[Row]]) -> str:
@@ -305,9 +261,7 @@ def tables(compared: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(f"{name}\n\n{table(rows)}" for name, rows in compared.items())
 
 
-def descend(
-    loss: Callable[[tuple[int, ...]], float], size: tuple[int, ...], start: tuple[int, ...]
-) -> tuple[int, ...]:
+def descend(loss: Callable[[Point], float], size: Point, start: Point) -> Point:
     """Looks for the point of a grid with the lowest loss, evaluating few of them.
 
     It goes along each of the directions as long as the loss falls, and stops where none of the
@@ -325,7 +279,7 @@ def descend(
     """
 
     @functools.cache
-    def at(point: tuple[int, ...]) -> float:
+    def at(point: Point) -> float:
         if not all(0 <= index < length for index, length in zip(point, size, strict=True)):
             return math.inf
         return loss(point)
@@ -341,58 +295,58 @@ def descend(
     return best
 
 
-def try_all(
-    loss: Callable[[tuple[int, ...]], float], size: tuple[int, ...], start: tuple[int, ...]
-) -> tuple[int, ...]:
-    """The first point of a grid with the lowest loss, evaluating all of them; see `descend`."""
-    del start
-    return min(itertools.product(*map(range, size)), key=loss)
+def _check_rates(configs: Mapping[str, Any], grids: Mapping[str, Sequence[float]]) -> None:
+    """Raises an `InputError` unless each rate of the grids can be a setting."""
+    for config, (name, grid) in itertools.product(configs.values(), grids.items()):
+        for rate in grid:
+            changed(config, optimizer={name: rate})
 
 
 def _row(
-    kind: Any,
-    run: Runner,
-    label: str,
-    config: Any,
-    seeds: Sequence[int],
-    grids: Mapping[str, Iterable[float]],
-    search: Callable[..., tuple[int, ...]],
-) -> Any:
-    """A row of this kind: an optimizer at the rates that are best with the first seed."""
-    axes = {
-        name: sorted(set(grid)) or [getattr(config.optimizer, name)] for name, grid in grids.items()
-    }
+    label: str, config: Any, seeds: Sequence[int], grids: Mapping[str, Sequence[float]]
+) -> Row:
+    """The row of an optimizer at the rates of the grids that are best with the first seed."""
+    is_loss = isinstance(config, Config)
+    run = _pretrained if is_loss else _finetuned
+    names = [name.replace("_", " ") for name in grids]
+    axes = [sorted(set(grid)) or [getattr(config.optimizer, name)] for name, grid in grids.items()]
 
-    def at(point: tuple[int, ...]) -> Any:
-        rates = {name: axis[index] for (name, axis), index in zip(axes.items(), point, strict=True)}
-        return changed(config, optimizer=rates)
+    def rates_of(point: Point) -> list[float]:
+        return [axis[index] for axis, index in zip(axes, point, strict=True)]
 
-    def loss(point: tuple[int, ...]) -> float:
+    def at(point: Point) -> Any:
+        return changed(config, optimizer=dict(zip(grids, rates_of(point), strict=True)))
+
+    def loss(point: Point) -> float:
         try:
             found = run(label, at(point), seeds[:1])[0].value
         except Diverged:
             found = math.nan
-        rates = ", ".join(
-            f"{name.replace('_', ' ')} {axis[index]:g}"
-            for (name, axis), index in zip(axes.items(), point, strict=True)
-        )
-        print(f"{label}, {rates}: {found:.4f}")
-        return math.inf if math.isnan(found) else found if kind is LossRow else -found
+        rates = zip(names, rates_of(point), strict=True)
+        print(f"{label}, {', '.join(f'{name} {rate:g}' for name, rate in rates)}: {found:.4f}")
+        return math.inf if math.isnan(found) else found if is_loss else -found
 
     best, borders = (0,) * len(axes), ()
     if any(grids.values()):
-        size = tuple(map(len, axes.values()))
-        start = (_nearest(axis, getattr(config.optimizer, name)) for name, axis in axes.items())
-        best = search(loss, size, tuple(start))
+        size = tuple(map(len, axes))
+        if is_loss:
+            nearest = [
+                _nearest(axis, getattr(config.optimizer, name))
+                for name, axis in zip(grids, axes, strict=True)
+            ]
+            best = descend(loss, size, tuple(nearest))
+        else:
+            best = min(itertools.product(*map(range, size)), key=loss)
         borders = tuple(
-            name.replace("_", " ")
-            for (name, axis), index in zip(axes.items(), best, strict=True)
-            if len(axis) > 1 and index in (0, len(axis) - 1)
+            name
+            for name, length, index in zip(names, size, best, strict=True)
+            if length > 1 and index in (0, length - 1)
         )
     try:
-        return kind(label, (at(best),), run(label, at(best), seeds), borders)
+        results = run(label, at(best), seeds)
     except Diverged:
-        return kind(label, (at(best),), [])
+        results = []
+    return Row(label, (at(best),), results, borders)
 
 
 def _nearest(rates: Sequence[float], rate: float) -> int:
@@ -432,27 +386,26 @@ def _check_same_evaluation(run: RunFolder, config: Config) -> None:
     """Raises an `InputError` if a run is another one, or was evaluated otherwise."""
     recorded = recorded_config(run, Config)
     check_same_run(recorded, config, run.path)
-    for key in ("evaluation_tokens", "reference_batch_size"):
-        old, new = getattr(recorded.training, key), getattr(config.training, key)
-        if old != new:
-            raise InputError(
-                f"{run.path} was evaluated with training.{key} = {old}, which is {new} here: "
-                "use the same, or name another training.folder."
-            )
+    old, new = recorded.training.evaluation_tokens, config.training.evaluation_tokens
+    if old != new:
+        raise InputError(
+            f"{run.path} was evaluated with training.evaluation_tokens = {old}, which is {new} "
+            "here: use the same, or name another training.folder."
+        )
     check_same_text(run, fingerprint(config.data), resume=True)
 
 
 def _finetuned(label: str, config: FinetuneConfig, seeds: Sequence[int]) -> list[Result]:
-    """Fine-tunes with the seeds that are missing, the first of all."""
-    rate = config.optimizer.learning_rate
-    summary = finetune(_at_rate(label, config, rate, len(seeds)))
+    """Fine-tunes with the seeds that are missing, the first of all, in a folder with the rate."""
+    folder = Path(config.training.folder) / f"{label}-{config.optimizer.learning_rate:g}"
+    summary = finetune(changed(config, training={"folder": str(folder), "seeds": len(seeds)}))
     return [
         Result(best, summary["optimizer_bytes"], seconds)
         for best, seconds in zip(summary["best"], summary["seconds"], strict=True)
     ]
 
 
-def _mean(rows: Sequence[MetricRow]) -> MetricRow:
+def _mean(rows: Sequence[Row]) -> Row:
     """The mean over the tasks of one optimizer's rows."""
     results = [
         Result(
@@ -465,20 +418,4 @@ def _mean(rows: Sequence[MetricRow]) -> MetricRow:
     ]
     configs = tuple(config for row in rows for config in row.configs)
     borders = tuple(dict.fromkeys(border for row in rows for border in row.borders))
-    return MetricRow(rows[0].label, configs, results, borders)
-
-
-def _on(task: str, config: FinetuneConfig) -> FinetuneConfig:
-    """The configuration for a task, in the folder of its name."""
-    folder = Path(config.training.folder) / task
-    return changed(config, data={"task": task}, training={"folder": str(folder)})
-
-
-def _at_rate(label: str, config: FinetuneConfig, rate: float, seeds: int = 1) -> FinetuneConfig:
-    """The configuration at a learning rate, in a folder with the rate in its name."""
-    folder = Path(config.training.folder) / f"{label}-{rate:g}"
-    return changed(
-        config,
-        optimizer={"learning_rate": rate},
-        training={"folder": str(folder), "seeds": seeds},
-    )
+    return Row(rows[0].label, configs, results, borders)

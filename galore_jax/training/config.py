@@ -132,8 +132,7 @@ class OptimizerConfig:
       eps: added to the root of the second moment (AdamW).
       weight_decay: decoupled weight decay in the full space, times the learning rate.
       gradients: with GaLore, `"projected"`: the backward pass computes coordinates only, and
-        sketches refresh the bases; or `"full"`. None: projected, but full where they are needed:
-        for the optimizers `"galore_fira"` and `"apollo"`, and to refresh by `"eigh"` or `"svd"`.
+        sketches refresh the bases; or `"full"`, as always to refresh by `"eigh"` or `"svd"`.
       clip_norm: the largest global norm, of coordinates where gradients are projected; 0 does not
         clip. With GaLore, numbers that are not finite do not count.
       clip_by: how `training.layerwise` knows the norm before it updates the first layer:
@@ -158,7 +157,7 @@ class OptimizerConfig:
     b2: Decay | None = None
     eps: PositiveFloat = 1e-6
     weight_decay: NonNegativeFloat = 0.0
-    gradients: Literal["projected", "full"] | None = None
+    gradients: Literal["projected", "full"] = "projected"
     clip_norm: NonNegativeFloat = 0.0
     clip_by: ClipBy = "first_pass"
     implementation: Implementation = "xla"
@@ -166,8 +165,6 @@ class OptimizerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
-        if self.gradients == "projected" and (needy := self._needs_full_gradients):
-            raise InputError(f"{needy} needs full gradients: leave optimizer.gradients out.")
         if self.galore.proj_type == "full" and self.name in ("galore_fira", "apollo"):
             raise InputError(
                 f'optimizer.name = "{self.name}" scales what is not projected: choose an '
@@ -196,14 +193,8 @@ class OptimizerConfig:
     @property
     def has_projected_gradients(self) -> bool:
         """Whether the backward pass projects gradients."""
-        return self.has_galore and self.gradients != "full" and not self._needs_full_gradients
-
-    @property
-    def _needs_full_gradients(self) -> str | None:
-        """The setting that needs more of a gradient than its coordinates."""
-        if self.has_galore and self.galore.refresh in ("eigh", "svd"):
-            return f'optimizer.galore.refresh = "{self.galore.refresh}"'
-        return f'optimizer.name = "{self.name}"' if self.name in ("galore_fira", "apollo") else None
+        has_sketches = self.galore.refresh not in ("eigh", "svd")
+        return self.has_galore and self.gradients == "projected" and has_sketches
 
     @property
     def has_refreshes(self) -> bool:
@@ -224,16 +215,11 @@ class TrainingConfig:
         layer's gradient and update exist at a time: see grads/layerwise.py.
       evaluate_every: updates between evaluations; 0 evaluates at the end only.
       evaluation_tokens: number of targets to evaluate on; 0 evaluates on the full validation split.
-      reference_batch_size: rows in a batch of the reference's evaluator, over all its devices, for
-        `reference_loss`: see evaluate.py; 0: data.batch_size.
-      checkpoint_every: updates between checkpoints; 0 saves at the end only.
-      keep_checkpoints: how many of the latest checkpoints are kept on disk.
+      checkpoint_every: updates between checkpoints, of which the last two are kept; 0 saves at the
+        end only.
       log_every: updates between reads of the metrics from the device; every step has its line.
       folder: folder of the run: config.toml, text.json (a fingerprint of the training text),
         metrics.jsonl, checkpoints/, curves.png, summary.json.
-      diagnostics: with GaLore, also measure `captured_energy` and `update_ratio` at every step: see
-        subspace_metrics.py.
-      tensorboard: also write TensorBoard events, into the folder's tensorboard/.
 
     Raises:
       InputError: a value out of range.
@@ -245,13 +231,9 @@ class TrainingConfig:
     layerwise: bool = False
     evaluate_every: NonNegativeInt = 1000
     evaluation_tokens: NonNegativeInt = 0
-    reference_batch_size: NonNegativeInt = 0
     checkpoint_every: NonNegativeInt = 1000
-    keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
     folder: Annotated[str, Field(min_length=1)] = "runs/run"
-    diagnostics: bool = False
-    tensorboard: bool = False
 
 
 @checked("")
@@ -289,7 +271,6 @@ class Config:
             )
         others = {
             "training.accumulation": self.training.accumulation > 1,
-            "training.diagnostics": self.training.diagnostics,
             f'optimizer.name = "{self.optimizer.name}"': self.optimizer.adapter is not None,
         }
         if self.training.layerwise and any(others.values()):

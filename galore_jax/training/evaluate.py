@@ -1,4 +1,4 @@
-"""Evaluation: the loss on held-out text, also as the reference implementation counts it."""
+"""Evaluation: the loss on held-out text."""
 
 import functools
 import math
@@ -29,10 +29,6 @@ def make_evaluate(
       A function of the parameters and batches; it returns
 
       * `validation_loss`: the sum of the losses divided by the number of targets, in nats;
-      * `reference_loss`: the loss as the evaluator of the reference repository counts it; published
-        tables hold exp of it. It divides the sum of the mean losses of N batches, which have equal
-        weight however many targets they hold, by N + 1, and is too low by that factor. N is the
-        number of rows over `training.reference_batch_size`;
       * `validation_targets`: the number of tokens that were predicted.
 
       It raises an `InputError` if the batches have no targets.
@@ -47,10 +43,9 @@ def make_evaluate(
     compiled = jit_on(mesh, sums)
 
     def evaluate(params: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        results, rows = [], 0
+        results = []
         with on_mesh(mesh):
             for batch in take_targets(batches, config.training.evaluation_tokens):
-                rows += int(np.sum(np.any(batch["targets"] >= 0, axis=1)))
                 results.append(compiled(params, put_batch(batch, mesh)))
         results = np.array(jax.device_get(results), np.float64)
         losses, targets = results.reshape(-1, 2).T
@@ -59,11 +54,8 @@ def make_evaluate(
                 "there is nothing to evaluate on: the validation split of "
                 f"data.source = {config.data.source!r} holds no two tokens in one row."
             )
-        means = losses[targets > 0] / targets[targets > 0]
-        reference = rows / (config.training.reference_batch_size or config.data.batch_size)
         return {
             "validation_loss": float(losses.sum() / targets.sum()),
-            "reference_loss": float(means.mean() * reference / (reference + 1)),
             "validation_targets": int(targets.sum()),
         }
 

@@ -21,7 +21,7 @@ from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.glue import RESULT, Glue, SeedConfig
 from galore_jax.training.loop import Diverged, train
 from galore_jax.training.run_folder import RunFolder, check_same_run, recorded_config
-from galore_jax.training.stepper import check_gpu
+from galore_jax.training.step import check_gpu
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -92,13 +92,11 @@ def make_task(config: FinetuneConfig) -> Glue:
     if encoder.architecture == "bert":
         # Multilingual ones have the vocabulary of another model, and config.json need not say so.
         encoder = replace(encoder, pad_id=tokenizer.pad_id)
-    with_test = config.training.predict
-    rows = _encoded_splits(checkpoint, data.source, task.name, data.sequence_length, with_test)
+    rows = _encoded_splits(checkpoint, data.source, task.name, data.sequence_length)
     epoch = -(-len(rows["train"]["tokens"]) // data.batch_size)
     training = TrainingConfig(
         steps=config.training.epochs * epoch,
         evaluate_every=epoch,
-        keep_checkpoints=1,
         folder=config.training.folder,
     )
     if config.optimizer.warmup_steps > training.steps:
@@ -107,7 +105,7 @@ def make_task(config: FinetuneConfig) -> Glue:
             f"{training.steps} steps: shorten the warm-up."
         )
     run = SeedConfig(config.model, data, config.optimizer, training, config.mesh)
-    return Glue(run, task, Classifier(encoder, task.num_outputs), rows, with_test)
+    return Glue(run, task, Classifier(encoder, task.num_outputs), rows)
 
 
 def _check_folder(folder: RunFolder, config: FinetuneConfig) -> None:
@@ -123,15 +121,12 @@ def _read_result(run: RunFolder) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoded_splits(
-    checkpoint: str, source: str, task: str, length: int, with_test: bool
-) -> dict[str, Rows]:
+def _encoded_splits(checkpoint: str, source: str, task: str, length: int) -> dict[str, Rows]:
     """The rows of each split; a comparison fine-tunes many times on the same ones."""
-    tokenizer, splits = load_pair_tokenizer(checkpoint), TASKS[task].files
+    tokenizer = load_pair_tokenizer(checkpoint)
     return {
         split: encode(load_examples(TASKS[task], split, source), tokenizer, length)
-        for split in splits
-        if with_test or not split.startswith("test")
+        for split in TASKS[task].files
     }
 
 

@@ -59,7 +59,6 @@ class EpochsConfig:
     Attributes:
       epochs: passes over the training examples, each followed by an evaluation.
       seeds: number of runs, with the seeds 0, 1, 2, … of the head, the order and dropout.
-      predict: also write the best checkpoints' predictions for the test set, to submit to GLUE.
       folder: where the results go: config.toml and summary.json, and for each seed seed-N/ with
         metrics.jsonl, the best checkpoint and result.json.
 
@@ -69,7 +68,6 @@ class EpochsConfig:
 
     epochs: PositiveInt = 30
     seeds: PositiveInt = 5
-    predict: bool = False
     folder: Annotated[str, Field(min_length=1)] = "runs/glue"
 
 

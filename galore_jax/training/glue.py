@@ -60,14 +60,12 @@ class Glue(Task):
       task: the task of GLUE.
       model: the encoder with a head, without adapters.
       rows: of tokens, by split.
-      predicts: whether the best model predicts the test set.
     """
 
     config: SeedConfig
     task: glue_tasks.Task
     model: Classifier
     rows: Mapping[str, Rows]
-    predicts: bool
     targets: ClassVar[str] = "examples"
     arrays: ClassVar[Mapping[str, Any]] = {
         "tokens": (2, jnp.int32),
@@ -183,14 +181,7 @@ class Glue(Task):
             copy_tokenizer(Path(self.config.model.checkpoint), run.path)
 
     def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Costs) -> None:
-        """Writes result.json, and the predictions of the best model if they are wanted."""
-        if self.predicts:
-            params = load_encoder(run.path, self.model, jax.random.key(0)).params
-            for split in self._splits("test"):
-                outputs = self.outputs(self.model, params, split, None)
-                glue_tasks.write_predictions(
-                    self.task, split, predictions_of(self.task, outputs), run.path
-                )
+        """Writes result.json."""
         result = {
             "best": max(line[self.metric] for line in evaluations),
             "optimizer_bytes": costs.optimizer_bytes,

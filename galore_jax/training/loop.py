@@ -29,7 +29,7 @@ from galore_jax.training.state import (
     tree_bytes,
     tree_size,
 )
-from galore_jax.training.stepper import Stepper, check_gpu, raise_on_full_memory
+from galore_jax.training.step import Stepper, check_gpu
 from galore_jax.training.task import Costs, Data, Task
 
 # How to resume several processes: those that a cluster starts have no such arguments.
@@ -96,7 +96,7 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
         mesh = training_mesh(task)
         data = task.open_data(mesh, partial(print, file=sys.stderr) if is_first() else None)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(raise_on_full_memory(task.less_memory))
+        stack.enter_context(_memory_errors(task.less_memory))
         stops = stopping_together(stack.enter_context(_stop_signals()))
         stack.callback(data.batches.close)
         run, state = _start(task, resume, mesh, data, programs, stack)
@@ -126,7 +126,7 @@ def _start(
         if is_first():
             stack.enter_context(open_folder(config, resume))
             check_same_text(folder, data.fingerprint(), resume)
-    checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, training.keep_checkpoints))
+    checkpoints = stack.enter_context(Checkpoints(folder.checkpoints))
     if checkpoints.latest() is None:
         state = place_state(task, mesh)
     else:
@@ -135,8 +135,7 @@ def _start(
     metrics = None
     with ending_together():
         if is_first():
-            metrics = Metrics(folder, start, training.tensorboard)
-            stack.callback(metrics.close)
+            metrics = Metrics(folder, start)
             if start == training.steps:
                 _check_metrics(folder, metrics)
             parameters = tree_size(state.params)
@@ -235,6 +234,17 @@ def _check_metrics(run: RunFolder, metrics: Metrics) -> None:
 
 def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
+
+
+@contextlib.contextmanager
+def _memory_errors(remedy: str) -> Iterator[None]:
+    """Turns Python's and JAX's errors for it into an `InputError` that ends in a remedy."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"there is too little memory for this training: {remedy}.") from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard events, and the summary at the end."""
+"""Metrics of a run: metrics.jsonl, and the summary at the end."""
 
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from galore_jax.errors import InputError, check_installed
+from galore_jax.errors import InputError
 from galore_jax.files import write_json, write_text
 from galore_jax.training.run_folder import RunFolder
 
@@ -25,9 +24,6 @@ class Summary:
       parameters: number of the model's parameters.
       validation_loss: mean loss per target of the validation split, in nats.
       validation_perplexity: exp(validation_loss).
-      reference_perplexity: perplexity as the reference's evaluator computes it
-        (`reference_loss`, see evaluate.py); None if the validation set is too small for it to mean
-        anything.
       optimizer_bytes: size of the optimizer's state.
       seconds: training time over all parts of a resumed run, without compilation and evaluation.
       compile_seconds: time to compile the training step, in this process.
@@ -39,7 +35,6 @@ class Summary:
     parameters: int
     validation_loss: float
     validation_perplexity: float
-    reference_perplexity: float | None
     optimizer_bytes: int
     seconds: float
     compile_seconds: float
@@ -47,25 +42,22 @@ class Summary:
 
     def table(self) -> str:
         """The summary as text in aligned columns."""
-        reference = self.reference_perplexity
         rows = {
             "run": self.name,
             "steps": f"{self.steps:,}",
             "parameters": f"{self.parameters:,}",
             "validation loss": f"{self.validation_loss:.4f}",
             "perplexity": f"{self.validation_perplexity:,.2f}",
-            "reference's perplexity": reference and f"{reference:,.2f}, with its N + 1 batches",
             "optimizer state": format_bytes(self.optimizer_bytes),
             "training time": f"{self.seconds:,.1f} s, and {self.compile_seconds:.1f} s to compile",
             "tokens per second": f"{self.tokens_per_second:,.0f}",
         }
-        shown = {name: value for name, value in rows.items() if value is not None}
-        width = max(map(len, shown))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in shown.items())
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 class Metrics:
-    """metrics.jsonl and, on request, TensorBoard events.
+    """metrics.jsonl.
 
     Opening a run at `step` drops the lines of later steps, which a killed run may have left, and an
     incomplete last line, left by a power cut. Lines of steps before `step` stay, and those of
@@ -74,28 +66,22 @@ class Metrics:
     Args:
       run: the run's folder.
       step: number of updates so far.
-      tensorboard: whether to write TensorBoard events too.
 
     Raises:
       InputError: a line before the last one is damaged.
-      ModuleNotFoundError: tensorboardX is needed and not installed.
     """
 
-    def __init__(self, run: RunFolder, step: int, tensorboard: bool):
+    def __init__(self, run: RunFolder, step: int):
         self._path = run.metrics
         self.lines = [line for line in read_metrics(self._path) if _is_before(line, step)]
-        self._events = _events(run.tensorboard, step) if tensorboard else None
         if self._path.exists():
             write_text(self._path, _json_lines(self.lines))
-        # TensorBoard's purge also removes the evaluation at this step, so it is added again.
-        self._add_events([line for line in self.lines if line["step"] == step])
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
         """Appends lines, each with its "step"; a number that is not finite becomes null."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_json_lines(lines))
         self.lines.extend(lines)
-        self._add_events(lines)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The lines of evaluations."""
@@ -105,18 +91,6 @@ class Metrics:
         """Waits until the lines are on disk, as a checkpoint requires."""
         with self._path.open("a") as file:
             os.fsync(file.fileno())
-
-    def close(self) -> None:
-        """Closes the events file."""
-        if self._events is not None:
-            self._events.close()
-
-    def _add_events(self, lines: Sequence[dict[str, Any]]) -> None:
-        if self._events is not None:
-            for line in lines:
-                for name, value in line.items():
-                    if name != "step":
-                        self._events.add_scalar(name, value, line["step"])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -170,7 +144,7 @@ def read_summary(run: RunFolder) -> Summary:
         found: dict[str, Any] = {
             name: math.nan if values[name] is None else values[name] for name in names
         }
-        return Summary(**found | {"reference_perplexity": values["reference_perplexity"]})
+        return Summary(**found)
     except (ValueError, TypeError, KeyError):
         raise InputError(
             f"{run.summary} is damaged: delete it and resume the run to write it again."
@@ -199,8 +173,3 @@ def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in line.items()
     }
-
-
-def _events(folder: Path, step: int) -> Any:
-    check_installed("tensorboardX")
-    return importlib.import_module("tensorboardX").SummaryWriter(str(folder), purge_step=step)

@@ -9,9 +9,12 @@ import atexit
 import contextlib
 import json
 import os
+import platform
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +26,8 @@ from galore_jax.training.config_file import differences
 
 # Seconds until the others notice that a process is dead, or wait for it to end.
 TIMEOUT = 20
+# Compiled programs that are kept between runs, the latest of them.
+CACHE_BYTES = 4 * 2**30
 # More than any configuration has.
 _SETTINGS_BYTES = 2**16
 
@@ -87,6 +92,33 @@ def _end_at_once(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def keep_programs() -> None:
+    """Keeps what JAX compiles for one device between processes, unless the user has chosen.
+
+    It goes to galore_jax/ in the user's folder of caches, by the kind of CPU, as a program for one
+    may not run on another. Not on several devices: of a program that other processes have compiled,
+    one that a process finds may exchange arrays in another order. Call it before JAX compiles.
+    """
+    config: Any = jax.config
+    if config.jax_compilation_cache_dir is not None or jax.device_count() > 1:
+        return
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():
+        about = [
+            line for line in info.read_text().splitlines() if line.startswith(("flags", "Feat"))
+        ]
+        cpu = "".join(about[:1])
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = home / "galore_jax" / f"{platform.machine()}-{zlib.crc32(cpu.encode()):08x}"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # The latter without a home.
+        return  # Only time is lost.
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
 
 
 def is_first() -> bool:

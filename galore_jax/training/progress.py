@@ -24,8 +24,6 @@ MEASURED = (
     "subspace_overlap",
     "refreshes_saved",
     "skipped",
-    "captured_energy",
-    "update_ratio",
 )
 SLOW_STEP = 1.0
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"

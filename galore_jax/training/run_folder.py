@@ -4,7 +4,6 @@
     text.json       a fingerprint of the training text
     metrics.jsonl   one line per step and per evaluation
     checkpoints/    the latest checkpoints
-    tensorboard/    on request
     curves.png      training loss, validation loss and learning rate
     summary.json    written last: the run is finished
     diverged.txt    why a run ended that diverged
@@ -37,12 +36,8 @@ MAY_CHANGE = frozenset(
         "folder",
         "evaluate_every",
         "evaluation_tokens",
-        "reference_batch_size",
         "checkpoint_every",
-        "keep_checkpoints",
         "log_every",
-        "diagnostics",
-        "tensorboard",
         "seeds",
     )
 ) | {f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)}
@@ -57,7 +52,6 @@ class RunFolder:
         self.text = self.path / "text.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.tensorboard = self.path / "tensorboard"
         self.summary = self.path / "summary.json"
         self.diverged = self.path / "diverged.txt"
         self.curves = self.path / "curves.png"

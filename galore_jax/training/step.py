@@ -1,30 +1,94 @@
-"""One training step: gradients over micro-batches, and the update."""
+"""The step of a training: gradients over micro-batches, the update, and refreshes of bases."""
 
 import functools
 import math
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 import galore_jax
+from galore_jax.errors import InputError
 from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
+from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.adapters import combine
-from galore_jax.optim.galore_state import galore_states, project
-from galore_jax.training.mesh import data_axes, jit_on, per_shard, whole
+from galore_jax.optim.galore_state import bases_of, galore_states, project
+from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.mesh import data_axes, jit_on, on_mesh, per_shard, whole
 from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from galore_jax.training.relora import restart
+from galore_jax.training.relora import restart, steps_until_restart
 from galore_jax.training.state import DROPOUT, TrainState, abstract_state, trained
-from galore_jax.training.subspace_metrics import energy_metrics, subspace_metrics
 from galore_jax.training.task import Batch, Task
 from galore_jax.types import PyTree
 
 Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict]]
+
+
+class Stepper:
+    """Training steps: one that refreshes the bases or restarts ReLoRA, and one that does not.
+
+    Each is compiled when it is first needed, and again for batches of another shape.
+
+    Args:
+      task: the task, with the configuration of the run.
+      mesh: from `training_mesh`; batches come from `put_batch`.
+      programs: those that an earlier stepper compiled for a run that differs in its seed alone, or
+        an empty dictionary to collect them.
+      compiling: makes a context in which a program is compiled.
+
+    Attributes:
+      compile_seconds: the time that compilation took so far.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        mesh: Mesh | None = None,
+        programs: dict[Any, Any] | None = None,
+        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self._task, self._mesh, self._compiling = task, mesh, compiling
+        self._programs = {} if programs is None else programs
+        self._steps_left = 0
+        self.compile_seconds = 0.0
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        """One step; arguments and results are those of the function from `make_train_step`."""
+        refreshes = self._task.config.optimizer.has_refreshes and self._is_due(state)
+        shapes = tuple(np.shape(leaf) for leaf in batch.values())
+        if (refreshes, shapes) not in self._programs:
+            with self._compiling(), on_mesh(self._mesh):
+                start = time.perf_counter()
+                step: Any = make_train_step(self._task, refreshes=refreshes, mesh=self._mesh)
+                self._programs[refreshes, shapes] = step.lower(state, batch).compile()
+                self.compile_seconds += time.perf_counter() - start
+        return self._programs[refreshes, shapes](state, batch)
+
+    def _is_due(self, state: TrainState) -> bool:
+        """Whether this step has to refresh or restart.
+
+        To know it, the host has to wait for the device. So it does not ask at every step, but only
+        after as many steps as were left when it last asked.
+        """
+        if self._steps_left == 0:
+            optimizer = self._task.config.optimizer
+            if optimizer.has_projected_gradients:
+                self._steps_left = int(updates_until_refresh(state.opt_state))
+            else:
+                gap = optimizer.lora.restart_gap
+                self._steps_left = steps_until_restart(gap, int(state.step))
+            if self._steps_left == 0:
+                return True  # It still is at the next step if it fails.
+        self._steps_left -= 1
+        return False
 
 
 def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = None) -> TrainStep:
@@ -45,7 +109,7 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
       state and a dictionary of scalars: `loss` (before the update), `targets`, `learning_rate`,
       those of `subspace_metrics`, and norms before clipping: `gradient_norm` if there are full
       gradients, and with GaLore `coordinates_norm`, the norm of the coordinates and the unprojected
-      gradients. With `training.diagnostics` also those of `energy_metrics`.
+      gradients.
     """
     if task.config.training.layerwise:
         return _make_layerwise_step(task, refreshes, mesh)
@@ -53,8 +117,7 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
     tx = make_optimizer(optimizer, training.steps)
     schedule = learning_rate_schedule(optimizer, training.steps)
     projected = optimizer.has_projected_gradients
-    gradients_of = make_gradients(task, mesh, projected=projected)
-    full_gradients_of = make_gradients(task, mesh, projected=False)
+    gradients_of = make_gradients(task, mesh)
     refresh = galore_jax.refresh(
         per_shard(task.loss),
         has_aux=True,
@@ -91,18 +154,12 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
             bases = galore_states(opt_state, inside_chains=True)
             coordinates = gradients if projected else project(gradients, bases)
             metrics["coordinates_norm"] = optax.tree.norm(coordinates)
-        if training.diagnostics:
-            if projected:
-                gradients, _ = full_gradients_of(state.params, state.opt_state, batch)
-            metrics |= energy_metrics(opt_state, gradients, state.params, params)
         return TrainState(params, opt_state, state.step + 1, state.seed), metrics
 
     return _compiled(train_step, task, mesh)
 
 
-def make_gradients(
-    task: Task, mesh: Mesh | None = None, *, projected: bool | None = None
-) -> Gradients:
+def make_gradients(task: Task, mesh: Mesh | None = None) -> Gradients:
     """Gradients of the mean loss per target, over all micro-batches.
 
     Without dropout, the number of micro-batches changes the rounding and nothing else, however the
@@ -111,21 +168,16 @@ def make_gradients(
     Args:
       task: the task, with the configuration.
       mesh: whose axis "data" divides the batch into shards; None: a single device.
-      projected: whether the backward pass projects; None: as configured.
 
     Returns:
       A function of the parameters, the optimizer's state and a batch of `with_seeds`. It returns
       the gradients of the trained parameters in float32, `Coordinates` where the backward pass
       projects them, and float32 scalars: `loss`, per target, and `targets`, how many there are.
     """
-    loss, axes, micro_batches = (
-        per_shard(task.loss),
-        data_axes(mesh),
-        task.config.training.accumulation,
-    )
+    loss, axes = per_shard(task.loss), data_axes(mesh)
+    projected = task.config.optimizer.has_projected_gradients
+    micro_batches = task.config.training.accumulation
     parts = micro_batches * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes))
-    if projected is None:
-        projected = task.config.optimizer.has_projected_gradients
     coordinates = galore_jax.value_and_grad(
         loss, has_aux=True, micro_batches=micro_batches, data_axes=axes
     )
@@ -149,6 +201,30 @@ def make_gradients(
         return means, {"loss": loss_sum / divisor, "targets": jnp.round(parts * targets)}
 
     return gradients
+
+
+def subspace_metrics(opt_state: PyTree) -> dict[str, jax.Array]:
+    """Scalars over all projected matrices; none if nothing is projected.
+
+    Returns:
+      `subspace_overlap`, the mean squared cosine of the principal angles between the old and the
+      new subspaces at the last refresh: before the second one the old subspace is random, and the
+      overlap about rank / side. `refreshes_saved`, the number of refreshes that lazily doubled gaps
+      have saved so far. `skipped`, the number of updates that were skipped so far, as the gradient
+      of a matrix was not finite.
+    """
+    bases = bases_of(galore_states(opt_state, inside_chains=True))
+    if not bases:
+        return {}
+    overlap, saved, skipped = (
+        jnp.concatenate([getattr(basis, name).reshape(-1) for basis in bases])
+        for name in ("overlap", "saved", "skipped")
+    )
+    return {
+        "subspace_overlap": overlap.mean(),
+        "refreshes_saved": saved.sum(),
+        "skipped": skipped.sum(),
+    }
 
 
 def with_seeds(task: Task, key: jax.Array, batch: Batch) -> Batch:
@@ -210,3 +286,16 @@ def _compiled(train_step: Callable[..., Any], task: Task, mesh: Mesh | None) -> 
 def _rounding_key(state: TrainState) -> jax.Array | None:
     is_narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
     return state.key if is_narrow else None
+
+
+def check_gpu(optimizer: OptimizerConfig) -> None:
+    """Checks that there is a GPU if the configured implementation needs one.
+
+    Raises:
+      InputError: there is none.
+    """
+    if optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
+        raise InputError(
+            'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none: set '
+            'optimizer.implementation = "xla".'
+        )

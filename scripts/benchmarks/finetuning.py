@@ -49,7 +49,7 @@ class Run:
             optimizer = replace(optimizer, galore=replace(optimizer.galore, update_proj_gap=1))
         model, training = Classifier(encoder, task.num_outputs), TrainingConfig(steps=STEPS)
         of_seed = SeedConfig(config.model, config.data, optimizer, training, config.mesh)
-        glue = Glue(of_seed, task, model, rows={}, predicts=False)
+        glue = Glue(of_seed, task, model, rows={})
         adapted, tokens = model.clone(adapter=optimizer.adapter), jnp.zeros((1, 1), jnp.int32)
         params = jax.jit(adapted.init)(jax.random.key(0), tokens)["params"]
         self.state = jax.jit(lambda: init_state(glue))()._replace(params=params)

@@ -15,7 +15,7 @@ from galore_jax.training.finetune_config import CheckpointConfig, GlueConfig
 from galore_jax.training.glue import Glue, SeedConfig
 from galore_jax.training.mesh import MeshConfig, put_batch, training_mesh
 from galore_jax.training.state import place_state
-from galore_jax.training.stepper import Stepper
+from galore_jax.training.step import Stepper
 
 STEPS, ROWS, LENGTH = 4, 8, 12
 ENCODER = EncoderConfig(
@@ -76,7 +76,7 @@ def finetuned(config, encoder, sizes=None):
     """Losses of some steps, outputs after them, and the final state."""
     config = dataclasses.replace(config, mesh=MeshConfig(**sizes or {}))
     rows = {"validation": batch()}
-    task = FromNoFolder(config, TASKS["rte"], Classifier(encoder, 2), rows, predicts=False)
+    task = FromNoFolder(config, TASKS["rte"], Classifier(encoder, 2), rows)
     mesh = None if sizes is None else training_mesh(task)
     state, stepper, losses = place_state(task, mesh), Stepper(task, mesh), []
     for _ in range(STEPS):

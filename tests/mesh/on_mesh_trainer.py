@@ -27,7 +27,7 @@ from galore_jax.training.evaluate import make_evaluate
 from galore_jax.training.mesh import put_batch, training_mesh
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import place_state
-from galore_jax.training.stepper import Stepper
+from galore_jax.training.step import Stepper
 
 # Rounding in another order moves a loss by a few units in its last place, 2.4e-7, and 20 steps by
 # ten times as much. Where it changes an 8-bit code, by a fraction of a step of that code.
