@@ -5,6 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 
+def positive(text: str) -> int:
+    """The `type` of an argument with a number that is at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def separated(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
     """The `type` of an argument with a list of values between commas; duplicates are left out."""
 

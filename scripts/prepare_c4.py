@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 
+from galore_jax.command_line import positive
 from galore_jax.errors import run_cli
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     parser.add_argument("--out", default="data", help="folder to make (default: %(default)s)")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=positive,
         default=os.cpu_count() or 1,
         help="shards converted in parallel (default: the number of cores)",
     )

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from galore_jax.command_line import positive
 from galore_jax.errors import InputError, run_cli
 from galore_jax.files import atomic_write
 
@@ -23,11 +24,13 @@ def main() -> None:
         default="python",
         help='folder made by prepare_c4.py, or "python" for the standard library (the default)',
     )
-    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
+    parser.add_argument(
+        "--vocab-size", type=positive, default=32000, help="pieces (default: 32000)"
+    )
     parser.add_argument("--out", default="data/spiece.model", help="file (default: %(default)s)")
     parser.add_argument(
         "--limit",
-        type=int,
+        type=positive,
         default=200_000,
         help="documents to use, spread evenly over the split (default: 200000)",
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from generate import generate_text
-from test_metrics import SUMMARY
 
 from galore_jax.errors import InputError, run_cli
 from galore_jax.training.compare import Result, Row, compare, descend, table
@@ -19,6 +18,7 @@ from galore_jax.training.loop import Interrupted
 from galore_jax.training.metrics import format_bytes
 
 RATES, SEEDS = (0.01, 0.0001), (0, 1)
+STEPS, BYTES, SECONDS = 1000, 12_345_678, 61.5
 TINY = """
 [model]
 vocab_size = 258
@@ -135,10 +135,9 @@ def test_more_text_than_the_model_allows_is_refused(rows, folder):
 
 
 def row(label, *losses, borders=(), **optimizer):
-    results = [Result(loss, SUMMARY.optimizer_bytes, SUMMARY.seconds) for loss in losses]
-    config = Config(
-        optimizer=OptimizerConfig(**optimizer), training=TrainingConfig(steps=SUMMARY.steps)
-    )
+    results = [Result(loss, BYTES, SECONDS) for loss in losses]
+    training = TrainingConfig(steps=STEPS)
+    config = Config(optimizer=OptimizerConfig(**optimizer), training=training)
     made = Row(label, (config,), results, borders)
     made.__dict__["matrix_bytes"] = 2_000_000  # Computed only where it is needed.
     return made
@@ -160,9 +159,9 @@ def test_the_table_has_differences_from_adamw_of_the_means_and_seed_by_seed():
     assert muon["seed by seed"] == "-0.1300 (-0.1600 to -0.1000)"
     assert (base["learning rate"], base["matrix rate"]) == ("0.02", "0.125")
     assert base["against adamw"] == base["seed by seed"] == ""
-    assert base["optimizer state"] == format_bytes(SUMMARY.optimizer_bytes)
+    assert base["optimizer state"] == format_bytes(BYTES)
     assert base["of the matrices"] == "2 MB"
-    assert base["seconds per step"] == f"{SUMMARY.seconds / SUMMARY.steps:.3f}"
+    assert base["seconds per step"] == f"{SECONDS / STEPS:.3f}"
 
 
 def test_the_table_of_one_seed_without_adamw_has_neither_spread_nor_differences():

@@ -8,7 +8,6 @@ from galore_jax.errors import InputError
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import (
     differences,
-    from_dict,
     load_comparison,
     load_config,
     to_toml,
@@ -120,8 +119,8 @@ def test_the_written_toml_reads_back_as_the_same_configuration():
         optimizer=OptimizerConfig("galore_lion", galore=GaloreConfig(0.25, lazy_overlap=0.5)),
         training=TrainingConfig(folder='a "quoted" \\ tab\t é 𝕏 \U000e0001'),
     )
-    assert from_dict(tomllib.loads(to_toml(config))) == config
-    assert from_dict(dataclasses.asdict(config)) == config
+    assert Config(**tomllib.loads(to_toml(config))) == config
+    assert Config(**dataclasses.asdict(config)) == config
 
 
 def test_differences_name_the_keys_and_both_values():

@@ -10,8 +10,7 @@ from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.evaluate import make_evaluate, perplexity
-from galore_jax.training.pretraining import Pretraining, batch_loss
+from galore_jax.training.pretraining import Pretraining, batch_loss, make_evaluate, perplexity
 from galore_jax.training.state import init_state
 
 CONFIG = Config(

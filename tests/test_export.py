@@ -190,24 +190,14 @@ def test_the_command_line_takes_the_model_and_the_tokenizer_from_the_folder(fold
         MODEL, dtype="float32", remat=True, checkpoint=str(folder)
     )
     assert config.data.tokenizer == str(folder / "tokenizer.json")
+    # The file of a run needs the folder no more.
+    gone = dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint="gone"))
+    (tmp_path / "run.toml").write_text(to_toml(gone))
+    assert load_config(tmp_path / "run.toml") == gone
     other = load_config(file, [f"model.checkpoint={folder}", "data.tokenizer=bytes"])
     assert other.data.tokenizer == "bytes"
     with pytest.raises(InputError, match=r"there is no .*nowhere/config\.json"):
         load_config(file, [f"model.checkpoint={tmp_path}/nowhere"])
-
-
-def test_a_checkpoint_in_the_file_determines_what_the_file_leaves_out(folder, tmp_path):
-    file = tmp_path / "own.toml"
-    file.write_text(
-        f'[model]\ncheckpoint = "{folder}"\ndtype = "float32"\n[data]\nsequence_length = 16\n'
-    )
-    config = load_config(file)
-    assert config.model == dataclasses.replace(MODEL, dtype="float32", checkpoint=str(folder))
-    assert config.data.tokenizer == str(folder / "tokenizer.json")
-    # The file of a run is complete and needs the folder no more.
-    gone = dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint="gone"))
-    file.write_text(to_toml(gone))
-    assert load_config(file) == gone
 
 
 def test_a_folder_without_a_tokenizer_needs_one_by_name(folder, tmp_path):

@@ -29,7 +29,7 @@ from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.compare import compare_finetuning, table, tables
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
-from galore_jax.training.config_file import from_dict, load_comparison, load_config, to_toml
+from galore_jax.training.config_file import load_comparison, load_config, to_toml
 from galore_jax.training.finetune import _encoded_splits, finetune, make_task
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.loop import Diverged, Interrupted
@@ -65,15 +65,13 @@ def place(tmp_path_factory):
 
 
 def configured(place, folder, optimizer, **training):
-    return from_dict(
-        {
-            "model": {"checkpoint": str(place / "model")},
-            "data": {"source": str(place), "sequence_length": 12, "batch_size": 16},
-            "optimizer": {"learning_rate": 0.01, "warmup_steps": 0, **optimizer},
-            "training": {"epochs": 3, "seeds": 1, "folder": str(folder)} | training,
-        },
-        FinetuneConfig,
-    )
+    sections = {
+        "model": {"checkpoint": str(place / "model")},
+        "data": {"source": str(place), "sequence_length": 12, "batch_size": 16},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 0, **optimizer},
+        "training": {"epochs": 3, "seeds": 1, "folder": str(folder)} | training,
+    }
+    return FinetuneConfig(**sections)
 
 
 GALORE = {

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 from galore_jax.errors import run_cli
 from galore_jax.optim.galore_state import bases_of, galore_states
 from galore_jax.training.config import Config
-from galore_jax.training.config_file import from_dict, load_config, to_toml
+from galore_jax.training.config_file import load_config, to_toml
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state, tree_bytes
 
@@ -35,8 +35,8 @@ POINTERS = 8 * 128
 def tiny(**optimizer) -> Config:
     """A small model; the moments in 8 bits go with the layer-wise step."""
     layerwise = optimizer.get("name", "").endswith("8bit")
-    return from_dict(
-        {
+    return Config(
+        **{
             "model": {
                 "vocab_size": 128,
                 "hidden_size": 64,

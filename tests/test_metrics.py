@@ -8,27 +8,12 @@ import pytest
 from galore_jax.errors import InputError
 from galore_jax.training.metrics import (
     Metrics,
-    Summary,
     format_bytes,
     read_metrics,
-    read_summary,
-    write_summary,
 )
 from galore_jax.training.plots import plot_curves
 from galore_jax.training.progress import Progress
 from galore_jax.training.run_folder import RunFolder
-
-SUMMARY = Summary(
-    name="run",
-    steps=1000,
-    parameters=1_234_567,
-    validation_loss=2.0,
-    validation_perplexity=math.exp(2.0),
-    optimizer_bytes=12_345_678,
-    seconds=61.5,
-    compile_seconds=4.0,
-    tokens_per_second=8000.0,
-)
 
 
 def a_run(folder, steps=30):
@@ -79,14 +64,6 @@ def test_a_damaged_line_in_the_middle_is_refused_by_file_and_number(tmp_path, li
         ):
             read()
     assert run.metrics.read_bytes() == b"\n".join(before) + b"\n"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\0\0", '{"name": "run"}'])
-def test_a_damaged_summary_is_refused_with_the_remedy(tmp_path, text):
-    run = a_run(tmp_path / "run")
-    run.summary.write_text(text)
-    with pytest.raises(InputError, match=r"summary\.json is damaged: delete it and resume the run"):
-        read_summary(run)
 
 
 def test_an_evaluation_after_the_restored_step_is_kept(tmp_path):
@@ -156,16 +133,6 @@ def test_a_line_has_exactly_the_metrics_of_its_step(tmp_path):
         progress.report()
     names = ["step", *measured(), "skipped", "tokens_per_second", "seconds"]
     assert list(metrics.lines[0]) == names
-
-
-def test_the_summary_reads_back_and_its_table_is_aligned(tmp_path):
-    run = RunFolder(tmp_path)
-    write_summary(run, SUMMARY)
-    assert read_summary(run) == SUMMARY
-    rows = SUMMARY.table().splitlines()
-    assert any(row.split() == ["optimizer", "state", "12.3", "MB"] for row in rows)
-    column = rows[0].index("run", 3)
-    assert all(row[column - 1] == " " and row[column] != " " for row in rows)
 
 
 def test_bytes_are_formatted_in_powers_of_ten():

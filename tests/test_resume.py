@@ -1,10 +1,14 @@
 """Runs whose folder is not as the training left it: incomplete, or of another text."""
 
+import os
+import signal
+
 import pytest
 
 from galore_jax.data.batches import DataConfig, fingerprint, tokenizer_checksum
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
+from galore_jax.training import loop
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.loop import train
 from galore_jax.training.pretraining import Pretraining
@@ -31,22 +35,47 @@ def test_a_run_that_ended_before_its_first_metrics_is_resumed_from_the_start(tmp
     with open_folder(config, resume=False):
         pass  # Killed here.
     check_start(config, resume=True)
-    assert train(Pretraining(config), resume=True).steps == 1
+    assert train(Pretraining(config), resume=True)["steps"] == 1
 
 
-def test_an_evaluation_that_was_lost_at_the_end_is_made_again(tmp_path):
+def test_an_evaluation_that_was_lost_at_the_end_is_made_again(tmp_path, monkeypatch):
     config = config_of(tmp_path / "lost", steps=2, evaluate_every=1)
     complete = train(Pretraining(config))
     run = RunFolder(tmp_path / "lost")
     run.summary.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_evaluate", None)  # It is in the file.
+        again = train(Pretraining(config), resume=True)
+    assert again["validation_loss"] == complete["validation_loss"]
+    run.summary.unlink()
     lines = run.metrics.read_text().splitlines()
     run.metrics.write_text("\n".join(lines[:-1]) + "\n")
     assert "validation_loss" in lines[-1]
-    assert train(Pretraining(config), resume=True).validation_loss == complete.validation_loss
+    again = train(Pretraining(config), resume=True)
+    assert again["validation_loss"] == complete["validation_loss"]
     run.summary.unlink()
     run.metrics.write_text("")
     with pytest.raises(InputError, match=r"no steps in metrics\.jsonl"):
         train(Pretraining(config), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"), [(loop.Stepper, "__call__"), (loop, "_evaluate"), (loop, "_finish")]
+)
+def test_a_signal_after_the_last_step_began_ends_the_command_and_not_the_run(
+    tmp_path, monkeypatch, place, name
+):
+    usual = getattr(place, name)
+
+    def with_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return usual(*arguments)
+
+    monkeypatch.setattr(place, name, with_signal)
+    with pytest.raises(loop.Interrupted, match=r"the run in .*late was finished") as stopped:
+        train(Pretraining(config_of(tmp_path / "late", steps=1)))
+    assert stopped.value.status == 143
+    assert RunFolder(tmp_path / "late").summary.exists()
 
 
 def test_a_run_is_not_resumed_with_another_tokenizer(tmp_path):
@@ -95,5 +124,5 @@ def test_a_run_is_not_resumed_on_another_text(tmp_path, monkeypatch):
     ):
         train(Pretraining(config), resume=True)
     assert (
-        train(Pretraining(config), resume=False).steps == 1
+        train(Pretraining(config), resume=False)["steps"] == 1
     )  # Nothing was trained on the other text.

@@ -213,7 +213,7 @@ def delivered_interrupts():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("delivered_interrupts")
-@pytest.mark.parametrize("script", ["train.py", "compare.py"])
+@pytest.mark.parametrize("script", ["train.py", "compare.py", "finetune.py"])
 def test_an_interrupt_while_modules_load_leaves_no_traceback(place, script):
     process = subprocess.Popen(
         [sys.executable, str(TRAIN.with_name(script)), "--config", str(place / "tiny.toml")],

@@ -11,7 +11,6 @@ import dataclasses
 import glob
 import json
 import logging
-import shutil
 import sys
 import textwrap
 import zlib
@@ -32,9 +31,9 @@ from jax.sharding import Mesh
 from galore_jax.errors import InputError, names_full_disk
 from galore_jax.models.adapters import merge
 from galore_jax.training.config import Config
-from galore_jax.training.config_file import AnyConfig, from_dict
+from galore_jax.training.config_file import AnyConfig
 from galore_jax.training.pretraining import Pretraining
-from galore_jax.training.processes import ending_together, is_first
+from galore_jax.training.processes import ending_together
 from galore_jax.training.run_folder import RunFolder, check_same_run
 from galore_jax.training.state import TrainState, abstract_state, is_finite
 from galore_jax.training.task import Task
@@ -61,18 +60,14 @@ class Checkpoints:
         _check_is_no_pattern(self.folder)
         with ending_together():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _remove_unfinished(self.folder)
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT)
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        try:
-            self._manager.close()
-        finally:
-            _remove_unfinished(self.folder)
+        self._manager.close()
 
     def latest(self) -> int | None:
         """The step of the latest complete checkpoint, or None."""
@@ -245,7 +240,7 @@ def _restore_meta(
                 f"{Path(manager.directory, str(step))} is the checkpoint of step {meta['step']}: "
                 f"rename it to {meta['step']}, or delete it."
             )
-        return from_dict(meta["config"], kind), checksums
+        return kind(**meta["config"]), checksums
 
 
 def _restore(
@@ -330,13 +325,6 @@ def _check_is_no_pattern(folder: Path) -> None:
             f"{folder} has a *, ? or [ in its path, where checkpoints cannot be saved: name "
             "another training.folder."
         )
-
-
-def _remove_unfinished(folder: Path) -> None:
-    if not is_first():
-        return
-    for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _is_of_no_full_disk(record: logging.LogRecord) -> bool:

@@ -19,13 +19,13 @@ from scipy import stats
 
 from galore_jax.data.batches import fingerprint
 from galore_jax.errors import InputError
-from galore_jax.files import write_text
+from galore_jax.files import read_json, write_text
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import changed
 from galore_jax.training.finetune import finetune
 from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.loop import Diverged, train
-from galore_jax.training.metrics import format_bytes, read_summary
+from galore_jax.training.metrics import format_bytes
 from galore_jax.training.plots import plot_curves
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.run_folder import (
@@ -343,10 +343,9 @@ def _row(
             if length > 1 and index in (0, length - 1)
         )
     try:
-        results = run(label, at(best), seeds)
+        return Row(label, (at(best),), run(label, at(best), seeds), borders)
     except Diverged:
-        results = []
-    return Row(label, (at(best),), results, borders)
+        return Row(label, (at(best),), [])
 
 
 def _nearest(rates: Sequence[float], rate: float) -> int:
@@ -375,10 +374,11 @@ def _pretrained(label: str, config: Config, seeds: Sequence[int]) -> list[Result
         if run.diverged.exists():
             raise Diverged(run.diverged.read_text().strip())
         if run.summary.exists():
-            summary = read_summary(run)
+            summary = read_json(run.summary)
         else:
             summary = train(Pretraining(of_seed), resume=run.holds_run())
-        results.append(Result(summary.validation_loss, summary.optimizer_bytes, summary.seconds))
+        names = ("validation_loss", "optimizer_bytes", "seconds")
+        results.append(Result(*(summary[name] for name in names)))
     return results
 
 

@@ -22,12 +22,11 @@ import re
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError, suggestion
-from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import OPTIMIZERS, Config
 
 # The dataclass of a configuration: that of pre-training, unless another is given.
@@ -37,10 +36,6 @@ COMPARE = "compare"
 COMPARED = ("adamw", "muon", "galore_adamw")
 # What the label of an optimizer consists of: it is part of a folder's name and of Markdown tables.
 _LABEL = re.compile(r"\w[\w .+=-]*")
-# The settings of a model that `to_toml` writes whatever their values.
-_ALWAYS_WRITTEN = {
-    f"model.{field.name}" for field in fields(LlamaConfig) if field.default is not None
-}
 
 
 def load_config(
@@ -50,9 +45,9 @@ def load_config(
 
     A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
     `training.folder` defaults to `runs/<name of the file>`. The attributes of the dataclass `kind`
-    are the sections. In a `Config`, `model.checkpoint` sets the model and the tokenizer to those of
-    the folder. As an override it takes precedence over the file, and other overrides over it; in a
-    file it determines only what the file leaves out.
+    are the sections. For a `Config`, the override `model.checkpoint` sets the model and the
+    tokenizer to those of the folder. It takes precedence over the file, and other overrides over
+    it.
 
     Raises:
       InputError: the file or the checkpoint is missing or damaged, a section or key is unknown, or
@@ -60,7 +55,7 @@ def load_config(
     """
     table = _read(path)
     table.pop(COMPARE, None)
-    return from_dict(_complete(path, table, overrides, kind), kind)
+    return kind(**_complete(path, table, overrides, kind))
 
 
 def load_comparison(
@@ -90,7 +85,7 @@ def load_comparison(
     if not isinstance(tables, Mapping):
         raise InputError(f"{COMPARE} is a table: write [{COMPARE}.LABEL] for each optimizer.")
     base = _complete(path, table, overrides, kind)
-    from_dict(base, kind)  # what is wrong with it is not due to a table
+    kind(**base)  # what is wrong with it is not due to a table
     configs, own = {}, []
     for label in names or tables or COMPARED:
         if label not in tables and label not in OPTIMIZERS:
@@ -107,7 +102,7 @@ def load_comparison(
         optimizer = {"optimizer": {"name": label, **settings}}
         own.append(set(_flat(optimizer)))
         try:
-            configs[label] = from_dict(_merged(base, optimizer), kind)
+            configs[label] = kind(**_merged(base, optimizer))
         except InputError as error:
             raise InputError(f"[{COMPARE}.{label}]: {error}") from None
     for override in overrides:
@@ -119,18 +114,9 @@ def load_comparison(
     return configs
 
 
-def from_dict(table: Mapping[str, Any], kind: type[AnyConfig] = Config) -> AnyConfig:
-    """Builds a configuration from nested tables, as read from TOML or JSON.
-
-    Raises:
-      InputError: a section or key is unknown, or a value has the wrong type or is out of range.
-    """
-    return kind(**table)
-
-
 def changed(config: AnyConfig, **sections: Mapping[str, Any]) -> AnyConfig:
     """The configuration with `section={key: value}` in place of its own values."""
-    return from_dict(_merged(asdict(typing.cast(Any, config)), sections), type(config))
+    return type(config)(**_merged(asdict(typing.cast(Any, config)), sections))
 
 
 def to_toml(config: Any) -> str:
@@ -163,34 +149,14 @@ def _complete(
     given: dict[str, Any] = {}
     for override in overrides:
         given = _merged(given, _parsed(override))
-    if kind is Config:
-        table = _with_checkpoint(table, given)
-    folder = {"training": {"folder": f"runs/{Path(path).stem}"}}
-    return _merged(_merged(folder, table), given)
+    base = _merged({"training": {"folder": f"runs/{Path(path).stem}"}}, table)
+    folder = _flat(given).get("model.checkpoint")
+    if kind is Config and isinstance(folder, str) and folder:
+        base = _merged(base, _settings_of_checkpoint(folder, _flat(given)))
+    return _merged(base, given)
 
 
-def _with_checkpoint(table: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file with those that the folder of `model.checkpoint` determines."""
-    in_file, given = _flat(table), _flat(overrides)
-    is_given = "model.checkpoint" in given
-    folder = (given if is_given else in_file).get("model.checkpoint")
-    # The file of a run is complete, and the folder may be gone.
-    is_complete = not is_given and set(in_file) >= _ALWAYS_WRITTEN
-    if not isinstance(folder, str) or not folder or is_complete:
-        return table
-    settings = _settings_of_checkpoint(folder)
-    # If the checkpoint is an override, the file's tokenizer belongs to another model.
-    named = {**_flat(settings), **given, **({} if is_given else in_file)}
-    if "data.tokenizer" not in named:
-        raise InputError(
-            f"{folder} has no tokenizer.json or tokenizer.model: give the tokenizer of this model "
-            "as data.tokenizer, or have transformers write it, "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-        )
-    return _merged(table, settings) if is_given else _merged(settings, table)
-
-
-def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
+def _settings_of_checkpoint(folder: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """By section, the settings that a model of Hugging Face's transformers determines."""
     from galore_jax.interop.config_json import read_config  # needs an extra of its own
     from galore_jax.interop.tokenizer_files import find_tokenizer
@@ -199,7 +165,15 @@ def _settings_of_checkpoint(folder: str) -> dict[str, dict[str, Any]]:
     for key in ("remat", "checkpoint"):
         del model[key]
     tokenizer = find_tokenizer(Path(folder))
-    return {"model": model, "data": {} if tokenizer is None else {"tokenizer": str(tokenizer)}}
+    if tokenizer is not None:
+        return {"model": model, "data": {"tokenizer": str(tokenizer)}}
+    if "data.tokenizer" in given:  # A tokenizer in the file belongs to another model.
+        return {"model": model}
+    raise InputError(
+        f"{folder} has no tokenizer.json or tokenizer.model: give the tokenizer of this model as "
+        "data.tokenizer, or have transformers write it, "
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+    )
 
 
 def _parsed(override: str) -> dict[str, Any]:

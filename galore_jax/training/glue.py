@@ -19,7 +19,6 @@ from galore_jax.data import glue_tasks
 from galore_jax.data.glue_tasks import predictions_of, scores
 from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import batches
-from galore_jax.files import read_json, write_json
 from galore_jax.interop.encoders import load_encoder, save_encoder
 from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models import adapters
@@ -30,7 +29,7 @@ from galore_jax.training.finetune_config import CheckpointConfig, GlueConfig
 from galore_jax.training.mesh import TENSOR, MeshConfig, jit_on, kernel_rules, on_mesh, put_batch
 from galore_jax.training.run_folder import RunFolder
 from galore_jax.training.step import dropout_rngs
-from galore_jax.training.task import Batch, Costs, Data, Line, Task
+from galore_jax.training.task import Batch, Data, Line, Task
 from galore_jax.types import PyTree
 
 RESULT = "result.json"
@@ -67,6 +66,7 @@ class Glue(Task):
     model: Classifier
     rows: Mapping[str, Rows]
     targets: ClassVar[str] = "examples"
+    result_file: ClassVar[str] = RESULT
     arrays: ClassVar[Mapping[str, Any]] = {
         "tokens": (2, jnp.int32),
         "token_types": (2, jnp.int32),
@@ -180,18 +180,11 @@ class Glue(Task):
             save_encoder(run.path, self.model, merged, self.task.labels)
             copy_tokenizer(Path(self.config.model.checkpoint), run.path)
 
-    def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Costs) -> None:
-        """Writes result.json."""
-        result = {
-            "best": max(line[self.metric] for line in evaluations),
-            "optimizer_bytes": costs.optimizer_bytes,
-            "seconds": costs.seconds,
-        }
-        write_json(run.path / RESULT, result)
-
-    def result(self, run: RunFolder) -> dict[str, Any]:
-        """`best`, the best value of the metric, and `optimizer_bytes` and `seconds` of `Costs`."""
-        return read_json(run.path / RESULT)
+    def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Line) -> dict[str, Any]:
+        """`best`, the best value of the metric, `optimizer_bytes` and `seconds`."""
+        del run
+        kept = {name: costs[name] for name in ("optimizer_bytes", "seconds")}
+        return {"best": max(line[self.metric] for line in evaluations), **kept}
 
     def resume_command(self) -> str:
         """The same one."""

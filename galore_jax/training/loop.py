@@ -1,7 +1,6 @@
 """The training loop: what to start from, the steps, and what a run leaves."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import signal
@@ -15,11 +14,17 @@ import jax
 from jax.sharding import Mesh
 
 from galore_jax.errors import InputError
-from galore_jax.files import write_text
+from galore_jax.files import read_json, write_json, write_text
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.mesh import put_batch, training_mesh
 from galore_jax.training.metrics import Metrics, format_bytes
-from galore_jax.training.processes import check_same, ending_together, is_first, stopping_together
+from galore_jax.training.processes import (
+    check_same,
+    ending_together,
+    is_first,
+    largest,
+    stopping_together,
+)
 from galore_jax.training.progress import Progress
 from galore_jax.training.run_folder import RunFolder, check_same_text, check_start, open_folder
 from galore_jax.training.state import (
@@ -30,7 +35,7 @@ from galore_jax.training.state import (
     tree_size,
 )
 from galore_jax.training.step import Stepper, check_gpu
-from galore_jax.training.task import Costs, Data, Task
+from galore_jax.training.task import Data, Task
 
 # How to resume several processes: those that a cluster starts have no such arguments.
 _EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"
@@ -78,17 +83,18 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
       programs: as for `Stepper`.
 
     Returns:
-      The result of the task.
+      The result of the task, also in its `result_file`.
 
     Raises:
       InputError: the configuration, a file that it names or the folder cannot be used, there is no
         GPU for the kernels, or there is too little memory.
       Diverged: parameters, optimizer state or an evaluation are not finite. The folder keeps what
         was saved before, and is not marked as finished.
-      Interrupted: on SIGINT or SIGTERM, after saving the state.
+      Interrupted: on SIGINT or SIGTERM, after saving the state, or finishing the run if the signal
+        came after its last step had begun.
     """
     config = task.config
-    check_same(dataclasses.asdict(config) | {"arguments": {"resume": resume}})
+    check_same(f"{config} {resume}")
     with ending_together():
         if is_first():
             check_start(config, resume)
@@ -97,18 +103,20 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
         data = task.open_data(mesh, partial(print, file=sys.stderr) if is_first() else None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_memory_errors(task.less_memory))
-        stops = stopping_together(stack.enter_context(_stop_signals()))
+        signalled = stack.enter_context(_stop_signals())
         stack.callback(data.batches.close)
         run, state = _start(task, resume, mesh, data, programs, stack)
         try:
-            state = _make_steps(run, state, stops)
+            state = _make_steps(run, state, stopping_together(signalled))
         except Diverged as error:
             with ending_together():
                 if is_first():
                     write_text(run.folder.diverged, f"{error}\n")
                 raise
         _finish(run, state)
-    return task.result(run.folder)
+    if number := largest(signalled()):  # It came after the last step began.
+        raise Interrupted(f"stopped after the run in {run.folder.path} was finished.", number)
+    return read_json(run.folder.path / task.result_file)
 
 
 def _start(
@@ -136,8 +144,6 @@ def _start(
     with ending_together():
         if is_first():
             metrics = Metrics(folder, start)
-            if start == training.steps:
-                _check_metrics(folder, metrics)
             parameters = tree_size(state.params)
             updated = tree_size(trained(task, state.params)[0])
             share = f", {updated:,} of them trained" if updated < parameters else ""
@@ -156,7 +162,8 @@ def _make_steps(run: _Run, state: TrainState, stops: Callable[[], int]) -> Train
     """Makes the steps that are left, with evaluations and checkpoints between them."""
     training, progress, batches = run.task.config.training, run.progress, run.data.batches
     start, steps = int(state.step), training.steps
-    if start == steps:  # The last evaluation of a finished run may be missing.
+    evaluations = [] if run.metrics is None else run.metrics.evaluations()
+    if start == steps and not largest(any(line["step"] == steps for line in evaluations)):
         _evaluate(run, state, steps)
     for step in range(start, steps):
         state, measured = run.stepper(state, put_batch(next(batches), run.mesh))
@@ -197,20 +204,26 @@ def _evaluate(run: _Run, state: TrainState, done: int) -> None:
 
 
 def _finish(run: _Run, state: TrainState) -> None:
-    """Writes what the task makes of a complete run."""
+    """Writes the result of a complete run."""
     with ending_together():
         if run.metrics is None:
             return
         updates = [line for line in run.metrics.lines if "loss" in line]
+        if not updates:
+            raise InputError(
+                f"{run.folder.path} has its last checkpoint but no steps in metrics.jsonl, which "
+                "the summary needs: restore the file, or name another training.folder."
+            )
         seconds = updates[-1]["seconds"]
-        costs = Costs(
-            parameters=tree_size(state.params),
-            optimizer_bytes=tree_bytes(state.opt_state),
-            seconds=seconds,
-            compile_seconds=run.stepper.compile_seconds,
-            rate=sum(line["targets"] for line in updates) / seconds,
-        )
-        run.task.finish(run.folder, run.metrics.evaluations(), costs)
+        costs = {
+            "parameters": tree_size(state.params),
+            "optimizer_bytes": tree_bytes(state.opt_state),
+            "seconds": seconds,
+            "compile_seconds": run.stepper.compile_seconds,
+            f"{run.task.targets}_per_second": sum(line["targets"] for line in updates) / seconds,
+        }
+        result = run.task.finish(run.folder, run.metrics.evaluations(), costs)
+        write_json(run.folder.path / run.task.result_file, result)
 
 
 def _diverged(run: _Run, what: str, done: int) -> Diverged:
@@ -222,14 +235,6 @@ def _diverged(run: _Run, what: str, done: int) -> Diverged:
         f"are not finite, so the run ends ({kept}): lower optimizer.learning_rate, or set "
         "optimizer.clip_norm, and name another training.folder."
     )
-
-
-def _check_metrics(run: RunFolder, metrics: Metrics) -> None:
-    if not any("loss" in line for line in metrics.lines):
-        raise InputError(
-            f"{run.path} has its last checkpoint but no steps in {run.metrics.name}, which the "
-            "summary needs: restore the file, or name another training.folder."
-        )
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:

@@ -1,59 +1,15 @@
-"""Metrics of a run: metrics.jsonl, and the summary at the end."""
+"""The lines of metrics.jsonl: one for each step, and one for each evaluation."""
 
-import dataclasses
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import InputError
-from galore_jax.files import write_json, write_text
+from galore_jax.files import write_text
 from galore_jax.training.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The result of a run.
-
-    Attributes:
-      name: name of the run's folder.
-      steps: number of updates.
-      parameters: number of the model's parameters.
-      validation_loss: mean loss per target of the validation split, in nats.
-      validation_perplexity: exp(validation_loss).
-      optimizer_bytes: size of the optimizer's state.
-      seconds: training time over all parts of a resumed run, without compilation and evaluation.
-      compile_seconds: time to compile the training step, in this process.
-      tokens_per_second: training targets divided by `seconds`.
-    """
-
-    name: str
-    steps: int
-    parameters: int
-    validation_loss: float
-    validation_perplexity: float
-    optimizer_bytes: int
-    seconds: float
-    compile_seconds: float
-    tokens_per_second: float
-
-    def table(self) -> str:
-        """The summary as text in aligned columns."""
-        rows = {
-            "run": self.name,
-            "steps": f"{self.steps:,}",
-            "parameters": f"{self.parameters:,}",
-            "validation loss": f"{self.validation_loss:.4f}",
-            "perplexity": f"{self.validation_perplexity:,.2f}",
-            "optimizer state": format_bytes(self.optimizer_bytes),
-            "training time": f"{self.seconds:,.1f} s, and {self.compile_seconds:.1f} s to compile",
-            "tokens per second": f"{self.tokens_per_second:,.0f}",
-        }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 class Metrics:
@@ -125,30 +81,6 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     if not isinstance(values, dict) or type(values.get("step")) is not int:
         return None
     return {name: math.nan if value is None else value for name, value in values.items()}
-
-
-def write_summary(run: RunFolder, summary: Summary) -> None:
-    """Writes summary.json, which marks the run as finished."""
-    write_json(run.summary, _finite(dataclasses.asdict(summary)))
-
-
-def read_summary(run: RunFolder) -> Summary:
-    """The inverse of `write_summary`.
-
-    Raises:
-      InputError: the file is damaged.
-    """
-    try:
-        values: dict[str, Any] = json.loads(run.summary.read_bytes())
-        names = [field.name for field in dataclasses.fields(Summary)]
-        found: dict[str, Any] = {
-            name: math.nan if values[name] is None else values[name] for name in names
-        }
-        return Summary(**found)
-    except (ValueError, TypeError, KeyError):
-        raise InputError(
-            f"{run.summary} is damaged: delete it and resume the run to write it again."
-        ) from None
 
 
 def format_bytes(number: float) -> str:

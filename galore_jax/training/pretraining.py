@@ -4,31 +4,34 @@ Pre-training and instruction tuning are this one task; `model.checkpoint` makes 
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from galore_jax.data.batches import fingerprint, train_batches, validation_batches
 from galore_jax.data.tokenizers import Tokenizer, load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.grads.layerwise import LayeredModel
+from galore_jax.grads.micro_batches import split
 from galore_jax.models import llama_layerwise
 from galore_jax.models.adapters import Adapter, combine, is_factor
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 from galore_jax.training.config import Config
-from galore_jax.training.evaluate import make_evaluate, perplexity
-from galore_jax.training.mesh import TENSOR, kernel_rules
-from galore_jax.training.metrics import Summary, read_summary, write_summary
+from galore_jax.training.mesh import TENSOR, jit_on, kernel_rules, on_mesh, put_batch
+from galore_jax.training.metrics import format_bytes
 from galore_jax.training.plots import plot_curves
-from galore_jax.training.run_folder import RunFolder, resume_command
+from galore_jax.training.run_folder import SUMMARY, RunFolder, resume_command
 from galore_jax.training.step import dropout_rngs
-from galore_jax.training.task import Batch, Costs, Data, Line, Task
+from galore_jax.training.task import Batch, Data, Line, Task
 from galore_jax.types import PyTree
 
 
@@ -60,6 +63,7 @@ class Pretraining(Task):
     config: Config
     metric: ClassVar[str] = "validation_loss"
     targets: ClassVar[str] = "tokens"
+    result_file: ClassVar[str] = SUMMARY
     arrays: ClassVar[Mapping[str, Any]] = dict.fromkeys(
         ("tokens", "segments", "positions", "targets"), (2, jnp.int32)
     )
@@ -189,28 +193,94 @@ class Pretraining(Task):
         loss = evaluation["validation_loss"]
         return f"validation loss {loss:.4f}, perplexity {perplexity(loss):,.2f}"
 
-    def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Costs) -> None:
-        """Writes summary.json and curves.png, and prints the summary."""
-        last = evaluations[-1]
-        summary = Summary(
-            name=run.path.name,
-            steps=self.config.training.steps,
-            parameters=costs.parameters,
-            validation_loss=last["validation_loss"],
-            validation_perplexity=perplexity(last["validation_loss"]),
-            optimizer_bytes=costs.optimizer_bytes,
-            seconds=costs.seconds,
-            compile_seconds=costs.compile_seconds,
-            tokens_per_second=costs.rate,
-        )
-        plot_curves([run.path], run.curves)
-        write_summary(run, summary)
-        print(summary.table())
+    def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Line) -> dict[str, Any]:
+        """Draws the curves and prints a table; returns what summary.json has.
 
-    def result(self, run: RunFolder) -> Summary:
-        """The summary."""
-        return read_summary(run)
+        That are the `name` of the folder, `steps`, `validation_loss` in nats per token,
+        `validation_perplexity` and the costs.
+        """
+        plot_curves([run.path], run.curves)
+        loss = evaluations[-1]["validation_loss"]
+        rows = {
+            "run": run.path.name,
+            "steps": f"{self.config.training.steps:,}",
+            "parameters": f"{costs['parameters']:,}",
+            "validation loss": f"{loss:.4f}",
+            "perplexity": f"{perplexity(loss):,.2f}",
+            "optimizer state": format_bytes(costs["optimizer_bytes"]),
+            "training time": f"{costs['seconds']:,.1f} s, and {costs['compile_seconds']:.1f} s to "
+            "compile",
+            "tokens per second": f"{costs['tokens_per_second']:,.0f}",
+        }
+        print("\n".join(f"{name:<{max(map(len, rows))}}  {text}" for name, text in rows.items()))
+        return {
+            "name": run.path.name,
+            "steps": self.config.training.steps,
+            "validation_loss": loss,
+            "validation_perplexity": perplexity(loss),
+            **costs,
+        }
 
     def resume_command(self) -> str:
         """That of scripts/train.py."""
         return resume_command(self.config)
+
+
+def make_evaluate(
+    task: Task, mesh: Mesh | None = None
+) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
+    """Makes a function that evaluates parameters on batches.
+
+    Parameters on a mesh need the mesh. Batches are split into the micro-batches of the training;
+    the last one is that which completes `training.evaluation_tokens`, unless that is 0.
+
+    Returns:
+      A function of the parameters and batches; it returns
+
+      * `validation_loss`: the sum of the losses divided by the number of targets, in nats;
+      * `validation_targets`: the number of tokens that were predicted.
+
+      It raises an `InputError` if the batches have no targets.
+    """
+    config = task.config
+
+    def sums(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        parts = split(batch, config.training.accumulation)
+        losses, targets = lax.map(functools.partial(task.loss, params), parts)
+        return jnp.sum(losses), jnp.sum(targets)
+
+    compiled = jit_on(mesh, sums)
+
+    def evaluate(params: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        results = []
+        with on_mesh(mesh):
+            for batch in _up_to(config.training.evaluation_tokens, batches):
+                results.append(compiled(params, put_batch(batch, mesh)))
+        results = np.array(jax.device_get(results), np.float64)
+        losses, targets = results.reshape(-1, 2).T
+        if not targets.sum():
+            raise InputError(
+                "there is nothing to evaluate on: the validation split of "
+                f"data.source = {config.data.source!r} holds no two tokens in one row."
+            )
+        return {
+            "validation_loss": float(losses.sum() / targets.sum()),
+            "validation_targets": int(targets.sum()),
+        }
+
+    return evaluate
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite if that overflows."""
+    return math.inf if loss > 709 else math.exp(loss)
+
+
+def _up_to(targets: int, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Batches up to the one that completes this number of targets; all of them if it is 0."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += np.count_nonzero(batch["targets"] >= 0)
+        if targets and seen >= targets:
+            return

@@ -7,13 +7,12 @@ same point. A single process skips them.
 
 import atexit
 import contextlib
-import json
 import os
 import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from galore_jax.errors import InputError
-from galore_jax.training.config_file import differences
 
 # Seconds until the others notice that a process is dead, or wait for it to end.
 TIMEOUT = 20
 # Compiled programs that are kept between runs, the latest of them.
 CACHE_BYTES = 4 * 2**30
-# More than any configuration has.
-_SETTINGS_BYTES = 2**16
 
 
 @contextlib.contextmanager
@@ -147,26 +143,26 @@ def ending_together() -> Iterator[None]:
         raise SystemExit(2)
 
 
-def check_same(values: Mapping[str, Any]) -> None:
-    """Checks that all processes were started with the same settings.
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes give, in all of them."""
+    return number if jax.process_count() == 1 else int(_gathered([number]).max())
 
-    Args:
-      values: settings that JSON can hold, by section and key.
+
+def check_same(settings: str) -> None:
+    """Checks that all processes were started with the same settings, in any text.
 
     Raises:
-      InputError: in a process whose settings differ from those of process 0; names one. The others
-        end with status 2.
+      InputError: in a process whose settings differ from those of process 0. The others end with
+        status 2.
     """
     if jax.process_count() == 1:
         return
-    padded = np.frombuffer(json.dumps(values).encode().ljust(_SETTINGS_BYTES), np.uint8)
-    first = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    checksums = _gathered([zlib.crc32(settings.encode()) >> 1])[:, 0]
     with ending_together():
-        if changed := differences(first, values):
-            key, (there, here) = next(iter(changed.items()))
+        if checksums[jax.process_index()] != checksums[0]:
             raise InputError(
-                f"{key} is {there!r} in process 0 and {here!r} in process {jax.process_index()}: "
-                "start all processes with the same configuration."
+                f"process {jax.process_index()} was started with other settings than process 0: "
+                "start all processes with the same configuration and arguments."
             )
 
 

@@ -30,6 +30,7 @@ from galore_jax.training.config import Config
 from galore_jax.training.config_file import AnyConfig, differences, load_config, to_toml
 from galore_jax.training.mesh import MeshConfig
 
+SUMMARY = "summary.json"
 MAY_CHANGE = frozenset(
     f"training.{key}"
     for key in (
@@ -52,7 +53,7 @@ class RunFolder:
         self.text = self.path / "text.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.summary = self.path / "summary.json"
+        self.summary = self.path / SUMMARY
         self.diverged = self.path / "diverged.txt"
         self.curves = self.path / "curves.png"
         self.lock = self.path / "lock"

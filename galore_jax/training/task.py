@@ -36,24 +36,6 @@ class Data(NamedTuple):
     fingerprint: Callable[[], dict[str, int]]
 
 
-class Costs(NamedTuple):
-    """What a training took.
-
-    Attributes:
-      parameters: number of the model's parameters.
-      optimizer_bytes: size of the optimizer's state.
-      seconds: of all steps, without compilation and evaluation.
-      compile_seconds: to compile the step, in this process.
-      rate: targets per second.
-    """
-
-    parameters: int
-    optimizer_bytes: int
-    seconds: float
-    compile_seconds: float
-    rate: float
-
-
 class Task(ABC):
     """A model, its data, and what is kept of it.
 
@@ -64,6 +46,7 @@ class Task(ABC):
       metric: the number of an evaluation that decides, as a name in its line. The training has
         diverged if it is not finite.
       targets: what the losses are of, in the plural, as in "tokens".
+      result_file: the file with the result, whose presence marks the run as finished.
       arrays: those of a batch, with the number of their axes, of rows and tokens, and their dtype.
       less_memory: what to do if there is too little memory.
       trains_adapters_only: whether everything but adapters and the head of a classifier is frozen.
@@ -73,6 +56,7 @@ class Task(ABC):
     config: Any
     metric: str
     targets: str
+    result_file: str
     arrays: Mapping[str, tuple[int, Any]]
     less_memory: str
     trains_adapters_only: bool
@@ -130,12 +114,13 @@ class Task(ABC):
         del run, params, evaluations
 
     @abstractmethod
-    def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Costs) -> None:
-        """Writes the result of a complete run, which marks it as finished."""
+    def finish(self, run: RunFolder, evaluations: Sequence[Line], costs: Line) -> dict[str, Any]:
+        """Presents a complete run, and returns its result, which JSON can hold.
 
-    @abstractmethod
-    def result(self, run: RunFolder) -> Any:
-        """The result of a finished run."""
+        The costs are `parameters`, their number, `optimizer_bytes`, the size of the optimizer's
+        state, `seconds`, of all steps without compilation and evaluation, `compile_seconds`, in
+        this process, and the number of `targets` per second, as in `tokens_per_second`.
+        """
 
     @abstractmethod
     def resume_command(self) -> str:

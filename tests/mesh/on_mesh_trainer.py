@@ -23,9 +23,8 @@ from galore_jax.training.config import (
     TrainingConfig,
 )
 from galore_jax.training.config_file import changed
-from galore_jax.training.evaluate import make_evaluate
 from galore_jax.training.mesh import put_batch, training_mesh
-from galore_jax.training.pretraining import Pretraining
+from galore_jax.training.pretraining import Pretraining, make_evaluate
 from galore_jax.training.state import place_state
 from galore_jax.training.step import Stepper
 
