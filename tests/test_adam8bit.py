@@ -86,11 +86,6 @@ def test_a_gradient_whose_square_is_infinite_leaves_the_moments_finite(implement
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(as_float(state)))
 
 
-def test_complex_parameters_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"\['phase'\] is complex"):
-        scale_by_adam8bit().init({"phase": jnp.zeros(3, jnp.complex64)})
-
-
 def test_moments_take_two_bytes_a_number_and_a_sixty_fourth():
     state = scale_by_adam8bit().init({"kernel": jnp.zeros((64, 512))})
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 64 * 512 * 2 * (1 + 4 / 256) + 4

@@ -242,8 +242,8 @@ def test_dimension_numbers_are_a_tree_a_prefix_of_one_or_a_function_to_these(num
 @pytest.mark.parametrize(
     ("numbers", "sentence"),
     [
-        ({"dense": DENSE}, "has no entry for convolution/bias"),
-        ({"convolution": CONVOLUTION, "dense": (0, 1)}, "has no entry for dense/first"),
+        ({"dense": DENSE}, "does not match the parameters"),
+        ({"convolution": CONVOLUTION, "dense": (0, 1)}, "does not match the parameters"),
         ({"convolution": None, "dense": CONVOLUTION}, "dense/first has 3 axes, shape .5, 6, 7."),
         (
             {"convolution": GaLoreDimensionNumbers(0, (0, 1)), "dense": None},

@@ -41,6 +41,7 @@ def scale_by_adam8bit(
     Updates are computed from the moments in float32, before they are rounded to codes. The two
     moments take 2.03 bytes per parameter instead of 8 (2.5 if the last axis is as short as 16).
     Leaves with fewer than 4,096 elements or with a last axis shorter than 16 keep float32 moments.
+    It is not for complex parameters.
 
     Args:
       b1: decay of the first moment.
@@ -52,7 +53,7 @@ def scale_by_adam8bit(
       An optax transformation.
 
     Raises:
-      ValueError: an unknown implementation; at init, a complex parameter.
+      ValueError: an unknown implementation; at an update, a state without 8-bit moments.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -65,17 +66,7 @@ def scale_by_adam8bit(
     step = adam_8bit_of(implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
-        def zeros(code: Any) -> PyTree:
-            def at_leaf(path: Any, param: Any) -> Any:
-                if jnp.iscomplexobj(param):
-                    raise ValueError(
-                        f"scale_by_adam8bit: {jax.tree_util.keystr(path)} is complex, for which "
-                        "there are no 8-bit moments: use optax.adam for it, with optax.partition."
-                    )
-                return zero_moment(param, code)
-
-            return jax.tree_util.tree_map_with_path(at_leaf, params)
-
+        zeros = lambda code: jax.tree.map(lambda param: zero_moment(param, code), params)
         return ScaleByAdam8bitState(jnp.zeros([], jnp.int32), zeros("signed"), zeros("unsigned"))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):

@@ -17,9 +17,7 @@ from galore_jax.ops.precision import stochastic_round, widened
 from galore_jax.optim import stock_chain
 from galore_jax.optim.chain import is_chain
 from galore_jax.optim.galore_state import (
-    GaLoreState,
     boxed_as,
-    check_gradient,
     constrain_unprojected,
     galore_states,
     map_bases,
@@ -27,7 +25,6 @@ from galore_jax.optim.galore_state import (
 )
 from galore_jax.optim.moments import constrain_state
 from galore_jax.subspace.basis import Basis
-from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.subspace.placement import matrices_partition
 from galore_jax.subspace.projection import Projection, Side, is_coordinates
 from galore_jax.types import PyTree
@@ -65,8 +62,8 @@ def apply_gradients(
       The new parameters and the new state.
 
     Raises:
-      ValueError: a gradient whose shape differs from its parameter's, or which is None where it is
-        projected, naming the parameter; an unknown implementation.
+      ValueError: a gradient of a projected parameter that is None or has another shape, naming it;
+        an unknown implementation.
     """
     check_implementation(implementation)
     apply = partial(_apply_gradients, tx, implementation)
@@ -84,8 +81,6 @@ def _apply_gradients(
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
     all_params, params = params, with_gradient(params, grads)
-    # A chain inside of a wrapper, which may change the tree, checks its own gradients.
-    _check_shapes(grads, params, galore_states(state.inner_states if is_chain(tx) else state))
     if is_chain(tx):
         updates, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.inner_states)
@@ -115,20 +110,6 @@ def _apply_gradients(
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
     new = constrain_unprojected(boxed_as(params, new), states)
     return _with_rest(new, all_params), constrain_state(state)
-
-
-def _check_shapes(grads: PyTree, params: PyTree, states: list[GaLoreState]) -> None:
-    for galore_state in states:
-        check = lambda basis, grad: check_gradient(grad, basis.projection)
-        map_bases(check, galore_state.bases, grads, otherwise=galore_state.bases)
-    leaves = zip(named_leaves(grads, is_coordinates), jax.tree.leaves(params), strict=True)
-    for (names, grad), param in leaves:
-        if not is_coordinates(grad) and jnp.shape(grad) != jnp.shape(param):
-            raise ValueError(
-                f"apply_gradients: the gradient of {'/'.join(names)} has the shape "
-                f"{jnp.shape(grad)}, but the parameter {jnp.shape(param)}: pass gradients with the "
-                "shapes of the parameters."
-            )
 
 
 def _with_rest(new: PyTree, params: PyTree) -> PyTree:

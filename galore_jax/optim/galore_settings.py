@@ -2,9 +2,10 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -12,9 +13,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.subspace.basis import Basis, replacing, start_basis
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, path_hash, replacing
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.projection import MOMENTS, Moments, ProjType, is_coordinates
+from galore_jax.subspace.methods import random_basis
+from galore_jax.subspace.projection import (
+    MOMENTS,
+    Moments,
+    Projection,
+    ProjType,
+    Side,
+    is_coordinates,
+)
 from galore_jax.subspace.rules import (
     Rank,
     Rule,
@@ -22,7 +31,6 @@ from galore_jax.subspace.rules import (
     projection_of,
     projections,
     rule_for,
-    static_hint,
     warn_if_nothing_projected,
 )
 from galore_jax.types import PyTree
@@ -51,19 +59,19 @@ class Settings:
     lazy_overlap: Any = None
     basis_dtype: Any = None
     seed: Any = 0
+    # The settings of leaves that no rule matches.
+    default: Rule = field(init=False)
 
     def __post_init__(self):
         rules = {} if self.rules is None else self.rules
-        if not isinstance(rules, Mapping):
+        is_rules = isinstance(rules, Mapping) and all(
+            isinstance(rule, Rule | None) for rule in rules.values()
+        )
+        if not is_rules:
             raise ValueError(
-                f"galore: rules must be a mapping from patterns to Rules, not {rules!r}."
+                "galore: rules must map patterns to galore_jax.Rule, or to None not to project "
+                f"their leaves, not {rules!r}."
             )
-        for pattern, rule in rules.items():
-            if not isinstance(rule, Rule | None):
-                raise ValueError(
-                    f"galore: the rule for {pattern!r} is {rule!r}; give a galore_jax.Rule, or "
-                    "None not to project its leaves."
-                )
         if self.moments not in MOMENTS:
             raise ValueError(
                 f"galore: moments must be one of {', '.join(MOMENTS)}, not {self.moments!r}."
@@ -75,12 +83,8 @@ class Settings:
         # A copy, so that later changes of the user's mapping change nothing here.
         object.__setattr__(self, "rules", dict(rules))
         object.__setattr__(self, "basis_dtype", _basis_dtype(self.basis_dtype))
-        self.default  # noqa: B018  It checks itself.
-
-    @property
-    def default(self) -> Rule:
-        """The settings of leaves that no rule matches."""
-        return Rule(self.rank, self.proj_type, self.scale, self.update_proj_gap, self.refresh)
+        default = Rule(self.rank, self.proj_type, self.scale, self.update_proj_gap, self.refresh)
+        object.__setattr__(self, "default", default)
 
     def rule_of(self, path: tuple[str, ...]) -> Rule:
         """The complete rule of a projected leaf."""
@@ -110,26 +114,45 @@ class Settings:
         leaf_projections = tree.flatten_up_to(found)
         if not any(leaf_projections):
             warn_if_nothing_projected(params, self.rules, self.weight_dimension_numbers)
-        bases = []
-        for leaf, projection in zip(leaves, leaf_projections, strict=True):
-            if projection is None:
-                bases.append(optax.MaskedNode())
-                continue
-            rule = self.rule_of(projection.path)
-            basis = start_basis(
-                projection,
-                scale=rule.scale,
-                interval=rule.update_proj_gap,
-                method=str(rule.refresh),
-                moments=self.moments,
-                full_size=not is_coordinates(leaf),
-                dtype=self.basis_dtype,
-                seed=self.seed,
-            )
-            bases.append(basis)
+        bases = [
+            optax.MaskedNode()
+            if projection is None
+            else self._start_basis(projection, full_size=not is_coordinates(leaf))
+            for leaf, projection in zip(leaves, leaf_projections, strict=True)
+        ]
         # Without boxes: the axis names in them are the parameter's, not those of a basis.
         tree = jax.tree.structure(unboxed(params), is_leaf=is_coordinates)
         return jax.tree.unflatten(tree, bases)
+
+    def _start_basis(self, projection: Projection, *, full_size: bool) -> Basis:
+        rule, batch = self.rule_of(projection.path), projection.view.batch
+
+        # Draw the vectors.
+        key = jax.random.fold_in(jax.random.key(self.seed), path_hash(projection))
+        vectors: dict[Side, Any] = {}
+        for i, (side, shape) in enumerate(projection.basis_shapes.items()):
+            vectors[side] = random_basis(jax.random.fold_in(key, i), shape, self.basis_dtype)
+
+        # Start the schedule and the counters. Numbers that may be arrays among the settings are
+        # copied: they would otherwise be donated once for each leaf.
+        return Basis(
+            vectors=vectors,
+            number=jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch),
+            age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
+            gap=jnp.array(jnp.full(batch, rule.update_proj_gap, jnp.int32)),
+            wait=jnp.zeros(batch, jnp.int32),
+            refreshed=jnp.zeros(batch, bool),
+            finite=jnp.ones(batch, bool),
+            skipped=jnp.zeros(batch, jnp.int32),
+            saved=jnp.zeros(batch, jnp.int32),
+            overlap=jnp.zeros(batch, jnp.float32),
+            scale=jnp.array(rule.scale, jnp.float32),
+            interval=jnp.array(rule.update_proj_gap, jnp.int32),
+            projection=projection,
+            method=str(rule.refresh),
+            moments=self.moments,
+            full_size=full_size,
+        )
 
     def for_refresh(self) -> tuple[jax.Array | None, jax.Array]:
         """The lazy overlap and the seed, as the state keeps them for `galore_jax.refresh`.
@@ -175,15 +198,12 @@ class Settings:
 
 
 def _basis_dtype(basis_dtype: Any) -> jnp.dtype:
-    is_array = isinstance(basis_dtype, jax.Array)
-    if not is_array:
-        with suppress(TypeError):  # not a dtype
-            found = jnp.dtype(jnp.float32 if basis_dtype is None else basis_dtype)
-            if found in BASIS_DTYPES:
-                return found
+    with suppress(TypeError):  # not a dtype
+        found = jnp.dtype(jnp.float32 if basis_dtype is None else basis_dtype)
+        if found in BASIS_DTYPES:
+            return found
     names = ", ".join(dtype.name for dtype in BASIS_DTYPES)
-    hint = f"; {static_hint('basis_dtype')}" if is_array else ""
-    raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}{hint}.")
+    raise ValueError(f"galore: basis_dtype must be one of {names}, not {basis_dtype!r}.")
 
 
 def with_settings_of_galore(make: Make) -> Make:

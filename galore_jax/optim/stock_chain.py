@@ -17,6 +17,7 @@ import optax
 from galore_jax.optim.galore_state import (
     GaLoreState,
     bases_of,
+    check_gradient,
     galore_states,
     is_low_rank,
     map_bases,
@@ -84,6 +85,9 @@ def update(
     old = [state._replace(bases=_idle(state.bases)) for state in old]
     state = with_galore_states(state, old)
     updates = without_boxes(updates, old)
+    check = lambda basis, update: check_gradient(update, basis.projection)
+    for own in old:
+        map_bases(check, own.bases, updates, otherwise=own.bases)
     coordinates = None if params is None else project(params, old)
     _, probe = tx.update(updates, state, coordinates, **extra_args)
     new, changes = galore_states(probe), basis_updates(state, probe, state)

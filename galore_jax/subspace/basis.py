@@ -1,7 +1,6 @@
 """The basis of one parameter: its vectors, its refresh schedule and its counters."""
 
 import dataclasses
-import math
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.subspace.methods import random_basis
 from galore_jax.subspace.projection import Moments, Projection, Side
 
 # The age of a random initial basis, which the next finite gradient replaces.
@@ -72,61 +70,6 @@ class Basis:
 def is_basis(node: Any) -> bool:
     """Whether a node is a `Basis`, for the argument `is_leaf` of tree maps."""
     return isinstance(node, Basis)
-
-
-def start_basis(
-    projection: Projection,
-    *,
-    scale: Any,
-    interval: Any,
-    method: str,
-    moments: Moments,
-    full_size: bool,
-    dtype: Any,
-    seed: Any,
-) -> Basis:
-    """Creates a random basis, which the first finite gradient replaces.
-
-    Args:
-      projection: how the parameter is projected.
-      scale: factor of the lifted update.
-      interval: number of updates between refreshes.
-      method: how refreshes compute the vectors, a name in `methods.REFRESH`.
-      moments: what a refresh does with the moments.
-      full_size: see `Basis`.
-      dtype: dtype of the vectors; int8 stores them as `Quantized`.
-      seed: seed of the random vectors.
-
-    Returns:
-      The basis.
-    """
-    # Draw the vectors.
-    batch = projection.view.batch
-    key = jax.random.fold_in(jax.random.key(seed), path_hash(projection))
-    vectors: dict[Side, Any] = {}
-    for i, (side, shape) in enumerate(projection.basis_shapes.items()):
-        vectors[side] = random_basis(jax.random.fold_in(key, i), shape, jnp.dtype(dtype))
-
-    # Start the schedule and the counters.
-    return Basis(
-        vectors=vectors,
-        number=jnp.arange(math.prod(batch), dtype=jnp.int32).reshape(batch),
-        age=jnp.full(batch, AGE_UNINITIALIZED, jnp.int32),
-        # Copies: an array among the settings would otherwise be donated once for each leaf.
-        gap=jnp.array(jnp.full(batch, interval, jnp.int32)),
-        wait=jnp.zeros(batch, jnp.int32),
-        refreshed=jnp.zeros(batch, bool),
-        finite=jnp.ones(batch, bool),
-        skipped=jnp.zeros(batch, jnp.int32),
-        saved=jnp.zeros(batch, jnp.int32),
-        overlap=jnp.zeros(batch, jnp.float32),
-        scale=jnp.array(scale, jnp.float32),
-        interval=jnp.array(interval, jnp.int32),
-        projection=projection,
-        method=method,
-        moments=moments,
-        full_size=full_size,
-    )
 
 
 def updates_left(basis: Basis) -> jax.Array:

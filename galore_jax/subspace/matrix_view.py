@@ -215,38 +215,19 @@ def unboxed(tree: PyTree) -> PyTree:
 
 def _broadcast_numbers(numbers: PyTree, params: PyTree) -> list[Any]:
     """Dimension numbers, None or `_DEFAULT` for each leaf."""
-    leaves = named_leaves(params)
     if numbers is None:
-        return [_DEFAULT] * len(leaves)
+        return [_DEFAULT] * len(jax.tree.leaves(params))
     if is_function(numbers):
         numbers = numbers(params)
     is_leaf = lambda node: node is None or _is_dimension_numbers(node)
-    entries = dict(jax.tree_util.tree_leaves_with_path(numbers, is_leaf=is_leaf))
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-
-    # Look up the entry whose path is a prefix of the leaf's path.
-    result, used = [], set()
-    for path, (names, _) in zip(paths, leaves, strict=True):
-        prefix = next((path[:n] for n in range(len(path) + 1) if path[:n] in entries), None)
-        if prefix is None:
-            raise ValueError(
-                f"galore: weight_dimension_numbers has no entry for {'/'.join(names)}: give a tree "
-                "like the parameters or a prefix of it, with None for leaves not to be projected."
-            )
-        result.append(entries[prefix])
-        used.add(prefix)
-
-    # Refuse entries for paths that do not exist, where a tree like the parameters has none either.
-    is_none = lambda node: node is None
-    nodes = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_none)
-    used.update(path for path, node in nodes if node is None)
-    for path in entries:
-        if path not in used:
-            raise ValueError(
-                f"galore: weight_dimension_numbers has an entry for {'/'.join(path_names(path))}, "
-                "which is not a parameter: remove it."
-            )
-    return result
+    try:
+        found = jax.tree.broadcast(numbers, params, is_leaf)
+    except ValueError as error:
+        raise ValueError(
+            "galore: weight_dimension_numbers does not match the parameters: give a tree like them "
+            "or a prefix of it, with None for leaves not to be projected."
+        ) from error
+    return jax.tree.structure(params).flatten_up_to(found)
 
 
 def _is_dimension_numbers(node: Any) -> bool:

@@ -71,7 +71,12 @@ class Rule:
                 f"galore: proj_type must be one of {', '.join(PROJ_TYPES)}, not {self.proj_type!r}."
             )
         check_number("scale", self.scale, "positive and finite", lambda scale: 0 < scale < math.inf)
-        check_gap("update_proj_gap", self.update_proj_gap)
+        check_number(
+            "update_proj_gap",
+            self.update_proj_gap,
+            f"a whole number from 1 to {MAX_GAP:,}",
+            lambda gap: isinstance(gap, Integral) and 1 <= int(gap) <= MAX_GAP,
+        )
         if self.refresh not in (None, *REFRESH):
             raise ValueError(
                 f"galore: refresh must be one of {', '.join(REFRESH)}, not {self.refresh!r}."
@@ -104,13 +109,6 @@ def check_number(name: str, value: Any, expected: str, is_valid: Callable[[Any],
         return
     if isinstance(value, bool) or not isinstance(value, Real) or not is_valid(value):
         raise ValueError(f"galore: {name} must be {expected}, not {value!r}.")
-
-
-def check_gap(name: str, gap: Any) -> None:
-    """Checks a number of updates between two refreshes, as `check_number`."""
-    expected = f"a whole number from 1 to {MAX_GAP:,}"
-    in_range = lambda gap: isinstance(gap, Integral) and 1 <= int(gap) <= MAX_GAP
-    check_number(name, gap, expected, in_range)
 
 
 def static_hint(name: str) -> str:
@@ -183,7 +181,7 @@ def projections(
             result.append(None)
         else:
             result.append(projection_of(names, view, rule, default))
-    _check_all_used(unused, ["/".join(names) for names, _ in leaves], rules)
+    _check_all_used(unused, ["/".join(names) for names, _ in leaves])
     _check_paths_differ(result)
     return jax.tree_util.tree_unflatten(tree, result)
 
@@ -254,18 +252,11 @@ def projection_of(
     )
 
 
-def _check_all_used(unused: Rules, names: list[str], rules: Rules) -> None:
+def _check_all_used(unused: Rules, names: list[str]) -> None:
     for pattern in unused:
         text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-        matched = [name for name in names if matches(pattern, name)]
         similar = get_close_matches(text, names, n=3, cutoff=0.3)
-        if not matched:
-            reason = f"it matches no path; existing paths include {', '.join(similar or names[:3])}"
-        elif all(rule_for((name,), rules)[0] != pattern for name in matched):
-            reason = "every leaf that it matches also matches an earlier rule; put this rule first"
-        else:
-            reason = (
-                "the leaves that it matches are no matrices, or biases or scales by name, which "
-                f"only weight_dimension_numbers project, for example {matched[0]}"
-            )
-        raise ValueError(f"galore: the rule {text!r} applies to no leaf: {reason}.")
+        raise ValueError(
+            f"galore: the rule {text!r} applies to no leaf: it matches no matrix, or an earlier "
+            f"rule takes what it does; existing paths include {', '.join(similar or names[:3])}."
+        )
