@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import sys
 
 import benchmark
@@ -14,7 +15,6 @@ from benchmarks.models import blocks_loss, init_llama, with_dense
 
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.config import GaloreConfig, OptimizerConfig
 from galore_jax.training.config_file import load_comparison, load_config
 from galore_jax.training.finetune_config import FinetuneConfig
 
@@ -99,11 +99,6 @@ def test_each_optimizer_of_a_fine_tuning_has_the_time_of_a_step_and_the_bytes_of
     size = {row["name"]: row["bytes"] for row in rows}
     assert size["lora rank 4"] < size["lora rank 8"] < size["galore rank 4"]
     assert size["galore rank 4"] < size["galore rank 8"] < size["galore rank 96"] < size["adamw"]
-
-
-def test_ranks_grow_with_the_width_except_rank_one():
-    scaled = lambda rank: optimizers.scaled(OptimizerConfig(galore=GaloreConfig(rank)), 4)
-    assert [scaled(rank).galore.rank for rank in (64, 0.25, 1)] == [256, 0.25, 1]
 
 
 def test_layers_as_in_flax_have_the_derivative_that_jax_makes():
@@ -201,27 +196,17 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
     ("arguments", "sentence"),
     [
         (["stap"], "bench = 'stap' is unknown; did you mean step or state?"),
-        (["state", "repeats=3"], "the setting repeats is unknown"),
         (["step", "modle=llama"], "the setting modle is unknown; did you mean model?"),
         (["step", "repeats"], "'repeats' is not a setting: write key=value, as in repeats=5."),
-        (["step", "repeats=many"], "repeats must be a whole number above 0, not 'many'."),
         (["step", "repeats=0"], "repeats must be a whole number above 0, not '0'."),
-        (["step", "model=gpt"], "model = 'gpt' is unknown; there are blocks, llama."),
         (["step", "dense=torch"], "dense = 'torch' is unknown; there are flax, galore_jax."),
-        (
-            ["tokens", "tokens=300"],
-            "tokens must be multiples of 256, with commas between, not 300.",
-        ),
-        (["refresh", "sizes=3"], "sizes = '3' is unknown; there are 512, 1024, 2048."),
         (["refresh", "tokens=300"], "tokens must be a multiple of 256, not 300."),
-        (["state", "--json", "/nowhere/a.json"], "there is no folder /nowhere for --json"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, sentence, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
-    with pytest.raises(InputError) as refusal:
+    with pytest.raises(InputError, match="^" + re.escape(sentence)):
         benchmark.main()
-    assert str(refusal.value).startswith(sentence)
 
 
 def test_every_setting_is_in_the_help():

@@ -204,20 +204,19 @@ def test_what_is_sent_inside_of_a_node_and_between_nodes(kind, groups, inside, b
 
 
 @pytest.mark.parametrize(
-    ("name", "scatters", "sent"),
-    [("sliced", True, N * FLOAT * 3 // 4), ("used whole", False, N * FLOAT * 6 // 4)],
+    ("name", "scatters", "payload", "sent"),
+    [
+        ("sliced", True, N * FLOAT, N * FLOAT * 3 // 4),
+        ("sliced together", True, 2 * N * FLOAT, 2 * N * FLOAT * 3 // 4),
+        ("used whole", False, N * FLOAT, N * FLOAT * 6 // 4),
+    ],
 )
 def test_an_all_reduce_of_which_a_device_uses_its_part_sends_as_little_as_a_reduce_scatter(
-    programs, name, scatters, sent
+    programs, name, scatters, payload, sent
 ):
     found = only(programs[name])
-    assert (found.kind, found.payload, found.scatters) == ("all-reduce", N * FLOAT, scatters)
+    assert (found.kind, found.payload, found.scatters) == ("all-reduce", payload, scatters)
     assert found.sent(DEVICES) == (sent, 0)
-
-
-def test_parts_of_several_arrays_that_are_reduced_together_are_recognised(programs):
-    found = only(programs["sliced together"])
-    assert (found.payload, found.scatters) == (2 * N * FLOAT, True)
 
 
 def test_flops_count_batch_and_contracted_axes(programs):

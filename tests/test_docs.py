@@ -240,25 +240,17 @@ def test_every_page_with_python_is_run_above():
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
-def test_every_file_configuration_and_target_that_a_page_names_exists(page):
+def test_every_file_target_extra_and_link_that_a_page_names_exists(page):
+    text = read(page)
     named = r"(?<![\w/.])((?:scripts|configs|examples|tests|docs|galore_jax)/[\w./-]*\w)"
-    paths = set(re.findall(named, read(page)))
-    assert [path for path in paths if not (ROOT / path).exists()] == []
-    targets = set(re.findall(r"(?:^|`)make ([\w-]+)", read(page), re.MULTILINE))
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8") if targets else ""
+    assert [path for path in re.findall(named, text) if not (ROOT / path).exists()] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"(?:^|`)make ([\w-]+)", text, re.MULTILINE)
     assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
-def test_every_extra_that_a_page_installs_exists(page):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    named = ",".join(re.findall(r"\.\[([\w,]+)\]", read(page))).split(",")
-    assert set(named) - {""} <= project["optional-dependencies"].keys()
-
-
-@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
-def test_every_link_leads_to_a_file_and_a_heading(page):
-    links = re.findall(r"\]\(([^)\s]+)\)|^\[\w+\]: (\S+)", read(page), re.MULTILINE)
+    extras = ",".join(re.findall(r"\.\[([\w,]+)\]", text)).split(",")
+    assert set(extras) - {""} <= project["optional-dependencies"].keys()
+    links = re.findall(r"\]\(([^)\s]+)\)|^\[\w+\]: (\S+)", text, re.MULTILINE)
     for link in (inline or reference for inline, reference in links):
         if "://" in link:
             continue

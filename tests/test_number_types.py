@@ -1,11 +1,12 @@
 """Projected gradients in complex numbers, narrow floats and products of a given precision."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
 
 import galore_jax
 from galore_jax.optim.factored_rms import scale_by_factored_rms
@@ -87,23 +88,9 @@ def test_coordinates_have_the_precision_of_the_product():
     _, state = start({"w": W})
     loss = lambda params, x: jnp.mean(jnp.sin(jnp.matmul(x, params["w"], precision="highest")))
     jaxpr = jax.make_jaxpr(galore_jax.value_and_grad(loss))({"w": W}, state, X)
-    highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
-    found = []
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                found.append(equation.params["precision"])
-            for inner in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            ):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    visit(inner)
-
-    visit(jaxpr.jaxpr)
-    assert len(found) >= 3
-    assert set(found) == {highest}
+    products = re.findall(r"dot_general\[.*?\n *\]", str(jaxpr), re.DOTALL)
+    assert len(products) >= 3
+    assert all(product.count("Precision.HIGHEST") == 2 for product in products)
 
 
 def test_small_float16_cotangents_do_not_vanish():
