@@ -9,22 +9,14 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-# Problems with a path, which the user can choose or change.
-_UNUSABLE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-)
-# Modules that come with an extra of this package.
-_EXTRAS = {
-    "train": (
-        *("flax", "orbax", "tensorflow_datasets", "array_record", "grain"),
-        *("sentencepiece", "tqdm", "pydantic", "filelock"),
-    ),
-    "plots": ("matplotlib",),
-    "huggingface": ("safetensors", "transformers", "jinja2"),
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+# The extra of this package that a module comes with.
+_EXTRA_OF = {
+    **dict.fromkeys(("flax", "orbax", "grain", "pydantic", "sentencepiece", "tqdm"), "train"),
+    **dict.fromkeys(("array_record", "tensorflow_datasets"), "train"),
+    **dict.fromkeys(("safetensors", "transformers", "jinja2"), "huggingface"),
+    "matplotlib": "plots",
 }
-_EXTRA_OF = {module: extra for extra, modules in _EXTRAS.items() for module in modules}
 
 
 class InputError(ValueError):
@@ -87,11 +79,11 @@ def names_full_disk(error: BaseException | None) -> bool:
     TensorStore and array_record raise other types than `OSError`, with its text.
     """
     if isinstance(error, OSError):
-        return error.errno in FULL_DISK
+        return error.errno in _FULL_DISK
     # JAX quotes NCCL, which says the same of shared memory.
     if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError"):
         return False
-    return any(os.strerror(number) in str(error) for number in FULL_DISK)
+    return any(os.strerror(number) in str(error) for number in _FULL_DISK)
 
 
 def run_cli(main: Callable[[], None]) -> None:
@@ -102,27 +94,23 @@ def run_cli(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except InputError as error:
-        sys.exit(_report(str(error)))
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        if module not in _EXTRA_OF:
-            raise
-        sys.exit(_report(_install_hint(module)))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
         path = getattr(error, "filename", None)
-        if names_full_disk(error):
+        module = str(getattr(error, "name", None)).partition(".")[0]
+        if isinstance(error, InputError):
+            problem = str(error)
+        elif isinstance(error, ModuleNotFoundError) and module in _EXTRA_OF:
+            problem = _install_hint(module)
+        elif names_full_disk(error):
             place = f" while writing {path}" if path else ""
             remedy = "free some space and run the same command again, a training with --resume."
-            sys.exit(_report(f"the disk is full{place}: {remedy}"))
-        if not isinstance(error, OSError) or error.errno not in _UNUSABLE or path is None:
+            problem = f"the disk is full{place}: {remedy}"
+        elif isinstance(error, OSError) and path is not None:
+            remedy = "name another path, or change this one."
+            problem = f"{path} cannot be used ({error.strerror}): {remedy}"
+        else:
             raise
-        remedy = "name another path, or change this one."
-        sys.exit(_report(f"{path} cannot be used ({error.strerror}): {remedy}"))
-
-
-def _report(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,10 +1,13 @@
-"""Files that appear complete or not at all, and JSON files."""
+"""Files that appear complete or not at all, JSON files, and locks of folders."""
 
 import errno
+import fcntl
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from galore_jax.errors import InputError
 UNFINISHED = ".unfinished"
 
 
-def open_no_link(path: Path, flags: int) -> int:
+def _open_no_link(path: Path, flags: int) -> int:
     """Opens a file as `os.open` does, but not through a symbolic link, which may be an attack.
 
     Raises:
@@ -38,7 +41,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
       InputError: the temporary path is a symbolic link.
     """
     temporary = Path(f"{os.fspath(path)}{UNFINISHED}")
-    os.close(open_no_link(temporary, os.O_WRONLY | os.O_CREAT))
+    os.close(_open_no_link(temporary, os.O_WRONLY | os.O_CREAT))
     try:
         yield temporary
         # Otherwise a power cut may leave the name without the content.
@@ -75,3 +78,43 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a JSON object.")
     return value
+
+
+@contextmanager
+def locked(path: Path, work: str, remedy: str) -> Iterator[None]:
+    """Holds an exclusive lock on the file `path`, which records the holder and the time.
+
+    The operating system releases the lock however this process ends. On file systems without locks
+    this does nothing.
+
+    Args:
+      path: created if it does not exist.
+      work: what the holder does, for the message, as in "training in runs/demo".
+      remedy: what to do instead, as in "name another training.folder".
+
+    Raises:
+      InputError: another process holds the lock (the message names its id, its host and the time),
+        or `path` is a symbolic link.
+    """
+    descriptor = _open_no_link(path, os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = path.read_text(errors="replace").strip() or "another process"
+                raise InputError(
+                    f"{holder} is {work}: let it finish or stop it, or {remedy}."
+                ) from None
+            # Others, such as ENOLCK or EOPNOTSUPP, mean that there are no locks.
+        os.ftruncate(descriptor, 0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        holder = f"process {os.getpid()} on {socket.gethostname()} (since {now})"
+        os.write(descriptor, holder.encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)

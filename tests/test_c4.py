@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from galore_jax.data.batches import DataConfig, documents
 from galore_jax.data.c4 import open_c4, prepare_c4, read_examples
 from galore_jax.errors import InputError
-from galore_jax.lock import locked
+from galore_jax.files import locked
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,16 +183,17 @@ zipped = functools.partial(gzip.compress, mtime=0)
     ("content", "message"),
     [
         (b"", "is empty"),
-        (zipped(b""), "is empty"),
         (zipped(b"\n \n"), "is empty"),
         (zipped(GOOD * 5 + b'{"text": "a'), "line 6: not JSON; correct the line, or download"),
         (zipped(GOOD + b" \n" + GOOD + b"\n\xff\xfe"), "line 5: not JSON"),  # blank lines count
         (zipped(GOOD + b'{"url": "a"}\n' + GOOD), 'line 2: no document with a "text"'),
-        (zipped(GOOD + b'["text"]\n'), 'line 2: no document with a "text"'),
-        (zipped(GOOD * 3 + b'{"text": "\\ud800"}\n'), "line 4: an unpaired surrogate"),
+        (zipped(GOOD * 3 + b'{"text": "\\ud800"}\n'), "line 4: .* surrogates not allowed; correct"),
         (zipped(GOOD + b"[" * 100_000), "line 2: not JSON"),
         (zipped(GOOD + b'{"text": ["a"]}'), 'line 2: no document with a "text"'),
-        (zipped(GOOD + b'{"text": "a", "url": {}, "timestamp": 3}'), "line 2: a .timestamp"),
+        (
+            zipped(GOOD + b'{"text": "a", "url": {}, "timestamp": 3}'),
+            "line 2: no document .* fields of text",
+        ),
         (random.Random(0).randbytes(1000), "truncated or corrupt in line 1"),
         (zipped(GOOD)[:-9], "truncated or corrupt in line "),
         (GOOD, "truncated or corrupt in line 1"),
@@ -223,15 +224,6 @@ def test_a_folder_made_from_other_content_under_the_same_names_is_not_touched(tm
     assert files_of(str(tmp_path / "data")) == before
 
 
-def test_a_damaged_record_of_the_input_files_is_named(tmp_path):
-    write_inputs(tmp_path)
-    note = tmp_path / "data/c4/en/3.1.0/inputs.json"
-    note.parent.mkdir(parents=True)
-    note.write_bytes(bytes(10))
-    with pytest.raises(InputError, match=f"{note} is damaged: delete {note.parent} and start"):
-        prepare_c4(str(tmp_path), str(tmp_path / "data"))
-
-
 def test_a_folder_with_another_dataset_is_not_touched(tmp_path):
     write_inputs(tmp_path)
     foreign = tmp_path / "data/c4/en/3.1.0/c4-train.tfrecord-00000-of-00001"
@@ -247,7 +239,7 @@ def test_a_folder_that_another_process_prepares_is_not_touched(tmp_path):
     unfinished = tmp_path / "data/c4/en/3.1.0/c4-train.array_record-00000-of-00001.unfinished"
     unfinished.parent.mkdir(parents=True)
     unfinished.write_text("half")
-    refusal = r"is preparing .* since .*, or choose another --out\."
+    refusal = r"\(since .*\) is preparing .*, or choose another --out\."
     with (
         locked(tmp_path / "data/c4/en/lock", "preparing it", "wait"),
         pytest.raises(InputError, match=refusal),

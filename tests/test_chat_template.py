@@ -15,6 +15,7 @@ from chats import (
     without_marks,
 )
 
+from galore_jax import errors
 from galore_jax.data.chat_template import ChatTemplate
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
@@ -123,3 +124,12 @@ def test_a_damaged_template_is_one_sentence(content, named, tmp_path):
 def test_a_tokenizer_that_can_have_no_template_is_named():
     with pytest.raises(InputError, match=r"data\.tokenizer = 'bytes' has no chat template"):
         ChatTemplate("bytes")
+
+
+def test_a_missing_template_engine_is_named_with_its_extra(tmp_path, monkeypatch):
+    path = save_tokenizer(tmp_path, CHATML)
+    find_spec = errors.find_spec
+    is_found = lambda name: None if name == "jinja2" else find_spec(name)
+    monkeypatch.setattr(errors, "find_spec", is_found)
+    with pytest.raises(ModuleNotFoundError, match=r'jinja2, .*install "galore-jax\[huggingface\]"'):
+        ChatTemplate(path)

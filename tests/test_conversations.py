@@ -63,27 +63,17 @@ def folder_of(write, rows):
     return write(rows, "folder/train.jsonl").removesuffix("/train.jsonl")
 
 
-def test_the_three_formats_are_the_same_conversations(write, tokenizer):
+def test_both_formats_are_the_same_conversations(write, tokenizer):
     rows = [
         ROW,
-        {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
         {"instruction": QUESTION, "input": "", "output": ANSWER, "text": "ignored"},
         {"instruction": QUESTION, "input": None, "output": ANSWER},
         {"instruction": "Count legs.", "input": "dog", "output": "4"},
         {"messages": chat("Count legs.\n\ndog", "4")},
-        {
-            "conversations": [
-                {"from": "system", "value": "Be short."},
-                {"from": "human", "value": "a"},
-                {"from": "gpt", "value": "b"},
-            ]
-        },
-        {"messages": chat("a", "b", system="Be short.")},
     ]
     read = everything(folder_of(write, rows), tokenizer)
     tokens = [conversation.tokens.tolist() for conversation in read]
-    assert tokens[0] == tokens[1] == tokens[2] == tokens[3] != tokens[4]
-    assert tokens[4] == tokens[5] != tokens[6] == tokens[7]
+    assert tokens[0] == tokens[1] == tokens[2] != tokens[3] == tokens[4]
     assert tokens[0] == ChatTemplate(tokenizer).encode(ROW["messages"]).tokens.tolist()
 
 
@@ -95,7 +85,7 @@ def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
     read = everything(folder_of(write, blocks["json"].splitlines()), tokenizer)
     decode = functools.partial(byte_level().decode, skip_special_tokens=False)
     tokens, is_answer = read[0]
-    assert all(np.array_equal(read[index].tokens, tokens) for index in (1, 2))
+    np.testing.assert_array_equal(read[1].tokens, tokens)
     assert decode(tokens.tolist()) == "<s><|user|>\nLegs?\n\ncat</s>\n<|assistant|>\n4</s>\n"
     assert decode(tokens[is_answer].tolist()) == "4</s>\n"
     read = everything(folder_of(write, [ROW, {"messages": chat("a", "b", "c", "d")}]), tokenizer)
@@ -130,15 +120,13 @@ def test_answers_whose_place_in_the_text_is_unknown_are_refused(template, write,
         everything(folder_of(write, [ROW]), tokenizer)
 
 
-def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
+def test_blank_lines_and_byte_order_marks_are_read(write, tokenizer):
     rows = many(4)
     lines = [json.dumps(row) for row in rows]
     expected = [each.tokens.tolist() for each in everything(folder_of(write, rows), tokenizer)]
     for number, text in enumerate(
         [
             ["", lines[0], "", "  ", *lines[1:], ""],
-            [json.dumps(rows, indent=2)],
-            ["\ufeff" + json.dumps(rows)],
             ["\ufeff" + lines[0], *lines[1:]],
         ]
     ):
@@ -156,13 +144,11 @@ def test_blank_lines_arrays_and_byte_order_marks_are_read(write, tokenizer):
         ({"instruction": "a"}, "this is not a conversation"),
         ({"instruction": "a", "output": None}, "instruction, input and output must be text"),
         ({"instruction": "a", "input": 3, "output": "b"}, "input and output must be text"),
-        ({"messages": []}, r"messages must be a list of at least one message, not \[\]"),
-        ({"messages": "a"}, "messages must be a list"),
-        ({"conversations": None}, "conversations must be a list"),
-        ({"messages": ["a"]}, "message 1 must have role, .*, and a text content, and is 'a'"),
-        ({"messages": [{"role": "user"}]}, "message 1 must have role, one of system, user, assis"),
-        ({"messages": [{"role": "bot", "content": ""}]}, "message 1 must have role, one of"),
-        ({"conversations": [{"from": "tool", "value": ""}]}, "must have from, one of human, gpt,"),
+        ({"messages": []}, "the conversation has no answer"),
+        ({"messages": "a"}, "messages must be a list of objects with a role, .*; not 'a'"),
+        ({"messages": ["a"]}, r"messages must be a list .*; not \['a'\]"),
+        ({"messages": [{"role": "user"}]}, "messages must be a list of objects with a role"),
+        ({"messages": [{"role": "bot", "content": ""}]}, "role, one of system, user, assistant"),
         ('{"instruction": "a\\ud83d", "output": "b"}', "a text has an unpaired surrogate"),
         ({"messages": chat("a")}, "the conversation has no answer"),
         ({"messages": chat("", system="a")}, "the conversation has no answer"),
@@ -182,20 +168,12 @@ def test_a_bad_row_is_refused_at_the_start_with_its_file_and_line(row, named, wr
     assert "\n" not in str(refused.value)
 
 
-def test_a_bad_row_of_an_array_is_refused_with_its_number(write, tokenizer):
-    array = json.dumps([ROW, {"messages": chat("a")}, ROW], indent=1)
-    with pytest.raises(InputError, match=r"train\.jsonl, item 2: the conversation has no answer"):
-        everything(folder_of(write, [array]), tokenizer)
-    with pytest.raises(InputError, match=r"other\.jsonl: this is not JSON"):
-        everything(write(["[", "1"], "other.jsonl"), tokenizer)
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         (
             {"source": "nowhere.jsonl"},
-            r"there is no data\.source nowhere\.jsonl: give a JSONL file",
+            r"nowhere\.jsonl cannot be read \(No such file or directory\): name a folder",
         ),
         ({"source": "."}, r"train\.jsonl cannot be read \(No such file or directory\): name"),
         ({"held_out": 3}, r"has 3 conversations, too few for data\.held_out = 3"),

@@ -47,7 +47,8 @@ def test_a_full_disk_is_reported_whatever_the_type_of_the_error(capsys, number):
 @pytest.mark.parametrize(
     "error",
     [
-        *(OSError(errno.EBADF, "x", "path"), OSError("x"), TypeError("x")),
+        OSError("x"),
+        TypeError("x"),
         # Of shared memory, which is no disk.
         jax.errors.JaxRuntimeError(f"INTERNAL: NCCL: shared memory: {os.strerror(errno.ENOSPC)}"),
     ],

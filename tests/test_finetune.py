@@ -22,8 +22,8 @@ pytest.importorskip("safetensors", reason="needs safetensors")
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.glue_tasks import TASKS, encode, load_examples, predictions_of, scores
 from galore_jax.data.text_pairs import batches, load_pair_tokenizer
+from galore_jax.files import locked
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
-from galore_jax.lock import locked
 from galore_jax.models.encoder import Classifier, Encoder
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves

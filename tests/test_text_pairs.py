@@ -72,11 +72,6 @@ def test_the_longer_text_is_truncated_first(word_pieces):
             assert types[0].sum() == found[1] + 1
 
 
-def test_too_short_rows_are_refused(word_pieces):
-    with pytest.raises(InputError, match=r"rows of 4 tokens .* at least 5"):
-        load_pair_tokenizer(word_pieces).encode([("cat", "mat")], 4)
-
-
 def test_a_folder_without_a_usable_tokenizer_is_refused(word_pieces):
     settings = word_pieces / "tokenizer_config.json"
     settings.write_text('{"pad_token": null}')

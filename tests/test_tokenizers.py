@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from galore_jax.data.tokenizers import load_tokenizer, train_sentencepiece
+from galore_jax.data.batches import tokenizer_checksum
+from galore_jax.data.tokenizers import load_tokenizer, tokenizer_files, train_sentencepiece
 from galore_jax.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -80,17 +81,16 @@ def test_training_a_vocabulary_twice_gives_the_same_bytes(model_file):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "reason"),
-    [(5000, "it has enough for "), (200, "its letters and the bytes"), (-5, "vocab_size")],
+    ("texts", "vocab_size", "reason"),
+    [
+        (TEXTS, 5000, "size too high .* <= 29"),
+        (TEXTS, 200, "smaller than required_chars"),
+        (["", "\n"], 290, "empty"),
+    ],
 )
-def test_an_impossible_vocabulary_size_is_explained(vocab_size, reason):
+def test_an_impossible_vocabulary_is_explained(texts, vocab_size, reason):
     with pytest.raises(InputError, match=f"no vocabulary of {vocab_size} pieces .*{reason}"):
-        train_sentencepiece(TEXTS, vocab_size)
-
-
-def test_a_vocabulary_of_no_text_is_refused():
-    with pytest.raises(InputError, match="from this text: it is empty"):
-        train_sentencepiece(["", "\n"], 290)
+        train_sentencepiece(texts, vocab_size)
 
 
 def test_a_tokenizer_json_is_read_without_its_template_truncation_and_padding(json_file):
@@ -128,9 +128,17 @@ def test_a_model_beside_its_settings_is_read_as_they_say(model_file, tmp_path):
     ours, alone = load_tokenizer(str(path)), load_tokenizer(str(model_file))
     assert (ours.eos_id, alone.eos_id) == (0, 1)
     assert ours.encode(AWKWARD) == alone.encode(AWKWARD)
-    path.rename(tmp_path / "own.model")
-    with pytest.raises(InputError, match=r"names '<pad>' as eos_token, which .*own.model does not"):
-        load_tokenizer(str(tmp_path / "own.model"))
+
+
+def test_the_files_of_a_tokenizer_are_those_that_are_read(model_file, json_file):
+    path = json_file.with_name("tokenizer.model")
+    path.write_bytes(model_file.read_bytes())
+    read = load_tokenizer(str(path)).encode(AWKWARD)
+    assert read == load_tokenizer(str(json_file)).encode(AWKWARD)
+    before = tokenizer_checksum(str(path))
+    json_file.write_text(json_file.read_text() + " ")
+    assert tokenizer_checksum(str(path)) != before
+    assert path not in tokenizer_files(str(json_file))
 
 
 @pytest.mark.parametrize(("template", "prefix"), [("$A </s>", []), ("<pad> $A </s>", [0])])

@@ -14,7 +14,7 @@ import jax
 import pytest
 
 from galore_jax.errors import InputError
-from galore_jax.lock import locked
+from galore_jax.files import locked
 from galore_jax.training import loop
 from galore_jax.training.config_file import load_config
 from galore_jax.training.pretraining import Pretraining

@@ -103,9 +103,8 @@ def train_batches(
 ) -> grain.DatasetIterator[Rows]:
     """Endless batches of the training split.
 
-    Each epoch has a different order, drawn from `config.seed`. The iterator resumes exactly:
-    `get_state` returns a few numbers that JSON can hold, and `set_state` on a new iterator with the
-    same arguments continues with the next batch.
+    Each epoch has a different order, drawn from `config.seed`. A new iterator with the same
+    arguments continues exactly after `set_state`; `get_state` returns numbers that JSON can hold.
 
     Args:
         config: what to read, and how to batch it.
@@ -151,11 +150,10 @@ def validation_batches(
 
 
 def fingerprint(config: DataConfig) -> dict[str, int]:
-    """Numbers that change if the training text or the tokenizer changes.
+    """Numbers that change if the training text, the validation text or the tokenizer changes.
 
-    They are the number of documents, or of bytes in a file of conversations; a checksum of these,
-    or of a thousand documents if there are more; likewise one of the validation documents, or of
-    validation.jsonl if there is one; and one of the tokenizer's files.
+    They are the number of documents, or of bytes in a file of conversations; and checksums of these
+    (of documents a thousand at most), of the validation split and of the tokenizer's files.
     """
     tokenizer = tokenizer_checksum(config.tokenizer)
     if config.rows == "conversations":

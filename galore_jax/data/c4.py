@@ -29,8 +29,7 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from tqdm import tqdm
 
 from galore_jax.errors import InputError, names_full_disk
-from galore_jax.files import UNFINISHED, atomic_write, write_json
-from galore_jax.lock import locked
+from galore_jax.files import UNFINISHED, atomic_write, locked, read_json, write_json
 
 # Their classes are created at import, which type checkers cannot see.
 _example_pb2: Any = tf_example_pb2
@@ -58,28 +57,25 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
             the output folder was made from other files, or another process is preparing it.
         OSError: the disk is full.
     """
-    inputs = {split: _input_files(folder, split) for split in _SPLITS}
+    files = {split: _input_files(folder, split) for split in _SPLITS}
     target = Path(data_dir, _NAME, _VERSION)
     sources = {
-        target / f"c4-{split}.array_record-{index:05d}-of-{len(files):05d}": file
-        for split, files in inputs.items()
-        for index, file in enumerate(files)
+        target / f"c4-{split}.array_record-{index:05d}-of-{len(files[split]):05d}": file
+        for split in _SPLITS
+        for index, file in enumerate(files[split])
     }
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise InputError(f"{data_dir} cannot become a data folder: {error.strerror}.") from error
+    target.mkdir(parents=True, exist_ok=True)
     with locked(target.parent / "lock", f"preparing {target}", "choose another --out"):
-        for leftover in target.glob(f"*{UNFINISHED}"):
-            leftover.unlink()
-        _claim(
-            target,
-            {shard.name: [file.name, file.stat().st_size] for shard, file in sources.items()},
-        )
+        _remove_unfinished(target)
+        inputs = {shard.name: [file.name, file.stat().st_size] for shard, file in sources.items()}
+        _claim(target, inputs)
         missing = {shard: file for shard, file in sources.items() if not shard.exists()}
         if missing:
             (target / _METADATA).unlink(missing_ok=True)
-            _convert(missing, workers)
+            try:
+                _convert(missing, workers)
+            finally:
+                _remove_unfinished(target)
         if not (target / _METADATA).exists():
             _write_metadata(target, data_dir)
 
@@ -156,42 +152,37 @@ def _input_files(folder: str, split: str) -> list[Path]:
     )
 
 
+def _remove_unfinished(target: Path) -> None:
+    for leftover in target.glob(f"*{UNFINISHED}"):
+        leftover.unlink()
+
+
 def _claim(target: Path, inputs: Mapping[str, list[Any]]) -> None:
     """Records in `target` the input of each shard; raises if it was made from other files.
 
-    The input of a shard that is still missing may have another size, as after a failed download.
+    The input of a shard that is still missing may have changed, as after a failed download.
     """
-    record = target / _INPUTS
-
-    def fixed(inputs: Any) -> dict[str, Any]:
-        is_made = {shard: (target / shard).exists() for shard in inputs}
-        return {shard: [name, is_made[shard] and size] for shard, (name, size) in inputs.items()}
-
+    record, recorded = target / _INPUTS, {}
     if record.exists():
-        try:
-            recorded = json.loads(record.read_bytes())
-            has_changed = fixed(recorded) != fixed(inputs)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(f"{record} is damaged: delete {target} and start again.") from error
-        if has_changed:
+        recorded = read_json(record)
+        is_other = lambda shard: (target / shard).exists() and recorded[shard] != inputs[shard]
+        if recorded.keys() != inputs.keys() or any(map(is_other, inputs)):
             raise InputError(
                 f"{target} was made from other input files than these: "
                 "choose another --out, or delete it."
             )
-        if recorded == inputs:
-            return
     elif any(target.iterdir()):
         raise InputError(
             f"{target} holds files that are not from prepare_c4: choose another --out."
         )
-    write_json(record, inputs)
+    if recorded != inputs:
+        write_json(record, inputs)
 
 
 def _convert(sources: Mapping[Path, Path], workers: int) -> None:
     """Writes the shards (keys) from their input files (values), several in parallel."""
-    processes = multiprocessing.get_context("spawn")
-    stop = processes.Event()
-    pool = ProcessPoolExecutor(min(workers, len(sources)), processes, _start_worker, (stop,))
+    processes, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
+    pool = ProcessPoolExecutor(min(workers, len(sources)), processes, _start_worker)
     sizes = {file: file.stat().st_size for file in sources.values()}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="C4, compressed") as bar:
         try:
@@ -207,18 +198,14 @@ def _convert(sources: Mapping[Path, Path], workers: int) -> None:
                 "again, with fewer --workers."
             ) from error
         except KeyboardInterrupt:
-            stop.set()
+            for worker in set(multiprocessing.active_children()).difference(others):
+                worker.terminate()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-_stop: Any = None  # in worker processes: the event that ends them early
-
-
-def _start_worker(stop: Any) -> None:
-    global _stop
-    _stop = stop
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches them through the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -235,17 +222,9 @@ def _write_shard(file: Path, shard: Path) -> None:
     """Converts one json.gz file into one array_record shard."""
     with atomic_write(shard) as unfinished:
         try:
-            writer = ArrayRecordWriter(os.fspath(unfinished), "group_size:1")
-            try:
+            with contextlib.closing(ArrayRecordWriter(str(unfinished), "group_size:1")) as writer:
                 for example in read_examples(file):
-                    if _stop.is_set():
-                        raise KeyboardInterrupt
                     writer.write(_serialized(example))
-            except BaseException:
-                with contextlib.suppress(RuntimeError):
-                    writer.close()
-                raise
-            writer.close()
         # The only exception that array_record has for a failed write.
         except RuntimeError as error:
             if names_full_disk(error):
@@ -288,18 +267,13 @@ def _example(line: bytes) -> dict[str, bytes]:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
-    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise ValueError('no document with a "text"')
     # allenai/c4 dropped content-length and content-type, which TFDS lists.
     fields = ("text", "timestamp", "url", "content-length", "content-type")
-    values = {field: document.get(field) or "" for field in fields}
-    for field, value in values.items():
-        if not isinstance(value, str):
-            raise ValueError(f'a "{field}" that is not text')
-    try:
-        return {field: value.encode() for field, value in values.items()}
-    except UnicodeEncodeError as error:
-        raise ValueError("an unpaired surrogate, which UTF-8 cannot encode") from error
+    has_text = isinstance(document, dict) and isinstance(document.get("text"), str)
+    texts = [document.get(field) or "" for field in fields] if has_text else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError('no document with a "text" and fields of text')
+    return {field: text.encode() for field, text in zip(fields, texts, strict=True)}
 
 
 def _serialized(example: Mapping[str, bytes]) -> bytes:
@@ -340,8 +314,5 @@ def _write_metadata(target: Path, data_dir: str) -> None:
 
 
 def _num_records(shard: Path) -> int:
-    reader = ArrayRecordReader(os.fspath(shard))
-    try:
+    with contextlib.closing(ArrayRecordReader(os.fspath(shard))) as reader:
         return reader.num_records()
-    finally:
-        reader.close()

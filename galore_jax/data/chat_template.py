@@ -12,12 +12,8 @@ from typing import Any
 import numpy as np
 
 from galore_jax.data.packing import Conversation
-from galore_jax.data.tokenizers import (
-    CHAT_TEMPLATE,
-    HuggingFaceTokenizer,
-    load_tokenizer,
-)
-from galore_jax.errors import InputError, one_sentence
+from galore_jax.data.tokenizers import CHAT_TEMPLATE, HuggingFaceTokenizer, load_tokenizer
+from galore_jax.errors import InputError, check_installed, one_sentence
 
 Message = dict[str, str]
 
@@ -47,9 +43,11 @@ class ChatTemplate:
     Raises:
         InputError: the tokenizer is of another kind or damaged, or has no template, or one whose
             answers cannot be located.
+        ModuleNotFoundError: transformers or jinja2 is not installed.
     """
 
     def __init__(self, tokenizer: str):
+        check_installed("jinja2")
         loaded = load_tokenizer(tokenizer)
         if not isinstance(loaded, HuggingFaceTokenizer):
             raise InputError(

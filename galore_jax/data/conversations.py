@@ -1,10 +1,9 @@
-"""Conversations from JSON files: Alpaca, ShareGPT and chat messages, rendered and tokenised.
+"""Conversations from JSONL files: rows of Alpaca or chat messages, rendered and tokenised.
 
-A row of a file is one of
+A line of a file is one of
 
-    {"instruction": …, "input": …, "output": …}                            Alpaca
-    {"conversations": [{"from": "human", "value": …}, {"from": "gpt", …}]}  ShareGPT
-    {"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}  chat
+    {"instruction": …, "input": …, "output": …}
+    {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
 """
 
 import json
@@ -20,11 +19,8 @@ from galore_jax.data.packing import Conversation
 from galore_jax.errors import InputError
 
 _FILES = {"train": "train.jsonl", "validation": "validation.jsonl"}
-_CHAT = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHAREGPT = {"human": "user", "gpt": "assistant", **_CHAT}
-# By the key of the list: the keys of a message, and the roles with their names here.
-_LISTS = {"messages": ("role", "content", _CHAT), "conversations": ("from", "value", _SHAREGPT)}
-Row = tuple[str, Any]  # its place in a file, for people; and its JSON, as bytes or parsed
+_ROLES = ("system", "user", "assistant")
+Row = tuple[str, bytes]  # its place in a file, for people; and its JSON
 
 
 class Conversations:
@@ -85,7 +81,7 @@ class Conversations:
 def _encoded(row: Row, template: ChatTemplate) -> tuple[list[Message], Conversation]:
     place, content = row
     try:
-        messages = _messages(_parse(content) if isinstance(content, bytes) else content)
+        messages = _messages(content)
         return messages, template.encode(messages)
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
@@ -97,7 +93,7 @@ def open_conversations(
     """Reads the conversations of a split.
 
     Args:
-        source: a JSON file, of which a part is held out for validation; or a folder with
+        source: a JSONL file, of which a part is held out for validation; or a folder with
             train.jsonl and validation.jsonl.
         split: "train" or "validation".
         held_out: number or fraction of the conversations of a file that form the validation
@@ -110,16 +106,10 @@ def open_conversations(
             its validation split.
     """
     path = Path(source)
-    if not path.exists():
-        raise InputError(
-            f"there is no data.source {path}: give a JSONL file of conversations, or a folder with "
-            f"{' and '.join(_FILES.values())}."
-        )
-    if path.is_dir():
-        path = path / _FILES[split]
-        rows = _read_rows(path)
-    else:
-        rows = _read_rows(path)
+    is_folder = path.is_dir()
+    path = path / _FILES[split] if is_folder else path
+    rows = _read_rows(path)
+    if not is_folder:
         rows = [rows[index] for index in _split(len(rows), split, held_out, path)]
     conversations = Conversations(rows, ChatTemplate(tokenizer), length)
     if not len(conversations):
@@ -143,46 +133,37 @@ def _split(count: int, split: str, held_out: int | float, path: Path) -> np.ndar
 
 
 def _read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file, one a line, or of a JSON file of one array; blank lines are none.
-
-    Raises:
-        InputError: the file cannot be read, or is an array that is not JSON.
-    """
+    """The lines of a JSONL file that are not blank."""
     try:
-        content = path.read_bytes().removeprefix(BOM_UTF8)
+        lines = path.read_bytes().removeprefix(BOM_UTF8).split(b"\n")
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): name a folder that has it, or a .jsonl "
             "file, as data.source."
         ) from None
-    if not content.lstrip().startswith(b"["):
-        lines = enumerate(content.split(b"\n"), 1)
-        return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
-    try:
-        array = _parse(content)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return [(f"{path}, item {number}", row) for number, row in enumerate(array, 1)]
+    return [(f"{path}, line {n}", line) for n, line in enumerate(lines, 1) if line.strip()]
 
 
-def _parse(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"this is not JSON: {error}.") from None
-
-
-def _messages(row: Any) -> list[Message]:
-    """The messages of a row of any of the three formats.
+def _messages(text: bytes) -> list[Message]:
+    """The messages of a line of either format.
 
     Raises:
-        InputError: it has none of them, a role is unknown, a text is missing, or there is no
-            answer.
+        InputError: it has neither, a role is unknown, a text is missing, or there is no answer.
     """
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is not JSON: {error}.") from None
     if not isinstance(row, dict):
         raise InputError("this is not an object with the keys of a conversation.")
-    if keys := [key for key in _LISTS if key in row]:
-        messages = _listed(keys[0], row[keys[0]])
+    if "messages" in row:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
+            raise InputError(
+                f"messages must be a list of objects with a role, one of {', '.join(_ROLES)}, and "
+                f"a text, content; not {messages!r:.60}."
+            )
+        messages = [{"role": each["role"], "content": each["content"]} for each in messages]
     elif "instruction" in row and "output" in row:
         texts = [row["instruction"], row.get("input") or "", row["output"]]
         if not all(isinstance(text, str) for text in texts):
@@ -194,8 +175,8 @@ def _messages(row: Any) -> list[Message]:
         ]
     else:
         raise InputError(
-            "this is not a conversation: it needs the key messages, or conversations, or "
-            f"instruction and output, and has {', '.join(row) or 'none'}."
+            "this is not a conversation: it needs the key messages, or instruction and output, "
+            f"and has {', '.join(row) or 'none'}."
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("the conversation has no answer to train on: add one, or remove it.")
@@ -206,21 +187,9 @@ def _messages(row: Any) -> list[Message]:
     return messages
 
 
-def _listed(key: str, listed: Any) -> list[Message]:
-    role_key, text_key, roles = _LISTS[key]
-    if not isinstance(listed, list) or not listed:
-        raise InputError(f"{key} must be a list of at least one message, not {listed!r:.40}.")
-    messages = []
-    for number, message in enumerate(listed, 1):
-        fields = message if isinstance(message, dict) else {}
-        role, text = fields.get(role_key), fields.get(text_key)
-        if role not in list(roles) or not isinstance(text, str):
-            raise InputError(
-                f"message {number} must have {role_key}, one of {', '.join(roles)}, and a text "
-                f"{text_key}, and is {message!r:.60}."
-            )
-        messages.append({"role": roles[role], "content": text})
-    return messages
+def _is_message(message: Any) -> bool:
+    has_keys = isinstance(message, dict) and message.get("role") in _ROLES
+    return has_keys and isinstance(message.get("content"), str)
 
 
 def _texts(messages: Sequence[Message], role: str) -> list[str]:

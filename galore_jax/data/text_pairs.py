@@ -57,14 +57,8 @@ class PairTokenizer:
             for the second), both int32 (texts, length).
 
         Raises:
-            InputError: the length leaves no room between the special tokens.
+            InputError: a text cannot be encoded.
         """
-        special = self._backend.num_special_tokens_to_add(True)
-        if length < special + 2:
-            raise InputError(
-                f"rows of {length} tokens have no room for a pair of texts and its {special} "
-                f"special tokens: choose a length of at least {special + 2}."
-            )
         self._backend.enable_truncation(length, strategy="longest_first")
         self._backend.enable_padding(length=length, pad_id=self.pad_id, pad_token=self._pad)
         inputs = [text_a if text_b is None else (text_a, text_b) for text_a, text_b in texts]

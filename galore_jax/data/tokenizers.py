@@ -3,7 +3,6 @@
 import io
 import itertools
 import os
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, Protocol
 import sentencepiece
 
 from galore_jax.errors import InputError, check_installed, one_sentence
-from galore_jax.files import read_json
 
 TOKENIZER, MODEL = "tokenizer.json", "tokenizer.model"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
@@ -73,13 +71,11 @@ def load_tokenizer(path: str) -> Tokenizer:
 
 
 def from_pretrained(kind: str, folder: Path, problem: str, **options: Any) -> Any:
-    """An object that a class of transformers makes, of the files in a folder alone.
-
-    Nothing is downloaded, and no code in the folder is run.
+    """What a class of transformers makes of the files in a folder, without running code of it.
 
     Args:
         kind: the name of the class.
-        folder: an existing folder.
+        folder: an existing folder; nothing is downloaded.
         problem: the beginning of the error message.
         **options: for the class.
 
@@ -100,10 +96,10 @@ def from_pretrained(kind: str, folder: Path, problem: str, **options: Any) -> An
 
 
 def load_pretrained(folder: Path, kind: str = "PreTrainedTokenizerFast") -> Any:
-    """The tokenizer that a class of transformers makes of the files in a folder.
+    """The tokenizer in a folder of Hugging Face.
 
     Args:
-        folder: a folder of Hugging Face.
+        folder: the folder.
         kind: "PreTrainedTokenizerFast", which takes a tokenizer.json as it is; or "AutoTokenizer",
             which also uses the config.json and the other files of the model's tokenizer.
 
@@ -156,20 +152,9 @@ class SentencePieceTokenizer:
         self.eos_id: int = self._processor.eos_id()
         if self.eos_id < 0:
             raise InputError(f"{path} has no end-of-sequence piece, which training needs.")
-        self._check_settings(Path(path))
         pad_id, bos_id = self._processor.pad_id(), self._processor.bos_id()
         self.pad_id: int = self.eos_id if pad_id < 0 else pad_id
         self.prefix: Sequence[int] = (bos_id,) if bos_id >= 0 else ()
-
-    def _check_settings(self, path: Path) -> None:
-        """Settings beside the file may name another end of a sequence, which would not count."""
-        settings = path.with_name(TOKENIZER_CONFIG)
-        named = read_json(settings).get("eos_token") if settings.is_file() else None
-        if named not in (None, self._processor.id_to_piece(self.eos_id)):
-            raise InputError(
-                f"{settings} names {named!r} as eos_token, which {path} does not: rename the model "
-                f"to {MODEL}, so that the settings are read, or name another folder."
-            )
 
     def encode(self, text: str) -> list[int]:
         """The ids of the pieces of `text`."""
@@ -235,8 +220,12 @@ def tokenizer_files(path: str) -> list[Path]:
     """The files of the tokenizer at `path` that determine the tokens; none for "bytes"."""
     if path == "bytes":
         return []
-    names = (Path(path).name, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE)
-    return [file for file in map(Path(path).with_name, names) if file.is_file()]
+    file = Path(path)
+    # Beside its settings transformers reads a tokenizer.json rather than a tokenizer.model.
+    is_of_folder = file.name == MODEL and file.with_name(TOKENIZER_CONFIG).is_file()
+    first = (TOKENIZER, MODEL) if is_of_folder else (file.name,)
+    names = (*first, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE)
+    return [found for found in map(file.with_name, names) if found.is_file()]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -258,7 +247,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             and letters.
     """
     model = io.BytesIO()
-    try:
+    with one_sentence(f"no vocabulary of {vocab_size} pieces can be made from this text"):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for text in texts for line in text.split("\n") if line),
             model_writer=model,
@@ -277,20 +266,4 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             num_threads=16,  # Affects the result: EM sums are added up thread by thread.
             minloglevel=2,
         )
-    except RuntimeError as error:
-        raise InputError(
-            f"no vocabulary of {vocab_size} pieces can be made from this text: "
-            f"{_possible_size(str(error))}."
-        ) from error
     return model.getvalue()
-
-
-def _possible_size(message: str) -> str:
-    """SentencePiece's error message, rephrased if it is about the text or the vocabulary's size."""
-    if "sentences_.empty()" in message:
-        return "it is empty"
-    if too_large := re.search(r"<= (\d+)", message):
-        return f"it has enough for {too_large[1]}"
-    if too_small := re.search(r"\d+ vs (\d+)", message):
-        return f"its letters and the bytes take {too_small[1]}"
-    return message.strip(" .")

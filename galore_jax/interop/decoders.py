@@ -132,4 +132,5 @@ def _is_tied(tensors: Mapping[str, Stored]) -> bool:
         return False
     both = tensors[HEAD], tensors[EMBEDDING]
     check_dtypes(both)
-    return np.array_equal(*map(read_tensor, both))
+    head, embedding = map(read_tensor, both)
+    return np.array_equal(head, embedding)

@@ -11,9 +11,8 @@ from galore_jax.data.glue_tasks import TASKS, encode, load_examples
 from galore_jax.data.packing import Rows
 from galore_jax.data.text_pairs import PairTokenizer, load_pair_tokenizer
 from galore_jax.errors import InputError
-from galore_jax.files import read_json, write_json, write_text
+from galore_jax.files import locked, read_json, write_json, write_text
 from galore_jax.interop.encoders import encoder_config
-from galore_jax.lock import locked
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import TrainingConfig
 from galore_jax.training.config_file import changed, to_toml

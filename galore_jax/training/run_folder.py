@@ -24,8 +24,7 @@ from typing import Any
 
 from galore_jax.data.batches import tokenizer_checksum
 from galore_jax.errors import InputError
-from galore_jax.files import read_json, write_json, write_text
-from galore_jax.lock import locked
+from galore_jax.files import locked, read_json, write_json, write_text
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import AnyConfig, differences, load_config, to_toml
 from galore_jax.training.mesh import MeshConfig
