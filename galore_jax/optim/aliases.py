@@ -61,7 +61,7 @@ def adamw(
       A `chain`. Put a clip in front with `chain(clip, adamw(...))`; nothing may come after it.
 
     Raises:
-      ValueError: an implementation is chosen without 8-bit moments; and as for `galore`.
+      ValueError: as for `galore`.
 
     Examples:
       >>> import galore_jax, jax.numpy as jnp
@@ -70,29 +70,25 @@ def adamw(
     """
     return chain(
         galore(rank, update_proj_gap, scale, **settings),
-        choose_adam("adamw", b1, b2, eps, eight_bit, implementation),
+        _adam(b1, b2, eps, eight_bit, implementation),
         optax.scale_by_learning_rate(learning_rate),
         add_decayed_full_weights(learning_rate, weight_decay, mask),
     )
 
 
-def choose_adam(
-    name: str, b1: float, b2: float, eps: float, eight_bit: bool, implementation: Implementation
+def _adam(
+    b1: float, b2: float, eps: float, eight_bit: bool, implementation: Implementation
 ) -> optax.GradientTransformation:
-    """Adam with float32 or 8-bit moments; `name` is that of the optimizer, for error messages."""
+    """Adam with float32 or 8-bit moments."""
     if eight_bit:
         return scale_by_adam8bit(b1, b2, eps, implementation=implementation)
-    if implementation != "xla":
-        raise ValueError(
-            f"{name}: implementation applies to 8-bit moments: set eight_bit=True as well."
-        )
     adam: Any = optax.scale_by_adam(b1, b2, eps)
 
     def update(updates: PyTree, state: Any, params: PyTree = None):
         if isinstance(state, ScaleByAdam8bitState):
             raise ValueError(
-                f"{name}: the state has moments in 8 bits: use the optimizer that it was started "
-                "with (eight_bit=True), or start anew."
+                "the state has moments in 8 bits: use the optimizer that it was started with "
+                "(eight_bit=True), or start anew."
             )
         return adam.update(updates, state, params)
 
@@ -154,7 +150,7 @@ def muon(
 
     by_label: dict[Any, optax.GradientTransformation] = {
         "coordinates": scale_by_muon(beta, eight_bit=eight_bit),
-        "unprojected": choose_adam("muon", b1, b2, eps, eight_bit, implementation),
+        "unprojected": _adam(b1, b2, eps, eight_bit, implementation),
     }
     return chain(
         galore(rank, update_proj_gap, scale, **settings),

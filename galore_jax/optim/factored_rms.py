@@ -88,30 +88,21 @@ def scale_by_factored_rms(
             of_rows = (by_row.mean(axis=-1, keepdims=True) ** 0.5 * by_row**-0.5)[..., None]
             return update * of_rows * by_column[..., None, :] ** -0.5, rows, columns
 
-        def at_leaf(
-            names: tuple[str, ...], update: Any, rows: Any, columns: Any, nu: Any
-        ) -> tuple[Any, Any, Any, Any]:
+        def at_leaf(names: tuple[str, ...], update: Any, rows: Any, columns: Any, nu: Any) -> Any:
             if is_coordinates(update):
-                new, rows, columns = (
-                    Coordinates(part, update.projection)
-                    for part in at_matrix(update.value, rows.value, columns.value)
-                )
-                return new, rows, columns, nu
+                arrays = at_matrix(update.value, rows.value, columns.value)
+                return *(Coordinates(array, update.projection) for array in arrays), nu
             if is_factored(names, update):
-                return (*at_matrix(update, rows, columns), nu)
+                return *at_matrix(update, rows, columns), nu
             update = widened(update)
             nu = average(nu, jnp.abs(update) ** 2 + eps)
             return update * widened(nu) ** -0.5, rows, columns, nu
 
-        leaves, tree = (
-            named_leaves(updates, is_coordinates),
-            jax.tree.structure(updates, is_coordinates),
-        )
+        leaves = named_leaves(updates, is_coordinates)
+        tree = jax.tree.structure(updates, is_coordinates)
         kept = [tree.flatten_up_to(part) for part in (state.rows, state.columns, state.nu)]
         results = [at_leaf(*leaf, *parts) for leaf, *parts in zip(leaves, *kept, strict=True)]
-        new, *factors = (
-            jax.tree.unflatten(tree, [parts[i] for parts in results]) for i in range(4)
-        )
+        new, *factors = (tree.unflatten([parts[i] for parts in results]) for i in range(4))
         return new, FactoredState(count, *factors)
 
     return optax.GradientTransformation(init_fn, update_fn)
