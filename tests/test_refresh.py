@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+import galore_jax
 from galore_jax import apply_gradients, chain, galore, refresh, refresh_due, value_and_grad
 from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.optim.galore_state import bases_of, galore_states
@@ -120,14 +121,21 @@ def strict(tx):
         strict,
         lambda tx: optax.chain(optax.contrib.reduce_on_plateau(), tx),
         lambda tx: chain(tx, optax.contrib.reduce_on_plateau()),
+        lambda tx: chain(galore_jax.clip_by_finite_norm(1e-3), tx),
+        lambda tx: chain(optax.add_decayed_weights(0.1), tx),
+        lambda tx: optax.inject_hyperparams(lambda rate: chain(tx, optax.scale(rate)))(1.0),
+        lambda tx: optax.chain(galore(3, GAP), optax.sgd(1e-3)),
     ],
-    ids=["drops extra arguments", "takes no others", "stock, value required", "value required"],
+    ids=[
+        *("drops extra arguments", "takes no others", "stock, value required", "value required"),
+        *("clipped", "decayed", "injected", "stock"),
+    ],
 )
 def test_a_refresh_passes_by_whatever_stands_around_galore(around):
     params, x = start()
     inner = chain(galore(3, GAP), optax.sgd(1e-3))
     tx = around(inner)
-    state = refresh(experts)(params, tx.init(params), x, 1.0)
+    state = refresh(experts)(params, galore_jax.init(tx, params), x, 1.0)
     wanted = refresh(experts)(params, inner.init(params), x, 1.0)
     assert not refresh_due(state)
     for name, basis in bases(state).items():
