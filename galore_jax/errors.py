@@ -12,8 +12,8 @@ from typing import Any
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 # The extra of this package that a module comes with.
 _EXTRA_OF = {
-    **dict.fromkeys(("flax", "orbax", "grain", "pydantic"), "train"),
-    **dict.fromkeys(("array_record", "sentencepiece", "tqdm"), "train"),
+    **dict.fromkeys(("flax", "orbax", "grain", "pydantic", "sentencepiece", "tqdm"), "train"),
+    **dict.fromkeys(("array_record", "tensorflow_datasets"), "train"),
     **dict.fromkeys(("safetensors", "transformers", "jinja2"), "huggingface"),
     "matplotlib": "plots",
 }

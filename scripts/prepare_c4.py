@@ -1,4 +1,4 @@
-"""Converts the json.gz files of allenai/c4 to array_record shards that training reads.
+"""Converts the json.gz files of allenai/c4 to a TFDS `c4/en` dataset that training reads.
 
     python scripts/prepare_c4.py INPUT_FOLDER --out data
 

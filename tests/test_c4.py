@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import tensorflow_datasets as tfds
 
 from galore_jax.data.batches import DataConfig, documents
-from galore_jax.data.c4 import open_c4, prepare_c4, read_texts
+from galore_jax.data.c4 import open_c4, prepare_c4, read_examples
 from galore_jax.errors import InputError
 from galore_jax.files import locked
 
@@ -54,7 +55,7 @@ def run_script(*arguments):
 
 
 def files_of(data_dir):
-    return {path.name: path.read_bytes() for path in Path(data_dir, "c4/en").iterdir()}
+    return {path.name: path.read_bytes() for path in Path(data_dir, "c4/en/3.1.0").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +66,26 @@ def prepared(tmp_path_factory):
     return str(folder / "data"), texts
 
 
-def test_documents_are_read_in_the_order_of_the_files(prepared):
+def test_tfds_reads_the_result_without_tensorflow(prepared):
     data_dir, texts = prepared
     for split in ("train", "validation"):
-        assert list(open_c4(data_dir, split)) == texts[split]
+        source = tfds.data_source("c4/en", data_dir=data_dir, split=split)
+        assert [example["text"].decode() for example in source] == texts[split]
+    assert source[0] | {"text": b""} == {
+        "text": b"",
+        "timestamp": b"2019-04-25T12:57:54Z",
+        "url": b"http://a.b",
+        "content-length": b"",
+        "content-type": b"",
+    }
+    assert "tensorflow" not in sys.modules
 
 
 def test_preparing_again_changes_nothing(prepared):
     data_dir, _ = prepared
-    before = {path: path.stat().st_mtime_ns for path in Path(data_dir, "c4/en").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in Path(data_dir, "c4/en/3.1.0").iterdir()}
     prepare_c4(str(Path(data_dir).parent / "inputs"), data_dir)
-    after = {path: path.stat().st_mtime_ns for path in Path(data_dir, "c4/en").iterdir()}
+    after = {path: path.stat().st_mtime_ns for path in Path(data_dir, "c4/en/3.1.0").iterdir()}
     assert before == after
 
 
@@ -84,12 +94,12 @@ def test_a_killed_preparation_continues_where_it_was(tmp_path):
     texts = write_inputs(tmp_path / "inputs", train_files=16, documents_per_file=1000)
     out = tmp_path / "data"
     process = script_process(tmp_path / "inputs", "--out", out, "--workers", 2)
-    while len(finished := list(out.rglob("*-of-00016.array_record"))) < 3:
+    while len(finished := list(out.rglob("*-of-00016"))) < 3:
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # returns when its workers, which share its stderr, have ended
-    finished = {path: path.stat().st_mtime_ns for path in out.rglob("c4-*.array_record")}
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("c4-*-of-*[0-9]")}
     assert 3 <= len(finished) < 17
     with pytest.raises(InputError, match=r"only partly prepared: run scripts/prepare_c4\.py again"):
         open_c4(str(out), "train")
@@ -109,7 +119,7 @@ def test_an_interrupted_preparation_leaves_nothing_unfinished_and_says_how_to_co
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = script_process(tmp_path / "inputs", "--out", out, "--workers", 2)
     signal.signal(signal.SIGINT, before)
-    while not list(out.rglob("*-of-00016.array_record")):
+    while not list(out.rglob("*-of-00016")):
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
@@ -139,7 +149,7 @@ def test_a_full_disk_ends_in_one_sentence_and_the_preparation_can_be_resumed(tmp
     assert code == 2
     assert message.startswith("error: the disk is full while writing")
     assert not list(tiny_disk.rglob("*.unfinished"))
-    finished = {path: path.stat().st_mtime_ns for path in tiny_disk.rglob("c4-train*.array_record")}
+    finished = {path: path.stat().st_mtime_ns for path in tiny_disk.rglob("c4-train*")}
     assert len(finished) == 1
 
     subprocess.run(["mount", "-o", "remount,size=4m", str(tiny_disk)], check=True)
@@ -154,9 +164,9 @@ def test_a_broken_file_keeps_the_other_shards_and_can_be_replaced(tmp_path):
     broken.write_bytes(broken.read_bytes()[:-500])
     with pytest.raises(InputError, match=f"{broken} is truncated or corrupt in line "):
         prepare_c4(str(tmp_path / "inputs"), str(tmp_path / "data"))
-    assert sorted(path.name for path in tmp_path.rglob("c4-*.array_record*")) == [
-        "c4-train-00000-of-00002.array_record",
-        "c4-validation-00000-of-00001.array_record",
+    assert sorted(path.name for path in tmp_path.rglob("c4-*array_record*")) == [
+        "c4-train.array_record-00000-of-00002",
+        "c4-validation.array_record-00000-of-00001",
     ]
 
     write_inputs(tmp_path / "inputs")
@@ -180,6 +190,10 @@ zipped = functools.partial(gzip.compress, mtime=0)
         (zipped(GOOD * 3 + b'{"text": "\\ud800"}\n'), "line 4: .* surrogates not allowed; correct"),
         (zipped(GOOD + b"[" * 100_000), "line 2: not JSON"),
         (zipped(GOOD + b'{"text": ["a"]}'), 'line 2: no document with a "text"'),
+        (
+            zipped(GOOD + b'{"text": "a", "url": {}, "timestamp": 3}'),
+            "line 2: no document .* fields of text",
+        ),
         (random.Random(0).randbytes(1000), "truncated or corrupt in line 1"),
         (zipped(GOOD)[:-9], "truncated or corrupt in line "),
         (GOOD, "truncated or corrupt in line 1"),
@@ -190,7 +204,7 @@ def test_a_broken_shard_is_named_with_its_line(tmp_path, content, message):
     file = tmp_path / "c4-train.00000-of-00001.json.gz"
     file.write_bytes(content)
     with pytest.raises(InputError, match=f"{file}.* {message}"):
-        list(read_texts(file))
+        list(read_examples(file))
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path):
@@ -212,7 +226,7 @@ def test_a_folder_made_from_other_content_under_the_same_names_is_not_touched(tm
 
 def test_a_folder_with_another_dataset_is_not_touched(tmp_path):
     write_inputs(tmp_path)
-    foreign = tmp_path / "data/c4/en/c4-train.tfrecord-00000-of-00001"
+    foreign = tmp_path / "data/c4/en/3.1.0/c4-train.tfrecord-00000-of-00001"
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
     with pytest.raises(InputError, match="holds files that are not from prepare_c4"):
@@ -222,12 +236,12 @@ def test_a_folder_with_another_dataset_is_not_touched(tmp_path):
 
 def test_a_folder_that_another_process_prepares_is_not_touched(tmp_path):
     write_inputs(tmp_path)
-    unfinished = tmp_path / "data/c4/en/c4-train-00000-of-00001.array_record.unfinished"
+    unfinished = tmp_path / "data/c4/en/3.1.0/c4-train.array_record-00000-of-00001.unfinished"
     unfinished.parent.mkdir(parents=True)
     unfinished.write_text("half")
     refusal = r"\(since .*\) is preparing .*, or choose another --out\."
     with (
-        locked(tmp_path / "data/c4/lock", "preparing it", "wait"),
+        locked(tmp_path / "data/c4/en/lock", "preparing it", "wait"),
         pytest.raises(InputError, match=refusal),
     ):
         prepare_c4(str(tmp_path), str(tmp_path / "data"))
@@ -242,7 +256,7 @@ def test_a_folder_that_is_not_c4_is_named(tmp_path):
 def test_a_missing_shard_is_named_and_made_again(tmp_path):
     texts = write_inputs(tmp_path)
     prepare_c4(str(tmp_path), str(tmp_path / "data"))
-    shard = tmp_path / "data/c4/en/c4-train-00001-of-00002.array_record"
+    shard = tmp_path / "data/c4/en/3.1.0/c4-train.array_record-00001-of-00002"
     content = shard.read_bytes()
     shard.unlink()
     with pytest.raises(InputError, match=f"{shard} is missing: run"):
@@ -254,11 +268,11 @@ def test_a_missing_shard_is_named_and_made_again(tmp_path):
 
 def test_a_corrupt_shard_is_named_with_its_record(prepared, tmp_path):
     data_dir, texts = prepared
-    folder = tmp_path / "c4/en"
+    folder = tmp_path / "c4/en/3.1.0"
     folder.mkdir(parents=True)
     for name, content in files_of(data_dir).items():
         (folder / name).write_bytes(content)
-    shard = folder / "c4-train-00001-of-00002.array_record"
+    shard = folder / "c4-train.array_record-00001-of-00002"
     content = bytearray(shard.read_bytes())
     content[40_000:40_300] = bytes(300)
     shard.write_bytes(content)

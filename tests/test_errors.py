@@ -82,7 +82,7 @@ def run_without(module, *arguments):
     ("arguments", "module", "extra"),
     [
         (("scripts/train.py", "--config", "configs/demo.toml"), "flax", "train"),
-        (("scripts/prepare_c4.py", "inputs"), "array_record", "train"),
+        (("scripts/prepare_c4.py", "inputs"), "tensorflow_datasets", "train"),
         (("scripts/plot.py", "runs/x"), "matplotlib", "plots"),
     ],
 )

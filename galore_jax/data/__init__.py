@@ -2,4 +2,4 @@
 
 from galore_jax.errors import check_installed
 
-check_installed("grain", "sentencepiece", "array_record", "tqdm")
+check_installed("grain", "sentencepiece", "tensorflow_datasets", "array_record", "tqdm")

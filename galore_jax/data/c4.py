@@ -1,7 +1,7 @@
-"""C4 as array_record shards: converted from the `*.json.gz` files of allenai/c4, and opened.
+"""C4 as a TFDS dataset: converted shard by shard from allenai/c4 `*.json.gz` files, and opened.
 
-The folder is `DATA_DIR/c4/en`, with one shard of documents per input file. The list of the shards
-is written last, so a folder without it has not been completed.
+The folder is `DATA_DIR/c4/en/3.1.0`, with one array_record shard per input file. The metadata of
+TFDS is written last, so a folder without it has not been completed.
 """
 
 import bisect
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,26 +22,34 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+import tensorflow_datasets as tfds
+import tensorflow_datasets.text.c4  # registers the builder behind the name "c4/en"
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from tqdm import tqdm
 
 from galore_jax.errors import InputError, names_full_disk
 from galore_jax.files import UNFINISHED, atomic_write, locked, read_json, write_json
 
+# Their classes are created at import, which type checkers cannot see.
+_example_pb2: Any = tf_example_pb2
+_feature_pb2: Any = tf_feature_pb2
+
+_NAME = "c4/en"
+_VERSION = "3.1.0"
 _SPLITS = ("train", "validation")
+_METADATA = "dataset_info.json"  # of TFDS; written last, it marks a complete folder
 _INPUTS = "inputs.json"  # name and size of the input file of each shard
-_SHARDS = "shards.json"  # documents in each shard; written last, it marks a complete folder
 
 
 def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
-    """Converts the json.gz files of allenai/c4 to array_record shards of their texts.
+    """Converts the json.gz files of allenai/c4 to a TFDS `c4/en` dataset of array_record shards.
 
     Shards completed by an earlier, interrupted call are kept. A complete folder is left unchanged.
 
     Args:
         folder: holds `c4-train.*.json.gz` and `c4-validation.*.json.gz`, directly or in `en/`.
-        data_dir: the shards go to `data_dir/c4/en`.
+        data_dir: TFDS data folder; the dataset goes to `data_dir/c4/en/3.1.0`.
         workers: number of processes that convert shards in parallel.
 
     Raises:
@@ -49,9 +58,9 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
         OSError: the disk is full.
     """
     files = {split: _input_files(folder, split) for split in _SPLITS}
-    target = Path(data_dir, "c4", "en")
+    target = Path(data_dir, _NAME, _VERSION)
     sources = {
-        target / f"c4-{split}-{index:05d}-of-{len(files[split]):05d}.array_record": file
+        target / f"c4-{split}.array_record-{index:05d}-of-{len(files[split]):05d}": file
         for split in _SPLITS
         for index, file in enumerate(files[split])
     }
@@ -62,56 +71,56 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
         _claim(target, inputs)
         missing = {shard: file for shard, file in sources.items() if not shard.exists()}
         if missing:
-            (target / _SHARDS).unlink(missing_ok=True)
+            (target / _METADATA).unlink(missing_ok=True)
             try:
                 _convert(missing, workers)
             finally:
                 _remove_unfinished(target)
-        if not (target / _SHARDS).exists():
-            write_json(target / _SHARDS, {shard.name: _num_records(shard) for shard in sources})
+        if not (target / _METADATA).exists():
+            _write_metadata(target, data_dir)
 
 
 def open_c4(data_dir: str, split: str) -> "C4Documents":
-    """Opens a split of the shards that `prepare_c4` wrote to `data_dir`.
+    """Opens a split of the dataset that `prepare_c4` wrote to `data_dir`.
 
     Raises:
-        InputError: `data_dir` holds no complete C4, or one of its shards is missing.
+        InputError: `data_dir` holds no complete `c4/en`, or one of its shards is missing.
     """
-    folder = Path(data_dir, "c4", "en")
-    if not (folder / _SHARDS).exists():
+    folder = Path(data_dir, _NAME, _VERSION)
+    if not (folder / _METADATA).exists():
         if (folder / _INPUTS).exists():
             raise InputError(
                 f"{data_dir} is only partly prepared: run scripts/prepare_c4.py again to finish it."
             )
         raise InputError(
-            f"{data_dir} is not a folder made by scripts/prepare_c4.py (this version needs "
-            f'{folder / _SHARDS}): give one, or "python" for the text of the standard library.'
+            f"{data_dir} is not a folder made by scripts/prepare_c4.py (it holds no "
+            f'{_NAME}/{_VERSION}): give one, or "python" for the text of the standard library.'
         )
-    counts = read_json(folder / _SHARDS)
-    return C4Documents(
-        {folder / name: count for name, count in counts.items() if name.startswith(f"c4-{split}-")}
-    )
+    try:
+        source = tfds.data_source(_NAME, data_dir=data_dir, split=split, download=False)
+    except Exception as error:  # TFDS's parsers raise all kinds of exceptions.
+        raise InputError(
+            f"{folder} cannot be read as an array_record dataset with a {split} split: "
+            "make it again with scripts/prepare_c4.py."
+        ) from error
+    return C4Documents(source, split)
 
 
 class C4Documents(Sequence[str]):
-    """The documents of one split, by index.
+    """The documents of one split, by index."""
 
-    Args:
-        shards: the number of documents in each, in order.
-
-    Raises:
-        InputError: a shard is missing.
-    """
-
-    def __init__(self, shards: Mapping[Path, int]):
-        self._shards, self._ends = list(shards), list(itertools.accumulate(shards.values()))
-        for shard in shards:
-            if not shard.exists():
+    def __init__(self, source: Any, split: str):
+        """Wraps a TFDS data source after checking that all of its shards exist."""
+        self._source = source
+        info = source.dataset_info.splits[split]
+        self._shards = [os.fspath(path) for path in info.filepaths]
+        self._ends = list(itertools.accumulate(info.shard_lengths))
+        for shard in self._shards:
+            if not os.path.exists(shard):
                 raise InputError(f"{shard} is missing: run scripts/prepare_c4.py again.")
-        self._source = ArrayRecordDataSource([f"{path}[0:{n}]" for path, n in shards.items()])
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._source)
 
     def __getitem__(self, index: Any) -> str:
         """The text of document `index`.
@@ -122,8 +131,8 @@ class C4Documents(Sequence[str]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
-            return self._source[index].decode()
-        except (IndexError, RuntimeError, ValueError) as error:
+            return self._source[index]["text"].decode()
+        except (RuntimeError, ValueError) as error:
             shard = bisect.bisect_right(self._ends, index)
             record = index - (self._ends[shard - 1] if shard else 0)
             raise InputError(
@@ -214,8 +223,8 @@ def _write_shard(file: Path, shard: Path) -> None:
     with atomic_write(shard) as unfinished:
         try:
             with contextlib.closing(ArrayRecordWriter(str(unfinished), "group_size:1")) as writer:
-                for text in read_texts(file):
-                    writer.write(text)
+                for example in read_examples(file):
+                    writer.write(_serialized(example))
         # The only exception that array_record has for a failed write.
         except RuntimeError as error:
             if names_full_disk(error):
@@ -223,8 +232,8 @@ def _write_shard(file: Path, shard: Path) -> None:
             raise InputError(f"{shard} cannot be written: {error}.") from error
 
 
-def read_texts(file: Path) -> Iterator[bytes]:
-    """Yields the texts of the documents in an allenai/c4 json.gz file, in UTF-8.
+def read_examples(file: Path) -> Iterator[dict[str, bytes]]:
+    """Yields the documents of an allenai/c4 json.gz file as examples of the TFDS features.
 
     Args:
         file: one line of JSON per document; blank lines are skipped.
@@ -237,7 +246,7 @@ def read_texts(file: Path) -> Iterator[bytes]:
         with gzip.open(file) as lines:
             for number, line in enumerate(lines, 1):  # noqa: B007  (messages name it)
                 if line.strip():
-                    yield _text(line)
+                    yield _example(line)
                     is_empty = False
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(
@@ -252,15 +261,56 @@ def read_texts(file: Path) -> Iterator[bytes]:
         raise InputError(f"{file} is empty, it has no document: download it again.")
 
 
-def _text(line: bytes) -> bytes:
-    """The text of a line; a ValueError if the line is not a C4 document."""
+def _example(line: bytes) -> dict[str, bytes]:
+    """The TFDS example of a line; a ValueError if the line is not a C4 document."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
-    if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-        raise ValueError('no document with a "text"')
-    return document["text"].encode()
+    # allenai/c4 dropped content-length and content-type, which TFDS lists.
+    fields = ("text", "timestamp", "url", "content-length", "content-type")
+    has_text = isinstance(document, dict) and isinstance(document.get("text"), str)
+    texts = [document.get(field) or "" for field in fields] if has_text else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError('no document with a "text" and fields of text')
+    return {field: text.encode() for field, text in zip(fields, texts, strict=True)}
+
+
+def _serialized(example: Mapping[str, bytes]) -> bytes:
+    """The tf.train.Example that TFDS would write, with its fields in a fixed order."""
+    features = {
+        name: _feature_pb2.Feature(bytes_list=_feature_pb2.BytesList(value=[value]))
+        for name, value in example.items()
+    }
+    message = _example_pb2.Example(features=_feature_pb2.Features(feature=features))
+    return message.SerializeToString(deterministic=True)
+
+
+def _write_metadata(target: Path, data_dir: str) -> None:
+    """Writes what TFDS needs to read the shards; the file that marks a complete folder is last."""
+    info = tfds.builder(_NAME, data_dir=data_dir, file_format="array_record").info
+    splits = []
+    for split in _SPLITS:
+        shards = sorted(target.glob(f"c4-{split}.array_record-*"))
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[_num_records(shard) for shard in shards],
+                num_bytes=sum(shard.stat().st_size for shard in shards),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    data_dir=tfds.core.Path(target),
+                    dataset_name="c4",
+                    split=split,
+                    filetype_suffix="array_record",
+                ),
+            )
+        )
+    info.set_splits(tfds.core.SplitDict(splits))
+    with tempfile.TemporaryDirectory() as scratch:
+        info.write_to_directory(scratch)
+        for name in sorted(os.listdir(scratch), key=lambda name: name == _METADATA):
+            with atomic_write(target / name) as unfinished:
+                unfinished.write_bytes(Path(scratch, name).read_bytes())
 
 
 def _num_records(shard: Path) -> int:
