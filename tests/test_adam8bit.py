@@ -22,10 +22,14 @@ def adam8bit(learning_rate):
     return optax.chain(scale_by_adam8bit(), optax.scale_by_learning_rate(learning_rate))
 
 
+compiled_quantize = jax.jit(quantize, static_argnums=1)
+
+
 def is_stored(node):
     return isinstance(node, Quantized)
 
 
+@jax.jit
 def as_float(state):
     return jax.tree.map(dequantize, state, is_leaf=is_stored)
 
@@ -34,16 +38,15 @@ def test_one_step_equals_adam_from_the_stored_moments():
     params = random_params(SHAPES)
     grads = [random_params(SHAPES, seed) for seed in (1, 2, 3)]
     tx, plain = scale_by_adam8bit(0.9, 0.99, 1e-8), optax.scale_by_adam(0.9, 0.99, 1e-8)
-    state = tx.init(params)
+    state, update, exact = tx.init(params), jax.jit(tx.update), jax.jit(plain.update)
     for grad in grads:
-        start = as_float(state)
-        wanted, after = plain.update(grad, optax.ScaleByAdamState(*start))
-        found, state = tx.update(grad, state)
+        wanted, after = exact(grad, optax.ScaleByAdamState(*as_float(state)))
+        found, state = update(grad, state)
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
         for name, code in (("mu", "signed"), ("nu", "unsigned")):
             stored = getattr(state, name)["stack"]["kernel"]
-            rounded = quantize(getattr(after, name)["stack"]["kernel"], code)
+            rounded = compiled_quantize(getattr(after, name)["stack"]["kernel"], code)
             # A moment near the midpoint of two values may be rounded either way.
             steps = np.abs(stored.codes.astype(int) - rounded.codes.astype(int))
             assert steps.max() <= 1
@@ -58,9 +61,10 @@ def test_small_leaves_keep_float32_moments_and_equal_adam():
     tx, plain = scale_by_adam8bit(), optax.scale_by_adam()
     state, other = tx.init(params), plain.init(params)
     assert isinstance(state.mu["large"], Quantized)
+    update, exact = jax.jit(tx.update), jax.jit(plain.update)
     for _ in range(3):
-        found, state = tx.update(grads, state)
-        wanted, other = plain.update(grads, other)
+        found, state = update(grads, state)
+        wanted, other = exact(grads, other)
         np.testing.assert_allclose(found["small"], wanted["small"], rtol=2**-20)
     np.testing.assert_allclose(state.nu["small"], other.nu["small"], rtol=2**-20)
 
@@ -171,7 +175,7 @@ def test_int8_bases_are_nearly_orthonormal_and_capture_what_float32_ones_do():
     gradient, energies = grads["tall"]["kernel"], []
     for dtype in (jnp.float32, jnp.int8):
         tx = chain(galore(16, basis_dtype=dtype), optax.adam(1e-3))
-        _, state = tx.update(grads, tx.init(params), params)
+        _, state = jax.jit(tx.update)(grads, tx.init(params), params)
         basis = state.inner_states[0].bases["tall"]["kernel"]
         vectors = dequantize(basis.vectors["right"])
         energies.append(float(jnp.sum((gradient @ vectors) ** 2)))

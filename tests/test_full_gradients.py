@@ -24,7 +24,8 @@ def random_matrices(*shape, seed=0):
 def first_update(tx, gradient):
     """The update of a single kernel by its first gradient, the basis, and Adam's result."""
     params = {"kernel": jnp.zeros(gradient.shape)}
-    updates, state = tx.update({"kernel": gradient}, tx.init(params), params)
+    state = jax.jit(tx.init)(params)
+    updates, state = jax.jit(tx.update)({"kernel": gradient}, state, params)
     (state, *_) = getattr(state, "inner_states", state)
     (vectors,) = state.bases["kernel"].vectors.values()
     return updates["kernel"], vectors
@@ -104,7 +105,10 @@ def test_bases_may_be_in_8_bits(make):
     results = []
     for settings in ({}, {"basis_dtype": jnp.int8}):
         tx = make(0.1, 32, refresh="svd", **settings)
-        new, state = apply_gradients(tx, grads, tx.init(params), params)
+        state = jax.jit(tx.init)(params)
+        new, state = jax.jit(lambda g, s, p, tx=tx: apply_gradients(tx, g, s, p))(
+            grads, state, params
+        )
         results.append(new)
         codes = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int8]
         assert len(codes) == len(settings)

@@ -206,7 +206,7 @@ def test_bases_stay_orthonormal_and_everything_finite(runs):
 def updates_behind(clip, grads):
     tx = chain(clip, galore(RANK, refresh="random"), optax.sgd(1.0))
     params = jax.tree.map(jnp.zeros_like, grads)
-    return tx.update(grads, tx.init(params), params)
+    return jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
 
 
 def without(grads, value):

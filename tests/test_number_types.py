@@ -17,15 +17,15 @@ W = jax.random.normal(jax.random.key(1), (6, 8))
 
 def start(params, **options):
     tx = galore_jax.chain(galore_jax.galore(2, refresh="random", **options), optax.sgd(1.0))
-    return tx, tx.init(params)
+    return tx, jax.jit(tx.init)(params)
 
 
 def test_micro_batches_keep_the_imaginary_part_of_gradients():
     params = {"w": W, "z": jnp.exp(1j * jnp.arange(8.0))}
     _, state = start(params)
     loss = lambda params, x: jnp.mean(jnp.abs(x @ params["w"] * params["z"] + 1j) ** 2)
-    _, expected = galore_jax.value_and_grad(loss)(params, state, X)
-    _, found = galore_jax.value_and_grad(loss, micro_batches=2)(params, state, X)
+    _, expected = jax.jit(galore_jax.value_and_grad(loss))(params, state, X)
+    _, found = jax.jit(galore_jax.value_and_grad(loss, micro_batches=2))(params, state, X)
     assert found["z"].dtype == jnp.complex64
     # Sums of 8 products, in another order.
     np.testing.assert_allclose(found["z"], expected["z"], atol=1e-6)
@@ -36,13 +36,16 @@ def test_nothing_relies_on_implicit_promotion(dtype):
     params, x = {"w": W.astype(dtype), "b": jnp.zeros(8, dtype)}, X.astype(dtype)
     tx = galore_jax.lion(1e-3, rank=2, moments="rotate")
     loss = lambda params, x: jnp.mean((x @ params["w"] + params["b"]).astype("float32") ** 2)
-    options = {"micro_batches": 2}
-    with jax.numpy_dtype_promotion("strict"):
-        state = galore_jax.refresh(loss, **options)(params, galore_jax.init(tx, params), x)
-        _, grads = galore_jax.value_and_grad(loss, **options)(params, state, x)
+
+    def steps(params, x):
+        state = galore_jax.refresh(loss, micro_batches=2)(params, galore_jax.init(tx, params), x)
+        _, grads = galore_jax.value_and_grad(loss, micro_batches=2)(params, state, x)
         new, _ = galore_jax.apply_gradients(tx, grads, state, params)
-        full, _ = galore_jax.apply_gradients(tx, jax.grad(loss)(params, x), state, params)
-    assert {leaf.dtype for leaf in jax.tree.leaves((new, full))} == {jnp.dtype(dtype)}
+        return new, galore_jax.apply_gradients(tx, jax.grad(loss)(params, x), state, params)[0]
+
+    with jax.numpy_dtype_promotion("strict"):
+        both = jax.eval_shape(steps, params, x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(both)} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -63,10 +66,14 @@ def test_nothing_relies_on_implicit_promotion(dtype):
 def test_no_optimizer_relies_on_implicit_promotion(tx, dtype):
     # Those with Adam are missing: that of optax relies on it.
     params = {"w": W.astype(dtype), "b": jnp.zeros(8, dtype)}
-    with jax.numpy_dtype_promotion("strict"):
+
+    def step(params):
         state = galore_jax.init(tx, params)
         updates, _ = tx.update(params, state, params)
-        new, _ = galore_jax.apply_gradients(tx, params, state, params)
+        return updates, galore_jax.apply_gradients(tx, params, state, params)[0]
+
+    with jax.numpy_dtype_promotion("strict"):
+        updates, new = jax.eval_shape(step, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(dtype)}
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
@@ -77,8 +84,12 @@ def test_float8_parameters_are_updated_in_float32():
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
     tx = galore_jax.chain(galore_jax.galore(4, refresh="random"), optax.sgd(0.5))
     gradients = jax.tree.map(jnp.ones_like, wide)
-    found, _ = galore_jax.apply_gradients(tx, gradients, galore_jax.init(tx, narrow), narrow)
-    expected, _ = galore_jax.apply_gradients(tx, gradients, galore_jax.init(tx, wide), wide)
+
+    @jax.jit
+    def step(params):
+        return galore_jax.apply_gradients(tx, gradients, galore_jax.init(tx, params), params)[0]
+
+    found, expected = step(narrow), step(wide)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert one.dtype == jnp.float8_e4m3fn
         np.testing.assert_array_equal(one, other.astype(jnp.float8_e4m3fn))
@@ -149,14 +160,16 @@ def test_layerwise_steps_keep_the_imaginary_parts_of_parameters_and_activations(
     state = galore_jax.layerwise.init(tx, params)
     model = galore_jax.layerwise.LayeredModel(embed, block, head_loss)
     step = galore_jax.make_step(model, tx, projected=projected, refreshes=False)
-    gradients_of = lambda *arguments: (
-        galore_jax.value_and_grad(loss)(*arguments)
-        if projected
-        else jax.value_and_grad(loss)(arguments[0], arguments[2])
-    )
-    _, gradients = gradients_of(params, state.inner, X)
-    expected, _ = galore_jax.apply_gradients(tx, gradients, state.inner, params)
-    found = step(params, state, X).params
+
+    @jax.jit
+    def ordinary(params, state, x):
+        if projected:
+            _, gradients = galore_jax.value_and_grad(loss)(params, state, x)
+        else:
+            gradients = jax.grad(loss)(params, x)
+        return galore_jax.apply_gradients(tx, gradients, state, params)[0]
+
+    expected, found = ordinary(params, state.inner, X), jax.jit(step)(params, state, X).params
     # Sums of at most 8 x 8 products in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
     assert jnp.abs(found["layers"]["phase"] - params["layers"]["phase"]).max() > 1e-2
