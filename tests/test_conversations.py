@@ -1,6 +1,5 @@
 """Conversations: formats, bad rows, splits, whole rows, and exactly resumed batches."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -90,12 +89,6 @@ def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
     assert decode(tokens[is_answer].tolist()) == "4</s>\n"
     read = everything(folder_of(write, [ROW, {"messages": chat("a", "b", "c", "d")}]), tokenizer)
     assert read[1].is_answer.sum() == 2 * is_answer.sum()
-
-
-def test_a_file_of_conversations_without_the_setting_for_them_is_named(write, tokenizer):
-    one = dataclasses.replace(config(write([ROW]), tokenizer), rows="packed")
-    with pytest.raises(InputError, match=r'is a file, .* need data\.rows = "conversations"'):
-        train_batches(one, load_tokenizer(tokenizer))
 
 
 def test_a_template_whose_answers_do_not_end_with_the_end_of_sequence_is_refused(write, tmp_path):

@@ -21,7 +21,7 @@ pytest.importorskip("safetensors", reason="needs safetensors")
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.glue_tasks import TASKS, encode, load_examples, predictions_of, scores
-from galore_jax.data.text_pairs import batches, load_pair_tokenizer
+from galore_jax.data.text_pairs import PairTokenizer, batches
 from galore_jax.files import locked
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
 from galore_jax.models.encoder import Classifier, Encoder
@@ -103,7 +103,7 @@ def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_pa
     best, task = folder / "seed-0", TASKS["rte"]
     model = Classifier(encoder_config(best), 2)
     params = load_encoder(best, model, jax.random.key(0)).params
-    rows = encode(load_examples(task, "validation", place), load_pair_tokenizer(best), 12)
+    rows = encode(load_examples(task, "validation", place), PairTokenizer(best), 12)
     outputs = model.apply({"params": params}, rows["tokens"], rows["token_types"])
     found = scores(task, predictions_of(task, np.asarray(outputs)), rows["labels"])
     assert found == {"accuracy": summary["best"][0]}

@@ -13,7 +13,7 @@ from galore_jax.data.glue_tasks import (
     load_examples,
     scores,
 )
-from galore_jax.data.text_pairs import load_pair_tokenizer
+from galore_jax.data.text_pairs import PairTokenizer
 from galore_jax.errors import InputError
 
 DATA = Path(os.environ.get("GALORE_JAX_TEST_DATA", ""))
@@ -148,7 +148,7 @@ def test_examples_become_rows_with_labels(tmp_path):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "cat", "sat", "mat", "a"]
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    tokenizer = load_pair_tokenizer(tmp_path)
+    tokenizer = PairTokenizer(tmp_path)
     rows = encode([Example("cat", "mat", 1), Example("a cat", "sat", 0)], tokenizer, 8)
     assert rows["tokens"].shape == rows["token_types"].shape == (2, 8)
     np.testing.assert_array_equal(rows["labels"], np.array([1, 0], np.int32), strict=True)

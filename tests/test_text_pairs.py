@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from galore_jax.data.glue_tasks import TASKS, load_examples
-from galore_jax.data.text_pairs import batches, load_pair_tokenizer
+from galore_jax.data.text_pairs import PairTokenizer, batches
 from galore_jax.errors import InputError
 
 DATA = Path(os.environ.get("GALORE_JAX_TEST_DATA", ""))
@@ -34,7 +34,7 @@ def words(ids):
 
 
 def test_word_pieces_get_special_tokens_types_and_padding(word_pieces):
-    tokenizer = load_pair_tokenizer(word_pieces)
+    tokenizer = PairTokenizer(word_pieces)
     assert (tokenizer.vocab_size, tokenizer.pad_id) == (13, 0)
     tokens, types = tokenizer.encode([("The Cats sat", "on a mat."), ("dog", None)], 12)
     assert words(tokens[0]) == "[CLS] the cat ##s sat [SEP] on a mat . [SEP] [PAD]"
@@ -43,7 +43,7 @@ def test_word_pieces_get_special_tokens_types_and_padding(word_pieces):
 
 
 def test_texts_are_encoded_a_part_at_a_time(word_pieces, monkeypatch):
-    tokenizer = load_pair_tokenizer(word_pieces)
+    tokenizer = PairTokenizer(word_pieces)
     texts = [("the " * n, "cat" if n % 2 else None) for n in range(1, 6)]
     at_once = tokenizer.encode(texts, 9)
     monkeypatch.setattr("galore_jax.data.text_pairs._ENCODED_AT_ONCE", 2)
@@ -51,12 +51,12 @@ def test_texts_are_encoded_a_part_at_a_time(word_pieces, monkeypatch):
 
 
 def test_special_tokens_in_a_text_are_text(word_pieces):
-    tokens, _ = load_pair_tokenizer(word_pieces).encode([("cat [PAD] sat", None)], 12)
+    tokens, _ = PairTokenizer(word_pieces).encode([("cat [PAD] sat", None)], 12)
     assert words(tokens[0]).startswith("[CLS] cat [UNK] [UNK] [UNK] sat [SEP] [PAD]")
 
 
 def test_the_longer_text_is_truncated_first(word_pieces):
-    tokenizer, length = load_pair_tokenizer(word_pieces), 12
+    tokenizer, length = PairTokenizer(word_pieces), 12
     for first in range(1, 16):
         for second in range(1, 16):
             sizes = [first, second]
@@ -76,20 +76,20 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(word_pieces):
     settings = word_pieces / "tokenizer_config.json"
     settings.write_text('{"pad_token": null}')
     with pytest.raises(InputError, match="is not that of a RoBERTa or BERT: it has no padding"):
-        load_pair_tokenizer(word_pieces)
+        PairTokenizer(word_pieces)
     for damage in ("{", '{"tokenizer_class": "BertJapaneseTokenizer"}'):
         settings.write_text(damage)
         with pytest.raises(InputError, match="tokenizer in"):
-            load_pair_tokenizer(word_pieces)
+            PairTokenizer(word_pieces)
     settings.unlink()
     (word_pieces / "vocab.txt").unlink()
     with pytest.raises(InputError, match="has no file with the vocabulary of a tokenizer"):
-        load_pair_tokenizer(word_pieces)
+        PairTokenizer(word_pieces)
 
 
 def test_letters_of_word_pieces_are_treated_as_the_settings_say(word_pieces):
     (word_pieces / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    tokens, _ = load_pair_tokenizer(word_pieces).encode([("The cat", None)], 7)
+    tokens, _ = PairTokenizer(word_pieces).encode([("The cat", None)], 7)
     assert words(tokens[0]) == "[CLS] [UNK] cat [SEP] [PAD] [PAD] [PAD]"
 
 
@@ -98,7 +98,7 @@ def assert_encodes_like_transformers(folder, length):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     pairs = [row[:2] for row in load_examples(TASKS["rte"], "validation", DATA / "glue")]
     pairs += [row[:2] for row in load_examples(TASKS["cola"], "validation", DATA / "glue")][:99]
-    tokens, types = load_pair_tokenizer(folder).encode(pairs, length)
+    tokens, types = PairTokenizer(folder).encode(pairs, length)
     for (first, second), row, row_types in zip(pairs, tokens, types, strict=True):
         expected = theirs(
             first,

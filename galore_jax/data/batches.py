@@ -86,11 +86,6 @@ def documents(config: DataConfig, split: str) -> Sequence[str]:
     Raises:
         InputError: `config.source` is neither "python" nor a folder made by prepare_c4.py.
     """
-    if Path(config.source).is_file():
-        raise InputError(
-            f"data.source is a file, {config.source}: conversations in a file need data.rows = "
-            '"conversations", and other text a folder made by scripts/prepare_c4.py.'
-        )
     if config.source == "python":
         return standard_library_texts(split)
     from galore_jax.data.c4 import open_c4  # TFDS takes a second to import

@@ -46,12 +46,17 @@ class Conversations:
     def __init__(self, rows: Sequence[Row], template: ChatTemplate, length: int):
         self._conversations: list[Conversation] = []
         self.tokens = answers = ends = cut = 0
-        for row in rows:
-            messages, conversation = _encoded(row, template)
+        for place, text in rows:
+            try:
+                messages = _messages(text)
+                conversation = template.encode(messages)
+            except InputError as error:
+                raise InputError(f"{place}: {error}") from None
             # Copies, as a slice would keep all of the array.
             kept = Conversation(*(array[:length].copy() for array in conversation))
             # The first token of a conversation is not predicted.
-            if not (kept.is_answer[1:].any() and any(_texts(messages, "assistant"))):
+            answers_of = [m["content"] for m in messages if m["role"] == "assistant"]
+            if not (kept.is_answer[1:].any() and any(map(str.strip, answers_of))):
                 continue
             self._conversations.append(kept)
             self.tokens += len(kept.tokens)
@@ -76,15 +81,6 @@ class Conversations:
 
     def __getitem__(self, index: int) -> Conversation:
         return self._conversations[index]
-
-
-def _encoded(row: Row, template: ChatTemplate) -> tuple[list[Message], Conversation]:
-    place, content = row
-    try:
-        messages = _messages(content)
-        return messages, template.encode(messages)
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
 
 
 def open_conversations(
@@ -190,9 +186,3 @@ def _messages(text: bytes) -> list[Message]:
 def _is_message(message: Any) -> bool:
     has_keys = isinstance(message, dict) and message.get("role") in _ROLES
     return has_keys and isinstance(message.get("content"), str)
-
-
-def _texts(messages: Sequence[Message], role: str) -> list[str]:
-    """The messages of a role that are not blank."""
-    contents = (message["content"] for message in messages if message["role"] == role)
-    return [content for content in contents if content.strip()]

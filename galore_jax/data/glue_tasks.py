@@ -67,48 +67,26 @@ class Task:
         }
 
 
-_PAIR = ("sentence1", "sentence2")
-_BINARY = ("0", "1")
-_ENTAILMENT = ("entailment", "not_entailment")
-_WITH_F1 = ("accuracy", "f1")
+_TEXT, _PAIR = ("sentence",), ("sentence1", "sentence2")
+_QUESTIONS = ("question1", "question2")
+_BINARY, _ENTAILMENT = ("0", "1"), ("entailment", "not_entailment")
+_RELATION = ("entailment", "neutral", "contradiction")
+_ACCURACY, _WITH_F1 = ("accuracy",), ("accuracy", "f1")
+_COLA = ("source", "label", "judgment", "sentence")
 _ALL = (
-    Task(
-        "cola",
-        "CoLA",
-        ("sentence",),
-        "label",
-        _BINARY,
-        ("matthews",),
-        header=("source", "label", "judgment", "sentence"),
-    ),
-    Task("sst2", "SST-2", ("sentence",), "label", _BINARY, ("accuracy",)),
+    Task("cola", "CoLA", _TEXT, "label", _BINARY, ("matthews",), header=_COLA),
+    Task("sst2", "SST-2", _TEXT, "label", _BINARY, _ACCURACY),
     Task("mrpc", "MRPC", ("#1 String", "#2 String"), "Quality", _BINARY, _WITH_F1),
     Task("stsb", "STS-B", _PAIR, "score", (), ("pearson", "spearman")),
     # The official train.tsv has rows of a question with a line break or a tab in it: see
     # https://github.com/nyu-mll/GLUE-baselines/issues/5.
-    Task(
-        "qqp",
-        "QQP",
-        ("question1", "question2"),
-        "is_duplicate",
-        _BINARY,
-        _WITH_F1,
-        has_broken_rows=True,
-    ),
-    Task(
-        "mnli",
-        "MNLI",
-        _PAIR,
-        "gold_label",
-        ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
-    ),
-    Task("qnli", "QNLI", ("question", "sentence"), "label", _ENTAILMENT, ("accuracy",)),
-    Task("rte", "RTE", _PAIR, "label", _ENTAILMENT, ("accuracy",)),
-    Task("wnli", "WNLI", _PAIR, "label", _BINARY, ("accuracy",)),
+    Task("qqp", "QQP", _QUESTIONS, "is_duplicate", _BINARY, _WITH_F1, has_broken_rows=True),
+    Task("mnli", "MNLI", _PAIR, "gold_label", _RELATION, _ACCURACY),
+    Task("qnli", "QNLI", ("question", "sentence"), "label", _ENTAILMENT, _ACCURACY),
+    Task("rte", "RTE", _PAIR, "label", _ENTAILMENT, _ACCURACY),
+    Task("wnli", "WNLI", _PAIR, "label", _BINARY, _ACCURACY),
 )
 TASKS = {task.name: task for task in _ALL}
-SCORES = 0, 5  # the smallest and the largest similarity of STS-B
 
 
 def load_examples(task: Task, split: str, source: str | Path) -> list[Example]:
@@ -218,11 +196,10 @@ def _label(task: Task, text: str, place: str) -> int | float:
             return task.labels.index(text)
         expected = f"one of {', '.join(task.labels)}"
     else:
-        low, high = SCORES
+        expected = "a number from 0 to 5"
         with suppress(ValueError):
-            if low <= (score := float(text)) <= high:
+            if 0 <= (score := float(text)) <= 5:
                 return score
-        expected = f"a number from {low} to {high}"
     raise InputError(
         f"{place} has the label {text!r}, which is not {expected}: repair it or download the file "
         "again."

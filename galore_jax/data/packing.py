@@ -106,17 +106,11 @@ def _best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
 def packed_window(
     documents: grain.DatasetIterator[np.ndarray], offset: int, rows: int, length: int, pad_id: int
 ) -> tuple[Rows, int]:
-    """The next rows that `pack` makes of a stream of documents, for `WindowedRows`.
+    """The next `rows` rows that `pack` makes of a stream of documents, for `WindowedRows`.
 
-    A document that does not fit into the rest of a row continues in the next row, as a separate
-    segment.
-
-    Args:
-        documents: arrays of token ids, int32 of shape (n,), n > 0.
-        offset: tokens of the first document that earlier windows have.
-        rows: size of the window.
-        length: tokens per row.
-        pad_id: token id that fills the last row if `documents` end.
+    A document, token ids int32 (n,), that does not fit into the rest of a row continues in the next
+    row as a separate segment. `offset` is the number of tokens of the first document that earlier
+    windows have; if the documents end, the last row is padded.
     """
     pieces, room = [], rows * length
     while room:
@@ -159,18 +153,16 @@ ReadWindow = Callable[[grain.DatasetIterator, int], tuple[Rows, int]]
 class WindowedRows(grain.IterDataset[Rows]):
     """Rows of shape (length,) made of a stream of documents or conversations, window by window.
 
-    The rows of a window are shuffled, so that one long document does not fill a batch. The
-    iterator's state is a few numbers for any size of the window, because a restored iterator reads
-    the current window again.
+    With a seed the rows of a window are shuffled, so that one long document does not fill a batch.
+    The iterator's state is a few numbers for any size of the window, because a restored iterator
+    reads the current window again.
     """
 
     def __init__(self, documents: grain.IterDataset, read: ReadWindow, seed: int | None):
-        """Reads windows of `documents`; with the seed None their rows stay in order."""
         super().__init__(documents)
         self._settings = (read, seed)
 
     def __iter__(self) -> grain.DatasetIterator[Rows]:
-        """Starts from the first document."""
         return _WindowIterator(iter(self._parent), *self._settings)
 
     def __str__(self) -> str:
@@ -181,42 +173,38 @@ class _WindowIterator(grain.DatasetIterator[Rows]):
     def __init__(self, documents: grain.DatasetIterator, read: ReadWindow, seed: int | None):
         super().__init__(documents)
         self._documents, self._read, self._seed = documents, read, seed
-        self._start = {"documents": documents.get_state(), "offset": 0, "window": 0}
-        self._row = 0
-        self._rows: Rows | None = None  # None: the window that starts at _start is not read yet
-        self._end: dict[str, Any] = {}  # where the next window starts
+        # Where the current window starts, and the next row in it.
+        self._state = {"documents": documents.get_state(), "offset": 0, "window": 0, "row": 0}
+        self._rows: Rows | None = None  # None: the window is not read yet
+        self._next: dict[str, Any] = {}  # the state at the start of the next window
 
     def __next__(self) -> Rows:
         if self._rows is None:
-            self._rows, self._end = self._read_window(self._start)
-        if self._row == len(self._rows["tokens"]):
-            start = self._end
-            self._rows, self._end = self._read_window(start)
-            self._start, self._row = start, 0
-        row = {name: values[self._row] for name, values in self._rows.items()}
-        self._row += 1
+            self._rows, self._next = self._read_window(self._state)
+        if self._state["row"] == len(self._rows["tokens"]):
+            state = self._next
+            self._rows, self._next = self._read_window(state)
+            self._state = state
+        row = {name: values[self._state["row"]] for name, values in self._rows.items()}
+        self._state["row"] += 1
         return row
 
-    def _read_window(self, start: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
-        """The rows of the window at `start`, and where the next window starts."""
-        rows, offset = self._read(self._documents, start["offset"])
-        end = {
-            "documents": self._documents.get_state(),
-            "offset": offset,
-            "window": start["window"] + 1,
-        }
+    def _read_window(self, state: dict[str, Any]) -> tuple[Rows, dict[str, Any]]:
+        """The rows of the window that starts at a state, and the state after it."""
+        window = state["window"]
+        rows, offset = self._read(self._documents, state["offset"])
+        after = {"documents": self._documents.get_state(), "offset": offset}
         if self._seed is not None:
             # RandomState draws the same numbers in every version of NumPy.
-            random = np.random.RandomState([self._seed, start["window"]])
+            random = np.random.RandomState([self._seed, window])
             order = random.permutation(len(rows["tokens"]))
             rows = {name: values[order] for name, values in rows.items()}
-        return rows, end
+        return rows, {**after, "window": window + 1, "row": 0}
 
     def get_state(self) -> dict[str, Any]:
-        return {**self._start, "row": self._row}
+        return dict(self._state)
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._start = {name: state[name] for name in ("documents", "offset", "window")}
-        self._documents.set_state(self._start["documents"])
-        self._row = state["row"]
+        self._state = dict(state)
+        self._documents.set_state(self._state["documents"])
         self._rows = None

@@ -25,9 +25,14 @@ def standard_library_texts(split: str) -> list[str]:
         InputError: this interpreter has no source of its standard library.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    texts = []
-    for path in _module_paths(library):
-        if _is_validation(path.relative_to(library).as_posix()) == (split == "validation"):
+    paths, texts = [], []
+    for folder, folders, names in os.walk(library):
+        folders[:] = [name for name in folders if name not in _EXCLUDED]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    for path in sorted(paths):
+        digest = hashlib.sha256(path.relative_to(library).as_posix().encode()).digest()
+        is_validation = int.from_bytes(digest[:8], "big") % _VALIDATION_INTERVAL == 0
+        if is_validation == (split == "validation"):
             try:
                 text = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError):
@@ -40,16 +45,3 @@ def standard_library_texts(split: str) -> list[str]:
             "set data.source to a folder made by scripts/prepare_c4.py."
         )
     return texts
-
-
-def _module_paths(library: Path) -> list[Path]:
-    paths = []
-    for folder, folders, names in os.walk(library):
-        folders[:] = [name for name in folders if name not in _EXCLUDED]
-        paths += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(paths)
-
-
-def _is_validation(relative_path: str) -> bool:
-    digest = hashlib.sha256(relative_path.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % _VALIDATION_INTERVAL == 0

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,27 +13,30 @@ _ENCODED_AT_ONCE = 1000  # the lists of tokens take 14 times the memory of the a
 
 
 class PairTokenizer:
-    """A vocabulary with the special tokens that begin, separate and end texts.
+    """The tokenizer of a RoBERTa or BERT, as transformers loads it.
 
     Attributes:
         vocab_size: ids are below it.
         pad_id: the token that fills rows.
 
     Args:
-        pretrained: a tokenizer of transformers.
-        place: what it is, for error messages.
+        folder: with config.json and a `tokenizer.json`; or `vocab.json` and `merges.txt` (RoBERTa's
+            byte-level BPE); or `vocab.txt` (BERT's WordPiece).
 
     Raises:
-        InputError: it has no padding, or no special tokens.
+        InputError: there is no tokenizer, a file of it is damaged, or it has no padding or special
+            tokens.
+        ModuleNotFoundError: transformers is not installed.
     """
 
-    def __init__(self, pretrained: Any, place: str):
-        self._place = place
+    def __init__(self, folder: str | Path):
+        pretrained = load_pretrained(Path(folder), "AutoTokenizer")
+        self._place = f"the tokenizer in {folder}"
         self._backend, self._pad = pretrained.backend_tokenizer, pretrained.pad_token
         if self._pad is None or not self._backend.num_special_tokens_to_add(True):
             raise InputError(
-                f"{place} is not that of a RoBERTa or BERT: it has no padding, or puts no special "
-                "tokens around a text."
+                f"{self._place} is not that of a RoBERTa or BERT: it has no padding, or puts no "
+                "special tokens around a text."
             )
         # A text that looks like a special token stays text, so that only padding is padding.
         self._backend.encode_special_tokens = True
@@ -70,21 +72,6 @@ class PairTokenizer:
             tokens[part] = [row.ids for row in encoded]
             types[part] = [row.type_ids for row in encoded]
         return tokens, types
-
-
-def load_pair_tokenizer(folder: str | Path) -> PairTokenizer:
-    """Loads the tokenizer of a RoBERTa or BERT as transformers does.
-
-    Args:
-        folder: with config.json and a `tokenizer.json`; or `vocab.json` and `merges.txt` (RoBERTa's
-            byte-level BPE); or `vocab.txt` (BERT's WordPiece).
-
-    Raises:
-        InputError: there is no tokenizer, a file of it is damaged, or it is of another kind.
-        ModuleNotFoundError: transformers is not installed.
-    """
-    pretrained = load_pretrained(Path(folder), "AutoTokenizer")
-    return PairTokenizer(pretrained, f"the tokenizer in {folder}")
 
 
 def batches(

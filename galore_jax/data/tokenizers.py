@@ -40,12 +40,11 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """Loads the tokenizer at `path`.
+    """Loads a tokenizer.
 
     Args:
-        path: "bytes" for the built-in byte vocabulary; a SentencePiece `*.model`; or a
-            `tokenizer.json`, or a `tokenizer.model` beside its tokenizer_config.json, of Hugging
-            Face's transformers.
+        path: "bytes", for `ByteTokenizer`; a SentencePiece `*.model`; or a `tokenizer.json`, or a
+            `tokenizer.model` beside its tokenizer_config.json, of Hugging Face's transformers.
 
     Raises:
         InputError: the file does not exist, is of another kind, or its vocabulary has no eos token.

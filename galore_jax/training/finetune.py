@@ -9,7 +9,7 @@ from typing import Any
 
 from galore_jax.data.glue_tasks import TASKS, encode, load_examples
 from galore_jax.data.packing import Rows
-from galore_jax.data.text_pairs import PairTokenizer, load_pair_tokenizer
+from galore_jax.data.text_pairs import PairTokenizer
 from galore_jax.errors import InputError
 from galore_jax.files import locked, read_json, write_json, write_text
 from galore_jax.interop.encoders import encoder_config
@@ -86,7 +86,7 @@ def make_task(config: FinetuneConfig) -> Glue:
         than the training.
     """
     checkpoint, data, task = config.model.checkpoint, config.data, TASKS[config.data.task]
-    encoder, tokenizer = encoder_config(checkpoint), load_pair_tokenizer(checkpoint)
+    encoder, tokenizer = encoder_config(checkpoint), PairTokenizer(checkpoint)
     _check_fit(config, encoder, tokenizer)
     if encoder.architecture == "bert":
         # Multilingual ones have the vocabulary of another model, and config.json need not say so.
@@ -122,7 +122,7 @@ def _read_result(run: RunFolder) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1)
 def _encoded_splits(checkpoint: str, source: str, task: str, length: int) -> dict[str, Rows]:
     """The rows of each split; a comparison fine-tunes many times on the same ones."""
-    tokenizer = load_pair_tokenizer(checkpoint)
+    tokenizer = PairTokenizer(checkpoint)
     return {
         split: encode(load_examples(TASKS[task], split, source), tokenizer, length)
         for split in TASKS[task].files

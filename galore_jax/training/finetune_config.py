@@ -44,7 +44,7 @@ class GlueConfig:
 
     task: str = "rte"
     source: str = "glue"
-    sequence_length: PositiveInt = 128
+    sequence_length: Annotated[int, Field(ge=8)] = 128
     batch_size: PositiveInt = 16
 
     def __post_init__(self):
