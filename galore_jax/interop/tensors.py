@@ -92,9 +92,9 @@ def make_folder(folder: Path) -> None:
     """Makes a folder for a model, unless it exists and holds none.
 
     Raises:
-      InputError: it holds a model, or an adapter that transformers would load with the new one.
+      InputError: it holds one.
     """
-    for name in (CONFIG, SINGLE, INDEX, "adapter_config.json"):
+    for name in (CONFIG, SINGLE, INDEX):
         if (folder / name).exists():
             raise InputError(f"{folder} already has the file {name}: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
