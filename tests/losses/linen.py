@@ -1,13 +1,14 @@
 """Losses of Flax Linen modules, with the layers as Flax has them."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from optax.contrib import GaLoreDimensionNumbers
 
-from losses.table import Table, filled, inputs, squared
+from losses.table import Table, filled, inputs, squared, sum_of_squares
 
 CASES = Table()
 model = CASES.model
@@ -20,6 +21,16 @@ def example(module, *batch, reads="params", loss=None, **settings):
     apply = lambda params, *batch: module.apply({"params": params} | rest, *batch)
     loss = loss or (lambda apply, params, *batch: squared(apply(params, *batch)))
     return functools.partial(loss, apply), variables["params"], batch, settings
+
+
+class Compact(nn.Module):
+    """A module whose `__call__` is a function, which makes the layers of it."""
+
+    function: Callable
+
+    @nn.compact
+    def __call__(self, *inputs):
+        return self.function(*inputs)
 
 
 class MLP(nn.Module):
@@ -59,9 +70,7 @@ def a_gradient_penalty_by_the_inputs():
 
 @model(partly="first/kernel second/kernel")
 def a_penalty_on_all_weights():
-    def loss(apply, params, x):
-        return squared(apply(params, x)) + sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
-
+    loss = lambda apply, params, x: squared(apply(params, x)) + sum_of_squares(params)
     return example(MLP(), inputs(5, 6), loss=loss)
 
 
@@ -83,87 +92,71 @@ def an_inner_step_of_all_parameters():
     return example(MLP(), inputs(5, 6), loss=loss)
 
 
-class Normalised(nn.Module):
+def normalised(wrapper, **arguments):
     """`wrapper` around a dense layer, between two dense layers."""
 
-    wrapper: type
-    arguments: tuple = ()
-
-    @nn.compact
-    def __call__(self, x):
+    def forward(x):
         x = nn.tanh(nn.Dense(6, name="first")(x))
-        arguments = dict(self.arguments)
-        return nn.Dense(6, name="last")(self.wrapper(nn.Dense(8, name="inner"))(x, **arguments))
+        return nn.Dense(6, name="last")(wrapper(nn.Dense(8, name="inner"))(x, **arguments))
+
+    return example(Compact(forward), inputs(5, 6))
 
 
 @model(projected="first/kernel last/kernel", full="inner/kernel")
 def weight_normalisation():
-    return example(Normalised(nn.WeightNorm), inputs(5, 6))
+    return normalised(nn.WeightNorm)
 
 
 @model(projected="first/kernel last/kernel", partly="inner/kernel")
 def spectral_normalisation():
-    return example(Normalised(nn.SpectralNorm, (("update_stats", False),)), inputs(5, 6))
+    return normalised(nn.SpectralNorm, update_stats=False)
 
 
-class Mapped(nn.Module):
-    change: object
-
-    @nn.compact
-    def __call__(self, x):
-        dense = nn.map_variables(
-            nn.Dense, "params", lambda tree: jax.tree.map(self.change, tree), init=True
-        )
-        return dense(6, name="mapped")(x)
+def mapped(change):
+    """A dense layer that reads its parameters through a function."""
+    each = lambda tree: jax.tree.map(change, tree)
+    dense = nn.map_variables(nn.Dense, "params", each, init=True)
+    return example(Compact(lambda x: dense(6, name="mapped")(x)), inputs(5, 6))
 
 
 @model(full="mapped/kernel")
 def variables_mapped_by_a_scaling():
-    return example(Mapped(lambda a: 2 * a), inputs(5, 6))
+    return mapped(lambda a: 2 * a)
 
 
 @model(projected="mapped/kernel")
 def variables_mapped_by_a_transposition():
-    return example(Mapped(lambda a: a.T), inputs(5, 6))
-
-
-class Tied(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        dense = nn.Dense(8, name="dense")
-        h = nn.tanh(dense(x))
-        return h @ dense.variables["params"]["kernel"].T
+    return mapped(lambda a: a.T)
 
 
 @model(projected="dense/kernel")
 def a_module_that_reads_the_kernel_of_its_child_to_tie_it():
-    return example(Tied(), inputs(5, 6))
-
-
-class Penalised(nn.Module):
-    @nn.compact
-    def __call__(self, x):
+    def forward(x):
         dense = nn.Dense(8, name="dense")
-        return dense(x) + jnp.sum(dense.variables["params"]["kernel"] ** 2)
+        h = nn.tanh(dense(x))
+        return h @ dense.variables["params"]["kernel"].T
+
+    return example(Compact(forward), inputs(5, 6))
 
 
 @model(partly="dense/kernel")
 def a_module_that_reads_the_kernel_of_its_child_for_a_penalty():
-    return example(Penalised(), inputs(5, 6))
+    def forward(x):
+        dense = nn.Dense(8, name="dense")
+        return dense(x) + jnp.sum(dense.variables["params"]["kernel"] ** 2)
+
+    return example(Compact(forward), inputs(5, 6))
 
 
-class Forward(nn.Module):
-    @nn.compact
-    def __call__(self, x):
+@model(projected="mlp/first/kernel mlp/second/kernel")
+def a_derivative_in_forward_mode_by_nn_jvp():
+    def forward(x):
         module = MLP(name="mlp")
         module(x)
         y, slope = nn.jvp(lambda m, x: m(x), module, (x,), (jnp.cos(x),), variable_tangents={})
         return y + slope
 
-
-@model(projected="mlp/first/kernel mlp/second/kernel")
-def a_derivative_in_forward_mode_by_nn_jvp():
-    return example(Forward(), inputs(5, 6))
+    return example(Compact(forward), inputs(5, 6))
 
 
 class Branches(nn.Module):
@@ -193,23 +186,15 @@ LAYER = " ".join(f"layers/{name}/kernel" for name in (*ATTENTION, "dense"))
 
 @model(projected=LAYER)
 def attention_and_a_layer_norm():
-    class First(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return Layer(name="layers")(x)[0]
-
-    return example(First(), inputs(2, 3, 6), zero=("layers/attention/key/bias",))
+    first = Compact(lambda x: Layer(name="layers")(x)[0])
+    return example(first, inputs(2, 3, 6), zero=("layers/attention/key/bias",))
 
 
 @model(projected=LAYER)
 def scanned_layers_under_remat():
-    class Encoder(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            stack = nn.scan(nn.remat(Layer), {"params": 0}, split_rngs={"params": True}, length=2)
-            return stack(name="layers")(x, None)[0]
-
-    return example(Encoder(), inputs(2, 3, 6), zero=("layers/attention/key/bias",))
+    stack = nn.scan(nn.remat(Layer), {"params": 0}, split_rngs={"params": True}, length=2)
+    encoder = Compact(lambda x: stack(name="layers")(x, None)[0])
+    return example(encoder, inputs(2, 3, 6), zero=("layers/attention/key/bias",))
 
 
 class Carry(nn.Module):
@@ -220,57 +205,33 @@ class Carry(nn.Module):
 
 @model(projected="layers/dense/kernel")
 def scanned_layers_with_parameters_on_axis_1():
-    class Stack(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            stack = nn.scan(Carry, {"params": 1}, split_rngs={"params": True}, length=3)
-            return stack(name="layers")(x, None)[0]
-
+    stack = nn.scan(Carry, {"params": 1}, split_rngs={"params": True}, length=3)
+    module = Compact(lambda x: stack(name="layers")(x, None)[0])
     numbers = {"layers": {"dense": {"kernel": GaLoreDimensionNumbers(0, 2), "bias": None}}}
-    return example(Stack(), inputs(5, 6), weight_dimension_numbers=numbers)
+    return example(module, inputs(5, 6), weight_dimension_numbers=numbers)
 
 
 @model(projected="layers/dense/kernel")
 def scanned_layers_that_share_their_parameters():
-    class Stack(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            stack = nn.scan(
-                Carry, variable_broadcast="params", split_rngs={"params": False}, length=3
-            )
-            return stack(name="layers")(x, None)[0]
+    never = {"params": False}
+    stack = nn.scan(Carry, variable_broadcast="params", split_rngs=never, length=3)
+    return example(Compact(lambda x: stack(name="layers")(x, None)[0]), inputs(5, 6))
 
-    return example(Stack(), inputs(5, 6))
+
+def experts(x, **settings):
+    settings |= {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    dense = nn.vmap(nn.Dense, **settings)
+    return example(Compact(lambda x: dense(8, name="experts")(x)), x)
 
 
 @model(projected="experts/kernel")
 def experts_by_nn_vmap_that_share_activations():
-    experts = nn.vmap(
-        nn.Dense,
-        in_axes=None,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        axis_size=3,
-    )
-
-    class Experts(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return experts(8, name="experts")(x)
-
-    return example(Experts(), inputs(5, 6))
+    return experts(inputs(5, 6), in_axes=None, axis_size=3)
 
 
 @model(projected="experts/kernel")
 def experts_by_nn_vmap_with_activations_of_their_own():
-    experts = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})
-
-    class Experts(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return experts(8, name="experts")(x)
-
-    return example(Experts(), inputs(3, 5, 6))
+    return experts(inputs(3, 5, 6))
 
 
 def partitioned(wrap):
@@ -293,35 +254,26 @@ def parameters_boxed_by_with_logical_partitioning():
 
 @model(projected="general/kernel")
 def a_dense_general_with_a_batch_axis():
-    class General(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.DenseGeneral((2, 4), axis=(-2, -1), batch_dims=(0,), name="general")(x)
-
+    settings = {"axis": (-2, -1), "batch_dims": (0,), "name": "general"}
+    general = Compact(lambda x: nn.DenseGeneral((2, 4), **settings)(x))
     numbers = {"general": {"kernel": GaLoreDimensionNumbers((1, 2), (3, 4)), "bias": None}}
-    return example(General(), inputs(2, 5, 2, 3), weight_dimension_numbers=numbers)
+    return example(general, inputs(2, 5, 2, 3), weight_dimension_numbers=numbers)
 
 
 @model(full="conv/kernel", projected="dense/kernel")
 def a_convolution_and_a_dense_layer():
-    class Conv(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(6, name="dense")(nn.tanh(nn.Conv(8, (3,), name="conv")(x)))
-
-    return example(Conv(), inputs(2, 7, 6))
+    forward = lambda x: nn.Dense(6, name="dense")(nn.tanh(nn.Conv(8, (3,), name="conv")(x)))
+    return example(Compact(forward), inputs(2, 7, 6))
 
 
 @model(projected="first/kernel second/kernel")
 def a_batch_norm_in_training_with_its_statistics_as_an_auxiliary_value():
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.Dense(8, use_bias=False, name="first")(x)
-            x = nn.BatchNorm(use_running_average=False, name="norm")(x)
-            return nn.Dense(6, name="second")(nn.tanh(x))
+    def forward(x):
+        x = nn.Dense(8, use_bias=False, name="first")(x)
+        x = nn.BatchNorm(use_running_average=False, name="norm")(x)
+        return nn.Dense(6, name="second")(nn.tanh(x))
 
-    module, x = Net(), inputs(5, 6)
+    module, x = Compact(forward), inputs(5, 6)
     variables = filled(jax.eval_shape(module.init, jax.random.key(0), x))
 
     def loss(params, x, statistics):
@@ -334,13 +286,11 @@ def a_batch_norm_in_training_with_its_statistics_as_an_auxiliary_value():
 
 @model(projected="first/kernel second/kernel")
 def dropout_with_a_key_in_the_batch():
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.Dropout(0.2, deterministic=False)(nn.Dense(8, name="first")(x))
-            return nn.Dense(6, name="second")(x)
+    def forward(x):
+        x = nn.Dropout(0.2, deterministic=False)(nn.Dense(8, name="first")(x))
+        return nn.Dense(6, name="second")(x)
 
-    module, x = Net(), inputs(5, 6)
+    module, x = Compact(forward), inputs(5, 6)
     params = filled(jax.eval_shape(MLP().init, jax.random.key(0), x))["params"]
     loss = lambda params, x, key: squared(
         module.apply({"params": params}, x, rngs={"dropout": key})
@@ -349,12 +299,8 @@ def dropout_with_a_key_in_the_batch():
 
 
 def recurrent(cell):
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, xs):
-            return nn.RNN(cell(6, name="cell"), name="rnn")(xs)
-
-    return example(Net(), inputs(2, 4, 6))
+    forward = lambda xs: nn.RNN(cell(6, name="cell"), name="rnn")(xs)
+    return example(Compact(forward), inputs(2, 4, 6))
 
 
 @model(projected=" ".join(f"cell/{side}{gate}/kernel" for side in "ih" for gate in "ifgo"))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from losses.table import Table, filled, inputs, squared
+from losses.table import Table, filled, inputs, squared, sum_of_squares
 
 CASES = Table()
 model = CASES.model
@@ -66,18 +66,13 @@ def a_gradient_penalty_by_the_inputs():
 
 @model(partly="first/kernel", projected="second/kernel")
 def a_penalty_on_the_kernel_of_a_layer():
-    def loss(module, x):
-        return squared(module(x)) + jnp.sum(module.first.kernel[...] ** 2)
-
+    loss = lambda module, x: squared(module(x)) + jnp.sum(module.first.kernel[...] ** 2)
     return example(MLP, inputs(5, 6), loss=loss)
 
 
 @model(partly="first/kernel second/kernel")
 def a_penalty_on_all_parameters():
-    def loss(module, x):
-        leaves = jax.tree.leaves(nnx.state(module, nnx.Param))
-        return squared(module(x)) + sum(jnp.sum(a**2) for a in leaves)
-
+    loss = lambda module, x: squared(module(x)) + sum_of_squares(nnx.state(module, nnx.Param))
     return example(MLP, inputs(5, 6), loss=loss)
 
 

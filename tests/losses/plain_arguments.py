@@ -6,21 +6,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from losses.table import Table, given, inputs, mlp, network, normal, squared
+from losses.table import Table, given, inputs, mlp, network, normal, output, squared, sum_of_squares
 
 CASES = Table()
 loss = CASES.loss
+
+
+of_network = CASES.rows(output, projected="w1 w2")
+copied = lambda params, x: network(jax.tree.map(jnp.array, params), x)
+of_network("copies of all parameters", copied)
+of_network("a loss without a batch", lambda params: network(params, inputs(5, 6)), batch=tuple)
+of_network("a mean over micro batches", network, (6, 6), micro_batches=3)
+doubled = lambda params, x: network(params | {"w1": 2 * params["w1"]}, x)
+halves = {"projected": "w2", "full": "w1", "micro_batches": 2}
+of_network("micro batches with a kernel that is transformed", doubled, (6, 6), **halves)
+
+# Parameters of other kinds.
+unused = {"params": lambda: mlp() | {"unused": normal(6, 6), "offset": normal(6)}}
+zero = {"projected": "w1 w2 unused", "zero": ("unused", "offset")}
+of_network("parameters that the loss does not use", network, **unused, **zero)
+Weights = namedtuple("Weights", mlp())
+of_tuple = lambda params, x: network(params._asdict(), x)
+of_network("parameters in a named tuple", of_tuple, params=lambda: Weights(**mlp()))
+of_list = lambda params, x: network(params[0], x) @ params[1]["w3"]
+in_list = {"params": lambda: [mlp(), {"w3": normal(6, 7)}], "projected": "0/w1 0/w2 1/w3"}
+of_network("parameters in a list", of_list, **in_list)
+
+# Numbers of 64 bits.
+cast = lambda tree, dtype: jax.tree.map(lambda a: a.astype(dtype), tree)
+double = {"x64": True, "params": lambda: cast(mlp(), jnp.float64)}
+double_inputs = lambda: (inputs(5, 6).astype(jnp.float64),)
+of_network("parameters of 64 bits", network, **double, batch=double_inputs)
+single = lambda params, x: network(*cast((params, x), jnp.float32))
+of_network("parameters of 64 bits in products of 32", single, **double)
+plain = "parameters of 32 bits with activations of 64"
+of_network(plain, network, x64=True, batch=double_inputs)
+
+
+def penalised(scale):
+    return lambda params, x: squared(network(params, x)) + scale * sum_of_squares(params)
+
+
+penalty = CASES.rows(penalised, partly="w1 w2")
+penalty("micro batches with a penalty", 0.1, (6, 6), micro_batches=2)
+penalty("parameters of 64 bits with a penalty", 1.0, **double)
 
 
 @loss(projected="w1 w2", has_aux=True)
 def auxiliary_activations(params, x):
     y = network(params, x)
     return squared(y), {"outputs": y, "rows": jnp.int32(len(x))}
-
-
-@loss(projected="w1 w2")
-def copies_of_all_parameters(params, x):
-    return squared(network(jax.tree.map(jnp.array, params), x))
 
 
 # Auxiliary values of the parameters.
@@ -45,17 +80,8 @@ def an_auxiliary_gradient_by_the_inputs(params, x):
 
 @loss(partly="w1 w2", has_aux=True)
 def a_penalty_that_is_also_auxiliary(params, x):
-    penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
+    penalty = sum_of_squares(params)
     return squared(network(params, x)) + 0.1 * penalty, penalty
-
-
-@loss(
-    projected="w1 w2 unused",
-    params=lambda: mlp() | {"unused": normal(6, 6), "offset": normal(6)},
-    zero=("unused", "offset"),
-)
-def parameters_that_the_loss_does_not_use(params, x):
-    return squared(network(params, x))
 
 
 @loss(projected="w1 w2", zero=("w2",))
@@ -63,20 +89,6 @@ def a_kernel_whose_product_the_loss_ignores(params, x):
     y = network(params, x)
     h = jnp.tanh(x @ params["w1"] + params["b1"])
     return squared(h) + 0 * y.sum()
-
-
-@loss(projected="0/w1 0/w2 1/w3", params=lambda: [mlp(), {"w3": normal(6, 7)}])
-def parameters_in_a_list(params, x):
-    first, last = params
-    return squared(network(first, x) @ last["w3"])
-
-
-Weights = namedtuple("Weights", mlp())
-
-
-@loss(projected="w1 w2", params=lambda: Weights(**mlp()))
-def parameters_in_a_named_tuple(params, x):
-    return squared(network(params._asdict(), x))
 
 
 @loss(projected="w1 w2", params=lambda: mlp() | {"absent": None, "empty": {}})
@@ -95,11 +107,6 @@ def a_batch_that_is_a_tree(params, batch):
 def a_batch_of_numpy_arrays(params, x):
     assert isinstance(x, np.ndarray)
     return squared(network(params, x))
-
-
-@loss(projected="w1 w2", batch=tuple)
-def a_loss_without_a_batch(params):
-    return squared(network(params, inputs(5, 6)))
 
 
 @loss(projected="w1 w2", batch=lambda: ("tanh", inputs(5, 6), 2))
@@ -127,16 +134,16 @@ def a_function_in_the_batch(params, x, activation):
     return squared(activation(x @ params["w1"] + params["b1"]) @ params["w2"])
 
 
+@loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.random.PRNGKey(3)))
+def noise_on_activations_with_an_old_key(params, x, key):
+    return squared(network(params, x + 0.1 * jax.random.normal(key, x.shape)))
+
+
 @loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.random.key(3)))
 def dropout_of_activations_with_a_key_in_the_batch(params, x, key):
     h = jnp.tanh(x @ params["w1"] + params["b1"])
     keep = jax.random.bernoulli(key, 0.8, h.shape)
     return squared(jnp.where(keep, h / 0.8, 0) @ params["w2"])
-
-
-@loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jax.random.PRNGKey(3)))
-def noise_on_activations_with_an_old_key(params, x, key):
-    return squared(network(params, x + 0.1 * jax.random.normal(key, x.shape)))
 
 
 @loss(projected="w1 w2", batch=lambda: (inputs(5, 6), jnp.array([0, 2, 1, 5, 3])))
@@ -146,49 +153,8 @@ def a_cross_entropy_with_integer_labels(params, x, labels):
 
 
 @loss(projected="w1 w2", batch=given(6, 6), micro_batches=3)
-def a_mean_over_micro_batches(params, x):
-    return squared(network(params, x))
-
-
-@loss(partly="w1 w2", batch=given(6, 6), micro_batches=2)
-def micro_batches_with_a_penalty(params, x):
-    penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
-    return squared(network(params, x)) + 0.1 * penalty
-
-
-@loss(full="w1", projected="w2", batch=given(6, 6), micro_batches=2)
-def micro_batches_with_a_kernel_that_is_transformed(params, x):
-    return squared(network(params | {"w1": 2 * params["w1"]}, x))
-
-
-@loss(projected="w1 w2", batch=given(6, 6), micro_batches=3)
 def micro_batches_with_a_gradient_penalty(params, x):
     return jnp.mean(jax.grad(lambda x: jnp.sum(jnp.sin(network(params, x))))(x) ** 2)
-
-
-double = {"x64": True, "params": lambda: jax.tree.map(lambda a: a.astype(jnp.float64), mlp())}
-double_inputs = lambda: (inputs(5, 6).astype(jnp.float64),)
-
-
-@loss(projected="w1 w2", **double, batch=double_inputs)
-def parameters_of_64_bits(params, x):
-    return squared(network(params, x))
-
-
-@loss(partly="w1 w2", **double)
-def parameters_of_64_bits_with_a_penalty(params, x):
-    return squared(network(params, x)) + sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
-
-
-@loss(projected="w1 w2", **double)
-def parameters_of_64_bits_in_products_of_32(params, x):
-    single = jax.tree.map(lambda a: a.astype(jnp.float32), params)
-    return squared(network(single, x.astype(jnp.float32)))
-
-
-@loss(projected="w1 w2", x64=True, batch=double_inputs)
-def parameters_of_32_bits_with_activations_of_64(params, x):
-    return squared(network(params, x))
 
 
 @loss(projected="w1 w2")

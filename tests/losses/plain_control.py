@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from losses.table import Table, given, inputs, kernel, network, normal, squared, stack
+from losses.table import Table, given, inputs, kernel, network, normal, output, squared, stack
 
 CASES = Table()
 loss = CASES.loss
@@ -15,11 +15,17 @@ loss = CASES.loss
 
 # Functions of the parameters and the batch in place of the network.
 
-applied = CASES.rows(lambda f: lambda params, x: squared(f(params, x)), projected="w1 w2")
+applied = CASES.rows(output, projected="w1 w2")
 each = lambda params, x: jax.lax.map(lambda x: network(params, x), x)
 applied("a map over the batch", each)
 applied("a vmap over the batch", lambda params, x: jax.vmap(lambda x: network(params, x))(x))
 applied("a jit", jax.jit(network))
+centred = lambda params, x: network(params, x) - jax.lax.pmean(network(params, x), "row")
+rows = lambda params, x: jax.vmap(lambda x: centred(params, x), axis_name="row")(x)
+applied("a vmap with an axis name", rows, (2, 5, 6))
+applied("names of scopes", jax.named_scope("outer")(jax.named_call(network, name="inner")))
+barrier = lambda params, x: network(*jax.lax.optimization_barrier((params, x)))
+applied("an optimization barrier around all parameters", barrier)
 within = jax.jit(lambda params, x: network(params, x))
 applied("a jit in a jit", jax.jit(lambda params, x: within(params, jnp.cos(x))))
 twice = jax.jit(lambda n, params, x: network(params, n * x), static_argnums=0, inline=True)
@@ -83,46 +89,25 @@ def a_gated_recurrent_unit_with_a_stack_of_gates(params, xs):
     return squared(jax.lax.scan(step, jnp.zeros((5, 6)), xs)[0])
 
 
-@loss(projected="w", params=kernel("w", 6, 6))
-def a_loop_with_static_bounds(params, x):
-    return squared(jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ params["w"]), x))
+# Choices between kernels of 6 × 6. A branch that is not taken has no gradient.
 
+squares = lambda *names: {name: normal(6, 6, seed=2 * i) for i, name in enumerate(names)}
+chosen = lambda: (inputs(5, 6), jnp.bool_(True))
+between = CASES.rows(output, params=lambda: squares("w", "v"), batch=chosen, zero=("v",))
+products = lambda p, x, chosen: jax.lax.cond(chosen, lambda: x @ p["w"], lambda: x @ p["v"])
+between("a cond between products with two kernels", products, projected="w v")
+of_cond = lambda p, x, chosen: x @ jax.lax.cond(chosen, lambda: p["w"], lambda: p["v"])
+between("a cond that returns one of two kernels", of_cond, full="w v")
+selected = lambda p, x, chosen: x @ jnp.where(chosen, p["w"], p["v"])
+between("a select between two kernels", selected, full="w v")
 
-@loss(projected="w1 w2", batch=given(2, 5, 6))
-def a_vmap_with_an_axis_name(params, x):
-    mean = lambda x: network(params, x) - jax.lax.pmean(network(params, x), "row")
-    return squared(jax.vmap(mean, axis_name="row")(x))
-
-
-ONE_SQUARE = {"params": kernel("w", 6, 6), "batch": lambda: (inputs(5, 6), jnp.bool_(True))}
-TWO_SQUARES = ONE_SQUARE | {"params": lambda: {"w": normal(6, 6), "v": normal(6, 6, seed=2)}}
-
-
-# A branch that is not taken has no gradient.
-@loss(projected="w v", zero=("v",), **TWO_SQUARES)
-def a_cond_between_products_with_two_kernels(params, x, chosen):
-    return squared(jax.lax.cond(chosen, lambda: x @ params["w"], lambda: x @ params["v"]))
-
-
-@loss(full="w v", zero=("v",), **TWO_SQUARES)
-def a_cond_that_returns_one_of_two_kernels(params, x, chosen):
-    return squared(x @ jax.lax.cond(chosen, lambda: params["w"], lambda: params["v"]))
-
-
-@loss(full="w v", zero=("v",), **TWO_SQUARES)
-def a_select_between_two_kernels(params, x, chosen):
-    return squared(x @ jnp.where(chosen, params["w"], params["v"]))
-
-
-@loss(projected="w", **ONE_SQUARE)
-def a_cond_that_applies_a_kernel_or_does_nothing(params, x, chosen):
-    return squared(jax.lax.cond(chosen, lambda x: x @ params["w"], lambda x: x, x))
-
-
-@loss(partly="w", **ONE_SQUARE)
-def a_cond_that_applies_a_kernel_or_scales_it(params, x, chosen):
-    w = params["w"]
-    return squared(jax.lax.cond(chosen, lambda: x @ w, lambda: x @ (2 * w)))
+of_one = CASES.rows(output, params=kernel("w", 6, 6), batch=chosen)
+nothing = lambda p, x, chosen: jax.lax.cond(chosen, lambda x: x @ p["w"], lambda x: x, x)
+of_one("a cond that applies a kernel or does nothing", nothing, projected="w")
+scaled = lambda p, x, chosen: jax.lax.cond(chosen, lambda: x @ p["w"], lambda: x @ (2 * p["w"]))
+of_one("a cond that applies a kernel or scales it", scaled, partly="w")
+loop = lambda p, x: jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ p["w"]), x)
+of_one("a loop with static bounds", loop, (5, 6), projected="w")
 
 
 @loss(
@@ -136,7 +121,7 @@ def a_switch_between_three_kernels(params, x, index):
     return squared(jax.lax.switch(index, branches, x))
 
 
-@loss(projected="w v", params=TWO_SQUARES["params"])
+@loss(projected="w v", params=lambda: squares("w", "v"))
 def a_cond_inside_a_scan(params, x):
     def step(h, i):
         product = jax.lax.cond(i % 2 == 0, lambda: h @ params["w"], lambda: h @ params["v"])
@@ -244,12 +229,6 @@ def remat_of_a_penalty_and_a_product(params, x):
 
 
 @loss(projected="w1 w2")
-def an_optimization_barrier_around_all_parameters(params, x):
-    params, x = jax.lax.optimization_barrier((params, x))
-    return squared(network(params, x))
-
-
-@loss(projected="w1 w2")
 def a_stop_gradient_on_one_of_two_uses_of_a_kernel(params, x):
     h = jnp.tanh(x @ jax.lax.stop_gradient(params["w1"]) + jnp.cos(x) @ params["w1"])
     return squared((h + params["b1"]) @ params["w2"])
@@ -276,14 +255,12 @@ def an_iteration_to_convergence_under_stop_gradient(params, x):
 @loss(projected="w1 w2")
 def a_sharding_constraint_on_the_parameters(params, x):
     sharding = NamedSharding(Mesh(jax.devices()[:1], ("data",)), PartitionSpec())
-    params = jax.lax.with_sharding_constraint(params, sharding)
-    return squared(network(params, x))
+    return squared(network(jax.lax.with_sharding_constraint(params, sharding), x))
 
 
 @loss(projected="w1 w2")
 def a_shard_map_over_the_batch(params, x):
-    mesh = Mesh(jax.devices()[:1], ("data",))
-    rows = PartitionSpec("data")
+    mesh, rows = Mesh(jax.devices()[:1], ("data",)), PartitionSpec("data")
     mapped = jax.shard_map(network, mesh=mesh, in_specs=(PartitionSpec(), rows), out_specs=rows)
     return squared(mapped(params, x))
 
@@ -309,12 +286,6 @@ def a_fixed_point_by_custom_root(params, x):
     solve_linear = lambda g, y: solve(lambda v: g(v) - y, jnp.zeros_like(y))
     residual = lambda z: jnp.tanh(0.3 * z @ params["w"] + x) - z
     return squared(jax.lax.custom_root(residual, jnp.zeros_like(x), solve, solve_linear))
-
-
-@loss(projected="w1 w2")
-def names_of_scopes(params, x):
-    with jax.named_scope("outer"):
-        return squared(jax.named_call(network, name="inner")(params, x))
 
 
 @loss(projected="w1 w2")

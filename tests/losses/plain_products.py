@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from optax.contrib import GaLoreDimensionNumbers
 
 from galore_jax import Rule
-from losses.table import Table, given, kernel, mlp, network, normal, squared
+from losses.table import Table, given, kernel, mlp, network, normal, output, squared, sum_of_squares
 
 CASES = Table()
 loss = CASES.loss
@@ -212,11 +212,11 @@ def a_batch_without_rows(params, x):
     return jnp.sum(jnp.sin(x @ params["w"]))
 
 
-whole = CASES.rows(lambda f: lambda params, x: squared(f(params, x)), projected="w1 w2")
+whole = CASES.rows(output, projected="w1 w2")
 whole("kernels projected on both sides", network, proj_type="full")
 whole("kernels projected on their larger sides", network, proj_type="reverse_std")
 
 
 @loss(partly="w1 w2", proj_type="full")
 def a_penalty_on_kernels_projected_on_both_sides(params, x):
-    return squared(network(params, x)) + sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
+    return squared(network(params, x)) + sum_of_squares(params)

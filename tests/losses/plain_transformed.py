@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from losses.table import Table, inputs, mlp, network, normal, squared
+from losses.table import Table, inputs, mlp, network, normal, squared, sum_of_squares
 
 CASES = Table()
 loss = CASES.loss
@@ -122,14 +122,13 @@ def a_loss_divided_by_the_number_of_parameters(params, x):
 
 @loss(projected="w1 w2")
 def a_penalty_on_leaves_of_one_axis(params, x):
-    penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params) if a.ndim == 1)
+    penalty = sum_of_squares([a for a in jax.tree.leaves(params) if a.ndim == 1])
     return squared(network(params, x)) + 0.1 * penalty
 
 
 @loss(partly="w1 w2")
 def a_penalty_on_all_weights(params, x):
-    penalty = sum(jnp.sum(a**2) for a in jax.tree.leaves(params))
-    return squared(network(params, x)) + 0.1 * penalty
+    return squared(network(params, x)) + 0.1 * sum_of_squares(params)
 
 
 @loss(partly="w1 w2")
@@ -155,17 +154,14 @@ def a_penalty_on_the_gram_matrix_of_a_kernel(params, x):
     return squared(network(params, x)) + 0.1 * jnp.sum((gram - jnp.eye(6)) ** 2)
 
 
-def distance(params, other):
-    return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), params, other)))
-
-
 def elsewhere():
     return jax.tree.map(lambda a: a + 0.3, mlp())
 
 
 @loss(partly="w1 w2", batch=lambda: (inputs(5, 6), elsewhere()))
 def a_penalty_on_the_distance_from_a_second_tree(params, x, start):
-    return squared(network(params, x)) + 0.1 * distance(params, start)
+    distance = sum_of_squares(jax.tree.map(jnp.subtract, params, start))
+    return squared(network(params, x)) + 0.1 * distance
 
 
 @loss(partly="w1 w2", batch=lambda: (inputs(5, 6), elsewhere(), jax.tree.map(jnp.abs, mlp())))

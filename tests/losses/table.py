@@ -142,9 +142,18 @@ def squared(y: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sin(y.astype(jnp.float32)) ** 2)
 
 
+def output(f: Callable) -> Callable:
+    """A loss of what a function makes of parameters and batch; a form for `Table.rows`."""
+    return lambda params, *batch, **keywords: squared(f(params, *batch, **keywords))
+
+
 def kernel(name: str, *shape: int) -> Callable[[], dict[str, jax.Array]]:
     """A single kernel by its name."""
     return lambda: {name: normal(*shape)}
+
+
+def sum_of_squares(tree: PyTree) -> jax.Array:
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))
 
 
 def stack(*batch: int) -> Callable[[], dict[str, jax.Array]]:
