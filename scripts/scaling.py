@@ -129,7 +129,7 @@ def contrib_steps(config: Any, mesh: Any) -> tuple[Any, list[Any]]:
     import optax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from galore_jax.training.mesh import jit_on, whole
+    from galore_jax.training.mesh import whole
     from galore_jax.training.pretraining import Pretraining
     from galore_jax.training.state import abstract_state
     from galore_jax.training.step import make_gradients
@@ -173,7 +173,7 @@ def contrib_steps(config: Any, mesh: Any) -> tuple[Any, list[Any]]:
     shardings = None
     if mesh is not None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state), whole(mesh)
-    return state, [jit_on(mesh, step, shardings, donate_argnums=0)]
+    return state, [jax.jit(step, out_shardings=shardings, donate_argnums=0)]
 
 
 def table(costs: dict[Case, Any]) -> str:
@@ -368,6 +368,9 @@ def check(arguments: argparse.Namespace) -> None:
     for option, known in (("models", MODELS), ("layouts", LAYOUTS), ("optimizers", OPTIMIZERS)):
         for name in getattr(arguments, option):
             require_choice(f"--{option}", name, known)
+    for option in ("rows", "tflops", "network"):
+        if not getattr(arguments, option) > 0:
+            raise InputError(f"--{option} = {getattr(arguments, option)} is not above 0.")
     for number in arguments.devices:
         if number < 1 or number.bit_count() != 1:
             raise InputError(f"--devices {number} is not a power of two: take 1, 2, 4, 8, …")

@@ -88,31 +88,33 @@ def test_adam_is_its_formula_and_codes_are_the_nearest(step, shape, dtype):
     assert_nearest_codes(new_nu, v, v)
 
 
+def assert_equal_steps(found, expected):
+    """Equal but for rounding: the code of a number at a midpoint depends on the last bit."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    for moment, other in zip(found[1:], expected[1:], strict=True):
+        assert moment.codes.dtype == jnp.uint8
+        codes = np.asarray(moment.codes, np.int32) - np.asarray(other.codes, np.int32)
+        assert np.count_nonzero(codes) <= 1e-3 * codes.size
+        assert np.abs(codes).max() <= 1
+        np.testing.assert_allclose(moment.scales, other.scales, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 300), BFLOAT16), ((2, 3, 70), FLOAT32)])
 def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
     arguments = (*gradient_and_moments(shape, dtype), jnp.int32(COUNT))
-    plain, kernel = adam_plain(*arguments), adam_kernel(*arguments)
-    for expected, moment in zip(plain[1:], kernel[1:], strict=True):
-        assert moment.codes.dtype == jnp.uint8
-        # The code of a number at a midpoint depends on the last bit of a product.
-        codes = np.asarray(moment.codes, np.int32) - np.asarray(expected.codes, np.int32)
-        assert np.count_nonzero(codes) <= 1e-3 * codes.size
-        assert np.abs(codes).max() <= 1
-        np.testing.assert_allclose(moment.scales, expected.scales, rtol=1e-6)
+    assert_equal_steps(adam_kernel(*arguments), adam_plain(*arguments))
 
 
 @pytest.mark.parametrize("shape", [(131, 70), (128, 70), (3, 43, 70), (2560,)])
 def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape):
     arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
-    expected_update, *expected_moments = adam_plain(*arguments)
+    expected = adam_plain(*arguments)
     monkeypatch.setattr(adam_step, "MAX_CHUNK", 1000)
     step = functools.partial(adam_step.adam_8bit, b1=B1, b2=B2, eps=EPS)
     assert "scan" in str(jax.make_jaxpr(step)(*arguments))
-    update, *moments = jax.jit(step)(*arguments)
-    np.testing.assert_allclose(update, expected_update, rtol=1e-6)
-    for moment, expected in zip(moments, expected_moments, strict=True):
-        assert (moment.codes != expected.codes).mean() <= 1e-3
-        np.testing.assert_allclose(moment.scales, expected.scales, rtol=1e-6)
+    found = jax.jit(step)(*arguments)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    assert_equal_steps(found, expected)
 
 
 @both_adams

@@ -170,6 +170,6 @@ def test_cards_that_cannot_divide_the_heads_are_refused(tmp_path, monkeypatch):
         yield SimpleNamespace(mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)))
 
     monkeypatch.setattr(compile_targets, "target", target)
-    sentence = "mesh.tensor is 4, which does not divide model.num_heads, 2:"
+    sentence = "mesh.tensor is 4, which does not divide the model's num_heads, 2:"
     with pytest.raises(InputError, match=sentence):
         run_script(tmp_path, tiny(), "--device", "h100", "mesh.tensor=4")

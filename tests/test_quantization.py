@@ -119,13 +119,6 @@ def test_a_block_with_a_number_that_is_not_finite_becomes_nan_and_the_others_do_
         np.testing.assert_array_equal(found, np.ones((2, 600)))
 
 
-def test_unknown_codes_and_scalars_are_refused():
-    with pytest.raises(ValueError, match=r"the code must be one of .* not 'int4'"):
-        quantize(jnp.ones(3), "int4")
-    with pytest.raises(ValueError, match="a scalar has no blocks"):
-        quantize(jnp.float32(1), "int8")
-
-
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("shape", [(3, 300), (70,), (2, 0), (0, 5)])
 def test_zeros_and_empty_arrays_have_codes(shape, code):
@@ -144,14 +137,11 @@ def test_an_array_is_stored_as_another_one_is():
     assert stored_like(x, jnp.zeros((), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-def test_numbers_that_bfloat16_represents_are_unchanged():
+def test_numbers_that_bfloat16_represents_and_nan_are_unchanged():
     x = jax.random.normal(jax.random.key(0), (1000,)).astype(jnp.bfloat16)
     x = jnp.concatenate([x, jnp.array([0.0, -0.0, jnp.inf, -jnp.inf], jnp.bfloat16)])
     rounded = stochastic_round(x.astype(jnp.float32), jax.random.key(1))
     np.testing.assert_array_equal(rounded.view(jnp.uint16), x.view(jnp.uint16))
-
-
-def test_nan_stays_nan():
     assert bool(jnp.isnan(stochastic_round(jnp.array([jnp.nan]), jax.random.key(0))).all())
 
 

@@ -6,14 +6,13 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from galore_jax.grads.micro_batches import check_rows, has_mean
-from galore_jax.ops.partition import MeshAxes, Partition
+from galore_jax.ops.partition import MeshAxes, meshes_of
 from galore_jax.ops.precision import widened
-from galore_jax.optim.galore_state import Unprojected, is_parameter
 from galore_jax.subspace.basis import is_basis
-from galore_jax.subspace.matrix_view import is_head, path_names, unboxed
+from galore_jax.subspace.matrix_view import is_embedding, path_names
 from galore_jax.subspace.placement import coordinates_partition
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import PyTree
@@ -38,8 +37,8 @@ def mean_over_shards(
       reduced and scattered in one operation.
 
     Raises:
-      ValueError: there is no mesh with these axes, or they do not divide the batch (see
-        `check_rows`).
+      ValueError: there is no mesh with these axes, or they divide a parameter or do not divide the
+        batch (see `check_rows`).
     """
     if not data_axes:
         return f(operands, *batch)
@@ -48,6 +47,25 @@ def mean_over_shards(
     if count == 1:
         return f(operands, *batch)
     check_rows(batch, count, "shards")
+
+    def scattered_axis(node: Any) -> int | None:
+        """The axis of coordinates that the data axes divide, if no others divide them."""
+        where = coordinates_partition(node.projection) if is_coordinates(node) else None
+        if where is None or where.used != data_axes or data_axes not in where.axes:
+            return None
+        return where.axes.index(data_axes)
+
+    def mean(node: Any) -> Any:
+        axis = scattered_axis(node)
+        if axis is None:
+            average = lambda x: lax.pmean(widened(x), data_axes) if has_mean(x) else x
+            return jax.tree.map(average, node)
+        total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
+        return Coordinates(total / count, node.projection)
+
+    def out_spec(node: Any) -> PartitionSpec:
+        axis = scattered_axis(node)
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, data_axes)
 
     def on_shards(f: Callable[..., PyTree], out_specs: PyTree) -> Callable[..., PyTree]:
         sharded = jax.shard_map(
@@ -62,23 +80,13 @@ def mean_over_shards(
         # Compiled, because JAX cannot run it op by op if other axes divide an array.
         return jax.jit(sharded)
 
-    def mean(node: Any) -> Any:
-        axis = _scattered_axis(node, data_axes)
-        if axis is None:
-            average = lambda x: lax.pmean(widened(x), data_axes) if has_mean(x) else x
-            return jax.tree.map(average, node)
-        total = lax.psum_scatter(node.value, data_axes, scatter_dimension=axis, tiled=True)
-        return Coordinates(total / count, node.projection)
-
-    def out_spec(node: Any) -> PartitionSpec:
-        axis = _scattered_axis(node, data_axes)
-        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, data_axes)
-
-    def means(operands: PyTree, *shard: Any) -> PyTree:
-        return jax.tree.map(mean, f(operands, *shard), is_leaf=is_coordinates)
-
     shapes = jax.eval_shape(on_shards(f, PartitionSpec()), operands, *batch)
     out_specs = jax.tree.map(out_spec, shapes, is_leaf=is_coordinates)
+
+    def means(operands: PyTree, *shard: Any) -> PyTree:
+        found = f(whole_embeddings(operands), *shard)
+        return jax.tree.map(mean, found, is_leaf=is_coordinates)
+
     return on_shards(means, out_specs)(operands, *batch)
 
 
@@ -90,64 +98,34 @@ def leaves_of(kind: Any, tree: PyTree) -> tuple[dict[int, Any], Callable[[Any], 
     return found, put
 
 
-def needs_whole_embeddings() -> bool:
-    """Whether a lookup in a divided embedding would fail here: in a shard with several mesh axes.
+def whole_embeddings(operands: PyTree) -> PyTree:
+    """The operands of a shard, with whole embeddings if several mesh axes are left to XLA.
 
     XLA (as of jaxlib 0.12) ends the process when it divides a lookup over some, but not all, of the
     axes that a `shard_map` leaves to it. It does so, whatever divides the embedding, if the lookup
     has more indices than the embedding has rows.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    free = [name for name in mesh.auto_axes if mesh.shape[name] > 1]
-    return bool(mesh.manual_axes) and len(free) > 1
+    if sum(mesh.shape[name] > 1 for name in mesh.auto_axes) < 2:
+        return operands
+
+    def at_leaf(path: Any, leaf: Any) -> Any:
+        is_whole = is_embedding(path_names(path))
+        return lax.with_sharding_constraint(leaf, PartitionSpec()) if is_whole else leaf
+
+    return jax.tree_util.tree_map_with_path(at_leaf, operands)
 
 
-def whole_embeddings(params: PyTree, bases: PyTree) -> PyTree:
-    """Makes unprojected parameters but for heads whole where that is needed.
-
-    A head is multiplied, and its product may be divided.
-    """
-    if not needs_whole_embeddings():
-        return params
-
-    def at_leaf(path: Any, node: Any, leaf: Any) -> Any:
-        if not isinstance(node, Unprojected) or is_head(path_names(path)):
-            return leaf
-        return Partition(node.partition.mesh, ((),) * len(leaf.shape)).constrain(leaf)
-
-    boxed = jax.tree.structure(params)
-    leaves = jax.tree_util.tree_map_with_path(at_leaf, bases, unboxed(params), is_leaf=is_parameter)
-    return jax.tree.unflatten(boxed, jax.tree.leaves(leaves))
-
-
-def _scattered_axis(node: Any, data_axes: MeshAxes) -> int | None:
-    """The axis along which coordinates are divided over these mesh axes, and over no others."""
-    if not is_coordinates(node):
-        return None
-    partition = coordinates_partition(node.projection)
-    if partition is None or partition.used != data_axes:
-        return None
-    return partition.axes.index(data_axes) if data_axes in partition.axes else None
-
-
-def _mesh(data_axes: MeshAxes, tree: PyTree) -> Mesh | AbstractMesh:
-    """The mesh of the context, of the parameters, or else the one that the state knows."""
-    meshes: list[Mesh | AbstractMesh] = [jax.sharding.get_abstract_mesh()]
-    for leaf in jax.tree.leaves(tree):
-        sharding = jax.typeof(leaf).sharding
-        meshes += [sharding.mesh] if isinstance(sharding, NamedSharding) else []
-    for basis in jax.tree.leaves(tree, is_leaf=is_parameter):
-        if isinstance(basis, Unprojected):
-            meshes.append(basis.partition.mesh)
-        elif is_basis(basis) and basis.projection.partition is not None:
-            meshes.append(basis.projection.partition.mesh)
-            for axis in set(data_axes) & set(basis.projection.partition.used):
-                raise ValueError(
-                    f'data_axes: the mesh axis "{axis}" divides the parameter '
-                    f"{basis.projection.name}, which every shard needs whole: name only axes that "
-                    "divide the batch alone."
-                )
-    for mesh in meshes:
+def _mesh(data_axes: MeshAxes, operands: PyTree) -> AbstractMesh:
+    """The mesh of the context or of the operands."""
+    for basis in filter(is_basis, jax.tree.leaves(operands, is_leaf=is_basis)):
+        partition, name = basis.projection.partition, basis.projection.name
+        if partition is not None and (taken := set(data_axes) & set(partition.used)):
+            raise ValueError(
+                f'data_axes: the mesh axis "{min(taken)}" divides the parameter {name}, which '
+                "every shard needs whole: name only axes that divide the batch alone."
+            )
+    for mesh in meshes_of(operands):
         if set(data_axes) <= set(mesh.axis_names):
             return mesh
     raise ValueError(

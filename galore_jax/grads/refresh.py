@@ -36,12 +36,12 @@ from galore_jax.optim.galore_state import (
     map_bases,
     with_galore_states,
 )
-from galore_jax.optim.moments import constrain_state, rotate
+from galore_jax.optim.moments import rotate
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.methods import orthonormalise, span
 from galore_jax.subspace.new_basis import Sketch, refresh_basis
-from galore_jax.subspace.placement import constrain_coordinates, matrices_partition
+from galore_jax.subspace.placement import constrain, matrices_partition
 from galore_jax.subspace.projection import Side
 from galore_jax.types import PyTree
 
@@ -168,7 +168,7 @@ def _refreshed_states(
             return dataclasses.replace(basis, vectors=vectors)
 
         mean = mean_of(TracedLoss.coordinates, map_bases(chosen, bases, params, otherwise=bases))
-        return {path: constrain_coordinates(node).value for path, node in mean.items()}
+        return {path: node.value for path, node in constrain(mean).items()}
 
     sketches = _sketches(backward, projected)
     return with_auto_axes(_renewed, states, sketches, out=lambda: specs_of(states))
@@ -314,4 +314,4 @@ def _adopted(opt_state: PyTree, new: list[GaLoreState]) -> PyTree:
         for one, other in pairs
     }
     rotated = rotate(opt_state, changes)
-    return constrain_state(with_galore_states(rotated, new, inside_chains=True))
+    return constrain(with_galore_states(rotated, new, inside_chains=True))

@@ -12,7 +12,7 @@ from galore_jax.grads.value_and_grad import (
     Loss,
     bases_in,
     gradients,
-    only_placement,
+    no_bases,
     passes,
     takes_coordinates,
 )
@@ -135,7 +135,7 @@ def make_step(
         **unsplit: Any,
     ) -> Step:
         is_projected = takes_coordinates(state) if projected is None else projected
-        bases = (bases_in if is_projected else only_placement)(params, state)
+        bases = bases_in(params, state) if is_projected else no_bases(params)
         mean_of = means_over(params, bases, batch, unsplit)
         if is_projected and refreshes is not False:
             state = refreshed(mean_of, params, bases, state, when_due=refreshes is None)

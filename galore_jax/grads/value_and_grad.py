@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
-from galore_jax.grads.data_parallel import leaves_of, mean_over_shards, whole_embeddings
+from galore_jax.grads.data_parallel import leaves_of, mean_over_shards
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import check_micro_batches, mean_over
 from galore_jax.grads.projected_product import varying_as
 from galore_jax.grads.tracked import track
 from galore_jax.ops.partition import AxisNames, explicit_mesh, names_of, specs_of, with_auto_axes
 from galore_jax.optim.galore_state import (
-    Unprojected,
     bases_of,
     galore_states,
     is_low_rank,
@@ -24,8 +23,8 @@ from galore_jax.optim.galore_state import (
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves, unboxed
 from galore_jax.subspace.methods import EXACT
-from galore_jax.subspace.placement import constrain_coordinates, coordinates_partition
-from galore_jax.subspace.projection import Coordinates, is_coordinates
+from galore_jax.subspace.placement import constrain, coordinates_partition
+from galore_jax.subspace.projection import Coordinates
 from galore_jax.types import PyTree
 
 Names = tuple[str, ...]
@@ -102,7 +101,7 @@ def value_and_grad(
 def gradients(mean_of: "MeanOf", bases: PyTree) -> tuple[Any, PyTree]:
     """The value of a loss (with has_aux the pair) and its gradients, as means over a batch."""
     value, gradients = mean_of(TracedLoss.value_and_grad, bases)
-    return value, jax.tree.map(constrain_coordinates, gradients, is_leaf=is_coordinates)
+    return value, constrain(gradients)
 
 
 # The mean of `f(traced loss, given)` over the shards and micro-batches of a batch.
@@ -129,7 +128,7 @@ def passes(
         def mean_of(f: Callable[[TracedLoss, PyTree], PyTree], given: PyTree) -> PyTree:
             def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
                 params, bases, arrays, given = operands
-                params, unsplit = whole_embeddings(params, bases), with_arrays(arrays)
+                unsplit = with_arrays(arrays)
                 of_part = lambda *part: f(trace(params, bases, part, unsplit), given)
                 return mean_over(of_part, micro_batches, *shard)
 
@@ -332,15 +331,6 @@ def takes_coordinates(opt_state: PyTree) -> bool:
 def no_bases(tree: PyTree) -> PyTree:
     """What `bases_in` returns if nothing is projected."""
     return jax.tree.map(lambda _: optax.MaskedNode(), unboxed(tree))
-
-
-def only_placement(params: PyTree, opt_state: PyTree) -> PyTree:
-    """What `bases_in` returns, without the bases: for full gradients, of any optimizer."""
-    nodes = no_bases(params)
-    for state in galore_states(opt_state, inside_chains=True):
-        where = lambda node, other: node if isinstance(node, Unprojected) else other
-        nodes = jax.tree.map(where, state.bases, nodes, is_leaf=is_parameter)
-    return nodes
 
 
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:

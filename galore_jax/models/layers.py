@@ -28,7 +28,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     are divided over the same axes. Further axes are undivided.
     """
     axes += (None,) * (x.ndim - len(axes))
-    return nn.with_logical_constraint(x, axes)  # pyright: ignore[reportPrivateImportUsage]
+    # Inside a `shard_map` over some of the mesh's axes a sharding may name the others only.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    rules = [
+        (name, tuple(axis for axis in jax.tree.leaves(mesh_axes) if axis not in manual) or None)
+        for name, mesh_axes in nn.get_logical_axis_rules()
+    ]
+    constrained: Any = nn.with_logical_constraint  # pyright: ignore[reportPrivateImportUsage]
+    return constrained(x, axes, rules=rules)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

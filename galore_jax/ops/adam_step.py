@@ -1,7 +1,7 @@
 """Adam (arXiv 1412.6980, algorithm 1) with moments in 8-bit codes (arXiv 2110.02861)."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +12,6 @@ from galore_jax.ops.quantization import BLOCK, Quantized, dequantize, quantize
 MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 # About this many elements have their moments in float32 at the same time.
 MAX_CHUNK = 2**20
-
-
-class AdamScalars(NamedTuple):
-    """The scalars of one Adam step, float32.
-
-    Attributes:
-      b1: decay of the first moment.
-      one_minus_b1: `1 - b1`.
-      b2: decay of the second moment.
-      one_minus_b2: `1 - b2`.
-      correction1: `1 - b1ᵗ`, the bias correction of the first moment.
-      correction2: `1 - b2ᵗ`, the bias correction of the second moment.
-      eps: added to the root of the second moment.
-    """
-
-    b1: Any
-    one_minus_b1: Any
-    b2: Any
-    one_minus_b2: Any
-    correction1: Any
-    correction2: Any
-    eps: Any
 
 
 def adam_8bit(
@@ -77,21 +55,26 @@ def as_rows(arrays: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(rows, -1), arrays)
 
 
-def adam_scalars(count: Any, b1: Any, b2: Any, eps: Any) -> AdamScalars:
-    """The scalars of step number `count`, counted from 1."""
+def adam_scalars(count: Any, b1: Any, b2: Any, eps: Any) -> tuple[jax.Array, ...]:
+    """The scalars of step number `count`, counted from 1, float32.
+
+    Returns:
+      `b1`, `1 - b1`, `b2`, `1 - b2`, the bias corrections `1 - b1ᵗ` and `1 - b2ᵗ`, `eps`.
+    """
     count = jnp.asarray(count, jnp.float32)
     scalars = (b1, 1 - b1, b2, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
-    return AdamScalars(*(jnp.asarray(scalar, jnp.float32) for scalar in scalars))
+    return tuple(jnp.asarray(scalar, jnp.float32) for scalar in scalars)
 
 
 def adam_step(
-    gradient: jax.Array, mu: Quantized, nu: Quantized, scalars: AdamScalars
+    gradient: jax.Array, mu: Quantized, nu: Quantized, scalars: tuple[Any, ...]
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """The formula of `adam_8bit`, given its scalars; used by both implementations."""
+    b1, one_minus_b1, b2, one_minus_b2, correction1, correction2, eps = scalars
     gradient = gradient.astype(jnp.float32)
-    m = scalars.b1 * dequantize(mu) + scalars.one_minus_b1 * gradient
-    v = scalars.b2 * dequantize(nu) + scalars.one_minus_b2 * jnp.square(gradient)
+    m = b1 * dequantize(mu) + one_minus_b1 * gradient
+    v = b2 * dequantize(nu) + one_minus_b2 * jnp.square(gradient)
     # The square of a finite 1e30 overflows; as the scale of its block it would stay NaN forever.
     v = jnp.where((v > MAX_FLOAT32) & (jnp.abs(gradient) <= MAX_FLOAT32), MAX_FLOAT32, v)
-    update = (m / scalars.correction1) / (jnp.sqrt(v / scalars.correction2) + scalars.eps)
+    update = (m / correction1) / (jnp.sqrt(v / correction2) + eps)
     return update, quantize(m, mu.code), quantize(v, nu.code)

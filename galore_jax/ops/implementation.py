@@ -15,31 +15,18 @@ Implementation = Literal["xla", "pallas"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 
 
-def check_implementation(implementation: str) -> None:
-    """Raises a ValueError unless there is such an implementation."""
+def implemented(name: Literal["adam_8bit", "lift_and_add"], implementation: str) -> Callable:
+    """`adam_step.adam_8bit`, `lift.lift_and_add`, or the Triton kernel of that name.
+
+    Raises:
+      ValueError: there is no such implementation.
+    """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}."
         )
-
-
-def adam_8bit_of(implementation: Implementation) -> Callable[..., Any]:
-    """`adam_step.adam_8bit` or its Triton kernel."""
-    return _triton().adam_8bit if _is_pallas(implementation) else adam_step.adam_8bit
-
-
-def lift_and_add_of(implementation: Implementation) -> Callable[..., Any]:
-    """`lift.lift_and_add` or its Triton kernel."""
-    return _triton().lift_and_add if _is_pallas(implementation) else lift.lift_and_add
-
-
-def _is_pallas(implementation: Implementation) -> bool:
-    check_implementation(implementation)
-    return implementation == "pallas"
-
-
-def _triton() -> Any:
-    # Imported here so that only users of the kernels import Pallas.
-    from galore_jax.ops import pallas_triton
-
-    return pallas_triton
+    module: Any = adam_step if name == "adam_8bit" else lift
+    if implementation == "pallas":
+        # Imported here so that only users of the kernels import Pallas.
+        from galore_jax.ops import pallas_triton as module
+    return getattr(module, name)

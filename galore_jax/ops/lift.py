@@ -27,9 +27,8 @@ def lift_and_add(
 ) -> jax.Array:
     """`(1 - decay) weights + scale left right`, rounded to the dtype of the weights.
 
-    It is computed in float32, or in the dtype of the weights if that is wider.
-
-    Matrix products use the backend's default precision.
+    It is computed in float32, or in the dtype of the weights if that is wider; matrix products use
+    the backend's default precision.
 
     Args:
       weights: (m, n), of any floating dtype.
@@ -46,13 +45,12 @@ def lift_and_add(
     Returns:
       The new weights.
     """
-    aligned = isinstance(start[1], int) or weights.shape[1] % 4 == 0
 
     def add_to_chunk(first: Any, weights: jax.Array) -> jax.Array:
         rows = lambda array: lax.dynamic_slice_in_dim(array, first, weights.shape[0])
         update = product(rows(left), right, right_is_transposed)
         place = start[0] + first, start[1]
-        return add(weights, update, scale, decay, seed, place, aligned=aligned)
+        return add(weights, update, scale, decay, seed, place)
 
     return map_chunks(add_to_chunk, weights, MAX_CHUNK)
 
@@ -70,26 +68,18 @@ def add(
     lifted: jax.Array,
     scale: Any,
     decay: Any,
-    seed: Any,
+    seed: jax.Array | None,
     start: tuple[Any, Any],
-    *,
-    aligned: bool = True,
 ) -> jax.Array:
-    """Applies a lifted update to a tile of the weights; see `lift_and_add`.
+    """Applies a lifted update to a tile of the weights.
 
     Args:
       weights: any tile of the weights.
       lifted: the same tile of the update, float32.
-      scale: as for `lift_and_add`.
-      decay: as for `lift_and_add`.
-      seed: as for `lift_and_add`.
+      scale, decay, seed: as for `lift_and_add`.
       start: first row and first column of the tile.
-      aligned: whether the column is known to be a multiple of 4.
-
-    Returns:
-      The new weights of the tile.
     """
     new = widened(weights) * (1 - decay) + scale * lifted
     if seed is None or weights.dtype != jnp.bfloat16:
         return new.astype(weights.dtype)
-    return round_with_noise(new, noise(seed, *start, new.shape, aligned=aligned))
+    return round_with_noise(new, noise(seed, *start, new.shape))

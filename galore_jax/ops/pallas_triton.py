@@ -38,34 +38,28 @@ def adam_8bit(
     """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated."""
     _check_gpu(interpret)
     # View everything as matrices, and divide them into tiles of one block per row.
-    shape = gradient.shape
-    gradient, mu_rows, nu_rows = adam_step.as_rows((gradient, mu, nu))
+    inputs = gradient, mu, nu
+    rows, *moments = adam_step.as_rows(inputs)
     # A last axis shorter than 256 forms a single block.
     block_size = pl.next_power_of_2(min(BLOCK, gradient.shape[-1]))
     tile, scale_tile = (
         pl.BlockSpec((ADAM_ROWS, size), lambda i, j: (i, j)) for size in (block_size, 1)
     )
-    moments = Quantized(tile, scale_tile, mu.code), Quantized(tile, scale_tile, nu.code)
+    tiles = [Quantized(tile, scale_tile, moment.code) for moment in moments]
 
-    # Call the kernel; codes and scales of the moments are overwritten.
-    scalars = jnp.stack(adam_step.adam_scalars(count, b1, b2, eps))
-    update = jax.ShapeDtypeStruct(gradient.shape, jnp.float32)
-    update, new_mu, new_nu = pl.pallas_call(
-        functools.partial(_adam_kernel, shape=gradient.shape),
-        out_shape=(update, *_shape_structs((mu_rows, nu_rows))),
-        grid=(pl.cdiv(gradient.shape[0], ADAM_ROWS), mu_rows.scales.shape[1]),
-        in_specs=(pl.BlockSpec(), tile, *moments),
-        out_specs=(tile, *moments),
+    # Codes and scales of the moments are overwritten.
+    outputs = pl.pallas_call(
+        functools.partial(_adam_kernel, shape=rows.shape),
+        out_shape=(jax.ShapeDtypeStruct(rows.shape, jnp.float32), *jax.eval_shape(list, moments)),
+        grid=(pl.cdiv(rows.shape[0], ADAM_ROWS), moments[0].scales.shape[1]),
+        in_specs=(pl.BlockSpec(), tile, *tiles),
+        out_specs=(tile, *tiles),
         input_output_aliases={2: 1, 3: 2, 4: 3, 5: 4},
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="adam_8bit",
-    )(scalars, gradient, mu_rows, nu_rows)
-
-    # Restore the original shapes.
-    restore = lambda new, old: new.reshape(old.shape)
-    new_mu, new_nu = jax.tree.map(restore, new_mu, mu), jax.tree.map(restore, new_nu, nu)
-    return update.reshape(shape), new_mu, new_nu
+    )(jnp.stack(adam_step.adam_scalars(count, b1, b2, eps)), rows, *moments)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, inputs)
 
 
 def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape):
@@ -85,7 +79,7 @@ def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape
         plgpu.load(gradient, mask=mask, other=0.0),
         load(mu, 127),
         load(nu, 0),
-        adam_step.AdamScalars(*(scalars[i] for i in range(len(adam_step.AdamScalars._fields)))),
+        tuple(scalars[i] for i in range(scalars.shape[0])),
     )
     plgpu.store(new_update, update, mask=mask)
     store(new_mu, m)
@@ -112,22 +106,14 @@ def lift_and_add(
     `ops.lift`.
     """
     if not isinstance(start[1], int) and weights.shape[1] % 4:
-        return lift.lift_and_add(
-            weights,
-            left,
-            right,
-            scale,
-            decay,
-            seed,
-            right_is_transposed=right_is_transposed,
-            start=start,
-        )
+        options: Any = {"right_is_transposed": right_is_transposed, "start": start}
+        return lift.lift_and_add(weights, left, right, scale, decay, seed, **options)
     _check_gpu(interpret)
     places = jnp.stack([jnp.asarray(place, jnp.int32) for place in start])
     scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])
     return pl.pallas_call(
         functools.partial(_lift_kernel, right_is_transposed=right_is_transposed),
-        out_shape=_shape_structs(weights),
+        out_shape=jax.ShapeDtypeStruct(weights.shape, weights.dtype),
         grid=tuple(map(pl.cdiv, weights.shape, LIFT_TILE)),
         input_output_aliases={0: 0},
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=LIFT_STAGES),
@@ -184,7 +170,3 @@ def _in_bounds(starts: tuple, sizes: tuple[int, ...], shape: tuple[int, ...]) ->
         start + lax.broadcasted_iota(jnp.int32, sizes, axis) for axis, start in enumerate(starts)
     )
     return (rows < shape[0]) & (columns < shape[1])
-
-
-def _shape_structs(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

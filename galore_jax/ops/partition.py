@@ -1,16 +1,15 @@
 """How arrays are partitioned over a mesh of devices, and functions that run on their parts.
 
-A `Partition` is static: it is part of the structure of the trees that carry it, so that a function
-traced under `jax.jit`, where arrays do not show where they lie, still knows how to divide its work.
-Without a partition (None) everything here does nothing, and XLA decides.
+A `Partition` is static: it is part of the structure of the trees that carry it. A function traced
+under `jax.jit`, where arrays on Auto axes do not show how they are sharded, reads there how to
+divide its work. Without a partition (None) everything here does nothing, and XLA decides.
 
 On a mesh with Explicit axes, the default of `jax.make_mesh`, an array's sharding is part of its
 type, and an operation that leaves the sharding of its result open is an error. A loss is traced
 with these types, because its author wrote it for them. What this package computes itself runs with
-Auto axes, where `Partition.constrain` says what matters and XLA finds the rest.
+Auto axes (`with_auto_axes`), where `Partition.constrain` sets what matters and XLA finds the rest.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ class Partition:
 
     @property
     def spec(self) -> PartitionSpec:
-        """As JAX writes it."""
+        """The partition in JAX's notation."""
         return PartitionSpec(*(names or None for names in self.axes))
 
     @property
@@ -56,7 +55,7 @@ class Partition:
 
         Args:
           array: the array.
-          like: if the array lies nowhere yet, another one, which lies on the mesh.
+          like: an array on the mesh, for an `array` without a mesh of its own.
         """
         mesh = explicit_mesh((array, like)) or self._context()
         spec = self.trailing(array.ndim)._without(mesh.manual_axes).spec
@@ -71,36 +70,16 @@ class Partition:
         Inside a `shard_map` over some of the mesh's axes it divides the others.
         """
         mesh = self._context()
-        manual = mesh.manual_axes
-        if manual:
-            free = lambda spec: PartitionSpec(
-                *(tuple(n for n in names_of(entry) if n not in manual) or None for entry in spec)
-            )
-            is_spec = lambda node: isinstance(node, PartitionSpec)
-            in_specs, out_specs = jax.tree.map(free, (in_specs, out_specs), is_leaf=is_spec)
-        names = set(mesh.axis_names) - set(manual)
+
+        def free(spec: PartitionSpec) -> PartitionSpec:
+            return Partition(mesh, tuple(map(names_of, spec)))._without(mesh.manual_axes).spec
+
+        is_spec = lambda node: isinstance(node, PartitionSpec)
+        in_specs, out_specs = jax.tree.map(free, (in_specs, out_specs), is_leaf=is_spec)
+        names = set(mesh.axis_names) - set(mesh.manual_axes)
         return jax.shard_map(
             f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
         )
-
-    def map_batch(self, f: Callable[..., Any], *arguments: Any) -> Any:
-        """`f(*arguments)` on the matrices that each device has, if devices have different ones.
-
-        A loop over matrices that lie on several devices would gather all of them.
-
-        Args:
-          f: a function of trees of arrays `(*batch, …)`, as its results are, which treats each
-            matrix separately.
-          *arguments: its arguments.
-        """
-        mesh = self._context()
-        batch = Partition(self.mesh, self.axes[:-2])._without(mesh.manual_axes)
-        if not batch.used:
-            return f(*arguments)
-        specs: Any = {"in_specs": batch.spec, "out_specs": batch.spec}
-        names = set(batch.used)
-        mapped = jax.shard_map(f, mesh=mesh, axis_names=names, check_vma=False, **specs)
-        return mapped(*arguments)
 
     def _without(self, names: Iterable[str]) -> "Partition":
         rest = lambda axes: tuple(name for name in axes if name not in names)
@@ -112,19 +91,39 @@ class Partition:
         return context if set(self.mesh.axis_names) <= set(context.axis_names) else self.mesh
 
 
+def map_batch(partition: Partition | None, f: Callable[..., Any], *arguments: Any) -> Any:
+    """`f(*arguments)` on the matrices that each device has, if devices have different ones.
+
+    A loop over matrices that lie on several devices would gather all of them.
+
+    Args:
+      partition: of the matrices, `(*batch, rows, columns)`.
+      f: a function of trees of arrays `(*batch, …)`, as its results are, which treats each matrix
+        separately.
+      *arguments: its arguments.
+    """
+    if partition is None:
+        return f(*arguments)
+    mesh = partition._context()
+    batch = Partition(mesh, partition.axes[:-2])._without(mesh.manual_axes)
+    if not batch.used:
+        return f(*arguments)
+    specs: Any = {"in_specs": batch.spec, "out_specs": batch.spec}
+    mapped = jax.shard_map(f, mesh=mesh, axis_names=set(batch.used), check_vma=False, **specs)
+    return mapped(*arguments)
+
+
 def partition_of(array: Any) -> Partition | None:
     """The partition of an array or `jax.ShapeDtypeStruct` on a mesh of several devices.
 
-    None if there is no such mesh, or if the array is traced and JAX does not tell.
+    None if there is no such mesh, or if the array is traced and JAX does not show its sharding.
     """
     sharding = getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
         return None
-    mesh = sharding.mesh
-    spec = tuple(
-        tuple(name for name in names_of(entry) if mesh.shape[name] > 1) for entry in sharding.spec
-    )
-    return Partition(axes_of(sharding.mesh), spec + ((),) * (len(array.shape) - len(spec)))
+    mesh = axes_of(sharding.mesh)
+    axes = [tuple(n for n in names_of(entry) if mesh.shape[n] > 1) for entry in sharding.spec]
+    return Partition(mesh, (*axes, *[()] * (len(array.shape) - len(axes))))
 
 
 def axes_of(mesh: Mesh | AbstractMesh) -> AbstractMesh:
@@ -140,59 +139,18 @@ def names_of(entry: Any) -> MeshAxes:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def placed(
-    mesh: AbstractMesh,
-    shape: Sequence[int],
-    wanted: Iterable[tuple[str, Sequence[int]]],
-    *,
-    start: Sequence[MeshAxes] | None = None,
-    block: int = 1,
-) -> Partition:
-    """Places mesh axes one after the other, each on the first axis of an array that it divides.
-
-    Args:
-      mesh: the mesh.
-      shape: shape of the array.
-      wanted: mesh axes, each with the axes of the array to try, in this order. One that divides
-        none of them is left out, as is one of size 1.
-      start: the mesh axes that are already placed, for each axis of the array.
-      block: parts of the last axis must be multiples of this, or the whole axis.
-
-    Returns:
-      The partition.
-    """
-    axes: list[MeshAxes] = [*start] if start is not None else [()] * len(shape)
-    for name, places in wanted:
-        for place in places if mesh.shape[name] > 1 else ():
-            parts = math.prod(mesh.shape[other] for other in (*axes[place], name))
-            multiple = block if place == len(shape) - 1 else 1
-            if shape[place] % (parts * multiple) == 0:
-                axes[place] = (*axes[place], name)
-                break
-    return Partition(mesh, tuple(axes))
-
-
-def map_batch(partition: Partition | None, f: Callable[..., Any], *arguments: Any) -> Any:
-    """`partition.map_batch(f, *arguments)`; without a partition `f(*arguments)`."""
-    return f(*arguments) if partition is None else partition.map_batch(f, *arguments)
-
-
-def constrained(array: jax.Array, partition: Partition | None) -> jax.Array:
-    """The array with a partition, if there is one."""
-    return array if partition is None else partition.constrain(array)
+def meshes_of(tree: PyTree) -> list[AbstractMesh]:
+    """The mesh of the context, if there is one, else those of the arrays in a tree."""
+    context = jax.sharding.get_abstract_mesh()
+    if context.axis_names:
+        return [context]
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    return [jax.typeof(array).sharding.mesh for array in arrays]
 
 
 def explicit_mesh(tree: PyTree) -> AbstractMesh | None:
     """The mesh of the context, or of the arrays in a tree, if it has Explicit axes."""
-    context = jax.sharding.get_abstract_mesh()
-    if context.axis_names:
-        return context if context.explicit_axes else None
-    for leaf in jax.tree.leaves(tree):
-        if isinstance(leaf, jax.Array):
-            mesh = jax.typeof(leaf).sharding.mesh
-            if mesh.explicit_axes:
-                return mesh
-    return None
+    return next((mesh for mesh in meshes_of(tree) if mesh.explicit_axes), None)
 
 
 def specs_of(tree: PyTree) -> PyTree:

@@ -27,10 +27,8 @@ def widened(array: Any) -> jax.Array:
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """Rounds float32 stochastically to one of the two neighbouring bfloat16 values, unbiased.
 
-    A number at a fraction f of the distance from its neighbour towards zero to its neighbour away
-    from zero is rounded away from zero with probability f, at a resolution of 16 bits: random bits
-    are added below the bits that bfloat16 keeps, and then the lower bits are cut off. Numbers that
-    bfloat16 represents exactly are unchanged, as are infinities and NaN.
+    Random bits are added below the bits that bfloat16 keeps, and then the lower 16 bits are cut
+    off. Numbers that bfloat16 represents exactly are unchanged, as are infinities and NaN.
 
     Args:
       x: float32, any shape.

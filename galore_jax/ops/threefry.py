@@ -32,9 +32,7 @@ def threefry(seed: Any, first: jax.Array, second: jax.Array) -> tuple[jax.Array,
     return first, second
 
 
-def noise(
-    seed: Any, row: Any, column: Any, shape: tuple[int, int], *, aligned: bool = True
-) -> jax.Array:
+def noise(seed: Any, row: Any, column: Any, shape: tuple[int, int]) -> jax.Array:
     """Sixteen random bits for each element of a tile of a matrix.
 
     Four columns share the two words of the counter (row, column // 4): first the low halves of both
@@ -43,16 +41,15 @@ def noise(
     Args:
       seed: two uint32.
       row: int32, first row of the tile.
-      column: int32, first column of the tile.
+      column: int32, first column of the tile; a multiple of 4 if the width is.
       shape: shape of the tile.
-      aligned: whether the first column is known to be a multiple of 4.
 
     Returns:
       uint32 below 2^16, of this shape.
     """
     height, width = shape
-    if not aligned:
-        wider = noise(seed, row, column - column % 4, (height, width + 3))
+    if width % 4 and not (isinstance(column, int) and column % 4 == 0):
+        wider = noise(seed, row, column - column % 4, (height, (width + 6) // 4 * 4))
         return lax.dynamic_slice_in_dim(wider, column % 4, width, axis=1)
     counters_shape = (height, -(-width // 4))
     rows, groups = (

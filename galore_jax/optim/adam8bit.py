@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from galore_jax.ops.implementation import Implementation, adam_8bit_of
+from galore_jax.ops.implementation import Implementation, implemented
 from galore_jax.ops.quantization import Code, Quantized, zeros_like
 from galore_jax.types import PyTree
 
@@ -63,7 +63,7 @@ def scale_by_adam8bit(
       (dtype('uint8'), (64, 2), dtype('float32'))
     """
 
-    step = adam_8bit_of(implementation)
+    step = implemented("adam_8bit", implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
         zeros = lambda code: jax.tree.map(lambda param: zero_moment(param, code), params)

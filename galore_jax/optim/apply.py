@@ -10,7 +10,7 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from galore_jax.ops.implementation import Implementation, check_implementation, lift_and_add_of
+from galore_jax.ops.implementation import Implementation, implemented
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import Partition, map_batch, specs_of, with_auto_axes
 from galore_jax.ops.precision import stochastic_round, widened
@@ -23,9 +23,8 @@ from galore_jax.optim.galore_state import (
     map_bases,
     with_gradient,
 )
-from galore_jax.optim.moments import constrain_state
 from galore_jax.subspace.basis import Basis
-from galore_jax.subspace.placement import matrices_partition
+from galore_jax.subspace.placement import constrain, matrices_partition
 from galore_jax.subspace.projection import Projection, Side, is_coordinates
 from galore_jax.types import PyTree
 
@@ -65,7 +64,7 @@ def apply_gradients(
       ValueError: a gradient of a projected parameter that is None or has another shape, naming it;
         an unknown implementation.
     """
-    check_implementation(implementation)
+    implemented("lift_and_add", implementation)  # Refuses unknown ones, lifted or not.
     apply = partial(_apply_gradients, tx, implementation)
     arguments = grads, state, params, key, extra_args
     return with_auto_axes(apply, *arguments, out=lambda: specs_of((params, state)))
@@ -109,7 +108,7 @@ def _apply_gradients(
     for galore_state in states:
         new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
     new = constrain_unprojected(boxed_as(params, new), states)
-    return _with_rest(new, all_params), constrain_state(state)
+    return _with_rest(new, all_params), constrain(state)
 
 
 def _with_rest(new: PyTree, params: PyTree) -> PyTree:
@@ -161,7 +160,7 @@ def _update_matrix(
 ) -> jax.Array:
     """The new weights of one matrix, on a mesh without moving any part of them."""
     left, right, is_transposed = projection.factors(*parts)
-    add = partial(lift_and_add_of(implementation), right_is_transposed=is_transposed)
+    add = partial(implemented("lift_and_add", implementation), right_is_transposed=is_transposed)
     if partition is not None:
         add = _on_parts(add, partition.trailing(2), is_transposed)
     return add(weights, left, right, scale, decay, seed)

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.loops import flatten_batch, for_each
-from galore_jax.ops.partition import constrained, map_batch
+from galore_jax.ops.partition import map_batch
 from galore_jax.ops.quantization import as_float32, stored_like
 from galore_jax.optim.galore_state import bases_of, galore_states
-from galore_jax.subspace.basis import Basis, is_basis
+from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.subspace.placement import constrain_basis, matrices_partition, moment_partition
+from galore_jax.subspace.placement import matrices_partition
 from galore_jax.subspace.projection import Coordinates, Side, is_coordinates
 from galore_jax.types import PyTree
 
@@ -73,7 +73,7 @@ def restore_moments(old: PyTree, new: PyTree, changes: BasisUpdates) -> PyTree:
         finite = changes[new.projection.path][1].finite
         if new.value.shape[: finite.ndim] != finite.shape:
             return new  # A statistic over several matrices, to which this one contributed zeros.
-        finite = finite.reshape(finite.shape + (1,) * (new.value.ndim - finite.ndim))
+        finite = finite.reshape(finite.shape + (1,) * (len(new.value.shape) - finite.ndim))
         kept = jax.tree.map(lambda old, new: jnp.where(finite, new, old), old.value, new.value)
         return Coordinates(kept, new.projection)
 
@@ -204,17 +204,3 @@ def check_rotation(state: PyTree, bases: list[Basis]) -> None:
                 f"coordinates' shape, {node.projection.coordinates_shape}, with one of the names "
                 f'{", ".join(sorted(FIRST_MOMENTS | SECOND_MOMENTS))}. Use moments="keep".'
             )
-
-
-def constrain_state(state: PyTree) -> PyTree:
-    """The state with bases and moments where those of `init` lie; without a mesh, unchanged."""
-
-    def at_node(node: Any) -> Any:
-        if is_moment(node):
-            partition = moment_partition(node)
-            value = jax.tree.map(lambda array: constrained(array, partition), node.value)
-            return Coordinates(value, node.projection)
-        return constrain_basis(node) if is_basis(node) else node
-
-    is_leaf = lambda node: is_basis(node) or is_coordinates(node)
-    return jax.tree.map(at_node, state, is_leaf=is_leaf)

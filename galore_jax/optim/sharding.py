@@ -1,30 +1,27 @@
 """Where parameters and optimizer states lie on a mesh: start here.
 
-`shardings` chooses where parameters lie: by rules, by their Flax boxes, and fully sharded data
-parallel. `init` and `state_shardings` place the state accordingly. What follows for the arrays of
-one parameter, its basis and its coordinates, is in `subspace.placement`; `ops.partition` runs
-functions on the parts that devices have.
+1. `shardings` chooses where parameters lie: by rules, by their Flax boxes, and fully sharded data
+   parallel. `init` and `state_shardings` place the optimizer's state accordingly.
+2. `subspace.placement` has the rules by which the arrays of one parameter follow from where the
+   parameter lies: its basis, its coordinates and its moments.
+3. `ops.partition` represents how an array is divided, and runs functions on the parts.
 """
 
 import dataclasses
-import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.ops.partition import (
     AxisNames,
-    MeshAxes,
     Partition,
     axes_of,
     names_of,
     partition_of,
-    placed,
     with_auto_axes,
 )
 from galore_jax.ops.quantization import Quantized
@@ -35,23 +32,15 @@ from galore_jax.optim.galore_state import (
     galore_states,
     is_parameter,
 )
-from galore_jax.optim.moments import is_moment
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import is_bias_or_scale, is_box, named_leaves, path_names
-from galore_jax.subspace.placement import (
-    basis_partition,
-    counters_partition,
-    leaf_partition,
-    moment_partition,
-)
-from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
+from galore_jax.subspace.placement import leaf_partition, partitions, placed
+from galore_jax.subspace.projection import Coordinates, Projection
 from galore_jax.subspace.rules import matches
 from galore_jax.types import KeyPath, PyTree
 
 FSDP = "fsdp"
-# The fraction of all numbers that may stay whole on every device without a warning.
-MAX_WHOLE = 0.02
 
 
 def shardings(
@@ -62,16 +51,13 @@ def shardings(
 ) -> PyTree:
     """Shardings of parameters for training with `tx` on a mesh.
 
-    Three things are decided in this order. A leaf in a Flax box (`nn.with_partitioning`, logical
-    partitioning) has the axes of the box, translated by the logical axis rules of the context. Any
-    other leaf has the spec of the first rule that matches its path. If the mesh has an axis named
-    "fsdp" that the leaf does not use yet, it shards one more axis: the unprojected side of a
-    projected matrix, the first matrix axis of another one, or the last axis of a bias or scale,
-    whose first may be layers. If its size does not divide that axis, another one is sharded; if it
-    divides none, the leaf is replicated.
-
-    Batches are usually divided over "data" and "fsdp". Other mesh axes divide parameters only where
-    a rule or a box says so.
+    A leaf in a Flax box (`nn.with_partitioning`, logical partitioning) has the axes of the box,
+    translated by the logical axis rules of the context; any other leaf has the spec of the first
+    rule that matches its path. A mesh axis named "fsdp" that the leaf does not use yet then divides
+    one more axis: the unprojected side of a projected matrix, the first matrix axis of another one,
+    or the last axis of a bias or scale, whose first may be layers. If its size does not divide that
+    axis, another one is divided; if it divides none, "fsdp" leaves the leaf as it is. Other mesh
+    axes divide parameters only where a rule or a box says so.
 
     Args:
       tx: the optimizer, with galore in it or without.
@@ -83,12 +69,8 @@ def shardings(
       A tree like `params`, with a `NamedSharding` at each leaf.
 
     Raises:
-      ValueError: a rule that matches no leaf; or the spec of a rule or a box that does not fit its
-        leaf, names an axis twice, or one that the mesh does not have.
-
-    Warns:
-      UserWarning: more than 2% of all numbers stay whole; the message names the five largest
-        leaves.
+      ValueError: a rule that matches no leaf, or the spec of a rule or a box that does not fit its
+        leaf or the mesh.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -110,22 +92,27 @@ def shardings(
     bases = bases_of(galore_states(state, inside_chains=True))
     projections = {basis.projection.path: basis.projection for basis in bases}
 
-    def partition(names: tuple[str, ...], leaf: Any, spec: PartitionSpec | None) -> Partition:
+    def partition(names: tuple[str, ...], leaf: Any, spec: Any) -> Partition:
         name = "/".join(names)
         if spec is None:
             pattern = next((pattern for pattern in rules if matches(pattern, name)), None)
             spec = PartitionSpec() if pattern is None else rules[pattern]
             unused.pop(pattern, None)
-        _check(spec, name, leaf.shape, mesh)
+        try:
+            sharding = NamedSharding(mesh, spec)
+            sharding.check_compatible_aval(leaf.shape)
+            sharding.shard_shape(leaf.shape)
+        except ValueError as error:
+            raise ValueError(f"shardings: {name} cannot be divided by {spec}: {error}") from error
         wanted: list[tuple[str, Sequence[int]]] = [
             (axis, (place,)) for place, entry in enumerate(spec) for axis in names_of(entry)
         ]
-        if FSDP in mesh.shape and FSDP not in [axis for axis, _ in wanted]:
-            wanted.append((FSDP, _places(names, leaf.shape, projections.get(names))))
+        if FSDP in mesh.shape:
+            wanted.append((FSDP, _fsdp_places(names, leaf.shape, projections.get(names))))
         return placed(axes_of(mesh), leaf.shape, wanted)
 
     leaves = named_leaves(params)
-    partitions = [
+    found = [
         partition(names, leaf, spec)
         for (names, leaf), spec in zip(leaves, _specs_of_boxes(params), strict=True)
     ]
@@ -135,13 +122,12 @@ def shardings(
             f"takes what it matches: the paths are {', '.join('/'.join(n) for n, _ in leaves[:5])}"
             f"{', …' if len(leaves) > 5 else ''}."
         )
-    _warn_of_whole_leaves(leaves, partitions)
     return jax.tree.unflatten(
-        jax.tree.structure(params), [NamedSharding(mesh, each.spec) for each in partitions]
+        jax.tree.structure(params), [NamedSharding(mesh, each.spec) for each in found]
     )
 
 
-def _places(
+def _fsdp_places(
     names: tuple[str, ...], shape: Sequence[int], projection: Projection | None
 ) -> list[int]:
     """The axes to try for "fsdp", in this order."""
@@ -176,51 +162,6 @@ def _specs_of_boxes(params: PyTree) -> list[PartitionSpec | None]:
     return [spec(node) for node in nodes for _ in jax.tree.leaves(node)]
 
 
-def _check(spec: PartitionSpec, name: str, shape: Sequence[int], mesh: Mesh) -> None:
-    used: MeshAxes = tuple(axis for entry in spec for axis in names_of(entry))
-    for axis in used:
-        if axis not in mesh.shape:
-            raise ValueError(
-                f'shardings: {spec} of {name} names the axis "{axis}", but the mesh has only '
-                f"{', '.join(map(str, mesh.axis_names))}."
-            )
-        if used.count(axis) > 1:
-            raise ValueError(f'shardings: {spec} of {name} names the axis "{axis}" twice.')
-    if len(spec) > len(shape):
-        raise ValueError(
-            f"shardings: {spec} has more entries than {name} has axes, {len(shape)}: remove some."
-        )
-    for size, entry in zip(shape, spec, strict=False):
-        parts = math.prod(mesh.shape[axis] for axis in names_of(entry))
-        if size % parts:
-            raise ValueError(
-                f"shardings: {spec} divides an axis of {name}, of shape {tuple(shape)}, into "
-                f"{parts} parts, which do not divide {size}: choose another spec for it."
-            )
-
-
-def _warn_of_whole_leaves(
-    leaves: list[tuple[tuple[str, ...], Any]], partitions: list[Partition]
-) -> None:
-    size = lambda leaf: math.prod(leaf.shape)
-    whole = [
-        (size(leaf), "/".join(names), leaf.shape)
-        for (names, leaf), partition in zip(leaves, partitions, strict=True)
-        if not partition.used
-    ]
-    has_fsdp = partitions[0].mesh.shape.get(FSDP, 1) > 1 if partitions else False
-    divides = has_fsdp or any(partition.used for partition in partitions)
-    total = sum(size(leaf) for _, leaf in leaves)
-    fraction = sum(size for size, *_ in whole) / max(total, 1)
-    if divides and fraction > MAX_WHOLE:
-        largest = ", ".join(f"{name} {shape}" for _, name, shape in sorted(whole)[:-6:-1])
-        warnings.warn(
-            f"shardings: {fraction:.0%} of all numbers stay whole on every device, because no size "
-            f"of a mesh axis divides them: {largest}. Choose other sizes, or add rules.",
-            stacklevel=3,
-        )
-
-
 def init(tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = ()) -> PyTree:
     """Starts any optax transformation so that what comes after a `galore` in it is low-rank.
 
@@ -236,8 +177,8 @@ def init(tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = 
     Args:
       tx: any transformation, with galore anywhere in it, or without.
       params: the parameters.
-      over: mesh axes that do not divide the parameters, but are to divide the moments: usually the
-        axes of the batch (ZeRO-1, arXiv 1910.02054).
+      over: mesh axes that are to divide the moments also where they do not divide the parameter:
+        usually the axes of the batch (ZeRO-1, arXiv 1910.02054).
 
     Returns:
       The optimizer's state, for `apply_gradients`. (The updates of a stock `tx.update` are not
@@ -245,7 +186,7 @@ def init(tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = 
 
     Raises:
       ValueError: moments that cannot be rotated, naming the leaf; an axis in `over` that the mesh
-        does not have, or that divides a parameter.
+        does not have.
     """
     return placed_state(lambda params: start(tx, params), params, over)
 
@@ -278,153 +219,67 @@ def placed_state(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNa
     """`start(params)`, compiled so that each device gets its part of the state only."""
     if not any(partition_of(leaf) for leaf in jax.tree.leaves(params)):
         return start(params)
-    shardings = shardings_of(start, params, over)
-    leaves, tree = jax.tree.flatten(shardings)
-    specs = [sharding.spec for sharding in leaves]
+    shardings, tree = jax.tree.flatten(shardings_of(start, params, over))
+    specs = [sharding.spec for sharding in shardings]
 
     def compute(params: PyTree) -> list[jax.Array]:
         flat = lambda params: jax.tree.leaves(start(params))
         return with_auto_axes(flat, params, out=lambda: specs)
 
-    return tree.unflatten(jax.jit(compute, out_shardings=leaves)(params))
+    return tree.unflatten(jax.jit(compute, out_shardings=shardings)(params))
 
 
 def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNames) -> PyTree:
     """The shardings of `start(params)`, in a tree that knows the partitions of the parameters."""
-    meshes = [
-        leaf.sharding.mesh
-        for leaf in jax.tree.leaves(params)
-        if isinstance(getattr(leaf, "sharding", None), NamedSharding)
-    ]
-    if not meshes:
+    found: Any = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    mesh = next((each.mesh for each in found if isinstance(each, NamedSharding)), None)
+    if mesh is None:
         raise ValueError(
             "state_shardings: the parameters have no jax.sharding.NamedSharding: place them on a "
             "mesh first: jax.device_put(params, galore_jax.shardings(tx, params, mesh))."
         )
-    places = _Places.of(params, names_of(over), axes_of(meshes[0]))
+    for axis in names_of(over):
+        if axis not in mesh.axis_names:
+            known = ", ".join(map(str, mesh.axis_names))
+            raise ValueError(f'over: the mesh has no axis "{axis}": take some of {known}.')
+    by_name = {names: partition_of(leaf) for names, leaf in named_leaves(params)}
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def at_parameter(path: KeyPath, node: Any) -> Any:
+        partition = by_name.get(path_names(path))
+        return at_node(path, node) if is_basis(node) or not partition else Unprojected(partition)
+
+    def at_node(path: KeyPath, node: Any) -> Any:
+        if isinstance(node, GaLoreState):
+            bases = jax.tree_util.tree_map_with_path(at_parameter, node.bases, is_leaf=is_parameter)
+            return jax.tree.map(lambda _: whole, node._replace(bases=None))._replace(bases=bases)
+        if isinstance(node, Basis | Coordinates):
+            partition = by_name.get(node.projection.path)
+            projection = dataclasses.replace(
+                node.projection, partition=partition, over=names_of(over)
+            )
+            node = dataclasses.replace(node, projection=projection)
+            where = None if partition is None else partitions(node)
+            if isinstance(node, Coordinates) and isinstance(node.value, Quantized) and where:
+                value = dataclasses.replace(where.value, partition=where.value.codes)
+                where = dataclasses.replace(where, value=value)
+        else:
+            # The path in the state ends in that of the parameter.
+            ends = (path[n:] for n in range(len(path) + 1))
+            leaf: Any = next((by_path[end] for end in ends if end in by_path), None)
+            partition, where = partition_of(leaf), None
+            if partition is not None:
+                partition = leaf_partition(partition, names_of(over), node, leaf.shape)
+                if isinstance(node, Quantized):
+                    node = dataclasses.replace(node, partition=partition)
+                where = jax.tree.map(lambda _: partition, node)
+        if where is None:
+            return jax.tree.map(lambda _: whole, node)
+        return jax.tree.map(lambda partition: NamedSharding(mesh, partition.spec), where)
+
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    state = places.tagged(jax.eval_shape(start, unsharded))
-    return jax.tree.map(
-        lambda partition: NamedSharding(meshes[0], partition.spec),
-        places.partitions(state),
-        is_leaf=lambda node: isinstance(node, Partition),
+    kinds = GaLoreState | Basis | Coordinates | Quantized
+    return jax.tree_util.tree_map_with_path(
+        at_node, jax.eval_shape(start, unsharded), is_leaf=lambda node: isinstance(node, kinds)
     )
-
-
-class _Leaf(NamedTuple):
-    """A parameter: its partition over a mesh, and its shape."""
-
-    partition: Partition | None
-    shape: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where the parameters lie, by the path of their leaf and by its names."""
-
-    by_path: Mapping[KeyPath, _Leaf]
-    by_name: Mapping[tuple[str, ...], Partition | None]
-    over: MeshAxes
-    undivided: Partition
-
-    @classmethod
-    def of(cls, params: PyTree, over: MeshAxes, mesh: AbstractMesh) -> "_Places":
-        found = [partition_of(leaf) for leaf in jax.tree.leaves(params)]
-        for (names, _), partition in zip(named_leaves(params), found, strict=True):
-            for axis in over:
-                _check_over(axis, mesh, "/".join(names), partition)
-        leaves = jax.tree_util.tree_leaves_with_path(params)
-        by_path = {
-            path: _Leaf(partition, leaf.shape)
-            for (path, leaf), partition in zip(leaves, found, strict=True)
-        }
-        names = [names for names, _ in named_leaves(params)]
-        by_name = dict(zip(names, found, strict=True))
-        return cls(by_path, by_name, over, Partition(mesh, ()))
-
-    def tagged(self, state: PyTree) -> PyTree:
-        """The state, with partitions in its projections and codes."""
-
-        def tag(projection: Projection) -> Projection:
-            partition = self.by_name.get(projection.path)
-            return dataclasses.replace(projection, partition=partition, over=self.over)
-
-        def at_parameter(path: KeyPath, node: Any) -> Any:
-            partition = self.by_name.get(path_names(path))
-            if is_basis(node) or partition is None:
-                return at_node(path, node)
-            return Unprojected(partition)
-
-        def at_node(path: KeyPath, node: Any) -> Any:
-            if isinstance(node, GaLoreState):
-                bases = jax.tree_util.tree_map_with_path(
-                    at_parameter, node.bases, is_leaf=is_parameter
-                )
-                return node._replace(bases=bases)
-            if isinstance(node, Basis | Coordinates):
-                node = dataclasses.replace(node, projection=tag(node.projection))
-            if is_coordinates(node) and isinstance(node.value, Quantized):
-                partition = moment_partition(node)
-                return dataclasses.replace(node, value=_with(node.value, partition))
-            if isinstance(node, Quantized):
-                return _with(node, self._of_leaf(path, node))
-            return node
-
-        is_leaf = lambda node: _is_node(node) or isinstance(node, GaLoreState)
-        return jax.tree_util.tree_map_with_path(at_node, state, is_leaf=is_leaf)
-
-    def partitions(self, state: PyTree) -> PyTree:
-        """A tree like a tagged state, with the partition of each leaf."""
-
-        def at_node(path: KeyPath, node: Any) -> Any:
-            if is_basis(node):
-                return self._of_basis(node)
-            if is_coordinates(node):
-                partition = moment_partition(node) if is_moment(node) else None
-                return dataclasses.replace(node, value=self._like(node.value, partition))
-            return self._like(node, self._of_leaf(path, node))
-
-        return jax.tree_util.tree_map_with_path(at_node, state, is_leaf=_is_node)
-
-    def _of_basis(self, basis: Basis) -> Basis:
-        projection = basis.projection
-        vectors = {
-            side: self._like(stored, basis_partition(projection, side))
-            for side, stored in basis.vectors.items()
-        }
-        counters = counters_partition(projection) or self.undivided
-        names = {field.name for field in dataclasses.fields(Basis) if not field.metadata}
-        placed: dict[str, Any] = dict.fromkeys(names - {"vectors"}, counters)
-        placed |= dict.fromkeys(("scale", "interval"), self.undivided)
-        return dataclasses.replace(basis, vectors=vectors, **placed)
-
-    def _like(self, value: Any, partition: Partition | None) -> Any:
-        """The value, an array or `Quantized`, with the partition in place of each array."""
-        return jax.tree.map(lambda _: partition or self.undivided, value)
-
-    def _of_leaf(self, path: KeyPath, node: Any) -> Partition | None:
-        """The partition of what the state keeps at the path of an unprojected parameter."""
-        ends = (path[n:] for n in range(len(path) + 1))
-        leaf = next((self.by_path[end] for end in ends if end in self.by_path), None)
-        if leaf is None or leaf.partition is None:
-            return None
-        return leaf_partition(leaf.partition, self.over, node, leaf.shape)
-
-
-def _is_node(node: Any) -> bool:
-    return is_basis(node) or is_coordinates(node) or isinstance(node, Quantized)
-
-
-def _with(value: Quantized, partition: Partition | None) -> Quantized:
-    return dataclasses.replace(value, partition=partition)
-
-
-def _check_over(axis: str, mesh: AbstractMesh, name: str, partition: Partition | None) -> None:
-    if axis not in mesh.axis_names:
-        known = ", ".join(map(str, mesh.axis_names))
-        raise ValueError(f'over: the mesh has no axis "{axis}": take some of {known}.')
-    if partition is not None and axis in partition.used:
-        raise ValueError(
-            f'over: the mesh axis "{axis}" divides the parameter {name} already, and so its '
-            "moments: leave it out."
-        )

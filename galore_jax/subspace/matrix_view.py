@@ -148,7 +148,12 @@ def is_vector(names: tuple[str, ...]) -> bool:
 def is_unprojected_by_name(names: tuple[str, ...]) -> bool:
     """Whether a leaf is of an embedding, a head or a norm by its path: no projection by default."""
     is_norm = not NORMS.isdisjoint(_words(names[-2:]))
-    return is_norm or is_head(names) or not EMBEDDINGS.isdisjoint(_words(names))
+    return is_norm or is_head(names) or is_embedding(names)
+
+
+def is_embedding(names: tuple[str, ...]) -> bool:
+    """Whether a leaf is of an embedding by its path."""
+    return not EMBEDDINGS.isdisjoint(_words(names))
 
 
 def is_head(names: tuple[str, ...]) -> bool:

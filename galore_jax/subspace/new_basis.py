@@ -24,7 +24,7 @@ from galore_jax.subspace.basis import (
     updates_overdue,
 )
 from galore_jax.subspace.methods import EXACT, REFRESH, overlap
-from galore_jax.subspace.placement import constrain_basis, matrices_partition
+from galore_jax.subspace.placement import constrain, matrices_partition
 from galore_jax.subspace.projection import Projection, Side
 
 
@@ -172,7 +172,7 @@ def _apply_refresh(
         refreshed=replacing(basis.refreshed, refreshed),
         overlap=jnp.where(refreshed, overlaps, basis.overlap),
     )
-    return constrain_basis(new)
+    return constrain(new)
 
 
 @partial(jax.jit, static_argnames="method")

@@ -1,4 +1,4 @@
-"""Where the basis, the coordinates, the moments and the counters of a parameter lie on a mesh.
+"""Where the basis, the coordinates and the moments of a parameter lie on a mesh.
 
 Everything follows from the partition of the parameter itself, by two rules. All mesh axes that
 divide the parameter divide its basis along the long axis, so that a device can compute its share of
@@ -9,17 +9,50 @@ moments are divided over in addition (ZeRO-1, arXiv 1910.02054) divide the rank 
 then stay where the lift needs them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh
 
-from galore_jax.ops.partition import MeshAxes, Partition, constrained, placed
+from galore_jax.ops.partition import MeshAxes, Partition
 from galore_jax.ops.quantization import BLOCK, Quantized
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import Coordinates, Projection, Side
+from galore_jax.types import PyTree
+
+
+def placed(
+    mesh: AbstractMesh,
+    shape: Sequence[int],
+    wanted: Iterable[tuple[str, Sequence[int]]],
+    *,
+    start: Sequence[MeshAxes] | None = None,
+    block: int = 1,
+) -> Partition:
+    """Places mesh axes one after the other, each on the first axis of an array that it divides.
+
+    Args:
+      mesh: the mesh.
+      shape: shape of the array.
+      wanted: mesh axes, each with the axes of the array to try, in this order. One that divides
+        none of them is left out, as is one that is already placed or of size 1.
+      start: the mesh axes that are already placed, for each axis of the array.
+      block: parts of the last axis must be multiples of this, or the whole axis.
+    """
+    axes: list[MeshAxes] = [()] * len(shape) if start is None else [*start]
+    for name, places in wanted:
+        if mesh.shape[name] == 1 or any(name in names for names in axes):
+            continue
+        for place in places:
+            parts = math.prod(mesh.shape[other] for other in (*axes[place], name))
+            multiple = block if place == len(shape) - 1 else 1
+            if shape[place] % (parts * multiple) == 0:
+                axes[place] = (*axes[place], name)
+                break
+    return Partition(mesh, tuple(axes))
 
 
 def matrices_partition(projection: Projection) -> Partition | None:
@@ -33,21 +66,8 @@ def matrices_partition(projection: Projection) -> Partition | None:
         return () if any(axes[axis] for axis in side[1:]) else axes[side[0]]
 
     batch = tuple(axes[axis] for axis in view.batch_axes)
-    return Partition(
-        projection.partition.mesh, (*batch, merged(view.in_axes), merged(view.out_axes))
-    )
-
-
-def basis_partition(projection: Projection, side: Side) -> Partition | None:
-    """The partition of basis vectors, `(*batch, in or out, r)`."""
-    matrices = matrices_partition(projection)
-    if matrices is None:
-        return None
-    *batch, rows, columns = matrices.axes
-    names = (*rows, *columns) if side == "left" else (*columns, *rows)
-    shape = projection.basis_shapes[side]
-    wanted = [(name, (len(batch),)) for name in names]
-    return placed(matrices.mesh, shape, wanted, start=(*batch, (), ()))
+    sides = merged(view.in_axes), merged(view.out_axes)
+    return Partition(projection.partition.mesh, (*batch, *sides))
 
 
 def coordinates_partition(projection: Projection, block: int = 1) -> Partition | None:
@@ -61,67 +81,13 @@ def coordinates_partition(projection: Projection, block: int = 1) -> Partition |
     if matrices is None:
         return None
     *batch, rows, columns = matrices.axes
-    row_axis, column_axis = len(batch), len(batch) + 1
-    left = "left" in projection.sides
-    kept, rank = (column_axis, row_axis) if left else (row_axis, column_axis)
-    names = (*columns, *rows) if left else (*rows, *columns)
+    names, kept, rank = (*rows, *columns), len(batch), len(batch) + 1
+    if "left" in projection.sides:
+        names, kept, rank = (*columns, *rows), rank, kept
     wanted = [(name, (kept, rank)) for name in names]
     wanted += [(name, (rank, kept)) for name in projection.over]
     shape = projection.coordinates_shape
     return placed(matrices.mesh, shape, wanted, start=(*batch, (), ()), block=block)
-
-
-def constrain_coordinates(node: Any) -> Any:
-    """Puts float32 coordinates where `coordinates_partition` says; other nodes are unchanged."""
-    if not isinstance(node, Coordinates):
-        return node
-    partition = coordinates_partition(node.projection)
-    return node if partition is None else replace(node, value=partition.constrain(node.value))
-
-
-def constrain_basis(basis: Basis) -> Basis:
-    """Puts basis vectors where `basis_partition` says."""
-    projection = basis.projection
-    if projection.partition is None:
-        return basis
-    vectors = {
-        side: jax.tree.map(
-            partial(constrained, partition=basis_partition(projection, side)), stored
-        )
-        for side, stored in basis.vectors.items()
-    }
-    return replace(basis, vectors=vectors)
-
-
-def counters_partition(projection: Projection) -> Partition | None:
-    """The partition of what a basis has one number of for each matrix, `(*batch,)`."""
-    matrices = matrices_partition(projection)
-    return None if matrices is None else Partition(matrices.mesh, matrices.axes[:-2])
-
-
-def moment_partition(node: Coordinates) -> Partition | None:
-    """The partition of a moment, or of the factors of one: `(*batch, rows)`, `(*batch, columns)`.
-
-    A number for each matrix, `(*batch,)`, lies where the counters do. Arrays of other shapes are
-    not divided.
-    """
-    projection, value = node.projection, node.value
-    if value.shape == projection.view.batch:
-        return counters_partition(projection)
-    coordinates = coordinates_partition(projection, block_of(value))
-    if coordinates is None:
-        return None
-    mesh, shape = coordinates.mesh, projection.coordinates_shape
-    *batch, rows, columns = coordinates.axes
-    if value.shape == shape:
-        return coordinates
-    if value.shape == shape[:-1]:
-        return Partition(mesh, (*batch, rows))
-    if value.shape == (*shape[:-2], shape[-1]):
-        return Partition(mesh, (*batch, columns))
-    if value.shape[-2:] == shape[-2:]:  # The matrices of all batch axes, in one.
-        return Partition(mesh, ((),) * (value.ndim - 2) + (rows, columns))
-    return Partition(mesh, ((),) * value.ndim)
 
 
 def leaf_partition(partition: Partition, over: MeshAxes, value: Any, shape: Any) -> Partition:
@@ -129,35 +95,77 @@ def leaf_partition(partition: Partition, over: MeshAxes, value: Any, shape: Any)
 
     Args:
       partition: of the leaf.
-      over: further mesh axes that divide its moments.
+      over: further mesh axes that divide its moments, preferably along an axis that no other
+        divides.
       value: an array or `Quantized` in the state.
       shape: shape of the leaf.
-
-    Returns:
-      For arrays of the leaf's shape that of the leaf, with `over` preferably on an axis that is not
-      divided yet; for factored moments, which lack one of the last two axes, the same without it.
-      Arrays of other shapes are not divided.
     """
-    everywhere = tuple(range(len(shape)))
+    mesh, everywhere, block = partition.mesh, tuple(range(len(shape))), _block_of(value)
     wanted = [
         (name, (axis, *everywhere)) for axis, names in enumerate(partition.axes) for name in names
     ]
-    moments = placed(partition.mesh, shape, wanted, block=block_of(value))
-    free_first = sorted(everywhere, key=lambda axis: bool(moments.axes[axis]))
-    wanted = [(name, free_first) for name in over]
-    moments = placed(partition.mesh, shape, wanted, start=moments.axes, block=block_of(value))
-    if value.shape == shape:
-        return moments
-    for gone in (-1, -2):
-        if len(shape) >= 2 and value.shape == tuple(_without(shape, gone)):
-            return Partition(partition.mesh, tuple(_without(moments.axes, gone)))
-    return Partition(partition.mesh, ((),) * len(value.shape))
+    moments = placed(mesh, shape, wanted, block=block)
+    undivided_first = sorted(everywhere, key=lambda axis: bool(moments.axes[axis]))
+    wanted = [(name, undivided_first) for name in over]
+    return _of_shape(placed(mesh, shape, wanted, start=moments.axes, block=block), shape, value)
 
 
-def block_of(value: Any) -> int:
+def partitions(node: Basis | Coordinates) -> Any:
+    """The node with a `Partition` in place of each array; that of the parameter must be known.
+
+    Coordinates may be a moment, or the factors of one.
+    """
+    projection = node.projection
+    everywhere = lambda stored, partition: jax.tree.map(lambda _: partition, stored)
+    if isinstance(node, Basis):
+        matrices: Any = matrices_partition(projection)
+        mesh, (*batch, rows, columns) = matrices.mesh, matrices.axes
+
+        def vectors_partition(side: Side) -> Partition:
+            names = (*rows, *columns) if side == "left" else (*columns, *rows)
+            wanted = [(name, (len(batch),)) for name in names]
+            return placed(mesh, projection.basis_shapes[side], wanted, start=(*batch, (), ()))
+
+        # Counters have the batch axes; the settings are scalars, shared by all matrices.
+        counters = Partition(mesh, tuple(batch))
+        rest = jax.tree.map(lambda leaf: counters.trailing(leaf.ndim), replace(node, vectors={}))
+        vectors = {side: everywhere(v, vectors_partition(side)) for side, v in node.vectors.items()}
+        return replace(rest, vectors=vectors)
+    if not hasattr(node.value, "shape"):  # A masked moment has none.
+        return node
+    whole: Any = coordinates_partition(projection, _block_of(node.value))
+    partition = _of_shape(whole, projection.coordinates_shape, node.value)
+    return replace(node, value=everywhere(node.value, partition))
+
+
+def constrain(tree: PyTree) -> PyTree:
+    """Puts the bases and coordinates in a tree where they belong; other nodes are unchanged."""
+
+    def at_node(node: Any) -> Any:
+        if not isinstance(node, Basis | Coordinates) or node.projection.partition is None:
+            return node
+        name = "vectors" if isinstance(node, Basis) else "value"  # XLA places counters.
+        arrays, where = getattr(node, name), getattr(partitions(node), name)
+        return replace(node, **{name: jax.tree.map(Partition.constrain, where, arrays)})
+
+    return jax.tree.map(at_node, tree, is_leaf=lambda node: isinstance(node, Basis | Coordinates))
+
+
+def _of_shape(partition: Partition, shape: tuple[int, ...], value: Any) -> Partition:
+    """The partition of an array that may lack one or both of the last two axes of `shape`.
+
+    The former are factored moments, the latter numbers for each matrix. Others are not divided.
+    """
+    axes = partition.axes
+    known = {
+        shape[:-2]: axes[:-2],
+        (*shape[:-2], *shape[-1:]): (*axes[:-2], *axes[-1:]),
+        shape[:-1]: axes[:-1],
+        shape: axes,
+    }
+    return Partition(partition.mesh, known.get(value.shape, ((),) * len(value.shape)))
+
+
+def _block_of(value: Any) -> int:
     """Number of elements along the last axis of a moment that must stay together."""
     return min(BLOCK, value.shape[-1]) if isinstance(value, Quantized) else 1
-
-
-def _without(items: Sequence[Any], index: int) -> list[Any]:
-    return [item for i, item in enumerate(items) if i != index % len(items)]

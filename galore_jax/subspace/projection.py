@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.ops.loops import flatten_batch
-from galore_jax.ops.partition import MeshAxes, Partition
+from galore_jax.ops.partition import MeshAxes, Partition, map_batch
 from galore_jax.ops.quantization import as_float32, dequantize
 from galore_jax.subspace.matrix_view import MatrixView
 
@@ -107,7 +107,8 @@ class Projection:
             return result.reshape(*value.shape[:-2], *result.shape[1:])
 
         batch = tuple(self.partition.axes[axis] for axis in self.view.batch_axes)
-        return Partition(self.partition.mesh, (*batch, (), ())).map_batch(project_one_by_one, *pair)
+        partition = Partition(self.partition.mesh, (*batch, (), ()))
+        return map_batch(partition, project_one_by_one, *pair)
 
     def lift_matrices(self, vectors: dict[Side, Any], value: jax.Array) -> jax.Array:
         """Lifts coordinates to matrices: `P N`, `N Pᵀ` or `P N Qᵀ`, in float32.

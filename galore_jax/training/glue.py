@@ -26,7 +26,7 @@ from galore_jax.models.encoder import Classifier
 from galore_jax.settings import checked
 from galore_jax.training.config import OptimizerConfig, TrainingConfig
 from galore_jax.training.finetune_config import CheckpointConfig, GlueConfig
-from galore_jax.training.mesh import TENSOR, MeshConfig, jit_on, kernel_rules, on_mesh, put_batch
+from galore_jax.training.mesh import TENSOR, MeshConfig, kernel_rules, on_mesh, put_batch, whole
 from galore_jax.training.run_folder import RunFolder
 from galore_jax.training.step import dropout_rngs
 from galore_jax.training.task import Batch, Data, Line, Task
@@ -124,14 +124,14 @@ class Glue(Task):
         return jnp.sum(losses * batch["weights"]), jnp.sum(batch["weights"])
 
     @property
-    def tensor_rules(self) -> Mapping[str, PartitionSpec]:
+    def tensor_rules(self) -> Mapping[Any, PartitionSpec]:
         """Attention by heads, the MLP by columns.
 
         Embeddings are not divided: few numbers divide the 50,265 rows of RoBERTa's.
         """
         by_columns = ("q", "k", "v", "up")
         biases = {f"*/{name}_proj/bias": PartitionSpec(None, TENSOR) for name in by_columns}
-        return kernel_rules(self.config.optimizer.adapter, by_columns) | biases
+        return {**kernel_rules(by_columns), **biases}
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -216,7 +216,7 @@ def _compiled(model: Classifier, mesh: Mesh | None) -> Callable[..., Any]:
     def outputs(params: PyTree, batch: Batch) -> Any:
         return model.apply({"params": params}, batch["tokens"], batch["token_types"])
 
-    return jit_on(mesh, outputs)
+    return jax.jit(outputs, out_shardings=whole(mesh))
 
 
 class EpochBatches:

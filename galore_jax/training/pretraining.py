@@ -26,7 +26,7 @@ from galore_jax.models.adapters import Adapter, combine, is_factor
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 from galore_jax.training.config import Config
-from galore_jax.training.mesh import TENSOR, jit_on, kernel_rules, on_mesh, put_batch
+from galore_jax.training.mesh import TENSOR, kernel_rules, on_mesh, put_batch, whole
 from galore_jax.training.metrics import format_bytes
 from galore_jax.training.plots import plot_curves
 from galore_jax.training.run_folder import SUMMARY, RunFolder, resume_command
@@ -132,10 +132,10 @@ class Pretraining(Task):
         )
 
     @property
-    def tensor_rules(self) -> Mapping[str, PartitionSpec]:
+    def tensor_rules(self) -> Mapping[Any, PartitionSpec]:
         """Attention by heads, the MLP by columns, embedding and head by the vocabulary."""
-        model, by_columns = self.config.model, ("q", "k", "v", "gate", "up")
-        rules = kernel_rules(self.config.optimizer.adapter, by_columns)
+        model = self.config.model
+        rules: dict[Any, PartitionSpec] = {**kernel_rules(("q", "k", "v", "gate", "up"))}
         if model.attention_bias:
             rules |= {
                 f"*/{name}_proj/bias": PartitionSpec(None, TENSOR) for name in ("q", "k", "v")
@@ -249,7 +249,7 @@ def make_evaluate(
         losses, targets = lax.map(functools.partial(task.loss, params), parts)
         return jnp.sum(losses), jnp.sum(targets)
 
-    compiled = jit_on(mesh, sums)
+    compiled = jax.jit(sums, out_shardings=whole(mesh))
 
     def evaluate(params: Any, batches: Iterable[Batch]) -> dict[str, float]:
         results = []

@@ -15,7 +15,7 @@ from galore_jax.grads import layerwise
 from galore_jax.models.adapters import split
 from galore_jax.optim.galore_state import to_float32
 from galore_jax.subspace.matrix_view import named_leaves, path_names
-from galore_jax.training.mesh import batch_sharding, moment_axes, whole, with_shardings
+from galore_jax.training.mesh import DATA, batch_sharding, whole, with_shardings
 from galore_jax.training.optimizer import make_optimizer, matrices
 from galore_jax.training.task import Task
 from galore_jax.types import PyTree
@@ -117,7 +117,8 @@ def abstract_state(task: Task, mesh: Mesh | None = None) -> TrainState:
         return shapes
     tx, module = _optimizer(task)
     shardings = galore_jax.shardings(tx, shapes.params, mesh, task.tensor_rules)
-    params, over = with_shardings(shapes.params, shardings), moment_axes(task.config.mesh, mesh)
+    params = with_shardings(shapes.params, shardings)
+    over = (DATA,) if task.config.mesh.shard_moments else ()
     # This tree knows the partitions of the parameters, by which later updates divide their work.
     updated, _ = trained(task, params)
     shardings = module.state_shardings(tx, to_float32(updated), over=over)

@@ -21,7 +21,7 @@ from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.adapters import combine
 from galore_jax.optim.galore_state import bases_of, galore_states, project
 from galore_jax.training.config import OptimizerConfig
-from galore_jax.training.mesh import data_axes, jit_on, on_mesh, per_shard, whole
+from galore_jax.training.mesh import data_axes, on_mesh, whole
 from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.relora import restart, steps_until_restart
 from galore_jax.training.state import DROPOUT, TrainState, abstract_state, trained
@@ -119,7 +119,7 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
     projected = optimizer.has_projected_gradients
     gradients_of = make_gradients(task, mesh)
     refresh = galore_jax.refresh(
-        per_shard(task.loss),
+        task.loss,
         has_aux=True,
         micro_batches=training.accumulation,
         data_axes=data_axes(mesh),
@@ -174,7 +174,7 @@ def make_gradients(task: Task, mesh: Mesh | None = None) -> Gradients:
       the gradients of the trained parameters in float32, `Coordinates` where the backward pass
       projects them, and float32 scalars: `loss`, per target, and `targets`, how many there are.
     """
-    loss, axes = per_shard(task.loss), data_axes(mesh)
+    loss, axes = task.loss, data_axes(mesh)
     projected = task.config.optimizer.has_projected_gradients
     micro_batches = task.config.training.accumulation
     parts = micro_batches * (1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes))
@@ -280,7 +280,7 @@ def _compiled(train_step: Callable[..., Any], task: Task, mesh: Mesh | None) -> 
     out = None
     if mesh is not None:
         out = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, mesh)), whole(mesh)
-    return jit_on(mesh, train_step, out, donate_argnums=0)
+    return jax.jit(train_step, out_shardings=out, donate_argnums=0)
 
 
 def _rounding_key(state: TrainState) -> jax.Array | None:

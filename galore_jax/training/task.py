@@ -89,8 +89,8 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def tensor_rules(self) -> Mapping[str, PartitionSpec]:
-        """How parameters are divided over the axis "tensor", by glob of their paths."""
+    def tensor_rules(self) -> Mapping[Any, PartitionSpec]:
+        """How parameters are divided over the axis "tensor", by glob or pattern of their paths."""
 
     @property
     @abstractmethod

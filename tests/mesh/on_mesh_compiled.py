@@ -123,7 +123,7 @@ def test_micro_batches_share_one_reduction_and_cost_no_more_work():
 
 @pytest.mark.parametrize("mode", ["projected", "full"])
 def test_a_shard_of_more_tokens_than_words_compiles(mode):
-    # XLA ends the process here if the embedding is divided: see `needs_whole_embeddings`.
+    # XLA ends the process here if the embedding is divided: see `whole_embeddings`.
     program = compiled(mode, False, (2, 2, 2), 512)
     # Nothing larger than the activations of a shard, for the embedding's gradient.
     assert max(found.payload for found in gathered(program)) == 512 // 2 * 256 * WIDTH * FLOAT32

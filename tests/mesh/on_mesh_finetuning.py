@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import share_of_one_device
 
 from galore_jax.data.glue_tasks import TASKS
 from galore_jax.models import adapters
@@ -31,16 +32,8 @@ ENCODER = EncoderConfig(
     dropout=0.0,
     attention_dropout=0.0,
 )
-GALORE = {
-    "name": "galore_adamw",
-    "galore": {"rank": 4, "scale": 4.0, "update_proj_gap": 2},
-}
-MESHES = {
-    "data": {},
-    "fsdp": {"data": 1, "fsdp": 8},
-    "all": {"data": 2, "fsdp": 2, "tensor": 2},
-    "zero": {"data": 2, "fsdp": 4, "shard_moments": True},
-}
+GALORE = {"name": "galore_adamw", "galore": {"rank": 4, "scale": 4.0, "update_proj_gap": 2}}
+LORA = {"name": "lora", "lora": {"rank": 4, "dropout": 0.0}}
 
 
 def batch():
@@ -53,14 +46,6 @@ def batch():
         "labels": generator.integers(0, 2, ROWS, np.int32),
         "weights": (np.arange(ROWS) < ROWS - 1).astype(np.float32),
     }
-
-
-def share_of_one_device(tree):
-    """The bytes on the first device relative to all bytes of the arrays."""
-    held = sum(
-        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim
-    )
-    return held / sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim)
 
 
 class FromNoFolder(Glue):
@@ -87,30 +72,28 @@ def finetuned(config, encoder, sizes=None):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "dropout", "meshes"),
+    ("optimizer", "dropout", "sizes"),
     [
-        (GALORE, 0.0, ["all"]),
+        (GALORE, 0.0, {"data": 2, "fsdp": 2, "tensor": 2}),
         # Shards of the axis "data" draw what to drop by themselves, those of others do not.
-        (GALORE, 0.1, ["fsdp"]),
-        ({"name": "lora", "lora": {"rank": 4, "dropout": 0.0}}, 0.0, ["zero"]),
+        (GALORE, 0.1, {"data": 1, "fsdp": 8}),
+        (LORA, 0.0, {"data": 2, "fsdp": 4, "shard_moments": True}),
     ],
     ids=["galore", "dropout", "lora"],
 )
-def test_losses_and_outputs_are_those_of_one_device(optimizer, dropout, meshes, capfd):
+def test_losses_and_outputs_are_those_of_one_device(optimizer, dropout, sizes, capfd):
     encoder = dataclasses.replace(ENCODER, dropout=dropout)
     settings = OptimizerConfig(**optimizer, learning_rate=1e-3, warmup_steps=0, eps=1e-4)
     data, training = GlueConfig(batch_size=ROWS), TrainingConfig(steps=STEPS)
     config = SeedConfig(CheckpointConfig("-"), data, settings, training, MeshConfig())
     losses, outputs, _ = finetuned(config, encoder)
     assert losses[-1] != losses[0]
-    for sizes in (MESHES[name] for name in meshes):
-        found, logits, state = finetuned(config, encoder, sizes)
-        # Rounding of numbers of size 1, in another order, and a few steps that amplify it.
-        np.testing.assert_allclose(found, losses, atol=1e-5)
-        np.testing.assert_allclose(logits, outputs, atol=1e-4)
-        if "fsdp" in sizes:
-            # All but a few vectors are divided.
-            assert share_of_one_device(state.params) <= 1.1 / sizes["fsdp"]
-            assert share_of_one_device(state.opt_state) <= 1.1 / sizes["fsdp"]
+    found, logits, state = finetuned(config, encoder, sizes)
+    # Rounding of numbers of size 1, in another order, and a few steps that amplify it.
+    np.testing.assert_allclose(found, losses, atol=1e-5)
+    np.testing.assert_allclose(logits, outputs, atol=1e-4)
+    # All but a few vectors are divided.
+    for tree in (state.params, state.opt_state):
+        assert share_of_one_device(tree) <= 1.1 / sizes["fsdp"]
     # XLA writes so where it gathers a matrix to divide it in another way.
     assert "rematerialization" not in capfd.readouterr().err

@@ -1,5 +1,6 @@
 """Training on meshes of 8 devices equals training on one."""
 
+import contextlib
 import functools
 
 import flax.linen as nn
@@ -10,18 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pairwise import pairwise
-from small_model import (
-    BATCH,
-    GAP,
-    LENGTH,
-    MODEL,
-    VOCAB,
-    WIDTH,
-    batches,
-    init_params,
-    make_mesh,
-    train,
-)
+from small_model import BATCH, LENGTH, VOCAB, WIDTH, batches, make_mesh, train
 
 import galore_jax
 from galore_jax.optim import adam8bit
@@ -87,9 +77,9 @@ def test_steps_along_full_gradients_are_those_of_one_device(make, mesh, axis_typ
 def test_one_reduction_per_step_gives_the_losses_of_one_device(
     mesh, axis_type, over, micro_batches
 ):
-    options = {"data_axes": ("data",), "over": over, "micro_batches": micro_batches}
-    losses, *_ = train(make_mesh(MESHES[mesh], axis_type), **options)
-    assert_equal_losses(losses, on_one_device(micro_batches=micro_batches))
+    options = {"data_axes": ("data",), "micro_batches": micro_batches}
+    losses, *_ = train(make_mesh(MESHES[mesh], axis_type), over=over, options=options)
+    assert_equal_losses(losses, on_one_device())
 
 
 def test_exact_refreshes_divide_whole_matrices_among_devices():
@@ -139,30 +129,23 @@ def train_boxed(mesh, mode):
         params = jax.device_put(params, shardings)
         placed = functools.partial(jax.device_put, device=NamedSharding(mesh, P(("data", "fsdp"))))
     state = galore_jax.init(tx, params)
-
-    def step(params, state, tokens, refreshes):
-        if mode == "full":
-            value, grads = jax.value_and_grad(boxed_loss)(params, tokens)
-        else:
-            if refreshes:
-                state = galore_jax.refresh(boxed_loss)(params, state, tokens)
-            value, grads = galore_jax.value_and_grad(boxed_loss)(params, state, tokens)
-        return value, *galore_jax.apply_gradients(tx, grads, state, params)
+    projected = mode == "projected"
 
     def compiled(refreshes):
-        run = functools.partial(step, refreshes=refreshes)
+        step = galore_jax.make_step(boxed_loss, tx, projected=projected, refreshes=refreshes)
+        run = lambda *arguments: tuple(step(*arguments))
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
             # Flax's layers do not know sharding types.
             types = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, state))
-            run = jax.sharding.auto_axes(run, out_sharding=(P(), *types))
+            run = jax.sharding.auto_axes(run, out_sharding=(*types, P()))
         return jax.jit(run)
 
     steps, losses = {flag: compiled(flag) for flag in (False, True)}, []
-    for tokens in batches():
-        with jax.set_mesh(mesh) if mesh is not None else nn.logical_axis_rules(()):
-            due = mode != "full" and bool(galore_jax.refresh_due(state))
-            value, params, state = steps[due](params, state, placed(jnp.asarray(tokens)))
-        losses.append(float(value))
+    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        for tokens in batches():
+            due = projected and bool(galore_jax.refresh_due(state))
+            params, state, value = steps[due](params, state, placed(jnp.asarray(tokens)))
+            losses.append(float(value))
     return losses, params, state
 
 
@@ -179,54 +162,6 @@ def test_a_boxed_flax_model_trains_as_on_one_device(axis_type, mode):
         assert kernel.sharding.is_equivalent_to(NamedSharding(kernel.sharding.mesh, spec), 2)
     moments = state.inner_states[1].mu["Dense_0"]["kernel"].value
     assert moments.addressable_shards[0].data.size == moments.size // 4
-
-
-# The small model with its parameters in boxes, layer by layer.
-
-NAMES = {"up": (None, None, "tensor"), "down": (None, "tensor", None)}
-
-
-def unboxed(tree):
-    is_box = lambda node: isinstance(node, nn.Partitioned)
-    return jax.tree.map(lambda node: node.value if is_box(node) else node, tree, is_leaf=is_box)
-
-
-BOXED_LAYERS = galore_jax.layerwise.LayeredModel(
-    embed=lambda params, tokens: MODEL.embed(unboxed(params), tokens),
-    block=lambda layer, x, other: MODEL.block(unboxed(layer), x, other),
-    head_loss=lambda params, x, tokens: MODEL.head_loss(unboxed(params), x, tokens),
-)
-
-
-@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=lambda kind: kind.name)
-def test_boxed_layers_train_one_by_one_as_on_one_device(axis_type):
-    mesh = make_mesh(MESHES["hybrid"], axis_type)
-    tx = galore_jax.adamw(0.02, rank=8, update_proj_gap=GAP)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: nn.Partitioned(leaf, NAMES.get(path[-1].key, (None,) * leaf.ndim)),
-        init_params(),
-    )
-    params = jax.device_put(params, galore_jax.shardings(tx, params, mesh))
-    up = params["layers"]["up"].value
-    assert up.sharding.spec == P(None, None, ("tensor", "fsdp"))
-    state = galore_jax.layerwise.init(tx, params)
-    types = jax.tree.map(lambda leaf: leaf.sharding.spec, (params, state))
-
-    def compiled(refreshes):
-        step = galore_jax.make_step(BOXED_LAYERS, tx, refreshes=refreshes)
-        run = lambda *arguments: tuple(step(*arguments))
-        if axis_type == EXPLICIT:
-            run = jax.sharding.auto_axes(run, out_sharding=(*types, P()))
-        return jax.jit(run)
-
-    steps, losses = {flag: compiled(flag) for flag in (False, True)}, []
-    with jax.set_mesh(mesh):
-        for tokens in batches():
-            tokens = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"))))
-            due = bool(galore_jax.refresh_due(state))
-            params, state, value = steps[due](params, state, tokens)
-            losses.append(float(value))
-    assert_equal_losses(losses, on_one_device("layerwise"))
 
 
 # Experts, of which each device has some.
@@ -263,16 +198,9 @@ def train_experts(mesh, mode, make=galore_jax.adamw, **settings):
         params = jax.device_put(params, galore_jax.shardings(tx, params, mesh, rules))
     state = galore_jax.init(tx, params)
 
-    @jax.jit
-    def step(params, state):
-        if mode == "projected":
-            state = galore_jax.refresh(expert_loss)(params, state, x)
-            value, grads = galore_jax.value_and_grad(expert_loss)(params, state, x)
-        else:
-            value, grads = jax.value_and_grad(expert_loss)(params, x)
-        return *galore_jax.apply_gradients(tx, grads, state, params), value
-
-    compiled, losses = step.lower(params, state).compile(), []
+    step = galore_jax.make_step(expert_loss, tx, projected=mode == "projected", refreshes=True)
+    run = jax.jit(lambda params, state: tuple(step(params, state, x)))
+    compiled, losses = run.lower(params, state).compile(), []
     for _ in range(15):
         params, state, value = step(params, state)
         losses.append(float(value))
