@@ -35,6 +35,7 @@ GIB = 2**30
 # The fraction of a card's memory that JAX allocates by default, and the one that it can be told to
 # allocate: the rest is for the driver and the CUDA context.
 JAX_FRACTION, MAX_FRACTION = 0.75, 0.95
+MAX_NUMBERS = 2**48  # In bytes, sizes still fit 64 bits, which XLA does not check.
 
 
 def main() -> None:
@@ -113,6 +114,11 @@ def measure(config: Any, mesh: Any, *, on_gpu: bool) -> dict[str, Any]:
         check_gpu(config.optimizer)
     params = jax.eval_shape(lambda: init_state(task)).params
     size = tree_size(trained(task, params)[0])
+    tokens = config.data.batch_size * config.data.sequence_length
+    if max(size, tokens * config.model.vocab_size) > MAX_NUMBERS:
+        raise InputError(
+            "XLA cannot compile arrays as large as these sizes make: choose smaller ones."
+        )
     return {"trained": size, **state_parts(config, mesh), "programs": compiled(config, mesh)}
 
 

@@ -155,6 +155,7 @@ def test_a_program_fits_what_jax_can_take_of_a_card_or_misses_some_gib():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["model.vocab_size=2000000", "data.batch_size=2000000000"], "XLA cannot compile"),
         (["--device", "rtx9999"], "--device = 'rtx9999' is unknown; "),
         (["optimizer.implementation=pallas"], '"pallas" needs an NVIDIA GPU'),
     ],
