@@ -26,15 +26,6 @@ def test_chain_holds_low_rank_adam_moments():
     assert shapes["bias"]["bias"] == (12,)
 
 
-def test_the_called_form_is_the_chain():
-    params, target = random_params(PLAIN), random_params(PLAIN, seed=1)
-    results = []
-    for tx in (galore(rank=8)(optax.adam(1e-2)), chain(galore(rank=8), optax.adam(1e-2))):
-        grads = gradients(params, target)
-        results.append(tx.update(grads, tx.init(params), params)[0])
-    assert max_difference(*results) == 0
-
-
 @pytest.mark.parametrize(
     "inner",
     [optax.adam(1e-2), optax.adamw(1e-2, weight_decay=0.1), optax.sgd(0.1, momentum=0.9)],

@@ -38,11 +38,7 @@ from galore_jax.types import PyTree
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
-    """The result of `galore`. Put it in `chain`, or call it with the inner transformation."""
-
-    def __call__(self, inner: optax.GradientTransformation) -> "Chain":
-        """`galore(...)(inner)` is `chain(galore(...), inner)`."""
-        return chain(self, inner)
+    """The result of `galore`, a type of its own so that `chain` recognises it."""
 
 
 class Chain(optax.GradientTransformationExtraArgs):

@@ -119,7 +119,7 @@ def galore(
       >>> import jax, jax.numpy as jnp, optax
       >>> from galore_jax import apply_gradients, chain, galore
       >>> params = {"kernel": jnp.ones((64, 128)), "bias": jnp.zeros(128)}
-      >>> tx = chain(galore(rank=8), optax.adam(1e-3))  # or galore(rank=8)(optax.adam(1e-3))
+      >>> tx = chain(galore(rank=8), optax.adam(1e-3))
       >>> state = tx.init(params)
       >>> optax.tree.get(state, "mu")["kernel"].value.shape
       (8, 128)
