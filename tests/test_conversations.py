@@ -61,21 +61,7 @@ def folder_of(write, rows):
     return write(rows, "folder/train.jsonl").removesuffix("/train.jsonl")
 
 
-def test_both_formats_are_the_same_conversations(write, tokenizer):
-    rows = [
-        ROW,
-        {"instruction": QUESTION, "input": "", "output": ANSWER, "text": "ignored"},
-        {"instruction": QUESTION, "input": None, "output": ANSWER},
-        {"instruction": "Count legs.", "input": "dog", "output": "4"},
-        {"messages": chat("Count legs.\n\ndog", "4")},
-    ]
-    read = everything(folder_of(write, rows), tokenizer)
-    tokens = [conversation.tokens.tolist() for conversation in read]
-    assert tokens[0] == tokens[1] == tokens[2] != tokens[3] == tokens[4]
-    assert tokens[0] == ChatTemplate(tokenizer).encode(ROW["messages"]).tokens.tolist()
-
-
-def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
+def test_the_conversation_and_the_template_of_the_documentation_work(write, tmp_path):
     page = (Path(__file__).parents[1] / "docs" / "instruction-tuning.md").read_text()
     blocks = dict(re.findall(r"^```(json|jinja)\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     tokenizer = save_tokenizer(tmp_path, None)
@@ -83,7 +69,6 @@ def test_the_rows_and_the_template_of_the_documentation_work(write, tmp_path):
     read = everything(folder_of(write, blocks["json"].splitlines()), tokenizer)
     decode = functools.partial(byte_level().decode, skip_special_tokens=False)
     tokens, is_answer = read[0]
-    np.testing.assert_array_equal(read[1].tokens, tokens)
     assert decode(tokens.tolist()) == "<s><|user|>\nLegs?\n\ncat</s>\n<|assistant|>\n4</s>\n"
     assert decode(tokens[is_answer].tolist()) == "4</s>\n"
     read = everything(folder_of(write, [ROW, {"messages": chat("a", "b", "c", "d")}]), tokenizer)
@@ -131,17 +116,14 @@ def test_blank_lines_and_byte_order_marks_are_read(write, tokenizer):
     ("row", "named"),
     [
         ('{"messages": [', "is not JSON"),
-        ("17", "this is not an object"),
-        ({"text": "a", "id": 3}, "this is not a conversation: .*, and has text, id"),
-        ({"instruction": "a"}, "this is not a conversation"),
-        ({"instruction": "a", "output": None}, "instruction, input and output must be text"),
-        ({"instruction": "a", "input": 3, "output": "b"}, "input and output must be text"),
+        ("17", "this is not a conversation: .*, and is '17'"),
+        ({"text": "a", "id": 3}, "this is not a conversation: it needs messages, a list of"),
         ({"messages": []}, "the conversation has no answer"),
-        ({"messages": "a"}, "messages must be a list of objects with a role, .*; not 'a'"),
-        ({"messages": ["a"]}, r"messages must be a list .*; not \['a'\]"),
-        ({"messages": [{"role": "user"}]}, "messages must be a list of objects with a role"),
+        ({"messages": "a"}, "this is not a conversation"),
+        ({"messages": ["a"]}, "this is not a conversation"),
+        ({"messages": [{"role": "user"}]}, "this is not a conversation"),
         ({"messages": [{"role": "bot", "content": ""}]}, "role, one of system, user, assistant"),
-        ('{"instruction": "a\\ud83d", "output": "b"}', "a text has an unpaired surrogate"),
+        ({"messages": chat("a\ud83d", "b")}, "a text has an unpaired surrogate"),
         ({"messages": chat("a")}, "the conversation has no answer"),
         ({"messages": chat("", system="a")}, "the conversation has no answer"),
         ({"messages": chat("stop", "b")}, "the chat template refuses the messages: stopped"),
@@ -215,7 +197,7 @@ def test_what_is_cut_and_left_out_is_reported(write, tokenizer):
         {"messages": chat(QUESTION, ANSWER * 3)},
         {"messages": chat(QUESTION * 9, ANSWER)},
         {"messages": chat(QUESTION, " \n")},
-        {"instruction": QUESTION, "output": ""},
+        {"messages": chat(QUESTION, "")},
     ]
     read = everything(folder_of(write, rows), tokenizer, LENGTH)
     lengths = [len(conversation.tokens) for conversation in read]

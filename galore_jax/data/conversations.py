@@ -1,8 +1,7 @@
-"""Conversations from JSONL files: rows of Alpaca or chat messages, rendered and tokenised.
+"""Conversations from JSONL files of chat messages, rendered and tokenised.
 
-A line of a file is one of
+A line of a file is
 
-    {"instruction": …, "input": …, "output": …}
     {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
 """
 
@@ -141,39 +140,22 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _messages(text: bytes) -> list[Message]:
-    """The messages of a line of either format.
+    """The messages of a line.
 
     Raises:
-        InputError: it has neither, a role is unknown, a text is missing, or there is no answer.
+        InputError: there are none, a role is unknown, a text is missing, or there is no answer.
     """
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"this is not JSON: {error}.") from None
-    if not isinstance(row, dict):
-        raise InputError("this is not an object with the keys of a conversation.")
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise InputError(
-                f"messages must be a list of objects with a role, one of {', '.join(_ROLES)}, and "
-                f"a text, content; not {messages!r:.60}."
-            )
-        messages = [{"role": each["role"], "content": each["content"]} for each in messages]
-    elif "instruction" in row and "output" in row:
-        texts = [row["instruction"], row.get("input") or "", row["output"]]
-        if not all(isinstance(text, str) for text in texts):
-            raise InputError("instruction, input and output must be text.")
-        *question, answer = texts
-        messages = [
-            {"role": "user", "content": "\n\n".join(filter(None, question))},
-            {"role": "assistant", "content": answer},
-        ]
-    else:
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise InputError(
-            "this is not a conversation: it needs the key messages, or instruction and output, "
-            f"and has {', '.join(row) or 'none'}."
+            "this is not a conversation: it needs messages, a list of objects with a role, one of "
+            f"{', '.join(_ROLES)}, and a text content, and is {text[:60].decode('latin-1')!r}."
         )
+    messages = [{"role": each["role"], "content": each["content"]} for each in messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError("the conversation has no answer to train on: add one, or remove it.")
     try:

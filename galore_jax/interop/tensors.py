@@ -58,12 +58,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     for file in files:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                if name in found and named.get(name) != file.name:
-                    continue  # It is in several files, of which the index names one.
-                tensor = opened.get_slice(name)
-                found[name] = Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
+                if named.get(name, file.name) == file.name:  # Of several, the index names one.
+                    tensor = opened.get_slice(name)
+                    found[name] = Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
     for name, file in named.items():
-        if name not in found or found[name].file.name != file:
+        if name not in found:
             raise InputError(f"{folder / file} has no {name}, which {index} says it has.")
     return found
 

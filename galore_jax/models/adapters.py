@@ -100,12 +100,13 @@ def merged(read: ReadPart, adapter: Adapter) -> ReadPart:
         if not path.startswith("layers/") or layer == path:
             return read(path, index)
         *batch, rows, columns = index
-        a = read(layer + A, (*batch, rows, slice(None)))
-        b = read(layer + B, (*batch, slice(None), columns))
-        part = np.asarray(product(adapter, a, b))
+        part = {
+            A: read(layer + A, (*batch, rows, slice(None))),
+            B: read(layer + B, (*batch, slice(None), columns)),
+        }
         if adapter.has_kernel:
-            part = part + read(path, index).astype(np.float32)
-        return part.astype(a.dtype)
+            part[KERNEL] = read(path, index)
+        return np.asarray(merge({"layer": part}, adapter)["layer"][KERNEL])
 
     return read_merged
 
