@@ -307,7 +307,7 @@ def test_a_second_process_in_the_folder_is_refused(error_of, place):
     with locked(folder / "lock", "training", "wait"):
         refused = error_of(name="at work")
         assert f"process {os.getpid()} on " in refused
-        assert f"is training in {folder} since" in refused
+        assert f" is training in {folder}: let it finish" in refused
         assert [path.name for path in folder.iterdir()] == ["lock"]
 
 

@@ -16,7 +16,6 @@ import grain
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from galore_jax.data.c4 import open_c4
 from galore_jax.data.conversations import open_conversations
 from galore_jax.data.packing import (
     NO_TARGET,
@@ -87,6 +86,8 @@ def documents(config: DataConfig, split: str) -> Sequence[str]:
     """
     if config.source == "python":
         return standard_library_texts(split)
+    from galore_jax.data.c4 import open_c4  # TFDS takes a second to import
+
     return open_c4(config.source, split)
 
 
