@@ -99,20 +99,14 @@ class LlamaConfig:
                 f"{self.hidden_size}: choose a divisor, or set model.head_dim."
             )
         if self.head_size % 2:
-            origin = f"model.hidden_size {self.hidden_size} over model.num_heads {self.num_heads}"
             raise InputError(
-                f"{origin if self.head_dim is None else 'model.head_dim'} gives heads of "
-                f"{self.head_size}: rotary positions need an even size."
+                f"the model has heads of {self.head_size}, but rotary positions need an even size: "
+                "choose another model.num_heads or model.head_dim."
             )
         if self.num_heads % self.kv_heads:
             raise InputError(
                 f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads "
                 f"{self.num_heads}: choose a divisor."
-            )
-        if not self.rope_low_freq_factor < self.rope_high_freq_factor:
-            raise InputError(
-                f"model.rope_low_freq_factor {self.rope_low_freq_factor} must be below "
-                f"model.rope_high_freq_factor, {self.rope_high_freq_factor}."
             )
 
     @property
