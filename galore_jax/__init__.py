@@ -1,10 +1,9 @@
 """GaLore in JAX: memory-efficient full-parameter training as an optax transformation."""
 
 from galore_jax.grads import layerwise
-from galore_jax.grads.check import check_projection
-from galore_jax.grads.describe import describe
+from galore_jax.grads.describe import check_projection, describe
+from galore_jax.grads.make_step import make_step
 from galore_jax.grads.refresh import refresh, refresh_due
-from galore_jax.grads.step import make_step
 from galore_jax.grads.value_and_grad import value_and_grad
 from galore_jax.optim.adam8bit import scale_by_adam8bit
 from galore_jax.optim.aliases import adafactor, adamw, lion, muon

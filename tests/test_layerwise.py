@@ -72,35 +72,22 @@ def loss_of(config, params, batch):
     return total / targets
 
 
-class Ordinary:
-    """Compiled gradients, refreshes and updates of whole models."""
-
-    def __init__(self, tx, projected, config=CONFIG):
-        loss = functools.partial(loss_of, config)
-        self.apply = jax.jit(functools.partial(galore_jax.apply_gradients, tx))
-        self.refresh = jax.jit(galore_jax.refresh(loss)) if projected else None
-        whole = jax.value_and_grad(loss)
-        self.gradients = jax.jit(
-            galore_jax.value_and_grad(loss)
-            if projected
-            else lambda params, state, batch: whole(params, batch)
-        )
-
-    def step(self, params, state, batch):
-        due = self.refresh is not None and bool(galore_jax.refresh_due(state))
-        if due:
-            state = self.refresh(params, state, batch)
-        loss, grads = self.gradients(params, state, batch)
-        return (*self.apply(grads, state, params), loss, due)
-
-
-def layerwise_steps(tx, model=None, **settings):
-    """Compiled steps by whether they refresh."""
-    model = model_of(CONFIG) if model is None else model
+def compiled_steps(loss, tx, **settings):
+    """Compiled steps of a loss or a layered model, by whether they refresh."""
     return {
-        refreshes: jax.jit(galore_jax.make_step(model, tx, refreshes=refreshes, **settings))
+        refreshes: jax.jit(galore_jax.make_step(loss, tx, refreshes=refreshes, **settings))
         for refreshes in (False, True)
     }
+
+
+def both_steps(tx, config=CONFIG, **settings):
+    """Layer-wise steps and ordinary ones."""
+    loss = functools.partial(loss_of, config)
+    return compiled_steps(model_of(config), tx, **settings), compiled_steps(loss, tx, **settings)
+
+
+def layerwise_state(state):
+    return LayerwiseState(state, jnp.float32(0))
 
 
 CASES = {
@@ -134,16 +121,16 @@ def run_cases():
 def test_at_12_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, settings, projected):
     schedule = optax.linear_schedule(0.003, 0.001, 12)
     tx = make(schedule, 8, GAP, **settings)
-    ordinary, steps = Ordinary(tx, projected), layerwise_steps(tx, projected=projected)
+    steps, ordinary = both_steps(tx, projected=projected)
     if not projected:
         del steps[True]  # Full gradients are refreshed from in every step: it is the same program.
     params = params_of(CONFIG)
     state, refreshes = galore_jax.init(tx, params), 0
     for t in range(12):
-        batch = batch_of(t)
-        before = LayerwiseState(state, jnp.float32(0))
+        batch, before = batch_of(t), layerwise_state(state)
         after = {due: step(params, before, batch) for due, step in steps.items()}
-        params, state, loss, due = ordinary.step(params, state, batch)
+        due = projected and bool(galore_jax.refresh_due(state))
+        params, state, loss = ordinary[due](params, state, batch)
         found = after[due]
         refreshes += due
         assert max_difference(found.params, params) <= 1e-5, t
@@ -161,14 +148,13 @@ def test_at_12_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, set
 
 def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step():
     tx = galore_jax.adamw(0.003, 8, GAP, weight_decay=0.1)
-    ordinary = Ordinary(tx, True, OTHER_MODEL)
-    steps = layerwise_steps(tx, model_of(OTHER_MODEL))
+    steps, ordinary = both_steps(tx, OTHER_MODEL)
     params = params_of(OTHER_MODEL)
     state = galore_jax.init(tx, params)
     for t in range(GAP + 2):
         due = bool(galore_jax.refresh_due(state))
-        found = steps[due](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
-        params, state, loss, _ = ordinary.step(params, state, batch_of(t))
+        found = steps[due](params, layerwise_state(state), batch_of(t))
+        params, state, loss = ordinary[due](params, state, batch_of(t))
         assert max_difference(found.params, params) <= 1e-5, t
         np.testing.assert_allclose(found.value, loss, rtol=1e-5)
     loss = functools.partial(loss_of, OTHER_MODEL)
@@ -183,15 +169,13 @@ def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step():
 def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():
     tx = galore_jax.adamw(0.003, 8, GAP, eight_bit=True, basis_dtype=jnp.int8)
     config = LlamaConfig(97, 64, 96, 3, 4, max_length=24)
-    ordinary = Ordinary(tx, True, config)
-    steps = layerwise_steps(tx, model_of(config))
+    steps, ordinary = both_steps(tx, config)
     params = params_of(config)
     state = galore_jax.init(tx, params)
     for t in range(8):
-        found = steps[bool(galore_jax.refresh_due(state))](
-            params, LayerwiseState(state, jnp.float32(0)), batch_of(t)
-        )
-        params, state, *_ = ordinary.step(params, state, batch_of(t))
+        due = bool(galore_jax.refresh_due(state))
+        found = steps[due](params, layerwise_state(state), batch_of(t))
+        params, state, _ = ordinary[due](params, state, batch_of(t))
         pairs = zip(jax.tree.leaves(found.state.inner), jax.tree.leaves(state), strict=True)
         for one, other in pairs:
             if one.dtype in (jnp.uint8, jnp.int8):
@@ -207,33 +191,26 @@ def test_8_bit_moments_and_int8_bases_differ_by_codes_at_ties_alone():
     [pytest.param(True, id="coordinates", marks=pytest.mark.slow), False],
 )
 def test_a_first_pass_clips_as_an_ordinary_clip_does(projected):
-    clip = galore_jax.clip_by_finite_norm(0.3)
-    plain = galore_jax.adamw(0.003, 8, GAP)
-    first, *rest = plain.transforms
-    clipping = galore_jax.chain(*((first, clip, *rest) if projected else (clip, first, *rest)))
-    ordinary = Ordinary(clipping, projected)
-    steps = layerwise_steps(plain, projected=projected, clip_norm=0.3, clip_by="first_pass")
+    tx = galore_jax.adamw(0.003, 8, GAP)
+    settings = {"projected": projected, "clip_norm": 0.3, "clip_by": "first_pass"}
+    steps, ordinary = both_steps(tx, **settings)
     params = params_of(CONFIG)
-    state = galore_jax.init(plain, params)
+    state = galore_jax.init(tx, params)
     for t in range(7):
         due = projected and bool(galore_jax.refresh_due(state))
-        found = steps[due](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
-        links = list(state.inner_states)
-        links.insert(1 if projected else 0, optax.EmptyState())
-        with_clip = state._replace(inner_states=tuple(links))
-        params, with_clip, *_ = ordinary.step(params, with_clip, batch_of(t))
+        found = steps[due](params, layerwise_state(state), batch_of(t))
+        params, state, _ = ordinary[due](params, state, batch_of(t))
         assert found.state.norm > 0.3  # It is clipped.
         assert max_difference(found.params, params) <= 1e-5
-        links = list(with_clip.inner_states)
-        del links[1 if projected else 0]
-        state = state._replace(inner_states=tuple(links))
 
 
 @pytest.mark.slow
 def test_the_previous_step_clips_by_its_own_norm_and_the_first_step_not_at_all():
     tx = galore_jax.chain(galore_jax.galore(8), optax.sgd(1.0))
     settings = {"clip_norm": 0.3, "clip_by": "previous_step"}
-    clipped, free = (layerwise_steps(tx, **extra)[True] for extra in (settings, {}))
+    clipped, free = (
+        compiled_steps(model_of(CONFIG), tx, **extra)[True] for extra in (settings, {})
+    )
     params = params_of(CONFIG)
     state = layerwise.init(tx, params)
     first, same = clipped(params, state, batch_of(0)), free(params, state, batch_of(0))
@@ -252,7 +229,7 @@ def test_the_previous_step_clips_by_its_own_norm_and_the_first_step_not_at_all()
 def test_a_layer_whose_gradient_is_not_finite_is_left_out_with_all_its_state():
     params = params_of(CONFIG)
     tx = galore_jax.adamw(0.003, 8, GAP)
-    steps = layerwise_steps(tx)
+    steps = compiled_steps(model_of(CONFIG), tx)
     step = steps[True](params, layerwise.init(tx, params), batch_of(0))
     # The input of the middle layer's down projection is so large that squares leave float32.
     broken = jax.tree.map(lambda leaf: leaf, step.params)
@@ -272,12 +249,12 @@ def test_a_layer_whose_gradient_is_not_finite_is_left_out_with_all_its_state():
 def test_an_optimizer_without_galore_takes_full_gradients_and_8_bits():
     eight_bit = optax.chain(galore_jax.scale_by_adam8bit(), optax.scale(-0.003))
     for tx in (optax.adamw(0.003), eight_bit):
-        ordinary, steps = Ordinary(tx, False), layerwise_steps(tx, projected=False)
+        steps, ordinary = both_steps(tx)
         params = params_of(CONFIG)
         state = tx.init(params)
         for t in range(4):
-            found = steps[False](params, LayerwiseState(state, jnp.float32(0)), batch_of(t))
-            params, state, *_ = ordinary.step(params, state, batch_of(t))
+            found = steps[False](params, layerwise_state(state), batch_of(t))
+            params, state, _ = ordinary[False](params, state, batch_of(t))
             # Of the first gradients some are so small that their sign is rounding.
             close = jax.tree.map(lambda a, b: jnp.abs(a - b) < 1e-5, found.params, params)
             assert min(float(leaf.mean()) for leaf in jax.tree.leaves(close)) > 0.99
@@ -293,7 +270,7 @@ def test_an_optimizer_that_treats_a_stack_as_one_matrix_is_refused():
 
 def test_a_step_without_a_gradient_leaves_the_norm_that_clips_the_next():
     tx = galore_jax.chain(galore_jax.galore(8), optax.sgd(1.0))
-    step = layerwise_steps(tx, clip_norm=0.3, clip_by="previous_step")[True]
+    step = compiled_steps(model_of(CONFIG), tx, clip_norm=0.3, clip_by="previous_step")[True]
     params = params_of(CONFIG)
     first = step(params, layerwise.init(tx, params), batch_of(0))
     nothing = batch_of(1) | {"targets": jnp.full((4, 24), -1)}

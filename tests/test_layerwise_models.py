@@ -118,11 +118,6 @@ def test_models_it_would_train_wrongly_are_refused():
     uneven = {**params, "layers": {**params["layers"], "other": jnp.zeros((2, 3))}}
     with pytest.raises(ValueError, match=r'below "layers" must be stacked by layer .* \[2, 3\]'):
         galore_jax.make_step(model, tx)(uneven, layerwise.init(tx, uneven), jnp.arange(4)[None])
-    reading = model._replace(
-        head_loss=lambda params, x, batch: (jnp.mean(params["layers"]["kernel"]), x)
-    )
-    with pytest.raises(ValueError, match='may not read leaves below "layers"'):
-        galore_jax.make_step(reading, tx)(params, state, jnp.arange(4)[None])
     numbers = {"layers": {"kernel": optax.contrib.GaLoreDimensionNumbers(0, (1, 2))}}
     numbers |= {"embedding": None, "bias": None}
     tx = galore_jax.chain(galore_jax.galore(2, weight_dimension_numbers=numbers), optax.sgd(0.1))
@@ -135,10 +130,6 @@ def test_wrong_settings_and_states_are_refused():
     tx, batch = galore_jax.adamw(0.01, 4), jnp.arange(4)[None]
     with pytest.raises(ValueError, match=r"clip_by must be one of .* not 'previus_step'"):
         galore_jax.make_step(model, tx, clip_norm=1.0, clip_by="previus_step")
-    with pytest.raises(ValueError, match="clip_norm must be 0 or more, not -1"):
-        galore_jax.make_step(model, tx, clip_norm=-1.0)
-    with pytest.raises(ValueError, match=r"must come from galore_jax\.layerwise\.init"):
-        galore_jax.make_step(model, tx)(params, tx.init(params), batch)
     plain = optax.adam(0.01)
     step, state = galore_jax.make_step(model, plain, projected=True), layerwise.init(plain, params)
     with pytest.raises(ValueError, match="need the state of an optimizer with galore"):

@@ -158,6 +158,12 @@ def test_what_keeps_copies_of_the_parameters_is_warned_of_after_galore(inner):
             init(tx, random_params(PLAIN))
 
 
+def test_moments_that_a_compiled_function_starts_are_no_copies():
+    adam = optax.adam(1e-3)
+    compiled = optax.GradientTransformation(jax.jit(adam.init), adam.update)
+    init(chain(galore(4), compiled), random_params(PLAIN))
+
+
 def test_moments_of_full_size_in_front_of_galore_are_warned_of():
     with pytest.warns(UserWarning, match="put galore in front of it"):
         init(chain(optax.adam(1e-3), galore(4)), random_params(PLAIN))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from next_tokens import next_tokens
 from pairwise import pairwise
 from projected import MLP, compared, inputs, squared, started
@@ -96,22 +95,6 @@ def test_check_projection_allows_for_the_rounding_of_the_products():
         check_projection(loss)(params, state, inputs(5, 16))
 
 
-def test_the_loss_is_traced_once():
-    traces = []
-
-    def loss(params, x):
-        traces.append(None)
-        return jnp.mean(jnp.sin(x @ params["w"]) ** 2)
-
-    params, x = {"w": inputs(16, 12)}, inputs(6, 16)
-    _, state = started(params)
-    for make in (value_and_grad, refresh):
-        for micro_batches in (1, 3):
-            traces.clear()
-            jax.jit(make(loss, micro_batches=micro_batches)).lower(params, state, x)
-            assert len(traces) == 1, (make, micro_batches)
-
-
 def test_steps_run_under_the_checks_and_guards_of_jax():
     params, x = {"stack": inputs(3, 16, 16)}, inputs(5, 16)
     tx, state = started(params)
@@ -143,16 +126,14 @@ def test_a_batch_is_split_and_keywords_are_not():
         params, state, inputs(6, 16), scale=jnp.float32(2)
     )
     np.testing.assert_allclose(mean, 2 * one, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"shape \(6, 16\), cannot be split into 4"):
+    with pytest.raises(ValueError, match=r"shapes \[\(6, 16\)\] cannot be split into 4 micro-b"):
         value_and_grad(loss, micro_batches=4)(params, state, inputs(6, 16))
-
-
-def test_frozen_weights_among_the_arrays_of_a_batch_are_not_split_but_refused():
-    loss = lambda params, frozen, x: jnp.mean((x @ frozen @ params["w"]) ** 2)
-    params, frozen, x = {"w": inputs(16, 12)}, inputs(16, 16), inputs(6, 16)
-    _, state = started(params)
-    with pytest.raises(ValueError, match="have 16 and 6 rows, which cannot be split into 2"):
-        value_and_grad(loss, micro_batches=2)(params, state, frozen, x)
+    with pytest.raises(
+        ValueError, match=r"shapes \[\(6, 16\), \(16, 16\)\] cannot be split into 2"
+    ):
+        value_and_grad(loss, micro_batches=2)(params, state, inputs(6, 16), inputs(16, 16))
+    with pytest.raises(ValueError, match="passed by keyword are not split"):
+        value_and_grad(loss, micro_batches=2)(params, state, x=inputs(6, 16))
 
 
 def test_a_key_for_each_row_gives_micro_batches_their_own_dropout():
@@ -201,35 +182,19 @@ def test_keys_and_counts_in_the_aux_stay_what_they_are(micro_batches):
     np.testing.assert_allclose(aux["right"], jnp.sum(x > 0) / micro_batches)
 
 
-def test_functions_among_the_parameters_are_refused_with_the_remedy():
-    eqx = pytest.importorskip("equinox", reason="equinox is not installed")
-    model = eqx.nn.MLP(16, 4, 32, depth=1, key=jax.random.key(0))
-    _, state = started(eqx.filter(model, eqx.is_inexact_array))
-    loss = lambda model, x: jnp.mean(jax.vmap(model)(x) ** 2)
-    with pytest.raises(ValueError, match=r"activation of .* is a function: .*equinox\.partition"):
-        value_and_grad(loss)(model, state, inputs(6, 16))
-
-
 @pytest.mark.parametrize("compute", [value_and_grad, galore_jax.refresh])
 def test_parameters_that_the_state_was_not_started_with_are_refused(compute):
     loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
     _, state = started({"w": inputs(16, 12)})
     with pytest.raises(ValueError, match=r"w has the shape \(16, 20\), but .* with \(16, 12\)"):
         compute(loss)({"w": inputs(16, 20)}, state, inputs(5, 16))
-    with pytest.raises(ValueError, match="parameters of another structure"):
-        compute(loss)({"w": inputs(16, 12), "v": jnp.ones(3)}, state, inputs(5, 16))
 
 
-def test_what_a_loss_must_return_and_where_a_batch_must_be_is_said():
+def test_a_loss_must_return_a_number():
     params = {"w": inputs(16, 12)}
     _, state = started(params)
-    run = lambda loss, **options: value_and_grad(loss, **options)(params, state, x=1.0)
     with pytest.raises(TypeError, match="must return a number, not None"):
-        run(lambda params, x: None)
-    with pytest.raises(TypeError, match="has_aux=True the loss must return a pair"):
-        run(lambda params, x: jnp.sum(params["w"] * x), has_aux=True)
-    with pytest.raises(ValueError, match="pass the batch by position"):
-        run(lambda params, x: jnp.sum(params["w"] * x), micro_batches=2)
+        value_and_grad(lambda params: None)(params, state)
 
 
 def test_optimizers_that_want_full_gradients_are_refused():
@@ -282,40 +247,10 @@ def weight_gradients(kernels, tokens, step, *arguments):
     return sum(result in kernels and summed == tokens for result, summed in dots(text))
 
 
-def linen_llama():
-    """A loss, its parameters and a batch; shapes of kernels, the number of tokens, and rules."""
+def test_no_product_over_tokens_is_as_large_as_a_projected_kernel():
     config, params, batch = llama()
     loss = lambda params, batch: batch_loss(config, params, batch)[0]
-    rules = {"lm_head/*": Rule(rank=7)}
-    return loss, params, batch, {(32, 32), (32, 56), (32, 97)}, 80, rules
-
-
-def nnx_attention():
-    class Layer(nnx.Module):
-        def __init__(self, rngs):
-            self.attend = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
-            self.up, self.down = nnx.Linear(32, 56, rngs=rngs), nnx.Linear(56, 32, rngs=rngs)
-
-        def __call__(self, x):
-            return self.down(nnx.gelu(self.up(x + self.attend(x))))
-
-    graph, params = nnx.split(Layer(nnx.Rngs(0)), nnx.Param)
-    loss = lambda params, x: jnp.mean(nnx.merge(graph, params)(x) ** 2)
-    return loss, params, inputs(4, 20, 32), {(32, 32), (32, 56), (4, 8, 32)}, 80, None
-
-
-def equinox_mlp():
-    equinox = pytest.importorskip("equinox")
-    model = equinox.nn.MLP(32, 32, 56, 2, key=jax.random.key(0))
-    params, static = equinox.partition(model, equinox.is_array)
-    loss = lambda params, x: jnp.mean(jax.vmap(equinox.combine(params, static))(x) ** 2)
-    return loss, params, inputs(80, 32), {(32, 56), (56, 56)}, 80, None
-
-
-@pytest.mark.parametrize("model", [linen_llama, nnx_attention, equinox_mlp])
-def test_no_product_over_tokens_is_as_large_as_a_projected_kernel(model):
-    loss, params, batch, kernels, tokens, rules = model()
-    tx = galore_jax.adamw(1e-3, rank=7, rules=rules)
+    tx = galore_jax.adamw(1e-3, rank=7, rules={"lm_head/*": Rule(rank=7)})
     state = tx.init(params)
 
     def projected(params, state, batch):
@@ -325,7 +260,7 @@ def test_no_product_over_tokens_is_as_large_as_a_projected_kernel(model):
     def full(params, state, batch):
         return apply_gradients(tx, jax.grad(loss)(params, batch), state, params)
 
-    count = functools.partial(weight_gradients, kernels, tokens)
+    count = functools.partial(weight_gradients, {(32, 32), (32, 56), (32, 97)}, 80)
     assert count(projected, params, state, batch) == 0
     assert count(refresh(loss), params, state, batch) == 0
     assert count(full, params, state, batch) >= 3

@@ -1,6 +1,7 @@
-"""A table of what is projected, and of the memory that saves."""
+"""Reports on projected gradients: what is projected, the memory that saves, and the exactness."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.grads.data_parallel import leaves_of
-from galore_jax.grads.value_and_grad import Loss, Uses, bases_in, tracer
-from galore_jax.optim.galore_state import bases_of, galore_states
+from galore_jax.grads.value_and_grad import Loss, Passes, Uses, bases_in
+from galore_jax.optim.galore_state import bases_of, galore_states, map_bases
 from galore_jax.optim.sharding import init
+from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.matrix_view import is_box, named_leaves
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
 
@@ -106,10 +109,9 @@ def _uses(
     found: dict[str, Uses] = {}
 
     def trace(params: PyTree, state: PyTree, arrays: dict[int, jax.Array]) -> None:
-        traced = tracer(loss, has_aux)(
-            params, bases_in(params, state), with_arrays(arrays), unsplit
-        )
-        found.update({"/".join(path): uses for path, uses in traced.uses.items()})
+        bases, batch = bases_in(params, state), with_arrays(arrays)
+        passes = Passes(loss, params, bases, batch, unsplit, has_aux)
+        found.update({"/".join(path): uses for path, uses in passes.find_uses().items()})
 
     jax.eval_shape(trace, params, state, shapes)
     return found
@@ -134,9 +136,54 @@ def _bytes_in_state(tx: optax.GradientTransformation, state: PyTree, params: PyT
 
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for path, matrices, side, rank, saved, gradient in rows:
-        left = f"{path:<{widths[0]}}  {matrices:<{widths[1]}}  {side:<{widths[2]}}"
-        right = f"{rank:>{widths[3]}}  {saved:>{widths[4]}}  {gradient}"
-        lines.append(f"{left}  {right}".rstrip())
-    return "\n".join(lines)
+    aligned = [str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust]
+    lines = [map(lambda align, *cell: align(*cell), aligned, row, widths) for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def check_projection(loss: Loss, *, has_aux: bool = False) -> Callable[..., dict[str, float]]:
+    """Compares the gradients of `value_and_grad` with full gradients, projected afterwards.
+
+    Args:
+      loss: as for `value_and_grad`.
+      has_aux: whether it returns a pair.
+
+    Returns:
+      A function `(params, opt_state, *batch, **unsplit)`. It returns, for each parameter whose
+      gradient is "projected" or "partly" projected in the backward pass, by path: the largest
+      difference between its coordinates and those of the full gradient, divided by the largest of
+      the latter.
+
+    Raises:
+      ValueError: when called: a gradient is not finite, or the relative difference is above the
+        square root of the largest machine epsilon of the dtypes in which the loss computes, or of
+        float32, in which coordinates are; the message names the leaf. And as for `value_and_grad`.
+    """
+
+    def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> dict[str, float]:
+        bases = bases_in(params, opt_state)
+        passes = Passes(loss, params, bases, batch, unsplit, has_aux)
+        _, gradients = passes.value_and_grad(bases)
+        full = jax.grad(loss, has_aux=has_aux)(params, *batch, **unsplit)
+        tolerance = max(passes.eps, float(jnp.finfo(jnp.float32).eps)) ** 0.5
+        errors: dict[str, float] = {}
+
+        def compare(basis: Basis, ours: Any, gradient: jax.Array) -> None:
+            name = basis.projection.name
+            if not jnp.all(jnp.isfinite(gradient)):
+                raise ValueError(f"check_projection: the gradient of {name} is not finite.")
+            if not is_coordinates(ours):
+                return
+            expected = basis.projection.project(basis.vectors, gradient)
+            largest = jnp.maximum(jnp.max(jnp.abs(expected)), jnp.finfo(jnp.float32).tiny)
+            errors[name] = error = float(jnp.max(jnp.abs(ours.value - expected)) / largest)
+            if not error <= tolerance:
+                raise ValueError(
+                    f"check_projection: the coordinates of {name} differ from those of its full "
+                    f"gradient by {error:.1e} of the largest: give it the rule None."
+                )
+
+        map_bases(compare, bases, gradients, full[0] if has_aux else full, otherwise=bases)
+        return errors
+
+    return run

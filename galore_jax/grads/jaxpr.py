@@ -9,7 +9,7 @@ This is the only file that knows about jaxprs.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,14 +22,13 @@ from jax.extend import core, source_info_util
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import PartitionSpec, Sharding
 
-from galore_jax.grads.projected_product import projected_product
-from galore_jax.grads.tracked import BATCH, Tracked, kind, moved, reshape_groups, take_matrices
+from galore_jax.grads.projected_product import BATCH, Tracked, kind, moved, projected_product
 from galore_jax.types import PyTree
 
-# Called with the index of a parameter's leaf and how it is used: None for a projected product, or
-# the primitive and the line of the source that receive the plain array.
-Report = Callable[[int, str | None], None]
-NO_REPORT: Report = lambda leaf, reason: None
+# Called with a parameter's path and how it is used: None for a projected product, or the primitive
+# and the line of the source that receive the plain array.
+Report = Callable[[tuple[str, ...], str | None], None]
+NO_REPORT: Report = lambda path, reason: None
 
 # The name of a jitted product of two arrays with a custom derivative, equal to that of the plain
 # product up to rounding: see `models.dense.matmul`.
@@ -40,25 +39,19 @@ class NoRule(Exception):
     """An equation, its parameters or its operands are not what the rule expects."""
 
 
-class _Parameters(dict):
-    """The parameters of an equation, whose names depend on the version of JAX."""
-
-    def __missing__(self, name: str) -> Any:
+def settings(params: Mapping[str, Any], names: set[str], *, besides: set[str]) -> dict[str, Any]:
+    """The parameters of these names, to pass on; `NoRule` if there are others than `besides`."""
+    if params.keys() != names | besides:
         raise NoRule
-
-    def settings(self, names: set[str], *, besides: set[str]) -> dict[str, Any]:
-        """The parameters of these names, to pass on; `NoRule` if there are unknown others."""
-        if self.keys() != names | besides:
-            raise NoRule
-        return {name: self[name] for name in names}
+    return {name: params[name] for name in names}
 
 
 class Program:
     """A traced function of a tree that returns `(scalar, pytree of arrays)`.
 
     Attributes:
-      opaque: why the trace cannot be differentiated although the function can, or None. It is then
-        evaluated as it is, and no leaf may be `Tracked`.
+      opaque: why the trace cannot be differentiated although the function can, or None. Then the
+        function itself is called, and no leaf may be `Tracked`.
       eps: the largest machine epsilon of the floating dtypes in which it computes.
     """
 
@@ -68,59 +61,29 @@ class Program:
 
         def traced(*leaves: Any) -> tuple[Any, Any]:
             traces.update({getattr(leaf, "_trace", None) for leaf in leaves} - {None})
-            return f(tree.unflatten(leaves))
+            return self._f(*leaves)
 
         self._f = lambda *leaves: f(tree.unflatten(leaves))
-        closed, shapes = jax.make_jaxpr(traced, return_shape=True)(*leaves)
-        self._jaxpr, self._consts = closed.jaxpr, closed.consts
+        self._jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*leaves)
         self._outputs = jax.tree.structure(shapes)
-        equations = list(_equations(closed.jaxpr))
+        equations = list(all_equations(self._jaxpr.jaxpr))
         self.opaque = next((leak for one in equations if (leak := _leak(one, traces))), None)
-        self.eps = max([0.0, *(_eps(var) for equation in equations for var in equation.outvars)])
+        dtypes = {getattr(v.aval, "dtype", jnp.int32) for e in equations for v in e.outvars}
+        floating = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.inexact)]
+        self.eps = max([float(jnp.finfo(dtype).eps) for dtype in floating], default=0.0)
 
     def __call__(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
         """The function's result for leaves some of which are `Tracked`."""
         if self.opaque:
             return self._f(*leaves)
-        outputs = _evaluate(self._jaxpr, self._consts, leaves, NO_REPORT)
-        return self._outputs.unflatten(_plain(outputs))
+        return self._outputs.unflatten(_plain(_evaluate(self._jaxpr, leaves, NO_REPORT)))
 
     def number(self, leaves: Sequence[Any], report: Report) -> Any:
         """Only the number, without the equations that only the other results depend on."""
-        wanted = [i == 0 for i in range(len(self._jaxpr.outvars))]
-        jaxpr, _ = dce_jaxpr(self._jaxpr, wanted, instantiate=True)
-        return _plain(_evaluate(jaxpr, self._consts, leaves, report))[0]
-
-
-def dependencies(f: Callable[..., tuple], *arguments: PyTree) -> tuple[list[list[bool]], tuple]:
-    """Which leaves each part of the tuple `f(*arguments)` depends on, and the tuple's shapes."""
-    leaves, tree = jax.tree.flatten(arguments)
-    closed, shapes = jax.make_jaxpr(lambda *leaves: f(*tree.unflatten(leaves)), return_shape=True)(
-        *leaves
-    )
-    owners = [i for i, part in enumerate(shapes) for _ in jax.tree.leaves(part)]
-    wanted = [[owner == i for owner in owners] for i in range(len(shapes))]
-    return [dce_jaxpr(closed.jaxpr, flags)[1] for flags in wanted], shapes
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """The equations of a jaxpr and of those among their parameters."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in _inner_jaxprs(equation):
-            yield from _equations(inner)
-
-
-def _inner_jaxprs(equation: Any) -> list[Any]:
-    values = equation.params.values()
-    ones = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
-    inner = [getattr(one, "jaxpr", one) for one in ones]
-    return [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
-
-
-def _eps(var: Any) -> float:
-    dtype = getattr(var.aval, "dtype", jnp.int32)
-    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.inexact) else 0.0
+        wanted = [i == 0 for i in range(len(self._jaxpr.jaxpr.outvars))]
+        jaxpr, _ = dce_jaxpr(self._jaxpr.jaxpr, wanted, instantiate=True)
+        closed = core.ClosedJaxpr(jaxpr, self._jaxpr.consts)
+        return _plain(_evaluate(closed, leaves, report))[0]
 
 
 def _leak(equation: Any, traces: set[Any]) -> str | None:
@@ -146,9 +109,32 @@ def _leak(equation: Any, traces: set[Any]) -> str | None:
     return f"custom_vjp_call at {place}, whose backward pass reads a value of the loss"
 
 
-def _evaluate(
-    jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Any], report: Report
-) -> list[Any]:
+def dependencies(f: Callable[..., tuple], *arguments: PyTree) -> tuple[list[list[bool]], tuple]:
+    """Which leaves each part of the tuple `f(*arguments)` depends on, and the tuple's shapes."""
+    leaves, tree = jax.tree.flatten(arguments)
+    closed, shapes = jax.make_jaxpr(lambda *leaves: f(*tree.unflatten(leaves)), return_shape=True)(
+        *leaves
+    )
+    owners = [i for i, part in enumerate(shapes) for _ in jax.tree.leaves(part)]
+    wanted = [[owner == i for owner in owners] for i in range(len(shapes))]
+    return [dce_jaxpr(closed.jaxpr, flags)[1] for flags in wanted], shapes
+
+
+def all_equations(jaxpr: Any) -> Iterator[Any]:
+    """The equations of a jaxpr and of those among their parameters."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for one in value if isinstance(value, tuple) else (value,):
+                inner = getattr(one, "jaxpr", one)
+                if hasattr(inner, "eqns"):
+                    yield from all_equations(inner)
+
+
+def _evaluate(jaxpr: Any, arguments: Sequence[Any], report: Report) -> list[Any]:
+    """The results of a jaxpr, which may carry its constants."""
+    closed = jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+    jaxpr, consts = closed.jaxpr, closed.consts
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *arguments), strict=True))
     read = lambda atom: atom.val if isinstance(atom, core.Literal) else values[atom]
     for equation, needed in zip(jaxpr.eqns, _needed(jaxpr), strict=True):
@@ -162,24 +148,11 @@ def _needed(jaxpr: Any) -> list[bool]:
     """Which equations the results depend on; others print, or compute what is only printed."""
     wanted, needed = {*map(id, jaxpr.outvars)}, []
     for equation in reversed(jaxpr.eqns):
-        needed.append(_acts(equation) or not wanted.isdisjoint(map(id, equation.outvars)))
+        acts = any("Debug" not in type(effect).__name__ for effect in equation.effects)
+        needed.append(acts or not wanted.isdisjoint(map(id, equation.outvars)))
         if needed[-1]:
             wanted.update(map(id, equation.invars))
     return needed[::-1]
-
-
-def _acts(equation: Any) -> bool:
-    """Whether an equation has an effect besides printing."""
-    if not equation.effects or equation.primitive.name.startswith("debug_"):
-        return False
-    inner = _inner_jaxprs(equation)
-    return not inner or any(_acts(one) for jaxpr in inner for one in jaxpr.eqns)
-
-
-def _evaluate_inner(jaxpr: Any, operands: Sequence[Any], report: Report) -> list[Any]:
-    """Evaluates a jaxpr among an equation's parameters, which may carry its constants."""
-    closed = jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
-    return _evaluate(closed.jaxpr, closed.consts, operands, report)
 
 
 def _apply(equation: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -194,9 +167,9 @@ def _apply(equation: Any, operands: list[Any], report: Report) -> list[Any]:
         )
         try:
             with source_info_util.user_context(source.traceback, name_stack=scope):
-                return rule(inner, _Parameters(equation.params), operands, report)
-        except NoRule:
-            pass
+                return rule(inner, equation.params, operands, report)
+        except (NoRule, KeyError):
+            pass  # Parameters have other names in another version of JAX.
     return _bind(equation, _as_plain(equation, operands, report))
 
 
@@ -208,7 +181,7 @@ def _as_plain(equation: Any, operands: Sequence[Any], report: Report) -> list[An
         for value in operands:
             if isinstance(value, Tracked):
                 place = source_info_util.summarize(equation.source_info)
-                report(value.leaf, f"{equation.primitive.name} at {place}")
+                report(value.path, f"{equation.primitive.name} at {place}")
     return _plain(operands)
 
 
@@ -252,7 +225,7 @@ def _dot_general(equation: Any, params: Any, operands: list[Any], report: Report
     product = projected_product(dot, x, parameter, numbers, parameter_first, precision)
     if product is None:
         raise NoRule
-    report(parameter.leaf, None)
+    report(parameter.path, None)
     return [product]
 
 
@@ -266,7 +239,7 @@ def _marked_product(params: Any) -> Any:
         names = [equation.primitive.name, *(cast.primitive.name for cast in casts)]
         if {*names} - {"convert_element_type"} != {expected} or equation.invars != jaxpr.invars:
             return None
-        params = _Parameters(equation.params)
+        params = equation.params
     return params
 
 
@@ -274,21 +247,9 @@ def _marked_product(params: Any) -> Any:
 
 
 def _unchanged(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    return _with_arrays(operands, _bind(equation, _plain(operands)))
-
-
-def _cast(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+    if not jnp.issubdtype(params.get("new_dtype", jnp.float32), jnp.floating):
         raise NoRule
-    return _unchanged(equation, params, operands, report)
-
-
-def _transpose(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    [value] = operands
-    axes = [value.axes[axis] for axis in params["permutation"]]
-    batch = [ord(axis) - ord(BATCH) for axis in axes if kind(axis) == BATCH]
-    change = lambda stack: stack.transpose(*batch, len(batch), len(batch) + 1)
-    return [moved(value, _bind(equation, [value.array])[0], axes, change)]
+    return _with_arrays(operands, _bind(equation, _plain(operands)))
 
 
 def _reshape(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -369,6 +330,8 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
 
 def _sources(name: str, params: Any, ndim: int, rank: int) -> list[int | None]:
     """The operand's axis behind each axis of an output; None: there is none, or it is reordered."""
+    if name == "transpose":
+        return [*params["permutation"]]
     if name == "rev":
         return [None if i in params["dimensions"] else i for i in range(ndim)]
     if name in ("squeeze", "unstack"):
@@ -388,6 +351,29 @@ def _sources(name: str, params: Any, ndim: int, rank: int) -> list[int | None]:
     return [*range(ndim)]
 
 
+def take_matrices(indices: jax.Array | np.ndarray, stack: jax.Array) -> jax.Array:
+    """The matrices of a stack `(*batch, n, r)` at flat indices; zeros where one is out of range."""
+    flat = stack.reshape(-1, *stack.shape[-2:])
+    if not isinstance(indices, np.ndarray):
+        return jnp.take(flat, indices, axis=0, mode="fill", fill_value=0)
+    # Consecutive matrices are sliced, which is cheaper than gathering them.
+    start = int(indices.flat[0]) if indices.size else 0
+    is_run = np.array_equal(indices.ravel(), np.arange(start, start + indices.size))
+    taken = flat[start : start + indices.size] if is_run else flat[indices.ravel()]
+    return taken.reshape(*indices.shape, *stack.shape[-2:])
+
+
+def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """The smallest runs of axes that a reshape turns into each other."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        start = i, j
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while (a := math.prod(old[start[0] : i])) != (b := math.prod(new[start[1] : j])):
+            i, j = (i + 1, j) if a < b else (i, j + 1)
+        yield range(start[0], i), range(start[1], j)
+
+
 # Rules that enter a function.
 
 
@@ -402,18 +388,19 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
 
     place = source_info_util.summarize(equation.source_info)
 
-    def placed(leaf: int, reason: str | None) -> None:
+    def placed(path: tuple[str, ...], reason: str | None) -> None:
         # An equation in one of JAX's own functions has no line in the user's source.
-        report(leaf, f"{reason}{place}" if reason and reason.endswith(" at ") else reason)
+        report(path, f"{reason}{place}" if reason and reason.endswith(" at ") else reason)
 
     operands = constrained(operands, params["in_shardings"])
-    return constrained(_evaluate_inner(params["jaxpr"], operands, placed), params["out_shardings"])
+    return constrained(_evaluate(params["jaxpr"], operands, placed), params["out_shardings"])
 
 
 def _remat(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    settings = params.settings({"policy", "prevent_cse"}, besides={"jaxpr", "differentiated"})
-    inner = lambda *operands: _evaluate_inner(params["jaxpr"], operands, report)
-    return jax.checkpoint(inner, **settings)(*operands)
+    names = {"policy", "prevent_cse"}
+    options = settings(params, names, besides={"jaxpr", "differentiated"})
+    inner = lambda *operands: _evaluate(params["jaxpr"], operands, report)
+    return jax.checkpoint(inner, **options)(*operands)
 
 
 def _scan(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -424,10 +411,10 @@ def _scan(equation: Any, params: Any, operands: list[Any], report: Report) -> li
         parts = operands[: ends[0]], operands[ends[0] : ends[1]], operands[ends[1] :]
         others = {"num_consts", "num_carry"}
     consts, carry, xs = map(list, parts)
-    settings = params.settings({"length", "reverse", "unroll"}, besides={"jaxpr", *others})
+    options = settings(params, {"length", "reverse", "unroll"}, besides={"jaxpr", *others})
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        outputs = _evaluate_inner(params["jaxpr"], (*consts, *carry, *xs), report)
+        outputs = _evaluate(params["jaxpr"], (*consts, *carry, *xs), report)
         outputs = _as_plain(equation, outputs, report)
         return outputs[: len(carry)], outputs[len(carry) :]
 
@@ -440,22 +427,22 @@ def _scan(equation: Any, params: Any, operands: list[Any], report: Report) -> li
         return moved(value, value.array, value.axes[1:], lambda stack: stack)
 
     start = _as_plain(equation, carry, report)
-    carry, ys = lax.scan(body, start, [sliced(value) for value in xs], **settings)
+    carry, ys = lax.scan(body, start, [sliced(value) for value in xs], **options)
     return [*carry, *ys]
 
 
 def _cond(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     def branch(jaxpr: Any, *operands: Any) -> list[Any]:
-        return _as_plain(equation, _evaluate_inner(jaxpr, operands, report), report)
+        return _as_plain(equation, _evaluate(jaxpr, operands, report), report)
 
-    params.settings(set(), besides={"branches"})
+    settings(params, set(), besides={"branches"})
     branches = [partial(branch, jaxpr) for jaxpr in params["branches"]]
     return lax.switch(operands[0], branches, *operands[1:])
 
 
 def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     names = {"mesh", "in_specs", "out_specs", "check_vma"}
-    settings = params.settings(names, besides={"jaxpr", "newly_manual_axes"})
+    options = settings(params, names, besides={"jaxpr", "newly_manual_axes"})
     # A parameter is tracked only if every device has all of it.
     operands, specs = [*operands], [*params["in_specs"]]
     for i, value in enumerate(operands):
@@ -463,20 +450,18 @@ def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) 
             [operands[i]] = _as_plain(equation, [value], report)
         elif isinstance(value, Tracked):
             specs[i] = PartitionSpec()  # of its basis too, which has other axes
-    settings["in_specs"] = tuple(specs)
+    options["in_specs"] = tuple(specs)
 
     def inner(*operands: Any) -> tuple[Any, ...]:
-        outputs = _evaluate_inner(params["jaxpr"], operands, report)
+        outputs = _evaluate(params["jaxpr"], operands, report)
         return tuple(_as_plain(equation, outputs, report))
 
     axes = set(params["newly_manual_axes"])
-    return [*jax.shard_map(inner, **settings, axis_names=axes)(*operands)]
+    return [*jax.shard_map(inner, **options, axis_names=axes)(*operands)]
 
 
 RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "dot_general": _dot_general,
-    "convert_element_type": _cast,
-    "transpose": _transpose,
     "reshape": _reshape,
     "jit": _jit,
     "remat2": _remat,
@@ -484,7 +469,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "cond": _cond,
     "shard_map": _shard_map,
     **dict.fromkeys(("slice", "dynamic_slice", "gather", "split", "unstack"), _select),
-    **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim", "tile"), _select),
-    **dict.fromkeys(("name", "sharding_constraint", "reshard"), _unchanged),
-    **dict.fromkeys(("copy", "optimization_barrier", "pvary"), _unchanged),
+    **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim", "tile", "transpose"), _select),
+    **dict.fromkeys(("convert_element_type", "name", "sharding_constraint"), _unchanged),
+    **dict.fromkeys(("reshard", "copy", "optimization_barrier", "pvary"), _unchanged),
 }

@@ -1,7 +1,6 @@
 """Micro-batches: a batch split into equal parts, and the mean of a function over them."""
 
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -12,13 +11,6 @@ from galore_jax.grads.projected_product import varying_as
 from galore_jax.ops.partition import specs_of, with_auto_axes
 from galore_jax.ops.precision import promoted
 from galore_jax.types import PyTree
-
-
-def check_micro_batches(micro_batches: Any) -> None:
-    """Raises a ValueError unless `micro_batches` is an integer of at least 1."""
-    is_integer = isinstance(micro_batches, Integral) and not isinstance(micro_batches, bool)
-    if not is_integer or micro_batches < 1:
-        raise ValueError(f"micro_batches must be a whole number above 0, not {micro_batches!r}.")
 
 
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
@@ -76,28 +68,12 @@ def split(batch: Any, micro_batches: int) -> Any:
 
 
 def check_rows(batch: Any, count: int, parts: str) -> None:
-    """Raises a ValueError unless the arrays of a batch have equally many rows, a multiple of count.
-
-    Args:
-      batch: a tree of arrays (B, …).
-      count: the number of parts that it is to be split into.
-      parts: what they are called, for the message.
-    """
-    remedy = "pass what is not to be split by keyword."
+    """Raises a ValueError unless arrays (B, …) of a batch can be split into `count` equal parts."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
-    if not shapes:
+    rows = {shape[:1] for shape in shapes}
+    if len(rows) != 1 or rows == {()} or rows.pop()[0] % count:
         raise ValueError(
-            f"there is no array to split into {count} {parts}: pass the batch by position; "
-            "arguments that are passed by keyword are not split."
+            f"a batch of arrays with the shapes {shapes} cannot be split into {count} {parts}: "
+            "their first axes must have one size, a multiple of that number. Arguments passed by "
+            "keyword are not split."
         )
-    for shape in shapes:
-        if not shape or shape[0] % count:
-            raise ValueError(
-                f"an array of the batch, shape {shape}, cannot be split into {count} {parts}: its "
-                f"first axis must be a multiple of that number; {remedy}"
-            )
-        if shape[0] != shapes[0][0]:
-            raise ValueError(
-                f"arrays of the batch have {shapes[0][0]} and {shape[0]} rows, which cannot be "
-                f"split into {count} {parts} together: {remedy}"
-            )

@@ -1,13 +1,19 @@
-"""The projected product: a matrix product whose backward pass gives coordinates.
+"""Projected parameters inside a loss, and their products, whose backward pass gives coordinates.
 
 For `y = x W` with W (in, out) and all tokens flattened, the gradient is `G = xᵀ dy`, and its
 coordinates in a basis P are `PᵀG = (x P)ᵀ dy` (left) or `G P = xᵀ (dy P)` (right): exactly what
 projecting G gives, up to rounding, for `tokens · r · (in + out)` multiplications in place of
 `tokens · in · out`, and G is never formed.
+
+The axes of a tracked array have letters, as in `jnp.einsum`: A, B, … are batch axes, a, b, … make
+up the in side in this order, m, n, … the out side. Sorted by letter, the axes are a batch of
+matrices. An operation that moves or selects whole matrices of the array does the same to the stacks
+of basis vectors and coordinates.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,20 +22,78 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from galore_jax.grads.tracked import BATCH, IN, OUT, TOKEN, Tracked, kind
 from galore_jax.ops.partition import explicit_mesh, specs_of, with_auto_axes
 from galore_jax.ops.precision import promoted
 from galore_jax.ops.quantization import dequantize
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import Side
 
-# As for `lax.dot_general`, of x and the parameter: (contracting, contracting), (batch, batch).
-DimensionNumbers = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
+# The first letter of each kind of axis, and the mark of the axes of tokens in a product.
+BATCH, IN, OUT, TOKEN = "A", "a", "m", "_"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(eq=False)
+class Tracked:
+    """A projected parameter inside a loss.
+
+    Attributes:
+      array: the parameter at this point of the loss: cast, transposed, sliced along batch axes.
+      vectors: basis vectors by side, `(*batch, in or out, r)`, with the batch axes of `array`.
+      coordinates: zeros `(*batch, rows, columns)`, likewise. Only projected products depend on
+        them; their derivative is the projected gradient.
+      axes: static; the letters of the axes of `array`, batch axes in alphabetical order.
+      path: static; the names of the parameter's path.
+    """
+
+    array: Any
+    vectors: dict[Side, Any]
+    coordinates: Any
+    axes: str = field(metadata={"static": True})
+    path: tuple[str, ...] = field(metadata={"static": True})
+
+
+def track(array: Any, basis: Basis, coordinates: Any) -> Tracked:
+    """A parameter as it enters the loss."""
+    view = basis.projection.view
+    sides = ((BATCH, view.batch_axes), (IN, view.in_axes), (OUT, view.out_axes))
+    letters = {axis: chr(ord(kind) + i) for kind, axes in sides for i, axis in enumerate(axes)}
+    axes = "".join(letters[axis] for axis in range(len(letters)))
+    return Tracked(array, basis.vectors, coordinates, axes, basis.projection.path)
+
+
+def kind(axis: str) -> str:
+    """The kind of an axis, `BATCH`, `IN` or `OUT`, from its letter."""
+    return BATCH if axis < TOKEN else IN if axis < OUT else OUT
+
+
+def moved(
+    value: Tracked, array: Any, axes: Sequence[str], change: Callable[[jax.Array], jax.Array]
+) -> Tracked:
+    """A tracked value after an operation.
+
+    Args:
+      value: before it.
+      array: the result of the operation on `value.array`.
+      axes: a text for each axis of the result that begins with a letter of its kind. The texts of a
+        side are in the order that the axes have in the matrix.
+      change: what the operation does to stacks `(*batch, n, r)`.
+
+    Returns:
+      The tracked result, whose letters are consecutive again.
+    """
+    order = {i: (kind(axis), i if kind(axis) == BATCH else axis) for i, axis in enumerate(axes)}
+    precedes = lambda i, j: order[j][0] == order[i][0] and order[j] < order[i]
+    letters = [chr(ord(order[i][0]) + sum(precedes(i, j) for j in order)) for i in order]
+    vectors, coordinates = jax.tree.map(change, (value.vectors, value.coordinates))
+    return Tracked(array, vectors, coordinates, "".join(letters), value.path)
 
 
 def projected_product(
     dot: Callable[[Any, Any], jax.Array],
     x: jax.Array,
     parameter: Tracked,
-    numbers: DimensionNumbers,
+    numbers: Any,
     parameter_first: bool,
     precision: Any,
 ) -> jax.Array | None:
@@ -38,11 +102,11 @@ def projected_product(
     Args:
       dot: the product; it is differentiated with respect to x. The coordinates are those of the
         plain product, from which it may differ by rounding only.
-      x: activations, with any axes of tokens besides those that the product contracts or batches.
+      x: activations; the axes that the product neither contracts nor batches are tokens.
       parameter: the projected parameter.
-      numbers: dimension numbers of the product.
+      numbers: as for `lax.dot_general`, of x and the parameter.
       parameter_first: whether the axes of the parameter precede those of x in the result.
-      precision: that of the product, as in `lax.dot_general`.
+      precision: as for `lax.dot_general`.
 
     Returns:
       The product; None unless it contracts the whole in side or the whole out side of the
@@ -60,13 +124,16 @@ def projected_product(
     kept = [axis for i, axis in enumerate(axes) if i not in shared.values()]
     tokens = [TOKEN] * x_axes.count(TOKEN)
     y_axes = [axes[i] for i in batch] + (kept + tokens if parameter_first else tokens + kept)
-    # An algorithm of another type than a precision is one for the types of this product.
-    precision = precision if isinstance(precision, tuple) else None
-    contracts_in = contracted == sides[0]
-    layout = _Layout("".join(x_axes), "".join(y_axes), contracts_in, precision)
     coordinates = varying_as(parameter.coordinates, x, parameter.array)
-    if explicit_mesh((x, parameter.array)) is not None:
-        layout = layout._replace(coordinates=specs_of(coordinates))
+    is_explicit = explicit_mesh((x, parameter.array)) is not None
+    layout = _Layout(
+        x_axes="".join(x_axes),
+        y_axes="".join(y_axes),
+        contracts_in=contracted == sides[0],
+        # An algorithm of another type than a precision is one for the types of this product.
+        precision=precision if isinstance(precision, tuple) else None,
+        coordinates=specs_of(coordinates) if is_explicit else None,
+    )
     return _product(dot, layout, x, parameter.array, parameter.vectors, coordinates)
 
 
@@ -81,16 +148,21 @@ def varying_as(array: jax.Array, *others: Any) -> jax.Array:
 
 
 class _Layout(NamedTuple):
-    """The axes of x and of the result, whether the product contracts the in side, its precision.
+    """What the backward pass knows of the axes of a product.
 
-    On a mesh with Explicit axes, also the sharding type of the coordinates.
+    Attributes:
+      x_axes: the letters of x; axes of tokens have the letter `TOKEN`.
+      y_axes: those of the result.
+      contracts_in: whether the product contracts the in side.
+      precision: for the coordinates.
+      coordinates: their sharding type on a mesh with Explicit axes.
     """
 
     x_axes: str
     y_axes: str
     contracts_in: bool
     precision: tuple[Any, Any] | None
-    coordinates: PartitionSpec | None = None
+    coordinates: PartitionSpec | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -130,15 +202,20 @@ def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> 
     """The coordinates of the gradient `xᵀ dy`, or `dyᵀ x`, of a parameter with this dtype."""
     # x and dy as batches of matrices of tokens.
     dtype = promoted(product_dtype(x.dtype), product_dtype(dtype))
-    einsum = partial(_einsum, layout.precision)
     inputs = _matrices(x.astype(dtype), layout.x_axes)
     outputs = _matrices(dy.astype(dtype), layout.y_axes)
     batch = "".join(sorted({*inputs[1], *outputs[1]}))  # Each is in x, in the result, or in both.
     rows, columns = (inputs, outputs) if layout.contracts_in else (outputs, inputs)
-    if "left" in vectors:
-        rows = _in_basis(einsum, *rows, vectors["left"], batch)
-    if "right" in vectors:
-        columns = _in_basis(einsum, *columns, vectors["right"], batch)
+    wide = promoted(dtype, jnp.float32)
+    einsum = partial(jnp.einsum, precision=layout.precision, preferred_element_type=wide)
+
+    def in_basis(side: Side, matrices: jax.Array, axes: str) -> tuple[jax.Array, str]:
+        if side not in vectors:
+            return matrices, axes
+        basis = dequantize(vectors[side]).astype(dtype)
+        return einsum(f"{axes}tn,{batch}nr->{batch}tr", matrices, basis).astype(dtype), batch
+
+    rows, columns = in_basis("left", *rows), in_basis("right", *columns)
     # Both operands keep their tokens where they are: given a transpose, XLA would compute Pᵀ xᵀ,
     # which takes twice the time on CPUs.
     coordinates = einsum(f"{rows[1]}ta,{columns[1]}tc->{batch}ac", rows[0], columns[0])
@@ -155,16 +232,3 @@ def _matrices(array: jax.Array, axes: str) -> tuple[jax.Array, str]:
     sizes, end = array.shape[len(batch) :], axes.count(TOKEN)
     shape = (*array.shape[: len(batch)], math.prod(sizes[:end]), math.prod(sizes[end:]))
     return array.reshape(shape), batch
-
-
-def _in_basis(
-    einsum: Any, matrices: jax.Array, axes: str, vectors: Any, batch: str
-) -> tuple[jax.Array, str]:
-    vectors = dequantize(vectors).astype(matrices.dtype)
-    product = einsum(f"{axes}tn,{batch}nr->{batch}tr", matrices, vectors)
-    return product.astype(matrices.dtype), batch
-
-
-def _einsum(precision: Any, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    wide = promoted(a.dtype, jnp.float32)
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=wide)

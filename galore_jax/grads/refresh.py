@@ -17,15 +17,7 @@ import optax
 from jax import lax
 
 from galore_jax.grads.projected_product import product_dtype
-from galore_jax.grads.value_and_grad import (
-    Loss,
-    MeanOf,
-    Names,
-    TracedLoss,
-    Uses,
-    bases_in,
-    passes,
-)
+from galore_jax.grads.value_and_grad import Loss, Names, Passes, bases_in
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, map_batch, specs_of, with_auto_axes
 from galore_jax.ops.quantization import as_float32
@@ -37,7 +29,7 @@ from galore_jax.optim.galore_state import (
     with_galore_states,
 )
 from galore_jax.optim.moments import rotate
-from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, is_basis, updates_left
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, updates_left
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.methods import orthonormalise, span
 from galore_jax.subspace.new_basis import Sketch, refresh_basis
@@ -55,22 +47,7 @@ def updates_until_refresh(opt_state: PyTree) -> jax.Array:
 
     It is 0 if one is due now, and 2**30 if nothing is projected.
     """
-    return _least_left(_bases(opt_state))
-
-
-@jax.jit
-def _least_left(bases: list[Basis]) -> jax.Array:
-    left = [jnp.min(updates_left(basis), initial=2**30) for basis in bases]
-    return jnp.maximum(jnp.min(jnp.stack(left)), 0) if left else jnp.asarray(2**30, jnp.int32)
-
-
-@jax.jit
-def _any_due(bases: list[Basis]) -> jax.Array:
-    return _least_left(bases) == 0
-
-
-def _bases(opt_state: PyTree) -> list[Basis]:
-    return unboxed(bases_of(galore_states(opt_state, inside_chains=True)))
+    return _updates_and_due(galore_states(opt_state, inside_chains=True))[0]
 
 
 def refresh_due(opt_state: PyTree) -> jax.Array:
@@ -79,11 +56,18 @@ def refresh_due(opt_state: PyTree) -> jax.Array:
     Raises:
       ValueError: there is no state of `galore` in `opt_state`.
     """
-    if not galore_states(opt_state, inside_chains=True):
-        raise ValueError(
-            "refresh_due: there is no state of galore in this: pass the optimizer's state."
-        )
-    return _any_due(_bases(opt_state))
+    states = galore_states(opt_state, inside_chains=True)
+    if not states:
+        raise ValueError("refresh_due: this holds no state of galore: pass the optimizer's state.")
+    return _updates_and_due(states)[1]
+
+
+# Compiled, so that no numbers are sent to the device; see `jax.transfer_guard`.
+@jax.jit
+def _updates_and_due(states: list[GaLoreState]) -> tuple[jax.Array, jax.Array]:
+    left = [jnp.min(updates_left(basis), initial=2**30) for basis in unboxed(bases_of(states))]
+    least = jnp.maximum(jnp.min(jnp.stack([jnp.int32(2**30), *left])), 0)
+    return least, least == 0
 
 
 def refresh(
@@ -115,46 +99,44 @@ def refresh(
       ValueError: when called: a refresh method that needs full gradients, naming the leaf; inside
         `jax.pmap` or `jax.shard_map`; and as for `value_and_grad`.
     """
-    means_over = passes(loss, has_aux, micro_batches, data_axes)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> PyTree:
         bases = bases_in(params, opt_state)
-        mean_of = means_over(params, bases, batch, unsplit)
-        return refreshed(mean_of, params, bases, opt_state, when_due=False)
+        passes = Passes(loss, params, bases, batch, unsplit, has_aux, micro_batches, data_axes)
+        return refreshed(passes, opt_state, when_due=False)
 
     return run
 
 
-def refreshed(
-    mean_of: MeanOf, params: PyTree, bases: PyTree, opt_state: PyTree, *, when_due: bool
-) -> PyTree:
-    """The state with the bases renewed that are due, and with its moments in them.
+def refreshed(passes: Passes, opt_state: PyTree, *, when_due: bool) -> PyTree:
+    """The optimizer's state with new bases where they are due, and its moments expressed in them.
 
     Args:
-      mean_of: passes over the batch, of `passes`.
-      params: the parameters.
-      bases: of the state, in a tree like them.
+      passes: over the batch, with the bases of the state.
       opt_state: the optimizer's state.
       when_due: whether to branch on whether anything is due, in a step that may not refresh.
     """
     states = galore_states(opt_state, inside_chains=True)
-    new = partial(_refreshed_states, mean_of, params, bases, states)
+    new = partial(_refreshed_states, passes, states)
     # Only bases go through the branch, which may copy what it returns.
-    new = lax.cond(_any_due(bases_of(states)), new, lambda: states) if when_due else new()
+    new = lax.cond(refresh_due(states), new, lambda: states) if when_due else new()
     return with_auto_axes(_adopted, opt_state, new, out=lambda: specs_of(opt_state))
 
 
-def _refreshed_states(
-    mean_of: MeanOf, params: PyTree, bases: PyTree, states: list[GaLoreState]
-) -> list[GaLoreState]:
+def _refreshed_states(passes: Passes, states: list[GaLoreState]) -> list[GaLoreState]:
     if axes := jax.sharding.get_abstract_mesh().manual_axes:
         raise ValueError(
             f"refresh: inside jax.pmap or jax.shard_map over {', '.join(map(str, axes))}, each "
             "device would compute bases of its own: refresh outside of it, under jax.jit, with "
             "data_axes if the batch is divided."
         )
-    projected = _projected(mean_of, bases)
-    if not projected:
+    uses = passes.find_uses()
+    multiplied = {
+        basis.projection.path: basis
+        for basis in bases_of(states)
+        if uses[basis.projection.path].gradient != "full"
+    }
+    if not multiplied:
         return states
 
     def backward(given: dict[Names, Basis]) -> dict[Names, jax.Array]:
@@ -167,27 +149,11 @@ def _refreshed_states(
             vectors = jax.tree.map(lambda own: own.astype(dtype), basis.vectors)
             return dataclasses.replace(basis, vectors=vectors)
 
-        mean = mean_of(TracedLoss.coordinates, map_bases(chosen, bases, params, otherwise=bases))
-        return {path: node.value for path, node in constrain(mean).items()}
+        bases = map_bases(chosen, passes.bases, passes.params, otherwise=passes.bases)
+        return passes.coordinates(bases)
 
-    sketches = _sketches(backward, projected)
+    sketches = _sketches(backward, multiplied)
     return with_auto_axes(_renewed, states, sketches, out=lambda: specs_of(states))
-
-
-def _projected(mean_of: MeanOf, bases: PyTree) -> dict[Names, Basis]:
-    """The bases of the parameters that the loss multiplies by, by path."""
-    uses: dict[Names, Uses] = {}
-
-    def record_uses(traced: TracedLoss, _: None) -> jax.Array:
-        uses.update(traced.uses)
-        return jnp.zeros([])
-
-    jax.eval_shape(lambda: mean_of(record_uses, None))
-    return {
-        basis.projection.path: basis
-        for basis in jax.tree.leaves(bases, is_leaf=is_basis)
-        if is_basis(basis) and uses[basis.projection.path].gradient != "full"
-    }
 
 
 def _sketches(backward: Backward, bases: dict[Names, Basis]) -> dict[Names, Sketch]:
@@ -209,13 +175,14 @@ def _sketches(backward: Backward, bases: dict[Names, Basis]) -> dict[Names, Sket
 
     def one_round(_: int, sketches: dict[Names, Sketch]) -> dict[Names, Sketch]:
         # The second side of a two-sided basis takes two more passes.
-        for place in range(max(len(basis.projection.sides) for basis in iterated.values())):
+        for place in (0, 1):
             sides: dict[Names, Side] = {
                 path: basis.projection.sides[place]
                 for path, basis in iterated.items()
                 if place < len(basis.projection.sides)
             }
-            sketches = _half_round(backward, iterated, sides, sketches)
+            if sides:
+                sketches = sketches | _half_round(backward, iterated, sides, sketches)
         return sketches
 
     due = {path: updates_left(basis) <= 0 for path, basis in iterated.items()}
@@ -233,26 +200,22 @@ def _half_round(
 ) -> dict[Names, Sketch]:
     """New vectors on one side of each basis in `sides`, by two backward passes."""
 
-    def coordinates(
-        side_of: dict[Names, Side], vectors: dict[Names, jax.Array]
-    ) -> dict[Names, jax.Array]:
-        return backward(
-            {path: _one_sided(bases[path], side, vectors[path]) for path, side in side_of.items()}
-        )
+    def columns(sides: dict[Names, Side], vectors: dict[Names, Any]) -> dict[Names, jax.Array]:
+        """`PᵀG` (r, out) as r columns, or `G P` (in, r) as it is."""
+        given = {path: _one_sided(bases[path], side, vectors[path]) for path, side in sides.items()}
+        found = backward(given)
+        return {path: found[path].mT if sides[path] == "left" else found[path] for path in found}
 
     old = {path: sketches[path].vectors[side] for path, side in sides.items()}
-    first = coordinates(sides, old)
-    opposite = {
-        path: _where_due(bases[path], span, _columns(first[path], sides[path])) for path in sides
-    }
-    second = coordinates({path: OPPOSITE[side] for path, side in sides.items()}, opposite)
-    new_sketches = dict(sketches)
+    first = columns(sides, old)
+    opposite = {path: _where_due(bases[path], span, first[path]) for path in sides}
+    second = columns({path: OPPOSITE[side] for path, side in sides.items()}, opposite)
+    new_sketches = {}
     for path, side in sides.items():
-        columns = _columns(second[path], OPPOSITE[side])
-        new = _where_due(bases[path], orthonormalise, columns, old[path])
+        new = _where_due(bases[path], orthonormalise, second[path], old[path])
         # As for full gradients: a zero gradient, or one whose squares overflow, is not used.
-        finite = jnp.isfinite(jnp.sum(columns**2, axis=(-2, -1)))
-        usable = sketches[path].usable & finite & jnp.any(columns != 0, axis=(-2, -1))
+        finite = jnp.isfinite(jnp.sum(second[path] ** 2, axis=(-2, -1)))
+        usable = sketches[path].usable & finite & jnp.any(second[path] != 0, axis=(-2, -1))
         vectors: dict[Side, Any] = {**sketches[path].vectors, side: new}
         new_sketches[path] = Sketch(vectors, usable)
     return new_sketches
@@ -261,11 +224,6 @@ def _half_round(
 def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
     projection = dataclasses.replace(basis.projection, sides=(side,), over=())
     return dataclasses.replace(basis, vectors={side: vectors}, projection=projection)
-
-
-def _columns(coordinates: jax.Array, side: Side) -> jax.Array:
-    """`PᵀG` (r, out) as r columns, or `G P` (in, r) as it is."""
-    return coordinates.mT if side == "left" else coordinates
 
 
 def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
@@ -293,13 +251,13 @@ def _renewed(states: list[GaLoreState], sketches: dict[Names, Sketch]) -> list[G
     """The states with bases renewed from the sketches."""
 
     def renewed(state: GaLoreState) -> GaLoreState:
+        settings = {"seed": state.seed, "count": state.count}
+
         def at_leaf(basis: Basis) -> Basis:
-            path = basis.projection.path
-            if path not in sketches:
+            sketch = sketches.get(basis.projection.path)
+            if sketch is None:
                 return basis
-            return refresh_basis(
-                basis, sketches[path], state.lazy_overlap, seed=state.seed, count=state.count
-            )
+            return refresh_basis(basis, sketch, state.lazy_overlap, **settings)
 
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
 
@@ -307,11 +265,12 @@ def _renewed(states: list[GaLoreState], sketches: dict[Names, Sketch]) -> list[G
 
 
 def _adopted(opt_state: PyTree, new: list[GaLoreState]) -> PyTree:
+    """The optimizer's state with the new states of galore, and its moments rotated into them."""
     pairs = zip(bases_of(galore_states(opt_state, inside_chains=True)), bases_of(new), strict=True)
     # `refreshed` may still be that of the last update.
     changes = {
-        one.projection.path: (one, dataclasses.replace(other, refreshed=other.age < one.age))
-        for one, other in pairs
+        old.projection.path: (old, dataclasses.replace(basis, refreshed=basis.age < old.age))
+        for old, basis in pairs
     }
     rotated = rotate(opt_state, changes)
     return constrain(with_galore_states(rotated, new, inside_chains=True))

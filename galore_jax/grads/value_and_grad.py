@@ -1,7 +1,13 @@
-"""`value_and_grad` for training with galore: gradients that the backward pass projects."""
+"""`value_and_grad` for training with galore: gradients that the backward pass projects.
+
+`Passes` traces the loss once and runs it on each part of the batch. In the traced loss,
+`grads.jaxpr` replaces products with projected parameters by the `projected_product`, whose backward
+pass gives coordinates in place of the parameter's gradient.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +16,18 @@ from jax.core import Tracer
 
 from galore_jax.grads.data_parallel import leaves_of, mean_over_shards
 from galore_jax.grads.jaxpr import Program
-from galore_jax.grads.micro_batches import check_micro_batches, mean_over
-from galore_jax.grads.projected_product import varying_as
-from galore_jax.grads.tracked import track
+from galore_jax.grads.micro_batches import mean_over
+from galore_jax.grads.projected_product import track, varying_as
 from galore_jax.ops.partition import AxisNames, explicit_mesh, names_of, specs_of, with_auto_axes
 from galore_jax.optim.galore_state import (
     bases_of,
     galore_states,
     is_low_rank,
     is_parameter,
+    map_bases,
 )
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.matrix_view import named_leaves, unboxed
+from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.methods import EXACT
 from galore_jax.subspace.placement import constrain, coordinates_partition
 from galore_jax.subspace.projection import Coordinates
@@ -48,7 +54,7 @@ def value_and_grad(
     gradient instead of coordinates, which galore then projects. `describe(params, tx, loss,
     *batch)` shows which case applies to each parameter, and why.
 
-    It does not change the bases: without `refresh` they stay the random ones they start as.
+    Bases do not change here: until the first `refresh` they are random.
 
     Args:
       loss: a function of the parameters and a batch that JAX can trace, as under `jax.jit`, with a
@@ -70,8 +76,8 @@ def value_and_grad(
 
     Raises:
       ValueError: the optimizer has no galore, was started with full-size moments or with other
-        parameters; a leaf of the parameters is a function; the batch cannot be split; there is no
-        mesh with the `data_axes`, or they divide a parameter.
+        parameters; the batch cannot be split; there is no mesh with the `data_axes`, or they divide
+        a parameter.
       TypeError: the loss does not return a number or, with has_aux, a pair.
 
     Examples:
@@ -89,231 +95,213 @@ def value_and_grad(
       (2, 16)
       >>> params, state = apply_gradients(tx, grads, state, params)
     """
-    means_over = passes(loss, has_aux, micro_batches, data_axes)
 
     def run(params: PyTree, opt_state: PyTree, *batch: Any, **unsplit: Any) -> tuple[Any, PyTree]:
         bases = bases_in(params, opt_state)
-        return gradients(means_over(params, bases, batch, unsplit), bases)
+        passes = Passes(loss, params, bases, batch, unsplit, has_aux, micro_batches, data_axes)
+        return passes.value_and_grad(bases)
 
     return run
-
-
-def gradients(mean_of: "MeanOf", bases: PyTree) -> tuple[Any, PyTree]:
-    """The value of a loss (with has_aux the pair) and its gradients, as means over a batch."""
-    value, gradients = mean_of(TracedLoss.value_and_grad, bases)
-    return value, constrain(gradients)
-
-
-# The mean of `f(traced loss, given)` over the shards and micro-batches of a batch.
-MeanOf = Callable[[Callable[["TracedLoss", PyTree], PyTree], PyTree], PyTree]
-
-
-def passes(
-    loss: Loss, has_aux: bool, micro_batches: int, data_axes: AxisNames
-) -> Callable[..., MeanOf]:
-    """Passes over a batch, for which the loss is traced once; arguments as for `value_and_grad`.
-
-    Returns:
-      A function of the parameters, the bases (a tree like the parameters with
-      `optax.MaskedNode()` for unprojected leaves), the batch and the loss's keyword arguments.
-    """
-    check_micro_batches(micro_batches)
-    axes = names_of(data_axes)
-
-    def means_over(params: PyTree, bases: PyTree, batch: Any, unsplit: Any) -> MeanOf:
-        trace = tracer(loss, has_aux, divided=micro_batches > 1 or bool(axes))
-        # On an Explicit mesh, what runs on shards must not use arrays from outside.
-        arrays, with_arrays = leaves_of(jax.Array, unsplit)
-
-        def mean_of(f: Callable[[TracedLoss, PyTree], PyTree], given: PyTree) -> PyTree:
-            def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
-                params, bases, arrays, given = operands
-                unsplit = with_arrays(arrays)
-                of_part = lambda *part: f(trace(params, bases, part, unsplit), given)
-                return mean_over(of_part, micro_batches, *shard)
-
-            return mean_over_shards(of_shard, axes, (params, bases, arrays, given), *batch)
-
-        return mean_of
-
-    return means_over
 
 
 class Uses(NamedTuple):
     """How a loss uses a projected parameter.
 
     Attributes:
-      products: whether it multiplies by the parameter, so that the backward pass can project.
-      reasons: why a part of the gradient is not projected there: the primitives that use the
-        parameter in another way, each with its line of the source.
+      gradient: where it is projected: "projected" in the backward pass; "partly" there, if the loss
+        uses the parameter in other ways too; "full" if it never multiplies by it.
+      reasons: why a part of it is not projected there: the primitives that use the parameter in
+        another way, each with its line of the source.
     """
 
-    products: bool
+    gradient: Literal["projected", "partly", "full"]
     reasons: tuple[str, ...]
 
-    @property
-    def gradient(self) -> str:
-        """Where it is projected: "projected" in the backward pass, "partly" there, or "full"."""
-        if not self.reasons:
-            return "projected"
-        return "partly" if self.products else "full"
 
-
-def tracer(loss: Loss, has_aux: bool, divided: bool = False) -> Callable[..., "TracedLoss"]:
-    """A function that traces a loss, but once for all parts of a batch, and for all passes over it.
-
-    Args:
-      loss: as for `value_and_grad`.
-      has_aux: whether it returns a pair.
-      divided: whether it is called with several parts of a batch; otherwise only with one batch.
-
-    Returns:
-      A function of the parameters, the bases (a tree like the parameters with `optax.MaskedNode()`
-      for unprojected leaves), and the loss's other positional and keyword arguments.
-    """
-    traced: dict[Any, tuple[Program, dict[Names, Uses]]] = {}
-
-    def trace(
-        params: PyTree, bases: PyTree, batch: Sequence[Any], unsplit: Mapping[str, Any]
-    ) -> TracedLoss:
-        # What is known now stays so, such as a number on which the loss branches.
-        arrays, with_arrays = leaves_of(Tracer if divided else (), (batch, unsplit))
-
-        def pair(operands: tuple[PyTree, Any]) -> tuple[Any, Any]:
-            params, (batch, unsplit) = operands[0], with_arrays(operands[1])
-            returned = loss(params, *batch, **unsplit)
-            if has_aux and not (isinstance(returned, tuple | list) and len(returned) == 2):
-                raise TypeError("with has_aux=True the loss must return a pair.")
-            value, aux = returned if has_aux else (returned, None)
-            if value is None:
-                raise TypeError("the loss must return a number, not None.")
-            return value, aux
-
-        leaves, structure = jax.tree.flatten((params, arrays))
-        key = structure, *map(jax.typeof, leaves), jax.sharding.get_abstract_mesh()
-        if key not in traced:
-            program = Program(pair, (params, arrays))
-            new = TracedLoss(program, {}, has_aux, params, arrays, bases)
-            traced[key] = program, new.find_uses()
-        return TracedLoss(*traced[key], has_aux, params, arrays, bases)
-
-    return trace
-
-
-class TracedLoss:
-    """A traced loss at some parameters and a batch; made by a `tracer`.
+@dataclass(eq=False)
+class Passes:
+    """Passes of a loss over a batch, part by part; the loss is traced once for all of them.
 
     Attributes:
-      uses: how the loss uses each projected parameter, by path.
-      eps: the largest machine epsilon of the dtypes in which the loss computes.
+      loss: as for `value_and_grad`, like `has_aux`, `micro_batches` and `data_axes`.
+      params: the parameters.
+      bases: from `bases_in`, or from `no_bases` for full gradients.
+      batch: the loss's other positional arguments.
+      unsplit: its keyword arguments.
+      uses: how the loss uses each projected parameter, by path; empty before the first pass.
+      eps: the largest machine epsilon of the dtypes in which it computes; 0 before the first pass.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        uses: dict[Names, Uses],
-        has_aux: bool,
-        params: PyTree,
-        arrays: dict[int, jax.Array],
-        bases: PyTree,
-    ):
-        self._program, self.uses, self.eps = program, uses, program.eps
-        self._leaves, self._tree = jax.tree.flatten(params)
-        self._arrays, self._has_aux = jax.tree.leaves(arrays), has_aux
-        self._unboxed_tree = jax.tree.structure(unboxed(params))
-        self._bases = self._by_leaf(bases)
+    loss: Loss
+    params: PyTree
+    bases: PyTree
+    batch: Sequence[Any]
+    unsplit: Mapping[str, Any]
+    has_aux: bool
+    micro_batches: int = 1
+    data_axes: AxisNames = ()
+    uses: dict[Names, Uses] = field(default_factory=dict, init=False)
+    eps: float = field(default=0.0, init=False)
+    _programs: dict[Any, Program] = field(default_factory=dict, init=False)
 
     def value_and_grad(self, bases: PyTree) -> tuple[Any, PyTree]:
-        """The value of the loss (with has_aux the pair) and its gradients.
+        """The value of the loss (with has_aux the pair) and its gradients, in the given bases.
 
         The gradients are `Coordinates` for parameters with a basis, but full for those that the
         loss never multiplies by.
         """
-        everything = set(range(len(self._leaves)))
-        pair, gradients = self._differentiate(self._by_leaf(bases), everything)
-        return pair if self._has_aux else pair[0], self._tree.unflatten(gradients)
 
-    def coordinates(self, bases: PyTree) -> dict[Names, Coordinates]:
-        """Coordinates of the gradients in the given bases, by path.
+        def of_part(part: _Part, bases: PyTree) -> tuple[tuple, PyTree]:
+            pair, gradients = self._differentiate(part, bases, everything=True)
+            return pair, jax.tree.structure(self.params).unflatten(gradients)
 
-        The bases may be some of its own or replacements for them. Parameters that the loss never
-        multiplies by are left out.
+        pair, gradients = self._mean(of_part, bases)
+        return pair if self.has_aux else pair[0], constrain(gradients)
+
+    def coordinates(self, bases: PyTree) -> dict[Names, jax.Array]:
+        """Coordinates of the gradients, by path: no other gradients, and no value.
+
+        The given bases may be some of its own or replacements for them. Parameters that the loss
+        never multiplies by are left out.
         """
-        _, gradients = self._differentiate(self._by_leaf(bases), set())
-        return {g.projection.path: g for g in gradients if isinstance(g, Coordinates)}
 
-    def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
-        leaves = enumerate(self._unboxed_tree.flatten_up_to(unboxed(bases)))
-        return {i: basis for i, basis in leaves if is_basis(basis)}
+        def of_part(part: _Part, bases: PyTree) -> dict[Names, Coordinates]:
+            _, gradients = self._differentiate(part, bases, everything=False)
+            return {g.projection.path: g for g in gradients if isinstance(g, Coordinates)}
+
+        means = constrain(self._mean(of_part, bases))
+        return {path: node.value for path, node in means.items()}
 
     def find_uses(self) -> dict[Names, Uses]:
-        """How the loss uses each projected parameter, by path."""
-        if opaque := self._program.opaque:
-            return {basis.projection.path: Uses(False, (opaque,)) for basis in self._bases.values()}
-        products: set[int] = set()
-        reasons: dict[int, dict[str, None]] = {i: {} for i in self._bases}
+        """How the loss uses each projected parameter, by path; nothing is computed."""
+        jax.eval_shape(lambda: self._mean(lambda part, _: jnp.zeros([]), None))
+        return self.uses
 
-        def report(leaf: int, reason: str | None) -> None:
-            if reason is None:
-                products.add(leaf)
-            else:
-                reasons[leaf][reason] = None
+    def _mean(self, of_part: Callable[["_Part", PyTree], PyTree], given: PyTree) -> PyTree:
+        """The mean of `of_part(part, given)` over the micro-batches of all shards."""
+        # On an Explicit mesh, what runs on shards must not use arrays from outside.
+        arrays, with_arrays = leaves_of(jax.Array, self.unsplit)
 
-        def evaluate() -> jax.Array:
-            leaves = self._tracked(self._leaves, self._bases, self._zeros(self._bases))
-            return self._program.number([*leaves, *self._arrays], report)
+        def of_shard(operands: tuple[PyTree, PyTree, Any, PyTree], *shard: Any) -> PyTree:
+            params, bases, arrays, given = operands
+            unsplit = with_arrays(arrays)
+            mean = lambda *part: of_part(self._part(params, bases, part, unsplit), given)
+            return mean_over(mean, self.micro_batches, *shard)
 
-        jax.eval_shape(evaluate)
-        return {
-            basis.projection.path: Uses(i in products, tuple(reasons[i]))
-            for i, basis in self._bases.items()
+        operands = self.params, self.bases, arrays, given
+        return mean_over_shards(of_shard, names_of(self.data_axes), operands, *self.batch)
+
+    def _part(self, params: PyTree, bases: PyTree, batch: Any, unsplit: Any) -> "_Part":
+        """The loss on a part of the batch; it is traced only for the first of equal types."""
+        # What is known here stays known to the loss, such as a number on which it branches.
+        divided = self.micro_batches > 1 or bool(self.data_axes)
+        arrays, with_arrays = leaves_of(Tracer if divided else (), (batch, unsplit))
+
+        def pair(operands: tuple[PyTree, Any]) -> tuple[Any, Any]:
+            params, (batch, unsplit) = operands[0], with_arrays(operands[1])
+            returned = self.loss(params, *batch, **unsplit)
+            value, aux = returned if self.has_aux else (returned, None)
+            if value is None:
+                raise TypeError("the loss must return a number, not None.")
+            return value, aux
+
+        leaves = jax.tree.leaves(params)
+        all_leaves, tree = jax.tree.flatten((params, arrays))
+        key = tree, *map(jax.typeof, all_leaves), jax.sharding.get_abstract_mesh()
+        if key not in self._programs:
+            self._programs[key] = program = Program(pair, (params, arrays))
+            self.eps = max(self.eps, program.eps)
+            self.uses |= self._find_uses(_Part(program, leaves, all_leaves[len(leaves) :]), bases)
+        return _Part(self._programs[key], leaves, all_leaves[len(leaves) :])
+
+    def _find_uses(self, part: "_Part", bases: PyTree) -> dict[Names, Uses]:
+        by_leaf, opaque = self._by_leaf(bases), part.program.opaque
+        # By path, the reasons; None stands for a projected product.
+        found: dict[Names, dict[str | None, None]] = {
+            basis.projection.path: {opaque: None} if opaque else {} for basis in by_leaf.values()
         }
 
-    def _differentiate(self, bases: dict[int, Basis], wanted: set[int]) -> tuple[tuple, list[Any]]:
-        """The loss's pair, and the gradients of the leaves with a basis and of the wanted ones."""
-        # Projected leaves, and those of them that also need their ordinary gradient.
-        uses = {i: self.uses[basis.projection.path] for i, basis in bases.items()}
-        bases = {i: basis for i, basis in bases.items() if uses[i].gradient != "full"}
-        used_otherwise = {i for i in bases if uses[i].reasons}
+        def evaluate() -> jax.Array:
+            tracked = _tracked(part.leaves, by_leaf, _zeros(part.leaves, by_leaf))
+            report = lambda path, reason: found[path].update({reason: None})
+            return part.program.number([*tracked, *part.arrays], report)
+
+        def uses(found: dict[str | None, None]) -> Uses:
+            reasons = tuple(reason for reason in found if reason is not None)
+            return Uses(
+                "projected" if not reasons else "partly" if None in found else "full", reasons
+            )
+
+        if not opaque:
+            jax.eval_shape(evaluate)
+        return {path: uses(reasons) for path, reasons in found.items()}
+
+    def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
+        """The bases by the index of the parameter's leaf."""
+        structure = jax.tree.structure(unboxed(self.params))
+        nodes = structure.flatten_up_to(unboxed(bases))
+        return {i: node for i, node in enumerate(nodes) if is_basis(node)}
+
+    def _differentiate(
+        self, part: "_Part", bases: PyTree, *, everything: bool
+    ) -> tuple[tuple, list[Any]]:
+        """The loss's pair, and the gradients of leaves with a basis, or of everything."""
+        by_leaf = self._by_leaf(bases)
+        uses = {i: self.uses[basis.projection.path] for i, basis in by_leaf.items()}
+        projected = {i: basis for i, basis in by_leaf.items() if uses[i].gradient != "full"}
+        # Some projected leaves also need the ordinary gradient of their other uses.
+        full_leaves = {
+            i: leaf
+            for i, leaf in enumerate(part.leaves)
+            if (uses[i].reasons if i in projected else everything)
+        }
 
         def value(full: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
-            leaves = [full.get(i, leaf) for i, leaf in enumerate(self._leaves)]
-            return self._program([*self._tracked(leaves, bases, coordinates), *self._arrays])
+            leaves = [full.get(i, leaf) for i, leaf in enumerate(part.leaves)]
+            return part.program([*_tracked(leaves, projected, coordinates), *part.arrays])
 
-        full_leaves = {i: self._leaves[i] for i in used_otherwise | (wanted - bases.keys())}
         value_and_gradients = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-        pair, (full, coordinates) = value_and_gradients(full_leaves, self._zeros(bases))
+        pair, (full, coordinates) = value_and_gradients(full_leaves, _zeros(part.leaves, projected))
 
-        # The sum of what the backward pass projected and of the projected rest.
         def gradient(i: int) -> Any:
-            if i not in bases:
+            if i not in projected:
                 return full.get(i)
-            projection, total = bases[i].projection, coordinates[i]
-            if i in full:
+            projection, total = projected[i].projection, coordinates[i]
+            if i in full:  # Add what the backward pass did not project.
                 total += with_auto_axes(
-                    projection.project, bases[i].vectors, full[i], out=lambda: specs_of(total)
+                    projection.project, projected[i].vectors, full[i], out=lambda: specs_of(total)
                 )
             return Coordinates(total, projection)
 
-        return pair, [gradient(i) for i in range(len(self._leaves))]
+        return pair, [gradient(i) for i in range(len(part.leaves))]
 
-    @staticmethod
-    def _tracked(
-        leaves: list[Any], bases: dict[int, Basis], coordinates: dict[int, Any]
-    ) -> list[Any]:
-        tracked = {i: track(i, leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
-        return [tracked.get(i, leaf) for i, leaf in enumerate(leaves)]
 
-    def _zeros(self, bases: dict[int, Basis]) -> dict[int, jax.Array]:
-        def zeros(leaf: Any, basis: Basis) -> jax.Array:
-            coordinates = jnp.zeros(basis.projection.coordinates_shape, jnp.float32)
-            partition = coordinates_partition(basis.projection)
-            if partition is not None and explicit_mesh(leaf) is not None:
-                coordinates = partition.constrain(coordinates, like=leaf)
-            # Inside shard_map its derivative is summed over devices if that of the leaf is.
-            return varying_as(coordinates, leaf)
+class _Part(NamedTuple):
+    """The traced loss and what it is called with for one part of a batch."""
 
-        return {i: zeros(self._leaves[i], basis) for i, basis in bases.items()}
+    program: Program
+    leaves: list[Any]
+    arrays: list[Any]
+
+
+def _tracked(leaves: list[Any], bases: dict[int, Basis], coordinates: dict[int, Any]) -> list[Any]:
+    """The leaves as the program takes them: with their basis and coordinates if projected."""
+    tracked = {i: track(leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
+    return [tracked.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+def _zeros(leaves: list[Any], bases: dict[int, Basis]) -> dict[int, jax.Array]:
+    """Zero coordinates of the leaves with a basis; the gradient with respect to them is wanted."""
+
+    def zeros(leaf: Any, basis: Basis) -> jax.Array:
+        coordinates = jnp.zeros(basis.projection.coordinates_shape, jnp.float32)
+        partition = coordinates_partition(basis.projection)
+        if partition is not None and explicit_mesh(leaf) is not None:
+            coordinates = partition.constrain(coordinates, like=leaf)
+        # Inside shard_map its derivative is summed over devices if that of the leaf is.
+        return varying_as(coordinates, leaf)
+
+    return {i: zeros(leaves[i], basis) for i, basis in bases.items()}
 
 
 def takes_coordinates(opt_state: PyTree) -> bool:
@@ -328,15 +316,10 @@ def takes_coordinates(opt_state: PyTree) -> bool:
     return bool(states) and all(map(is_low_rank, states)) and from_sketches
 
 
-def no_bases(tree: PyTree) -> PyTree:
-    """What `bases_in` returns if nothing is projected."""
-    return jax.tree.map(lambda _: optax.MaskedNode(), unboxed(tree))
-
-
 def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
     """All bases of a state in one tree like the parameters without boxes.
 
-    Elsewhere there is an `optax.MaskedNode()` or, on a mesh, `Unprojected`.
+    Elsewhere there is an `optax.MaskedNode()`.
 
     Raises:
       ValueError: there is no galore, or it was started with full-size moments or other parameters.
@@ -353,30 +336,24 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
             "gradients: use galore_jax.chain in place of optax.chain, or start with "
             "galore_jax.init(tx, params)."
         )
-    for names, leaf in named_leaves(params):
-        if callable(leaf):
-            raise ValueError(
-                f"the leaf {'/'.join(names)} of the parameters is a function: pass the arrays "
-                "alone, as by equinox.partition(model, equinox.is_inexact_array)."
-            )
-    bases = no_bases(params)
-    pick = lambda own, other: other if isinstance(own, optax.MaskedNode) else own
-    try:
-        for state in states:
-            bases = jax.tree.map(pick, state.bases, bases, is_leaf=is_parameter)
-    except ValueError as error:
-        raise ValueError(
-            "the optimizer's state was started with parameters of another structure: start it with "
-            "these, or pass those."
-        ) from error
 
-    def check(basis: Any, param: Any) -> None:
-        if is_basis(basis) and basis.projection.view.shape != jnp.shape(param):
+    def check(basis: Basis, param: Any) -> None:
+        if basis.projection.view.shape != jnp.shape(param):
             raise ValueError(
                 f"{basis.projection.name} has the shape {jnp.shape(param)}, but the optimizer's "
                 f"state was started with {basis.projection.view.shape}: start it with these "
                 "parameters."
             )
 
-    jax.tree.map(check, bases, unboxed(params), is_leaf=is_parameter)
+    bases = no_bases(params)
+    # A parameter that one galore leaves out may be projected by another.
+    pick = lambda own, other: own if is_basis(own) else other
+    for state in states:
+        bases = jax.tree.map(pick, state.bases, bases, is_leaf=is_parameter)
+    map_bases(check, bases, params, otherwise=bases)
     return bases
+
+
+def no_bases(tree: PyTree) -> PyTree:
+    """What `bases_in` returns if nothing is projected."""
+    return jax.tree.map(lambda _: optax.MaskedNode(), unboxed(tree))

@@ -41,6 +41,16 @@ class Partition:
         """The partition in JAX's notation."""
         return PartitionSpec(*(names or None for names in self.axes))
 
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        """The sharding on a mesh, spelled as `jax.jit` spells that of a result.
+
+        A step would otherwise be compiled once for the first state and again for its own results.
+        """
+        entries = [names or None for names in self.axes]
+        while entries and entries[-1] is None and not mesh.abstract_mesh.explicit_axes:
+            entries.pop()
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
     @property
     def used(self) -> MeshAxes:
         """All mesh axes that divide the array."""

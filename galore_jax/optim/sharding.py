@@ -123,7 +123,7 @@ def shardings(
             f"{', …' if len(leaves) > 5 else ''}."
         )
     return jax.tree.unflatten(
-        jax.tree.structure(params), [NamedSharding(mesh, each.spec) for each in found]
+        jax.tree.structure(params), [partition.sharding(mesh) for partition in found]
     )
 
 
@@ -276,7 +276,7 @@ def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNa
                 where = jax.tree.map(lambda _: partition, node)
         if where is None:
             return jax.tree.map(lambda _: whole, node)
-        return jax.tree.map(lambda partition: NamedSharding(mesh, partition.spec), where)
+        return jax.tree.map(lambda partition: partition.sharding(mesh), where)
 
     unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     kinds = GaLoreState | Basis | Coordinates | Quantized

@@ -10,9 +10,9 @@ import warnings
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import optax
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from galore_jax.optim.galore_state import (
     GaLoreState,
@@ -121,11 +121,8 @@ def warn_of_copies(tx: optax.GradientTransformation, params: PyTree) -> None:
     parameters are.
     """
     jaxpr = jax.make_jaxpr(tx.init)(params).jaxpr
-    copies = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
-        if any(isinstance(v, jax.extend.core.Var) and v in copies for v in equation.invars):
-            copies.update(equation.outvars)
-    if any(isinstance(v, jax.extend.core.Var) and v in copies for v in jaxpr.outvars):
+    _, used = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    if any(used):
         name = type(jax.eval_shape(tx.init, params)).__name__
         warnings.warn(
             f"the transformation with the state {name} keeps a copy of the parameters, and after "

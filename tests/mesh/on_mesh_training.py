@@ -11,7 +11,18 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pairwise import pairwise
-from small_model import BATCH, LENGTH, VOCAB, WIDTH, batches, make_mesh, train
+from small_model import (
+    BATCH,
+    LENGTH,
+    RULES,
+    VOCAB,
+    WIDTH,
+    batches,
+    init_params,
+    loss,
+    make_mesh,
+    train,
+)
 
 import galore_jax
 from galore_jax.optim import adam8bit
@@ -162,6 +173,18 @@ def test_a_boxed_flax_model_trains_as_on_one_device(axis_type, mode):
         assert kernel.sharding.is_equivalent_to(NamedSharding(kernel.sharding.mesh, spec), 2)
     moments = state.inner_states[1].mu["Dense_0"]["kernel"].value
     assert moments.addressable_shards[0].data.size == moments.size // 4
+
+
+def test_a_step_is_compiled_once_for_the_first_state_and_for_its_own():
+    tx = galore_jax.adamw(0.02, rank=8)
+    params = init_params()
+    mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2})
+    params = jax.device_put(params, galore_jax.shardings(tx, params, mesh, RULES))
+    state = galore_jax.init(tx, params)
+    step = jax.jit(galore_jax.make_step(loss, tx), donate_argnums=(0, 1))
+    for tokens in batches()[:2]:
+        params, state, _ = step(params, state, tokens)
+    assert step._cache_size() == 1
 
 
 # Experts, of which each device has some.

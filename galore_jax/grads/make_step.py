@@ -10,10 +10,9 @@ from galore_jax.grads.layerwise import ClipBy, LayeredModel, layerwise_step
 from galore_jax.grads.refresh import refreshed
 from galore_jax.grads.value_and_grad import (
     Loss,
+    Passes,
     bases_in,
-    gradients,
     no_bases,
-    passes,
     takes_coordinates,
 )
 from galore_jax.ops.implementation import Implementation
@@ -58,24 +57,20 @@ def make_step(
     Args:
       loss: as for `value_and_grad`, or a `LayeredModel`.
       tx: any optax transformation.
-      has_aux: whether the loss returns a pair, the second part of which is not differentiated. That
-        of a `LayeredModel` always does; without `has_aux` its second part is left out.
-      micro_batches: as for `value_and_grad`; not for a `LayeredModel`, whose gradients are gone
-        before those of the next micro-batch are known.
-      data_axes: as for `value_and_grad`; not for a `LayeredModel`.
-      projected: whether the backward pass projects gradients. False: full gradients. None: it does
-        where the optimizer allows it.
+      has_aux: whether the loss returns a pair, the second part of which is not differentiated. For
+        a `LayeredModel`, whether the step returns the second part too.
+      micro_batches: as for `value_and_grad`; not for a `LayeredModel`, like `data_axes`.
+      data_axes: as for `value_and_grad`.
+      projected: whether the backward pass projects gradients; None: where the optimizer allows it.
       refreshes: with projected gradients, whether to refresh the bases that are due. None: the step
-        branches on whether any is. True and False are for two programs in place of one with a
-        branch: compile both, and use that with True when `refresh_due(state)` is true. (With full
-        gradients, galore refreshes by itself.)
+        branches on whether any is. To avoid the branch, compile one step with True, for when
+        `refresh_due(state)` is true, and one with False. (Full gradients refresh in every update.)
       clip_norm: gradients are scaled down to this global norm of their finite elements, of
         coordinates where they are projected; 0: no clipping.
       clip_by: how the norm is known before the first layer of a `LayeredModel` is updated.
         "first_pass": from an extra forward and backward pass, exact, for nearly twice the time.
         "previous_step": the norm of the previous step is used instead, at no cost; the first step
-        is not clipped, and an outlier clips the step after it. (The gradients of a loss are all
-        there before the update.)
+        is not clipped, and an outlier clips the step after it.
       implementation: of the lift, "xla" or "pallas"; see `apply_gradients`.
 
     Returns:
@@ -86,12 +81,10 @@ def make_step(
       bfloat16 parameters are rounded stochastically.
 
     Raises:
-      ValueError: an unknown `clip_by`, a negative `clip_norm`, or micro-batches or data axes of a
-        `LayeredModel`. When the step is called: as for `value_and_grad` and `refresh`; of a
-        `LayeredModel`, also a state that is not of `layerwise.init`, or keeps arrays that are not
-        stacked by layer, leaves of blocks that are not stacked by layer or are projected across
-        layers, an `embed` or `head_loss` that reads them, or an `embed` whose second result depends
-        on parameters.
+      ValueError: an unknown `clip_by`; micro-batches or data axes of a `LayeredModel`. When the
+        step is called: as for `value_and_grad` and `refresh`; of a `LayeredModel`, also leaves of
+        blocks, or arrays in the state, that are not stacked by layer, a projection across layers,
+        or an `embed` whose second result depends on parameters.
 
     Examples:
       >>> import galore_jax, jax, jax.numpy as jnp
@@ -104,17 +97,15 @@ def make_step(
     """
     if clip_by not in get_args(ClipBy):
         raise ValueError(f"make_step: clip_by must be one of {get_args(ClipBy)}, not {clip_by!r}.")
-    if clip_norm < 0:
-        raise ValueError(f"make_step: clip_norm must be 0 or more, not {clip_norm}.")
     if isinstance(loss, LayeredModel):
         if micro_batches != 1 or data_axes:
             raise ValueError(
                 "make_step: micro_batches and data_axes need the gradients of all layers at once, "
                 "which a LayeredModel never has: leave them out, or pass a loss."
             )
-        settings: Any = {"clip_norm": clip_norm, "clip_by": clip_by}
-        settings |= {"projected": projected, "refreshes": refreshes}
-        by_layer = layerwise_step(loss, tx, implementation=implementation, **settings)
+        settings: Any = {"projected": projected, "refreshes": refreshes}
+        settings |= {"clip_norm": clip_norm, "clip_by": clip_by, "implementation": implementation}
+        by_layer = layerwise_step(loss, tx, **settings)
 
         def step_by_layer(
             params: PyTree, state: PyTree, batch: Any, *, rounding_key: jax.Array | None = None
@@ -124,7 +115,6 @@ def make_step(
 
         return step_by_layer
 
-    means_over = passes(loss, has_aux, micro_batches, data_axes)
     clip = clip_by_finite_norm(clip_norm) if clip_norm else optax.identity()
 
     def step(
@@ -136,11 +126,11 @@ def make_step(
     ) -> Step:
         is_projected = takes_coordinates(state) if projected is None else projected
         bases = bases_in(params, state) if is_projected else no_bases(params)
-        mean_of = means_over(params, bases, batch, unsplit)
+        passes = Passes(loss, params, bases, batch, unsplit, has_aux, micro_batches, data_axes)
         if is_projected and refreshes is not False:
-            state = refreshed(mean_of, params, bases, state, when_due=refreshes is None)
+            state = refreshed(passes, state, when_due=refreshes is None)
             bases = bases_in(params, state)
-        value, grads = gradients(mean_of, bases)
+        value, grads = passes.value_and_grad(bases)
         grads, _ = clip.update(grads, clip.init(params))
         params, state = apply_gradients(
             tx, grads, state, params, key=rounding_key, implementation=implementation
