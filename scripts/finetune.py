@@ -43,9 +43,9 @@ def main() -> None:
 
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
     from galore_jax.training.compare import compare_finetuning, tables
+    from galore_jax.training.config import FinetuneConfig
     from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.finetune import finetune
-    from galore_jax.training.finetune_config import FinetuneConfig
     from galore_jax.training.loop import Interrupted
     from galore_jax.training.processes import keep_programs
 

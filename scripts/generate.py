@@ -75,11 +75,9 @@ def generate_text(
 
     from galore_jax.data.tokenizers import load_tokenizer
     from galore_jax.models.generation import generate
-    from galore_jax.training.checkpoint import load_for_inference
     from galore_jax.training.run_folder import RunFolder, check_same_tokenizer
 
-    is_run = not (Path(folder) / "config.json").is_file()
-    config, params = load_for_inference(folder) if is_run else _load_huggingface(Path(folder))
+    config, params = load_model(folder)
     check_same_tokenizer(RunFolder(folder), config.data.tokenizer)
     tokenizer = load_tokenizer(config.data.tokenizer)
     template = None
@@ -88,7 +86,7 @@ def generate_text(
 
         template = ChatTemplate(config.data.tokenizer)
     prompt_tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
-    if not is_run:
+    if _is_huggingface(folder):
         prompt_tokens = [*tokenizer.prefix, *prompt_tokens]
     start = jnp.asarray([prompt_tokens], jnp.int32)
     key = jax.random.key(seed)
@@ -99,31 +97,50 @@ def generate_text(
     return tokenizer.decode(text_tokens if template else prompt_tokens + text_tokens)
 
 
-def _load_huggingface(folder: Path) -> tuple[Any, Any]:
-    """The configuration of the model in a folder of transformers, and its parameters."""
+def load_model(folder: str | Path) -> tuple[Any, Any]:
+    """The configuration and the parameters of a model, with adapters merged into the kernels.
+
+    Args:
+      folder: of a run, of which the latest checkpoint is read, or one with a model of transformers.
+
+    Raises:
+      InputError: there is no checkpoint, or it is damaged; or a folder of transformers cannot be
+        read, or has no tokenizer.
+    """
     import jax
     import jax.numpy as jnp
 
     from galore_jax.data.batches import DataConfig
+    from galore_jax.models.llama import Llama
+    from galore_jax.training.checkpoint import open_parameters
+    from galore_jax.training.config import Config
+
+    def parameters(config: Config, read: Any) -> tuple[Config, Any]:
+        def whole(path: Any, leaf: Any) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return jnp.asarray(read(name, tuple(slice(0, size) for size in leaf.shape)))
+
+        tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+        shapes: Any = jax.eval_shape(Llama(config.model).init, jax.random.key(0), tokens)
+        return config, jax.tree_util.tree_map_with_path(whole, shapes["params"])
+
+    if not _is_huggingface(folder):
+        with open_parameters(folder) as (config, read):
+            return parameters(config, read)
     from galore_jax.interop.config_json import read_config
     from galore_jax.interop.decoders import ModelFolder
     from galore_jax.interop.tokenizer_files import find_tokenizer
-    from galore_jax.training.config import Config
-    from galore_jax.training.pretraining import Pretraining
 
-    tokenizer, model = find_tokenizer(folder), read_config(folder)
+    tokenizer, model = find_tokenizer(Path(folder)), read_config(Path(folder))
     if tokenizer is None:
         raise InputError(f"{folder} has no tokenizer.json or tokenizer.model: add the model's.")
     length = min(DataConfig.sequence_length, model.max_length)
     config = Config(model, DataConfig(tokenizer=str(tokenizer), sequence_length=length))
-    source = ModelFolder(folder, model)
+    return parameters(config, ModelFolder(Path(folder), model).read)
 
-    def read(path: Any, leaf: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return jnp.asarray(source.read(name, tuple(slice(0, size) for size in leaf.shape)))
 
-    shapes = jax.eval_shape(Pretraining(config).init_params, jax.random.key(0))
-    return config, jax.tree_util.tree_map_with_path(read, shapes)
+def _is_huggingface(folder: str | Path) -> bool:
+    return (Path(folder) / "config.json").is_file()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ python scripts/train.py --config configs/llama_1b.toml mesh.fsdp=8 \
 """
 
 import argparse
+import shlex
 import signal
 import sys
 
@@ -51,7 +52,18 @@ def main() -> None:
         except Interrupted as stop:
             if is_first():
                 print(stop, file=sys.stderr)
+                if not stop.is_finished:
+                    print(_how_to_resume(config.training.folder), file=sys.stderr)
             sys.exit(stop.status)
+
+
+def _how_to_resume(folder: str) -> str:
+    import jax
+
+    # Processes that a cluster starts have no such arguments.
+    every = " every process (adding its --coordinator, --processes and --process, if given)"
+    command = [sys.executable, sys.argv[0], "--config", f"{folder}/config.toml", "--resume"]
+    return f"Resume{every if jax.process_count() > 1 else ''} with\n  {shlex.join(command)}"
 
 
 if __name__ == "__main__":

@@ -18,21 +18,16 @@ from galore_jax.errors import InputError
 from galore_jax.models.adapters import FACTORS
 from galore_jax.models.llama import Llama
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.training.checkpoint import Checkpoints, load_for_inference
-from galore_jax.training.compare import compare
-from galore_jax.training.config import OptimizerConfig
+from galore_jax.training.checkpoint import Checkpoints
+from galore_jax.training.config import CheckpointConfig, FinetuneConfig, OptimizerConfig
 from galore_jax.training.config_file import changed
-from galore_jax.training.finetune_config import CheckpointConfig, FinetuneConfig
 from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.pretraining import Pretraining
-from galore_jax.training.relora import prune_moments, restart, steps_until_restart
+from galore_jax.training.relora import restart, steps_until_restart
 from galore_jax.training.state import (
     abstract_state,
     batch_shapes,
-    init_state,
-    matrix_state_bytes,
     trained,
-    tree_bytes,
 )
 from galore_jax.training.step import Stepper, make_gradients, make_train_step, with_seeds
 
@@ -210,13 +205,6 @@ def test_a_restart_of_relora_leaves_the_model_and_renews_the_adapters(batch):
             assert np.abs(old[kept]).min() >= np.abs(old[~kept]).max()
 
 
-def test_pruning_zeroes_99_of_100_moments():
-    moments = np.random.default_rng(0).normal(size=(3, 20, 50)).astype(np.float32)
-    pruned = prune_moments({"mu": {"q_proj": {"lora_a": moments, "bias": moments[0, 0]}}})["mu"]
-    assert ((pruned["q_proj"]["lora_a"] == 0).sum((1, 2)) == 990).all()
-    np.testing.assert_array_equal(pruned["q_proj"]["bias"], moments[0, 0])
-
-
 def test_restarts_are_due_at_multiples_of_the_gap_but_not_at_the_start(batch):
     config = configured("relora", optimizer={"lora": {"restart_gap": 3}})
     assert [steps_until_restart(3, step) for step in range(7)] == [3, 2, 1, 0, 2, 1, 0]
@@ -266,32 +254,6 @@ def test_a_restored_training_repeats_dropout_and_restarts_bit_for_bit(tmp_path):
         for _ in range(3):
             restored, measured = stepper(restored, next(again))
     jax.tree.map(np.testing.assert_array_equal, (restored, measured), (state, expected))
-
-
-@pytest.mark.slow
-def test_they_are_compared_by_name(tmp_path):
-    configs = {
-        name: configured(
-            name,
-            model={"vocab_size": 258, "max_length": 128},
-            training={"steps": 4, "evaluation_tokens": 200, "folder": str(tmp_path)},
-        )
-        for name in NAMES
-    }
-    rows = compare(configs, seeds=[0])
-    assert [row.label for row in rows] == list(NAMES)
-    assert all(row.mean < np.log(258) + 0.1 for row in rows)
-    # Two float32 moments of the factors of both layers.
-    moments = 2 * 4 * RANK * 2 * sum(rows + columns for rows, columns in KERNELS)
-    model = configured("adamw", model={"vocab_size": 258, "max_length": 128})
-    plain = jax.eval_shape(lambda: init_state(Pretraining(model))).params
-    for row in rows:
-        assert row.matrix_bytes == matrix_state_bytes(Pretraining(row.configs[0])) == moments
-        (folder,) = tmp_path.glob(f"{row.label}-*")
-        config, params = load_for_inference(folder)
-        assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, plain)
-        assert tree_bytes(params) == tree_bytes(plain)
-        assert config.optimizer.name == row.label
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from benchmarks.models import blocks_loss, init_llama, with_dense
 
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.config import FinetuneConfig
 from galore_jax.training.config_file import load_comparison, load_config
-from galore_jax.training.finetune_config import FinetuneConfig
 
 NAMES = (
     "adamw",
@@ -28,13 +28,20 @@ TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_laye
 RANK = 4
 
 
-@pytest.mark.slow
-def test_a_refresh_captures_at_most_what_the_exact_one_does():
+@pytest.fixture(scope="module")
+def refresh_rows():
     size = refresh.Size(hidden=32, ffn=48, rank=8)
-    found = refresh.measure_size(size, refresh.Settings(tokens=256, repeats=1))
-    rows = {row["name"]: row for row in found}
+    return refresh.measure_size(size, refresh.Settings(tokens=256, repeats=1))
+
+
+@pytest.mark.slow
+def test_a_refresh_captures_at_most_what_the_exact_one_does(refresh_rows):
+    rows = {row["name"]: row for row in refresh_rows}
     assert list(rows) == ["subspace_iteration", "eigh", "svd", "random"]
-    assert all(row["seconds"] > 0 for row in found)
+    assert all(row["size"] == "32x48" and row["rank"] == 8 for row in refresh_rows)
+    assert all(row["seconds"] > 0 for row in refresh_rows)
+    # Energies are sums of 32 * 48 float32 squares.
+    assert all(0 < row["energy"] <= 1 + 1e-5 for row in refresh_rows)
     assert rows["eigh"]["relative_energy"] == pytest.approx(1, abs=1e-4)
     assert 0.9 < rows["subspace_iteration"]["relative_energy"] < 1 + 1e-5
     assert rows["random"]["relative_energy"] < 0.9

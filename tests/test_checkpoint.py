@@ -2,14 +2,16 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from generate import load_model
 
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.checkpoint import Checkpoints, load_for_inference, open_parameters
+from galore_jax.training.checkpoint import Checkpoints, checksum, json_checksum, open_parameters
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state
@@ -138,7 +140,7 @@ def test_what_a_killed_save_left_behind_is_neither_read_nor_kept(saved, batches)
 
 
 def test_inference_gets_the_parameters_and_the_configuration(saved, state):
-    config, params = load_for_inference(saved)
+    config, params = load_model(saved)
     assert config == CONFIG
     assert_same(params, state.params)
 
@@ -186,7 +188,7 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
     with pytest.raises(InputError, match="is damaged"), open_parameters(saved):
         pass
     with pytest.raises(InputError, match="is damaged") as refused:
-        load_for_inference(saved)
+        load_model(saved)
     assert "\n" not in str(refused.value)
     assert str(checkpoint) in str(refused.value)
 
@@ -230,7 +232,7 @@ def test_a_renamed_checkpoint_is_refused_with_its_step(saved, batches):
     ):
         checkpoints.restore(Pretraining(CONFIG), batches)
     with pytest.raises(InputError, match="20 is the checkpoint of step 0"):
-        load_for_inference(saved)
+        load_model(saved)
 
 
 def test_a_name_that_orbax_takes_for_a_pattern_is_refused_before_a_save(tmp_path):
@@ -240,7 +242,38 @@ def test_a_name_that_orbax_takes_for_a_pattern_is_refused_before_a_save(tmp_path
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no checkpoints/"):
-        load_for_inference(tmp_path)
+        load_model(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(InputError, match="holds no complete checkpoint"):
-        load_for_inference(tmp_path)
+        load_model(tmp_path)
+
+
+VALUES = np.arange(24).reshape(2, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "uint8"])
+def test_every_bit_of_every_element_counts(dtype):
+    values = np.asarray(jnp.asarray(VALUES, dtype))
+    expected = checksum([values])
+    assert checksum([jnp.asarray(values)]) == expected
+    for byte in range(values.nbytes):
+        damaged = bytearray(values.tobytes())
+        damaged[byte] ^= 1 << byte % 8
+        other = np.frombuffer(damaged, values.dtype).reshape(values.shape)
+        assert checksum([other]) != expected
+
+
+def test_booleans_count():
+    values = np.array([[True, False], [False, False]])
+    assert checksum([jnp.asarray(values)]) == checksum([values]) != checksum([~values])
+
+
+def test_the_order_of_elements_and_of_leaves_counts():
+    one, other = np.float32([1, 2, 2]), np.float32([2, 1, 2])
+    assert checksum([one]) != checksum([other])
+    assert checksum([one, other]) != checksum([other, one])
+
+
+def test_the_order_of_json_keys_does_not_count_and_their_values_do():
+    assert json_checksum({"a": 1, "b": None}) == json_checksum({"b": None, "a": 1})
+    assert json_checksum({"a": 1}) != json_checksum({"a": 2})

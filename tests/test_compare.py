@@ -109,15 +109,8 @@ def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
 def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows):
     config = rows[0].configs[0]
     training = dataclasses.replace(config.training, evaluation_tokens=400)
-    with pytest.raises(InputError, match=r"was evaluated with training\..*: use the same"):
+    with pytest.raises(InputError, match=r"another training\.evaluation_tokens, 500, which is 400"):
         compare({"adamw": dataclasses.replace(config, training=training)}, SEEDS)
-
-
-def test_finished_runs_of_another_text_are_refused(rows, monkeypatch):
-    changed = lambda split: 9 * [20_000 * "another text "]
-    monkeypatch.setattr("galore_jax.data.batches.standard_library_texts", changed)
-    with pytest.raises(InputError, match=r"text of data\.source"):
-        compare({"adamw": rows[0].configs[0]}, SEEDS)
 
 
 def test_a_run_continues_a_prompt_and_repeats_itself_by_seed(rows, folder):
@@ -125,13 +118,6 @@ def test_a_run_continues_a_prompt_and_repeats_itself_by_seed(rows, folder):
     texts = [generate_text(run, "import", tokens=20, seed=seed) for seed in (3, 3, 4)]
     assert texts[0].startswith("import")
     assert texts[0] == texts[1] != texts[2]
-
-
-def test_more_text_than_the_model_allows_is_refused(rows, folder):
-    with pytest.raises(InputError, match="new ones exceed"):
-        generate_text(folder / "rank 2-0.01-1-seed0", "import", tokens=2000)
-    with pytest.raises(InputError, match="shorten the prompt"):
-        generate_text(folder / "rank 2-0.01-1-seed0", 1024 * "a", tokens=1)
 
 
 def row(label, *losses, borders=(), **optimizer):
@@ -240,7 +226,7 @@ def test_the_script_prints_the_table(script, file, folder, rows, monkeypatch, ca
 
 def test_a_script_that_is_stopped_says_how_to_continue(script, file, monkeypatch, capsys):
     def stop(*_):
-        raise Interrupted("", signal.SIGTERM)
+        raise Interrupted("", signal.SIGTERM, is_finished=False)
 
     monkeypatch.setattr("galore_jax.training.compare.compare", stop)
     with pytest.raises(SystemExit) as end:

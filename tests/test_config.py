@@ -5,14 +5,19 @@ from pathlib import Path
 import pytest
 
 from galore_jax.errors import InputError
-from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import (
+    Config,
+    FinetuneConfig,
+    GaloreConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from galore_jax.training.config_file import (
     differences,
     load_comparison,
     load_config,
     to_toml,
 )
-from galore_jax.training.finetune_config import FinetuneConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
 

@@ -13,17 +13,17 @@ import pytest
 
 pytest.importorskip("safetensors", reason="the files are safetensors")
 
-from generate import generate_text
+from export import to_huggingface
+from generate import generate_text, load_model
 from model_folder import load, random_params, save
 
 from galore_jax.data.batches import DataConfig, train_batches
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.checkpoint import Checkpoints, load_for_inference
+from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config, LoraConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_config, to_toml
-from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state, place_state
@@ -118,7 +118,7 @@ def test_adapters_are_merged_into_the_kernels(name, tmp_path):
     to_huggingface(tmp_path / "run", tmp_path / "merged")
     exported, again = load(tmp_path / "merged")
     assert exported == model
-    _, expected = load_for_inference(tmp_path / "run")
+    _, expected = load_model(tmp_path / "run")
     # A layer is merged by itself or in the stack, in products of rank 4.
     for one, other in zip(*map(jax.tree.leaves, (again, expected)), strict=True):
         np.testing.assert_allclose(one, other, atol=4 * 2.0**-24 * np.abs(other).max())
@@ -170,7 +170,7 @@ def test_a_training_starts_from_the_folder_and_its_model_goes_back(folder, param
     assert_equal_trees(state._replace(params=None), random._replace(params=None))
 
     train(Pretraining(config))
-    _, trained = load_for_inference(tmp_path / "run")
+    _, trained = load_model(tmp_path / "run")
     to_huggingface(tmp_path / "run", tmp_path / "back")
     model, again = load(tmp_path / "back")
     assert model == MODEL
@@ -243,3 +243,13 @@ def test_a_script_exports_once_and_another_generates_with_the_folder(folder, run
     command = [*generate, "--prompt", "a b", "--tokens", "3"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed == generate_text(run, "a b", 3) + "\n"
+
+
+def test_an_export_that_fails_leaves_no_half_of_itself(run, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise InputError("the tokenizer cannot be converted")
+
+    monkeypatch.setattr("galore_jax.interop.tokenizer_files.complete_tokenizer", fail)
+    with pytest.raises(InputError, match="cannot be converted"):
+        to_huggingface(run, tmp_path)
+    assert not list(tmp_path.iterdir())

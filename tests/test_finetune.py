@@ -28,10 +28,9 @@ from galore_jax.models.encoder import Classifier, Encoder
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.compare import compare_finetuning, table, tables
-from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
+from galore_jax.training.config import Config, FinetuneConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_comparison, load_config, to_toml
-from galore_jax.training.finetune import _encoded_splits, finetune, make_task
-from galore_jax.training.finetune_config import FinetuneConfig
+from galore_jax.training.finetune import finetune, make_task
 from galore_jax.training.loop import Diverged, Interrupted
 from galore_jax.training.metrics import read_metrics
 from galore_jax.training.run_folder import check_start
@@ -204,38 +203,6 @@ def test_the_order_of_the_examples_is_that_of_seed_and_epoch(place, tmp_path):
         assert all(np.array_equal(array, expected[6][name]) for name, array in found.items())
 
 
-@pytest.mark.slow
-def test_optimizers_are_compared_at_the_best_rate_of_the_first_seed(place, tmp_path, monkeypatch):
-    read = []
-    load = lambda task, split, source: read.append(split) or load_examples(task, split, source)
-    monkeypatch.setattr("galore_jax.training.finetune.load_examples", load)
-    _encoded_splits.cache_clear()
-    configs = {
-        name: configured(place, tmp_path, settings, epochs=1, seeds=2)
-        for name, settings in (("adamw", {"name": "adamw"}), ("lora", LORA))
-    }
-    (rows,) = compare_finetuning(configs, [1e-6, 0.01]).values()
-    assert read == ["train", "validation"]  # once for all runs
-    for row in rows:
-        first = [
-            json.loads((tmp_path / f"{row.label}-{rate:g}" / "seed-0" / "result.json").read_text())
-            for rate in (1e-6, 0.01)
-        ]
-        best = 0.01 if first[1]["best"] > first[0]["best"] else 1e-6
-        assert row.rates == [f"{best:g}"]
-        assert len(row.values) == 2
-    text = (tmp_path / "comparison.md").read_text()
-    assert text == table(rows)
-    lora = [cell.strip() for cell in text.splitlines()[3].split("|")][1:-1]
-    assert lora[:2] == ["lora", *rows[1].rates]
-    ours, theirs = (row.values for row in reversed(rows))
-    test = stats.ttest_rel(ours, theirs)
-    low, high = test.confidence_interval(0.95)
-    if not np.isnan(low):
-        assert lora[5] == f"{low:+.4f} to {high:+.4f}"
-    assert lora[4] == f"{np.mean(ours) - np.mean(theirs):+.4f}"
-
-
 def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path, monkeypatch):
     metrics = {1e-5: 0.6, 1e-4: 0.7, 1e-3: None}
 
@@ -393,16 +360,6 @@ def test_a_folder_has_one_fine_tuning_at_a_time_and_no_training_beside_it(place,
         InputError, match=r"config\.toml is not of such a training .*: name another"
     ):
         finetune(config)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")])
-def test_too_little_memory_is_one_sentence(place, tmp_path, monkeypatch, error):
-    def exhausted(*arguments):
-        raise error
-
-    monkeypatch.setattr("galore_jax.training.loop.place_state", exhausted)
-    with pytest.raises(InputError, match=r"too little memory .*: lower data\.batch_size or"):
-        finetune(configured(place, tmp_path, GALORE))
 
 
 def test_the_configurations_in_the_repository_are_valid():

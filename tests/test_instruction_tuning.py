@@ -1,7 +1,6 @@
 """Instruction tuning: the loss on answers, its gradients, and a training from a folder and back."""
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from chats import CHATML, chat, save_tokenizer
+from export import to_huggingface
 from generate import generate_text
 from model_folder import random_params, save
 
@@ -20,14 +20,11 @@ from galore_jax.data.packing import fit
 from galore_jax.data.tokenizers import load_tokenizer
 from galore_jax.errors import InputError
 from galore_jax.models.llama import Llama, LlamaConfig
-from galore_jax.optim.galore_state import galore_states, project
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_config
-from galore_jax.training.export import to_huggingface
 from galore_jax.training.loop import train
 from galore_jax.training.pretraining import Pretraining, batch_loss
 from galore_jax.training.state import init_state
-from galore_jax.training.step import make_gradients, make_train_step
 
 INSTRUCT = Path(__file__).parents[1] / "configs" / "instruct.toml"
 LENGTH = 48
@@ -123,39 +120,6 @@ def test_packed_conversations_have_the_sums_of_each_alone(config, state):
     one, other = (jax.tree.leaves(gradient(state.params, rows)) for rows in (packed, alone))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
-
-
-def test_projected_gradients_are_the_projections_of_full_ones(config, batch, state):
-    full = dataclasses.replace(config.optimizer, gradients="full")
-    measured, gradients = {}, {}
-    for name, optimizer in {"projected": config.optimizer, "full": full}.items():
-        changed = dataclasses.replace(config, optimizer=optimizer)
-        f = jax.jit(make_gradients(Pretraining(changed)))
-        gradients[name], measured[name] = f(state.params, state.opt_state, batch)
-    assert measured["full"]["targets"] == (batch["targets"] >= 0).sum()
-    np.testing.assert_allclose(measured["projected"]["loss"], measured["full"]["loss"], rtol=1e-6)
-    expected = project(gradients["full"], galore_states(state.opt_state, inside_chains=True))
-    pairs = zip(*map(jax.tree.leaves, (gradients["projected"], expected)), strict=True)
-    for one, other in pairs:
-        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
-
-
-@pytest.mark.slow
-def test_a_layer_wise_step_is_the_ordinary_one(config, batch):
-    results = []
-    for is_layerwise in (False, True):
-        training = dataclasses.replace(config.training, layerwise=is_layerwise)
-        changed = dataclasses.replace(config, training=training)
-        state = jax.jit(lambda changed=changed: init_state(Pretraining(changed)))()
-        results.append(make_train_step(Pretraining(changed))(state, batch))
-    (state, measured), (layerwise_state, layerwise_measured) = results
-    assert measured["targets"] == layerwise_measured["targets"]
-    np.testing.assert_allclose(measured["loss"], layerwise_measured["loss"], rtol=1e-5)
-    for one, other in zip(
-        *map(jax.tree.leaves, (state.params, layerwise_state.params)), strict=True
-    ):
-        # Adam's first step has the length of the learning rate in the direction of the sign.
-        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,12 @@
 import itertools
 import math
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies
 from pairwise import pairwise
 from reference import largest_angle
 
@@ -79,39 +81,45 @@ def test_bases_are_orthonormal_whatever_the_gradient(method, sides):
         assert max(errors.values()) <= ORTHONORMALITY[method], errors
 
 
-def hostile_matrix(random, rows, columns):
+@strategies.composite
+def hostile_matrices(draw, rows, columns):
     """A float32 matrix of any rank, scale and range, possibly with equal columns or few rows."""
-    sometimes = lambda: random.random() < 0.5
-    rank = random.integers(0, min(rows, columns), endpoint=True)
+    random = np.random.default_rng(draw(strategies.integers(0, 2**32 - 1)))
+    rank = draw(strategies.integers(0, min(rows, columns)))
     matrix = random.standard_normal((rows, rank)) @ random.standard_normal((rank, columns))
-    if sometimes():
-        matrix = matrix[:, random.integers(0, random.integers(1, columns), columns)]
-    if sometimes():
+    if draw(strategies.booleans()):
+        matrix = matrix[:, random.integers(0, draw(strategies.integers(1, columns)), columns)]
+    if draw(strategies.booleans()):
         matrix *= random.random((rows, 1)) < 0.1
     for shape in ((rows, 1), (1, columns), (rows, columns)):
-        if sometimes():
-            matrix *= 10.0 ** -random.uniform(0, random.integers(1, 60), shape)
-    if sometimes():
+        if draw(strategies.booleans()):
+            matrix *= 10.0 ** -random.uniform(0, draw(strategies.integers(1, 60)), shape)
+    if draw(strategies.booleans()):
         matrix = np.sign(matrix)
-    scale = 10.0 ** random.integers(-37, 38) / max(np.abs(matrix).max(), 1e-200)
+    scale = 10.0 ** draw(strategies.integers(-37, 38)) / max(np.abs(matrix).max(), 1e-200)
     matrix = (matrix * scale).astype(np.float32)
-    return matrix.astype(jnp.bfloat16).astype(np.float32) if sometimes() else matrix
+    if draw(strategies.booleans()):
+        matrix = np.asarray(jnp.asarray(matrix, jnp.bfloat16), np.float32)
+    return matrix
 
 
 @pytest.mark.parametrize(
     ("shape", "sides", "method"), pairwise((SHAPE, SHAPE[::-1]), SIDES, REFRESH), ids=str
 )
-def test_a_basis_stays_orthonormal_through_hostile_gradients(shape, sides, method):
-    random, vectors = np.random.default_rng(0), start(shape, sides)
-    for number in range(30):
-        age = AGE_UNINITIALIZED if number % 2 == 0 else GAP
-        stack = np.stack([hostile_matrix(random, *shape) for _ in range(COUNT)])
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@hypothesis.given(data=strategies.data())
+def test_a_basis_stays_orthonormal_through_hostile_gradients(shape, sides, method, data):
+    stacks = strategies.lists(hostile_matrices(*shape), min_size=COUNT, max_size=COUNT)
+    vectors = start(shape, sides)
+    for number, age in enumerate((AGE_UNINITIALIZED, GAP)):
+        stack = np.stack(data.draw(stacks))
         vectors, new, kept = refreshed(stack, method, sides, vectors, age, number)
         squares = np.sum(stack.astype(np.float64) ** 2, axis=(1, 2))
         np.testing.assert_array_equal(new, (squares > 0) & (squares < np.finfo(np.float32).max))
         assert (kept >= 0).all()
         assert (kept <= 1 + 1e-5).all()
-        assert max(map(orthonormality_error, vectors.values())) <= 1e-5
+        for basis in vectors.values():
+            assert orthonormality_error(basis) <= 1e-5
 
 
 @pytest.mark.parametrize("columns", ["parallel", "three directions", "half of them zero"])

@@ -12,15 +12,21 @@ from galore_jax.training.metrics import (
     read_metrics,
 )
 from galore_jax.training.plots import plot_curves
-from galore_jax.training.progress import Progress
 from galore_jax.training.run_folder import RunFolder
+
+
+def opened(run, start=0):
+    """The metrics of a run of 9 steps, without its bar."""
+    metrics = Metrics(run.metrics, start, 9, "tokens")
+    metrics.__exit__()
+    return metrics
 
 
 def a_run(folder, steps=30):
     """A folder with metrics as a training leaves them."""
     run = RunFolder(folder)
     run.path.mkdir(parents=True)
-    metrics = Metrics(run, 0)
+    metrics = opened(run)
     for step in range(steps):
         metrics.write([{"step": step, "loss": 5 - step / steps, "learning_rate": 0.01}])
     metrics.write([{"step": steps, "validation_loss": 4.1}])
@@ -31,9 +37,9 @@ def test_opening_at_a_step_drops_what_a_killed_run_left_after_it(tmp_path):
     run = a_run(tmp_path / "run")
     with run.metrics.open("a") as file:
         file.write('{"step": 31, "lo')
-    metrics = Metrics(run, 30)
+    metrics = opened(run, 30)
     assert [line["step"] for line in metrics.lines] == list(range(31))
-    metrics = Metrics(run, 10)
+    metrics = opened(run, 10)
     assert [line["step"] for line in metrics.lines] == list(range(10))
     assert read_metrics(run.metrics) == metrics.lines
     assert [path.name for path in run.path.iterdir()] == ["metrics.jsonl"]
@@ -45,7 +51,7 @@ def test_a_last_line_cut_by_a_power_failure_is_left_out_and_repaired_on_opening(
     complete = run.metrics.read_bytes()
     run.metrics.write_bytes(complete + half)
     assert [line["step"] for line in read_metrics(run.metrics)] == [0, 1, 2, 3]
-    Metrics(run, 3).write([{"step": 3, "loss": 1.0}])
+    opened(run, 3).write([{"step": 3, "loss": 1.0}])
     assert run.metrics.read_bytes() == complete + b'{"step": 3, "loss": 1.0}\n'
 
 
@@ -58,7 +64,7 @@ def test_a_damaged_line_in_the_middle_is_refused_by_file_and_number(tmp_path, li
     before = run.metrics.read_bytes().splitlines()
     before[1] = line
     run.metrics.write_bytes(b"\n".join(before) + b"\n")
-    for read in (lambda: Metrics(run, 3), lambda: read_metrics(run.metrics)):
+    for read in (lambda: opened(run, 3), lambda: read_metrics(run.metrics)):
         with pytest.raises(
             InputError, match=r"metrics\.jsonl, line 2 is damaged: delete this line"
         ):
@@ -69,13 +75,13 @@ def test_a_damaged_line_in_the_middle_is_refused_by_file_and_number(tmp_path, li
 def test_an_evaluation_after_the_restored_step_is_kept(tmp_path):
     run = RunFolder(tmp_path)
     lines = [{"step": 9, "loss": 1.0}, {"step": 10, "validation_loss": 1.0}]
-    Metrics(run, 0).write([*lines, {"step": 10, "loss": 0.9}])
-    assert Metrics(run, 10).lines == lines
+    opened(run).write([*lines, {"step": 10, "loss": 0.9}])
+    assert opened(run, 10).lines == lines
 
 
 def test_a_loss_that_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     run = RunFolder(tmp_path)
-    Metrics(run, 0).write([{"step": 0, "loss": math.nan}])
+    opened(run).write([{"step": 0, "loss": math.nan}])
     assert json.loads(run.metrics.read_text()) == {"step": 0, "loss": None}
     assert math.isnan(read_metrics(run.metrics)[0]["loss"])
 
@@ -86,51 +92,42 @@ def measured(loss=1.0, **others):
 
 
 def test_each_kind_of_bad_step_is_reported_once(tmp_path, capsys):
-    metrics = Metrics(RunFolder(tmp_path), 0)
-    metrics.write([{"step": 0, "loss": 1.0, "skipped": 3}])
-    with Progress(metrics, start=1, steps=9, targets="tokens") as progress:
+    run = RunFolder(tmp_path)
+    opened(run).write([{"step": 0, "loss": 1.0, "skipped": 3}])
+    with Metrics(run.metrics, 1, 9, "tokens") as progress:
         progress.add(1, measured(skipped=3))
         progress.add(2, measured(skipped=5))
         progress.add(3, measured(loss=math.nan, skipped=6))
         progress.add(4, measured(skipped=6))
         progress.report()
-        progress.add(5, measured(loss=math.inf, skipped=7))
+        progress.add(5, measured(loss=math.inf, skipped=7, targets=0.0))
         progress.report()
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 2
+    assert len(warnings) == 3
     assert "the gradients of some matrices at step 2 are not finite" in warnings[0]
     assert "the loss at step 3 is not finite" in warnings[1]
+    assert "the batch of step 5 has no targets, since no two tokens are" in warnings[2]
     assert [line["skipped"] for line in read_metrics(tmp_path / "metrics.jsonl")][1:] == [
         *(3, 5, 6, 6, 7)
     ]
 
 
-def test_a_batch_without_targets_is_reported_once(tmp_path, capsys):
-    with Progress(Metrics(RunFolder(tmp_path), 0), start=0, steps=3, targets="tokens") as progress:
-        for step in range(3):
-            progress.add(step, measured(targets=9.0 if step == 0 else 0.0))
-        progress.report()
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == 1
-    assert "the batch of step 1 has no targets, since no two tokens are" in warnings[0]
-
-
 def test_a_gap_in_the_metrics_of_a_resumed_run_is_reported(tmp_path, capsys):
-    metrics = Metrics(RunFolder(tmp_path), 0)
+    run = RunFolder(tmp_path)
+    metrics = opened(run)
     metrics.write([{"step": step, "loss": 1.0} for step in (0, 1, 4)])
     metrics.write([{"step": 2, "validation_loss": 1.0}])
     for start, sentence in ((5, "metrics.jsonl lacks 2 of the 5 steps before"), (2, "")):
-        Progress(Metrics(RunFolder(tmp_path), start), start, 9, "tokens").__exit__()
+        opened(run, start)
         printed = capsys.readouterr().err
         assert printed.count("warning") == bool(sentence)
         assert sentence in printed
 
 
 def test_a_line_has_exactly_the_metrics_of_its_step(tmp_path):
-    metrics = Metrics(RunFolder(tmp_path), 0)
-    with Progress(metrics, start=0, steps=1, targets="tokens") as progress:
-        progress.add(0, measured(skipped=2))
-        progress.report()
+    with Metrics(tmp_path / "metrics.jsonl", 0, 1, "tokens") as metrics:
+        metrics.add(0, measured(skipped=2))
+        metrics.report()
     names = ["step", *measured(), "skipped", "tokens_per_second", "seconds"]
     assert list(metrics.lines[0]) == names
 
@@ -155,7 +152,7 @@ def test_several_runs_are_drawn_into_one_picture(tmp_path):
 
 def test_a_run_without_a_finite_loss_is_drawn_without_a_warning(tmp_path):
     run = a_run(tmp_path / "run")
-    Metrics(run, 0).write([{"step": n, "loss": math.nan, "learning_rate": 0.1} for n in range(3)])
+    opened(run).write([{"step": n, "loss": math.nan, "learning_rate": 0.1} for n in range(3)])
     plot_curves([run.path], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").is_file()
 

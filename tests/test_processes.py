@@ -179,7 +179,7 @@ def test_a_signal_to_one_process_stops_all_with_a_checkpoint(place, undisturbed,
     processes[told].send_signal(number)
     statuses, printed = finish(processes)
     assert statuses == [128 + number] * 2, printed
-    assert "all saved. Resume every process (adding its --coordinator, " in printed[0]
+    assert "all saved.\nResume every process (adding its --coordinator, " in printed[0]
     assert "Resume" not in printed[1]
     done = len([line for line in lines(folder) if "loss" in line])
     assert (folder / "checkpoints" / str(done)).exists()

@@ -40,6 +40,10 @@ def ranks(*args, **settings):
     return {name: found.rank for name, found in projected(*args, **settings).items()}
 
 
+def test_names_decide_without_rules():
+    assert ranks() == {QUERY: 4, OUT: 4, UP: 4}
+
+
 def test_two_parameters_with_one_path_are_refused():
     params = {"a/b": jnp.zeros((8, 8)), "a": {"b": jnp.zeros((8, 8))}}
     with pytest.raises(ValueError, match="two parameters have the path a/b: rename one"):
@@ -95,7 +99,6 @@ def test_std_projects_the_in_side_of_a_square_kernel():
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [
-        ({}, {QUERY: 4, OUT: 4, UP: 4}),
         ({"*/attention/*": Rule(2)}, {QUERY: 2, OUT: 2, UP: 4}),
         ({"layers/*": Rule(2)}, {QUERY: 2, OUT: 2, UP: 2}),
         ({"*_proj/*": None}, {}),

@@ -29,7 +29,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from galore_jax.errors import InputError, names_full_disk
-from galore_jax.models.adapters import merge
+from galore_jax.models.adapters import merged
+from galore_jax.subspace.matrix_view import named_leaves
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import AnyConfig
 from galore_jax.training.pretraining import Pretraining
@@ -57,7 +58,11 @@ class Checkpoints:
     def __init__(self, folder: Path):
         _silence_duplicate_errors()
         self.folder = folder.absolute()
-        _check_is_no_pattern(self.folder)
+        if glob.escape(str(self.folder)) != str(self.folder):  # Orbax finds its files by glob.
+            raise InputError(
+                f"{self.folder} has a *, ? or [ in its path, where checkpoints cannot be saved: "
+                "name another training.folder."
+            )
         with ending_together():
             self.folder.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
@@ -87,10 +92,12 @@ class Checkpoints:
         if not is_finite(state):
             return False
         step, position = int(state.step), batches.get_state()
+        meta = {"config": dataclasses.asdict(config), "step": step}
         checksums = {
             "params": checksum(jax.tree.leaves(state.params)),
             "optimizer": checksum(jax.tree.leaves(state.opt_state)),
             "data": json_checksum(position),
+            "meta": json_checksum(meta),
         }
         self._manager.save(
             step,
@@ -98,7 +105,7 @@ class Checkpoints:
                 params=ocp.args.StandardSave(state.params),
                 optimizer=ocp.args.StandardSave(state.opt_state),
                 data=ocp.args.JsonSave(position),
-                meta=_meta(config, step, checksums),
+                meta=ocp.args.JsonSave(meta | {"checksums": checksums}),
             ),
         )
         return True
@@ -120,38 +127,21 @@ class Checkpoints:
         recorded, checksums = _restore_meta(self._manager, step, type(task.config))
         check_same_run(recorded, task.config, self.folder)
         target = _on_devices(abstract_state(task, mesh))
-        restored = _restore(
-            self._manager,
-            step,
-            checksums,
+        items = ocp.args.Composite(
             params=ocp.args.StandardRestore(target.params),
             optimizer=ocp.args.StandardRestore(target.opt_state),
             data=ocp.args.JsonRestore(),
         )
-        batches.set_state(restored["data"])
+        with _naming_damage(self._manager, step):
+            found = self._manager.restore(step, args=items)
+            params, opt_state, position = (found[name] for name in ("params", "optimizer", "data"))
+            _check_checksum("params", checksums, checksum(jax.tree.leaves(params)))
+            _check_checksum("optimizer", checksums, checksum(jax.tree.leaves(opt_state)))
+            _check_checksum("data", checksums, json_checksum(position))
+        batches.set_state(position)
         count = jax.device_put(np.int32(step), target.step.sharding)
         seed = jax.device_put(np.uint32(task.config.training.seed), target.seed.sharding)
-        return TrainState(restored["params"], restored["optimizer"], count, seed)
-
-
-def load_for_inference(folder: str | Path) -> tuple[Config, Any]:
-    """Loads the parameters of a run's latest checkpoint, without the optimizer's state.
-
-    Args:
-      folder: the folder of the run.
-
-    Returns:
-      The run's configuration, and the parameters, with adapters merged into the kernels.
-
-    Raises:
-      InputError: the folder holds no checkpoint, or its latest one is damaged.
-    """
-    with _latest(folder) as (manager, step):
-        config, checksums = _restore_meta(manager, step)
-        target = _on_devices(abstract_state(Pretraining(config)).params)
-        target = ocp.args.StandardRestore(target)
-        params = _restore(manager, step, checksums, params=target)["params"]
-        return config, merge(params, config.optimizer.adapter)
+        return TrainState(params, opt_state, count, seed)
 
 
 @contextmanager
@@ -164,39 +154,12 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
       folder: the folder of the run.
 
     Yields:
-      The run's configuration, and the function that reads, in which adapters are separate leaves.
+      The run's configuration, and the function that reads the parameters, with adapters merged into
+      the kernels.
 
     Raises:
       InputError: the folder holds no checkpoint, or its latest one is damaged.
     """
-    with _latest(folder) as (manager, step):
-        config, checksums = _restore_meta(manager, step)
-        files = {"driver": "file", "path": f"{manager.directory}/{step}/params/"}
-
-        # A merged kernel is made of three parameters, of which two are small.
-        @lru_cache(maxsize=1 if config.optimizer.adapter is None else 3)
-        def parameter(path: str) -> np.ndarray:
-            name = path.replace("/", ".")  # as Orbax names it
-            kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
-            array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
-            return array.read().result()
-
-        def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
-            with _naming_damage(manager, step):
-                return parameter(path)[index]
-
-        # A damaged checkpoint must not become a model, so everything is read once before that.
-        shapes = abstract_state(Pretraining(config)).params
-        leaves = jax.tree_util.tree_leaves_with_path(shapes)
-        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-        with _naming_damage(manager, step):
-            _check_checksum("params", checksums, checksum(map(parameter, paths)))
-        yield config, read
-
-
-@contextmanager
-def _latest(folder: str | Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """A manager of a run's checkpoints, and the step of the latest one."""
     checkpoints = RunFolder(folder).checkpoints.absolute()
     if not checkpoints.is_dir():
         raise InputError(f"{folder} holds no checkpoints/: give the folder of a training run.")
@@ -209,7 +172,28 @@ def _latest(folder: str | Path) -> Iterator[tuple[ocp.CheckpointManager, int]]:
                 f"{checkpoints} holds no complete checkpoint: let the run reach one. A run that "
                 "diverged before its first one has none."
             )
-        yield manager, step
+        config, checksums = _restore_meta(manager, step, Config)
+        adapter = config.optimizer.adapter
+        files = {"driver": "file", "path": f"{checkpoints}/{step}/params/"}
+
+        # A merged kernel is made of three parameters, of which two are small.
+        @lru_cache(maxsize=1 if adapter is None else 3)
+        def parameter(path: str) -> np.ndarray:
+            name = path.replace("/", ".")  # as Orbax names it
+            kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+            return array.read().result()
+
+        def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
+            with _naming_damage(manager, step):
+                return parameter(path)[index]
+
+        # A damaged checkpoint must not become a model, so everything is read once before that.
+        shapes = abstract_state(Pretraining(config)).params
+        paths = ["/".join(names) for names, _ in named_leaves(shapes)]
+        with _naming_damage(manager, step):
+            _check_checksum("params", checksums, checksum(map(parameter, paths)))
+        yield config, read if adapter is None else merged(read, adapter)
 
 
 def _on_devices(abstract: Any) -> Any:
@@ -220,14 +204,8 @@ def _on_devices(abstract: Any) -> Any:
     )
 
 
-def _meta(config: Any, step: int, checksums: dict[str, int]) -> ocp.args.JsonSave:
-    """The item `meta`; its own checksum is among the others."""
-    meta = {"config": dataclasses.asdict(config), "step": step}
-    return ocp.args.JsonSave(meta | {"checksums": checksums | {"meta": json_checksum(meta)}})
-
-
 def _restore_meta(
-    manager: ocp.CheckpointManager, step: int, kind: type[AnyConfig] = Config
+    manager: ocp.CheckpointManager, step: int, kind: type[AnyConfig]
 ) -> tuple[AnyConfig, dict[str, int]]:
     """The configuration and the checksums."""
     with _naming_damage(manager, step):
@@ -241,19 +219,6 @@ def _restore_meta(
                 f"rename it to {meta['step']}, or delete it."
             )
         return kind(**meta["config"]), checksums
-
-
-def _restore(
-    manager: ocp.CheckpointManager, step: int, checksums: dict[str, int], **items: Any
-) -> Any:
-    """Items of a checkpoint, as they were saved."""
-    with _naming_damage(manager, step):
-        restored = manager.restore(step, args=ocp.args.Composite(**items))
-        for name in items:
-            value = restored[name]
-            found = json_checksum(value) if name == "data" else checksum(jax.tree.leaves(value))
-            _check_checksum(name, checksums, found)
-    return restored
 
 
 def _check_checksum(item: str, saved: dict[str, int], found: int) -> None:
@@ -283,11 +248,10 @@ def _naming_damage(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
         ) from error
 
 
-# Orbax verifies its indices, but not the arrays themselves.
-
-
 def checksum(leaves: Iterable[Any]) -> int:
     """A 32-bit checksum of all bits of arrays, computed on their device and one after another.
+
+    Orbax verifies its indices, but not the arrays themselves.
 
     Args:
       leaves: arrays, of JAX or NumPy, with elements of 1, 2 or 4 bytes.
@@ -318,19 +282,6 @@ def _weighted_sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
 
 
-def _check_is_no_pattern(folder: Path) -> None:
-    """Raises an `InputError` for a path that Orbax, which finds its files by glob, would miss."""
-    if glob.escape(str(folder)) != str(folder):
-        raise InputError(
-            f"{folder} has a *, ? or [ in its path, where checkpoints cannot be saved: name "
-            "another training.folder."
-        )
-
-
-def _is_of_no_full_disk(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and names_full_disk(record.exc_info[1]))
-
-
 def _silence_duplicate_errors() -> None:
     """Silences the reports that accompany the exception of a failed save or restore.
 
@@ -338,11 +289,12 @@ def _silence_duplicate_errors() -> None:
     write that ends after Orbax has closed its event loop, and Python each coroutine that waited for
     one. Some do so only at the end of the process, so the filters are never removed.
     """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_of_no_full_disk)
     hook = sys.unraisablehook
     if getattr(hook, "hides_orbax", False):
         return
+
+    def is_of_no_full_disk(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and names_full_disk(record.exc_info[1]))
 
     def report(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)
@@ -350,5 +302,7 @@ def _silence_duplicate_errors() -> None:
         if not is_of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_of_no_full_disk)
     report.hides_orbax = True  # pyright: ignore[reportFunctionMemberAccess]
     sys.unraisablehook = report

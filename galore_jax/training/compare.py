@@ -18,12 +18,10 @@ import numpy as np
 from scipy import stats
 
 from galore_jax.data.batches import fingerprint
-from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_text
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, FinetuneConfig
 from galore_jax.training.config_file import changed
 from galore_jax.training.finetune import finetune
-from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.loop import Diverged, train
 from galore_jax.training.metrics import format_bytes
 from galore_jax.training.plots import plot_curves
@@ -74,8 +72,7 @@ class Row:
 
     Attributes:
       label: the name under which it is compared.
-      configs: the configuration of its runs, at the rates that were chosen; for a mean over tasks,
-        that of each.
+      configs: that of its runs at the rates that were chosen; for a mean, that of each task.
       results: one for each seed; empty if a run diverged.
       borders: those of "learning rate" and "matrix rate" whose best value is at the end of a grid.
     """
@@ -120,11 +117,10 @@ def table(rows: Sequence[Row]) -> str:
     columns, figures = (LOSS_COLUMNS, _losses) if is_loss else (METRIC_COLUMNS, _metrics)
     lines = [columns, ["---"] * len(columns)]
     for row in rows:
-        differences = None
-        if baseline is not None and row is not baseline:
-            differences = np.subtract(row.values, baseline.values) if row.results else None
         cells = [row.label, *row.rates]
-        cells += figures(row, baseline, differences) if row.results else ["diverged"]
+        cells += (
+            figures(row, None if row is baseline else baseline) if row.results else ["diverged"]
+        )
         lines.append([*cells, *[""] * (len(columns) - len(cells))])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     for row in rows:
@@ -136,10 +132,11 @@ def table(rows: Sequence[Row]) -> str:
     return text
 
 
-def _losses(row: Row, baseline: Row | None, differences: np.ndarray | None) -> list[str]:
+def _losses(row: Row, baseline: Row | None) -> list[str]:
     """The cells of pre-training: differences in percent, and their mean, least and largest."""
     values, relative, paired = row.values, "", ""
-    if baseline is not None and differences is not None:
+    if baseline is not None:
+        differences = np.subtract(values, baseline.values)
         relative = f"{100 * (row.mean / baseline.mean - 1):+.2f}%"
         paired = f"{differences.mean():+.4f}"
         if len(differences) > 1:
@@ -156,11 +153,11 @@ def _losses(row: Row, baseline: Row | None, differences: np.ndarray | None) -> l
     ]
 
 
-def _metrics(row: Row, baseline: Row | None, differences: np.ndarray | None) -> list[str]:
+def _metrics(row: Row, baseline: Row | None) -> list[str]:
     """The cells of fine-tuning: the mean difference, with its interval by Student's t."""
-    del baseline
     difference, interval = "", ""
-    if differences is not None:
+    if baseline is not None:
+        differences = np.subtract(row.values, baseline.values)
         mean = differences.mean()
         difference = f"{mean:+.4f}"
         if len(differences) > 1:
@@ -184,12 +181,8 @@ def compare(
 ) -> list[Row]:
     """Trains with each optimizer from the same initial parameters on the same text.
 
-    With a grid each optimizer is tuned first: `descend`, starting at the configured rates, looks
-    for those with the lowest validation loss after all steps with the first seed. Then the other
-    seeds run at these rates.
-
-    Writes into `training.folder`: the folders of the runs, comparison.md and comparison.png (curves
-    of the first seed).
+    With a grid each is tuned first: `descend`, starting at the configured rates, looks for those
+    with the lowest validation loss of the first seed. Then the other seeds run at these rates.
 
     Args:
       configs: by label, as from `load_comparison`.
@@ -198,7 +191,8 @@ def compare(
       matrix_rates: matrix rates of the grid. Empty: the configured one.
 
     Returns:
-      One row per optimizer.
+      One row per optimizer. `training.folder` has the folders of the runs, the table in
+      comparison.md, and the curves of the first seed in comparison.png.
 
     Raises:
       InputError: a rate is not a positive number; and as for `train`.
@@ -218,9 +212,8 @@ def compare_finetuning(
 ) -> dict[str, list[Row]]:
     """Fine-tunes with each optimizer from the same checkpoint on the same examples.
 
-    Each optimizer takes the learning rate with which the first seed reaches the best value of the
-    task's first metric, the smaller one of two that are equal. Then all seeds run at this rate, the
-    first one included.
+    Each takes the learning rate with which the first seed reaches the best value of the task's
+    first metric, the smaller one of two that are equal. Then all seeds run at this rate.
 
     Args:
       configs: by label, as from `load_comparison`.
@@ -230,8 +223,8 @@ def compare_finetuning(
 
     Returns:
       For each task one row per optimizer, and of several tasks as "mean" one with the metric
-      averaged over them seed by seed, the sum of the times and the largest state. `tables` of them
-      is also written to `comparison.md` in `training.folder`.
+      averaged over them seed by seed, the sum of the times and the largest state. Their `tables`
+      are in comparison.md in `training.folder`.
 
     Raises:
       InputError: an unknown task, a rate that is not a positive number; and as for `finetune`.
@@ -270,12 +263,9 @@ def descend(loss: Callable[[Point], float], size: Point, start: Point) -> Point:
     does not depend on the other.
 
     Args:
-      loss: of a point, given as a pair of indices; infinite where a run diverges.
+      loss: of a point, a pair of indices; infinite where a run diverges.
       size: of the grid along each axis.
       start: the first point.
-
-    Returns:
-      The point.
     """
 
     @functools.cache
@@ -326,15 +316,15 @@ def _row(
         print(f"{label}, {', '.join(f'{name} {rate:g}' for name, rate in rates)}: {found:.4f}")
         return math.inf if math.isnan(found) else found if is_loss else -found
 
-    best, borders = (0,) * len(axes), ()
+    size, best, borders = tuple(map(len, axes)), (0,) * len(axes), ()
     if any(grids.values()):
-        size = tuple(map(len, axes))
         if is_loss:
-            nearest = [
-                _nearest(axis, getattr(config.optimizer, name))
-                for name, axis in zip(grids, axes, strict=True)
+            usual = [getattr(config.optimizer, name) for name in grids]
+            ratios = [
+                [abs(math.log(rate / own)) for rate in axis]
+                for axis, own in zip(axes, usual, strict=True)
             ]
-            best = descend(loss, size, tuple(nearest))
+            best = descend(loss, size, tuple(ratio.index(min(ratio)) for ratio in ratios))
         else:
             best = min(itertools.product(*map(range, size)), key=loss)
         borders = tuple(
@@ -346,11 +336,6 @@ def _row(
         return Row(label, (at(best),), run(label, at(best), seeds), borders)
     except Diverged:
         return Row(label, (at(best),), [])
-
-
-def _nearest(rates: Sequence[float], rate: float) -> int:
-    """The index of the rate with the smallest ratio to this one."""
-    return min(range(len(rates)), key=lambda index: abs(math.log(rates[index] / rate)))
 
 
 def _folder(label: str, config: Config, seed: int) -> Path:
@@ -370,7 +355,8 @@ def _pretrained(label: str, config: Config, seeds: Sequence[int]) -> list[Result
         )
         run = RunFolder(folder)
         if run.summary.exists() or run.diverged.exists():
-            _check_same_evaluation(run, of_seed)
+            check_same_run(recorded_config(run, Config), of_seed, run.path)
+            check_same_text(run, fingerprint(config.data), resume=True)
         if run.diverged.exists():
             raise Diverged(run.diverged.read_text().strip())
         if run.summary.exists():
@@ -380,19 +366,6 @@ def _pretrained(label: str, config: Config, seeds: Sequence[int]) -> list[Result
         names = ("validation_loss", "optimizer_bytes", "seconds")
         results.append(Result(*(summary[name] for name in names)))
     return results
-
-
-def _check_same_evaluation(run: RunFolder, config: Config) -> None:
-    """Raises an `InputError` if a run is another one, or was evaluated otherwise."""
-    recorded = recorded_config(run, Config)
-    check_same_run(recorded, config, run.path)
-    old, new = recorded.training.evaluation_tokens, config.training.evaluation_tokens
-    if old != new:
-        raise InputError(
-            f"{run.path} was evaluated with training.evaluation_tokens = {old}, which is {new} "
-            "here: use the same, or name another training.folder."
-        )
-    check_same_text(run, fingerprint(config.data), resume=True)
 
 
 def _finetuned(label: str, config: FinetuneConfig, seeds: Sequence[int]) -> list[Result]:

@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, one for each section of a configuration file.
 
-`[model]` is `LlamaConfig`, `[data]` is `DataConfig` and `[mesh]` is `MeshConfig`; `[optimizer]`,
-`[training]` and the conditions between sections are defined here. `galore` itself validates its
-settings.
+`Config` is that of pre-training: `[model]` is `LlamaConfig`, `[data]` is `DataConfig` and `[mesh]`
+is `MeshConfig`; `[optimizer]`, `[training]` and the conditions between sections are defined here.
+`galore` itself validates its settings. `FinetuneConfig` is that of a fine-tuning on GLUE.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from galore_jax.data.batches import DataConfig
-from galore_jax.errors import InputError
+from galore_jax.data.glue_tasks import TASKS
+from galore_jax.errors import InputError, require_choice
 from galore_jax.grads.layerwise import ClipBy
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.llama import LlamaConfig
@@ -60,9 +61,6 @@ class GaloreConfig:
         subspace overlaps the old one at least this much; None: gaps are constant.
       basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"` or, as block-wise
         quantized codes, `"int8"`.
-
-    Raises:
-      InputError: a value out of range.
     """
 
     rank: int | float = 128
@@ -96,9 +94,6 @@ class LoraConfig:
       alpha: the product of the factors is multiplied by alpha / rank, except with `"lowrank"`.
       dropout: rate of dropout of the factors' input, except with `"lowrank"`.
       restart_gap: steps between two restarts of ReLoRA.
-
-    Raises:
-      InputError: a value out of range.
     """
 
     rank: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 128
@@ -165,15 +160,11 @@ class OptimizerConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self):
-        if self.galore.proj_type == "full" and self.name in ("galore_fira", "apollo"):
+        cannot = self.galore.proj_type == "full" or self.galore.moments != "keep"
+        if self.name in ("galore_fira", "apollo") and cannot:
             raise InputError(
-                f'optimizer.name = "{self.name}" scales what is not projected: choose an '
-                'optimizer.galore.proj_type other than "full".'
-            )
-        if self.galore.moments != "keep" and self.name in ("galore_fira", "apollo"):
-            raise InputError(
-                f'optimizer.name = "{self.name}" keeps its moments: set optimizer.galore.moments = '
-                '"keep".'
+                f'optimizer.name = "{self.name}" scales what is not projected and keeps its '
+                'moments: set optimizer.galore.moments = "keep", and a proj_type other than "full".'
             )
 
     @property
@@ -220,9 +211,6 @@ class TrainingConfig:
       log_every: updates between reads of the metrics from the device; every step has its line.
       folder: folder of the run: config.toml, text.json (a fingerprint of the training text),
         metrics.jsonl, checkpoints/, curves.png, summary.json.
-
-    Raises:
-      InputError: a value out of range.
     """
 
     steps: Annotated[int, Field(ge=1, lt=2**31)] = 10_000
@@ -280,7 +268,77 @@ class Config:
                 "defaults."
             )
 
-    @property
-    def trains_adapters_only(self) -> bool:
-        """Whether everything but the adapters is frozen, as usual with LoRA for a trained model."""
-        return self.optimizer.name == "lora" and bool(self.model.checkpoint)
+
+@checked("model")
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`[model]`: the encoder to start from.
+
+    Attributes:
+      checkpoint: a Hugging Face folder of a RoBERTa or BERT: config.json, safetensors, tokenizer.
+    """
+
+    checkpoint: Annotated[str, Field(min_length=1)] = ""
+
+
+@checked("data")
+@dataclass(frozen=True)
+class GlueConfig:
+    """`[data]`: the task and its rows of tokens.
+
+    Attributes:
+      task: one of `galore_jax.data.glue_tasks.TASKS`.
+      source: a folder with a folder of GLUE's TSV files for each task.
+      sequence_length: tokens per row; longer pairs are truncated.
+      batch_size: rows per step.
+    """
+
+    task: str = "rte"
+    source: str = "glue"
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    batch_size: PositiveInt = 16
+
+    def __post_init__(self):
+        require_choice("data.task", self.task, TASKS)
+
+
+@checked("training")
+@dataclass(frozen=True)
+class EpochsConfig:
+    """`[training]`: epochs, seeds, and the folder of the results.
+
+    Attributes:
+      epochs: passes over the training examples, each followed by an evaluation.
+      seeds: number of runs, with the seeds 0, 1, 2, … of the head, the order and dropout.
+      folder: where the results go: config.toml and summary.json, and for each seed seed-N/ with
+        metrics.jsonl, the best checkpoint and result.json.
+    """
+
+    epochs: PositiveInt = 30
+    seeds: PositiveInt = 5
+    folder: Annotated[str, Field(min_length=1)] = "runs/glue"
+
+
+@checked("")
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The configuration, one attribute for each section of the file.
+
+    With LoRA only the adapters and the head of the classifier are trained.
+
+    Raises:
+      InputError: the optimizer is for pre-training only.
+    """
+
+    model: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: GlueConfig = field(default_factory=GlueConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: EpochsConfig = field(default_factory=EpochsConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        if self.optimizer.name in ("relora", "lowrank"):
+            raise InputError(
+                f'optimizer.name = "{self.optimizer.name}" is for pre-training: choose "lora", '
+                "which keeps the checkpoint's matrices."
+            )

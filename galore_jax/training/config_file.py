@@ -1,8 +1,6 @@
 """Configuration files: TOML and `section.key=value` overrides to a `Config`, and back.
 
-A file has the sections `[model]`, `[data]`, `[optimizer]`, `[training]` and `[mesh]`; a missing key
-has the default of the section's dataclass. An unknown key, or a value of the wrong type or out of
-range, is an `InputError` that says what would be valid.
+A missing key has the default of its section's dataclass, which refuses what is not valid.
 
 For comparisons a file may also have tables `[compare.LABEL]`. Each is an optimizer under that
 label: the settings in which it differs from `[optimizer]`. Its `name` is the label if it gives
@@ -44,10 +42,8 @@ def load_config(
     """Reads a TOML file and applies overrides, each `section.key=value` with a TOML value.
 
     A value that is not TOML is taken as text, so `optimizer.name=adamw` needs no quotes.
-    `training.folder` defaults to `runs/<name of the file>`. The attributes of the dataclass `kind`
-    are the sections. For a `Config`, the override `model.checkpoint` sets the model and the
-    tokenizer to those of the folder. It takes precedence over the file, and other overrides over
-    it.
+    `training.folder` defaults to `runs/<name of the file>`. For a `Config` the override
+    `model.checkpoint` also replaces the file's model and tokenizer by those of the folder.
 
     Raises:
       InputError: the file or the checkpoint is missing or damaged, a section or key is unknown, or
@@ -67,11 +63,9 @@ def load_comparison(
     """Reads the optimizers to compare from a TOML file.
 
     Args:
-      path: the file.
-      overrides: as for `load_config`; the tables of the optimizers take precedence over them.
+      path, overrides, kind: as for `load_config`; the tables take precedence over overrides.
       names: which ones, by the label of their table or, without a table, by `optimizer.name`.
         Empty: all tables of the file; if there is none, `COMPARED`.
-      kind: as for `load_config`.
 
     Returns:
       By label, the configurations, which differ in `[optimizer]` alone.

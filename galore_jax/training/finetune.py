@@ -14,9 +14,8 @@ from galore_jax.errors import InputError
 from galore_jax.files import locked, read_json, write_json, write_text
 from galore_jax.interop.encoders import encoder_config
 from galore_jax.models.encoder import Classifier, EncoderConfig
-from galore_jax.training.config import TrainingConfig
+from galore_jax.training.config import FinetuneConfig, TrainingConfig
 from galore_jax.training.config_file import changed, to_toml
-from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.glue import RESULT, Glue, SeedConfig
 from galore_jax.training.loop import Diverged, train
 from galore_jax.training.run_folder import RunFolder, check_same_run, recorded_config
@@ -24,12 +23,11 @@ from galore_jax.training.step import check_gpu
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Fine-tunes as configured, evaluates after each epoch and keeps the best checkpoint.
+    """Fine-tunes as configured, evaluates after each epoch and keeps the best model.
 
-    The best checkpoint of a seed has the largest first metric of the task on the first validation
-    split; it is a Hugging Face folder, `seed-N/`, with the tokenizer of the model. Seeds that an
-    earlier call completed in the same folder, with the same settings, are not trained again, even
-    if they diverged; one that was interrupted continues.
+    The folder of a seed, `seed-N/`, becomes one of Hugging Face, with the model that has the
+    largest first metric of the task on the first validation split. Seeds that an earlier call
+    completed are not trained again, even if they diverged; one that was interrupted continues.
 
     Returns:
       The summary, also written as summary.json: `metric`, the first of the task; `best`, its value
@@ -38,9 +36,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 
     Raises:
       Diverged: a seed diverged, now or in an earlier call; those after it are not trained.
-      InputError: the folder holds results of other settings, another process works there, there is
-        too little memory, the devices do not fit the mesh, or the checkpoint, its tokenizer or the
-        data cannot be used.
+      InputError: the folder holds results of other settings, or another process works there; and as
+        for `make_task` and `train`.
     """
     folder = RunFolder(config.training.folder)
     _check_folder(folder, config)
@@ -59,9 +56,10 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
                     write_text(folder.config, to_toml(config))
                 of_seed = changed(task.config, training={"seed": seed, "folder": str(run.path)})
                 train(replace(task, config=of_seed), resume=run.holds_run(), programs=programs)
-            if (run.path / RESULT).exists():
-                shutil.rmtree(run.checkpoints, ignore_errors=True)  # The best one stays.
-            results.append(_read_result(run))
+            if run.diverged.exists():
+                raise Diverged(run.diverged.read_text().strip())
+            shutil.rmtree(run.checkpoints, ignore_errors=True)  # The best one stays.
+            results.append(read_json(run.path / RESULT))
     best = [result["best"] for result in results]
     summary = {
         "task": config.data.task,
@@ -93,16 +91,13 @@ def make_task(config: FinetuneConfig) -> Glue:
         encoder = replace(encoder, pad_id=tokenizer.pad_id)
     rows = _encoded_splits(checkpoint, data.source, task.name, data.sequence_length)
     epoch = -(-len(rows["train"]["tokens"]) // data.batch_size)
-    training = TrainingConfig(
-        steps=config.training.epochs * epoch,
-        evaluate_every=epoch,
-        folder=config.training.folder,
-    )
-    if config.optimizer.warmup_steps > training.steps:
+    steps, warmup = config.training.epochs * epoch, config.optimizer.warmup_steps
+    if warmup > steps:
         raise InputError(
-            f"optimizer.warmup_steps is {config.optimizer.warmup_steps}, but there are only "
-            f"{training.steps} steps: shorten the warm-up."
+            f"optimizer.warmup_steps is {warmup}, but there are only {steps} steps: shorten the "
+            "warm-up."
         )
+    training = TrainingConfig(steps, evaluate_every=epoch, folder=config.training.folder)
     run = SeedConfig(config.model, data, config.optimizer, training, config.mesh)
     return Glue(run, task, Classifier(encoder, task.num_outputs), rows)
 
@@ -110,13 +105,6 @@ def make_task(config: FinetuneConfig) -> Glue:
 def _check_folder(folder: RunFolder, config: FinetuneConfig) -> None:
     if folder.config.exists():
         check_same_run(recorded_config(folder, FinetuneConfig), config, folder.path)
-
-
-def _read_result(run: RunFolder) -> dict[str, Any]:
-    """The recorded result of a seed; raises `Diverged` if it diverged."""
-    if run.diverged.exists():
-        raise Diverged(run.diverged.read_text().strip())
-    return read_json(run.path / RESULT)
 
 
 @functools.lru_cache(maxsize=1)
@@ -131,20 +119,16 @@ def _encoded_splits(checkpoint: str, source: str, task: str, length: int) -> dic
 
 def _check_fit(config: FinetuneConfig, encoder: EncoderConfig, tokenizer: PairTokenizer) -> None:
     """Raises an `InputError` unless tokenizer, rows and model fit together."""
+    types = tokenizer.encode([("a", "b")], 16)[1].max() + 1
     # RoBERTa's positions depend on the padding, BERT's do not.
     other_padding = encoder.architecture == "roberta" and tokenizer.pad_id != encoder.pad_id
-    if tokenizer.vocab_size > encoder.vocab_size or other_padding:
+    has_more = tokenizer.vocab_size > encoder.vocab_size or types > encoder.token_types
+    if has_more or other_padding:
         raise InputError(
             f"the tokenizer in {config.model.checkpoint} does not belong to the model: it has "
-            f"{tokenizer.vocab_size} tokens with padding {tokenizer.pad_id}, and the model "
-            f"{encoder.vocab_size} with padding {encoder.pad_id}."
-        )
-    _, types = tokenizer.encode([("a", "b")], 16)
-    if types.max() >= encoder.token_types:
-        raise InputError(
-            f"the tokenizer in {config.model.checkpoint} does not belong to the model: it marks "
-            f"the second text with token type {types.max()}, and the model has "
-            f"{encoder.token_types} types."
+            f"{tokenizer.vocab_size} tokens, padding {tokenizer.pad_id} and {types} token types, "
+            f"and the model {encoder.vocab_size}, padding {encoder.pad_id} and "
+            f"{encoder.token_types}."
         )
     if config.data.sequence_length > encoder.max_length:
         raise InputError(

@@ -24,8 +24,7 @@ from galore_jax.interop.tokenizer_files import copy_tokenizer
 from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier
 from galore_jax.settings import checked
-from galore_jax.training.config import OptimizerConfig, TrainingConfig
-from galore_jax.training.finetune_config import CheckpointConfig, GlueConfig
+from galore_jax.training.config import CheckpointConfig, GlueConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.mesh import TENSOR, MeshConfig, kernel_rules, on_mesh, put_batch, whole
 from galore_jax.training.run_folder import RunFolder
 from galore_jax.training.step import dropout_rngs
@@ -52,7 +51,7 @@ class Glue(Task):
     """A task of GLUE, to be learnt with one seed.
 
     A seed determines the order of the examples, dropout, and the head, unless the checkpoint has
-    one for the same labels. The folder of the run is one of Hugging Face, with the best model.
+    one for the same labels.
 
     Attributes:
       config: the configuration of the run.
@@ -79,7 +78,7 @@ class Glue(Task):
     @property
     def metric(self) -> str:
         """The first metric of the task, on the first validation split."""
-        return f"{self._splits('validation')[0]}_{self.task.metrics[0]}"
+        return f"{self._validation[0]}_{self.task.metrics[0]}"
 
     @property
     def trains_adapters_only(self) -> bool:
@@ -103,8 +102,11 @@ class Glue(Task):
         folder = self.config.model.checkpoint
         loaded = load_encoder(folder, self.model, head_key, self.task.labels)
         if self.config.training.seed == 0:
-            _report(loaded.initialized, "initialised at random:")
-            _report(loaded.unused, "in the checkpoint, but not used:")
+            for names, what in (
+                (loaded.initialized, "initialised at random"),
+                (loaded.unused, "in the checkpoint, but not used"),
+            ):
+                print(f"{what}: {', '.join(names) or 'nothing'}")
         whole = adapters.combine(loaded.params, adapters.factors(params))
         return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), whole, params)
 
@@ -142,16 +144,12 @@ class Glue(Task):
     def open_data(self, mesh: Mesh | None, report: Callable[[str], object] | None) -> Data:
         """Epoch after epoch of the examples; the metrics of the validation splits."""
         config = self.config
-        train = EpochBatches(
-            self.rows["train"],
-            config.data.batch_size,
-            self.model.config.pad_id,
-            config.training.seed,
-        )
+        pad_id, seed = self.model.config.pad_id, config.training.seed
+        train = EpochBatches(self.rows["train"], config.data.batch_size, pad_id, seed)
 
         def evaluate(params: PyTree) -> dict[str, float]:
             found = {}
-            for split in self._splits("validation"):
+            for split in self._validation:
                 outputs = self.outputs(self._adapted, params, split, mesh)
                 metrics = dict.fromkeys(self.task.metrics, math.nan)
                 if np.isfinite(outputs).all():
@@ -186,12 +184,10 @@ class Glue(Task):
         kept = {name: costs[name] for name in ("optimizer_bytes", "seconds")}
         return {"best": max(line[self.metric] for line in evaluations), **kept}
 
-    def resume_command(self) -> str:
-        """The same one."""
-        return "the same command"
-
-    def _splits(self, kind: str) -> list[str]:
-        return [split for split in self.rows if split.startswith(kind)]
+    @property
+    def _validation(self) -> list[str]:
+        """The validation splits."""
+        return [split for split in self.rows if split != "train"]
 
     def outputs(
         self, model: Classifier, params: PyTree, split: str, mesh: Mesh | None
@@ -222,9 +218,7 @@ def _compiled(model: Classifier, mesh: Mesh | None) -> Callable[..., Any]:
 class EpochBatches:
     """Endless batches of `batches`: all rows, epoch after epoch, each in another order.
 
-    Args:
-      rows, batch_size, pad_id: as for `batches`.
-      seed: with the number of the epoch, from 1, it determines the order.
+    The seed and the number of the epoch, from 1, determine the order.
     """
 
     def __init__(self, rows: Rows, batch_size: int, pad_id: int, seed: int):
@@ -251,8 +245,3 @@ class EpochBatches:
 
     def close(self) -> None:
         """Does nothing: nothing reads in the background."""
-
-
-def _report(names: tuple[str, ...], what: str) -> None:
-    if names:
-        print(f"{what} {', '.join(names)}")

@@ -25,32 +25,23 @@ from galore_jax.training.processes import (
     largest,
     stopping_together,
 )
-from galore_jax.training.progress import Progress
 from galore_jax.training.run_folder import RunFolder, check_same_text, check_start, open_folder
-from galore_jax.training.state import (
-    TrainState,
-    place_state,
-    trained,
-    tree_bytes,
-    tree_size,
-)
+from galore_jax.training.state import TrainState, place_state, trained, tree_bytes, tree_size
 from galore_jax.training.step import Stepper, check_gpu
 from galore_jax.training.task import Data, Task
 
-# How to resume several processes: those that a cluster starts have no such arguments.
-_EVERY_PROCESS = " every process (adding its --coordinator, --processes and --process, if given)"
-
 
 class Interrupted(KeyboardInterrupt):
-    """Stopped by a signal, after saving; the message says how to resume.
+    """Stopped by a signal, after saving; the message says what was.
 
     Attributes:
       status: the exit status that the signal asks for, as in a shell.
+      is_finished: whether the run was finished all the same.
     """
 
-    def __init__(self, message: str, number: int):
+    def __init__(self, message: str, number: int, is_finished: bool):
         super().__init__(message)
-        self.status = 128 + number
+        self.status, self.is_finished = 128 + number, is_finished
 
 
 class Diverged(InputError):
@@ -58,15 +49,14 @@ class Diverged(InputError):
 
 
 class _Run(NamedTuple):
-    """What the stages of a run share; `metrics` is None in all processes but the first."""
+    """What the stages of a run share."""
 
     task: Task
     folder: RunFolder
     mesh: Mesh | None
     data: Data
     checkpoints: Checkpoints
-    metrics: Metrics | None
-    progress: Progress
+    metrics: Metrics
     stepper: Stepper
 
 
@@ -74,8 +64,8 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
     """Trains a task as configured, into `training.folder`; `run_folder` lists the files there.
 
     A resumed run continues from its latest checkpoint, or from the start if there is none, and
-    repeats an uninterrupted run bit for bit on the same machine. Several processes that were joined
-    (see processes.py) train together; process 0 writes the files.
+    repeats an uninterrupted run bit for bit on the same machine. Processes that were `joined` train
+    together.
 
     Args:
       task: the task, with the configuration of the run.
@@ -115,7 +105,8 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
                 raise
         _finish(run, state)
     if number := largest(signalled()):  # It came after the last step began.
-        raise Interrupted(f"stopped after the run in {run.folder.path} was finished.", number)
+        message = f"stopped after the run in {run.folder.path} was finished."
+        raise Interrupted(message, number, is_finished=True)
     return read_json(run.folder.path / task.result_file)
 
 
@@ -140,10 +131,8 @@ def _start(
     else:
         state = checkpoints.restore(task, data.batches, mesh)
     start = int(state.step)
-    metrics = None
     with ending_together():
         if is_first():
-            metrics = Metrics(folder, start)
             parameters = tree_size(state.params)
             updated = tree_size(trained(task, state.params)[0])
             share = f", {updated:,} of them trained" if updated < parameters else ""
@@ -153,60 +142,57 @@ def _start(
                 f"{'resumed at' if resume else 'from'} step {start:,} of {training.steps:,}",
                 file=sys.stderr,
             )
-    progress = stack.enter_context(Progress(metrics, start, training.steps, task.targets))
-    stepper = Stepper(task, mesh, programs, progress.compiling)
-    return _Run(task, folder, mesh, data, checkpoints, metrics, progress, stepper), state
+        path = folder.metrics if is_first() else None
+        metrics = stack.enter_context(Metrics(path, start, training.steps, task.targets))
+    stepper = Stepper(task, mesh, programs, metrics.compiling)
+    return _Run(task, folder, mesh, data, checkpoints, metrics, stepper), state
 
 
 def _make_steps(run: _Run, state: TrainState, stops: Callable[[], int]) -> TrainState:
     """Makes the steps that are left, with evaluations and checkpoints between them."""
-    training, progress, batches = run.task.config.training, run.progress, run.data.batches
+    training, metrics, batches = run.task.config.training, run.metrics, run.data.batches
     start, steps = int(state.step), training.steps
-    evaluations = [] if run.metrics is None else run.metrics.evaluations()
-    if start == steps and not largest(any(line["step"] == steps for line in evaluations)):
+    is_evaluated = any(line["step"] == steps for line in metrics.evaluations())
+    if start == steps and not largest(is_evaluated):
         _evaluate(run, state, steps)
     for step in range(start, steps):
         state, measured = run.stepper(state, put_batch(next(batches), run.mesh))
-        progress.add(step, measured)
+        metrics.add(step, measured)
         done, signalled = step + 1, stops()
         evaluates = _is_due(done, training.evaluate_every, steps)
         saves = signalled or _is_due(done, training.checkpoint_every, steps)
-        if evaluates or saves or done % training.log_every == 0 or progress.is_slow:
-            progress.report()
+        if evaluates or saves or done % training.log_every == 0 or metrics.is_slow:
+            metrics.report()
         if evaluates:
             _evaluate(run, state, done)
         if saves:
-            progress.flush()
+            metrics.flush()
             if not run.checkpoints.save(state, batches, run.task.config):
                 raise _diverged(run, "the parameters or the optimizer's state", done)
         if signalled and done < steps:
             run.checkpoints.wait()
-            every = _EVERY_PROCESS if jax.process_count() > 1 else ""
-            raise Interrupted(
-                f"stopped after {done:,} of {steps:,} steps, all saved. Resume{every} with\n"
-                f"  {run.task.resume_command()}",
-                signalled,
-            )
+            message = f"stopped after {done:,} of {steps:,} steps, all saved."
+            raise Interrupted(message, signalled, is_finished=False)
     run.checkpoints.wait()
     return state
 
 
 def _evaluate(run: _Run, state: TrainState, done: int) -> None:
     """Evaluates, and keeps the parameters if the task wants to."""
-    with run.progress.clock_stopped():
+    with run.metrics.clock_stopped():
         evaluation = run.data.evaluate(state.params)
-        run.progress.report_evaluation(done, evaluation, run.task.describe(evaluation))
+        run.metrics.report_evaluation(done, evaluation, run.task.describe(evaluation))
         if not math.isfinite(evaluation[run.task.metric]):
             raise _diverged(run, f"the evaluation ({run.task.metric})", done)
         with ending_together():
-            if run.metrics is not None:
+            if is_first():
                 run.task.keep(run.folder, state.params, run.metrics.evaluations())
 
 
 def _finish(run: _Run, state: TrainState) -> None:
     """Writes the result of a complete run."""
     with ending_together():
-        if run.metrics is None:
+        if not is_first():
             return
         updates = [line for line in run.metrics.lines if "loss" in line]
         if not updates:

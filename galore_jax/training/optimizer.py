@@ -53,7 +53,6 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     descent = max(steps - 1 - warmup, 1)
-
     gap = config.lora.restart_gap
     restart_warmup = max(1, min(gap // 10, RESTART_WARMUP))
 
@@ -109,8 +108,8 @@ def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
         case "adamw8bit":
             normalise = galore_jax.scale_by_adam8bit(**_adam(config), implementation=implementation)
         case _:
-            adam = optax.scale_by_adam(**_adam(config))
-            normalise = optax.partition({"matrix": _scale_by_muon(config), "rest": adam}, _labels)
+            muon, adam = _scale_by_muon(), optax.scale_by_adam(**_adam(config))
+            normalise = optax.partition({"matrix": muon, "rest": adam}, _labels)
     return optax.chain(
         normalise,
         _scale_matrices(config),
@@ -127,7 +126,7 @@ def _labels(params: PyTree) -> PyTree:
     return jax.tree.map(lambda is_matrix: "matrix" if is_matrix else "rest", matrices(params))
 
 
-def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
+def _scale_by_muon() -> optax.GradientTransformation:
     """Muon for leaves whose last two axes are a matrix."""
 
     def numbers(updates: PyTree) -> PyTree:
@@ -144,20 +143,17 @@ def _scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
 def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
     settings: dict[str, Any] = {"weight_decay": config.weight_decay} | config.galore.given
     adam: dict[str, Any] = settings | _adam(config)
-    eight_bit: Any = {"eight_bit": True, "implementation": config.implementation}
-    match config.name:
+    if config.name.endswith("8bit"):
+        adam |= {"eight_bit": True, "implementation": config.implementation}
+    match config.name.removesuffix("8bit"):
         case "galore_adamw":
             optimizer = galore_jax.adamw(schedule, **adam)
-        case "galore_adamw8bit":
-            optimizer = galore_jax.adamw(schedule, **adam, **eight_bit)
-        case "galore_adafactor":
-            optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **settings)
-        case "galore_lion":
-            optimizer = galore_jax.lion(schedule, b1=config.b1, **_b2(config), **settings)
         case "galore_muon":
             optimizer = galore_jax.muon(schedule, **adam)
+        case "galore_adafactor":
+            optimizer = galore_jax.adafactor(schedule, b1=config.b1 or None, **settings)
         case _:
-            optimizer = galore_jax.muon(schedule, **adam, **eight_bit)
+            optimizer = galore_jax.lion(schedule, b1=config.b1, **_b2(config), **settings)
     *transforms, decay = optimizer.transforms
     return galore_jax.chain(*transforms, _scale_matrices(config), decay)
 

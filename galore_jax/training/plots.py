@@ -21,9 +21,7 @@ STEEP_PART = 0.04
 
 
 def plot_curves(
-    folders: Sequence[str | Path],
-    picture: str | Path,
-    names: Sequence[str] | None = None,
+    folders: Sequence[str | Path], picture: str | Path, names: Sequence[str] | None = None
 ) -> None:
     """Draws the runs into one PNG; without matplotlib it only prints a hint.
 
@@ -34,14 +32,14 @@ def plot_curves(
     Args:
       folders: the folders of the runs.
       picture: the PNG to write.
-      names: of the runs in the legend. None: those of the folders.
+      names: of the runs in the legend. None: the folders.
 
     Raises:
       InputError: a folder holds no steps of a run, or the picture has another suffix than .png.
     """
     if Path(picture).suffix != ".png":
         raise InputError(f"the picture is a PNG: name it {Path(picture).with_suffix('.png')}.")
-    names = names or _names(folders)
+    names = names or [str(folder) for folder in folders]
     runs = {name: RunFolder(folder) for name, folder in zip(names, folders, strict=True)}
     lines = {name: read_metrics(run.metrics) for name, run in runs.items()}
     for name, run in runs.items():
@@ -53,7 +51,6 @@ def plot_curves(
         print(f'{picture} is not drawn, it needs matplotlib: pip install "galore-jax[plots]"')
         return
 
-    # The curves.
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     lowest, highest = [], []
     for number, name in enumerate(runs):
@@ -70,7 +67,6 @@ def plot_curves(
         lowest += [*smooth, *validation]
         highest.append(smooth[int(STEEP_PART * smooth.size)])
 
-    # Limits, labels and style.
     finite = lambda values: [value for value in values if np.isfinite(value)]
     bottom, top = min(finite(lowest), default=0.0), max(finite(highest), default=0.0)
     if top > bottom:
@@ -109,12 +105,6 @@ def write_png(figure: Any, picture: str | Path) -> None:
     Path(picture).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(picture) as path:
         figure.canvas.print_png(path)
-
-
-def _names(folders: Sequence[str | Path]) -> list[str]:
-    """The folders' names, or their paths if two folders have the same name."""
-    names = [Path(folder).name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _columns(lines: Sequence[dict], *names: str) -> list[np.ndarray]:

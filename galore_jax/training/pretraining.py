@@ -29,7 +29,7 @@ from galore_jax.training.config import Config
 from galore_jax.training.mesh import TENSOR, kernel_rules, on_mesh, put_batch, whole
 from galore_jax.training.metrics import format_bytes
 from galore_jax.training.plots import plot_curves
-from galore_jax.training.run_folder import SUMMARY, RunFolder, resume_command
+from galore_jax.training.run_folder import SUMMARY, RunFolder
 from galore_jax.training.step import dropout_rngs
 from galore_jax.training.task import Batch, Data, Line, Task
 from galore_jax.types import PyTree
@@ -75,7 +75,7 @@ class Pretraining(Task):
     @property
     def trains_adapters_only(self) -> bool:
         """As usual with LoRA for a trained model."""
-        return self.config.trains_adapters_only
+        return self.config.optimizer.name == "lora" and bool(self.config.model.checkpoint)
 
     @property
     def has_dropout(self) -> bool:
@@ -175,18 +175,12 @@ class Pretraining(Task):
 
     def _check_vocabulary(self, tokenizer: Tokenizer) -> None:
         model, path = self.config.model, self.config.data.tokenizer
-        if tokenizer.vocab_size <= model.vocab_size:
-            return
-        remedy = f"set model.vocab_size to at least {tokenizer.vocab_size}"
-        if model.checkpoint:
-            remedy = (
-                "remove the added ones, or enlarge the checkpoint's embedding by transformers' "
-                f"resize_token_embeddings({tokenizer.vocab_size})"
+        if tokenizer.vocab_size > model.vocab_size:
+            raise InputError(
+                f"the tokenizer {path} has {tokenizer.vocab_size} tokens, more than "
+                f"model.vocab_size, {model.vocab_size}: enlarge that, a checkpoint's by "
+                "resize_token_embeddings of transformers."
             )
-        raise InputError(
-            f"the tokenizer {path} has {tokenizer.vocab_size} tokens, more than "
-            f"model.vocab_size, {model.vocab_size}: {remedy}."
-        )
 
     def describe(self, evaluation: Line) -> str:
         """The loss and the perplexity."""
@@ -221,26 +215,18 @@ class Pretraining(Task):
             **costs,
         }
 
-    def resume_command(self) -> str:
-        """That of scripts/train.py."""
-        return resume_command(self.config)
-
 
 def make_evaluate(
     task: Task, mesh: Mesh | None = None
 ) -> Callable[[Any, Iterable[Batch]], dict[str, float]]:
-    """Makes a function that evaluates parameters on batches.
+    """Makes a function that evaluates parameters, on this mesh, on batches.
 
-    Parameters on a mesh need the mesh. Batches are split into the micro-batches of the training;
-    the last one is that which completes `training.evaluation_tokens`, unless that is 0.
+    Batches are split into the micro-batches of the training; the last one is that which completes
+    `training.evaluation_tokens`, unless that is 0.
 
     Returns:
-      A function of the parameters and batches; it returns
-
-      * `validation_loss`: the sum of the losses divided by the number of targets, in nats;
-      * `validation_targets`: the number of tokens that were predicted.
-
-      It raises an `InputError` if the batches have no targets.
+      A function of the parameters and batches; it returns `validation_loss`, in nats per target,
+      and `validation_targets`, their number, or raises an `InputError` if there are none.
     """
     config = task.config
 

@@ -51,13 +51,8 @@ def joined(
     # JAX's own handler of SIGTERM would hide the signal from this program.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(
-            coordinator,
-            processes,
-            process,
-            heartbeat_timeout_seconds=TIMEOUT,
-            shutdown_timeout_seconds=TIMEOUT,
-        )
+        timeouts: Any = {"heartbeat_timeout_seconds": TIMEOUT, "shutdown_timeout_seconds": TIMEOUT}
+        jax.distributed.initialize(coordinator, processes, process, **timeouts)
     except (ValueError, LookupError, jax.errors.JaxRuntimeError) as error:
         raise InputError(
             f"this process cannot join the others ({error}): give all of --coordinator, the host "
@@ -100,12 +95,10 @@ def keep_programs() -> None:
     config: Any = jax.config
     if config.jax_compilation_cache_dir is not None or jax.device_count() > 1:
         return
-    cpu = platform.processor()
-    if (info := Path("/proc/cpuinfo")).exists():
-        about = [
-            line for line in info.read_text().splitlines() if line.startswith(("flags", "Feat"))
-        ]
-        cpu = "".join(about[:1])
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((line for line in lines if line.startswith(("flags", "Feat"))), "")
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = home / "galore_jax" / f"{platform.machine()}-{zlib.crc32(cpu.encode()):08x}"

@@ -19,9 +19,7 @@ def restart(task: Task, state: TrainState) -> TrainState:
     """Merges the adapters into the kernels and starts new ones, which leaves the model as it is.
 
     Kernels are rounded to the nearest number of their dtype. New A are drawn like the first ones,
-    from the seed and the step, so a resumed run draws the same; new B are 0. The largest hundredth
-    of the moments of each factor of a layer is kept, and so is the count of updates. The schedule
-    handles the learning rate.
+    from the seed and the step; new B are 0. The moments are pruned, and the count of updates stays.
     """
     adapter = task.config.optimizer.adapter
     assert adapter is not None, "only ReLoRA restarts"

@@ -11,12 +11,10 @@
 
 A folder holds a run as soon as it has metrics or a checkpoint. Starting a new run there is refused,
 so that nothing is lost. Resuming needs the same configuration except for the keys in `MAY_CHANGE`,
-which affect output, evaluation and checkpoints, but not the training itself.
+which affect output and checkpoints, but no result.
 """
 
 import dataclasses
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,22 +23,15 @@ from typing import Any
 from galore_jax.data.batches import tokenizer_checksum
 from galore_jax.errors import InputError
 from galore_jax.files import locked, read_json, write_json, write_text
-from galore_jax.training.config import Config
 from galore_jax.training.config_file import AnyConfig, differences, load_config, to_toml
 from galore_jax.training.mesh import MeshConfig
 
 SUMMARY = "summary.json"
-MAY_CHANGE = frozenset(
-    f"training.{key}"
-    for key in (
-        "folder",
-        "evaluate_every",
-        "evaluation_tokens",
-        "checkpoint_every",
-        "log_every",
-        "seeds",
-    )
-) | {f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)}
+MAY_CHANGE = {
+    *(f"training.{key}" for key in ("folder", "evaluate_every", "checkpoint_every", "log_every")),
+    "training.seeds",
+    *(f"mesh.{field.name}" for field in dataclasses.fields(MeshConfig)),
+}
 
 
 class RunFolder:
@@ -71,12 +62,12 @@ def check_start(config: Any, resume: bool) -> None:
         finished or diverged, or it has another configuration.
     """
     run = RunFolder(config.training.folder)
+    if not resume and run.holds_run():
+        raise InputError(
+            f"{run.path} already holds a run: continue it with --resume, or name another "
+            "training.folder."
+        )
     if not resume:
-        if run.holds_run():
-            raise InputError(
-                f"{run.path} already holds a run: continue it with --resume, or name another "
-                "training.folder."
-            )
         return
     # A run that ended before its first metrics starts from the beginning.
     if not run.holds_run() and not run.config.exists():
@@ -95,11 +86,7 @@ def check_start(config: Any, resume: bool) -> None:
 
 
 def recorded_config(run: RunFolder, kind: type[AnyConfig]) -> AnyConfig:
-    """The configuration of a run, of a task whose configurations are of this kind.
-
-    Raises:
-      InputError: it is of another task, or damaged.
-    """
+    """The configuration of a run; an `InputError` if it is of another kind, or damaged."""
     try:
         return load_config(run.config, kind=kind)
     except InputError as error:
@@ -122,11 +109,7 @@ def check_same_run(recorded: Any, config: Any, place: Path) -> None:
 
 
 def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None:
-    """Records the fingerprint of the training text or, when resuming, compares it.
-
-    Raises:
-      InputError: the text has changed.
-    """
+    """Records the fingerprint of a text; an `InputError` if a resumed run had another one."""
     if not (resume and run.text.exists()):
         write_json(run.text, found)
         return
@@ -140,11 +123,7 @@ def check_same_text(run: RunFolder, found: dict[str, int], resume: bool) -> None
 
 
 def check_same_tokenizer(run: RunFolder, tokenizer: str) -> None:
-    """Checks that the tokenizer of a run is at its path and has not changed.
-
-    Raises:
-      InputError: it is missing or has changed.
-    """
+    """Raises an `InputError` if the tokenizer of a run is missing or has changed."""
     if tokenizer != "bytes" and not Path(tokenizer).is_file():
         raise InputError(
             f"there is no {tokenizer}, the tokenizer of the run in {run.path}: restore it or, if "
@@ -173,10 +152,3 @@ def open_folder(config: Any, resume: bool) -> Iterator[RunFolder]:
         check_start(config, resume)
         write_text(run.config, to_toml(config))
         yield run
-
-
-def resume_command(config: Config) -> str:
-    """The command that resumes a run, with the configuration in its folder."""
-    script = str(Path(sys.argv[0] or "scripts/-").with_name("train.py"))
-    recorded = RunFolder(config.training.folder).config
-    return shlex.join([sys.executable, script, "--config", str(recorded), "--resume"])

@@ -96,15 +96,10 @@ def _check_memory(*shapes: PyTree) -> None:
 
 
 def starting_program(task: Task, shapes: TrainState) -> Any:
-    """The jitted function that makes the state to start from.
+    """The jitted function of the seed that makes the leaves of `init_state`.
 
-    Args:
-      task: the task.
-      shapes: of `abstract_state`, for the devices on which the state is to lie.
-
-    Returns:
-      A function of the seed, a uint32 scalar; it returns the leaves of `init_state`, of which each
-      device computes its part only. Call or lower it outside of the mesh.
+    They lie where those of `abstract_state`, the shapes, say, and each device computes its part
+    only. Call or lower it outside of the mesh.
     """
     where = [leaf.sharding for leaf in jax.tree.leaves(shapes)]
     return jax.jit(lambda seed: jax.tree.leaves(init_state(task, seed)), out_shardings=where)
@@ -168,11 +163,8 @@ def is_finite(state: TrainState) -> jax.Array:
 
     On a mesh it is a scalar that each device has.
     """
-    inexact = [
-        leaf
-        for leaf in jax.tree.leaves((state.params, state.opt_state))
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    ]
+    leaves = jax.tree.leaves((state.params, state.opt_state))
+    inexact = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in inexact]).all()
 
 

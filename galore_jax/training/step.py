@@ -30,6 +30,8 @@ from galore_jax.types import PyTree
 
 Gradients = Callable[[PyTree, PyTree, Batch], tuple[PyTree, dict]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict]]
+# From a state, a batch and a key for rounding: the parameters, the optimizer's state and metrics.
+Update = Callable[[TrainState, Batch, jax.Array | None], tuple[PyTree, PyTree, dict]]
 
 
 class Stepper:
@@ -111,11 +113,26 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
       gradients, and with GaLore `coordinates_norm`, the norm of the coordinates and the unprojected
       gradients.
     """
-    if task.config.training.layerwise:
-        return _make_layerwise_step(task, refreshes, mesh)
+    optimizer, steps = task.config.optimizer, task.config.training.steps
+    make_update = _layerwise_update if task.config.training.layerwise else _update
+    update, schedule = make_update(task, refreshes, mesh), learning_rate_schedule(optimizer, steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+        is_narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
+        params, opt_state, metrics = update(state, batch, state.key if is_narrow else None)
+        metrics |= {"learning_rate": schedule(state.step), **subspace_metrics(opt_state)}
+        return TrainState(params, opt_state, state.step + 1, state.seed), metrics
+
+    out = None  # Each part of the state stays on the device where it was.
+    if mesh is not None:
+        out = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, mesh)), whole(mesh)
+    return jax.jit(train_step, out_shardings=out, donate_argnums=0)
+
+
+def _update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
+    """An update of all parameters together."""
     optimizer, training = task.config.optimizer, task.config.training
     tx = make_optimizer(optimizer, training.steps)
-    schedule = learning_rate_schedule(optimizer, training.steps)
     projected = optimizer.has_projected_gradients
     gradients_of = make_gradients(task, mesh)
     refresh = galore_jax.refresh(
@@ -125,7 +142,7 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
         data_axes=data_axes(mesh),
     )
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
+    def update(state: TrainState, batch: Batch, key: jax.Array | None) -> Any:
         batch = with_seeds(task, state.key, batch)
         # New bases where they are due, or new adapters.
         if refreshes and projected:
@@ -133,7 +150,6 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
             state = state._replace(opt_state=opt_state)
         if refreshes and optimizer.name == "relora":
             state = restart(task, state)
-        # Gradients and the update.
         gradients, metrics = gradients_of(state.params, state.opt_state, batch)
         updated, frozen = trained(task, state.params)
         params, opt_state = galore_jax.apply_gradients(
@@ -141,22 +157,44 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
             gradients,
             state.opt_state,
             updated,
-            key=_rounding_key(state),
+            key=key,
             implementation=optimizer.implementation,
         )
-        params = combine(params, frozen)
-        # Metrics.
-        metrics["learning_rate"] = schedule(state.step)
-        metrics |= subspace_metrics(opt_state)
         if not projected:
             metrics["gradient_norm"] = optax.tree.norm(gradients)
         if optimizer.has_galore:
             bases = galore_states(opt_state, inside_chains=True)
             coordinates = gradients if projected else project(gradients, bases)
             metrics["coordinates_norm"] = optax.tree.norm(coordinates)
-        return TrainState(params, opt_state, state.step + 1, state.seed), metrics
+        return combine(params, frozen), opt_state, metrics
 
-    return _compiled(train_step, task, mesh)
+    return update
+
+
+def _layerwise_update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
+    """An update layer by layer, during the backward pass."""
+    del mesh
+    optimizer = task.config.optimizer
+    projected = optimizer.has_projected_gradients
+    step = galore_jax.make_step(
+        task.layered_model,
+        make_optimizer(optimizer, task.config.training.steps, clips=False),
+        projected=projected,
+        refreshes=refreshes,
+        clip_norm=optimizer.clip_norm,
+        clip_by=optimizer.clip_by,
+        implementation=optimizer.implementation,
+        has_aux=True,
+    )
+
+    def update(state: TrainState, batch: Batch, key: jax.Array | None) -> Any:
+        params, opt_state, (loss, targets) = step(
+            state.params, state.opt_state, batch, rounding_key=key
+        )
+        norm = "coordinates_norm" if projected else "gradient_norm"
+        return params, opt_state, {"loss": loss, "targets": targets, norm: opt_state.norm}
+
+    return update
 
 
 def make_gradients(task: Task, mesh: Mesh | None = None) -> Gradients:
@@ -243,57 +281,8 @@ def dropout_rngs(batch: Batch) -> dict[str, jax.Array]:
     return {"dropout": jax.random.key(batch["seeds"][0])} if "seeds" in batch else {}
 
 
-def _make_layerwise_step(task: Task, refreshes: bool, mesh: Mesh | None) -> TrainStep:
-    optimizer, steps = task.config.optimizer, task.config.training.steps
-    schedule = learning_rate_schedule(optimizer, steps)
-    step = galore_jax.make_step(
-        task.layered_model,
-        make_optimizer(optimizer, steps, clips=False),
-        projected=optimizer.has_projected_gradients,
-        refreshes=refreshes,
-        clip_norm=optimizer.clip_norm,
-        clip_by=optimizer.clip_by,
-        implementation=optimizer.implementation,
-        has_aux=True,
-    )
-
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        key = _rounding_key(state)
-        params, opt_state, (loss, targets) = step(
-            state.params, state.opt_state, batch, rounding_key=key
-        )
-        norm = "coordinates_norm" if optimizer.has_projected_gradients else "gradient_norm"
-        metrics = {
-            "loss": loss,
-            "targets": targets,
-            "learning_rate": schedule(state.step),
-            norm: opt_state.norm,
-            **subspace_metrics(opt_state),
-        }
-        return TrainState(params, opt_state, state.step + 1, state.seed), metrics
-
-    return _compiled(train_step, task, mesh)
-
-
-def _compiled(train_step: Callable[..., Any], task: Task, mesh: Mesh | None) -> Any:
-    """The jitted step, which leaves each part of the state on the device where it was."""
-    out = None
-    if mesh is not None:
-        out = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(task, mesh)), whole(mesh)
-    return jax.jit(train_step, out_shardings=out, donate_argnums=0)
-
-
-def _rounding_key(state: TrainState) -> jax.Array | None:
-    is_narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
-    return state.key if is_narrow else None
-
-
 def check_gpu(optimizer: OptimizerConfig) -> None:
-    """Checks that there is a GPU if the configured implementation needs one.
-
-    Raises:
-      InputError: there is none.
-    """
+    """Raises an `InputError` if the configured implementation needs a GPU and there is none."""
     if optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
         raise InputError(
             'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none: set '

@@ -121,7 +121,3 @@ class Task(ABC):
         state, `seconds`, of all steps without compilation and evaluation, `compile_seconds`, in
         this process, and the number of `targets` per second, as in `tokens_per_second`.
         """
-
-    @abstractmethod
-    def resume_command(self) -> str:
-        """The command that continues a run."""

@@ -13,9 +13,8 @@ from benchmarks import CONFIGS, Row
 from benchmarks.timing import interleaved, seconds
 from galore_jax.data.glue_tasks import TASKS
 from galore_jax.models.encoder import Classifier, EncoderConfig
-from galore_jax.training.config import TrainingConfig
+from galore_jax.training.config import FinetuneConfig, TrainingConfig
 from galore_jax.training.config_file import load_comparison
-from galore_jax.training.finetune_config import FinetuneConfig
 from galore_jax.training.glue import Glue, SeedConfig
 from galore_jax.training.state import init_state, tree_bytes
 from galore_jax.training.step import make_train_step

@@ -11,8 +11,7 @@ from small_model import share_of_one_device
 from galore_jax.data.glue_tasks import TASKS
 from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
-from galore_jax.training.config import OptimizerConfig, TrainingConfig
-from galore_jax.training.finetune_config import CheckpointConfig, GlueConfig
+from galore_jax.training.config import CheckpointConfig, GlueConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.glue import Glue, SeedConfig
 from galore_jax.training.mesh import MeshConfig, put_batch, training_mesh
 from galore_jax.training.state import place_state

@@ -8,13 +8,14 @@ import math
 import jax
 import numpy as np
 import pytest
+from generate import load_model
 from model_folder import random_params, save
 
 from galore_jax.data.batches import DataConfig, train_batches, validation_batches
 from galore_jax.data.tokenizers import ByteTokenizer
 from galore_jax.interop.decoders import ModelFolder
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training.checkpoint import Checkpoints, load_for_inference
+from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import (
     Config,
     GaloreConfig,
@@ -175,7 +176,7 @@ def test_a_checkpoint_moves_a_training_to_another_mesh(mode, meshes, bound, tmp_
             checkpoints.save(state, batches, config)
         losses += new
     np.testing.assert_allclose(losses, trained(mode)[0][:-1], rtol=0, atol=bound)
-    _, params = load_for_inference(tmp_path)
+    _, params = load_model(tmp_path)
     assert (tmp_path / "checkpoints" / str(STEPS)).is_dir()
     assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(params)} == {1}
 
