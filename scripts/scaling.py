@@ -335,7 +335,7 @@ def main() -> None:
 
     from analysis.step_cost import step_cost, trainer_steps
 
-    from galore_jax.training.mesh import check_training_mesh
+    from galore_jax.training.mesh import training_mesh
     from galore_jax.training.pretraining import Pretraining
 
     costs: dict[Case, Any] = {}
@@ -344,7 +344,7 @@ def main() -> None:
         start = time.perf_counter()
         config = configuration(case, arguments.rows, arguments.overrides)
         with mesh_for(case, arguments.device) as mesh:
-            check_training_mesh(Pretraining(config), mesh)
+            training_mesh(Pretraining(config), mesh)
             steps = contrib_steps if case.optimizer == "contrib" else trainer_steps
             costs[case] = step_cost(config, mesh, *steps(config, mesh))
         seconds = time.perf_counter() - start

@@ -10,10 +10,9 @@ from jax.sharding import AbstractMesh
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.training import mesh as layout
 from galore_jax.training.config import Config, TrainingConfig
 from galore_jax.training.config_file import load_config
-from galore_jax.training.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
+from galore_jax.training.mesh import AXES, MeshConfig, make_mesh, mesh_sizes, training_mesh
 from galore_jax.training.pretraining import Pretraining
 
 
@@ -55,11 +54,8 @@ def test_a_mesh_of_another_number_of_devices_is_refused(sizes, names, product, v
         ((3, 1, 4), 1, None),
     ],
 )
-def test_what_a_mesh_cannot_divide_is_named_with_the_sizes_that_work(
-    monkeypatch, sizes, accumulation, sentence
-):
+def test_what_a_mesh_cannot_divide_is_named_with_the_sizes_that_work(sizes, accumulation, sentence):
     mesh = AbstractMesh(sizes, AXES)
-    monkeypatch.setattr(layout, "make_mesh", lambda config: mesh)
     sides = {"hidden_size": 96, "intermediate_size": 100, "num_heads": 12, "num_kv_heads": 4}
     model, training = (
         LlamaConfig(vocab_size=1000, **sides),
@@ -67,10 +63,10 @@ def test_what_a_mesh_cannot_divide_is_named_with_the_sizes_that_work(
     )
     config = Config(model, DataConfig(batch_size=12), training=training)
     if sentence is None:
-        assert layout.training_mesh(Pretraining(config)) is mesh
+        assert training_mesh(Pretraining(config), mesh) is mesh
     else:
         with pytest.raises(InputError, match=sentence):
-            layout.training_mesh(Pretraining(config))
+            training_mesh(Pretraining(config), mesh)
 
 
 def test_the_commands_of_the_page_on_many_devices_divide_their_batches():
@@ -84,4 +80,4 @@ def test_the_commands_of_the_page_on_many_devices_divide_their_batches():
         config = load_config(root / path, overrides)
         sizes = mesh_sizes(config.mesh, devices)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        layout.check_training_mesh(Pretraining(config), mesh)
+        training_mesh(Pretraining(config), mesh)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from galore_jax.grads.micro_batches import check_rows, has_mean
 from galore_jax.ops.partition import MeshAxes, meshes_of
@@ -42,7 +42,20 @@ def mean_over_shards(
     """
     if not data_axes:
         return f(operands, *batch)
-    mesh = _mesh(data_axes, operands)
+    for basis in filter(is_basis, jax.tree.leaves(operands, is_leaf=is_basis)):
+        partition, name = basis.projection.partition, basis.projection.name
+        if partition is not None and (taken := set(data_axes) & set(partition.used)):
+            raise ValueError(
+                f'data_axes: the mesh axis "{min(taken)}" divides the parameter {name}, which '
+                "every shard needs whole: name only axes that divide the batch alone."
+            )
+    meshes = [mesh for mesh in meshes_of(operands) if set(data_axes) <= set(mesh.axis_names)]
+    if not meshes:
+        raise ValueError(
+            f"data_axes: there is no mesh with the axes {', '.join(data_axes)}: place the "
+            "parameters on it before galore_jax.init, or enter it by jax.set_mesh."
+        )
+    mesh = meshes[0]
     count = math.prod(mesh.shape[axis] for axis in data_axes)
     if count == 1:
         return f(operands, *batch)
@@ -114,21 +127,3 @@ def whole_embeddings(operands: PyTree) -> PyTree:
         return lax.with_sharding_constraint(leaf, PartitionSpec()) if is_whole else leaf
 
     return jax.tree_util.tree_map_with_path(at_leaf, operands)
-
-
-def _mesh(data_axes: MeshAxes, operands: PyTree) -> AbstractMesh:
-    """The mesh of the context or of the operands."""
-    for basis in filter(is_basis, jax.tree.leaves(operands, is_leaf=is_basis)):
-        partition, name = basis.projection.partition, basis.projection.name
-        if partition is not None and (taken := set(data_axes) & set(partition.used)):
-            raise ValueError(
-                f'data_axes: the mesh axis "{min(taken)}" divides the parameter {name}, which '
-                "every shard needs whole: name only axes that divide the batch alone."
-            )
-    for mesh in meshes_of(operands):
-        if set(data_axes) <= set(mesh.axis_names):
-            return mesh
-    raise ValueError(
-        f"data_axes: there is no mesh with the axes {', '.join(data_axes)}: place the parameters "
-        "on it before galore_jax.init, or enter it by jax.set_mesh."
-    )

@@ -36,7 +36,6 @@ def adam_8bit(
     interpret: bool = False,
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated."""
-    _check_gpu(interpret)
     # View everything as matrices, and divide them into tiles of one block per row.
     inputs = gradient, mu, nu
     rows, *moments = adam_step.as_rows(inputs)
@@ -108,7 +107,6 @@ def lift_and_add(
     if not isinstance(start[1], int) and weights.shape[1] % 4:
         options: Any = {"right_is_transposed": right_is_transposed, "start": start}
         return lift.lift_and_add(weights, left, right, scale, decay, seed, **options)
-    _check_gpu(interpret)
     places = jnp.stack([jnp.asarray(place, jnp.int32) for place in start])
     scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])
     return pl.pallas_call(
@@ -120,16 +118,6 @@ def lift_and_add(
         interpret=interpret,
         name="lift_and_add",
     )(weights, left, right, scalars, places, seed)
-
-
-def _check_gpu(interpret: bool) -> None:
-    # The target of a compilation without a card is the device of the mesh.
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if target is None else target.platform
-    if not interpret and platform != "gpu":
-        raise ValueError(
-            'implementation="pallas" needs an NVIDIA GPU, but JAX finds none: use "xla".'
-        )
 
 
 def _lift_kernel(weights, left, right, scalars, places, seed, new_weights, *, right_is_transposed):

@@ -111,21 +111,14 @@ def kernel_rules(by_columns: Sequence[str]) -> dict[re.Pattern[str], PartitionSp
     }
 
 
-def training_mesh(task: "Task") -> Mesh | None:
-    """The mesh of a training on all devices; None for a single device.
+def training_mesh(task: "Task", mesh: Mesh | None) -> Mesh | None:
+    """The mesh, on which a training can be divided.
 
     Raises:
-      InputError: the mesh does not have as many devices as there are, or `check_training_mesh`.
+      InputError: the batch or the model cannot be divided over it.
     """
-    mesh = make_mesh(task.config.mesh)
-    check_training_mesh(task, mesh)
-    return mesh
-
-
-def check_training_mesh(task: "Task", mesh: Mesh | None) -> None:
-    """Raises an `InputError` if the batch or the model cannot be divided over the mesh."""
     if mesh is None:
-        return
+        return None
     batch_size, parts = task.config.data.batch_size, task.config.training.accumulation
     rows, devices = batch_size // parts, math.prod(mesh.shape[name] for name in BATCH_AXES)
     if rows % devices:
@@ -139,6 +132,7 @@ def check_training_mesh(task: "Task", mesh: Mesh | None) -> None:
                 f"mesh.tensor is {mesh.shape[TENSOR]}, which does not divide the model's {name}, "
                 f"{size}: choose a divisor of {math.gcd(*task.sizes.values())}."
             )
+    return mesh
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:

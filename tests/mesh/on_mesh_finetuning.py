@@ -13,7 +13,7 @@ from galore_jax.models import adapters
 from galore_jax.models.encoder import Classifier, EncoderConfig
 from galore_jax.training.config import CheckpointConfig, GlueConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.glue import Glue, SeedConfig
-from galore_jax.training.mesh import MeshConfig, put_batch, training_mesh
+from galore_jax.training.mesh import MeshConfig, make_mesh, put_batch
 from galore_jax.training.state import place_state
 from galore_jax.training.step import Stepper
 
@@ -61,7 +61,7 @@ def finetuned(config, encoder, sizes=None):
     config = dataclasses.replace(config, mesh=MeshConfig(**sizes or {}))
     rows = {"validation": batch()}
     task = FromNoFolder(config, TASKS["rte"], Classifier(encoder, 2), rows)
-    mesh = None if sizes is None else training_mesh(task)
+    mesh = None if sizes is None else make_mesh(config.mesh)
     state, stepper, losses = place_state(task, mesh), Stepper(task, mesh), []
     for _ in range(STEPS):
         state, metrics = stepper(state, put_batch(batch(), mesh))

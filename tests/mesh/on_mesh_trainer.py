@@ -24,7 +24,7 @@ from galore_jax.training.config import (
     TrainingConfig,
 )
 from galore_jax.training.config_file import changed
-from galore_jax.training.mesh import put_batch, training_mesh
+from galore_jax.training.mesh import make_mesh, put_batch
 from galore_jax.training.pretraining import Pretraining, make_evaluate
 from galore_jax.training.state import place_state
 from galore_jax.training.step import Stepper
@@ -86,7 +86,7 @@ def config_of(mode, mesh=None):
     """The configuration of a mode on the mesh of this name, and that mesh; None: one device."""
     optimizer, training = MODES[mode]
     config = changed(CONFIG, optimizer=optimizer, training=training, mesh=MESHES.get(mesh, {}))
-    return config, mesh and training_mesh(Pretraining(config))
+    return config, mesh and make_mesh(config.mesh)
 
 
 def steps(config, mesh, state, batches, number):
@@ -167,7 +167,7 @@ def test_a_checkpoint_moves_a_training_to_another_mesh(mode, meshes, bound, tmp_
     for mesh in meshes:
         config, mesh = config_of(mode, mesh)
         batches = train_batches(config.data, ByteTokenizer())
-        with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
             if losses:
                 state = checkpoints.restore(Pretraining(config), batches, mesh)
             else:
@@ -207,7 +207,7 @@ def test_each_device_reads_its_part_of_a_model_folder_and_no_more(
     pytest.importorskip("safetensors", reason="the files are safetensors")
     save(tmp_path, CONFIG.model, PARAMS, shard_bytes=50_000)
     config = changed(CONFIG, model={"checkpoint": str(tmp_path)}, mesh=MESHES[mesh])
-    state = place_state(Pretraining(config), training_mesh(Pretraining(config)))
+    state = place_state(Pretraining(config), make_mesh(config.mesh))
     jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         size = math.prod(leaf.sharding.shard_shape(leaf.shape))
