@@ -97,18 +97,6 @@ def test_a_round_trip_keeps_shape_zeros_signs_and_the_bound_of_its_error(
 
 
 @pytest.mark.parametrize("code", CODES)
-def test_small_numbers_of_a_dynamic_code_keep_digits(code):
-    fractions = 10 ** np.linspace(-5, -1, 100)
-    x = jnp.asarray(np.concatenate([[1.0], fractions]), jnp.float32)
-    error = np.abs(np.asarray(dequantize(quantize(x, code)))[1:] / fractions - 1)
-    # The decade from 1e-5 has two values, four if unsigned: the error is at most 0.45 / 2 of 1e-4.
-    bound = {"signed": 1.2, "unsigned": 0.6, "int8": np.inf}[code]
-    assert error.max() < bound
-    if code == "int8":
-        assert (error == 1).any()  # Fractions below 1/254 become zero.
-
-
-@pytest.mark.parametrize("code", CODES)
 def test_a_block_with_a_number_that_is_not_finite_becomes_nan_and_the_others_do_not_change(code):
     for bad in (np.nan, np.inf):
         x = np.ones((2, 600), np.float32)

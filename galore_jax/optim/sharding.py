@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galore_jax.ops.partition import (
     AxisNames,
-    Partition,
     axes_of,
     names_of,
     partition_of,
@@ -92,16 +91,15 @@ def shardings(
     bases = bases_of(galore_states(state, inside_chains=True))
     projections = {basis.projection.path: basis.projection for basis in bases}
 
-    def partition(names: tuple[str, ...], leaf: Any, spec: Any) -> Partition:
+    def sharding(names: tuple[str, ...], leaf: Any, spec: Any) -> NamedSharding:
         name = "/".join(names)
         if spec is None:
             pattern = next((pattern for pattern in rules if matches(pattern, name)), None)
             spec = PartitionSpec() if pattern is None else rules[pattern]
             unused.pop(pattern, None)
         try:
-            sharding = NamedSharding(mesh, spec)
-            sharding.check_compatible_aval(leaf.shape)
-            sharding.shard_shape(leaf.shape)
+            NamedSharding(mesh, spec).check_compatible_aval(leaf.shape)
+            NamedSharding(mesh, spec).shard_shape(leaf.shape)
         except ValueError as error:
             raise ValueError(f"shardings: {name} cannot be divided by {spec}: {error}") from error
         wanted: list[tuple[str, Sequence[int]]] = [
@@ -109,22 +107,16 @@ def shardings(
         ]
         if FSDP in mesh.shape:
             wanted.append((FSDP, _fsdp_places(names, leaf.shape, projections.get(names))))
-        return placed(axes_of(mesh), leaf.shape, wanted)
+        return NamedSharding(mesh, placed(axes_of(mesh), leaf.shape, wanted).spec)
 
-    leaves = named_leaves(params)
-    found = [
-        partition(names, leaf, spec)
-        for (names, leaf), spec in zip(leaves, _specs_of_boxes(params), strict=True)
-    ]
+    leaves = zip(named_leaves(params), _specs_of_boxes(params), strict=True)
+    found = [sharding(*named, spec) for named, spec in leaves]
     if unused:
         raise ValueError(
             f"shardings: the rule {next(iter(unused))!r} matches no parameter, or an earlier rule "
-            f"takes what it matches: the paths are {', '.join('/'.join(n) for n, _ in leaves[:5])}"
-            f"{', …' if len(leaves) > 5 else ''}."
+            "takes what it matches."
         )
-    return jax.tree.unflatten(
-        jax.tree.structure(params), [partition.sharding(mesh) for partition in found]
-    )
+    return jax.tree.unflatten(jax.tree.structure(params), found)
 
 
 def _fsdp_places(
