@@ -56,10 +56,11 @@ def placed(params, sizes, tx, rules=None):
     [
         # The axis that the projection keeps.
         ({"up": shape(16, 64), "down": shape(64, 16)}, {"up": (None, "fsdp"), "down": ("fsdp",)}),
-        ({"stack": shape(3, 16, 64)}, {"stack": (None, None, "fsdp")}),
         # The first axis of what is not projected, and the last of scales.
-        ({"embedding": shape(64, 16)}, {"embedding": ("fsdp",)}),
-        ({"norm": {"scale": shape(3, 16)}}, {"norm": {"scale": (None, "fsdp")}}),
+        (
+            {"stack": shape(3, 16, 64), "embedding": shape(64, 16), "scale": shape(3, 16)},
+            {"stack": (None, None, "fsdp"), "embedding": ("fsdp",), "scale": (None, "fsdp")},
+        ),
         # Another axis where the first choice is not divisible.
         (
             {"gate": shape(16, 61), "embedding": shape(61, 16), "odd": shape(9)},
