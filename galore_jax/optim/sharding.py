@@ -107,7 +107,7 @@ def shardings(
         ]
         if FSDP in mesh.shape:
             wanted.append((FSDP, _fsdp_places(names, leaf.shape, projections.get(names))))
-        return NamedSharding(mesh, placed(axes_of(mesh), leaf.shape, wanted).spec)
+        return placed(axes_of(mesh), leaf.shape, wanted).sharding(mesh)
 
     leaves = zip(named_leaves(params), _specs_of_boxes(params), strict=True)
     found = [sharding(*named, spec) for named, spec in leaves]
