@@ -128,7 +128,7 @@ def load_model(folder: str | Path) -> tuple[Any, Any]:
         with open_parameters(folder) as (config, read):
             return parameters(config, read)
     from galore_jax.interop.config_json import read_config
-    from galore_jax.interop.decoders import ModelFolder
+    from galore_jax.interop.decoders import open_model
     from galore_jax.interop.tokenizer_files import find_tokenizer
 
     tokenizer, model = find_tokenizer(Path(folder)), read_config(Path(folder))
@@ -136,7 +136,7 @@ def load_model(folder: str | Path) -> tuple[Any, Any]:
         raise InputError(f"{folder} has no tokenizer.json or tokenizer.model: add the model's.")
     length = min(DataConfig.sequence_length, model.max_length)
     config = Config(model, DataConfig(tokenizer=str(tokenizer), sequence_length=length))
-    return parameters(config, ModelFolder(Path(folder), model).read)
+    return parameters(config, open_model(Path(folder), model))
 
 
 def _is_huggingface(folder: str | Path) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.interop.config_json import read_config
-from galore_jax.interop.decoders import ModelFolder, write_model
+from galore_jax.interop.decoders import open_model, write_model
 from galore_jax.models.llama import Llama
 
 
@@ -26,11 +26,11 @@ def random_params(config):
 def load(folder):
     """The configuration, and the parameters."""
     config = read_config(folder)
-    checkpoint = ModelFolder(folder, config)
+    read_part = open_model(folder, config)
 
     def read(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return checkpoint.read(name, tuple(slice(None) for _ in leaf.shape))
+        return read_part(name, tuple(slice(None) for _ in leaf.shape))
 
     return config, jax.tree_util.tree_map_with_path(read, shapes_of(config))
 

@@ -101,7 +101,7 @@ def test_a_killed_preparation_continues_where_it_was(tmp_path):
     process.communicate(timeout=60)  # returns when its workers, which share its stderr, have ended
     finished = {path: path.stat().st_mtime_ns for path in out.rglob("c4-*-of-*[0-9]")}
     assert 3 <= len(finished) < 17
-    with pytest.raises(InputError, match=r"only partly prepared: run scripts/prepare_c4\.py again"):
+    with pytest.raises(InputError, match=r"holds no complete c4/en.*: make or finish it by"):
         open_c4(str(out), "train")
 
     assert run_script(tmp_path / "inputs", "--out", out, "--workers", 2)[0] == 0
@@ -249,7 +249,7 @@ def test_a_folder_that_another_process_prepares_is_not_touched(tmp_path):
 
 
 def test_a_folder_that_is_not_c4_is_named(tmp_path):
-    with pytest.raises(InputError, match=f"{tmp_path} is not a folder made by"):
+    with pytest.raises(InputError, match=f"{tmp_path} holds no complete c4/en"):
         documents(DataConfig(source=str(tmp_path)), "train")
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from galore_jax.errors import InputError
-from galore_jax.interop.decoders import ModelFolder
+from galore_jax.interop.decoders import open_model
 from galore_jax.interop.tensors import write_file
 from galore_jax.models.llama import LlamaConfig
 
@@ -101,13 +101,13 @@ def test_tensors_have_the_names_and_the_layout_of_transformers(tmp_path):
 def test_any_part_of_a_parameter_can_be_read(tmp_path):
     params = random_params(LLAMA)
     save(tmp_path, LLAMA, params, shard_bytes=700)
-    checkpoint = ModelFolder(tmp_path, LLAMA)
+    read = open_model(tmp_path, LLAMA)
     index = slice(1, 3), slice(2, 5), slice(None, 4)
-    part = checkpoint.read("layers/mlp/up_proj/kernel", index)
+    part = read("layers/mlp/up_proj/kernel", index)
     np.testing.assert_array_equal(part, params["layers"]["mlp"]["up_proj"]["kernel"][index])
-    part = checkpoint.read("embed_tokens/embedding", index[1:])
+    part = read("embed_tokens/embedding", index[1:])
     np.testing.assert_array_equal(part, params["embed_tokens"]["embedding"][index[1:]])
-    part = checkpoint.read("layers/input_norm/scale", index[:2])
+    part = read("layers/input_norm/scale", index[:2])
     np.testing.assert_array_equal(part, params["layers"]["input_norm"]["scale"][index[:2]])
 
 
@@ -219,7 +219,7 @@ def test_a_damaged_folder_is_refused_in_one_sentence_that_names_the_file(damage,
     save(tmp_path, config, random_params(config))
     damage(tmp_path)
     with pytest.raises(InputError, match=named) as refused:
-        ModelFolder(tmp_path, config)
+        open_model(tmp_path, config)
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -232,7 +232,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("galore_jax.interop.tensors.safe_open", not_readable)
     with pytest.raises(InputError, match=rf"/{FILE} cannot be read: check that it exists and may"):
-        ModelFolder(tmp_path, LLAMA)
+        open_model(tmp_path, LLAMA)
 
 
 def test_a_model_that_was_saved_without_its_head_is_read(tmp_path):

@@ -88,13 +88,9 @@ def open_c4(data_dir: str, split: str) -> "C4Documents":
     """
     folder = Path(data_dir, _NAME, _VERSION)
     if not (folder / _METADATA).exists():
-        if (folder / _INPUTS).exists():
-            raise InputError(
-                f"{data_dir} is only partly prepared: run scripts/prepare_c4.py again to finish it."
-            )
         raise InputError(
-            f"{data_dir} is not a folder made by scripts/prepare_c4.py (it holds no "
-            f'{_NAME}/{_VERSION}): give one, or "python" for the text of the standard library.'
+            f"{data_dir} holds no complete {_NAME}/{_VERSION}: make or finish it by "
+            'scripts/prepare_c4.py, or give "python", the text of the standard library.'
         )
     try:
         source = tfds.data_source(_NAME, data_dir=data_dir, split=split, download=False)

@@ -13,7 +13,6 @@ from galore_jax.interop.config_json import to_json
 from galore_jax.interop.leaves import Leaf, check_finite, check_fit, model_leaves
 from galore_jax.interop.tensors import (
     CONFIG,
-    Index,
     Stored,
     check_dtypes,
     make_folder,
@@ -38,39 +37,30 @@ _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _PREFIX = "model."  # of the names of all tensors but the head
 
 
-class ModelFolder:
-    """The parameters in a folder of transformers, checked by name and shape, and read on demand.
+def open_model(folder: Path, config: LlamaConfig) -> ReadPart:
+    """Checks the tensors in a folder of transformers by name and shape, to be read on demand.
 
     Args:
       folder: the folder.
       config: the model that its tensors must fit, usually from `read_config`.
 
+    Returns:
+      A function that reads a part of a leaf, in the dtype of the model.
+
     Raises:
       InputError: a file is missing or damaged, or tensors do not fit the model; they are listed.
-        `read` raises one if a tensor has numbers that are not finite.
+        The function raises one if a tensor has numbers that are not finite.
     """
-
-    def __init__(self, folder: Path, config: LlamaConfig):
-        self._leaves, self._dtype = _leaves(config), jnp.dtype(config.dtype)
-        tensors = stored_tensors(folder)
-        if not any(name.startswith(_PREFIX) for name in tensors):
-            # A model that was saved without its head, such as one for text embeddings.
-            named = lambda name: name if name == HEAD else _PREFIX + name
-            tensors = {named(name): tensor for name, tensor in tensors.items()}
-        tensors = {name: each for name, each in tensors.items() if not _COMPUTED.fullmatch(name)}
-        if config.tie_embeddings and HEAD in tensors and _is_tied(tensors):
-            del tensors[HEAD]
-        check_fit(folder, self._leaves.values(), tensors)
-        self._tensors = tensors
-
-    def read(self, path: str, index: Index) -> np.ndarray:
-        """A part of a leaf, in the dtype of the model.
-
-        Args:
-          path: the path of the leaf.
-          index: a slice for each of its axes.
-        """
-        return self._leaves[path].read(self._tensors, index, self._dtype)
+    leaves, dtype, tensors = _leaves(config), jnp.dtype(config.dtype), stored_tensors(folder)
+    if not any(name.startswith(_PREFIX) for name in tensors):
+        # A model that was saved without its head, such as one for text embeddings.
+        named = lambda name: name if name == HEAD else _PREFIX + name
+        tensors = {named(name): tensor for name, tensor in tensors.items()}
+    tensors = {name: each for name, each in tensors.items() if not _COMPUTED.fullmatch(name)}
+    if config.tie_embeddings and HEAD in tensors and _is_tied(tensors):
+        del tensors[HEAD]
+    check_fit(folder, leaves.values(), tensors)
+    return lambda path, index: leaves[path].read(tensors, index, dtype)
 
 
 def write_model(

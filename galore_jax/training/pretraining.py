@@ -102,9 +102,9 @@ class Pretraining(Task):
         """
         if not self.config.model.checkpoint:
             return params
-        from galore_jax.interop.decoders import ModelFolder  # needs an extra of its own
+        from galore_jax.interop.decoders import open_model  # needs an extra of its own
 
-        folder = ModelFolder(Path(self.config.model.checkpoint), self.config.model)
+        read_part = open_model(Path(self.config.model.checkpoint), self.config.model)
 
         def read(path: Any, old: jax.Array) -> jax.Array:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -112,8 +112,8 @@ class Pretraining(Task):
                 return old
             shape, sharding = old.shape, old.sharding
             old.delete()  # Never are all of both in memory.
-            read_part: Any = functools.partial(folder.read, name)
-            return jax.make_array_from_callback(shape, sharding, read_part)
+            read_index: Any = functools.partial(read_part, name)
+            return jax.make_array_from_callback(shape, sharding, read_index)
 
         return jax.tree_util.tree_map_with_path(read, params)
 

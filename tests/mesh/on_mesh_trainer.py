@@ -13,7 +13,7 @@ from model_folder import random_params, save
 
 from galore_jax.data.batches import DataConfig, train_batches, validation_batches
 from galore_jax.data.tokenizers import ByteTokenizer
-from galore_jax.interop.decoders import ModelFolder
+from galore_jax.interop import decoders
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import (
@@ -189,14 +189,18 @@ PARAMS = jax.tree.map(lambda leaf: leaf / 20, random_params(CONFIG.model))
 @pytest.fixture
 def read_sizes(monkeypatch):
     """The numbers of elements that are read of each leaf, one for each time."""
-    sizes, read = collections.defaultdict(list), ModelFolder.read
+    sizes, open_model = collections.defaultdict(list), decoders.open_model
 
-    def recorded(self, path, index):
-        part = read(self, path, index)
-        sizes[path].append(part.size)
-        return part
+    def opened(folder, config):
+        def recorded(path, index):
+            part = read(path, index)
+            sizes[path].append(part.size)
+            return part
 
-    monkeypatch.setattr(ModelFolder, "read", recorded)
+        read = open_model(folder, config)
+        return recorded
+
+    monkeypatch.setattr(decoders, "open_model", opened)
     return sizes
 
 
