@@ -150,12 +150,6 @@ def test_the_table_has_differences_from_adamw_of_the_means_and_seed_by_seed():
     assert base["seconds per step"] == f"{SECONDS / STEPS:.3f}"
 
 
-def test_the_table_of_one_seed_without_adamw_has_neither_spread_nor_differences():
-    header, _, line = table([row("muon", 2.0, name="muon")]).splitlines()
-    muon = dict(zip(cells(header), cells(line), strict=True))
-    assert muon["spread"] == muon["against adamw"] == muon["seed by seed"] == ""
-
-
 def test_the_table_says_which_rates_are_not_tuned():
     text = table([row("adamw", 2.0), row("muon", 2.0, borders=("learning rate", "matrix rate"))])
     assert "\nmuon is not tuned: its best learning rate and matrix rate is at the end" in text

@@ -37,12 +37,6 @@ def test_a_file_sets_what_it_names_and_leaves_the_rest(small):
     assert config.optimizer.galore.rank == OptimizerConfig().galore.rank
 
 
-def test_the_run_is_named_after_the_file_unless_it_names_a_folder(small):
-    assert load_config(small).training.folder == "runs/small"
-    for name in ("elsewhere", "runs/2026"):
-        assert load_config(small, [f"training.folder={name}"]).training.folder == name
-
-
 def test_overrides_are_toml_values_and_bare_words_are_text(small):
     config = load_config(
         small,
@@ -183,12 +177,6 @@ def test_optimizers_are_chosen_by_label_or_by_name(tables, small):
     chosen = load_comparison(tables, names=["muon", "rank 8"])
     assert [config.optimizer.name for config in chosen.values()] == ["muon", "galore_adamw"]
     assert list(load_comparison(small)) == ["adamw", "muon", "galore_adamw"]
-
-
-def test_a_training_ignores_the_tables_of_a_comparison(tables):
-    assert load_config(tables).optimizer == OptimizerConfig(
-        galore=GaloreConfig(rank=16), warmup_steps=0
-    )
 
 
 @pytest.mark.parametrize(
