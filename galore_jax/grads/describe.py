@@ -53,8 +53,8 @@ def describe(
       params: the parameters or their shapes.
       tx: a transformation with galore in it.
       loss: if given, as for `value_and_grad`, another column shows how the gradient of each
-        projected parameter is computed there: "projected" in the backward pass, "partly" or "full";
-        for the latter two with the primitives, and their lines of the source, that are the reason.
+        projected parameter is computed: "projected" in the backward pass, "partly" or "full"; the
+        latter two with their reasons, primitives with their lines of the source.
       *batch: the other arguments of the loss, or their shapes.
       has_aux: whether the loss returns a pair.
       **unsplit: keyword arguments of the loss.

@@ -87,9 +87,9 @@ class Program:
 
 
 def _leak(equation: Any, traces: set[Any]) -> str | None:
-    """Says so if an equation's own backward pass reads a value of these traces, which have ended.
+    """The reason if an equation's own backward pass reads a value of these traces, otherwise None.
 
-    While they last, as in `jax.grad`, the value is there.
+    The traces have ended; while they last, as in `jax.grad`, the value can be read.
     """
     if equation.primitive.name != "custom_vjp_call":
         return None
@@ -315,7 +315,7 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
     if others:
         selections = select()
     else:
-        # Numbers of our own, which a user's guard of transfers is not about.
+        # A user's transfer guard is not meant for these numbers of our own.
         with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
             selections = [*map(np.asarray, select())]
 
@@ -382,7 +382,7 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
         return _dot_general(equation, dot, operands, report)
 
     def constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
-        # Inlining the jit would lose the shardings it sets.
+        # Inlining the jit would lose its shardings.
         at = lambda a, to: lax.with_sharding_constraint(a, to) if isinstance(to, Sharding) else a
         return _with_arrays(values, list(map(at, _plain(values), shardings)))
 
@@ -449,7 +449,7 @@ def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) 
         if any(specs[i]):
             [operands[i]] = _as_plain(equation, [value], report)
         elif isinstance(value, Tracked):
-            specs[i] = PartitionSpec()  # of its basis too, which has other axes
+            specs[i] = PartitionSpec()  # also for its basis, which has other axes
     options["in_specs"] = tuple(specs)
 
     def inner(*operands: Any) -> tuple[Any, ...]:

@@ -174,7 +174,7 @@ class _Pass(NamedTuple):
         return x, block_inputs, inputs
 
     def _head(self, trees: PyTree, x: jax.Array) -> Any:
-        """The result of the head's step; its inputs are x and the embedding that it reads too."""
+        """The head's step; its inputs are x and the parameters of the embedding that it reads."""
         slices = self.slices
 
         def loss(head: PyTree, inputs: tuple[jax.Array, PyTree]) -> tuple[jax.Array, Any]:
@@ -217,7 +217,7 @@ class _Pass(NamedTuple):
     def _embedding(
         self, trees: PyTree, dy: jax.Array, head_gradient: PyTree
     ) -> tuple[PyTree, jax.Array]:
-        """The new trees and the sum of squares, with the head's gradient of what it reads too."""
+        """The new trees and the sum of squares, of the gradients of embedding and head together."""
         slices = self.slices
 
         def loss(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:

@@ -16,8 +16,8 @@ from galore_jax.types import PyTree
 def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTree:
     """The mean of `f` over equal parts of the batch; for one part, `f(*batch)`.
 
-    It is in float32, or in a wider or complex dtype of the leaf. Leaves without a mean (see
-    `has_mean`) are those of the last part.
+    Means are float32, or have the dtype of the leaf if that is wider or complex. Leaves without a
+    mean (see `has_mean`) are those of the last part.
     """
     if micro_batches == 1:
         return f(*batch)

@@ -75,8 +75,8 @@ def moved(
     Args:
       value: before it.
       array: the result of the operation on `value.array`.
-      axes: a text for each axis of the result that begins with a letter of its kind. The texts of a
-        side are in the order that the axes have in the matrix.
+      axes: for each axis of the result a string that begins with a letter of its kind; the strings
+        of a side, sorted, have the order of the axes in the matrix.
       change: what the operation does to stacks `(*batch, n, r)`.
 
     Returns:
