@@ -94,15 +94,6 @@ def test_a_script_without_an_extra_ends_with_the_command_that_installs_it(argume
     assert done.returncode == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["galore_jax.models.llama", "galore_jax.training.step"])
-def test_an_import_without_an_extra_names_it_too(tmp_path, name):
-    (tmp_path / "script.py").write_text(f"import {name}")
-    done = run_without("flax", str(tmp_path / "script.py"))
-    sentence = 'this needs flax, which is not installed: pip install "galore-jax[train]"'
-    assert done.stderr.splitlines()[-1] == f"ModuleNotFoundError: {sentence}"
-
-
 def test_a_missing_module_of_no_extra_keeps_its_traceback():
     def main():
         raise ModuleNotFoundError("No module named 'x'", name="x")

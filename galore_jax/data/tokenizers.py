@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import sentencepiece
 
@@ -17,29 +17,7 @@ TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.
 ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
 
 
-class Tokenizer(Protocol):
-    """A vocabulary with ids from 0 to `vocab_size` - 1.
-
-    Attributes:
-        prefix: the ids that a model pretrained with this tokenizer expects before a text, such as
-            a beginning-of-sequence token.
-    """
-
-    vocab_size: int
-    pad_id: int
-    eos_id: int
-    prefix: Sequence[int]
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without an end-of-sequence id."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, without special tokens."""
-        ...
-
-
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str) -> "Tokenizer":
     """Loads a tokenizer.
 
     Args:
@@ -213,6 +191,11 @@ class HuggingFaceTokenizer:
     def _encode(self, text: str, add_special_tokens: bool = False) -> Any:
         with one_sentence(f"{self._place} cannot encode a text"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
+
+
+# Ids are below vocab_size. A model pretrained with a tokenizer expects its prefix, such as a
+# beginning-of-sequence token, before a text; `encode` adds neither that nor eos_id.
+Tokenizer = ByteTokenizer | SentencePieceTokenizer | HuggingFaceTokenizer
 
 
 def tokenizer_files(path: str) -> list[Path]:
