@@ -95,12 +95,6 @@ def test_moments_take_two_bytes_a_number_and_a_sixty_fourth():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == 64 * 512 * 2 * (1 + 4 / 256) + 4
 
 
-def test_updates_have_the_dtype_of_gradients():
-    params = random_params(SHAPES, dtype=jnp.bfloat16)
-    updates, _ = adam8bit(0.05).update(params, adam8bit(0.05).init(params))
-    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
-
-
 def eight_bit(moments, **settings):
     return galore_jax.adamw(
         0.02, 16, 5, eight_bit=True, moments=moments, weight_decay=0.1, **settings

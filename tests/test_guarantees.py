@@ -91,8 +91,3 @@ def test_random_subspaces_converge_where_the_noise_is_moderate(name):
     tx = OPTIMIZERS[name](rate, GOLORE.rank, GAP, 1.0, refresh="random")
     # The noise in a random subspace is as large as the gradient when 0.05 of the excess is left.
     assert excess_after_training(GOLORE, tx) < 0.05
-
-
-@PROBLEMS
-def test_without_a_subspace_muon_converges(problem):
-    assert excess_after_training(problem, optax.contrib.muon(rate, consistent_rms=0.2)) < 1e-6

@@ -12,6 +12,7 @@ from losses.table import Case, filled
 
 import galore_jax
 from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.projection import is_coordinates
 
 MODULES = [
     "plain_derivatives",
@@ -57,10 +58,6 @@ def compiled_gradients(loss, batch, keywords, has_aux, micro_batches):
 
     arrays = [leaf for leaf, is_one in zip(leaves, is_array, strict=True) if is_one]
     return lambda params, state: gradients(params, state, arrays)
-
-
-def is_coordinates(node) -> bool:
-    return isinstance(node, galore_jax.Coordinates)
 
 
 def bases_by_name(state) -> dict[str, Basis]:

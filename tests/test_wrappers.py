@@ -134,16 +134,6 @@ def test_a_wrapper_may_change_the_tree_of_the_gradients():
         apply_gradients(tx, {"z": gradients["z"].T}, state, params)
 
 
-def test_extra_arguments_reach_the_transformations():
-    params = random_params(PLAIN)
-    for tx in (
-        chain(galore(4), optax.sgd(1.0), optax.contrib.reduce_on_plateau()),
-        optax.chain(galore(4), optax.sgd(1.0), optax.contrib.reduce_on_plateau()),
-    ):
-        _, state = apply_gradients(tx, params, init(tx, params), params, value=3.0)
-        assert float(optax.tree.get(state, "best_value")) == 3.0
-
-
 @jax.tree_util.register_pytree_node_class
 class NamedArray:
     """As in Haliax, for which the axes' names belong to the very array below them."""
