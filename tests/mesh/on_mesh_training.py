@@ -7,7 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pairwise import pairwise
@@ -23,6 +25,7 @@ from small_model import (
     make_mesh,
     train,
 )
+from test_integrations import run
 
 import galore_jax
 from galore_jax.optim import adam8bit
@@ -187,6 +190,35 @@ def test_a_step_is_compiled_once_for_the_first_state_and_for_its_own():
     assert step._cache_size() == 1
 
 
+# The optimizer of Flax NNX, as in docs/integrations.md.
+
+
+def test_flax_nnx_trains_with_a_divided_state_as_on_one_device():
+    names = run("flax_nnx")
+    tx, (x, y) = names["tx"], names["batches"][0]
+    placed = optax.GradientTransformationExtraArgs(
+        functools.partial(galore_jax.init, tx), tx.update
+    )
+    mesh = make_mesh({"fsdp": 8})
+    values = []
+    for on_mesh in (False, True):
+        model = nnx.clone(names["model"])
+        if on_mesh:
+            params = nnx.state(model, nnx.Param)
+            shardings = galore_jax.shardings(tx, params, mesh)
+            nnx.update(model, jax.device_put(params, shardings))
+            x, y = jax.device_put((x, y), NamedSharding(mesh, P("fsdp")))
+        with jax.set_mesh(mesh):
+            optimizer = nnx.Optimizer(model, placed, wrt=nnx.Param)
+            names["new_bases"](model, optimizer, x, y)
+            values += [[float(names["projected_step"](model, optimizer, x, y)) for _ in range(3)]]
+    for one, other in zip(*values, strict=True):
+        assert abs(one - other) < 1e-5
+    moments = optax.tree.get(nnx.as_pure(optimizer.opt_state), "mu")["layers"][0]["kernel"].value
+    assert moments.shape == (16, 256)
+    assert moments.sharding.spec == P(None, "fsdp")
+
+
 # Experts, of which each device has some.
 
 EXPERTS = 8
@@ -220,14 +252,13 @@ def train_experts(mesh, mode, make=galore_jax.adamw, **settings):
         rules = {"layers/*": P(None, "expert")}
         params = jax.device_put(params, galore_jax.shardings(tx, params, mesh, rules))
     state = galore_jax.init(tx, params)
-
     step = galore_jax.make_step(expert_loss, tx, projected=mode == "projected", refreshes=True)
     run = jax.jit(lambda params, state: tuple(step(params, state, x)))
-    compiled, losses = run.lower(params, state).compile(), []
+    program, losses = run.lower(params, state).compile().as_text(), []
     for _ in range(15):
-        params, state, value = step(params, state)
+        params, state, value = run(params, state)
         losses.append(float(value))
-    return losses, compiled.as_text()
+    return losses, program
 
 
 @pytest.mark.parametrize(
