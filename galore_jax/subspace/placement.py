@@ -144,9 +144,13 @@ def constrain(tree: PyTree) -> PyTree:
     def at_node(node: Any) -> Any:
         if not isinstance(node, Basis | Coordinates) or node.projection.partition is None:
             return node
-        name = "vectors" if isinstance(node, Basis) else "value"  # XLA places counters.
-        arrays, where = getattr(node, name), getattr(partitions(node), name)
-        return replace(node, **{name: jax.tree.map(Partition.constrain, where, arrays)})
+
+        def put(partition: Partition, array: jax.Array) -> jax.Array:
+            is_counter = isinstance(node, Basis) and array.ndim <= len(node.projection.view.batch)
+            # XLA may choose where counters lie that no axis divides.
+            return array if is_counter and not partition.used else partition.constrain(array)
+
+        return jax.tree.map(put, partitions(node), node)
 
     return jax.tree.map(at_node, tree, is_leaf=lambda node: isinstance(node, Basis | Coordinates))
 
