@@ -291,6 +291,16 @@ def test_data_axes_that_cannot_divide_the_batch_are_refused(sizes, axis, rows, m
         gradients(params, galore_jax.init(tx, params), jnp.zeros((rows, 8), jnp.int32))
 
 
+def test_parameters_of_two_galores_have_coordinates_each():
+    one, other = (galore_jax.adamw(1e-3, rank=rank) for rank in (4, 2))
+    tx = optax.partition({"one": one, "other": other}, {"up": "one", "down": "other"})
+    params = placed({"up": jnp.ones((16, 64)), "down": jnp.ones((64, 16))}, {"fsdp": 8}, tx)
+    loss = lambda params, x: jnp.mean((x @ params["up"] @ params["down"]) ** 2)
+    gradients = jax.jit(galore_jax.value_and_grad(loss))
+    _, grads = jax.eval_shape(gradients, params, galore_jax.init(tx, params), jnp.ones((8, 16)))
+    assert (grads["up"].projection.rank, grads["down"].projection.rank) == (4, 2)
+
+
 def test_boxes_with_logical_axes_lie_as_the_rules_of_the_context_say():
     kernel = nn.LogicallyPartitioned(jnp.ones((16, 64)), names=("model", "mlp"))
     tx = galore_jax.adamw(1e-3, rank=RANK)
