@@ -101,7 +101,7 @@ def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_pa
 
     best, task = folder / "seed-0", TASKS["rte"]
     model = Classifier(encoder_config(best), 2)
-    params = load_encoder(best, model, jax.random.key(0)).params
+    params = load_encoder(best, model, jax.random.key(0))
     rows = encode(load_examples(task, "validation", place), PairTokenizer(best), 12)
     outputs = model.apply({"params": params}, rows["tokens"], rows["token_types"])
     found = scores(task, predictions_of(task, np.asarray(outputs)), rows["labels"])
@@ -111,8 +111,8 @@ def test_a_tiny_model_learns_and_its_best_checkpoint_has_the_score(place, tmp_pa
 def test_lora_trains_its_adapters_and_the_head_and_nothing_else(place, tmp_path):
     finetune(configured(place, tmp_path / "run", LORA, epochs=1))
     model, key = Classifier(CONFIG, 2), jax.random.key(0)
-    before = load_encoder(place / "model", model, key).params
-    after = load_encoder(tmp_path / "run" / "seed-0", model, key).params
+    before = load_encoder(place / "model", model, key)
+    after = load_encoder(tmp_path / "run" / "seed-0", model, key)
     for names, leaf in named_leaves(after):
         old = before
         for name in names:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,20 +65,6 @@ _SETTINGS = {
 _SUPPORTED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 
 
-class LoadedEncoder(NamedTuple):
-    """Parameters from a folder, and the tensors that only the folder or only the model has.
-
-    Attributes:
-      params: the parameters of the model, on the default device.
-      initialized: names of the head's tensors that the folder lacks; they have initial values.
-      unused: names of tensors in the folder that the model does not need, such as another head's.
-    """
-
-    params: PyTree
-    initialized: tuple[str, ...]
-    unused: tuple[str, ...]
-
-
 def encoder_config(folder: str | Path) -> EncoderConfig:
     """The configuration in a folder's config.json, with parameters in float32.
 
@@ -105,8 +91,8 @@ def _from_settings(settings: dict[str, Any]) -> EncoderConfig:
 
 def load_encoder(
     folder: str | Path, model: EncoderModel, key: jax.Array, labels: Sequence[str] | None = None
-) -> LoadedEncoder:
-    """Reads the parameters of a model from the safetensors of a folder.
+) -> PyTree:
+    """Reads the parameters of a model, to the default device, from the safetensors of a folder.
 
     Args:
       folder: holds `model.safetensors`, or its shards and `model.safetensors.index.json`.
@@ -122,9 +108,9 @@ def load_encoder(
     folder, leaves = Path(folder), _leaves(model)
     tensors = _renamed(stored_tensors(folder), model.config.architecture)
     wanted = {name for leaf in leaves.values() for name in leaf.names}
-    unused = {name: tensors[name] for name in tensors.keys() - wanted if _UNUSED.match(name)}
+    unused = {name for name in tensors.keys() - wanted if _UNUSED.match(name)}
     if labels is not None and _class_names(labels) != _stored_class_names(folder):
-        unused |= {name: tensors[name] for name in tensors if name.startswith("classifier.")}
+        unused |= {name for name in tensors if name.startswith("classifier.")}
     tensors = {name: tensors[name] for name in tensors if name not in unused}
     is_missing = lambda path: path.startswith(HEAD) and leaves[path].name not in tensors
     missing = [path for path in leaves if is_missing(path)]
@@ -142,9 +128,7 @@ def load_encoder(
         whole = tuple(slice(0, size) for size in leaf.shape)
         return jnp.asarray(leaves[name].read(tensors, whole, leaf.dtype))
 
-    params = jax.tree_util.tree_map_with_path(read, params)
-    initialized = tuple(leaves[path].name for path in missing)
-    return LoadedEncoder(params, initialized, tuple(sorted(each.name for each in unused.values())))
+    return jax.tree_util.tree_map_with_path(read, params)
 
 
 def save_encoder(

@@ -101,13 +101,7 @@ class Glue(Task):
         head_key, _ = jax.random.split(jax.random.key(self.config.training.seed))
         folder = self.config.model.checkpoint
         loaded = load_encoder(folder, self.model, head_key, self.task.labels)
-        if self.config.training.seed == 0:
-            for names, what in (
-                (loaded.initialized, "initialised at random"),
-                (loaded.unused, "in the checkpoint, but not used"),
-            ):
-                print(f"{what}: {', '.join(names) or 'nothing'}")
-        whole = adapters.combine(loaded.params, adapters.factors(params))
+        whole = adapters.combine(loaded, adapters.factors(params))
         return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), whole, params)
 
     def loss(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
