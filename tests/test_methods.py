@@ -15,8 +15,13 @@ from reference import largest_angle
 from galore_jax.ops.quantization import quantize
 from galore_jax.subspace.basis import AGE_UNINITIALIZED
 from galore_jax.subspace.matrix_view import MatrixView
-from galore_jax.subspace.methods import REFRESH, orthonormalise, overlap, random_basis
-from galore_jax.subspace.new_basis import refresh_where_due
+from galore_jax.subspace.new_basis import (
+    REFRESH,
+    orthonormalise,
+    overlap,
+    random_basis,
+    refresh_where_due,
+)
 from galore_jax.subspace.projection import Projection
 
 SHAPE, RANK, GAP = (24, 40), 8, 10

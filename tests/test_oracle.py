@@ -16,7 +16,7 @@ from trees import PLAIN, STACKED, max_difference, random_params
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
 from galore_jax.subspace.basis import is_basis
-from galore_jax.subspace.methods import REFRESH
+from galore_jax.subspace.new_basis import REFRESH
 from galore_jax.subspace.projection import MOMENTS, PROJ_TYPES, is_coordinates
 
 GAP, RANK = 5, 4

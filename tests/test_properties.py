@@ -13,7 +13,7 @@ import pytest
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore
-from galore_jax.subspace.methods import REFRESH
+from galore_jax.subspace.new_basis import REFRESH
 from galore_jax.subspace.projection import MOMENTS
 
 RANK, GAP = 2, 2

@@ -17,7 +17,7 @@ from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.galore_state import bases_of, galore_states, start_coordinates
 from galore_jax.optim.moments import rotated
-from galore_jax.subspace.methods import subspace_iteration
+from galore_jax.subspace.new_basis import subspace_iteration
 from galore_jax.training.pretraining import batch_loss
 
 CONFIG = LlamaConfig(97, 32, 56, 3, 2, max_length=16)

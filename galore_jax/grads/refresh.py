@@ -29,10 +29,9 @@ from galore_jax.optim.galore_state import (
     with_galore_states,
 )
 from galore_jax.optim.moments import rotate
-from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, updates_left
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.methods import orthonormalise, span
-from galore_jax.subspace.new_basis import Sketch, refresh_basis
+from galore_jax.subspace.new_basis import Sketch, orthonormalise, refresh_if_due, span, updates_left
 from galore_jax.subspace.placement import constrain, matrices_partition
 from galore_jax.subspace.projection import Side
 from galore_jax.types import PyTree
@@ -257,7 +256,7 @@ def _renewed(states: list[GaLoreState], sketches: dict[Names, Sketch]) -> list[G
             sketch = sketches.get(basis.projection.path)
             if sketch is None:
                 return basis
-            return refresh_basis(basis, sketch, state.lazy_overlap, **settings)
+            return refresh_if_due(basis, sketch, state.lazy_overlap, **settings)
 
         return state._replace(bases=map_bases(at_leaf, state.bases, otherwise=state.bases))
 

@@ -28,7 +28,7 @@ from galore_jax.optim.galore_state import (
 )
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.methods import EXACT
+from galore_jax.subspace.new_basis import EXACT
 from galore_jax.subspace.placement import constrain, coordinates_partition
 from galore_jax.subspace.projection import Coordinates
 from galore_jax.types import PyTree

@@ -21,7 +21,7 @@ from galore_jax.optim.galore_state import (
     constrain_unprojected,
     galore_states,
     map_bases,
-    with_gradient,
+    none_where_no_gradient,
 )
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.placement import constrain, matrices_partition
@@ -64,7 +64,8 @@ def apply_gradients(
       ValueError: a gradient of a projected parameter that is None or has another shape, naming it;
         an unknown implementation.
     """
-    implemented("lift_and_add", implementation)  # Refuses unknown ones, lifted or not.
+    # An unknown implementation is refused here, even if no leaf is projected.
+    implemented("lift_and_add", implementation)
     apply = partial(_apply_gradients, tx, implementation)
     arguments = grads, state, params, key, extra_args
     return with_auto_axes(apply, *arguments, out=lambda: specs_of((params, state)))
@@ -79,7 +80,7 @@ def _apply_gradients(
     key: jax.Array | None,
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
-    all_params, params = params, with_gradient(params, grads)
+    all_params, params = params, none_where_no_gradient(params, grads)
     if is_chain(tx):
         updates, state = tx.update_coordinates(grads, state, params, **extra_args)
         states = galore_states(state.inner_states)
@@ -91,22 +92,22 @@ def _apply_gradients(
         [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
     )
 
-    def add(update: Any, param: jax.Array, key: Any) -> Any:
+    def new_unprojected(update: Any, param: jax.Array, key: Any) -> Any:
         if is_coordinates(update):
             return update
         param = jnp.asarray(param)
         total = _at_least_float32(param) + _at_least_float32(jnp.asarray(update))
         return _rounded(total, param.dtype, key)
 
-    def lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
-        if not is_coordinates(update):
+    def new_projected(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
+        if not is_coordinates(update):  # of another galore
             return update
         return _lift_and_add(basis, update, param, key, implementation)
 
     # Unprojected leaves first; then each galore replaces coordinates by new parameters.
-    new = jax.tree.map(add, updates, params, keys, is_leaf=is_coordinates)
+    new = jax.tree.map(new_unprojected, updates, params, keys, is_leaf=is_coordinates)
     for galore_state in states:
-        new = map_bases(lift_and_add, galore_state.bases, new, params, keys, otherwise=new)
+        new = map_bases(new_projected, galore_state.bases, new, params, keys, otherwise=new)
     new = constrain_unprojected(boxed_as(params, new), states)
     return _with_rest(new, all_params), constrain(state)
 

@@ -21,12 +21,12 @@ from galore_jax.optim.galore_state import (
     constrain_unprojected,
     galore_states,
     map_bases,
+    none_where_no_gradient,
     project,
     start_coordinates,
-    with_gradient,
 )
 from galore_jax.optim.moments import (
-    basis_updates,
+    basis_changes,
     check_rotation,
     restore_moments,
     rotate,
@@ -122,21 +122,22 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
-        # What galore did to its bases; empty until it has been reached.
+        # What galore has done to its bases; empty before it, and if it projects nothing.
         states, changes = [], {}
-        params = None if params is None else with_gradient(params, updates)
+        params = None if params is None else none_where_no_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
             _check_not_after_decay(updates)
-            if changes:
+            if changes:  # After galore: moments in the new bases, those of skipped matrices kept.
                 ready = rotate(old, changes)
                 update = optax.with_extra_args_support(tx).update
                 updates, new = update(updates, ready, params, **extra_args)
                 new = restore_moments(ready, new, changes)
-            else:
+            else:  # Galore itself, what comes before it, or a wrapper that may contain it.
                 own = isinstance(tx, GaLore)
                 update = tx.update if own else partial(stock_chain.update, tx)
                 updates, new = update(updates, old, params, **extra_args)
-                changes = basis_updates(old, new, state)
+                changes = basis_changes(old, new, state)
+                # For what reads parameters; jit removes it where nothing does, as in Adam.
                 params = None if params is None else project(params, galore_states(new))
             states.append(new)
         return skip_updates(updates, changes), ChainState(tuple(states))
@@ -148,7 +149,8 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
 class _ChainUpdate:
     """The `update` of a chain, with what `Chain` offers besides.
 
-    They are here because a rebuilt named tuple loses extra attributes.
+    `transforms` and `update_coordinates` live on the function, because `_replace` and other ways
+    of rebuilding a named tuple drop its extra attributes.
     """
 
     transforms: tuple[optax.GradientTransformation, ...]
@@ -158,12 +160,12 @@ class _ChainUpdate:
         self, updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         def update(updates: PyTree, state: Any, params: PyTree, extra_args: Any):
-            like = updates if params is None else with_gradient(params, updates)
+            like = updates if params is None else none_where_no_gradient(params, updates)
             updates, state = self.update_coordinates(updates, state, params, **extra_args)
             return _lift(updates, galore_states(state.inner_states), like), state
 
         # Again, as what runs inside of with_auto_axes can use no arrays from here.
-        like = updates if params is None else with_gradient(params, updates)
+        like = updates if params is None else none_where_no_gradient(params, updates)
         arguments = updates, state, params, extra_args
         return with_auto_axes(update, *arguments, out=lambda: specs_of((like, state)))
 
@@ -172,10 +174,11 @@ def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
     """Full updates in the dtypes of `like`: the parameters or, without them, the gradients."""
 
     def lifted(basis: Basis, update: Any, like: Any) -> Any:
-        if not is_coordinates(update):
+        if not is_coordinates(update):  # lifted already, by a chain inside of this one
             return update
         projection = basis.projection
         view = projection.view
+        # As `ops.lift.add`, which adds it to the weights in place.
         full = basis.scale * projection.lift_matrices(basis.vectors, update.value)
         if update.decay is not None:
             full -= update.decay[..., None, None] * widened(view.to_matrices(like))
@@ -203,7 +206,7 @@ def _warn_of_full_moments(states: list[PyTree], params: PyTree) -> None:
     for state in states:
         if optax.tree.size(state) > optax.tree.size(params):
             warnings.warn(
-                f"the transformation with the state {type(state).__name__} is in front of galore, "
-                "where it keeps moments of full size: put galore in front of it.",
+                f"the transformation with the state {type(state).__name__} keeps moments of full "
+                "size, because it precedes galore: put galore in front of it.",
                 stacklevel=2,
             )

@@ -17,8 +17,8 @@ from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import map_batch
 from galore_jax.optim.galore_settings import Settings, with_settings_of_galore
 from galore_jax.optim.galore_state import boxed_as, check_gradient, map_bases, to_float32
-from galore_jax.subspace.basis import Basis, count_update
-from galore_jax.subspace.new_basis import refresh_basis
+from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.new_basis import count_update, refresh_if_due
 from galore_jax.subspace.placement import matrices_partition
 from galore_jax.subspace.projection import Coordinates, Projection, is_coordinates
 from galore_jax.subspace.rules import Rank
@@ -178,7 +178,7 @@ def in_subspaces(
 
     def update(grads: PyTree, state: FiraState, params: PyTree = None) -> tuple[PyTree, FiraState]:
         del params
-        lazy, seed = settings.for_refresh()
+        lazy, seed = settings.overlap_and_seed()
 
         def refreshed(basis: Basis, gradient: Any) -> Basis:
             check_gradient(gradient, basis.projection)
@@ -187,7 +187,7 @@ def in_subspaces(
                     f"{name} needs full gradients: use jax.value_and_grad, or make_step."
                 )
             basis = settings.applied_to(basis)
-            return refresh_basis(basis, gradient, lazy, seed=seed, count=state.count)
+            return refresh_if_due(basis, gradient, lazy, seed=seed, count=state.count)
 
         def projected(basis: Basis, gradient: jax.Array) -> Coordinates:
             return Coordinates(basis.projection.project(basis.vectors, gradient), basis.projection)

@@ -2,12 +2,12 @@
 
 The paper's algorithm, and where each line of it is:
 
-    every T steps: P ← the leading r singular vectors of G   subspace.new_basis.refresh_basis
+    every T steps: P ← the leading r singular vectors of G   subspace.new_basis.refresh_if_due
     R ← PᵀG                                                  Projection.project; or directly in
                                                              the backward pass: grads
     N ← Adam (or any optimizer) of R, with moments of R's    what comes after galore in the chain;
-        shape; the learning rate and the sign are in N       moments at a refresh: optim.moments
-    W ← W + α P N                                            apply_gradients: optim.apply; or
+        shape                                                moments at a refresh: optim.moments
+    W ← W − η α P N, where −η N is what leaves the chain     apply_gradients: optim.apply; or
                                                              `update` of a chain: optim.chain
 
 The mechanism: a `Coordinates` node replaces the parameter's leaf in the trees that
@@ -35,8 +35,8 @@ from galore_jax.optim.galore_state import (
     map_bases,
     to_float32,
 )
-from galore_jax.subspace.basis import Basis, count_update
-from galore_jax.subspace.new_basis import refresh_basis
+from galore_jax.subspace.basis import Basis, replacing
+from galore_jax.subspace.new_basis import count_update, refresh_if_due
 from galore_jax.subspace.projection import Coordinates, Moments, ProjType, is_coordinates
 from galore_jax.subspace.rules import Rank, Rules
 from galore_jax.types import PyTree
@@ -63,9 +63,10 @@ def galore(
     side is not larger than the rank. Each matrix has a basis of its own, computed anew at updates
     0, T, 2T, … from that update's gradient. A matrix is skipped if its gradient is not finite or
     the sum of squares of its coordinates overflows float32: galore passes on zeros, and the chain
-    puts weights and moments back as they were. A refresh that was due, and
-    had a gradient that is not finite or is zero, takes place at the next other one (that of
-    projected gradients 1, 2, 4, … finite updates later, at most T).
+    puts weights and moments back as they were. Counts that all leaves share, such as Adam's,
+    advance, and leaves that are not projected are not skipped. A refresh that fails, because the
+    gradient is not finite or is zero, takes place at the next other gradient; with projected
+    gradients it is tried again after 1, 2, 4, … finite updates, at most T.
 
     The updates that leave galore are float32: `Coordinates` for projected leaves, `(*batch, r,
     out)` with a left basis, `(*batch, in, r)` with a right one; full gradients for the others. Only
@@ -142,28 +143,30 @@ def galore(
     def init(params: PyTree) -> GaLoreState:
         # Parameters that are given as `Coordinates`, as `chain` and `galore_jax.init` do, make the
         # state low-rank: what comes after galore is started with the same tree.
+        lazy_overlap, seed = settings.overlap_and_seed()
         count = jnp.zeros([], jnp.int32)
-        return GaLoreState(count, settings.start_bases(params), *settings.for_refresh())
+        return GaLoreState(count, settings.start_bases(params), lazy_overlap, seed)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
         low_rank = is_low_rank(state)
-        lazy_overlap, seed = settings.for_refresh()
+        lazy_overlap, seed = settings.overlap_and_seed()
         if not low_rank:
             _refuse_or_warn_of_full_size(settings)
 
         def at_leaf(basis: Basis, gradient: Any) -> tuple[Any, Basis]:
+            # Scale and gap may be hyperparameters that change; the rest must be as at the start.
             basis = settings.applied_to(basis)
             projection = basis.projection
             check_gradient(gradient, projection)
             if is_coordinates(gradient):
                 # `galore_jax.refresh` has refreshed the basis and rotated the moments, if they were
                 # due: the chain must not rotate them again.
-                basis = dataclasses.replace(basis, refreshed=basis.refreshed & False)
+                basis = dataclasses.replace(basis, refreshed=replacing(basis.refreshed, False))
                 value = widened(gradient.value)  # Squares overflow early in float16.
             else:
                 # New vectors for the matrices that are due, and coordinates in them.
-                basis = refresh_basis(basis, gradient, lazy_overlap, seed=seed, count=state.count)
+                basis = refresh_if_due(basis, gradient, lazy_overlap, seed=seed, count=state.count)
                 value = projection.project(basis.vectors, gradient)
             # Zeros for a matrix that is not finite. What is not finite in a gradient shows in its
             # coordinates, and an infinite sum of squares would end up in a second moment.
@@ -174,6 +177,7 @@ def galore(
                 return projection.lift(basis.vectors, value).astype(gradient.dtype), basis
             return Coordinates(value, projection), basis
 
+        # `map_bases` calls this with the basis and the gradient of each projected leaf.
         pairs = map_bases(at_leaf, state.bases, updates, otherwise=state.bases)
         bases = map_bases(lambda _, pair: pair[1], state.bases, pairs, otherwise=state.bases)
         unprojected = to_float32(updates) if low_rank else updates

@@ -15,7 +15,7 @@ import optax
 
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, path_hash, replacing
 from galore_jax.subspace.matrix_view import unboxed
-from galore_jax.subspace.methods import random_basis
+from galore_jax.subspace.new_basis import random_basis
 from galore_jax.subspace.projection import (
     MOMENTS,
     Moments,
@@ -154,7 +154,7 @@ class Settings:
             full_size=full_size,
         )
 
-    def for_refresh(self) -> tuple[jax.Array | None, jax.Array]:
+    def overlap_and_seed(self) -> tuple[jax.Array | None, jax.Array]:
         """The lazy overlap and the seed, as the state keeps them for `galore_jax.refresh`.
 
         They are copies, as arrays among the settings outlive a donated state.

@@ -137,7 +137,7 @@ def boxed_as(like: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, jax.tree.leaves(tree, is_leaf=is_coordinates))
 
 
-def with_gradient(params: PyTree, gradients: PyTree) -> PyTree:
+def none_where_no_gradient(params: PyTree, gradients: PyTree) -> PyTree:
     """`params` with None where the gradients are None, as for functions in an Equinox model.
 
     Raises:

@@ -33,10 +33,10 @@ SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares"})
 FACTORS: dict[str, Side] = {"rows": "left", "columns": "right"}
 
 # For each projected parameter, by path, its basis before and after an update or a refresh.
-BasisUpdates = dict[tuple[str, ...], tuple[Basis, Basis]]
+BasisChanges = dict[tuple[str, ...], tuple[Basis, Basis]]
 
 
-def basis_updates(old: PyTree, new: PyTree, whole: PyTree) -> BasisUpdates:
+def basis_changes(old: PyTree, new: PyTree, whole: PyTree) -> BasisChanges:
     """What an update has done to the bases.
 
     Args:
@@ -64,7 +64,7 @@ def is_moment(node: Any) -> bool:
     return is_coordinates(node) and hasattr(node.value, "shape")
 
 
-def restore_moments(old: PyTree, new: PyTree, changes: BasisUpdates) -> PyTree:
+def restore_moments(old: PyTree, new: PyTree, changes: BasisChanges) -> PyTree:
     """The state `new` with the moments of the state `old` for the skipped matrices."""
 
     def at_moment(old: PyTree, new: PyTree) -> PyTree:
@@ -80,7 +80,7 @@ def restore_moments(old: PyTree, new: PyTree, changes: BasisUpdates) -> PyTree:
     return jax.tree.map(at_moment, old, new, is_leaf=is_coordinates)
 
 
-def skip_updates(updates: PyTree, changes: BasisUpdates) -> PyTree:
+def skip_updates(updates: PyTree, changes: BasisChanges) -> PyTree:
     """The final updates of a chain, zero for the skipped matrices, which do not decay either."""
 
     def at_leaf(update: PyTree) -> PyTree:
@@ -94,7 +94,7 @@ def skip_updates(updates: PyTree, changes: BasisUpdates) -> PyTree:
     return jax.tree.map(at_leaf, updates, is_leaf=is_coordinates)
 
 
-def rotate(state: PyTree, changes: BasisUpdates) -> PyTree:
+def rotate(state: PyTree, changes: BasisChanges) -> PyTree:
     """Rotates the moments of parameters whose basis has `moments="rotate"` into the new bases."""
 
     def at_moment(names: tuple[str, ...], node: Any) -> Any:

@@ -27,13 +27,13 @@ from galore_jax.optim.galore_state import (
     without_boxes,
 )
 from galore_jax.optim.moments import (
-    basis_updates,
+    basis_changes,
     check_rotation,
     restore_moments,
     rotate,
     skip_updates,
 )
-from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.basis import Basis, replacing
 from galore_jax.types import PyTree
 
 
@@ -90,7 +90,7 @@ def update(
         map_bases(check, own.bases, updates, otherwise=own.bases)
     coordinates = None if params is None else project(params, old)
     _, probe = tx.update(updates, state, coordinates, **extra_args)
-    new, changes = galore_states(probe), basis_updates(state, probe, state)
+    new, changes = galore_states(probe), basis_changes(state, probe, state)
 
     # Second call: the update in these bases, whose ages of zero make no refresh due.
     fresh = [_with_age_zero(state) for state in new]
@@ -103,7 +103,10 @@ def update(
 
 def _idle(bases: PyTree) -> PyTree:
     def at_basis(basis: Basis) -> Basis:
-        flags = {"refreshed": basis.refreshed & False, "finite": basis.finite | True}
+        flags = {
+            "refreshed": replacing(basis.refreshed, False),
+            "finite": replacing(basis.finite, True),
+        }
         return dataclasses.replace(basis, **flags)
 
     return map_bases(at_basis, bases, otherwise=bases)

@@ -1,6 +1,5 @@
 """The basis of one parameter: its vectors, its refresh schedule and its counters."""
 
-import dataclasses
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,38 +71,7 @@ def is_basis(node: Any) -> bool:
     return isinstance(node, Basis)
 
 
-def updates_left(basis: Basis) -> jax.Array:
-    """Number of updates until the next attempt at a refresh, int32 `(*batch,)`; due if <= 0."""
-    return basis.wait - updates_overdue(basis)
-
-
-def updates_overdue(basis: Basis) -> jax.Array:
-    """Number of updates since the refresh became due, int32 `(*batch,)`; negative before that."""
-    return basis.age - jnp.where(basis.age >= AGE_UNINITIALIZED, AGE_UNINITIALIZED, basis.gap)
-
-
-def count_update(basis: Basis, finite: jax.Array) -> Basis:
-    """Counts one update of each matrix.
-
-    Args:
-      basis: before the update.
-      finite: bool `(*batch,)`, whether the gradient of the matrix was finite; if not, the update
-        was skipped.
-
-    Returns:
-      The basis with its counters advanced.
-    """
-    count = lambda number, happened: jnp.where(happened, number + 1, number)
-    age = count(basis.age, finite)
-    saved = count(basis.saved, finite & (age < basis.gap) & (age % basis.interval == 0))
-    skipped = count(basis.skipped, ~finite)
-    # Read off the counter: with the sum of squares itself, XLA's CPU compiler keeps up to 8 MB more
-    # of temporaries in the full-gradient step of `benchmark.py step layers=2`.
-    finite = replacing(basis.finite, skipped == basis.skipped)
-    return dataclasses.replace(basis, age=age, finite=finite, skipped=skipped, saved=saved)
-
-
-def replacing(old: jax.Array, new: jax.Array) -> jax.Array:
+def replacing(old: jax.Array, new: jax.typing.ArrayLike) -> jax.Array:
     """The new array, computed so that it depends on the old one.
 
     JAX drops arguments that nothing depends on. It would then give the buffers of the donated state

@@ -21,7 +21,7 @@ from galore_jax.subspace.matrix_view import (
     matrix_views,
     named_leaves,
 )
-from galore_jax.subspace.methods import REFRESH
+from galore_jax.subspace.new_basis import REFRESH
 from galore_jax.subspace.projection import (
     PROJ_TYPES,
     Projection,

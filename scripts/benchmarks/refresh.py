@@ -27,7 +27,7 @@ from galore_jax.data.tokenizers import Tokenizer, load_tokenizer, train_sentence
 from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.galore_state import galore_states
-from galore_jax.subspace.methods import REFRESH
+from galore_jax.subspace.new_basis import REFRESH
 from galore_jax.training.config import Config, GaloreConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.state import init_state
