@@ -64,7 +64,6 @@ def test_the_template_in_its_own_file_and_the_default_one_of_several_count(tmp_p
         (CHATML + "{{ nothing.at.all }}", chat("a", "b"), "'nothing' is undefined"),
         (CHATML + "{{ 1 + eos_token }}", chat("a", "b"), "refuses the messages: unsupported"),
         (CHATML + "{{ 'a'.index('b') }}", chat("a", "b"), "refuses the messages: substring"),
-        (CHATML, chat("a", "b")[1:], "message 1 is an answer with no message before it"),
         (
             # As templates of reasoning models, which omit earlier thoughts.
             "{% for m in messages %}{{ m.content if loop.last else m.content[:1] }}.{% endfor %}",

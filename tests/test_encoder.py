@@ -58,19 +58,6 @@ def test_each_rate_of_dropout_makes_outputs_random(rate):
     assert not np.allclose(first, exact)
 
 
-def test_the_head_has_the_dropout_of_the_body_unless_it_has_its_own():
-    config = dataclasses.replace(TINY, dropout=0.5, attention_dropout=0)
-    tokens, key = random_tokens(1, 7), jax.random.key(1)
-    params = initial(Classifier(config, 3))
-    same = dataclasses.replace(config, classifier_dropout=0.5)
-    other = dataclasses.replace(config, classifier_dropout=0.0)
-    found, equal, different = (
-        outputs(Classifier(c, 3), params, tokens, None, key) for c in (config, same, other)
-    )
-    np.testing.assert_array_equal(found, equal)
-    assert not np.allclose(found, different)
-
-
 @CONFIGS
 def test_galore_projects_the_kernels_of_the_blocks_and_no_others(config):
     shapes = jax.eval_shape(lambda: initial(Classifier(config, 3)))

@@ -57,7 +57,9 @@ def transformers_outputs(torch, theirs, tokens, types, config):
 @pytest.mark.filterwarnings("default")
 @CONFIGS
 @MODELS
-def test_random_models_of_transformers_give_their_outputs(hugging_face, tmp_path, config, make):
+def test_a_model_of_transformers_has_the_same_outputs_here_and_back_there(
+    hugging_face, tmp_path, config, make
+):
     torch, library = hugging_face
     model = make(config)
     settings = {"max_position_embeddings": config.first_position + config.max_length}
@@ -86,25 +88,15 @@ def test_random_models_of_transformers_give_their_outputs(hugging_face, tmp_path
     tokens, types = batch(config)
     expected = transformers_outputs(torch, theirs, tokens, types, config)
     np.testing.assert_allclose(outputs(model, loaded, tokens, types), expected, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("default")
-@CONFIGS
-@MODELS
-def test_transformers_loads_an_export_with_the_same_outputs(hugging_face, tmp_path, config, make):
-    torch, library = hugging_face
-    model = make(config)
-    params = initial(model)
-    save_encoder(tmp_path, model, params)
-    theirs, report = transformers_model(library, model).from_pretrained(
-        tmp_path, output_loading_info=True
+    save_encoder(tmp_path / "ours", model, loaded)
+    back, report = transformers_model(library, model).from_pretrained(
+        tmp_path / "ours", output_loading_info=True
     )
     assert {name.split(".")[0] for name in report["missing_keys"]} <= {"pooler"}
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
-    tokens, types = batch(config)
-    found = transformers_outputs(torch, theirs, tokens, types, config)
-    np.testing.assert_allclose(found, outputs(model, params, tokens, types), atol=1e-4)
+    found = transformers_outputs(torch, back, tokens, types, config)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @CONFIGS

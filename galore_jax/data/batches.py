@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import grain
 import numpy as np
@@ -29,9 +29,6 @@ from galore_jax.data.stdlib_corpus import standard_library_texts
 from galore_jax.data.tokenizers import Tokenizer, tokenizer_files
 from galore_jax.errors import InputError
 from galore_jax.settings import checked
-
-if TYPE_CHECKING:
-    from galore_jax.data.conversations import Conversations
 
 _WINDOW_TOKENS = 2**20  # packed rows are shuffled within windows of about this many tokens
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)
@@ -183,16 +180,11 @@ def _text_checksum(texts: Sequence[str]) -> int:
     return checksum
 
 
-def _conversations(config: DataConfig, split: str) -> "Conversations":
-
-    source, length = config.source, config.sequence_length
-    return open_conversations(source, split, config.held_out, config.tokenizer, length)
-
-
 def _source(config: DataConfig, tokenizer: Tokenizer, split: str, report: Report | None) -> Any:
     """The texts or the conversations of a split, by index."""
     if config.rows == "conversations":
-        conversations = _conversations(config, split)
+        source, length = config.source, config.sequence_length
+        conversations = open_conversations(source, split, config.held_out, config.tokenizer, length)
         if report is not None:
             report(f"{split}: {conversations.report}")
         return conversations

@@ -118,11 +118,6 @@ class ChatTemplate:
         answers = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                if index == 0:
-                    raise InputError(
-                        "message 1 is an answer with no message before it: begin with a user's "
-                        "message, or remove the conversation."
-                    )
                 prompt = self._render(messages[:index], add_generation_prompt=True)
                 turn = self._render(messages[: index + 1])
                 if not (turn.startswith(prompt) and text.startswith(turn)):
