@@ -20,7 +20,8 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from galore_jax.command_line import separated
+from command_line import separated
+
 from galore_jax.errors import run_cli
 
 
@@ -51,7 +52,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
 
-    from galore_jax.training.compare import compare, table
+    from analysis.comparison import compare, table
+
     from galore_jax.training.config_file import load_comparison
     from galore_jax.training.loop import Interrupted
     from galore_jax.training.processes import keep_programs

@@ -19,7 +19,8 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from galore_jax.command_line import separated
+from command_line import separated
+
 from galore_jax.errors import InputError, run_cli
 
 
@@ -42,7 +43,8 @@ def main() -> None:
         raise InputError("--tasks compares learning rates: give --rates too, as in 3e-5,1e-4.")
 
     # Imported late, so that a wrong argument is reported before JAX takes its second to load.
-    from galore_jax.training.compare import compare_finetuning, tables
+    from analysis.comparison import compare_finetuning, tables
+
     from galore_jax.training.config import FinetuneConfig
     from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.finetune import finetune

@@ -27,7 +27,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from galore_jax.command_line import separated
+from command_line import separated
+
 from galore_jax.errors import InputError, require_choice, run_cli
 from galore_jax.files import write_json
 

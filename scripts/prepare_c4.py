@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 
-from galore_jax.command_line import positive
+from command_line import positive
+
 from galore_jax.errors import run_cli
 
 

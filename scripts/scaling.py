@@ -32,7 +32,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from galore_jax.command_line import separated
+from command_line import separated
+
 from galore_jax.errors import InputError, check_installed, require_choice, run_cli
 from galore_jax.files import write_json
 

@@ -9,7 +9,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from galore_jax.command_line import positive
+from command_line import positive
+
 from galore_jax.errors import InputError, run_cli
 from galore_jax.files import atomic_write
 

@@ -1,8 +1,7 @@
 import argparse
 
 import pytest
-
-from galore_jax.command_line import positive, separated
+from command_line import positive, separated
 
 
 def test_lists_are_separated_by_commas_without_repetitions():

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from analysis.comparison import Result, Row, compare, descend, table
 from generate import generate_text
 
 from galore_jax.errors import InputError, run_cli
-from galore_jax.training.compare import Result, Row, compare, descend, table
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_comparison
 from galore_jax.training.loop import Interrupted
@@ -99,7 +99,7 @@ def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
     def refuse(*arguments, **settings):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("galore_jax.training.compare.train", refuse)
+    monkeypatch.setattr("analysis.comparison.train", refuse)
     assert compare(configs, SEEDS, RATES) == rows
     # The rates of the file are a grid of one point.
     (row,) = compare({"adamw": rows[0].configs[0]}, SEEDS)
@@ -222,7 +222,7 @@ def test_a_script_that_is_stopped_says_how_to_continue(script, file, monkeypatch
     def stop(*_):
         raise Interrupted("", signal.SIGTERM, is_finished=False)
 
-    monkeypatch.setattr("galore_jax.training.compare.compare", stop)
+    monkeypatch.setattr("analysis.comparison.compare", stop)
     with pytest.raises(SystemExit) as end:
         run_script(script, monkeypatch, "--config", file)
     assert end.value.code == 143

@@ -8,12 +8,12 @@ import signal
 import jax
 import jax.numpy as jnp
 import pytest
+from analysis.comparison import compare, table
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training import loop
-from galore_jax.training.compare import compare, table
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.run_folder import RunFolder
@@ -106,5 +106,5 @@ def test_a_comparison_of_runs_that_diverge_has_its_table(diverging, tmp_path, mo
     assert (tmp_path / "comparison.md").read_text() == table(rows)
     assert table(rows).count("| diverged |") == 2
     assert (tmp_path / "comparison.png").exists()
-    monkeypatch.delattr("galore_jax.training.compare.train")  # They are not trained again.
+    monkeypatch.delattr("analysis.comparison.train")  # They are not trained again.
     assert compare(configs, (0, 1), (0.01, 0.1)) == rows

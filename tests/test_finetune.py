@@ -19,6 +19,8 @@ from galore_jax.errors import InputError
 
 pytest.importorskip("safetensors", reason="needs safetensors")
 
+from analysis.comparison import compare_finetuning, table, tables
+
 from galore_jax.data.batches import DataConfig
 from galore_jax.data.glue_tasks import TASKS, encode, load_examples, predictions_of, scores
 from galore_jax.data.text_pairs import PairTokenizer, batches
@@ -27,7 +29,6 @@ from galore_jax.interop.encoders import encoder_config, load_encoder, save_encod
 from galore_jax.models.encoder import Classifier, Encoder
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.subspace.matrix_view import named_leaves
-from galore_jax.training.compare import compare_finetuning, table, tables
 from galore_jax.training.config import Config, FinetuneConfig, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_comparison, load_config, to_toml
 from galore_jax.training.finetune import finetune, make_task
@@ -219,7 +220,7 @@ def test_a_rate_that_diverges_loses_and_the_end_of_the_grid_is_reported(tmp_path
             "seconds": config.training.seeds * [1.0],
         }
 
-    monkeypatch.setattr("galore_jax.training.compare.finetune", stub)
+    monkeypatch.setattr("analysis.comparison.finetune", stub)
     config = configured(tmp_path, tmp_path, {"name": "adamw"})
 
     def compared(configs, rates):
@@ -266,7 +267,7 @@ def test_means_over_tasks_pair_the_seeds(tmp_path, monkeypatch):
         best = metrics[config.optimizer.name, task][: config.training.seeds]
         return {"best": best, "mean": 1.0, "deviation": 2.0, **size}
 
-    monkeypatch.setattr("galore_jax.training.compare.finetune", stub)
+    monkeypatch.setattr("analysis.comparison.finetune", stub)
     configs = {
         name: configured(tmp_path, tmp_path / "runs", {"name": name}, seeds=3)
         for name in ("adamw", "lora")

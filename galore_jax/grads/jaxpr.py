@@ -214,7 +214,7 @@ def _bind(equation: Any, operands: Sequence[Any]) -> list[Any]:
 
 def _dot_general(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     parameter_first = isinstance(operands[0], Tracked)
-    order = slice(None, None, -1 if parameter_first else 1)
+    order = slice(None, None, -1 if parameter_first else 1)  # x before the parameter
     x, parameter = operands[order]
     contracting, batch = params["dimension_numbers"]
     numbers = contracting[order], batch[order]
@@ -345,8 +345,8 @@ def _sources(name: str, params: Any, ndim: int, rank: int) -> list[int | None]:
         dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
         # Clipping puts a slice that spans an axis at its start.
         clips = params["mode"] is lax.GatherScatterMode.CLIP
-        moved = () if clips else numbers.start_index_map
-        taken = iter([None if i in moved else i for i in range(ndim) if i not in dropped])
+        indexed = () if clips else numbers.start_index_map
+        taken = iter([None if i in indexed else i for i in range(ndim) if i not in dropped])
         return [next(taken) if i in numbers.offset_dims else None for i in range(rank)]
     return [*range(ndim)]
 

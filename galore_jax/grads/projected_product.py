@@ -28,7 +28,8 @@ from galore_jax.ops.quantization import dequantize
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import Side
 
-# The first letter of each kind of axis, and the mark of the axes of tokens in a product.
+# The first letter of each kind of axis, and the mark of the axes of tokens in a product; in this
+# order by character code, A < _ < a < m, by which the axes are sorted.
 BATCH, IN, OUT, TOKEN = "A", "a", "m", "_"
 
 
@@ -40,8 +41,8 @@ class Tracked:
     Attributes:
       array: the parameter at this point of the loss: cast, transposed, sliced along batch axes.
       vectors: basis vectors by side, `(*batch, in or out, r)`, with the batch axes of `array`.
-      coordinates: zeros `(*batch, rows, columns)`, likewise. Only projected products depend on
-        them; their derivative is the projected gradient.
+      coordinates: zeros `(*batch, rows, columns)`, likewise. No value depends on them, but
+        projected products declare the projected gradient to be their derivative.
       axes: static; the letters of the axes of `array`, batch axes in alphabetical order.
       path: static; the names of the parameter's path.
     """
@@ -165,6 +166,8 @@ class _Layout(NamedTuple):
     coordinates: PartitionSpec | None
 
 
+# The value ignores the basis and the coordinates. The backward pass declares PᵀG to be the
+# derivative by the coordinates, and that by the array, which would be G, to be none.
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(dot: Any, layout: _Layout, x: Any, array: Any, vectors: Any, coordinates: Any) -> Any:
     del layout, vectors, coordinates
@@ -181,6 +184,8 @@ def _backward(dot, layout, residuals, dy):
     (dx,) = jax.vjp(lambda x: dot(x, array), x)[1](dy)
 
     coordinates = partial(_coordinates, layout, array.dtype)
+    # Without it XLA's TPU compiler lays the operands out anew: by its own estimate 3.7 in place of
+    # 2.3 ms of copies for a block of 350M on a v5e.
     x, dy = lax.optimization_barrier((x, dy))
     value = with_auto_axes(coordinates, x, dy, vectors, out=lambda: layout.coordinates)
     return dx, None, None, value.astype(like.dtype)

@@ -250,11 +250,8 @@ class Passes:
         uses = {i: self.uses[basis.projection.path] for i, basis in by_leaf.items()}
         projected = {i: basis for i, basis in by_leaf.items() if uses[i].gradient != "full"}
         # Some projected leaves also need the ordinary gradient of their other uses.
-        full_leaves = {
-            i: leaf
-            for i, leaf in enumerate(part.leaves)
-            if (uses[i].reasons if i in projected else everything)
-        }
+        needs_full = lambda i: bool(uses[i].reasons) if i in projected else everything
+        full_leaves = {i: leaf for i, leaf in enumerate(part.leaves) if needs_full(i)}
 
         def value(full: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
             leaves = [full.get(i, leaf) for i, leaf in enumerate(part.leaves)]

@@ -1,1 +1,1 @@
-"""What compiled training steps need: memory, communication and work, read without running them."""
+"""Measuring tools: what compiled training steps need, read without running them; comparisons."""
