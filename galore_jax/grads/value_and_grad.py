@@ -46,12 +46,12 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree]]:
     """`jax.value_and_grad` with gradients projected in the backward pass, for `apply_gradients`.
 
-    The gradients of projected parameters are `Coordinates` in float32, equal up to rounding to the
-    projected full gradients. Where the loss multiplies by a parameter, they take
-    `r · (in + out) / (in · out)` of the work, and the full gradient is never formed. Any other use
-    of the parameter contributes its full gradient, which is then projected and added. A projected
-    parameter that the loss never multiplies by, such as the kernel of a convolution, gets a full
-    gradient instead of coordinates, which galore then projects. `describe(params, tx, loss,
+    The gradients of projected parameters are `Coordinates` in float32, equal to the projected full
+    gradients up to the rounding of the loss's dtype. Where the loss multiplies by a parameter, they
+    take `r · (in + out) / (in · out)` of the work, and the full gradient is never formed. Any other
+    use of the parameter contributes its full gradient, which is then projected and added. A
+    projected parameter that the loss never multiplies by, such as the kernel of a convolution, gets
+    a full gradient instead of coordinates, which galore then projects. `describe(params, tx, loss,
     *batch)` shows which case applies to each parameter, and why.
 
     Bases do not change here: until the first `refresh` they are random.

@@ -161,6 +161,7 @@ def _update_matrix(
 ) -> jax.Array:
     """The new weights of one matrix, on a mesh without moving any part of them."""
     left, right, is_transposed = projection.factors(*parts)
+    # `ops.lift.lift_and_add`, or the kernel of that name.
     add = partial(implemented("lift_and_add", implementation), right_is_transposed=is_transposed)
     if partition is not None:
         add = _on_parts(add, partition.trailing(2), is_transposed)

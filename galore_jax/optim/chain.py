@@ -22,7 +22,7 @@ from galore_jax.optim.galore_state import (
     galore_states,
     map_bases,
     none_where_no_gradient,
-    project,
+    projected_tree,
     start_coordinates,
 )
 from galore_jax.optim.moments import (
@@ -122,12 +122,14 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         return ChainState(tuple(states))
 
     def update_coordinates(updates: PyTree, state: ChainState, params: PyTree = None, **extra_args):
-        # What galore has done to its bases; empty before it, and if it projects nothing.
+        # Before galore: as in optax.chain. After it: rotate moments, update, restore the moments of
+        # skipped matrices. At the end: zero their updates. `changes` says what galore has done to
+        # its bases; it is empty before galore, and if that projects nothing.
         states, changes = [], {}
         params = None if params is None else none_where_no_gradient(params, updates)
         for tx, old in zip(transforms, state.inner_states, strict=True):
             _check_not_after_decay(updates)
-            if changes:  # After galore: moments in the new bases, those of skipped matrices kept.
+            if changes:
                 ready = rotate(old, changes)
                 update = optax.with_extra_args_support(tx).update
                 updates, new = update(updates, ready, params, **extra_args)
@@ -136,9 +138,9 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
                 own = isinstance(tx, GaLore)
                 update = tx.update if own else partial(stock_chain.update, tx)
                 updates, new = update(updates, old, params, **extra_args)
-                changes = basis_changes(old, new, state)
+                changes = basis_changes(old, new, whole=state)
                 # For what reads parameters; jit removes it where nothing does, as in Adam.
-                params = None if params is None else project(params, galore_states(new))
+                params = None if params is None else projected_tree(params, galore_states(new))
             states.append(new)
         return skip_updates(updates, changes), ChainState(tuple(states))
 
@@ -178,7 +180,8 @@ def _lift(updates: PyTree, states: list[GaLoreState], like: PyTree) -> PyTree:
             return update
         projection = basis.projection
         view = projection.view
-        # As `ops.lift.add`, which adds it to the weights in place.
+        # What `ops.lift.lift_and_add` adds to the weights in place. There is a decay only with
+        # parameters, which `like` then are.
         full = basis.scale * projection.lift_matrices(basis.vectors, update.value)
         if update.decay is not None:
             full -= update.decay[..., None, None] * widened(view.to_matrices(like))

@@ -2,13 +2,16 @@
 
 The paper's algorithm, and where each line of it is:
 
-    every T steps: P ← the leading r singular vectors of G   subspace.new_basis.refresh_if_due
+    every T steps: P ← the leading r singular vectors of G   subspace.new_basis.refresh_if_due; or,
+                                                             for projected gradients, a call of
+                                                             galore_jax.refresh: grads.refresh
     R ← PᵀG                                                  Projection.project; or directly in
-                                                             the backward pass: grads
+                                                             the backward pass:
+                                                             grads.value_and_grad
     N ← Adam (or any optimizer) of R, with moments of R's    what comes after galore in the chain;
         shape                                                moments at a refresh: optim.moments
-    W ← W − η α P N, where −η N is what leaves the chain     apply_gradients: optim.apply; or
-                                                             `update` of a chain: optim.chain
+    W ← W − η α P N, where −η N is what the optimizer        apply_gradients: optim.apply, ops.lift;
+        returns                                              or `update` of a chain: optim.chain
 
 The mechanism: a `Coordinates` node replaces the parameter's leaf in the trees that
 transformations after galore are initialised with and update, so their state is low-rank. The whole
@@ -35,7 +38,7 @@ from galore_jax.optim.galore_state import (
     map_bases,
     to_float32,
 )
-from galore_jax.subspace.basis import Basis, replacing
+from galore_jax.subspace.basis import Basis, in_buffer_of
 from galore_jax.subspace.new_basis import count_update, refresh_if_due
 from galore_jax.subspace.projection import Coordinates, Moments, ProjType, is_coordinates
 from galore_jax.subspace.rules import Rank, Rules
@@ -64,9 +67,10 @@ def galore(
     0, T, 2T, … from that update's gradient. A matrix is skipped if its gradient is not finite or
     the sum of squares of its coordinates overflows float32: galore passes on zeros, and the chain
     puts weights and moments back as they were. Counts that all leaves share, such as Adam's,
-    advance, and leaves that are not projected are not skipped. A refresh that fails, because the
-    gradient is not finite or is zero, takes place at the next other gradient; with projected
-    gradients it is tried again after 1, 2, 4, … finite updates, at most T.
+    advance, and leaves that are not projected are not skipped. A refresh from a gradient that is
+    zero, not finite, or has a sum of squares that is not, fails: the old basis stays, and the next
+    full gradient is tried; with projected gradients the next attempts follow 1, 2, 4, … finite
+    updates later, at most T.
 
     The updates that leave galore are float32: `Coordinates` for projected leaves, `(*batch, r,
     out)` with a left basis, `(*batch, in, r)` with a right one; full gradients for the others. Only
@@ -160,9 +164,10 @@ def galore(
             projection = basis.projection
             check_gradient(gradient, projection)
             if is_coordinates(gradient):
-                # `galore_jax.refresh` has refreshed the basis and rotated the moments, if they were
-                # due: the chain must not rotate them again.
-                basis = dataclasses.replace(basis, refreshed=replacing(basis.refreshed, False))
+                # Projected gradients are refreshed by a call of `galore_jax.refresh`, without which
+                # bases stay as they are, at first random. It has rotated the moments as well, which
+                # the chain must not do again.
+                basis = dataclasses.replace(basis, refreshed=in_buffer_of(basis.refreshed, False))
                 value = widened(gradient.value)  # Squares overflow early in float16.
             else:
                 # New vectors for the matrices that are due, and coordinates in them.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, path_hash, replacing
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, in_buffer_of, path_hash
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.new_basis import random_basis
 from galore_jax.subspace.projection import (
@@ -171,7 +171,7 @@ class Settings:
         """
         self._check_started_with_these(basis)
         rule = self.rule_of(basis.projection.path)
-        current = lambda old, new: replacing(old, jnp.asarray(new, old.dtype))
+        current = lambda old, new: in_buffer_of(old, jnp.asarray(new, old.dtype))
         return dataclasses.replace(
             basis,
             scale=current(basis.scale, rule.scale),

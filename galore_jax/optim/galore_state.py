@@ -194,7 +194,7 @@ def to_float32(tree: PyTree) -> PyTree:
     return jax.tree.map(cast, tree)
 
 
-def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
+def projected_tree(params: PyTree, states: list[GaLoreState]) -> PyTree:
     """The parameters as transformations after these galores see them: projected, float32."""
 
     def coordinates(basis: Basis, param: jax.Array) -> Coordinates:
@@ -206,7 +206,7 @@ def project(params: PyTree, states: list[GaLoreState]) -> PyTree:
 
 
 def start_coordinates(params: PyTree, states: list[GaLoreState]) -> PyTree:
-    """Like `project`, with zeros for coordinates; the states may be abstract."""
+    """Like `projected_tree`, with zeros for coordinates; the states may be abstract."""
 
     def zeros(basis: Basis) -> Coordinates:
         shape = basis.projection.coordinates_shape

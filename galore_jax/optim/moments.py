@@ -36,7 +36,7 @@ FACTORS: dict[str, Side] = {"rows": "left", "columns": "right"}
 BasisChanges = dict[tuple[str, ...], tuple[Basis, Basis]]
 
 
-def basis_changes(old: PyTree, new: PyTree, whole: PyTree) -> BasisChanges:
+def basis_changes(old: PyTree, new: PyTree, *, whole: PyTree) -> BasisChanges:
     """What an update has done to the bases.
 
     Args:

@@ -21,7 +21,7 @@ from galore_jax.optim.galore_state import (
     galore_states,
     is_low_rank,
     map_bases,
-    project,
+    projected_tree,
     start_coordinates,
     with_galore_states,
     without_boxes,
@@ -33,7 +33,7 @@ from galore_jax.optim.moments import (
     rotate,
     skip_updates,
 )
-from galore_jax.subspace.basis import Basis, replacing
+from galore_jax.subspace.basis import Basis, in_buffer_of
 from galore_jax.types import PyTree
 
 
@@ -88,14 +88,14 @@ def update(
     check = lambda basis, update: check_gradient(update, basis.projection)
     for own in old:
         map_bases(check, own.bases, updates, otherwise=own.bases)
-    coordinates = None if params is None else project(params, old)
+    coordinates = None if params is None else projected_tree(params, old)
     _, probe = tx.update(updates, state, coordinates, **extra_args)
-    new, changes = galore_states(probe), basis_changes(state, probe, state)
+    new, changes = galore_states(probe), basis_changes(state, probe, whole=state)
 
     # Second call: the update in these bases, whose ages of zero make no refresh due.
     fresh = [_with_age_zero(state) for state in new]
     ready = rotate(with_galore_states(state, fresh), changes)
-    coordinates = None if params is None else project(params, fresh)
+    coordinates = None if params is None else projected_tree(params, fresh)
     updates, after = tx.update(updates, ready, coordinates, **extra_args)
     after = restore_moments(ready, after, changes)
     return skip_updates(updates, changes), with_galore_states(after, new)
@@ -104,8 +104,8 @@ def update(
 def _idle(bases: PyTree) -> PyTree:
     def at_basis(basis: Basis) -> Basis:
         flags = {
-            "refreshed": replacing(basis.refreshed, False),
-            "finite": replacing(basis.finite, True),
+            "refreshed": in_buffer_of(basis.refreshed, False),
+            "finite": in_buffer_of(basis.finite, True),
         }
         return dataclasses.replace(basis, **flags)
 

@@ -42,7 +42,7 @@ class Basis:
       scale: float32 scalar, factor of the lifted update.
       interval: int32 scalar, `update_proj_gap`.
       projection: static.
-      method: static; how a refresh computes the vectors, a name in `methods.REFRESH`.
+      method: static; how a refresh computes the vectors, a name in `new_basis.REFRESH`.
       moments: static; what a refresh does with the moments.
       full_size: static; True if the transformations after galore were initialised with the full
         parameters, so that they must receive the gradient in its full shape, as `P PᵀG`.
@@ -71,7 +71,7 @@ def is_basis(node: Any) -> bool:
     return isinstance(node, Basis)
 
 
-def replacing(old: jax.Array, new: jax.typing.ArrayLike) -> jax.Array:
+def in_buffer_of(old: jax.Array, new: jax.typing.ArrayLike) -> jax.Array:
     """The new array, computed so that it depends on the old one.
 
     JAX drops arguments that nothing depends on. It would then give the buffers of the donated state

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import map_batch
 from galore_jax.ops.quantization import as_float32, quantize, stored_like
-from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, path_hash, replacing
+from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, in_buffer_of, path_hash
 from galore_jax.subspace.placement import constrain, matrices_partition
 from galore_jax.subspace.projection import Projection, Side
 
@@ -51,7 +51,7 @@ def count_update(basis: Basis, finite: jax.Array) -> Basis:
     skipped = count(basis.skipped, ~finite)
     # Read off the counter: with the sum of squares itself, XLA's CPU compiler keeps up to 8 MB more
     # of temporaries in the full-gradient step of `benchmark.py step layers=2`.
-    finite = replacing(basis.finite, skipped == basis.skipped)
+    finite = in_buffer_of(basis.finite, skipped == basis.skipped)
     return dataclasses.replace(basis, age=age, finite=finite, skipped=skipped, saved=saved)
 
 
@@ -196,7 +196,7 @@ def _apply_refresh(
         age=jnp.where(refreshed, 0, basis.age),
         gap=jnp.where(refreshed, gap, basis.gap),
         wait=jnp.where(refreshed, 0, wait),
-        refreshed=replacing(basis.refreshed, refreshed),
+        refreshed=in_buffer_of(basis.refreshed, refreshed),
         overlap=jnp.where(refreshed, overlaps, basis.overlap),
     )
     return constrain(new)
@@ -227,7 +227,7 @@ def refresh_where_due(
       matrices: the gradients, `(n, in, out)`.
       key_data: integers from which, with its number, the random key of a matrix is made, starting
         with the seed.
-      method: a name in `methods.REFRESH`.
+      method: a name in `REFRESH`.
 
     Returns:
       The vectors; whether each matrix was refreshed, bool `(n,)`; and the `overlap` of its old and
@@ -248,9 +248,9 @@ def refresh_where_due(
                 key = jax.random.fold_in(key, number)
             return {
                 side: REFRESH[method](
-                    matrix / largest, side, basis, iterations, jax.random.fold_in(key, number)
+                    matrix / largest, side, vectors, iterations, jax.random.fold_in(key, place)
                 )
-                for number, (side, basis) in enumerate(old.items())
+                for place, (side, vectors) in enumerate(old.items())
             }
 
         # Compute new vectors from a usable gradient, and check them.

@@ -78,7 +78,7 @@ class Projection:
         return (*self.view.batch, rows, columns)
 
     def project(self, vectors: dict[Side, Any], array: jax.Array) -> jax.Array:
-        """Projects an array: `PᵀG`, `G P` or `PᵀG Q`, in float32.
+        """Projects an array: `PᵀG`, `G P` or `PᵀG Q`, in float32 at the default precision.
 
         Args:
           vectors: for each side, as `basis_shapes`.

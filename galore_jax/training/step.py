@@ -19,7 +19,7 @@ from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.adapters import combine
-from galore_jax.optim.galore_state import bases_of, galore_states, project
+from galore_jax.optim.galore_state import bases_of, galore_states, projected_tree
 from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.mesh import data_axes, on_mesh, whole
 from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -164,7 +164,7 @@ def _update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
             metrics["gradient_norm"] = optax.tree.norm(gradients)
         if optimizer.has_galore:
             bases = galore_states(opt_state, inside_chains=True)
-            coordinates = gradients if projected else project(gradients, bases)
+            coordinates = gradients if projected else projected_tree(gradients, bases)
             metrics["coordinates_norm"] = optax.tree.norm(coordinates)
         return combine(params, frozen), opt_state, metrics
 
