@@ -65,6 +65,7 @@ HIDE = """
 import runpy, sys
 sys.modules[sys.argv[1]] = None
 sys.argv = sys.argv[2:]
+sys.path.insert(0, "scripts")  # as for a script that is run by its name
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
