@@ -114,6 +114,7 @@ def test_a_step_does_not_compute_the_gradients_of_frozen_kernels():
     assert adamw - count("lowrank") == CONFIG.model.num_layers * (3 * kernels - factors)
 
 
+@pytest.mark.slow
 def test_micro_batches_have_the_gradients_of_the_batch_and_dropout_of_their_own(batch):
     def gradients(dropout, accumulation):
         config = configured(
@@ -230,6 +231,7 @@ def test_the_rate_of_relora_warms_up_again_after_each_restart():
     np.testing.assert_allclose(relora / adamw, ratio, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_restored_training_repeats_dropout_and_restarts_bit_for_bit(tmp_path):
     config = configured(
         "relora",

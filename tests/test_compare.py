@@ -71,6 +71,7 @@ def rows(configs):
     return compare(configs, SEEDS, RATES)
 
 
+@pytest.mark.slow
 def test_each_optimizer_takes_the_rate_of_its_lowest_loss_and_runs_with_every_seed(rows, folder):
     adamw, galore = rows
     assert (adamw.label, galore.label) == ("adamw", "rank 2")
@@ -90,11 +91,13 @@ def test_each_optimizer_takes_the_rate_of_its_lowest_loss_and_runs_with_every_se
     ]
 
 
+@pytest.mark.slow
 def test_it_writes_a_table_and_a_picture(rows, folder):
     assert (folder / "comparison.md").read_text() == table(rows)
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
     def refuse(*arguments, **settings):
         raise AssertionError("trained again")
@@ -106,6 +109,7 @@ def test_finished_runs_are_read_not_trained_again(configs, rows, monkeypatch):
     assert row == Row("adamw", rows[0].configs, rows[0].results)
 
 
+@pytest.mark.slow
 def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows):
     config = rows[0].configs[0]
     training = dataclasses.replace(config.training, evaluation_tokens=400)
@@ -113,6 +117,7 @@ def test_finished_runs_that_were_evaluated_otherwise_are_refused(rows):
         compare({"adamw": dataclasses.replace(config, training=training)}, SEEDS)
 
 
+@pytest.mark.slow
 def test_a_run_continues_a_prompt_and_repeats_itself_by_seed(rows, folder):
     run = folder / "rank 2-0.01-1-seed0"
     texts = [generate_text(run, "import", tokens=20, seed=seed) for seed in (3, 3, 4)]
@@ -211,6 +216,7 @@ def run_script(script, monkeypatch, *arguments):
     run_cli(script.main)
 
 
+@pytest.mark.slow
 def test_the_script_prints_the_table(script, file, folder, rows, monkeypatch, capsys):
     grid = "--seeds", "0,1", "--rates", "0.01,0.0001"
     arguments = "--config", file, "--optimizers", "adamw,rank 2", *grid

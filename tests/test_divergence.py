@@ -100,6 +100,7 @@ def test_a_signal_after_it_diverged_does_not_hide_that(diverging, tmp_path):
         loop.train(Pretraining(config_of(tmp_path, checkpoint_every=2)))
 
 
+@pytest.mark.slow
 def test_a_comparison_of_runs_that_diverge_has_its_table(diverging, tmp_path, monkeypatch):
     configs = {"one": config_of(tmp_path), "other": config_of(tmp_path)}
     rows = compare(configs, (0, 1), (0.01, 0.1))

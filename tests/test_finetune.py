@@ -157,6 +157,7 @@ def test_seeds_differ_and_a_fine_tuning_continues_with_those_missing(place, tmp_
     assert load_config(second / "config.toml", kind=FinetuneConfig).training.seeds == 2
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_is_stopped_within_an_epoch_continues_bit_for_bit(
     place, tmp_path, monkeypatch
 ):
@@ -322,6 +323,7 @@ def test_what_does_not_fit_is_one_sentence(place, tmp_path):
         finetune(configured(tmp_path, tmp_path / "new", GALORE))
 
 
+@pytest.mark.slow
 def test_a_bert_may_have_a_vocabulary_with_other_padding_than_its_config(place, tmp_path):
     shutil.copytree(place, tmp_path / "place")
     path = tmp_path / "place" / "model" / "config.json"

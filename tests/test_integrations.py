@@ -95,6 +95,7 @@ def test_an_nnx_model_and_optimizer(nnx):
     np.testing.assert_array_equal(model.layers[2].rngs.count[...], dropped + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Keras causes them itself.
 def test_an_optimizer_and_a_model_of_keras(tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", "jax")

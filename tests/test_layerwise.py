@@ -139,6 +139,7 @@ def test_at_12_states_of_a_run_a_layerwise_step_equals_an_ordinary_one(make, set
     assert refreshes >= 3 or not projected
 
 
+@pytest.mark.slow
 def test_a_tied_model_with_biases_norms_and_a_window_takes_the_ordinary_step():
     tx = galore_jax.adamw(0.003, 8, GAP, weight_decay=0.1)
     steps, ordinary = both_steps(tx, OTHER_MODEL)
@@ -261,6 +262,7 @@ def test_an_optimizer_that_treats_a_stack_as_one_matrix_is_refused():
         step(params, layerwise.init(tx, params), batch_of(0))
 
 
+@pytest.mark.slow
 def test_a_step_without_a_gradient_leaves_the_norm_that_clips_the_next():
     tx = galore_jax.chain(galore_jax.galore(8), optax.sgd(1.0))
     step = compiled_steps(model_of(CONFIG), tx, clip_norm=0.3, clip_by="previous_step")[True]

@@ -89,6 +89,7 @@ def test_the_optimizer_state_of_8_bit_galore_at_7b_is_a_fifth_of_bf16_adams(dtyp
     assert parts["bases"] + parts["moments"] <= (1 - saved) * 2 * parts["weights"]
 
 
+@pytest.mark.slow
 def test_the_script_compiles_for_each_optimizer(tmp_path, capsys):
     labels, file = ("adamw", "galore_adamw"), tmp_path / "all.json"
     run_script(tmp_path, tiny(), "--optimizers", ", ".join(labels), "--json", str(file))
@@ -122,6 +123,7 @@ def test_the_script_compiles_for_each_optimizer(tmp_path, capsys):
                 assert parts["temporaries"] > 0
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_figures_are_those_of_each_device(tmp_path):
     config = tiny(name="adamw")
     file, written = tmp_path / "tiny.toml", tmp_path / "memory.json"

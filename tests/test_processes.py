@@ -278,6 +278,7 @@ def test_a_process_that_a_cluster_started_with_others_joins_them(monkeypatch, en
     assert len(calls) == joins
 
 
+@pytest.mark.slow
 def test_arguments_that_do_not_join_processes_are_refused_in_one_line(tmp_path):
     arguments = ["--config", str(tmp_path / "none.toml"), "--coordinator", "node0", "--processes"]
     command = [sys.executable, str(TRAIN), *arguments, "2", "--process"]

@@ -30,6 +30,7 @@ def config_of(folder, **training):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_its_first_metrics_is_resumed_from_the_start(tmp_path):
     config = config_of(tmp_path / "early", steps=1)
     with open_folder(config, resume=False):
@@ -38,6 +39,7 @@ def test_a_run_that_ended_before_its_first_metrics_is_resumed_from_the_start(tmp
     assert train(Pretraining(config), resume=True)["steps"] == 1
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_lost_at_the_end_is_made_again(tmp_path, monkeypatch):
     config = config_of(tmp_path / "lost", steps=2, evaluate_every=1)
     complete = train(Pretraining(config))

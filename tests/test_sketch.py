@@ -111,6 +111,7 @@ def test_a_sketch_spans_what_the_iteration_on_the_full_gradient_spans(proj_type,
         assert bool(refresh_due(state))
 
 
+@pytest.mark.slow
 def test_steps_of_projected_and_of_full_gradients_agree_along_a_run():
     params, tokens = start()
     tx = galore_jax.adamw(1e-2, 6, 8, 1.0, weight_decay=0.1, moments="rotate")

@@ -57,6 +57,7 @@ def test_bases_are_refreshed_before_the_steps_that_are_due(batch):
     assert measured["loss"] < 4.4 < np.log(97)
 
 
+@pytest.mark.slow
 def test_a_resumed_stepper_asks_when_the_next_refresh_is_due(batch):
     one, state = Stepper(Pretraining(CONFIG)), initial(CONFIG)
     for _ in range(4):
