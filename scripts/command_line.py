@@ -1,8 +1,13 @@
-"""Arguments of the command line."""
+"""What the commands share: types of arguments and, once this is imported, a quiet Ctrl-C."""
 
+import signal
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
+
+# Before training handles Ctrl-C, and at a second Ctrl-C, the process ends without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def positive(text: str) -> int:

@@ -13,12 +13,7 @@ uses them again.
 """
 
 import argparse
-import signal
 import sys
-
-# Before training handles Ctrl-C, and at a second Ctrl-C, the process ends without a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from command_line import separated
 

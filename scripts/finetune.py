@@ -12,12 +12,7 @@ the file. Runs are kept: the same command continues.
 """
 
 import argparse
-import signal
 import sys
-
-# Before training handles Ctrl-C, and at a second Ctrl-C, the process ends without a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from command_line import separated
 

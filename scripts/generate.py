@@ -73,6 +73,7 @@ def generate_text(
     import jax
     import jax.numpy as jnp
 
+    from galore_jax.data.chat_template import ChatTemplate
     from galore_jax.data.tokenizers import load_tokenizer
     from galore_jax.models.generation import generate
     from galore_jax.training.run_folder import RunFolder, check_same_tokenizer
@@ -80,11 +81,8 @@ def generate_text(
     config, params = load_model(folder)
     check_same_tokenizer(RunFolder(folder), config.data.tokenizer)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    template = None
-    if config.data.rows == "conversations":
-        from galore_jax.data.chat_template import ChatTemplate  # needs an extra of its own
-
-        template = ChatTemplate(config.data.tokenizer)
+    is_chat = config.data.rows == "conversations"
+    template = ChatTemplate(config.data.tokenizer) if is_chat else None
     prompt_tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
     if _is_huggingface(folder):
         prompt_tokens = [*tokenizer.prefix, *prompt_tokens]

@@ -104,13 +104,13 @@ def measure(config: Any, mesh: Any, *, on_gpu: bool) -> dict[str, Any]:
     import jax
     from analysis.memory import compiled, state_parts
 
-    from galore_jax.training.mesh import training_mesh
+    from galore_jax.training.mesh import check_training_mesh
     from galore_jax.training.pretraining import Pretraining
     from galore_jax.training.state import init_state, trained, tree_size
     from galore_jax.training.step import check_gpu
 
     task = Pretraining(config)
-    training_mesh(task, mesh)
+    check_training_mesh(task, mesh)
     if not on_gpu:
         check_gpu(config.optimizer)
     params = jax.eval_shape(lambda: init_state(task)).params

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from command_line import separated
+from command_line import positive, separated
 
 from galore_jax.errors import InputError, check_installed, require_choice, run_cli
 from galore_jax.files import write_json
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--optimizers", default=list(OPTIMIZERS), **names)
     parser.add_argument("--devices", default=[1, 8, 16, 64], type=separated(int), metavar="N,…")
     parser.add_argument("--device", default="cpu", choices=("cpu", "rtx4090", "a100", "h100"))
-    parser.add_argument("--rows", type=int, default=64, help="of a micro-batch on a device")
+    parser.add_argument("--rows", type=positive, default=64, help="of a micro-batch on a device")
     rate: dict[str, Any] = {"type": float, "metavar": "RATE"}
     parser.add_argument("--tflops", default=400, help="of a device, for the last lines", **rate)
     parser.add_argument("--network", default=50, help="GB/s between nodes, likewise", **rate)
@@ -336,7 +336,7 @@ def main() -> None:
 
     from analysis.step_cost import step_cost, trainer_steps
 
-    from galore_jax.training.mesh import training_mesh
+    from galore_jax.training.mesh import check_training_mesh
     from galore_jax.training.pretraining import Pretraining
 
     costs: dict[Case, Any] = {}
@@ -345,7 +345,7 @@ def main() -> None:
         start = time.perf_counter()
         config = configuration(case, arguments.rows, arguments.overrides)
         with mesh_for(case, arguments.device) as mesh:
-            training_mesh(Pretraining(config), mesh)
+            check_training_mesh(Pretraining(config), mesh)
             steps = contrib_steps if case.optimizer == "contrib" else trainer_steps
             costs[case] = step_cost(config, mesh, *steps(config, mesh))
         seconds = time.perf_counter() - start
@@ -369,7 +369,7 @@ def check(arguments: argparse.Namespace) -> None:
     for option, known in (("models", MODELS), ("layouts", LAYOUTS), ("optimizers", OPTIMIZERS)):
         for name in getattr(arguments, option):
             require_choice(f"--{option}", name, known)
-    for option in ("rows", "tflops", "network"):
+    for option in ("tflops", "network"):
         if not getattr(arguments, option) > 0:
             raise InputError(f"--{option} = {getattr(arguments, option)} is not above 0.")
     for number in arguments.devices:

@@ -14,12 +14,9 @@ python scripts/train.py --config configs/llama_1b.toml mesh.fsdp=8 \
 
 import argparse
 import shlex
-import signal
 import sys
 
-# Before training handles Ctrl-C, and at a second Ctrl-C, the process ends without a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import command_line  # noqa: F401  A quiet Ctrl-C, also while JAX is imported.
 
 from galore_jax.errors import run_cli
 

@@ -160,7 +160,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_key_that_differs(saved,
 
 def flip_middle(path):
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0x10
+    # More than a byte, as one may be padding that no array depends on.
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(byte ^ 0x10 for byte in content[middle : middle + 64])
     path.write_bytes(content)
 
 
@@ -198,7 +200,7 @@ def test_a_checkpoint_with_a_damaged_file_of_parameters_is_refused_by_name(saved
 @pytest.mark.parametrize(
     ("file", "damage", "named"),
     [
-        ("optimizer/ocdbt.process_0/d", flip_middle, "its optimizer differs from what was"),
+        ("optimizer/ocdbt.process_0/d", flip_middle, "is damaged"),
         ("optimizer/_METADATA", halve, "is damaged"),
         ("data/metadata", raise_a_digit, "its data differs from what was saved"),
         ("meta/metadata", flip_middle, "is damaged"),

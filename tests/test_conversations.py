@@ -116,7 +116,7 @@ def test_blank_lines_and_byte_order_marks_are_read(write, tokenizer):
     ("row", "named"),
     [
         ('{"messages": [', "is not JSON"),
-        ("17", "this is not a conversation: .*, and is '17'"),
+        ("17", "this is not a conversation: .*, and is 17"),
         ({"text": "a", "id": 3}, "this is not a conversation: it needs messages, a list of"),
         ({"messages": []}, "the conversation has no answer"),
         ({"messages": "a"}, "this is not a conversation"),

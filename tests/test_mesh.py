@@ -12,7 +12,7 @@ from galore_jax.errors import InputError
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, TrainingConfig
 from galore_jax.training.config_file import load_config
-from galore_jax.training.mesh import AXES, MeshConfig, make_mesh, mesh_sizes, training_mesh
+from galore_jax.training.mesh import AXES, MeshConfig, check_training_mesh, make_mesh, mesh_sizes
 from galore_jax.training.pretraining import Pretraining
 
 
@@ -63,10 +63,10 @@ def test_what_a_mesh_cannot_divide_is_named_with_the_sizes_that_work(sizes, accu
     )
     config = Config(model, DataConfig(batch_size=12), training=training)
     if sentence is None:
-        assert training_mesh(Pretraining(config), mesh) is mesh
+        check_training_mesh(Pretraining(config), mesh)
     else:
         with pytest.raises(InputError, match=sentence):
-            training_mesh(Pretraining(config), mesh)
+            check_training_mesh(Pretraining(config), mesh)
 
 
 def test_the_commands_of_the_page_on_many_devices_divide_their_batches():
@@ -80,4 +80,4 @@ def test_the_commands_of_the_page_on_many_devices_divide_their_batches():
         config = load_config(root / path, overrides)
         sizes = mesh_sizes(config.mesh, devices)
         mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        training_mesh(Pretraining(config), mesh)
+        check_training_mesh(Pretraining(config), mesh)

@@ -109,7 +109,6 @@ def test_data_parallel_over_8_devices_reduces_less_than_a_third_of_adamws_bytes_
         (["--devices", "3"], "--devices 3 is not a power of two"),
         (["--optimizers", "adamv"], "--optimizers = 'adamv' is unknown; did you mean adamw"),
         (["optimizer.name=adamw"], "optimizer.name=adamw: the options choose this, see --help"),
-        (["--rows", "0"], "--rows = 0 is not above 0"),
         (["--tflops", "nan"], "--tflops = nan is not above 0"),
     ],
 )

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from pydantic import Field, PositiveInt
 
-from galore_jax.data.conversations import open_conversations
+from galore_jax.data.conversations import FILES, open_conversations
 from galore_jax.data.packing import (
     NO_TARGET,
     Rows,
@@ -151,10 +151,10 @@ def fingerprint(config: DataConfig) -> dict[str, int]:
     tokenizer = tokenizer_checksum(config.tokenizer)
     if config.rows == "conversations":
         source = Path(config.source)
-        text = (source / "train.jsonl" if source.is_dir() else source).read_bytes()
+        text = (source / FILES["train"] if source.is_dir() else source).read_bytes()
         found = {"bytes": len(text), "checksum": zlib.crc32(text), "tokenizer": tokenizer}
         if source.is_dir():
-            found["validation"] = zlib.crc32((source / "validation.jsonl").read_bytes())
+            found["validation"] = zlib.crc32((source / FILES["validation"]).read_bytes())
         return found
     texts = documents(config, "train")
     return {

@@ -55,7 +55,7 @@ def prepare_c4(folder: str, data_dir: str, workers: int = 1) -> None:
     Raises:
         InputError: there are no such files, one is damaged (the message names it and the line), or
             the output folder was made from other files, or another process is preparing it.
-        OSError: the disk is full.
+        OSError: the disk is full, or `data_dir` cannot be made.
     """
     files = {split: _input_files(folder, split) for split in _SPLITS}
     target = Path(data_dir, _NAME, _VERSION)
@@ -265,9 +265,9 @@ def _example(line: bytes) -> dict[str, bytes]:
         raise ValueError("not JSON") from error
     # allenai/c4 dropped content-length and content-type, which TFDS lists.
     fields = ("text", "timestamp", "url", "content-length", "content-type")
-    has_text = isinstance(document, dict) and isinstance(document.get("text"), str)
-    texts = [document.get(field) or "" for field in fields] if has_text else [None]
-    if not all(isinstance(text, str) for text in texts):
+    document = document if isinstance(document, dict) else {}
+    texts = [document.get(field) or "" for field in fields]
+    if "text" not in document or not all(isinstance(text, str) for text in texts):
         raise ValueError('no document with a "text" and fields of text')
     return {field: text.encode() for field, text in zip(fields, texts, strict=True)}
 

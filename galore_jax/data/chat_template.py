@@ -118,6 +118,8 @@ class ChatTemplate:
         answers = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
+                if not index:
+                    raise InputError("message 1 is an answer: add a message before it.")
                 prompt = self._render(messages[:index], add_generation_prompt=True)
                 turn = self._render(messages[: index + 1])
                 if not (turn.startswith(prompt) and text.startswith(turn)):

@@ -17,7 +17,7 @@ from galore_jax.data.chat_template import ChatTemplate, Message
 from galore_jax.data.packing import Conversation
 from galore_jax.errors import InputError
 
-_FILES = {"train": "train.jsonl", "validation": "validation.jsonl"}
+FILES = {"train": "train.jsonl", "validation": "validation.jsonl"}
 _ROLES = ("system", "user", "assistant")
 Row = tuple[str, bytes]  # its place in a file, for people; and its JSON
 
@@ -102,7 +102,7 @@ def open_conversations(
     """
     path = Path(source)
     is_folder = path.is_dir()
-    path = path / _FILES[split] if is_folder else path
+    path = path / FILES[split] if is_folder else path
     rows = _read_rows(path)
     if not is_folder:
         rows = [rows[index] for index in _split(len(rows), split, held_out, path)]
@@ -153,7 +153,7 @@ def _messages(text: bytes) -> list[Message]:
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise InputError(
             "this is not a conversation: it needs messages, a list of objects with a role, one of "
-            f"{', '.join(_ROLES)}, and a text content, and is {text[:60].decode('latin-1')!r}."
+            f"{', '.join(_ROLES)}, and a text content, and is {row!r:.60}."
         )
     messages = [{"role": each["role"], "content": each["content"]} for each in messages]
     if not any(message["role"] == "assistant" for message in messages):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import rankdata
 
 from galore_jax.data.text_pairs import PairTokenizer
 from galore_jax.errors import InputError, require_choice
@@ -60,10 +59,10 @@ class Task:
         """The TSV file of each split."""
         if self.name != "mnli":
             return {"train": "train.tsv", "validation": "dev.tsv"}
-        kinds = ("matched", "mismatched")
         return {
             "train": "train.tsv",
-            **{f"validation_{kind}": f"dev_{kind}.tsv" for kind in kinds},
+            "validation_matched": "dev_matched.tsv",
+            "validation_mismatched": "dev_mismatched.tsv",
         }
 
 
@@ -224,6 +223,8 @@ def _pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    from scipy.stats import rankdata  # Every training imports this module, few need it.
+
     return _pearson(rankdata(predictions), rankdata(labels))
 
 

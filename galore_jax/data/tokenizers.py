@@ -13,8 +13,11 @@ import sentencepiece
 from galore_jax.errors import InputError, check_installed, one_sentence
 
 TOKENIZER, MODEL = "tokenizer.json", "tokenizer.model"
-TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
-ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+# If there are both in a folder of transformers, the first is read; it also has the added tokens.
+TOKENIZERS = (TOKENIZER, MODEL)
+# What is beside them and determines tokens.
+SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE)
 
 
 def load_tokenizer(path: str) -> "Tokenizer":
@@ -36,8 +39,7 @@ def load_tokenizer(path: str) -> "Tokenizer":
             f"there is no tokenizer at {path}: give a SentencePiece .model, a tokenizer.json or "
             'the word "bytes" (scripts/train_tokenizer.py makes a .model).'
         )
-    has_settings = file.with_name(TOKENIZER_CONFIG).is_file()
-    if file.name == TOKENIZER or (file.name == MODEL and has_settings):
+    if file.name == TOKENIZER or _has_settings(file):
         return HuggingFaceTokenizer(file.parent)
     if file.suffix == ".model":
         return SentencePieceTokenizer(path)
@@ -203,11 +205,13 @@ def tokenizer_files(path: str) -> list[Path]:
     if path == "bytes":
         return []
     file = Path(path)
-    # Beside its settings transformers reads a tokenizer.json rather than a tokenizer.model.
-    is_of_folder = file.name == MODEL and file.with_name(TOKENIZER_CONFIG).is_file()
-    first = (TOKENIZER, MODEL) if is_of_folder else (file.name,)
-    names = (*first, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE)
-    return [found for found in map(file.with_name, names) if found.is_file()]
+    first = TOKENIZERS if _has_settings(file) else (file.name,)
+    return [found for found in map(file.with_name, (*first, *SETTINGS)) if found.is_file()]
+
+
+def _has_settings(file: Path) -> bool:
+    """Whether transformers reads this tokenizer.model, or the tokenizer.json beside it."""
+    return file.name == MODEL and file.with_name(TOKENIZER_CONFIG).is_file()
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -229,7 +233,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             and letters.
     """
     model = io.BytesIO()
-    with one_sentence(f"no vocabulary of {vocab_size} pieces can be made from this text"):
+    try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for text in texts for line in text.split("\n") if line),
             model_writer=model,
@@ -248,4 +252,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
             num_threads=16,  # Affects the result: EM sums are added up thread by thread.
             minloglevel=2,
         )
+    except RuntimeError as error:
+        raise InputError(
+            f"no vocabulary of {vocab_size} pieces can be made from this text: {error}"
+        ) from error
     return model.getvalue()

@@ -137,7 +137,10 @@ def _bytes_in_state(tx: optax.GradientTransformation, state: PyTree, params: PyT
 def _table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust]
-    lines = [map(lambda align, *cell: align(*cell), aligned, row, widths) for row in rows]
+    lines = [
+        [align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)]
+        for row in rows
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 

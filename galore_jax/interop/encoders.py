@@ -111,10 +111,11 @@ def load_encoder(
     unused = {name for name in tensors.keys() - wanted if _UNUSED.match(name)}
     if labels is not None and _class_names(labels) != _stored_class_names(folder):
         unused |= {name for name in tensors if name.startswith("classifier.")}
-    tensors = {name: tensors[name] for name in tensors if name not in unused}
-    is_missing = lambda path: path.startswith(HEAD) and leaves[path].name not in tensors
-    missing = [path for path in leaves if is_missing(path)]
-    check_fit(folder, [leaves[path] for path in leaves if path not in missing], tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    missing = {
+        path for path, leaf in leaves.items() if path.startswith(HEAD) and leaf.name not in tensors
+    }
+    check_fit(folder, [leaf for path, leaf in leaves.items() if path not in missing], tensors)
     initialize = lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
     params = jax.eval_shape(initialize, key)
     if missing:
@@ -176,6 +177,11 @@ def _renamed(tensors: Mapping[str, Stored], architecture: str) -> dict[str, Stor
         name = name.removeprefix(f"{architecture}.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         renamed[name.replace("LayerNorm.beta", "LayerNorm.bias")] = tensor
+    if len(renamed) < len(tensors):
+        raise InputError(
+            "two tensors of the checkpoint have the same name apart from a prefix or gamma and "
+            "beta: leave out the ones that do not belong to the model."
+        )
     return renamed
 
 

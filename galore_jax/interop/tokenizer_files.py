@@ -4,25 +4,19 @@ import shutil
 from pathlib import Path
 
 from galore_jax.data.tokenizers import (
-    ADDED_TOKENS,
-    CHAT_TEMPLATE,
     MODEL,
-    SPECIAL_TOKENS,
+    SETTINGS,
     TOKENIZER,
     TOKENIZER_CONFIG,
+    TOKENIZERS,
     Tokenizer,
     load_pretrained,
 )
 from galore_jax.errors import InputError
 from galore_jax.files import atomic_write, write_json
 
-# If there are both, the first also has the added tokens.
-_TOKENIZERS = (TOKENIZER, MODEL)
 # Files that transformers and other programs read too.
-_BESIDE = (
-    *(TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE),
-    *("vocab.json", "merges.txt", "vocab.txt"),
-)
+_BESIDE = (*SETTINGS, "vocab.json", "merges.txt", "vocab.txt")
 # A text with which a conversion is checked.
 _SAMPLE = "  Two  spaces,\n\n\ta tab. naïve 日本語 ½ don't "
 _TEMPLATES = "additional_chat_templates/*.jinja"
@@ -30,7 +24,7 @@ _TEMPLATES = "additional_chat_templates/*.jinja"
 
 def find_tokenizer(folder: Path) -> Path | None:
     """The tokenizer in a folder, of transformers or SentencePiece, if there is one."""
-    return next((folder / name for name in _TOKENIZERS if (folder / name).is_file()), None)
+    return next((folder / name for name in TOKENIZERS if (folder / name).is_file()), None)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
@@ -42,10 +36,10 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
       folder: an existing folder.
     """
     files = {MODEL: source}
-    if source.is_dir() or source.name in _TOKENIZERS:
+    if source.is_dir() or source.name in TOKENIZERS:
         place = source if source.is_dir() else source.parent
         templates = [str(file.relative_to(place)) for file in place.glob(_TEMPLATES)]
-        files = {name: place / name for name in (*_TOKENIZERS, *_BESIDE, *templates)}
+        files = {name: place / name for name in (*TOKENIZERS, *_BESIDE, *templates)}
     for name, file in files.items():
         if file.is_file():
             (folder / name).parent.mkdir(exist_ok=True)

@@ -70,7 +70,7 @@ def is_factor(names: Sequence[str]) -> bool:
     return len(names) > 0 and names[-1] in FACTORS
 
 
-def product(adapter: Adapter, a: Any, b: Any) -> jax.Array:
+def _product(adapter: Adapter, a: Any, b: Any) -> jax.Array:
     """What the factors add to a kernel, or the kernel that they replace, float32 (…, in, out)."""
     a, b = (jnp.asarray(factor, jnp.float32) for factor in (a, b))
     return adapter.scale_of(a.shape[-1]) * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
@@ -81,15 +81,15 @@ def merge(params: PyTree, adapter: Adapter | None) -> PyTree:
     if adapter is None:
         return params
     flat: Any = flatten_dict(params)
-    merged = {path: leaf for path, leaf in flat.items() if not is_factor(path)}
+    plain = {path: leaf for path, leaf in flat.items() if not is_factor(path)}
     for path, a in flat.items():
         if path[-1] == A:
             layer = path[:-1]
-            kernel = product(adapter, a, flat[*layer, B])
+            kernel = _product(adapter, a, flat[*layer, B])
             if adapter.has_kernel:
                 kernel += flat[*layer, KERNEL].astype(jnp.float32)
-            merged[*layer, KERNEL] = kernel.astype(a.dtype)
-    return unflatten_dict(merged)
+            plain[*layer, KERNEL] = kernel.astype(a.dtype)
+    return unflatten_dict(plain)
 
 
 def merged(read: ReadPart, adapter: Adapter) -> ReadPart:

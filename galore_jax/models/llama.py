@@ -103,6 +103,8 @@ class LlamaConfig:
                 f"the model has heads of {self.head_size}, but rotary positions need an even size: "
                 "choose another model.num_heads or model.head_dim."
             )
+        if self.rope_low_freq_factor >= self.rope_high_freq_factor:
+            raise InputError("model.rope_low_freq_factor must be below rope_high_freq_factor.")
         if self.num_heads % self.kv_heads:
             raise InputError(
                 f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads "

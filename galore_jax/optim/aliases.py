@@ -54,7 +54,8 @@ def adamw(
       mask: which leaves decay, as for `optax.adamw`: a tree of booleans, or a function from the
         parameters (their shapes) to one; None: all.
       eight_bit: whether to keep 8-bit moments; see `scale_by_adam8bit`.
-      implementation: of the update of 8-bit moments; see `scale_by_adam8bit`.
+      implementation: of the update of 8-bit moments, without which it is ignored; see
+        `scale_by_adam8bit`.
       **settings: other arguments of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
 
     Returns:
@@ -87,8 +88,8 @@ def _adam(
     def update(updates: PyTree, state: Any, params: PyTree = None):
         if isinstance(state, ScaleByAdam8bitState):
             raise ValueError(
-                "the state has moments in 8 bits: use the optimizer that it was started with "
-                "(eight_bit=True), or start anew."
+                "this optimizer's state has moments in 8 bits: use the optimizer that it was "
+                "started with (eight_bit=True), or start anew."
             )
         return adam.update(updates, state, params)
 

@@ -85,8 +85,7 @@ def shardings(
       >>> state = init(tx, params)
     """
     rules, unused = dict(rules or {}), dict(rules or {})
-    unsharded = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-    params = jax.tree.map(unsharded, params)
+    params = _unsharded(params)
     state = jax.eval_shape(lambda params: start(tx, params), params)
     bases = bases_of(galore_states(state, inside_chains=True))
     projections = {basis.projection.path: basis.projection for basis in bases}
@@ -270,8 +269,15 @@ def shardings_of(start: Callable[[PyTree], PyTree], params: PyTree, over: AxisNa
             return jax.tree.map(lambda _: whole, node)
         return jax.tree.map(lambda partition: partition.sharding(mesh), where)
 
-    unsharded = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     kinds = GaLoreState | Basis | Coordinates | Quantized
     return jax.tree_util.tree_map_with_path(
-        at_node, jax.eval_shape(start, unsharded), is_leaf=lambda node: isinstance(node, kinds)
+        at_node,
+        jax.eval_shape(start, _unsharded(params)),
+        is_leaf=lambda node: isinstance(node, kinds),
     )
+
+
+def _unsharded(params: PyTree) -> PyTree:
+    """The shapes and dtypes, without shardings."""
+    shape = lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+    return jax.tree.map(shape, params)

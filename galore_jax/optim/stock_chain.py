@@ -85,6 +85,7 @@ def update(
     old = [state._replace(bases=_idle(state.bases)) for state in old]
     state = with_galore_states(state, old)
     updates = without_boxes(updates, old)
+    # Before the parameters are projected, which a gradient of None or another shape would break.
     check = lambda basis, update: check_gradient(update, basis.projection)
     for own in old:
         map_bases(check, own.bases, updates, otherwise=own.bases)

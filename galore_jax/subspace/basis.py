@@ -62,8 +62,8 @@ class Basis:
     interval: Any
     projection: Projection = field(metadata={"static": True})
     method: str = field(metadata={"static": True})
-    moments: Moments = field(default="keep", metadata={"static": True})
-    full_size: bool = field(default=False, metadata={"static": True})
+    moments: Moments = field(metadata={"static": True})
+    full_size: bool = field(metadata={"static": True})
 
 
 def is_basis(node: Any) -> bool:

@@ -120,11 +120,8 @@ def refresh_if_due(
         return jax.tree.map(lambda new, old: new.reshape(old.shape), results, (vectors, age, age))
 
     arguments = basis.vectors, basis.age, basis.gap, basis.number, matrices
-    if basis.method in EXACT:
-        results = refresh_all(*arguments)
-    else:
-        results = map_batch(matrices_partition(basis.projection), refresh_all, *arguments)
-    vectors, refreshed, overlaps = results
+    partition = None if basis.method in EXACT else matrices_partition(basis.projection)
+    vectors, refreshed, overlaps = map_batch(partition, refresh_all, *arguments)
     return _apply_refresh(basis, vectors, refreshed, overlaps, lazy_overlap)
 
 

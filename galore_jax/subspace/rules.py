@@ -258,5 +258,5 @@ def _check_all_used(unused: Rules, names: list[str]) -> None:
         similar = get_close_matches(text, names, n=3, cutoff=0.3)
         raise ValueError(
             f"galore: the rule {text!r} applies to no leaf: it matches no matrix, or an earlier "
-            f"rule takes what it does; existing paths include {', '.join(similar or names[:3])}."
+            f"rule takes what it matches; existing paths include {', '.join(similar or names[:3])}."
         )

@@ -139,14 +139,15 @@ def _read(path: str | Path) -> dict[str, Any]:
 def _complete(
     path: str | Path, table: dict[str, Any], overrides: Sequence[str], kind: type
 ) -> dict[str, Any]:
-    """The file with its overrides, the settings of its checkpoint, and its folder."""
+    """The file with its overrides, the settings of a checkpoint that one names, and its folder."""
     given: dict[str, Any] = {}
     for override in overrides:
         given = _merged(given, _parsed(override))
     base = _merged({"training": {"folder": f"runs/{Path(path).stem}"}}, table)
-    folder = _flat(given).get("model.checkpoint")
+    flat = _flat(given)
+    folder = flat.get("model.checkpoint")
     if kind is Config and isinstance(folder, str) and folder:
-        base = _merged(base, _settings_of_checkpoint(folder, _flat(given)))
+        base = _merged(base, _settings_of_checkpoint(folder, flat))
     return _merged(base, given)
 
 

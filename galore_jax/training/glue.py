@@ -127,7 +127,7 @@ class Glue(Task):
         """
         by_columns = ("q", "k", "v", "up")
         biases = {f"*/{name}_proj/bias": PartitionSpec(None, TENSOR) for name in by_columns}
-        return {**kernel_rules(by_columns), **biases}
+        return kernel_rules(by_columns) | biases
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -144,7 +144,7 @@ class Glue(Task):
         def evaluate(params: PyTree) -> dict[str, float]:
             found = {}
             for split in self._validation:
-                outputs = self.outputs(self._adapted, params, split, mesh)
+                outputs = self.outputs(params, split, mesh)
                 metrics = dict.fromkeys(self.task.metrics, math.nan)
                 if np.isfinite(outputs).all():
                     predicted = predictions_of(self.task, outputs)
@@ -183,18 +183,16 @@ class Glue(Task):
         """The validation splits."""
         return [split for split in self.rows if split != "train"]
 
-    def outputs(
-        self, model: Classifier, params: PyTree, split: str, mesh: Mesh | None
-    ) -> np.ndarray:
+    def outputs(self, params: PyTree, split: str, mesh: Mesh | None) -> np.ndarray:
         """The outputs of the head for all rows of a split, in order, float32 (rows, outputs)."""
         inputs = {name: self.rows[split][name] for name in ("tokens", "token_types")}
         compiled: Any = _compiled  # Modules are hashable, which Flax's types do not say.
-        outputs, size = compiled(model, mesh), self.config.data.batch_size
+        outputs, size = compiled(self._adapted, mesh), self.config.data.batch_size
         with on_mesh(mesh):
             return np.concatenate(
                 [
                     np.asarray(outputs(params, put_batch(batch, mesh)))[batch["weights"] == 1]
-                    for batch in batches(inputs, size, model.config.pad_id)
+                    for batch in batches(inputs, size, self.model.config.pad_id)
                 ]
             )
 

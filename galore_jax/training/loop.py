@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from galore_jax.errors import InputError
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.training.checkpoint import Checkpoints
-from galore_jax.training.mesh import make_mesh, put_batch, training_mesh
+from galore_jax.training.mesh import check_training_mesh, make_mesh, put_batch
 from galore_jax.training.metrics import Metrics, format_bytes
 from galore_jax.training.processes import (
     check_same,
@@ -89,7 +89,8 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
         if is_first():
             check_start(config, resume)
         check_gpu(config.optimizer)
-        mesh = training_mesh(task, make_mesh(task.config.mesh))
+        mesh = make_mesh(config.mesh)
+        check_training_mesh(task, mesh)
         data = task.open_data(mesh, partial(print, file=sys.stderr) if is_first() else None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_memory_errors(task.less_memory))

@@ -99,7 +99,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
 
 
-def kernel_rules(by_columns: Sequence[str]) -> dict[re.Pattern[str], PartitionSpec]:
+def kernel_rules(by_columns: Sequence[str]) -> dict[Any, PartitionSpec]:
     """How the kernels and adapters of blocks are divided over the axis "tensor", by path.
 
     Args:
@@ -111,14 +111,14 @@ def kernel_rules(by_columns: Sequence[str]) -> dict[re.Pattern[str], PartitionSp
     }
 
 
-def training_mesh(task: "Task", mesh: Mesh | None) -> Mesh | None:
-    """The mesh, on which a training can be divided.
+def check_training_mesh(task: "Task", mesh: Mesh | None) -> None:
+    """Checks that a training can be divided over the mesh.
 
     Raises:
       InputError: the batch or the model cannot be divided over it.
     """
     if mesh is None:
-        return None
+        return
     batch_size, parts = task.config.data.batch_size, task.config.training.accumulation
     rows, devices = batch_size // parts, math.prod(mesh.shape[name] for name in BATCH_AXES)
     if rows % devices:
@@ -132,7 +132,6 @@ def training_mesh(task: "Task", mesh: Mesh | None) -> Mesh | None:
                 f"mesh.tensor is {mesh.shape[TENSOR]}, which does not divide the model's {name}, "
                 f"{size}: choose a divisor of {math.gcd(*task.sizes.values())}."
             )
-    return mesh
 
 
 def with_shardings(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -135,7 +135,7 @@ class Pretraining(Task):
     def tensor_rules(self) -> Mapping[Any, PartitionSpec]:
         """Attention by heads, the MLP by columns, embedding and head by the vocabulary."""
         model = self.config.model
-        rules: dict[Any, PartitionSpec] = {**kernel_rules(("q", "k", "v", "gate", "up"))}
+        rules = kernel_rules(("q", "k", "v", "gate", "up"))
         if model.attention_bias:
             rules |= {
                 f"*/{name}_proj/bias": PartitionSpec(None, TENSOR) for name in ("q", "k", "v")

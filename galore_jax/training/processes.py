@@ -2,7 +2,7 @@
 
 All of them run the same program. Process 0 writes the run's files and reports progress. A signal or
 an error in one process reaches the others through the functions here, which all have to call at the
-same point. A single process skips them.
+same point. A single process skips them; `keep_programs` is for one with a single device.
 """
 
 import atexit

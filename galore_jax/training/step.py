@@ -41,7 +41,7 @@ class Stepper:
 
     Args:
       task: the task, with the configuration of the run.
-      mesh: from `training_mesh`; batches come from `put_batch`.
+      mesh: from `make_mesh`; batches come from `put_batch`.
       programs: those that an earlier stepper compiled for a run that differs in its seed alone, or
         an empty dictionary to collect them.
       compiling: makes a context in which a program is compiled.
@@ -104,7 +104,7 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
       task: the task, with the configuration.
       refreshes: with projected gradients, refresh the bases that are due before the update; with
         ReLoRA, restart.
-      mesh: from `training_mesh`; None: a single device.
+      mesh: from `make_mesh`; None: a single device.
 
     Returns:
       A function of a state and a batch, whose arrays are those of the task. It returns the next
