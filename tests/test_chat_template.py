@@ -75,6 +75,7 @@ def test_the_template_in_its_own_file_and_the_default_one_of_several_count(tmp_p
             chat("a", "b", "c", "d"),
             "renders message 2 differently",
         ),
+        (CHATML, [{"role": "assistant", "content": "4"}], "message 1 is an answer"),
     ],
 )
 def test_a_template_that_does_not_suit_the_messages_says_why(template, messages, named, tmp_path):

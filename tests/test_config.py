@@ -79,6 +79,7 @@ def test_overrides_are_toml_values_and_bare_words_are_text(small):
         ("training.folder=\udce9", "training.folder must be a valid string, unable to parse raw"),
         ("training.accumulation=3", "training.accumulation is 3, which does not divide"),
         ("training.steps=10", "optimizer.warmup_steps is 1000, but training.steps is only 10"),
+        ("model.rope_low_freq_factor=4", "model.rope_low_freq_factor must be below"),
         ("mesh.fsdp=0", "mesh.fsdp must be greater than 0, not 0."),
         ("mesh.fsdp=-1", "mesh.data and mesh.fsdp are -1"),
     ],
