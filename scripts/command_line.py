@@ -1,13 +1,15 @@
-"""What the commands share: types of arguments and, once this is imported, a quiet Ctrl-C."""
+"""What the commands share: a quiet Ctrl-C and types of arguments."""
 
 import signal
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
 
-# Before training handles Ctrl-C, and at a second Ctrl-C, the process ends without a traceback.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+def end_quietly_on_ctrl_c() -> None:
+    """Ends the process without a traceback before training handles Ctrl-C, and at a second one."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def positive(text: str) -> int:

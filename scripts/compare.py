@@ -15,7 +15,10 @@ uses them again.
 import argparse
 import sys
 
-from command_line import separated
+from command_line import end_quietly_on_ctrl_c, separated
+
+if __name__ == "__main__":
+    end_quietly_on_ctrl_c()  # Also while JAX is imported.
 
 from galore_jax.errors import run_cli
 

@@ -16,7 +16,10 @@ import argparse
 import shlex
 import sys
 
-import command_line  # noqa: F401  A quiet Ctrl-C, also while JAX is imported.
+from command_line import end_quietly_on_ctrl_c
+
+if __name__ == "__main__":
+    end_quietly_on_ctrl_c()  # Also while JAX is imported.
 
 from galore_jax.errors import run_cli
 
