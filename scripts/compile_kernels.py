@@ -24,7 +24,7 @@ def main() -> None:
     from analysis import compile_targets
 
     print(f"{'kernel':14}{'target':10}{'shape':16}{'variant':32}{'temporary':>10}{'seconds':>9}")
-    for target in compile_targets.TARGETS:
+    for target in compile_targets.GPUS:
         with compile_targets.target(target) as sharding:
             for name, shape, variant, kernel, arguments, donated in kernels():
                 start = time.perf_counter()

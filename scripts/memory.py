@@ -1,14 +1,15 @@
-"""Bytes of a training, as compiled for a CPU, or for a GPU that is absent.
+"""Bytes of a training, as compiled for a CPU, or for a GPU or TPU that is absent.
 
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
+python scripts/memory.py --config configs/llama_7b_24gb.toml --device v6e
 python scripts/memory.py --config configs/llama_7b.toml --device h100 mesh.fsdp=8
 python scripts/memory.py --config configs/llama_60m.toml --optimizers adamw,galore_adamw,lora
 
 Compiles three programs: the training step; a step that also refreshes the bases, if there are any;
-and the start, which makes the first weights and the optimizer's state. A card must have room for
-the largest of them. Nothing is run. A GPU is only the compiler's target: that needs
-galore-jax[cuda], but no GPU. On a mesh all figures are those of each device; mesh.data is 1 unless
-it is set, however many devices there are.
+and the start, which makes the first weights and the optimizer's state. A device must have room for
+the largest of them. Nothing is run. A GPU or TPU is only the compiler's target: that needs
+galore-jax[cuda] or galore-jax[tpu], but no such device. On a mesh all figures are those of each
+device; mesh.data is 1 unless it is set, however many devices there are.
 
 The table has, in GiB: the weights, bases and moments, whose sizes follow from their shapes; the
 step's temporaries, which are gradients and activations above all; and the total of each program.
@@ -17,7 +18,8 @@ optimizer.name.
 
 With --json a file gets the figures in bytes: {optimizer: {"trained": parameters, "weights": ...,
 "bases": ..., "moments": ..., "programs": {"train_step": {"arguments", "outputs", "aliased",
-"temporaries", "total"}, "refresh_step": ..., "start": ...}}}.
+"temporaries", "total"}, "refresh_step": ..., "start": ...}}}. The compiler for TPUs refuses a
+program that does not fit: of such a one there is the total alone, as far as it was counted.
 """
 
 import argparse
@@ -33,9 +35,6 @@ from galore_jax.errors import InputError, require_choice, run_cli
 from galore_jax.files import write_json
 
 GIB = 2**30
-# The fraction of a card's memory that JAX allocates by default, and the one that it can be told to
-# allocate: the rest is for the driver and the CUDA context.
-JAX_FRACTION, MAX_FRACTION = 0.75, 0.95
 MAX_NUMBERS = 2**48  # In bytes, sizes still fit 64 bits, which XLA does not check.
 
 
@@ -45,7 +44,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/llama_60m.toml")
-    parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100 or h100")
+    parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100, h100, v5e, v5p or v6e")
     parser.add_argument("--optimizers", type=separated(), metavar="LABEL,…", help="compare these")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures to this file too"
@@ -56,7 +55,7 @@ def main() -> None:
         raise InputError(f"there is no folder {arguments.json.parent} for --json: make it first.")
 
     import jax
-    from analysis.compile_targets import TARGETS, target
+    from analysis.compile_targets import TARGETS, Gpu, target
 
     from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.mesh import make_mesh, mesh_sizes
@@ -83,7 +82,8 @@ def main() -> None:
         mesh: Any = sharding.mesh if sharding else make_mesh(chosen, jax.devices()[:devices])
         print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)
         rows = {
-            label: measure(config, mesh, on_gpu=bool(card)) for label, config in configs.items()
+            label: measure(config, mesh, on_gpu=isinstance(card, Gpu))
+            for label, config in configs.items()
         }
 
     print(table(rows))
@@ -92,9 +92,9 @@ def main() -> None:
     if card is None:
         print(f"\nCompiled for {name}. A GPU needs less: on CPUs XLA computes bfloat16 in float32.")
     else:
-        print(f"\nCompiled for {name}, without such a card: nothing was run.")
+        print(f"\nCompiled for {name}, without such a device: nothing was run.")
         for label, row in rows.items():
-            print(f"{label}: {fit(max(program_totals(row)), card.memory)}")
+            print(f"{label}: {fit(max(program_totals(row)), card)}")
     if arguments.json:
         write_json(arguments.json, rows)
 
@@ -137,7 +137,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'GiB of':<{width}}{'trained':>14}" + "".join(f"{name:>13}" for name in columns)]
     for label, row in rows.items():
         compiled = row["programs"]
-        sizes = [row[part] for part in parts] + [compiled["train_step"]["temporaries"]]
+        sizes = [row[part] for part in parts] + [compiled["train_step"].get("temporaries")]
         sizes += [compiled[name]["total"] if name in compiled else None for name in programs]
         figures = ("-" if size is None else f"{size / GIB:.3f}" for size in sizes)
         cells = "".join(f"{figure:>13}" for figure in figures)
@@ -145,18 +145,18 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def fit(needed: int, memory: int) -> str:
-    """Whether a program fits what JAX can take of a card's memory, and by how much."""
-    usable = MAX_FRACTION * memory
-    sizes = f"the {usable / GIB:.1f} GiB that JAX can take of the card's {memory / GIB:.1f}"
-    left = (usable - needed) / GIB
+def fit(needed: int, device: Any) -> str:
+    """Whether a program fits what JAX can take of the memory of a target, and by how much."""
+    usable, memory = device.usable / GIB, device.memory / GIB
+    sizes = f"the {usable:.1f} GiB that JAX can take of the device's {memory:.1f}"
+    left = usable - needed / GIB
     if left < 0:
-        return f"it does not fit {sizes}: {-left:.1f} are missing."
+        return f"it needs {needed / GIB:.1f} GiB and does not fit {sizes}: {-left:.1f} are missing."
     sentence = f"it fits {sizes}: {left:.1f} are left."
-    if needed > JAX_FRACTION * memory:
+    if needed > device.taken:
         sentence += (
-            f"\nBut JAX takes only {JAX_FRACTION:.0%} of a card by default: "
-            f"set XLA_CLIENT_MEM_FRACTION={MAX_FRACTION}."
+            f"\nBut JAX takes only {device.taken / device.memory:.0%} of it by default: "
+            f"set XLA_CLIENT_MEM_FRACTION={device.usable / device.memory:.2f}."
         )
     return sentence
 

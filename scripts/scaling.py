@@ -3,11 +3,13 @@
 python scripts/scaling.py --picture scaling.png
 python scripts/scaling.py --models 7b --layouts data --devices 8 --optimizers adamw,projected
 python scripts/scaling.py --models 350m --device h100
+python scripts/scaling.py --models 350m --layouts fsdp --devices 8 --device v5e
 
 Compiles the training step of a LLaMA for meshes of virtual CPU devices, or with --device for absent
-GPUs (this needs galore-jax[cuda], but no GPU). Nothing is run, no array is allocated. The table has
-GiB per device and step: the state, XLA's temporaries, the arrays that each kind of collective
-moves, and what a device sends to the others of its node and to other nodes.
+GPUs or TPUs (this needs galore-jax[cuda] or galore-jax[tpu], but no such device). Nothing is run,
+no array is allocated. The table has GiB per device and step: the state, XLA's temporaries, the
+arrays that each kind of collective moves, how much of that is asynchronous, and what a device sends
+to the others of its node and to other nodes. A node of TPUs is the whole slice.
 
 optimizers  adamw      optax.adamw
             contrib    optax.contrib.galore, mapped over the stacked layers
@@ -16,7 +18,7 @@ optimizers  adamw      optax.adamw
             over       the same, with the moments divided along the data axis too
 layouts     data       each device has all weights and a part of the batch
             fsdp       weights and optimizer state are divided over all devices too
-            hybrid     as fsdp over the 8 devices of a node, with a copy in each node
+            hybrid     as fsdp over 8 devices, a node of GPUs, with a copy for every 8
 
 All have bfloat16 weights, float32 gradients, accumulated before they are reduced, and float32
 moments. The batch is that of the configuration, in micro-batches of at most --rows rows per device.
@@ -38,7 +40,7 @@ from galore_jax.errors import InputError, check_installed, require_choice, run_c
 from galore_jax.files import write_json
 
 GIB = 2**30
-NODE = 8  # as in analysis.compile_targets, which starts JAX
+NODE = 8  # as in analysis.gpus, which starts JAX
 ROOT = Path(__file__).parents[1]
 MODELS = ("350m", "1b", "7b")
 LAYOUTS = ("data", "fsdp", "hybrid")
@@ -223,8 +225,8 @@ def statement(costs: dict[Case, Any], rate: float, network: float) -> str:
                 f"{case.model.upper()}, data parallel over {NODE}: {case.optimizer} all-reduces "
                 f"{part:.3f} of the bytes that adamw does."
             )
-    largest = max(case.devices for case in costs)
-    if largest > NODE:
+    largest = max((case.devices for case in costs), default=0)
+    if any(cost.between for case, cost in costs.items() if case.devices == largest):
         lines += [
             "",
             f"Bytes that a device sends to other nodes, on {largest} devices, at "
@@ -319,7 +321,8 @@ def main() -> None:
     parser.add_argument("--layouts", default=list(LAYOUTS), **names)
     parser.add_argument("--optimizers", default=list(OPTIMIZERS), **names)
     parser.add_argument("--devices", default=[1, 8, 16, 64], type=separated(int), metavar="N,…")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "rtx4090", "a100", "h100"))
+    known = "cpu, rtx4090, a100, h100, v5e, v5p or v6e"
+    parser.add_argument("--device", default="cpu", help=known)
     parser.add_argument("--rows", type=positive, default=64, help="of a micro-batch on a device")
     rate: dict[str, Any] = {"type": float, "metavar": "RATE"}
     parser.add_argument("--tflops", default=400, help="of a device, for the last lines", **rate)
@@ -334,29 +337,36 @@ def main() -> None:
     if arguments.device == "cpu":
         start_cpus(max(arguments.devices))
 
+    from analysis.compile_targets import TARGETS, TPUS
+    from analysis.memory import DoesNotFit
     from analysis.step_cost import step_cost, trainer_steps
 
     from galore_jax.training.mesh import check_training_mesh
     from galore_jax.training.pretraining import Pretraining
 
+    require_choice("--device", arguments.device, ("cpu", *TARGETS))
     costs: dict[Case, Any] = {}
-    todo = cases(arguments)
+    misfits, todo = [], cases(arguments)
     for number, case in enumerate(todo, 1):
         start = time.perf_counter()
+        name = f"{case.model} {case.layout} {case.devices} {case.optimizer}"
         config = configuration(case, arguments.rows, arguments.overrides)
         with mesh_for(case, arguments.device) as mesh:
             check_training_mesh(Pretraining(config), mesh)
             steps = contrib_steps if case.optimizer == "contrib" else trainer_steps
-            costs[case] = step_cost(config, mesh, *steps(config, mesh))
+            node = case.devices if arguments.device in TPUS else NODE
+            try:
+                costs[case] = step_cost(config, mesh, *steps(config, mesh), node)
+            except DoesNotFit as error:
+                misfits.append(f"{name}: {error}")
         seconds = time.perf_counter() - start
-        name = f"{case.model} {case.layout} {case.devices} {case.optimizer}"
         print(f"[{number}/{len(todo)}] {name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    print(table(costs))
+    print("\n\n".join([*([table(costs)] if costs else []), *misfits]))
     if arguments.json:
         rows = [asdict(case) | asdict(cost) for case, cost in costs.items()]
         write_json(arguments.json, rows)
     print(f"\n{statement(costs, 1e12 * arguments.tflops, 1e9 * arguments.network)}".rstrip())
-    if arguments.picture:
+    if arguments.picture and costs:
         draw(costs, arguments.picture)
 
 

@@ -1,6 +1,7 @@
 """Bytes of a training: its state by part, its compiled programs, and scripts/memory.py."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import eight_devices
+import jax
 import memory
 import optax
 import pytest
 from analysis import compile_targets
-from analysis.memory import state_parts
+from analysis.memory import DoesNotFit, compile_fitting, state_parts
 from jax.sharding import AbstractMesh
 
 from galore_jax.errors import InputError
@@ -145,13 +147,41 @@ def test_on_a_mesh_the_figures_are_those_of_each_device(tmp_path):
     assert known + batch <= here["programs"]["train_step"]["arguments"] <= known + batch + COUNTERS
 
 
-def test_a_program_fits_what_jax_can_take_of_a_card_or_misses_some_gib():
-    gib, sizes = 2**30, "the 19.0 GiB that JAX can take of the card's 20.0"
-    assert memory.fit(14 * gib, 20 * gib) == f"it fits {sizes}: 5.0 are left."
-    more = memory.fit(16 * gib, 20 * gib)
+def test_a_program_fits_what_jax_can_take_of_a_device_or_misses_some_gib():
+    gib, sizes = 2**30, "the 19.0 GiB that JAX can take of the device's 20.0"
+    card = dataclasses.replace(compile_targets.TARGETS["h100"], memory=20 * gib)
+    assert memory.fit(14 * gib, card) == f"it fits {sizes}: 5.0 are left."
+    more = memory.fit(16 * gib, card)
     assert more.startswith(f"it fits {sizes}: 3.0 are left.\nBut JAX takes only 75%")
     assert "XLA_CLIENT_MEM_FRACTION=0.95" in more
-    assert memory.fit(int(19.5 * gib), 20 * gib) == f"it does not fit {sizes}: 0.5 are missing."
+    sentence = f"it needs 19.5 GiB and does not fit {sizes}: 0.5 are missing."
+    assert memory.fit(int(19.5 * gib), card) == sentence
+    # A TPU's compiler gives a program all that there is.
+    assert memory.fit(15 * gib, compile_targets.TARGETS["v5e"]).endswith("16.0: 0.8 are left.")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Ran out of memory in memory space hbm. Used 22.50G of 15.75G hbm. Exceeded hbm capacity",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (22.50G) exceeds "
+        "available HBM (15.75G).",
+    ],
+)
+def test_a_program_that_a_compiler_refuses_names_the_bytes_that_it_needs(message):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(message)
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compile_fitting(Lowered())
+    message = f"RESOURCE_EXHAUSTED: {message}"
+    with pytest.raises(DoesNotFit, match=r"needs 22\.5 GiB") as refused:
+        compile_fitting(Lowered())
+    assert refused.value.needed == 22.5 * 2**30
+    row = {"weights": 1, "bases": 2, "moments": 3, "trained": 4}
+    row["programs"] = {"train_step": {"total": refused.value.needed}}
+    assert memory.table({"adamw": row}).split()[-4:] == ["-", "22.500", "-", "-"]
 
 
 @pytest.mark.parametrize(

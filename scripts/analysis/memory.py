@@ -1,11 +1,13 @@
 """Bytes of a training: those of its state from shapes, and those of its programs as compiled."""
 
 import collections
+import re
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from galore_jax.errors import InputError
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.config import Config
 from galore_jax.training.mesh import on_mesh
@@ -66,7 +68,8 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
       Parts of `train_step`, of `refresh_step` with projected gradients or ReLoRA, which first
       refreshes the bases or restarts the adapters, and of `start`, which makes the first state:
       `arguments`, `outputs`, `aliased` (outputs that share the memory of arguments), `temporaries`,
-      and the `total` that the program needs.
+      and the `total` that the program needs. A compiler for TPUs refuses a program that does not
+      fit, and names the total alone.
     """
     task = Pretraining(config)
     state, batch = abstract_state(task, mesh), batch_shapes(task, mesh)
@@ -79,7 +82,10 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
 
 
 def _assigned(lowered: Any) -> Parts:
-    memory = lowered.compile().memory_analysis()
+    try:
+        memory = compile_fitting(lowered).memory_analysis()
+    except DoesNotFit as error:
+        return {"total": error.needed}
     parts = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -87,3 +93,34 @@ def _assigned(lowered: Any) -> Parts:
         "temporaries": memory.temp_size_in_bytes,
     }
     return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
+
+
+class DoesNotFit(InputError):
+    """A compiler refused a program that is larger than the memory of the device.
+
+    Attributes:
+      needed: the bytes that it counted.
+    """
+
+    def __init__(self, needed: int):
+        super().__init__(f"it does not fit the device: it needs {needed / 2**30:.1f} GiB.")
+        self.needed = needed
+
+
+def compile_fitting(lowered: Any) -> Any:
+    """Compiles, for which a compiler for TPUs needs the memory that the program needs.
+
+    Raises:
+      DoesNotFit: the device has less.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        found = message.startswith("RESOURCE_EXHAUSTED") and (
+            re.search(r"Used ([\d.]+)([KMGT]?) of", message)
+            or re.search(r"\(([\d.]+)([KMGT]?)\) exceeds", message)
+        )
+        if not found:
+            raise
+        raise DoesNotFit(int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))) from error

@@ -7,8 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from analysis.collectives import KINDS, Collective, collectives, flops
-from analysis.compile_targets import NODE
-from analysis.memory import bytes_by_part, on_one_device
+from analysis.memory import bytes_by_part, compile_fitting, on_one_device
 from galore_jax.training.config import Config
 from galore_jax.training.mesh import on_mesh
 from galore_jax.training.pretraining import Pretraining
@@ -63,7 +62,9 @@ def trainer_steps(config: Config, mesh: Mesh | None) -> tuple[TrainState, list[A
     return abstract_state(task, mesh), steps
 
 
-def step_cost(config: Config, mesh: Mesh | None, state: TrainState, steps: Sequence[Any]) -> Cost:
+def step_cost(
+    config: Config, mesh: Mesh | None, state: TrainState, steps: Sequence[Any], node: int
+) -> Cost:
     """Compiles steps for a mesh and reads their costs; nothing is allocated or run.
 
     Args:
@@ -71,15 +72,19 @@ def step_cost(config: Config, mesh: Mesh | None, state: TrainState, steps: Seque
       mesh: the mesh; None: a single device.
       state: the shapes of the state, with their shardings.
       steps: from `trainer_steps`, or a single one that refreshes inside of a loop or conditional.
+      node: number of devices in a node.
+
+    Raises:
+      DoesNotFit: the compiler refuses a program that is larger than the memory of a device.
     """
     with on_mesh(mesh):
         batch = batch_shapes(Pretraining(config), mesh)
-        programs = [step.lower(state, batch).compile() for step in steps]
+        programs = [compile_fitting(step.lower(state, batch)) for step in steps]
     # Costs of a step without a refresh, and what a refresh adds.
     texts = [program.as_text() for program in programs]
     layers = config.model.num_layers
-    usual = _moved([found for found in collectives(texts[0]) if not found.within], layers)
-    refreshing = _moved(collectives(texts[-1]), layers)
+    usual = _moved([found for found in collectives(texts[0]) if not found.within], layers, node)
+    refreshing = _moved(collectives(texts[-1]), layers, node)
     here = on_one_device(state)
     parts = bytes_by_part(here.opt_state)
     return Cost(
@@ -105,11 +110,11 @@ class _Moved:
     between: int
 
 
-def _moved(found: Sequence[Collective], layers: int) -> _Moved:
+def _moved(found: Sequence[Collective], layers: int, node: int) -> _Moved:
     payload, inside, between = dict.fromkeys(KINDS, 0), 0, 0
     for collective in found:
         times = collective.times * _runs(collective.within, layers)
-        near, far = collective.sent(NODE)
+        near, far = collective.sent(node)
         kind = "reduce-scatter" if collective.scatters else collective.kind
         payload[kind] += times * collective.payload
         inside += times * near
