@@ -19,6 +19,7 @@ MODULES = [
     "plain_transformed",
     "plain_types",
     "plain_products",
+    "plain_slices",
     "plain_stacks",
     "plain_control",
     "plain_arguments",

@@ -22,7 +22,15 @@ from jax.extend import core, source_info_util
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import PartitionSpec, Sharding
 
-from galore_jax.grads.projected_product import BATCH, Tracked, kind, moved, projected_product
+from galore_jax.grads.projected_product import (
+    BATCH,
+    IN,
+    KINDS,
+    Tracked,
+    kind,
+    moved,
+    projected_product,
+)
 from galore_jax.types import PyTree
 
 # Called with a parameter's path and how it is used: None for a projected product, or the primitive
@@ -269,71 +277,124 @@ def _reshape(equation: Any, params: Any, operands: list[Any], report: Report) ->
     return [moved(value, _bind(equation, [value.array])[0], axes, change)]
 
 
-# By primitive, the parameter that holds the sizes of the selection.
-SIZES = {"slice": "limit_indices", "broadcast_in_dim": "shape"}
-SIZES |= dict.fromkeys(("dynamic_slice", "gather"), "slice_sizes")
+# By primitive, its parameters that have a number for each axis, and what leaves an axis of one
+# element as it is.
+PER_AXIS = {
+    "slice": {"start_indices": 0, "limit_indices": 1},
+    "dynamic_slice": {"slice_sizes": 1},
+    "gather": {"slice_sizes": 1},
+    "broadcast_in_dim": {"shape": 1},
+    "tile": {"reps": 1},
+}
 
 
 def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    """Selects, moves or repeats entire matrices; applied to their indices, it shows which ones.
+    """Selects, moves or repeats matrices, or the same rows or columns of each of them.
 
-    Take kernels of three layers with two experts each, `W` (3, 2, in, out), letters "ABam", and the
-    second layer of them, `lax.slice(W, (1, 0, 0, 0), (2, 2, in, out))`. Both sides are kept in full
-    (`sides = {2, 3}`). The same slice of the matrices' indices, an array (3, 2, 1, 1) from 0 to 5,
-    with its limits for the sides lowered to 1, is [[2, 3]], (1, 2, 1, 1): matrices 2 and 3 are what
-    the stacks of basis vectors and coordinates, (3, 2, n, r), are to be narrowed to.
+    Applied to their indices, it shows which ones. Take kernels of three layers with two experts
+    each, `W` (3, 2, in, out), letters "ABam", and the left half of those of the second layer,
+    `lax.slice(W, (1, 0, 0, 0), (2, 2, in, out / 2))`. The same slice of the matrices' indices, an
+    array (3, 2, 1, 1) from 0 to 5, with its limits for the sides lowered to 1, is [[2, 3]]:
+    matrices 2 and 3 are what the stacks of basis vectors and coordinates, (3, 2, n, r), are to be
+    narrowed to. That of the columns' indices, (1, 1, 1, out), is 0 to out / 2 - 1: these columns
+    of the coordinates `PᵀG` are theirs; of coordinates `G Q` all are, in a basis of these rows of
+    Q, for `G Q` is a sum over columns of G.
     """
     name, (value, *others) = equation.primitive.name, operands
     arrays, shape = _bind(equation, [value.array, *others]), value.array.shape
     sources = _sources(name, params, len(shape), arrays[0].ndim)
-    after = {source: i for i, source in enumerate(sources)}
-    sides = {i for i, axis in enumerate(value.axes) if kind(axis) != BATCH}
-    # The sides must be kept in full; their axes of size 1 may go, or be repeated as batch axes.
-    keeps = lambda i: i in after and all(array.shape[after[i]] == shape[i] for array in arrays)
-    if any(shape[i] > 1 and not keeps(i) for i in sides):
+    after = {source: i for i, source in enumerate(sources) if source is not None}
+    # The axes of sides with one element may go, or be repeated as batch axes.
+    repeated = {i for i in after if shape[i] == 1 and arrays[0].shape[after[i]] > 1}
+    letter = lambda i: BATCH if i is None or i in repeated else value.axes[i]
+    axes = [axis if kind(axis := letter(i)) != BATCH else BATCH for i in sources]
+
+    reordered = _reordered(name, params)
+    chosen = {kind(value.axes[i]) for i in reordered if shape[i] > 1} or {BATCH}
+    if chosen != {BATCH} and len({kind(value.axes[i]) for i in reordered}) > 1:
         raise NoRule
-    sides = {i for i in sides if keeps(i)}
+    is_kept = lambda i: i in after and all(a.shape[after[i]] == shape[i] for a in arrays)
+    is_whole = lambda i: shape[i] == 1 or (is_kept(i) and i not in reordered)
 
-    # The same equation for the indices, as matrices of one element each.
-    count = math.prod(value.coordinates.shape[:-2])
-    sizes = [1 if i in sides else n for i, n in enumerate(shape)]
-    indices = np.arange(count, dtype=np.int32).reshape(sizes)
-    changed: dict[str, Any] = {}
-    if name == "gather":
-        # Indices out of range have no gradient, even where they are promised to be in range.
-        modes, mode = lax.GatherScatterMode, params["mode"]
-        promised = mode is modes.PROMISE_IN_BOUNDS
-        changed = {"fill_value": count, "mode": modes.FILL_OR_DROP if promised else mode}
-    ones = {after[i] for i in sides} if name == "broadcast_in_dim" else sides
-    if (key := SIZES.get(name)) is not None:
-        changed[key] = tuple(1 if i in ones else n for i, n in enumerate(params[key]))
-
-    def select() -> list[jax.Array]:
+    def selections(this: str, own: list[int]) -> list[Any]:
+        """The same equation for the indices of one kind; other kinds of axes have one element."""
+        in_order = sorted(own, key=value.axes.__getitem__)
+        sizes = [shape[i] for i in in_order]
+        indices = np.arange(math.prod(sizes), dtype=np.int32).reshape(sizes)
+        indices = indices.transpose([in_order.index(i) for i in own])
+        indices = indices.reshape([n if i in own else 1 for i, n in enumerate(shape)])
+        kinds = [*map(kind, value.axes if name == "gather" else axes)]
+        changed: dict[str, Any] = {
+            key: tuple(n if kinds[i] == this else least for i, n in enumerate(params[key]))
+            for key, least in PER_AXIS.get(name, {}).items()
+        }
+        if name == "split" and kinds[params["axis"]] != this:
+            changed["sizes"] = (1,)
+        if name == "gather":
+            # Indices out of range have no gradient, even where they are promised to be in range.
+            modes, mode = lax.GatherScatterMode, params["mode"]
+            mode = modes.FILL_OR_DROP if mode is modes.PROMISE_IN_BOUNDS else mode
+            changed["mode"] = mode if this in chosen else modes.CLIP
+            changed["fill_value"] = indices.size
         found = equation.primitive.bind(jnp.asarray(indices), *others, **{**params, **changed})
-        return found if equation.primitive.multiple_results else [found]
+        found = found if equation.primitive.multiple_results else [found]
+        # Of one part alone if all parts have the same.
+        return [*found] if len(found) == len(arrays) else [*found] * len(arrays)
 
-    if others:
-        selections = select()
-    else:
-        # A user's transfer guard is not meant for these numbers of our own.
-        with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
-            selections = [*map(np.asarray, select())]
-
-    axes = [value.axes[i] if i in sides else BATCH for i in sources]
-    batch = [i for i, axis in enumerate(axes) if kind(axis) == BATCH]
-    outputs = []
-    for array, selection in zip(arrays, selections, strict=True):
-        selection = selection.reshape([array.shape[i] for i in batch])
-        outputs.append(moved(value, array, axes, partial(take_matrices, selection)))
+    outputs = [moved(value, array, axes, lambda stack: stack) for array in arrays]
+    for this in KINDS:
+        own = [i for i, axis in enumerate(value.axes) if kind(axis) == this]
+        if this != BATCH and all(map(is_whole, own)):
+            continue
+        if others:
+            found = selections(this, own)
+        else:
+            # A user's transfer guard is not meant for these numbers of our own.
+            with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
+                found = [*map(np.asarray, selections(this, own))]
+        places = {i: axis for i, axis in enumerate(axes) if kind(axis) == this}
+        for n, selection in enumerate(found):
+            sizes = [arrays[n].shape[i] for i in places]
+            if selection.size != math.prod(sizes):
+                raise NoRule  # Not the same rows or columns of each matrix.
+            outputs[n] = _narrowed(outputs[n], this, selection.reshape(sizes), [*places.values()])
     return outputs
 
 
+def _narrowed(value: Tracked, this: str, selection: Any, axes: list[str]) -> Tracked:
+    """A tracked value with the selected matrices, rows or columns in place of all.
+
+    Args:
+      value: its array is that of the selection already.
+      this: the kind of what is selected.
+      selection: the indices, with the axes of this kind.
+      axes: strings of these axes, as for `moved`.
+    """
+    if this == BATCH:
+        matrices = partial(take_matrices, selection)
+        vectors, coordinates = jax.tree.map(matrices, (value.vectors, value.coordinates))
+        return replace(value, vectors=vectors, coordinates=coordinates)
+    indices = selection.transpose(sorted(range(len(axes)), key=axes.__getitem__)).reshape(-1)
+    side, axis = ("left", -2) if this == IN else ("right", -1)
+    if side not in value.vectors:
+        return replace(value, coordinates=_taken(indices, value.coordinates, axis))
+    narrowed = jax.tree.map(lambda stack: _taken(indices, stack, -2), value.vectors[side])
+    return replace(value, vectors={**value.vectors, side: narrowed})
+
+
+def _reordered(name: str, params: Any) -> Sequence[int]:
+    """The operand's axes that a selection may reorder even if it keeps their size."""
+    if name == "gather":
+        # Clipping puts a slice that spans an axis at its start.
+        clips = params["mode"] is lax.GatherScatterMode.CLIP
+        return () if clips else params["dimension_numbers"].start_index_map
+    return params["dimensions"] if name == "rev" else ()
+
+
 def _sources(name: str, params: Any, ndim: int, rank: int) -> list[int | None]:
-    """The operand's axis behind each axis of an output; None: there is none, or it is reordered."""
+    """The operand's axis behind each axis of an output, or None."""
     if name == "transpose":
         return [*params["permutation"]]
-    if name == "rev":
-        return [None if i in params["dimensions"] else i for i in range(ndim)]
     if name in ("squeeze", "unstack"):
         gone = params["dimensions"] if name == "squeeze" else (params["axis"],)
         return [i for i in range(ndim) if i not in gone]
@@ -343,24 +404,26 @@ def _sources(name: str, params: Any, ndim: int, rank: int) -> list[int | None]:
     if name == "gather":
         numbers = params["dimension_numbers"]
         dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        # Clipping puts a slice that spans an axis at its start.
-        clips = params["mode"] is lax.GatherScatterMode.CLIP
-        indexed = () if clips else numbers.start_index_map
-        taken = iter([None if i in indexed else i for i in range(ndim) if i not in dropped])
+        taken = iter([i for i in range(ndim) if i not in dropped])
         return [next(taken) if i in numbers.offset_dims else None for i in range(rank)]
     return [*range(ndim)]
 
 
 def take_matrices(indices: jax.Array | np.ndarray, stack: jax.Array) -> jax.Array:
     """The matrices of a stack `(*batch, n, r)` at flat indices; zeros where one is out of range."""
-    flat = stack.reshape(-1, *stack.shape[-2:])
-    if not isinstance(indices, np.ndarray):
-        return jnp.take(flat, indices, axis=0, mode="fill", fill_value=0)
-    # Consecutive matrices are sliced, which is cheaper than gathering them.
-    start = int(indices.flat[0]) if indices.size else 0
-    is_run = np.array_equal(indices.ravel(), np.arange(start, start + indices.size))
-    taken = flat[start : start + indices.size] if is_run else flat[indices.ravel()]
+    taken = _taken(indices.reshape(-1), stack.reshape(-1, *stack.shape[-2:]), 0)
     return taken.reshape(*indices.shape, *stack.shape[-2:])
+
+
+def _taken(indices: jax.Array | np.ndarray, array: jax.Array, axis: int) -> jax.Array:
+    """What an array has at these indices of an axis; zeros where one is out of range."""
+    if not isinstance(indices, np.ndarray):
+        return jnp.take(array, indices, axis=axis, mode="fill", fill_value=0)
+    # What is consecutive is sliced, which is cheaper than gathering it.
+    start = int(indices[0]) if indices.size else 0
+    if np.array_equal(indices, np.arange(start, start + indices.size)):
+        return lax.slice_in_dim(array, start, start + indices.size, axis=axis)
+    return jnp.take(array, indices, axis=axis, mode="clip")
 
 
 def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:

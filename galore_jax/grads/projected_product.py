@@ -30,7 +30,8 @@ from galore_jax.subspace.projection import Side
 
 # The first letter of each kind of axis, and the mark of the axes of tokens in a product; in this
 # order by character code, A < _ < a < m, by which the axes are sorted.
-BATCH, IN, OUT, TOKEN = "A", "a", "m", "_"
+KINDS = BATCH, IN, OUT = "A", "a", "m"
+TOKEN = "_"
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +40,9 @@ class Tracked:
     """A projected parameter inside a loss.
 
     Attributes:
-      array: the parameter at this point of the loss: cast, transposed, sliced along batch axes.
-      vectors: basis vectors by side, `(*batch, in or out, r)`, with the batch axes of `array`.
+      array: the parameter at this point of the loss: cast, transposed, sliced.
+      vectors: basis vectors by side, `(*batch, in or out, r)`, with the batch axes of `array`, and
+        the rows for those of its rows or columns that are left.
       coordinates: zeros `(*batch, rows, columns)`, likewise. No value depends on them, but
         projected products declare the projected gradient to be their derivative.
       axes: static; the letters of the axes of `array`, batch axes in alphabetical order.

@@ -77,7 +77,7 @@ def an_lstm_unrolled_by_a_scan():
     return example(forward, inputs(4, 2, 6))
 
 
-@model(projected="gru/w_i", full="gru/w_h")
+@model(projected="gru/w_i gru/w_h")
 def a_gated_recurrent_unit_that_splits_its_kernel():
     def forward(xs):
         core = hk.GRU(6, name="gru")

@@ -45,7 +45,6 @@ broadcast = lambda w, x: jnp.einsum("bni,bio->bno", x, jnp.broadcast_to(w, (3, 6
 projected("a kernel broadcast over the batch", broadcast, (3, 5, 6))
 tiled = lambda w, x: x @ jnp.tile(w.reshape(1, 6, 8), (3, 1, 1))
 projected("a kernel tiled over the batch", tiled, (3, 5, 6))
-full("a product with half of the in axis", lambda w, x: x[:, :3] @ w[:3])
 split = lambda w, x: jnp.einsum("nd,dhk->hnk", x, w.reshape(6, 2, 4))
 projected("heads split by a reshape of the kernel", split)
 
@@ -60,12 +59,6 @@ full("a linear system with a kernel", solved, (6, 5), params=square)
 def a_kernel_repeated_along_an_axis_of_one_between_its_sides(params, x):
     repeated = jnp.broadcast_to(params["w"].reshape(6, 1, 8), (6, 3, 8))
     return squared(jnp.einsum("nd,dhk->nhk", x, repeated) * jnp.arange(3.0)[:, None])
-
-
-@loss(full="w", params=one)
-def a_kernel_split_along_its_out_axis(params, x):
-    first, second = jnp.split(params["w"], 2, axis=1)
-    return squared(jnp.tanh(x @ first) * (x @ second))
 
 
 @loss(projected="w", params=one)
