@@ -21,6 +21,7 @@ MODULES = [
     "plain_products",
     "plain_slices",
     "plain_stacks",
+    "plain_ragged",
     "plain_control",
     "plain_arguments",
     "linen",

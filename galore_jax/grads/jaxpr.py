@@ -30,6 +30,7 @@ from galore_jax.grads.projected_product import (
     kind,
     moved,
     projected_product,
+    ragged_product,
 )
 from galore_jax.types import PyTree
 
@@ -231,6 +232,20 @@ def _dot_general(equation: Any, params: Any, operands: list[Any], report: Report
         raise NoRule
     precision = params.get("precision")
     product = projected_product(dot, x, parameter, numbers, parameter_first, precision)
+    if product is None:
+        raise NoRule
+    report(parameter.path, None)
+    return [product]
+
+
+def _ragged_dot(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
+    x, parameter, sizes = operands
+    unusual = params["group_offset"] is not None or params["out_sharding"] is not None
+    if unusual or isinstance(x, Tracked):
+        raise NoRule
+    dot = lambda *operands: _bind(equation, operands)[0]
+    numbers, precision = params["ragged_dot_dimension_numbers"], params["precision"]
+    product = ragged_product(dot, x, parameter, sizes, numbers, precision)
     if product is None:
         raise NoRule
     report(parameter.path, None)
@@ -525,6 +540,7 @@ def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) 
 
 RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
     "reshape": _reshape,
     "jit": _jit,
     "remat2": _remat,

@@ -210,9 +210,6 @@ none = {"projected": "", "full": "ws"}
 summed = lambda ws, x: jnp.einsum("ni,eio->no", x, ws)
 experts("stacked kernels summed over their batch axis by einsum", summed, **none)
 experts("the mean of all experts", lambda ws, x: x @ ws.mean(axis=0), **none)
-experts(
-    "a ragged product", lambda ws, x, n: jax.lax.ragged_dot(x, ws, n), (5, 6), [2, 0, 3], **none
-)
 
 
 @loss(projected="ws", params=kernel("ws", 3, 6, 8), proj_type="full")
