@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from projected import compared, inputs, started
 
@@ -68,6 +69,31 @@ def test_a_scan_over_layers_keeps_no_copy_of_their_kernels():
     outputs = [var.aval.shape for scan in found for var in scan.outvars]
     assert (3, 12, 12) not in outputs
     assert (3, 4, 12) in outputs  # coordinates
+
+
+@pytest.fixture
+def new_rematerialisation():
+    """JAX's `jax_remat3`, a future default; not every version has it."""
+    if not hasattr(jax.config, "jax_remat3"):
+        pytest.skip("this JAX has no jax_remat3")
+    jax.config.update("jax_remat3", True)
+    yield
+    jax.config.update("jax_remat3", False)
+
+
+@pytest.mark.parametrize("saved", [None, "hidden"])
+def test_products_are_projected_under_the_new_rematerialisation(new_rematerialisation, saved):
+    policy = saved and jax.checkpoint_policies.save_only_these_names(saved)
+
+    def named(params, x):
+        body = lambda x, w: (jnp.tanh(checkpoint_name(x @ checkpoint_name(w, "w"), "hidden")), None)
+        x, _ = jax.lax.scan(jax.checkpoint(body, policy=policy), x, params["stack"])
+        layer = jax.checkpoint(lambda x, w: body(x, w)[0] @ params["last"], policy=policy)
+        return jnp.mean(layer(x, params["stack"][0]) ** 2)
+
+    x = inputs(5, 12)
+    assert "RematTraced" in str(jax.make_jaxpr(named)(params(), x))
+    assert compared(named, params(), x) == {"stack", "last"}
 
 
 def test_scopes_of_the_loss_name_the_products_of_the_backward_pass():

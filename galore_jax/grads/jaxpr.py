@@ -475,10 +475,20 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
 
 
 def _remat(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    names = {"policy", "prevent_cse"}
-    options = settings(params, names, besides={"jaxpr", "differentiated"})
+    names = {"policy", "prevent_cse"} & params.keys()
+    options = settings(params, names, besides={"jaxpr", "differentiated"} & params.keys())
     inner = lambda *operands: _evaluate(params["jaxpr"], operands, report)
     return jax.checkpoint(inner, **options)(*operands)
+
+
+def _hi_primitive(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
+    """Those into which `jax.checkpoint` and `checkpoint_name` are traced under `jax_remat3`."""
+    name, params = type(params["_prim"]).__name__, params["_prim"].params
+    if name == "RematTraced":
+        return _remat(equation, params, operands, report)
+    if name == "CheckpointName":
+        return _unchanged(equation, params, operands, report)
+    raise NoRule
 
 
 def _scan(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -544,6 +554,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "reshape": _reshape,
     "jit": _jit,
     "remat2": _remat,
+    "call_hi_primitive": _hi_primitive,
     "scan": _scan,
     "cond": _cond,
     "shard_map": _shard_map,
