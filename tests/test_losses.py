@@ -22,6 +22,7 @@ MODULES = [
     "plain_slices",
     "plain_stacks",
     "plain_ragged",
+    "plain_blocks",
     "plain_control",
     "plain_arguments",
     "linen",
