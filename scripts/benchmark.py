@@ -1,19 +1,33 @@
 """Benchmarks of the optimizer: each prints a table, of medians over repeats in one process.
 
 python scripts/benchmark.py step model=llama leaves=stacked repeats=3
+python scripts/benchmark.py step device=v6e size=1b tokens=8192
 python scripts/benchmark.py refresh --json refresh.json
 python scripts/benchmark.py state
 
-step: time of a training step of 2,048 tokens at the width of LLaMA 350M, rank 256, float32, also
-  relative to AdamW, and relative to AdamW with a refresh of every matrix at one step in 200.
-    model=blocks       blocks alone, or llama: with embedding and head
-    layers=0           number of layers; left out: 4 for blocks, 24 for llama
+step: time of a training step of blocks of LLaMA, float32, also relative to AdamW, and relative to
+  AdamW with a refresh of every matrix at one step in 200.
+    model=blocks       blocks alone; plain: blocks written in plain JAX, with jax.checkpoint; or
+                       llama: with embedding and head
+    size=350m          one of configs/llama_*.toml: the width
+    layers=0           number of layers; left out: 4 for blocks (1 with a device), all for llama
+    rank=0             of the projections; left out: that of the configuration
+    tokens=2048        per step, a multiple of 256
     leaves=separate    a leaf per layer, as optax.contrib.galore needs them to project them; or
                        stacked, as in the models of galore_jax, without that baseline
     dense=flax         layers with the derivative that JAX makes; or galore_jax: with the
                        hand-written one of galore_jax's models, by which AdamW too is faster
                        on CPUs
     repeats=7          of each baseline
+    params=float32     dtype of parameters and moments, or bfloat16
+    device=            v5e, v5p, v6e, a100, rtx4090 or h100: compiles for it and runs nothing, with
+                       products in bfloat16; the device may be absent, the extra tpu or cuda has
+                       its compiler
+  With a device the rows are estimates, each with its ratio to AdamW's: milliseconds (ms), products
+  (gflop), bytes to and from the device's memory (gb), bytes of instructions that only copy or
+  transpose (copied_gb), and temporaries (temporary_mb); without_time names what takes time that the
+  estimate leaves out. Two rows below say what part of the published peak the estimate of a simple
+  program reaches. See docs/accelerators.md for how far to trust it.
 branch: a step of make_step, which branches on whether a basis is due, against two programs, on
   blocks as for step: time of a step without and with a refresh, of compiling, and temporaries.
     layers=2           number of blocks

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analysis.collectives import flops
+from analysis.products import flops
 from next_tokens import random_rows
 from test_adapters import ROUNDING, noisy
 from test_step import CONFIG, initial

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from analysis.collectives import Collective, collectives, flops
+from analysis.collectives import Collective, collectives
+from analysis.products import flops
 
 ROOT = Path(__file__).parent.parent
 DEVICES, N = 8, 64

@@ -6,8 +6,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from analysis.collectives import KINDS, Collective, collectives, flops
+from analysis.collectives import KINDS, Collective, collectives
 from analysis.memory import bytes_by_part, compile_fitting, on_one_device
+from analysis.products import flops
 from galore_jax.training.config import Config
 from galore_jax.training.mesh import on_mesh
 from galore_jax.training.pretraining import Pretraining

@@ -12,10 +12,12 @@ import galore_jax
 from benchmarks import CONFIGS, Row
 from benchmarks.baselines import GAP, LEARNING_RATE, WEIGHT_DECAY, Loss, projected
 from benchmarks.models import blocks_loss, init_llama, separate_layers
-from benchmarks.step import BATCH, RANK, Run
+from benchmarks.step import BATCH, Run
 from benchmarks.timing import interleaved, seconds
 from galore_jax.training.config_file import load_config
 from galore_jax.types import PyTree
+
+RANK = 256
 
 
 @dataclass(frozen=True)

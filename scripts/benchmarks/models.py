@@ -1,4 +1,7 @@
-"""LLaMA for the benchmarks: blocks alone, stacked or separate layers, two kinds of Dense."""
+"""LLaMA for the benchmarks: blocks alone, stacked or separate layers, two kinds of Dense.
+
+And the same blocks in plain JAX, as a user might have written them.
+"""
 
 import functools
 from collections.abc import Callable
@@ -46,6 +49,56 @@ def llama_loss(config: LlamaConfig, params: PyTree, tokens: jax.Array) -> jax.Ar
     logits: Any = model.apply({"params": params}, x, method=head)
     total, targets = next_token_loss(logits, jnp.roll(tokens, -1, axis=1).at[:, -1].set(-1))
     return total / targets
+
+
+def init_plain(config: LlamaConfig) -> PyTree:
+    """The parameters of blocks in plain JAX."""
+    width, inner = config.hidden_size, config.intermediate_size
+    shapes = dict.fromkeys(("query", "key", "value", "out"), (width, width))
+    shapes |= {"gate": (width, inner), "up": (width, inner), "down": (inner, width)}
+
+    def one(key: jax.Array) -> PyTree:
+        keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+        kernels = {
+            name: {"kernel": jax.random.normal(keys[name], shape) / shape[0] ** 0.5}
+            for name, shape in shapes.items()
+        }
+        return kernels | {name: {"scale": jnp.ones(width)} for name in ("norm1", "norm2")}
+
+    return [one(key) for key in jax.random.split(jax.random.key(0), config.num_layers)]
+
+
+def plain_loss(config: LlamaConfig, params: PyTree, batch: tuple[jax.Array, jax.Array]):
+    """Mean squared difference between the output of the blocks in plain JAX and a target."""
+    x, target = batch
+    block = jax.checkpoint(functools.partial(_plain_block, config.num_heads))
+    for layer in params:
+        x = block(layer, x)
+    return jnp.mean((x - target).astype(jnp.float32) ** 2)
+
+
+def _plain_block(heads: int, params: PyTree, x: jax.Array) -> jax.Array:
+    def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
+        return wide.astype(x.dtype) * scale
+
+    def dense(name: str, x: jax.Array) -> jax.Array:
+        return x @ params[name]["kernel"]
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], heads, x.shape[2] // heads)
+
+    y = norm(x, params["norm1"]["scale"])
+    query, key, value = (split(dense(name, y)) for name in ("query", "key", "value"))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    scores = jnp.where(causal, scores / query.shape[-1] ** 0.5, -1e30)
+    weights = jax.nn.softmax(scores).astype(x.dtype)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
+    x = x + dense("out", mixed)
+    y = norm(x, params["norm2"]["scale"])
+    return x + dense("down", jax.nn.silu(dense("gate", y)) * dense("up", y))
 
 
 def with_dense(kind: str, loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

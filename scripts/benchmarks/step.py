@@ -1,26 +1,39 @@
-"""`step`: time of a training step in float32, with and without the refresh of the bases."""
+"""`step`: time of a training step, with and without the refresh of the bases."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks import CONFIGS, Row
+from benchmarks import CONFIGS, SIZES, Row
 from benchmarks.baselines import Baseline, Loss, baselines
-from benchmarks.models import blocks_loss, init_llama, llama_loss, separate_layers, with_dense
+from benchmarks.estimates import estimate_steps
+from benchmarks.models import (
+    blocks_loss,
+    init_llama,
+    init_plain,
+    llama_loss,
+    plain_loss,
+    separate_layers,
+    with_dense,
+)
 from benchmarks.timing import interleaved, seconds
-from galore_jax.errors import require_choice
+from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config_file import load_config
 from galore_jax.types import PyTree
 
-LAYERS = {"blocks": 4, "llama": 24}
+MODELS = ("blocks", "plain", "llama")
+LAYERS = 4  # of blocks; of those that are compiled for a target, 1
 DENSE = ("flax", "galore_jax")
 BATCH = (8, 256)
-RANK = 256
+# The baselines that are compiled for a target: the refreshes of the others would be, too.
+COMPILED = ("adamw", "galore_projected")
 
 
 @dataclass(frozen=True)
@@ -28,19 +41,29 @@ class Settings:
     """See scripts/benchmark.py.
 
     Raises:
-      InputError: an unknown model or kind of leaves or layers.
+      InputError: an unknown model, size or kind of leaves, layers or parameters, or tokens that do
+        not fill rows.
     """
 
     model: str = "blocks"
+    size: str = "350m"
     layers: int = 0
+    rank: int = 0
+    tokens: int = math.prod(BATCH)
     leaves: str = "separate"
     dense: str = "flax"
     repeats: int = 7
+    device: str = ""
+    params: str = "float32"
 
     def __post_init__(self):
-        require_choice("model", self.model, LAYERS)
+        require_choice("model", self.model, MODELS)
+        require_choice("size", self.size, SIZES)
         require_choice("leaves", self.leaves, ("separate", "stacked"))
         require_choice("dense", self.dense, DENSE)
+        require_choice("params", self.params, ("float32", "bfloat16"))
+        rows = self.tokens % BATCH[1] == 0
+        require("tokens", self.tokens, rows, f"a multiple of {BATCH[1]}")
 
 
 class Run:
@@ -84,28 +107,56 @@ class Run:
 
 def measure(settings: Settings) -> list[Row]:
     """The rows of every baseline."""
-    layers = settings.layers or LAYERS[settings.model]
-    model = load_config(CONFIGS / "llama_350m.toml").model
-    return measure_model(replace(model, num_layers=layers, dtype="float32"), settings, BATCH, RANK)
+    config = load_config(CONFIGS / f"llama_{settings.size}.toml")
+    layers = 1 if settings.device else LAYERS
+    if settings.model == "llama":
+        layers = config.model.num_layers
+    model = replace(config.model, num_layers=settings.layers or layers)
+    rank = settings.rank or int(config.optimizer.galore.rank)
+    shape = settings.tokens // BATCH[1], BATCH[1]
+    return measure_model(model, settings, shape, rank)
 
 
 def measure_model(
     config: LlamaConfig, settings: Settings, shape: tuple[int, int], rank: int
 ) -> list[Row]:
     """The rows for any model, shape of a batch (rows, tokens) and rank."""
-    params = init_llama(config)
-    if settings.model == "blocks":
-        params = {"layers": params["layers"]}
-        batch = jax.random.normal(jax.random.key(1), (2, *shape, config.hidden_size))
-        loss = functools.partial(blocks_loss, config)
-    else:
-        batch = jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
-        loss = functools.partial(llama_loss, config)
-    if settings.leaves == "separate":
-        params = separate_layers(params)
     chosen = [one for one in baselines(rank) if one.stacks or settings.leaves == "separate"]
-    loss = with_dense(settings.dense, loss)
-    return measure_steps(chosen, loss, params, batch, settings.repeats, settings.model)
+    loss, start = problem(config, settings, shape)
+    if settings.device:
+        chosen = [one for one in chosen if one.name in COMPILED]
+        return estimate_steps(chosen, loss, start, settings.device)
+    return measure_steps(chosen, loss, *start(), settings.repeats, settings.model)
+
+
+def problem(
+    config: LlamaConfig, settings: Settings, shape: tuple[int, int]
+) -> tuple[Loss, Callable[[], tuple[PyTree, PyTree]]]:
+    """The loss, and a function that makes parameters and a batch of this shape (rows, tokens)."""
+    dtype = jnp.dtype("bfloat16" if settings.device else "float32")
+    config = replace(config, dtype=dtype.name)
+
+    def start() -> tuple[PyTree, PyTree]:
+        if settings.model == "plain":
+            params = init_plain(config)
+        else:
+            params = init_llama(config)
+            if settings.model == "blocks":
+                params = {"layers": params["layers"]}
+            if settings.leaves == "separate":
+                params = separate_layers(params)
+        params = jax.tree.map(lambda leaf: leaf.astype(settings.params), params)
+        if settings.model == "llama":
+            return params, jax.random.randint(jax.random.key(1), shape, 0, config.vocab_size)
+        size = 2, *shape, config.hidden_size
+        return params, jax.random.normal(jax.random.key(1), size, dtype)
+
+    of_model = {"blocks": blocks_loss, "plain": plain_loss, "llama": llama_loss}[settings.model]
+
+    def loss(params: PyTree, batch: PyTree) -> jax.Array:
+        return of_model(config, jax.tree.map(lambda leaf: leaf.astype(dtype), params), batch)
+
+    return with_dense(settings.dense, loss), start
 
 
 def measure_steps(

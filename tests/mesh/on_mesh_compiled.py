@@ -8,7 +8,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from analysis.collectives import collectives, flops
+from analysis.collectives import collectives
+from analysis.products import flops
 from jax.sharding import AxisType
 
 from galore_jax.data.batches import DataConfig
