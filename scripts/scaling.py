@@ -190,6 +190,7 @@ def table(costs: dict[Case, Any]) -> str:
         "all-reduce": lambda cost: cost.payload["all-reduce"],
         "reduce-scatter": lambda cost: cost.payload["reduce-scatter"],
         "other": lambda cost: other(cost.payload),
+        "async": lambda cost: cost.asynchronous,
         "in node": lambda cost: cost.inside,
         "between": lambda cost: cost.between,
         "refresh": lambda cost: sum(cost.refresh.values()),

@@ -289,5 +289,64 @@ ENTRY %main (x: bf16[8,3]) -> (bf16[32,3], bf16[2,3]) {
 }
 """
     gather, scatter = collectives(program)
+    assert gather.is_asynchronous
+    assert scatter.is_asynchronous
     assert (gather.kind, gather.payload, gather.sent(4)) == ("all-gather", 192, (144, 0))
     assert (scatter.kind, scatter.payload, scatter.sent(4)) == ("reduce-scatter", 48, (36, 0))
+
+
+CHAIN = """HloModule f, num_partitions=4
+
+%first (x.1: f32[1,8]) -> (f32[1,8], f32[4,8]) {
+  %x.1 = f32[1,8]{1,0} parameter(0)
+  %a = f32[4,8]{1,0} all-gather(%x.1), replica_groups={}, frontend_attributes={chain_id="2"}
+  ROOT %s = (f32[1,8], f32[4,8]) custom-call(%a), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (x.2: f32[1,8], y.2: f32[8,8]) -> (f32[8,8], f32[4,8]) {
+  %x.2 = f32[1,8]{1,0} parameter(0)
+  %y.2 = f32[8,8]{1,0} parameter(1)
+  %b = f32[4,8]{1,0} all-gather(%x.2), replica_groups={}, frontend_attributes={chain_id="2"}
+  %p = f32[8,8]{1,0} convolution(%y.2, %y.2), dim_labels=bf_io->bf
+  ROOT %t = (f32[8,8]{1,0}, f32[4,8]{1,0}) tuple(%p, %b)
+}
+
+%last (x.3: f32[1,8], z.3: f32[4,8]) -> f32[4,8] {
+  %x.3 = f32[1,8]{1,0} parameter(0)
+  %z.3 = f32[4,8]{1,0} parameter(1)
+  %c = f32[4,8]{1,0} all-gather(%x.3), replica_groups={}, frontend_attributes={chain_id="2"}
+  ROOT %e = f32[4,8]{1,0} custom-call(%z.3, %c), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[1,8], y: f32[8,8]) -> f32[4,8] {
+  %x = f32[1,8]{1,0} parameter(0)
+  %y = f32[8,8]{1,0} parameter(1)
+  %async-collective-start = (f32[1,8]{1,0}, f32[4,8]{1,0}) fusion(%x), kind=kCustom, calls=%first
+  %started = f32[1,8]{1,0} get-tuple-element(%async-collective-start), index=0
+  %fusion.1 = (f32[8,8]{1,0}, f32[4,8]{1,0}) fusion(%started, %y), kind=kOutput, calls=%beside
+  %z = f32[4,8]{1,0} get-tuple-element(%fusion.1), index=1
+  %q = f32[4,8]{1,0} all-reduce(%z), replica_groups={}, to_apply=%add
+  ROOT %done = f32[4,8]{1,0} fusion(%x, %q), kind=kCustom, calls=%last
+}
+"""
+
+
+def test_a_collective_that_a_tpu_runs_beside_other_work_counts_once():
+    gather, reduction = collectives(CHAIN)
+    assert (gather.kind, gather.payload, gather.is_asynchronous) == ("all-gather", 128, True)
+    assert (reduction.kind, reduction.is_asynchronous) == ("all-reduce", False)
+    assert flops(CHAIN) == 2 * 8**3
+
+
+def test_a_collective_that_is_started_and_waited_for_at_once_is_not_asynchronous():
+    program = """HloModule f, num_partitions=4
+
+ENTRY %main (x: f32[24]) -> f32[24] {
+  %x = f32[24]{0} parameter(0)
+  %s = (f32[24], f32[24]) collective-permute-start(%x), source_target_pairs={{0,1},{1,2}}CONFIG
+  ROOT %d = f32[24]{0} collective-permute-done(%s)
+}
+"""
+    config = ', backend_config={"collective_backend_config":{"is_sync":true}}'
+    assert only(program.replace("CONFIG", "")).is_asynchronous
+    assert not only(program.replace("CONFIG", config)).is_asynchronous

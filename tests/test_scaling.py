@@ -63,7 +63,7 @@ def test_each_case_has_a_line_and_the_picture_is_drawn(complete):
     cases = {(layout, name) for layout in ("data", "fsdp") for name in names} | {("data", "over")}
     assert {(layout, name) for layout, name, devices in costs if devices == 4} == cases
     lines = [line.split() for line in printed.splitlines()]
-    assert sum(line[:1] == ["projected"] and len(line) == 12 for line in lines) == 2
+    assert sum(line[:1] == ["projected"] and len(line) == 13 for line in lines) == 2
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 

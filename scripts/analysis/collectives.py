@@ -53,6 +53,7 @@ class Collective:
       groups: the devices that exchange data with each other, by their position in the mesh.
       name: JAX's name of the operation.
       scatters: whether it is an all-reduce of which each device uses only its own part.
+      is_asynchronous: whether other work runs between its start and its end.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Collective:
     groups: tuple[tuple[int, ...], ...]
     name: str
     scatters: bool = False
+    is_asynchronous: bool = False
 
     @property
     def payload(self) -> int:
@@ -104,10 +106,17 @@ def collectives(program: str) -> list[Collective]:
     """
     parsed = parse(program)
     computations = parsed.computations
+    wrapped = {
+        name
+        for computation in computations.values()
+        for instruction in computation.by_name.values()
+        if instruction.opcode == "async-start"
+        for name in instruction.calls
+    }
     found = []
     for computation, instruction, times, within in parsed.executed():
-        kind = instruction.opcode.removesuffix("-start")
-        if kind not in KINDS:
+        kind = kind_of(computation, instruction)
+        if kind is None:
             continue
         groups = _groups(instruction.text, parsed.devices)
         if max(map(len, groups)) > 1:
@@ -115,10 +124,43 @@ def collectives(program: str) -> list[Collective]:
             end = _end(instruction, computation)
             used = _used(end, computation, computations)
             is_divided = len(groups[0]) * used < TOLERANCE * end.bytes
-            scatters = kind == "all-reduce" and is_divided
-            source = instruction.source
-            found.append(Collective(kind, size, times, within, groups, source, scatters))
+            found.append(
+                Collective(
+                    kind,
+                    size,
+                    times,
+                    within,
+                    groups,
+                    instruction.source,
+                    kind == "all-reduce" and is_divided,
+                    _is_asynchronous(computation, instruction, wrapped),
+                )
+            )
     return found
+
+
+def kind_of(computation: Computation, instruction: Instruction) -> str | None:
+    """The kind of a collective; None for other instructions, and for parts of a collective.
+
+    A TPU runs a collective step by step beside other work: in a chain of fusions that all contain
+    it, of which the first one starts it.
+    """
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in KINDS or ("chain_id=" in instruction.text and not _starts_a_chain(computation)):
+        return None
+    return kind
+
+
+def _starts_a_chain(computation: Computation) -> bool:
+    return any('"AsyncCollectiveStart"' in one.text for one in computation.by_name.values())
+
+
+def _is_asynchronous(computation: Computation, instruction: Instruction, wrapped: set[str]) -> bool:
+    """Whether other instructions run while the data are on their way."""
+    if '"is_sync":true' in instruction.text:
+        return False
+    is_started = instruction.opcode.endswith("-start") or computation.name in wrapped
+    return is_started or _starts_a_chain(computation)
 
 
 def _size(

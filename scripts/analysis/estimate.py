@@ -16,7 +16,7 @@ import collections
 import re
 from dataclasses import dataclass, field
 
-from analysis.collectives import KINDS
+from analysis.collectives import kind_of
 from analysis.gpus import Gpu
 from analysis.hlo import Computation, Instruction, Program, parse
 from analysis.products import flops_within
@@ -138,22 +138,21 @@ class _Reader:
             operands = [computation.by_name[name] for name in instruction.operands]
             copied = instruction.bytes + sum(operand.bytes for operand in operands)
         moved = self._bytes(computation, instruction)
-        return Estimate(seconds, flops, moved, copied, self._without_time(instruction, flops))
+        return Estimate(
+            seconds, flops, moved, copied, self._without_time(computation, instruction, flops)
+        )
 
-    def _without_time(self, instruction: Instruction, flops: int) -> collections.Counter:
-        kind = instruction.opcode.removesuffix("-start")
-        if kind in KINDS:
-            return collections.Counter([kind])
-        if kind == "custom-call" and not flops:
+    def _without_time(
+        self, computation: Computation, instruction: Instruction, flops: int
+    ) -> collections.Counter:
+        inside = [(computation, instruction)]
+        if instruction.opcode in ("fusion", "async-start"):
+            bodies = (self.program.computations[name] for name in instruction.calls)
+            inside = [(body, one) for body in bodies for one in body.by_name.values()]
+        elif instruction.opcode == "custom-call" and not flops:
             target = re.search(r'custom_call_target="([^"]*)"', instruction.text)
-            return collections.Counter([target[1] if target else kind])
-        if kind in ("fusion", "async"):
-            bodies = [self.program.computations[name] for name in instruction.calls]
-            inner = {
-                one.opcode.removesuffix("-start") for b in bodies for one in b.by_name.values()
-            }
-            return collections.Counter(inner.intersection(KINDS))
-        return collections.Counter()
+            return collections.Counter([target[1] if target else "custom-call"])
+        return collections.Counter(kind for one in inside if (kind := kind_of(*one)))
 
     def _only_moves(self, instruction: Instruction) -> bool:
         if instruction.opcode == "copy-start":

@@ -97,6 +97,7 @@ class Instruction(NamedTuple):
 class Computation:
     """A computation's instructions, in the order in which a scheduled program runs them."""
 
+    name: str
     by_name: dict[str, Instruction]
     is_entry: bool
 
@@ -248,7 +249,7 @@ def parse(text: str) -> Program:
     for line in text.splitlines():
         if header := _HEADER.match(line):
             current = {}
-            computations[header[2]] = Computation(current, bool(header[1]))
+            computations[header[2]] = Computation(header[2], current, bool(header[1]))
         elif name := _NAME.match(line):
             arrays, rest = _split_type(line[name.end() :])
             opcode, _, rest = rest.partition("(")

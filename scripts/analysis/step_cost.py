@@ -28,6 +28,7 @@ class Cost:
       whole_state: the same on a single device.
       temporaries: the other memory of the step, as assigned by XLA.
       payload: sizes of the arrays that each kind of collective moves.
+      asynchronous: those of them that move while the device does other work.
       inside: sent to other devices of the node.
       between: sent to other nodes.
       refresh: additional payload of a step that refreshes all bases, by kind.
@@ -42,6 +43,7 @@ class Cost:
     whole_state: int
     temporaries: int
     payload: dict[str, int]
+    asynchronous: int
     inside: int
     between: int
     refresh: dict[str, int]
@@ -96,6 +98,7 @@ def step_cost(
         whole_state=tree_bytes(state),
         temporaries=programs[0].memory_analysis().temp_size_in_bytes,
         payload=usual.payload,
+        asynchronous=usual.asynchronous,
         inside=usual.inside,
         between=usual.between,
         refresh={kind: refreshing.payload[kind] - usual.payload[kind] for kind in KINDS},
@@ -107,20 +110,22 @@ def step_cost(
 @dataclass(frozen=True)
 class _Moved:
     payload: dict[str, int]
+    asynchronous: int
     inside: int
     between: int
 
 
 def _moved(found: Sequence[Collective], layers: int, node: int) -> _Moved:
-    payload, inside, between = dict.fromkeys(KINDS, 0), 0, 0
+    payload, asynchronous, inside, between = dict.fromkeys(KINDS, 0), 0, 0, 0
     for collective in found:
         times = collective.times * _runs(collective.within, layers)
         near, far = collective.sent(node)
         kind = "reduce-scatter" if collective.scatters else collective.kind
         payload[kind] += times * collective.payload
+        asynchronous += times * collective.payload * collective.is_asynchronous
         inside += times * near
         between += times * far
-    return _Moved(payload, inside, between)
+    return _Moved(payload, asynchronous, inside, between)
 
 
 def _runs(within: tuple[str, ...], layers: int) -> int:
