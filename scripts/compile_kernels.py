@@ -1,6 +1,7 @@
-"""Compiles the Pallas kernels for GPUs, at the shapes of LLaMA-7B, on a machine without one.
+"""Compiles the Pallas kernels at the shapes of LLaMA-7B, for devices that need not be there.
 
-python scripts/compile_kernels.py
+python scripts/compile_kernels.py v5e v6e
+python scripts/compile_kernels.py a100 rtx4090 h100
 """
 
 import argparse
@@ -17,16 +18,18 @@ WEIGHTS = ((4096, 4096), (4096, 11008), (11008, 4096))
 
 def main() -> None:
     """Compiles each kernel for each target and prints a line about it."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument("targets", nargs="+", metavar="TARGET", help="such as v6e or h100")
+    targets = parser.parse_args().targets
     import jax
     from analysis import compile_targets
 
     print(f"{'kernel':14}{'target':10}{'shape':16}{'variant':32}{'temporary':>10}{'seconds':>9}")
-    for target in compile_targets.GPUS:
+    for target in targets:
         with compile_targets.target(target) as sharding:
-            for name, shape, variant, kernel, arguments, donated in kernels():
+            for name, shape, variant, kernel, arguments, donated in kernels(target):
                 start = time.perf_counter()
                 function = jax.jit(kernel, donate_argnums=donated)
                 compiled = function.lower(*compile_targets.place(arguments, sharding)).compile()
@@ -38,20 +41,24 @@ def main() -> None:
                 print(f"{name:14}{target:10}{shape:16}{variant:32}{size:10}{seconds:9.2f}")
 
 
-def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tuple[int, ...]]]:
+def kernels(
+    target: str,
+) -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tuple[int, ...]]]:
     """Name, shape, variant, kernel, shapes of its arguments and indices of the donated ones."""
     import functools
 
     import jax
     import jax.numpy as jnp
+    from analysis.tpus import TPUS
 
-    from galore_jax.ops import pallas_triton
+    from galore_jax.ops import pallas_tpu, pallas_triton
     from galore_jax.ops.quantization import quantize
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    adam = functools.partial(pallas_triton.adam_8bit, b1=0.9, b2=0.999, eps=1e-8)
+    module = pallas_tpu if target in TPUS else pallas_triton
+    adam = functools.partial(module.adam_8bit, b1=0.9, b2=0.999, eps=1e-8)
     for shape in ((RANK, 4096), (RANK, 11008)):
         for dtype in (jnp.float32, jnp.bfloat16):
             mu, nu = (
@@ -72,9 +79,7 @@ def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tupl
                 factors = array(1, rows, RANK), array(1, columns, RANK, dtype=basis)
             else:
                 factors = array(1, rows, RANK, dtype=basis), array(1, RANK, columns)
-            one = functools.partial(
-                pallas_triton.lift_and_add, right_is_transposed=right_is_transposed
-            )
+            one = functools.partial(module.lift_and_add, right_is_transposed=right_is_transposed)
             lift = jax.vmap(one, (0, 0, 0, None, 0, None if seed is None else 0))
             arguments = (weights, *factors, array(), array(1), seed)
             side = "right" if right_is_transposed else "left"

@@ -55,7 +55,7 @@ def main() -> None:
         raise InputError(f"there is no folder {arguments.json.parent} for --json: make it first.")
 
     import jax
-    from analysis.compile_targets import TARGETS, Gpu, target
+    from analysis.compile_targets import TARGETS, target
 
     from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.mesh import make_mesh, mesh_sizes
@@ -81,10 +81,7 @@ def main() -> None:
         # XLA_FLAGS may have made more CPU devices than are asked for here.
         mesh: Any = sharding.mesh if sharding else make_mesh(chosen, jax.devices()[:devices])
         print(f"compiling for {name}, up to a few minutes …", file=sys.stderr, flush=True)
-        rows = {
-            label: measure(config, mesh, on_gpu=isinstance(card, Gpu))
-            for label, config in configs.items()
-        }
+        rows = {label: measure(config, mesh) for label, config in configs.items()}
 
     print(table(rows))
     if devices > 1:
@@ -99,7 +96,7 @@ def main() -> None:
         write_json(arguments.json, rows)
 
 
-def measure(config: Any, mesh: Any, *, on_gpu: bool) -> dict[str, Any]:
+def measure(config: Any, mesh: Any) -> dict[str, Any]:
     """The figures of a configuration: see the top of the file."""
     import jax
     from analysis.memory import compiled, state_parts
@@ -107,12 +104,9 @@ def measure(config: Any, mesh: Any, *, on_gpu: bool) -> dict[str, Any]:
     from galore_jax.training.mesh import check_training_mesh
     from galore_jax.training.pretraining import Pretraining
     from galore_jax.training.state import init_state, trained, tree_size
-    from galore_jax.training.step import check_gpu
 
     task = Pretraining(config)
     check_training_mesh(task, mesh)
-    if not on_gpu:
-        check_gpu(config.optimizer)
     params = jax.eval_shape(lambda: init_state(task)).params
     size = tree_size(trained(task, params)[0])
     tokens = config.data.batch_size * config.data.sequence_length

@@ -11,11 +11,17 @@ from trees import loss, random_params
 
 import galore_jax
 from galore_jax import apply_gradients, chain, galore, scale_by_adam8bit
-from galore_jax.ops import pallas_triton
+from galore_jax.ops import implementation, pallas_tpu, pallas_triton
 from galore_jax.ops.quantization import Quantized, dequantize, quantize
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 
 SHAPES = {"stack": (3, 72, 300), "tall": (300, 72), "bias": (300,)}
+
+
+def interpret(monkeypatch, module):
+    """Makes `implementation="pallas"` mean the kernels of a module, interpreted on the CPU."""
+    kernels = lambda name: {"cpu": functools.partial(getattr(module, name), interpret=True)}
+    monkeypatch.setattr(implementation, "_kernels", kernels)
 
 
 def adam8bit(learning_rate):
@@ -77,8 +83,7 @@ def test_leaves_whose_scales_would_outweigh_the_codes_keep_float32_moments():
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas"])
 def test_a_gradient_whose_square_is_infinite_leaves_the_moments_finite(implementation, monkeypatch):
-    interpreted = functools.partial(pallas_triton.adam_8bit, interpret=True)
-    monkeypatch.setattr(pallas_triton, "adam_8bit", interpreted)
+    interpret(monkeypatch, pallas_tpu)
     params = {"kernel": jnp.zeros((16, 512))}
     tx = scale_by_adam8bit(implementation=implementation)
     state = tx.init(params)
@@ -194,19 +199,17 @@ def test_it_works_under_tree_map_params_and_does_not_compile_again():
 
 
 @pytest.mark.parametrize(
-    ("moments", "dtype"), [("keep", jnp.bfloat16), ("rotate", jnp.float32)], ids=str
+    ("module", "moments", "dtype"),
+    [(pallas_triton, "keep", jnp.bfloat16), (pallas_tpu, "rotate", jnp.float32)],
+    ids=["triton-keep-bfloat16", "tpu-rotate-float32"],
 )
-def test_steps_with_kernels_equal_those_without(monkeypatch, moments, dtype):
-    for name in ("adam_8bit", "lift_and_add"):
-        kernel = functools.partial(getattr(pallas_triton, name), interpret=True)
-        monkeypatch.setattr(pallas_triton, name, kernel)
+def test_steps_with_kernels_equal_those_without(monkeypatch, module, moments, dtype):
+    interpret(monkeypatch, module)
     params, key = random_params(SHAPES, dtype=dtype), jax.random.key(0)
     ends = []
-    for implementation in ("xla", "pallas"):
-        tx = eight_bit(moments, basis_dtype=jnp.int8, implementation=implementation)
-        apply = jax.jit(
-            functools.partial(apply_gradients, tx, key=key, implementation=implementation)
-        )
+    for name in ("xla", "pallas"):
+        tx = eight_bit(moments, basis_dtype=jnp.int8, implementation=name)
+        apply = jax.jit(functools.partial(apply_gradients, tx, key=key))
         new, state = params, tx.init(params)
         for seed in range(2):
             new, state = apply(random_params(SHAPES, seed), state, new)

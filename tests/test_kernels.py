@@ -1,4 +1,4 @@
-"""The GPU kernels, interpreted on the CPU, and plain JAX, both against formulas in float64."""
+"""The kernels, interpreted on the CPU, and plain JAX, all against formulas in float64."""
 
 import functools
 
@@ -9,7 +9,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 from pairwise import pairwise
 
-from galore_jax.ops import adam_step, lift, pallas_triton
+from galore_jax.ops import adam_step, lift, pallas_tpu, pallas_triton
 from galore_jax.ops.precision import round_with_noise
 from galore_jax.ops.quantization import decode, dequantize, quantize
 from galore_jax.ops.threefry import noise, threefry
@@ -20,16 +20,22 @@ B1, B2, EPS, COUNT = 0.875, 0.96875, 1e-8, 10
 SEED = jnp.array([3, 5], jnp.uint32)
 
 adam_plain = jax.jit(functools.partial(adam_step.adam_8bit, b1=B1, b2=B2, eps=EPS))
-adam_kernel = jax.jit(
-    functools.partial(pallas_triton.adam_8bit, b1=B1, b2=B2, eps=EPS, interpret=True)
+adam_triton, adam_tpu = (
+    jax.jit(functools.partial(module.adam_8bit, b1=B1, b2=B2, eps=EPS, interpret=True))
+    for module in (pallas_triton, pallas_tpu)
 )
 lift_plain = jax.jit(lift.lift_and_add, static_argnames="right_is_transposed")
-lift_kernel = jax.jit(
-    functools.partial(pallas_triton.lift_and_add, interpret=True),
-    static_argnames="right_is_transposed",
+lift_triton, lift_tpu = (
+    jax.jit(
+        functools.partial(module.lift_and_add, interpret=True),
+        static_argnames="right_is_transposed",
+    )
+    for module in (pallas_triton, pallas_tpu)
 )
-both_adams = pytest.mark.parametrize("step", [adam_plain, adam_kernel], ids=["plain", "kernel"])
-both_lifts = pytest.mark.parametrize("add", [lift_plain, lift_kernel], ids=["plain", "kernel"])
+ADAMS = {"plain": adam_plain, "triton": adam_triton, "tpu": adam_tpu}
+LIFTS = {"plain": lift_plain, "triton": lift_triton, "tpu": lift_tpu}
+every_adam = pytest.mark.parametrize("step", ADAMS.values(), ids=ADAMS)
+every_lift = pytest.mark.parametrize("add", LIFTS.values(), ids=LIFTS)
 
 
 def float64(x):
@@ -65,7 +71,7 @@ def assert_nearest_codes(moment, numbers, terms):
         assert (numbers[index] >= below - slack).all()
 
 
-@both_adams
+@every_adam
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -99,10 +105,11 @@ def assert_equal_steps(found, expected):
         np.testing.assert_allclose(moment.scales, other.scales, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 300), BFLOAT16), ((2, 3, 70), FLOAT32)])
-def test_the_adam_kernel_has_the_codes_of_plain_jax(shape, dtype):
+@pytest.mark.parametrize("kernel", [adam_triton, adam_tpu], ids=["triton", "tpu"])
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 1100), BFLOAT16), ((2, 3, 70), FLOAT32)])
+def test_an_adam_kernel_has_the_codes_of_plain_jax(kernel, shape, dtype):
     arguments = (*gradient_and_moments(shape, dtype), jnp.int32(COUNT))
-    assert_equal_steps(adam_kernel(*arguments), adam_plain(*arguments))
+    assert_equal_steps(kernel(*arguments), adam_plain(*arguments))
 
 
 @pytest.mark.parametrize("shape", [(131, 70), (128, 70), (3, 43, 70), (2560,)])
@@ -117,7 +124,7 @@ def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape):
     assert_equal_steps(found, expected)
 
 
-@both_adams
+@every_adam
 def test_adam_leaves_zeros_at_zero(step):
     zeros = jnp.zeros((3, 300))
     mu, nu = quantize(zeros, "signed"), quantize(zeros, "unsigned")
@@ -126,7 +133,7 @@ def test_adam_leaves_zeros_at_zero(step):
         np.testing.assert_array_equal(array, zeros)
 
 
-@both_adams
+@every_adam
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_number_that_is_not_finite_spoils_the_moments_of_its_block_alone(step, bad):
     gradient, mu, nu = gradient_and_moments((3, 300), FLOAT32)
@@ -151,8 +158,9 @@ def matrices(m, n, r, transposed, dtype):
 @pytest.mark.parametrize(
     ("add", "dtype", "transposed", "shape", "seed"),
     pairwise(
-        *((lift_plain, lift_kernel), (FLOAT32, BFLOAT16), (False, True)),
-        *([(130, 70, 33), (5, 301, 7), (1, 1, 1)], (None, (3, 5))),
+        *(LIFTS.values(), (FLOAT32, BFLOAT16), (False, True)),
+        # On a TPU the weights of the second shape are laid out by columns.
+        *([(130, 70, 33), (128, 301, 7), (1, 1, 1)], (None, (3, 5))),
     ),
 )
 def test_the_lift_is_its_formula_and_rounded_once(add, dtype, transposed, shape, seed):
@@ -188,7 +196,7 @@ def test_a_lift_on_chunks_of_rows_equals_that_of_the_matrix(monkeypatch, rows):
     assert (spacings != 0).mean() <= 1e-3
 
 
-@both_lifts
+@every_lift
 def test_a_lift_of_two_factors_in_bfloat16_adds_up_in_float32(add):
     weights, left, right = matrices(40, 50, 300, False, FLOAT32)
     new = add(weights, left, right.astype(BFLOAT16), 1.0, 0.0)
@@ -196,22 +204,23 @@ def test_a_lift_of_two_factors_in_bfloat16_adds_up_in_float32(add):
     np.testing.assert_allclose(new, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_the_lift_kernel_runs_over_stacked_matrices():
+@pytest.mark.parametrize("kernel", [lift_triton, lift_tpu], ids=["triton", "tpu"])
+def test_a_lift_kernel_runs_over_stacked_matrices(kernel):
     weights, left, right = matrices(5, 70, 3, False, BFLOAT16)
     stacked = [jnp.stack([x, -2 * x]) for x in (weights, left, right)]
     seeds = jnp.stack([SEED, SEED + 1])
-    new = jax.vmap(lift_kernel, (0, 0, 0, None, None, 0))(*stacked, 0.25, 0.125, seeds)
+    new = jax.vmap(kernel, (0, 0, 0, None, None, 0))(*stacked, 0.25, 0.125, seeds)
     for i in range(2):
-        expected = lift_kernel(*(x[i] for x in stacked), 0.25, 0.125, seeds[i])
+        expected = kernel(*(x[i] for x in stacked), 0.25, 0.125, seeds[i])
         np.testing.assert_array_equal(new[i], expected)
 
 
-@both_lifts
+@every_lift
 @pytest.mark.parametrize("width", [36, 37])
 def test_a_lift_of_a_part_equals_that_part_of_the_lift(add, width):
     # Parts start at any column; random bits are drawn for four columns at once.
-    weights = jax.random.normal(jax.random.key(0), (24, 2 * width)).astype(BFLOAT16)
-    left, right = jnp.ones((24, 4)), jax.random.normal(jax.random.key(1), (4, 2 * width))
+    weights = jax.random.normal(jax.random.key(0), (136, 2 * width)).astype(BFLOAT16)
+    left, right = jnp.ones((136, 4)), jax.random.normal(jax.random.key(1), (4, 2 * width))
     whole = add(weights, left, right, 0.01, 0.1, SEED)
     start = jnp.int32(8), jnp.int32(width)
     part = add(weights[8:, width:], left[8:], right[:, width:], 0.01, 0.1, SEED, start=start)

@@ -287,13 +287,6 @@ def test_bad_input_ends_in_one_sentence(error_of, place):
     assert not (place / "refused").exists()
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_kernels_are_refused_without_a_gpu_before_anything_is_read(error_of, place):
-    refused = error_of('optimizer.implementation="pallas"', "data.tokenizer=nowhere.model")
-    assert 'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none' in refused
-    assert not (place / "refused").exists()
-
-
 def test_a_folder_that_cannot_be_made_is_refused(error_of, place):
     (place / "a file").write_text("")
     (place / "loop").symlink_to(place / "loop")

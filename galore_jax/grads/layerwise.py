@@ -18,7 +18,6 @@ from jax import lax
 from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.refresh import refreshed
 from galore_jax.grads.value_and_grad import Passes, bases_in, no_bases, takes_coordinates
-from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
 from galore_jax.ops.precision import widened
 from galore_jax.optim.apply import apply_gradients
@@ -100,7 +99,6 @@ def layerwise_step(
     refreshes: bool | None,
     clip_norm: float,
     clip_by: ClipBy,
-    implementation: Implementation,
 ) -> Callable[..., tuple[PyTree, LayerwiseState, tuple[jax.Array, Any]]]:
     """The step of `galore_jax.make_step` for a `LayeredModel`, which documents the arguments.
 
@@ -113,9 +111,7 @@ def layerwise_step(
         slices, inner = _slices_of(model, params, batch), state.inner
         is_projected = takes_coordinates(inner) if projected is None else projected
         refreshes_now, factor = refreshes if is_projected else False, jnp.float32(1)
-        measure = _Pass(
-            model, tx, slices, batch, is_projected, refreshes_now, None, key, implementation
-        )
+        measure = _Pass(model, tx, slices, batch, is_projected, refreshes_now, None, key)
         if clip_norm and clip_by == "previous_step":
             factor = clip_factor(state.norm, clip_norm)
         elif clip_norm:
@@ -147,7 +143,6 @@ class _Pass(NamedTuple):
     refreshes: bool | None
     factor: jax.Array | None
     key: jax.Array | None
-    implementation: Implementation
 
     def __call__(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, jax.Array, Any]:
         """Returns the new trees, the sum of squares of all gradients, and the head's pair."""
@@ -255,9 +250,7 @@ class _Pass(NamedTuple):
         grads, squares = lax.optimization_barrier((grads, squares))
         if self.factor is not None:
             key = None if self.key is None else jax.random.fold_in(self.key, number)
-            params, state = apply_gradients(
-                self.tx, grads, state, params, key=key, implementation=self.implementation
-            )
+            params, state = apply_gradients(self.tx, grads, state, params, key=key)
         return (params, state), both_gradients["x"], squares, pair
 
 

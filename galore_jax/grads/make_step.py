@@ -15,7 +15,6 @@ from galore_jax.grads.value_and_grad import (
     no_bases,
     takes_coordinates,
 )
-from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.partition import AxisNames
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.clipping import clip_by_finite_norm
@@ -41,7 +40,6 @@ def make_step(
     refreshes: bool | None = None,
     clip_norm: float = 0.0,
     clip_by: ClipBy = "first_pass",
-    implementation: Implementation = "xla",
 ) -> Callable[..., Step]:
     """A complete training step: new bases where they are due, gradients, and the update.
 
@@ -71,7 +69,6 @@ def make_step(
         "first_pass": from an extra forward and backward pass, exact, for nearly twice the time.
         "previous_step": the norm of the previous step is used instead, at no cost; the first step
         is not clipped, and an outlier clips the step after it.
-      implementation: of the lift, "xla" or "pallas"; see `apply_gradients`.
 
     Returns:
       A function `(params, state, *batch, rounding_key=None, **unsplit)` that returns the new
@@ -104,7 +101,7 @@ def make_step(
                 "which a LayeredModel never has: leave them out, or pass a loss."
             )
         settings: Any = {"projected": projected, "refreshes": refreshes}
-        settings |= {"clip_norm": clip_norm, "clip_by": clip_by, "implementation": implementation}
+        settings |= {"clip_norm": clip_norm, "clip_by": clip_by}
         by_layer = layerwise_step(loss, tx, **settings)
 
         def step_by_layer(
@@ -132,9 +129,7 @@ def make_step(
             bases = bases_in(params, state)
         value, grads = passes.value_and_grad(bases)
         grads, _ = clip.update(grads, clip.init(params))
-        params, state = apply_gradients(
-            tx, grads, state, params, key=rounding_key, implementation=implementation
-        )
+        params, state = apply_gradients(tx, grads, state, params, key=rounding_key)
         return Step(params, state, value)
 
     return step

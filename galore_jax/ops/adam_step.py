@@ -69,12 +69,19 @@ def adam_scalars(count: Any, b1: Any, b2: Any, eps: Any) -> tuple[jax.Array, ...
 def adam_step(
     gradient: jax.Array, mu: Quantized, nu: Quantized, scalars: tuple[Any, ...]
 ) -> tuple[jax.Array, Quantized, Quantized]:
-    """The formula of `adam_8bit`, given its scalars; used by both implementations."""
+    """`adam_8bit`, given its scalars."""
+    update, m, v = adam_formula(gradient, dequantize(mu), dequantize(nu), scalars)
+    return update, quantize(m, mu.code), quantize(v, nu.code)
+
+
+def adam_formula(
+    gradient: jax.Array, m: jax.Array, v: jax.Array, scalars: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Adam's update and new moments, given the old ones in float32."""
     b1, one_minus_b1, b2, one_minus_b2, correction1, correction2, eps = scalars
     gradient = gradient.astype(jnp.float32)
-    m = b1 * dequantize(mu) + one_minus_b1 * gradient
-    v = b2 * dequantize(nu) + one_minus_b2 * jnp.square(gradient)
+    m = b1 * m + one_minus_b1 * gradient
+    v = b2 * v + one_minus_b2 * jnp.square(gradient)
     # The square of a finite 1e30 overflows; as the scale of its block it would stay NaN forever.
     v = jnp.where((v > MAX_FLOAT32) & (jnp.abs(gradient) <= MAX_FLOAT32), MAX_FLOAT32, v)
-    update = (m / correction1) / (jnp.sqrt(v / correction2) + eps)
-    return update, quantize(m, mu.code), quantize(v, nu.code)
+    return (m / correction1) / (jnp.sqrt(v / correction2) + eps), m, v

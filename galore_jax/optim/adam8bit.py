@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from galore_jax.ops.implementation import Implementation, implemented
+from galore_jax.ops.adam_step import adam_8bit
+from galore_jax.ops.implementation import (
+    Implementation,
+    check_implementation,
+    use_implementation,
+)
 from galore_jax.ops.quantization import Code, Quantized, zeros_like
 from galore_jax.types import PyTree
 
@@ -47,7 +52,8 @@ def scale_by_adam8bit(
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the square root of the second moment, after the bias correction.
-      implementation: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
+      implementation: "xla", or "pallas" for a kernel on TPUs and NVIDIA GPUs, which nobody has run
+        on a device yet; see `galore`.
 
     Returns:
       An optax transformation.
@@ -63,7 +69,7 @@ def scale_by_adam8bit(
       (dtype('uint8'), (64, 2), dtype('float32'))
     """
 
-    step = implemented("adam_8bit", implementation)
+    check_implementation(implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
         zeros = lambda code: jax.tree.map(lambda param: zero_moment(param, code), params)
@@ -81,8 +87,9 @@ def scale_by_adam8bit(
         def at_leaf(update: Any, mu: Any, nu: Any) -> tuple[Any, Any, Any]:
             if isinstance(mu, Quantized):
                 # Bound here, so that 1 − b2 is computed before b2 is rounded to float32.
-                bound = partial(step, b1=b1, b2=b2, eps=eps)
-                new, mu, nu = _on_parts(bound, update, mu, nu, count)
+                bound = lambda adam, *arrays: adam(*arrays, b1=b1, b2=b2, eps=eps)
+                step = partial(use_implementation, implementation, adam_8bit, bound)
+                new, mu, nu = _on_parts(step, update, mu, nu, count)
                 return new.astype(update.dtype), mu, nu
             adam: Any = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
             state_of_leaf = optax.ScaleByAdamState(state.count, mu, nu)

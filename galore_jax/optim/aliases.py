@@ -54,8 +54,7 @@ def adamw(
       mask: which leaves decay, as for `optax.adamw`: a tree of booleans, or a function from the
         parameters (their shapes) to one; None: all.
       eight_bit: whether to keep 8-bit moments; see `scale_by_adam8bit`.
-      implementation: of the update of 8-bit moments, without which it is ignored; see
-        `scale_by_adam8bit`.
+      implementation: of 8-bit moments and of the lift, "xla" or "pallas"; see `galore`.
       **settings: other arguments of `galore`: `proj_type`, `refresh`, `rules`, `moments`, …
 
     Returns:
@@ -70,7 +69,7 @@ def adamw(
       >>> state = tx.init({"kernel": jnp.ones((8, 16))})
     """
     return chain(
-        galore(rank, update_proj_gap, scale, **settings),
+        galore(rank, update_proj_gap, scale, implementation=implementation, **settings),
         _adam(b1, b2, eps, eight_bit, implementation),
         optax.scale_by_learning_rate(learning_rate),
         add_decayed_full_weights(learning_rate, weight_decay, mask),
@@ -130,7 +129,7 @@ def muon(
       weight_decay: as for `adamw`.
       mask: as for `adamw`.
       eight_bit: whether to keep 8-bit moments, of all leaves; see `scale_by_adam8bit`.
-      implementation: of the update of AdamW's 8-bit moments; see `scale_by_adam8bit`.
+      implementation: of AdamW's 8-bit moments and of the lift, "xla" or "pallas"; see `galore`.
       **settings: other arguments of `galore`.
 
     Returns:
@@ -154,7 +153,7 @@ def muon(
         "unprojected": _adam(b1, b2, eps, eight_bit, implementation),
     }
     return chain(
-        galore(rank, update_proj_gap, scale, **settings),
+        galore(rank, update_proj_gap, scale, implementation=implementation, **settings),
         optax.partition(by_label, labels),
         optax.scale_by_learning_rate(learning_rate),
         add_decayed_full_weights(learning_rate, weight_decay, mask),

@@ -10,7 +10,8 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from galore_jax.ops.implementation import Implementation, implemented
+from galore_jax.ops import lift
+from galore_jax.ops.implementation import use_implementation
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import Partition, map_batch, specs_of, with_auto_axes
 from galore_jax.ops.precision import stochastic_round, widened
@@ -36,7 +37,6 @@ def apply_gradients(
     params: PyTree,
     *,
     key: jax.Array | None = None,
-    implementation: Implementation = "xla",
     **extra_args: Any,
 ) -> tuple[PyTree, PyTree]:
     """`tx.update` and `optax.apply_updates` in one step, for any transformation of parameters.
@@ -54,26 +54,21 @@ def apply_gradients(
         started with None there too, or the transformations keep nothing for a leaf.
       key: if given, bfloat16 parameters are rounded stochastically, which is unbiased; rounding to
         nearest loses updates below 1/512 of a weight.
-      implementation: of the lift: "xla", or "pallas" for a Triton kernel on NVIDIA GPUs.
       **extra_args: passed to the transformations, as by `tx.update`.
 
     Returns:
       The new parameters and the new state.
 
     Raises:
-      ValueError: a gradient of a projected parameter that is None or has another shape, naming it;
-        an unknown implementation.
+      ValueError: a gradient of a projected parameter that is None or has another shape, naming it.
     """
-    # An unknown implementation is refused here, even if no leaf is projected.
-    implemented("lift_and_add", implementation)
-    apply = partial(_apply_gradients, tx, implementation)
+    apply = partial(_apply_gradients, tx)
     arguments = grads, state, params, key, extra_args
     return with_auto_axes(apply, *arguments, out=lambda: specs_of((params, state)))
 
 
 def _apply_gradients(
     tx: optax.GradientTransformation,
-    implementation: Implementation,
     grads: PyTree,
     state: PyTree,
     params: PyTree,
@@ -102,7 +97,7 @@ def _apply_gradients(
     def new_projected(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
         if not is_coordinates(update):  # of another galore
             return update
-        return _lift_and_add(basis, update, param, key, implementation)
+        return _lift_and_add(basis, update, param, key)
 
     # Unprojected leaves first; then each galore replaces coordinates by new parameters.
     new = jax.tree.map(new_unprojected, updates, params, keys, is_leaf=is_coordinates)
@@ -118,51 +113,59 @@ def _with_rest(new: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(pick, new, params, is_leaf=lambda node: node is None)
 
 
-@partial(jax.jit, static_argnames="implementation")
-def _lift_and_add(
-    basis: Basis, update: Any, param: jax.Array, key: Any, implementation: Implementation
-) -> jax.Array:
+@jax.jit
+def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.Array:
     """`(1 − decay) W + scale · lift(N)` for a leaf, matrix by matrix and in place."""
     projection, batch = basis.projection, basis.age.ndim
     partition = matrices_partition(projection)
-    update_one = partial(_update_matrix, projection, partition, implementation, basis.scale)
 
-    def update_all(matrices: jax.Array, *others: Any) -> jax.Array:
+    def update_all(add: Callable[..., jax.Array], matrices: jax.Array, *others: Any) -> jax.Array:
+        update_one = partial(_update_matrix, projection, partition, add, basis.scale)
         stack, *rest = flatten_batch((matrices, *others), batch)
 
         def update_at(i: jax.Array, stack: jax.Array) -> jax.Array:
             arguments = jax.tree.map(lambda array: array[i], rest)
             return stack.at[i].set(update_one(stack[i], *arguments))
 
-        # A GPU kernel updates a stack in place, but inside a loop it would be given copies. On a
-        # mesh the loop is needed nonetheless: the basis of one matrix at a time is gathered.
-        if implementation == "pallas" and partition is None:
+        # A kernel updates a stack in place, but inside a loop it would be given copies. On a mesh
+        # the loop is needed nonetheless: the basis of one matrix at a time is gathered.
+        if add is not lift.lift_and_add and partition is None:
             new = jax.vmap(update_one)(stack, *rest)
         else:
             new = lax.fori_loop(0, len(stack), update_at, stack)
         return new.reshape(matrices.shape)
 
+    run = partial(use_implementation, basis.implementation, lift.lift_and_add, update_all)
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
     seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
     others = (basis.vectors, update.value), decay, seeds
     matrices = projection.view.to_matrices(param)
-    return projection.view.from_matrices(map_batch(partition, update_all, matrices, *others))
+    return projection.view.from_matrices(map_batch(partition, run, matrices, *others))
 
 
 def _update_matrix(
     projection: Projection,
     partition: Partition | None,
-    implementation: Implementation,
+    add: Callable[..., jax.Array],
     scale: jax.Array,
     weights: jax.Array,
     parts: tuple[dict[Side, Any], jax.Array],
     decay: jax.Array,
     seed: jax.Array | None,
 ) -> jax.Array:
-    """The new weights of one matrix, on a mesh without moving any part of them."""
+    """The new weights of one matrix, on a mesh without moving any part of them.
+
+    Args:
+      projection, partition: of the matrix.
+      add: `ops.lift.lift_and_add`, or a kernel of that name.
+      scale: of the lifted update.
+      weights: the matrix.
+      parts: its bases and the coordinates of its update.
+      decay: the fraction of the weights that is subtracted.
+      seed: of stochastic rounding.
+    """
     left, right, is_transposed = projection.factors(*parts)
-    # `ops.lift.lift_and_add`, or the kernel of that name.
-    add = partial(implemented("lift_and_add", implementation), right_is_transposed=is_transposed)
+    add = partial(add, right_is_transposed=is_transposed)
     if partition is not None:
         add = _on_parts(add, partition.trailing(2), is_transposed)
     return add(weights, left, right, scale, decay, seed)

@@ -27,6 +27,7 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.implementation import Implementation
 from galore_jax.ops.precision import widened
 from galore_jax.optim.chain import GaLore
 from galore_jax.optim.galore_settings import Settings
@@ -57,6 +58,7 @@ def galore(
     moments: Moments = "keep",
     lazy_overlap: float | None = None,
     basis_dtype: Any = None,
+    implementation: Implementation = "xla",
     seed: int = 0,
 ) -> GaLore:
     """Projects gradients into low-rank subspaces (arXiv 2403.03507, algorithm 2).
@@ -105,6 +107,9 @@ def galore(
         (Q-GaLore, arXiv 2407.08296, compares single vectors). None: every gap is T.
       basis_dtype: dtype of the stored bases: float32 (None) or bfloat16; int8 stores codes with a
         scale for each block, as 8-bit moments are stored.
+      implementation: of the lift by `apply_gradients`: "xla", plain JAX; or "pallas", a kernel on
+        platforms that have one: TPUs and NVIDIA GPUs. The kernels have been compiled for both and
+        checked in an interpreter, but nobody has run or timed them on a device yet.
       seed: of the bases before the first gradient, and of "random".
 
     Returns:
@@ -115,7 +120,7 @@ def galore(
       ValueError: a setting out of range; at init, a rule that matches no leaf, or a rank, a rule or
         dimension numbers that do not fit a leaf (the message names it); at an update, a gradient of
         a projected leaf that is None or has the wrong shape, or a state that was started with
-        another rank, side, refresh, basis_dtype or handling of moments.
+        another rank, side, refresh, basis_dtype, implementation or handling of moments.
 
     Warns:
       UserWarning: at init, there are matrices, but none is projected.
@@ -141,6 +146,7 @@ def galore(
         moments=moments,
         lazy_overlap=lazy_overlap,
         basis_dtype=basis_dtype,
+        implementation=implementation,
         seed=seed,
     )
 

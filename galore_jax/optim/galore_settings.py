@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.implementation import Implementation, check_implementation
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, in_buffer_of, path_hash
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.new_basis import random_basis
@@ -58,6 +59,7 @@ class Settings:
     moments: Moments = "keep"
     lazy_overlap: Any = None
     basis_dtype: Any = None
+    implementation: Implementation = "xla"
     seed: Any = 0
     # The settings of leaves that no rule matches.
     default: Rule = field(init=False)
@@ -79,6 +81,7 @@ class Settings:
         check_number(
             "lazy_overlap", self.lazy_overlap, "above 0 and at most 1", lambda x: 0 < x <= 1
         )
+        check_implementation(self.implementation)
         check_number("seed", self.seed, "a whole number", lambda seed: isinstance(seed, Integral))
         # A copy, so that later changes of the user's mapping change nothing here.
         object.__setattr__(self, "rules", dict(rules))
@@ -152,6 +155,7 @@ class Settings:
             method=str(rule.refresh),
             moments=self.moments,
             full_size=full_size,
+            implementation=self.implementation,
         )
 
     def overlap_and_seed(self) -> tuple[jax.Array | None, jax.Array]:
@@ -188,6 +192,7 @@ class Settings:
             "refresh": (basis.method, self.rule_of(found.path).refresh),
             "moments": (basis.moments, self.moments),
             "basis_dtype": (stored.name, self.basis_dtype.name),
+            "implementation": (basis.implementation, self.implementation),
         }
         for name, (old, new) in pairs.items():
             if old != new:

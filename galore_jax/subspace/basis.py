@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax.ops.implementation import Implementation
 from galore_jax.subspace.projection import Moments, Projection, Side
 
 # The age of a random initial basis, which the next finite gradient replaces.
@@ -46,6 +47,7 @@ class Basis:
       moments: static; what a refresh does with the moments.
       full_size: static; True if the transformations after galore were initialised with the full
         parameters, so that they must receive the gradient in its full shape, as `P PᵀG`.
+      implementation: static; of the lift.
     """
 
     vectors: dict[Side, Any]
@@ -64,6 +66,7 @@ class Basis:
     method: str = field(metadata={"static": True})
     moments: Moments = field(metadata={"static": True})
     full_size: bool = field(metadata={"static": True})
+    implementation: Implementation = field(metadata={"static": True})
 
 
 def is_basis(node: Any) -> bool:

@@ -134,8 +134,8 @@ class OptimizerConfig:
         `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
         time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
         clips the step after it.
-      implementation: how 8-bit moments and the lift are computed: `"xla"` or, on NVIDIA GPUs,
-        `"pallas"`.
+      implementation: how 8-bit moments and the lift are computed: `"xla"`, or `"pallas"` for
+        kernels on TPUs and NVIDIA GPUs, which nobody has run or timed on a device yet.
       galore: how gradients are projected.
       lora: the low-rank factors.
 

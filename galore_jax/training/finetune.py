@@ -19,7 +19,6 @@ from galore_jax.training.config_file import changed, to_toml
 from galore_jax.training.glue import RESULT, Glue, SeedConfig
 from galore_jax.training.loop import Diverged, train
 from galore_jax.training.run_folder import RunFolder, check_same_run, recorded_config
-from galore_jax.training.step import check_gpu
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -47,7 +46,6 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
             run = RunFolder(folder.path / f"seed-{seed}")
             if not ((run.path / RESULT).exists() or run.diverged.exists()):
                 if task is None:
-                    check_gpu(config.optimizer)
                     task = make_task(config)
                     folder.path.mkdir(parents=True, exist_ok=True)
                     work = f"fine-tuning in {folder.path}"

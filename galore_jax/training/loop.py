@@ -27,7 +27,7 @@ from galore_jax.training.processes import (
 )
 from galore_jax.training.run_folder import RunFolder, check_same_text, check_start, open_folder
 from galore_jax.training.state import TrainState, place_state, trained, tree_bytes, tree_size
-from galore_jax.training.step import Stepper, check_gpu
+from galore_jax.training.step import Stepper
 from galore_jax.training.task import Data, Task
 
 
@@ -88,7 +88,6 @@ def train(task: Task, resume: bool = False, programs: dict[Any, Any] | None = No
     with ending_together():
         if is_first():
             check_start(config, resume)
-        check_gpu(config.optimizer)
         mesh = make_mesh(config.mesh)
         check_training_mesh(task, mesh)
         data = task.open_data(mesh, partial(print, file=sys.stderr) if is_first() else None)

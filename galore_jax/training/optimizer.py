@@ -97,7 +97,6 @@ def matrices(params: PyTree) -> PyTree:
 
 
 def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    implementation: Any = config.implementation
     match config.name:
         case "adamw" | "lora" | "relora" | "lowrank":
             normalise = optax.scale_by_adam(**_adam(config))
@@ -106,7 +105,9 @@ def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
         case "apollo":
             normalise = scale_by_apollo(**config.galore.given, **_adam(config))
         case "adamw8bit":
-            normalise = galore_jax.scale_by_adam8bit(**_adam(config), implementation=implementation)
+            normalise = galore_jax.scale_by_adam8bit(
+                **_adam(config), implementation=config.implementation
+            )
         case _:
             muon, adam = _scale_by_muon(), optax.scale_by_adam(**_adam(config))
             normalise = optax.partition({"matrix": muon, "rest": adam}, _labels)
@@ -142,9 +143,10 @@ def _scale_by_muon() -> optax.GradientTransformation:
 
 def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
     settings: dict[str, Any] = {"weight_decay": config.weight_decay} | config.galore.given
+    settings |= {"implementation": config.implementation}
     adam: dict[str, Any] = settings | _adam(config)
     if config.name.endswith("8bit"):
-        adam |= {"eight_bit": True, "implementation": config.implementation}
+        adam |= {"eight_bit": True}
     match config.name.removesuffix("8bit"):
         case "galore_adamw":
             optimizer = galore_jax.adamw(schedule, **adam)

@@ -14,13 +14,11 @@ import optax
 from jax.sharding import Mesh
 
 import galore_jax
-from galore_jax.errors import InputError
 from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.adapters import combine
 from galore_jax.optim.galore_state import bases_of, galore_states, projected_tree
-from galore_jax.training.config import OptimizerConfig
 from galore_jax.training.mesh import data_axes, on_mesh, whole
 from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.relora import restart, steps_until_restart
@@ -153,12 +151,7 @@ def _update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
         gradients, metrics = gradients_of(state.params, state.opt_state, batch)
         updated, frozen = trained(task, state.params)
         params, opt_state = galore_jax.apply_gradients(
-            tx,
-            gradients,
-            state.opt_state,
-            updated,
-            key=key,
-            implementation=optimizer.implementation,
+            tx, gradients, state.opt_state, updated, key=key
         )
         if not projected:
             metrics["gradient_norm"] = optax.tree.norm(gradients)
@@ -183,7 +176,6 @@ def _layerwise_update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
         refreshes=refreshes,
         clip_norm=optimizer.clip_norm,
         clip_by=optimizer.clip_by,
-        implementation=optimizer.implementation,
         has_aux=True,
     )
 
@@ -279,12 +271,3 @@ def with_seeds(task: Task, key: jax.Array, batch: Batch) -> Batch:
 def dropout_rngs(batch: Batch) -> dict[str, jax.Array]:
     """The random streams of a model that is applied to this batch, or to a part of one."""
     return {"dropout": jax.random.key(batch["seeds"][0])} if "seeds" in batch else {}
-
-
-def check_gpu(optimizer: OptimizerConfig) -> None:
-    """Raises an `InputError` if the configured implementation needs a GPU and there is none."""
-    if optimizer.implementation == "pallas" and jax.default_backend() != "gpu":
-        raise InputError(
-            'optimizer.implementation = "pallas" needs an NVIDIA GPU, but JAX finds none: set '
-            'optimizer.implementation = "xla".'
-        )

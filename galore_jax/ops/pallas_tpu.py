@@ -1,0 +1,241 @@
+"""The kernels for TPUs: Pallas with the Mosaic backend.
+
+A grid step works on a tile in VMEM, in chunks of rows that are small enough for the registers.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from galore_jax.ops import adam_step, lift
+from galore_jax.ops.precision import round_with_noise
+from galore_jax.ops.quantization import (
+    BLOCK,
+    Quantized,
+    block_fractions,
+    block_max,
+    decode,
+    encode,
+)
+from galore_jax.ops.threefry import threefry
+
+# Rows and blocks of 256 columns of a tile of 8-bit Adam, and the rows of a chunk: those of a tile
+# of 8-bit codes in a TPU's memory.
+ADAM_TILE = (256, 4)
+ADAM_CHUNK = 32
+# Rows and columns of a tile of the lift, of which so many rows are multiplied at once, and the
+# largest rank: the factors of a tile have at most 2^21 elements each.
+LIFT_ROWS, LIFT_COLUMNS = 2048, 512
+LIFT_CHUNK, LIFT_RANKS = 512, 4096
+VMEM = 64 * 2**20
+FLOATS = (jnp.float32, jnp.bfloat16)
+
+
+def adam_8bit(
+    gradient: jax.Array,
+    mu: Quantized,
+    nu: Quantized,
+    count: Any,
+    *,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    interpret: bool = False,
+) -> tuple[jax.Array, Quantized, Quantized]:
+    """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated."""
+    inputs = gradient if gradient.dtype in FLOATS else gradient.astype(jnp.float32), mu, nu
+    rows, *moments = adam_step.as_rows(inputs)
+    height, width = rows.shape
+    blocks = moments[0].scales.shape[1]
+    # A last axis shorter than 256 forms a single block.
+    block_size = min(BLOCK, width)
+    tile_rows = min(ADAM_TILE[0], pl.cdiv(height, ADAM_CHUNK) * ADAM_CHUNK)
+    tile_blocks = min(ADAM_TILE[1], blocks)
+    tile = pl.BlockSpec((tile_rows, tile_blocks * block_size), lambda i, j: (i, j))
+    # The scales of whole rows stay in VMEM until all their blocks are done.
+    scale_tile = pl.BlockSpec((tile_rows, blocks), lambda i, j: (i, 0))
+    tiles = [Quantized(tile, scale_tile, moment.code) for moment in moments]
+
+    # Codes and scales of the moments are overwritten.
+    outputs = pl.pallas_call(
+        functools.partial(_adam_kernel, width=width, block_size=block_size),
+        out_shape=(jax.ShapeDtypeStruct(rows.shape, jnp.float32), *jax.eval_shape(list, moments)),
+        grid=(pl.cdiv(height, tile_rows), pl.cdiv(blocks, tile_blocks)),
+        in_specs=(pl.BlockSpec(memory_space=pltpu.SMEM), tile, *tiles),
+        out_specs=(tile, *tiles),
+        input_output_aliases={2: 1, 3: 2, 4: 3, 5: 4},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
+        interpret=interpret,
+        name="adam_8bit",
+    )(jnp.stack(adam_step.adam_scalars(count, b1, b2, eps)), rows, *moments)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, inputs)
+
+
+def _adam_kernel(
+    scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, width: int, block_size: int
+):
+    rows, columns = gradient.shape
+    blocks = columns // block_size
+    first_block = pl.program_id(1) * blocks
+    values = tuple(scalars[i] for i in range(scalars.shape[0]))
+    scale_number = lax.broadcasted_iota(jnp.int32, (ADAM_CHUNK, mu.scales.shape[1]), 1)
+
+    def step_block(i: jax.Array, block: int) -> None:
+        number, rows = first_block + block, pl.ds(i * ADAM_CHUNK, ADAM_CHUNK)
+        here, is_own = (rows, pl.ds(block * block_size, block_size)), scale_number == number
+
+        def load(moment: Quantized) -> jax.Array:
+            codes = moment.codes[here].astype(jnp.int32)
+            scale = jnp.sum(jnp.where(is_own, moment.scales[rows, :], 0), axis=1, keepdims=True)
+            return decode(codes, signed=moment.code == "signed") * scale
+
+        def store(moment: Quantized, new: jax.Array) -> None:
+            if width % block_size:
+                # What is beyond the edge does not belong to the block.
+                columns = number * block_size + lax.broadcasted_iota(jnp.int32, new.shape, 1)
+                new = jnp.where(columns < width, new, 0)
+            largest = block_max(new)
+            codes = encode(block_fractions(new, largest), signed=moment.code == "signed")
+            moment.codes[here] = codes.astype(jnp.uint8)
+            moment.scales[rows, :] = jnp.where(is_own, largest, moment.scales[rows, :])
+
+        update, m, v = adam_step.adam_formula(gradient[here], load(mu), load(nu), values)
+        new_update[here] = update
+        store(new_mu, m)
+        store(new_nu, v)
+
+    def step_chunk(i: jax.Array, _: None) -> None:
+        for block in range(blocks):
+            step_block(i, block)
+
+    lax.fori_loop(0, rows // ADAM_CHUNK, step_chunk, None)
+
+
+def lift_and_add(
+    weights: jax.Array,
+    left: jax.Array,
+    right: jax.Array,
+    scale: Any,
+    decay: Any,
+    seed: jax.Array | None = None,
+    *,
+    right_is_transposed: bool = False,
+    start: tuple[Any, Any] = (0, 0),
+    interpret: bool = False,
+) -> jax.Array:
+    """`ops.lift.lift_and_add` without ever storing the lifted update in the device's memory.
+
+    Works in place if the weights are donated. For stacked matrices use `jax.vmap`, which keeps this
+    property. What the kernel does not cover is left to `ops.lift`: weights of other dtypes than
+    float32 and bfloat16, ranks above 4,096, and parts of a matrix whose width is not a multiple of
+    four, since random bits are drawn for four columns at once.
+    """
+    is_aligned = weights.shape[1] % 4 == 0 or (isinstance(start[1], int) and start[1] % 4 == 0)
+    if weights.dtype not in FLOATS or left.shape[1] > LIFT_RANKS or not is_aligned:
+        options: Any = {"right_is_transposed": right_is_transposed, "start": start}
+        return lift.lift_and_add(weights, left, right, scale, decay, seed, **options)
+    # XLA lays out a matrix such that its tiles of 8 × 128 hold no more padding than they must. Of
+    # one that it lays out by columns the transpose is a matrix by rows, and costs nothing.
+    by_columns = weights.shape[0] % 128 == 0 and weights.shape[1] % 128 != 0
+    if by_columns:
+        factors, right_is_transposed = (right if right_is_transposed else right.T, left), True
+    else:
+        factors = left, right
+    matrix = weights.T if by_columns else weights
+    (height, width), rank = matrix.shape, left.shape[1]
+    tiles = pl.cdiv(height, min(LIFT_ROWS, LIFT_RANKS // rank * LIFT_CHUNK))
+    rows = pl.cdiv(height, tiles * LIFT_CHUNK) * LIFT_CHUNK
+    tile = pl.BlockSpec((rows, LIFT_COLUMNS), lambda i, j: (i, j))
+    left_tile = pl.BlockSpec((rows, rank), lambda i, j: (i, 0))
+    if right_is_transposed:
+        right_tile = pl.BlockSpec((LIFT_COLUMNS, rank), lambda i, j: (j, 0))
+    else:
+        right_tile = pl.BlockSpec((rank, LIFT_COLUMNS), lambda i, j: (0, j))
+    scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])
+    places = jnp.stack([jnp.asarray(place, jnp.int32) for place in start])
+    # Matrices of one row, of which whole blocks remain where `jax.vmap` adds an axis.
+    numbers = [x[None] for x in (scalars, places, seed) if x is not None]
+    new = pl.pallas_call(
+        functools.partial(
+            _lift_kernel, right_is_transposed=right_is_transposed, by_columns=by_columns
+        ),
+        out_shape=jax.ShapeDtypeStruct(matrix.shape, matrix.dtype),
+        grid=(tiles, pl.cdiv(width, LIFT_COLUMNS)),
+        in_specs=(
+            *(tile, left_tile, right_tile),
+            *(pl.BlockSpec(x.shape, lambda i, j: (0, 0), memory_space=pltpu.SMEM) for x in numbers),
+        ),
+        out_specs=tile,
+        scratch_shapes=(pltpu.VMEM((LIFT_CHUNK, LIFT_COLUMNS), jnp.float32),),
+        input_output_aliases={0: 0},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM
+        ),
+        interpret=interpret,
+        name="lift_and_add",
+    )(matrix, *(x if x.dtype in FLOATS else x.astype(jnp.float32) for x in factors), *numbers)
+    return new.T if by_columns else new
+
+
+def _lift_kernel(
+    weights, left, right, scalars, places, *refs, right_is_transposed: bool, by_columns: bool
+):
+    *seeds, new_weights, lifted = refs
+    is_rounded = bool(seeds) and weights.dtype == jnp.bfloat16
+    height, width = weights.shape
+    tile_start = pl.program_id(0) * height, pl.program_id(1) * width
+    # As many rows as a register has groups of four, if the columns run down.
+    rows_added = 32 if by_columns else 64
+
+    def lift_rows(i: jax.Array, _: None) -> None:
+        left_rows = left[pl.ds(i * LIFT_CHUNK, LIFT_CHUNK), :]
+        lifted[...] = lift.product(left_rows, right[...], right_is_transposed)
+
+        def add_rows(j: jax.Array, _: None) -> None:
+            first = i * LIFT_CHUNK + j * rows_added
+            here = pl.ds(first, rows_added), slice(None)
+            old, update = weights[here], lifted[pl.ds(j * rows_added, rows_added), :]
+            scale, decay = scalars[0, 0], scalars[0, 1]
+            new = lift.add(old.astype(jnp.float32), update, scale, decay, None, (0, 0))
+            if is_rounded:
+                seed = seeds[0][0, 0], seeds[0][0, 1]
+                start = tile_start[0] + first, tile_start[1]
+                row, column = reversed(start) if by_columns else start
+                place = places[0, 0] + row, places[0, 1] + column
+                new = round_with_noise(new, _noise(seed, *place, new.shape, by_columns))
+            new_weights[here] = new.astype(weights.dtype)
+
+        lax.fori_loop(0, LIFT_CHUNK // rows_added, add_rows, None)
+
+    lax.fori_loop(0, height // LIFT_CHUNK, lift_rows, None)
+
+
+def _noise(seed: Any, row: Any, column: Any, shape: tuple[int, ...], by_columns: bool) -> jax.Array:
+    """`ops.threefry.noise` of a tile, or of its transpose; no bits are drawn twice.
+
+    The axis of the columns is as long as four registers, each of which holds the bits for four
+    columns in a lane, or a sublane, and can be permuted along that axis.
+    """
+    axis = 0 if by_columns else 1
+    size = shape[axis] // 4
+    shape = (size, shape[1]) if by_columns else (shape[0], size)
+    rows, groups = (lax.broadcasted_iota(jnp.int32, shape, i) for i in (1 - axis, axis))
+    counters = (row + rows).astype(jnp.uint32), ((column >> 2) + groups).astype(jnp.uint32)
+    words = [word.astype(jnp.int32) for word in threefry(seed, *counters)]
+
+    def quarter(number: int) -> jax.Array:
+        index = number * (size // 4) + (groups >> 2)
+        first, second = (
+            jnp.take_along_axis(word, index, axis, mode="promise_in_bounds") for word in words
+        )
+        word = jnp.where((groups & 1) == 1, second, first)
+        return (word >> ((groups & 2) << 3)) & 0xFFFF
+
+    return jnp.concatenate([quarter(i) for i in range(4)], axis).astype(jnp.uint32)
