@@ -1,11 +1,13 @@
 # Everything here needs Python 3.11 or later and installs the rest into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= all,docs,test
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slow lint docs
+.PHONY: help demo benchmark test test-slow lint docs
 help:
 	@echo "make demo       train a small LLaMA with AdamW, Muon and GaLore, each tuned, and compare them"
+	@echo "make benchmark  measure what fits the device at hand, and write a page to send"
 	@echo "make test       run the tests, but for the slow ones"
 	@echo "make test-slow  run the slow tests: processes, disks, minutes"
 	@echo "make lint       check format, lint, types, import contracts, and widths of pages"
@@ -13,6 +15,10 @@ help:
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/compare.py --config configs/demo.toml
+
+# On a GPU or a TPU: make benchmark VENV=.venv-cuda EXTRAS=train,cuda
+benchmark: $(VENV)/installed
+	$(BIN)/python scripts/benchmark.py all
 
 test: $(VENV)/installed
 	$(BIN)/pytest
@@ -38,5 +44,5 @@ $(VENV)/installed: pyproject.toml
 	  echo "error: galore_jax needs Python 3.11 or later, and $(PYTHON) is not:" \
 	    "name another one, as in make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -e ".[all,docs,test]"
+	$(BIN)/pip install --quiet -e ".[$(EXTRAS)]"
 	@touch $@

@@ -19,10 +19,12 @@ step: time of a training step of blocks of LLaMA, float32, also relative to Adam
                        hand-written one of galore_jax's models, by which AdamW too is faster
                        on CPUs
     repeats=7          of each baseline
+    optimizers=        of adamw, optax.contrib.galore, galore_full, galore_projected; left out: all,
+                       with a device the first and the last; adamw is always there
     params=float32     dtype of parameters and moments, or bfloat16
-    device=            v5e, v5p, v6e, a100, rtx4090 or h100: compiles for it and runs nothing, with
-                       products in bfloat16; the device may be absent, the extra tpu or cuda has
-                       its compiler
+    products=          dtype of products; left out: float32 on a CPU, bfloat16 on other devices
+    device=            v5e, v5p, v6e, a100, rtx4090 or h100: compiles for it and runs nothing; it
+                       may be absent, its compiler comes with the extra tpu or cuda
   With a device the rows are estimates, each with its ratio to AdamW's: milliseconds (ms), products
   (gflop), bytes to and from the device's memory (gb), bytes of instructions that only copy or
   transpose (copied_gb), and temporaries (temporary_mb); without_time names what takes time that the
@@ -54,12 +56,30 @@ refresh: time and captured energy of each method to refresh a basis, for the gra
     sizes=512,1024,2048  widths of the model, any of these
     tokens=1024          per training step, a multiple of 256
     repeats=3            of each method
+kernels: time of 8-bit Adam and of the lift at the shape of a gate projection, in plain JAX and, on
+  TPUs and GPUs, as kernels, whose results are compared first: with a larger difference than one
+  unit in the last place of bfloat16 they are not timed.
+    size=350m          one of configs/llama_*.toml
+    repeats=21         of each form
+    device=            estimates, as for step
+training: time of a step of the trainer, losses and peak memory, on the standard library's source.
+    size=350m          one of configs/llama_*.toml
+    optimizer=         its optimizer.name; left out: that of the configuration
+    rows=16            of 256 tokens, per step
+    steps=50           of the training
+    device=            an estimate, as for step
+    program=train_step   which it is of, or refresh_step
 sketch: energy that bases from sketches capture at each refresh of a training run, for every matrix,
   relative to the singular vectors of the same gradient.
     size=5m              one of configs/
     source=data          data.source of that configuration
     tokenizer=data/spiece4096.model  its data.tokenizer
     steps=1000           of training
+all: the benchmarks that fit the device at hand, each in a process of its own, with a page of their
+  results and the same as JSON: make benchmark.
+    folder=benchmark   for results.md and results.json
+    minutes=15         after which the rest is left out
+    form=              device, at full size, or small, for CPUs; left out: by what is at hand
 
 With --json a file gets the rows too: {"bench": ..., "rows": [{"name": ..., "seconds": ...}, ...]}.
 """
@@ -70,10 +90,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks import as_text
+
 from galore_jax.errors import InputError, require_choice, run_cli, suggestion
 from galore_jax.files import write_json
 
-BENCHMARKS = ("step", "branch", "tokens", "optimizers", "finetuning", "state", "refresh", "sketch")
+BENCHMARKS = (
+    *("step", "branch", "tokens", "optimizers", "finetuning", "state"),
+    *("refresh", "kernels", "training", "sketch", "all"),
+)
 Settings = TypeVar("Settings")
 
 
@@ -121,7 +146,7 @@ def read_settings(kind: type[Settings], overrides: Sequence[str]) -> Settings:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, with a column for each key and a dash if a row lacks it."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, *([_text(row.get(key)) for key in keys] for row in rows)]
+    lines = [keys, *([as_text(row.get(key)) for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -130,14 +155,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         )
         for line in lines
     )
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":

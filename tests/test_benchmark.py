@@ -10,7 +10,19 @@ import benchmark
 import jax
 import jax.numpy as jnp
 import pytest
-from benchmarks import CONFIGS, finetuning, optimizers, refresh, sketch, state, step, tokens
+from benchmarks import (
+    CONFIGS,
+    finetuning,
+    kernels,
+    optimizers,
+    refresh,
+    sketch,
+    state,
+    step,
+    tokens,
+    training,
+)
+from benchmarks import all as everything
 from benchmarks.models import blocks_loss, init_llama, with_dense
 
 from galore_jax.errors import InputError
@@ -201,6 +213,11 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
         (["step", "repeats=0"], "repeats must be a whole number above 0, not '0'."),
         (["step", "dense=torch"], "dense = 'torch' is unknown; there are flax, galore_jax."),
         (["refresh", "tokens=300"], "tokens must be a multiple of 256, not 300."),
+        (["step", "tokens=300"], "tokens must be a multiple of 256, not 300."),
+        (["step", "size=350"], "size = '350' is unknown; did you mean 350m"),
+        (["step", "optimizers=adamx"], "optimizers = 'adamx' is unknown; did you mean adamw?"),
+        (["step", "device=v7e"], "the target = 'v7e' is unknown; did you mean"),
+        (["training", "steps=2"], "steps must be 3 or more: two are compiled for, not 2."),
     ],
 )
 def test_bad_input_ends_in_one_sentence(arguments, sentence, monkeypatch):
@@ -210,6 +227,69 @@ def test_bad_input_ends_in_one_sentence(arguments, sentence, monkeypatch):
 
 
 def test_every_setting_is_in_the_help():
-    for bench in (step, tokens, optimizers, finetuning, state, refresh, sketch):
+    measured = (step, tokens, optimizers, finetuning, state, refresh, kernels, training, sketch)
+    for bench in (*measured, everything):
         defaults = vars(bench.Settings())
         assert all(f"    {key}={value} " in benchmark.__doc__ for key, value in defaults.items())
+
+
+def test_a_kernel_is_timed_if_it_computes_what_plain_jax_does(monkeypatch):
+    (name, case), *_ = kernels.cases(8, 256, 4).items()
+    plain = kernels.program
+
+    def program(case, implementation):
+        one = plain(case, "xla")
+        if implementation == "wrong":
+            return jax.jit(lambda *arguments: jax.tree.map(lambda x: x + 1, one(*arguments)))
+        return one
+
+    monkeypatch.setattr(kernels, "program", program)
+    rows = kernels.timed(name, case, ("xla", "pallas", "wrong"), kernels.Settings(repeats=1))
+    right, kernel, wrong = rows
+    assert right["difference"] == kernel["difference"] == 0
+    assert kernel["of_xla"] == kernel["seconds"] / right["seconds"]
+    assert wrong["difference"] > kernels.TOLERANCE
+    assert wrong["seconds"] is None
+
+
+def test_what_fails_or_has_no_time_left_is_on_the_page(tmp_path, monkeypatch):
+    machine = {"device": "a card", "platform": "gpu", "devices": 1, "python": "3", "system": "s"}
+    monkeypatch.setattr(everything, "probe", lambda: machine | {"versions": {"jax": "1"}})
+    results = {
+        "step": {"rows": [{"name": "adamw", "seconds": 0.5}]},
+        "refresh": {"problem": "RESOURCE_EXHAUSTED: 1 GiB"},
+    }
+    monkeypatch.setattr(everything, "BENCHMARKS", {"device": list(results)})
+    monkeypatch.setattr(
+        everything,
+        "run",
+        lambda command, left: {"command": command, "seconds": 1.0} | results[command],
+    )
+    rows = everything.measure(everything.Settings(folder=str(tmp_path / "new")))
+    assert [row["result"] for row in rows] == ["ok", "RESOURCE_EXHAUSTED: 1 GiB"]
+    text = (tmp_path / "new" / "results.md").read_text()
+    assert text.startswith("# galore_jax on a card")
+    assert "python scripts/benchmark.py step" in text
+    assert "| adamw | 0.5 |" in text
+    assert "No result: RESOURCE_EXHAUSTED: 1 GiB" in text
+    written = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert written["results"][0]["rows"] == results["step"]["rows"]
+
+
+def test_a_benchmark_that_ends_with_an_error_is_a_problem_of_its_last_line():
+    assert everything.run("stap", 60)["problem"].endswith("did you mean step or state?")
+    assert everything.run("step", 0)["problem"] == "no time was left"
+    text = "Traceback\nE RESOURCE_EXHAUSTED: 2 GiB\nmore\n"
+    assert everything.last_line(text) == "E RESOURCE_EXHAUSTED: 2 GiB"
+
+
+@pytest.mark.slow
+def test_all_benchmarks_run_in_their_small_form(tmp_path):
+    rows = everything.measure(everything.Settings(folder=str(tmp_path), form="small"))
+    assert [row["result"] for row in rows] == ["ok"] * len(everything.BENCHMARKS["small"])
+    text = (tmp_path / "results.md").read_text()
+    assert re.findall(r"python scripts/benchmark.py (.*)", text) == everything.BENCHMARKS["small"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["versions"]["jax"] == jax.__version__
+    *_, trained = results["results"]
+    assert trained["rows"][0]["last_loss"] < trained["rows"][0]["first_loss"]

@@ -31,9 +31,10 @@ from galore_jax.types import PyTree
 MODELS = ("blocks", "plain", "llama")
 LAYERS = 4  # of blocks; of those that are compiled for a target, 1
 DENSE = ("flax", "galore_jax")
+DTYPES = ("float32", "bfloat16")
 BATCH = (8, 256)
-# The baselines that are compiled for a target: the refreshes of the others would be, too.
-COMPILED = ("adamw", "galore_projected")
+# The baselines that are compiled for a target: the others would be with their refreshes.
+COMPILED = "adamw,galore_projected"
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,18 @@ class Settings:
     leaves: str = "separate"
     dense: str = "flax"
     repeats: int = 7
-    device: str = ""
+    optimizers: str = ""
     params: str = "float32"
+    products: str = ""
+    device: str = ""
 
     def __post_init__(self):
         require_choice("model", self.model, MODELS)
         require_choice("size", self.size, SIZES)
         require_choice("leaves", self.leaves, ("separate", "stacked"))
         require_choice("dense", self.dense, DENSE)
-        require_choice("params", self.params, ("float32", "bfloat16"))
+        require_choice("params", self.params, DTYPES)
+        require_choice("products", self.products, ("", *DTYPES))
         rows = self.tokens % BATCH[1] == 0
         require("tokens", self.tokens, rows, f"a multiple of {BATCH[1]}")
 
@@ -122,9 +126,12 @@ def measure_model(
 ) -> list[Row]:
     """The rows for any model, shape of a batch (rows, tokens) and rank."""
     chosen = [one for one in baselines(rank) if one.stacks or settings.leaves == "separate"]
+    if names := settings.optimizers or (COMPILED if settings.device else ""):
+        for name in names.split(","):
+            require_choice("optimizers", name, [one.name for one in chosen])
+        chosen = [one for one in chosen if one.name in ("adamw", *names.split(","))]
     loss, start = problem(config, settings, shape)
     if settings.device:
-        chosen = [one for one in chosen if one.name in COMPILED]
         return estimate_steps(chosen, loss, start, settings.device)
     return measure_steps(chosen, loss, *start(), settings.repeats, settings.model)
 
@@ -133,7 +140,8 @@ def problem(
     config: LlamaConfig, settings: Settings, shape: tuple[int, int]
 ) -> tuple[Loss, Callable[[], tuple[PyTree, PyTree]]]:
     """The loss, and a function that makes parameters and a batch of this shape (rows, tokens)."""
-    dtype = jnp.dtype("bfloat16" if settings.device else "float32")
+    on_cpu = not settings.device and jax.default_backend() == "cpu"
+    dtype = jnp.dtype(settings.products or ("float32" if on_cpu else "bfloat16"))
     config = replace(config, dtype=dtype.name)
 
     def start() -> tuple[PyTree, PyTree]:
