@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 from next_tokens import next_tokens
 
 from galore_jax.errors import InputError
+from galore_jax.models.layers import cudnn_takes
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
 
@@ -158,6 +160,49 @@ def test_a_packed_row_gives_the_logits_of_its_documents_alone(params):
         alone = logits_of(params, jnp.pad(document, ((0, 0), (0, length - size))))[:, :size]
         np.testing.assert_allclose(packed[:, start : start + size], alone, atol=1e-5, rtol=1e-5)
         start += size
+
+
+@pytest.mark.parametrize("config", [TINY, OTHER_MODEL], ids=["llama", "other"])
+def test_attention_by_the_kernel_for_cards_is_asked_for_what_blocks_compute(monkeypatch, config):
+    plain = jax.nn.dot_product_attention
+    asked = []
+
+    def kernel(*arguments, implementation, **options):
+        asked.append(implementation)
+        return plain(*arguments, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    params, tokens = initial(config), random_tokens(2, 32)
+    segments = jnp.repeat(jnp.array([[1, 2, 0], [1, 1, 2]]), jnp.array([9, 20, 3]), axis=1)
+
+    def gradients(implementation):
+        own = dataclasses.replace(config, attention=implementation)
+        return loss_and_gradient(params, tokens, segments, config=own)
+
+    assert_trees_close(gradients("cudnn"), gradients("blocks"), 1e-5)
+    assert set(asked) == {"cudnn"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "dtype", "shape", "takes"),
+    [
+        ("NVIDIA H100 80GB HBM3", "9.0", "bfloat16", (2, 64, 4, 128), True),
+        ("NVIDIA GeForce RTX 2080 Ti", "7.5", "bfloat16", (2, 64, 4, 128), False),
+        ("cpu", None, "bfloat16", (2, 64, 4, 128), False),
+        ("NVIDIA H100 80GB HBM3", "9.0", "float32", (2, 64, 4, 128), False),
+        ("NVIDIA H100 80GB HBM3", "9.0", "bfloat16", (2, 63, 4, 128), False),
+        ("NVIDIA H100 80GB HBM3", "9.0", "bfloat16", (2, 64, 4, 100), False),
+        ("NVIDIA H100 80GB HBM3", "9.0", "bfloat16", (2, 64, 4, 256), False),
+    ],
+)
+def test_the_kernel_is_taken_where_card_dtype_and_shape_allow(
+    monkeypatch, kind, capability, dtype, shape, takes
+):
+    card = SimpleNamespace(device_kind=kind)
+    if capability is not None:
+        card.compute_capability = capability
+    monkeypatch.setattr(jax, "local_devices", lambda: [card])
+    assert cudnn_takes(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))) == takes
 
 
 def test_rematerialisation_gives_the_same_gradients_in_half_the_memory():

@@ -3,11 +3,12 @@
 Norm statistics, the rotation and the softmax are always computed in float32.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from galore_jax.errors import InputError
 from galore_jax.models.dense import Dense
@@ -28,14 +29,17 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     are divided over the same axes. Further axes are undivided.
     """
     axes += (None,) * (x.ndim - len(axes))
-    # Inside a `shard_map` over some of the mesh's axes a sharding may name the others only.
+    constrained: Any = nn.with_logical_constraint  # pyright: ignore[reportPrivateImportUsage]
+    return constrained(x, axes, rules=_axis_rules())
+
+
+def _axis_rules() -> list[tuple[str, tuple[str, ...] | None]]:
+    """The rules for logical axes; inside a `shard_map` over some axes they name the others only."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    rules = [
+    return [
         (name, tuple(axis for axis in jax.tree.leaves(mesh_axes) if axis not in manual) or None)
         for name, mesh_axes in nn.get_logical_axis_rules()
     ]
-    constrained: Any = nn.with_logical_constraint  # pyright: ignore[reportPrivateImportUsage]
-    return constrained(x, axes, rules=rules)
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
@@ -65,28 +69,89 @@ def is_visible(queries: jax.Array, keys: jax.Array, window: int | None) -> jax.A
     return visible if window is None else visible & (queries - keys < window)
 
 
-# Blocks of queries in attention: shorter blocks save little, and more of them compile slowly.
-MIN_QUERIES, MAX_BLOCKS = 128, 8
+# "cudnn": the kernel of `jax.nn.dot_product_attention` for NVIDIA cards, which keeps no scores;
+# "blocks": plain JAX, by blocks of queries; "auto": the kernel where there is one.
+Implementation = Literal["auto", "blocks", "cudnn"]
 
 
 def causal_attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    implementation: Implementation = "auto",
 ) -> jax.Array:
-    """`softmax(q kᵀ / √head) v` by blocks of queries, each with the keys up to its end.
-
-    Beyond 128 positions a quarter to nearly half of the scores are never computed. The axis of
-    heads precedes that of positions, so that every product is a plain matrix product, and the
-    softmax is normalised after the product with the values. On CPUs the forward and backward passes
-    take two thirds of the time of `jax.nn.dot_product_attention`.
+    """`softmax(q kᵀ / √head) v`, in which a mask may hide more than what comes later.
 
     Args:
       queries: (batch, length, heads, head).
       keys: (batch, length, kv heads, head).
       values: same shape as keys.
       mask: bool (batch or 1, 1, length, length), causal, in which every query sees a key.
+      implementation: see `Implementation`.
 
     Returns:
       An array with the shape of `queries`.
+    """
+    if implementation == "cudnn" or (implementation == "auto" and cudnn_takes(queries)):
+        return _attention_by_cudnn(queries, keys, values, mask)
+    return _attention_by_blocks(queries, keys, values, mask)
+
+
+def cudnn_takes(queries: jax.Array) -> bool:
+    """Whether cuDNN has attention for queries of this shape and dtype on the device compiled for.
+
+    It has none for cards older than Ampere.
+    """
+    _, length, _, size = queries.shape
+    if queries.dtype.itemsize != 2 or length % 2 or size % 8 or size > 128:
+        return False
+    # The devices of a mesh need not be those of this machine, whose card alone tells its age.
+    own = jax.local_devices()[0]
+    device = jax.sharding.get_abstract_mesh().abstract_device or own
+    capability = getattr(own, "compute_capability", "8.0")
+    return device.device_kind.startswith("NVIDIA") and float(capability) >= 8
+
+
+def _attention_by_cudnn(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    def attention(queries: Any, keys: Any, values: Any, mask: Any) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            queries, keys, values, mask=mask, is_causal=True, implementation="cudnn"
+        )
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not (mesh.manual_axes and mesh.auto_axes):
+        return attention(queries, keys, values, mask)
+    # JAX itself cannot divide it inside a `shard_map` over other axes.
+    names = ("batch", None, "heads", None)
+    to_mesh: Any = nn.logical_to_mesh_axes  # pyright: ignore[reportPrivateImportUsage]
+    spec = to_mesh(names, _axis_rules())
+    of_mask = PartitionSpec(spec[0] if mask.shape[0] > 1 else None)
+    divided = jax.shard_map(
+        attention,
+        in_specs=(spec, spec, spec, of_mask),
+        out_specs=spec,
+        axis_names=set(mesh.auto_axes),
+        check_vma=False,
+    )
+    return divided(queries, keys, values, mask)
+
+
+# Shorter blocks of queries save little, and more of them compile slowly.
+MIN_QUERIES, MAX_BLOCKS = 128, 8
+
+
+def _attention_by_blocks(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`causal_attention` by blocks of queries, each with the keys up to its end.
+
+    Beyond 128 positions a quarter to nearly half of the scores are never computed. The axis of
+    heads precedes that of positions, so that every product is a plain matrix product, and the
+    softmax is normalised after the product with the values. On CPUs the forward and backward passes
+    take two thirds of the time of `jax.nn.dot_product_attention`.
     """
     batch, length, heads, size = queries.shape
     groups = keys.shape[2]

@@ -15,6 +15,7 @@ from galore_jax.errors import InputError
 from galore_jax.models.adapters import Adapter
 from galore_jax.models.dense import Dense, matmul
 from galore_jax.models.layers import (
+    Implementation,
     Rotation,
     attention_mask,
     causal_attention,
@@ -59,6 +60,9 @@ class LlamaConfig:
       norm_epsilon: added to the mean square in RMSNorm.
       initializer_range: standard deviation of the initial kernels and embedding.
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
+      attention: how attention is computed in training: "blocks", in plain JAX by blocks of queries;
+        "cudnn", by the kernel for NVIDIA cards from Ampere on, in bfloat16, which keeps no scores;
+        "auto", by the kernel wherever it can.
       remat: recompute each block in the backward pass instead of keeping its activations.
       checkpoint: folder of a model of Hugging Face's transformers whose parameters a training
         starts from; empty: random ones. On the command line it also sets what the model consists
@@ -89,6 +93,7 @@ class LlamaConfig:
     norm_epsilon: PositiveFloat = 1e-6
     initializer_range: PositiveFloat = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Implementation = "auto"
     remat: bool = False
     checkpoint: str = ""
 
@@ -313,7 +318,7 @@ class Attention(nn.Module):
         queries, keys = rotated("q", config.num_heads), rotated("k", config.kv_heads)
         values = heads("v", config.kv_heads)
         if cache is None:
-            mixed = causal_attention(queries, keys, values, mask)
+            mixed = causal_attention(queries, keys, values, mask, config.attention)
         else:
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, start, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, start, axis=1)

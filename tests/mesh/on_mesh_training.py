@@ -29,7 +29,9 @@ from small_model import (
 from test_integrations import run
 
 import galore_jax
+from galore_jax.models.layers import attention_mask, causal_attention
 from galore_jax.optim import adam8bit
+from galore_jax.training.mesh import ACTIVATIONS
 
 MESHES = {
     "data": {"data": 8},
@@ -280,3 +282,27 @@ def test_experts_stay_on_their_devices(mode, make, settings):
     # Losses start at 37 and are sums of squares, so rounding shows in the sixth digit.
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_attention_by_the_kernel_for_cards_is_divided_over_the_axes_that_are_left(monkeypatch):
+    plain = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    parts = []
+
+    def kernel(queries, keys, values, *, mask, is_causal, implementation):
+        parts.append((queries.shape, keys.shape, mask.shape))
+        return plain(queries, keys, values, mask=mask, is_causal=is_causal)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    q, k, v = (jax.random.normal(jax.random.key(i), (8, 6, 4 - 2 * (i > 0), 8)) for i in range(3))
+    mask = attention_mask(jnp.arange(48).reshape(8, 6) // 4)
+    blocks = causal_attention(q, k, v, mask, "blocks")
+    by_data = jax.shard_map(
+        lambda *operands: causal_attention(*operands, "cudnn"),
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )
+    with jax.set_mesh(make_mesh(MESHES["hybrid"])), nn.logical_axis_rules(ACTIVATIONS):
+        np.testing.assert_allclose(jax.jit(by_data)(q, k, v, mask), blocks, atol=1e-6)
+    assert parts[-1] == ((2, 6, 2, 8), (2, 6, 1, 8), (2, 1, 6, 6))
