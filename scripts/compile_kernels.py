@@ -29,7 +29,7 @@ def main() -> None:
     print(f"{'kernel':14}{'target':10}{'shape':16}{'variant':32}{'temporary':>10}{'seconds':>9}")
     for target in targets:
         with compile_targets.target(target) as sharding:
-            for name, shape, variant, kernel, arguments, donated in kernels(target):
+            for name, shape, variant, kernel, arguments, donated in kernels():
                 start = time.perf_counter()
                 function = jax.jit(kernel, donate_argnums=donated)
                 compiled = function.lower(*compile_targets.place(arguments, sharding)).compile()
@@ -41,24 +41,24 @@ def main() -> None:
                 print(f"{name:14}{target:10}{shape:16}{variant:32}{size:10}{seconds:9.2f}")
 
 
-def kernels(
-    target: str,
-) -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tuple[int, ...]]]:
+def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tuple[int, ...]]]:
     """Name, shape, variant, kernel, shapes of its arguments and indices of the donated ones."""
     import functools
 
     import jax
     import jax.numpy as jnp
-    from analysis.tpus import TPUS
 
-    from galore_jax.ops import pallas_tpu, pallas_triton
+    from galore_jax.ops import adam_step, lift
+    from galore_jax.ops.implementation import use_implementation
     from galore_jax.ops.quantization import quantize
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    module = pallas_tpu if target in TPUS else pallas_triton
-    adam = functools.partial(module.adam_8bit, b1=0.9, b2=0.999, eps=1e-8)
+    def adam(step: Callable, *arrays: Any) -> Any:
+        return step(*arrays, b1=0.9, b2=0.999, eps=1e-8)
+
+    kernel = functools.partial(use_implementation, "pallas", adam_step.adam_8bit, adam)
     for shape in ((RANK, 4096), (RANK, 11008)):
         for dtype in (jnp.float32, jnp.bfloat16):
             mu, nu = (
@@ -67,9 +67,14 @@ def kernels(
             )
             gradient = array(*shape, dtype=dtype)
             arguments = (gradient, mu, nu, array(dtype=jnp.int32))
-            yield "adam_8bit", shape, jnp.dtype(dtype).name, adam, arguments, (1, 2)
+            yield "adam_8bit", shape, jnp.dtype(dtype).name, kernel, arguments, (1, 2)
 
     # As `apply_gradients` calls it, for a stack of one matrix; int8 bases are passed as float32.
+    def stacked(right_is_transposed: bool, add: Callable, *arrays: Any) -> jax.Array:
+        one = functools.partial(add, right_is_transposed=right_is_transposed)
+        axes = (0, 0, 0, None, 0, None if arrays[-1] is None else 0)
+        return jax.vmap(one, axes)(*arrays)
+
     for rows, columns in WEIGHTS:
         for right_is_transposed, basis, seed in itertools.product(
             (False, True), (jnp.bfloat16, jnp.float32), (None, array(1, 2, dtype=jnp.uint32))
@@ -79,13 +84,13 @@ def kernels(
                 factors = array(1, rows, RANK), array(1, columns, RANK, dtype=basis)
             else:
                 factors = array(1, rows, RANK, dtype=basis), array(1, RANK, columns)
-            one = functools.partial(module.lift_and_add, right_is_transposed=right_is_transposed)
-            lift = jax.vmap(one, (0, 0, 0, None, 0, None if seed is None else 0))
+            use = functools.partial(stacked, right_is_transposed)
+            kernel = functools.partial(use_implementation, "pallas", lift.lift_and_add, use)
             arguments = (weights, *factors, array(), array(1), seed)
             side = "right" if right_is_transposed else "left"
             rounding = "nearest" if seed is None else "stochastic"
             variant = f"{side}, {jnp.dtype(basis).name}, {rounding}"
-            yield "lift_and_add", (rows, columns), variant, lift, arguments, (0,)
+            yield "lift_and_add", (rows, columns), variant, kernel, arguments, (0,)
 
 
 if __name__ == "__main__":

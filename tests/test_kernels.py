@@ -1,6 +1,7 @@
 """The kernels, interpreted on the CPU, and plain JAX, all against formulas in float64."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.extend.random import threefry_2x32
 from pairwise import pairwise
 
-from galore_jax.ops import adam_step, lift, pallas_tpu, pallas_triton
+from galore_jax.ops import adam_step, lift, pallas_hopper, pallas_tpu, pallas_triton
 from galore_jax.ops.precision import round_with_noise
 from galore_jax.ops.quantization import decode, dequantize, quantize
 from galore_jax.ops.threefry import noise, threefry
@@ -20,17 +21,20 @@ B1, B2, EPS, COUNT = 0.875, 0.96875, 1e-8, 10
 SEED = jnp.array([3, 5], jnp.uint32)
 
 adam_plain = jax.jit(functools.partial(adam_step.adam_8bit, b1=B1, b2=B2, eps=EPS))
-adam_triton, adam_tpu = (
+adam_triton, adam_tpu, adam_hopper = (
     jax.jit(functools.partial(module.adam_8bit, b1=B1, b2=B2, eps=EPS, interpret=True))
-    for module in (pallas_triton, pallas_tpu)
+    for module in (pallas_triton, pallas_tpu, pallas_hopper)
 )
 lift_plain = jax.jit(lift.lift_and_add, static_argnames="right_is_transposed")
-lift_triton, lift_tpu = (
+lift_triton, lift_tpu, lift_hopper = (
     jax.jit(
         functools.partial(module.lift_and_add, interpret=True),
         static_argnames="right_is_transposed",
     )
-    for module in (pallas_triton, pallas_tpu)
+    for module in (pallas_triton, pallas_tpu, pallas_hopper)
+)
+on_mosaic_gpu = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="the kernels for Hopper cards need JAX 0.12"
 )
 ADAMS = {"plain": adam_plain, "triton": adam_triton, "tpu": adam_tpu}
 LIFTS = {"plain": lift_plain, "triton": lift_triton, "tpu": lift_tpu}
@@ -105,8 +109,17 @@ def assert_equal_steps(found, expected):
         np.testing.assert_allclose(moment.scales, other.scales, rtol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", [adam_triton, adam_tpu], ids=["triton", "tpu"])
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 1100), BFLOAT16), ((2, 3, 70), FLOAT32)])
+@pytest.mark.parametrize(
+    ("kernel", "shape", "dtype"),
+    [
+        *itertools.product([adam_triton, adam_tpu], [(3, 1100)], [BFLOAT16]),
+        *itertools.product([adam_triton, adam_tpu], [(2, 3, 70)], [FLOAT32]),
+        # Of other shapes plain JAX takes care.
+        pytest.param(adam_hopper, (24, 512), BFLOAT16, marks=on_mosaic_gpu),
+        pytest.param(adam_hopper, (2, 2, 64), FLOAT32, marks=on_mosaic_gpu),
+        pytest.param(adam_hopper, (3, 300), FLOAT32, marks=on_mosaic_gpu),
+    ],
+)
 def test_an_adam_kernel_has_the_codes_of_plain_jax(kernel, shape, dtype):
     arguments = (*gradient_and_moments(shape, dtype), jnp.int32(COUNT))
     assert_equal_steps(kernel(*arguments), adam_plain(*arguments))
@@ -157,11 +170,16 @@ def matrices(m, n, r, transposed, dtype):
 
 @pytest.mark.parametrize(
     ("add", "dtype", "transposed", "shape", "seed"),
-    pairwise(
-        *(LIFTS.values(), (FLOAT32, BFLOAT16), (False, True)),
-        # On a TPU the weights of the second shape are laid out by columns.
-        *([(130, 70, 33), (128, 301, 7), (1, 1, 1)], (None, (3, 5))),
-    ),
+    [
+        *pairwise(
+            *(LIFTS.values(), (FLOAT32, BFLOAT16), (False, True)),
+            # On a TPU the weights of the second shape are laid out by columns.
+            *([(130, 70, 33), (128, 301, 7), (1, 1, 1)], (None, (3, 5))),
+        ),
+        pytest.param(lift_hopper, BFLOAT16, False, (136, 144, 64), (3, 5), marks=on_mosaic_gpu),
+        pytest.param(lift_hopper, FLOAT32, True, (136, 144, 64), None, marks=on_mosaic_gpu),
+        pytest.param(lift_hopper, BFLOAT16, True, (130, 70, 33), (3, 5), marks=on_mosaic_gpu),
+    ],
 )
 def test_the_lift_is_its_formula_and_rounded_once(add, dtype, transposed, shape, seed):
     weights, left, right = matrices(*shape, transposed, dtype)
@@ -204,9 +222,13 @@ def test_a_lift_of_two_factors_in_bfloat16_adds_up_in_float32(add):
     np.testing.assert_allclose(new, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kernel", [lift_triton, lift_tpu], ids=["triton", "tpu"])
+@pytest.mark.parametrize(
+    "kernel",
+    [lift_triton, lift_tpu, pytest.param(lift_hopper, marks=on_mosaic_gpu)],
+    ids=["triton", "tpu", "hopper"],
+)
 def test_a_lift_kernel_runs_over_stacked_matrices(kernel):
-    weights, left, right = matrices(5, 70, 3, False, BFLOAT16)
+    weights, left, right = matrices(8, 80, 32, False, BFLOAT16)
     stacked = [jnp.stack([x, -2 * x]) for x in (weights, left, right)]
     seeds = jnp.stack([SEED, SEED + 1])
     new = jax.vmap(kernel, (0, 0, 0, None, None, 0))(*stacked, 0.25, 0.125, seeds)

@@ -6,13 +6,17 @@ tiles and apply the formulas of `adam_step` and `lift` to each.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, get_args
 
+import jax
 from jax import lax
 
 Implementation = Literal["xla", "pallas"]
 IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
+# Cards of compute capability 9.0, as their driver names them.
+HOPPER = tuple(f"NVIDIA {name}" for name in ("H100", "H200", "H800", "H20", "GH200"))
 
 
 def check_implementation(implementation: str) -> None:
@@ -43,7 +47,23 @@ def use_implementation(
 def _kernels(name: str) -> dict[str, Callable]:
     """The kernels of this name, by platform."""
     # Imported here so that only users of the kernels import Pallas.
-    from galore_jax.ops import pallas_tpu, pallas_triton
+    from galore_jax.ops import pallas_tpu
 
-    modules: dict[str, Any] = {"tpu": pallas_tpu, "cuda": pallas_triton}
-    return {platform: getattr(module, name) for platform, module in modules.items()}
+    kernels = {"tpu": getattr(pallas_tpu, name)}
+    if jax.__version_info__ >= (0, 12) and _device_kind().startswith(HOPPER):
+        from galore_jax.ops import pallas_hopper
+
+        kernels["cuda"] = getattr(pallas_hopper, name)
+    else:
+        # JAX has deprecated Pallas' Triton backend; without it other cards run plain JAX.
+        with suppress(ImportError):
+            from galore_jax.ops import pallas_triton
+
+            kernels["cuda"] = getattr(pallas_triton, name)
+    return kernels
+
+
+def _device_kind() -> str:
+    """The kind of device for which is compiled: that of the mesh's, or else of JAX's default."""
+    abstract = jax.sharding.get_abstract_mesh().abstract_device
+    return (abstract or jax.devices()[0]).device_kind

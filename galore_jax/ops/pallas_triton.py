@@ -1,7 +1,7 @@
-"""The kernels for NVIDIA GPUs, sm_80 and later: Pallas with the Triton backend.
+"""The kernels for NVIDIA GPUs that `pallas_hopper` does not reach: Pallas with the Triton backend.
 
-The Triton backend is used because it supports consumer cards: the Mosaic backend compiles for sm_90
-and later only. The sides of Triton's arrays are powers of two, so tiles reach past the edges of a
+JAX has deprecated this backend, and warns where it is used, but Mosaic GPU compiles for sm_90 and
+later only. The sides of Triton's arrays are powers of two, so tiles reach past the edges of a
 matrix and are masked there.
 """
 
@@ -100,13 +100,8 @@ def lift_and_add(
     """`ops.lift.lift_and_add` without ever storing the lifted update in global memory.
 
     Works in place if the weights are donated. For stacked matrices use `jax.vmap`, which keeps this
-    property; a loop over them would copy each out of the stack. Random bits are drawn for four
-    columns at once, so parts of a matrix whose width is not a multiple of four are left to
-    `ops.lift`.
+    property; a loop over them would copy each out of the stack.
     """
-    if not isinstance(start[1], int) and weights.shape[1] % 4:
-        options: Any = {"right_is_transposed": right_is_transposed, "start": start}
-        return lift.lift_and_add(weights, left, right, scale, decay, seed, **options)
     places = jnp.stack([jnp.asarray(place, jnp.int32) for place in start])
     scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])
     return pl.pallas_call(

@@ -45,4 +45,4 @@ def round_with_noise(x: jax.Array, noise: jax.Array) -> jax.Array:
     bits = (lax.bitcast_convert_type(x, jnp.uint32) + noise) & jnp.uint32(0xFFFF0000)
     rounded = lax.bitcast_convert_type(bits, jnp.float32)
     # The cast is exact: the 16 bits that bfloat16 lacks are zero.
-    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+    return jnp.where(jnp.abs(x) < jnp.inf, rounded, x).astype(jnp.bfloat16)

@@ -126,12 +126,12 @@ def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return blocks.reshape(*shape[:-1], width)[..., : shape[-1]]
 
 
-def block_max(blocks: jax.Array) -> jax.Array:
-    """Largest magnitude along the last axis, keeping that axis; NaN if a number is not finite."""
+def block_max(blocks: jax.Array, *, keepdims: bool = True) -> jax.Array:
+    """Largest magnitude along the last axis; NaN if a number is not finite."""
     # On GPUs the maximum of numbers and NaN is a number.
     magnitudes = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
-    largest = jnp.max(magnitudes, axis=-1, keepdims=True)
-    return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
+    largest = jnp.max(magnitudes, axis=-1, keepdims=keepdims)
+    return jnp.where(largest < jnp.inf, largest, jnp.nan)
 
 
 def block_fractions(blocks: jax.Array, max_magnitude: jax.Array) -> jax.Array:
@@ -159,8 +159,8 @@ def encode(fractions: jax.Array, *, signed: bool) -> jax.Array:
         power = jnp.where(reached, 10.0 ** (DECADES - 1 - decade), power)
 
     # Find the value within the decade, then handle 1 and 0, which belong to none.
-    position = jnp.floor((magnitude * power - 0.1) * count * (1 / 0.9))
-    index = count - extra_bits + jnp.clip(position, 0, count - 1)
+    position = ((magnitude * power - 0.1) * count * (1 / 0.9)).astype(jnp.int32)
+    index = count - extra_bits + jnp.clip(position.astype(jnp.float32), 0, count - 1)
     is_one = magnitude >= _lower_bound(DECADES, extra_bits)
     index = jnp.where(is_one, (1 << (DECADES + extra_bits)) - extra_bits, index)
     min_nonzero = _lower_bound(0, extra_bits) if signed else jnp.finfo(jnp.float32).tiny

@@ -35,31 +35,23 @@ def threefry(seed: Any, first: jax.Array, second: jax.Array) -> tuple[jax.Array,
 def noise(seed: Any, row: Any, column: Any, shape: tuple[int, int]) -> jax.Array:
     """Sixteen random bits for each element of a tile of a matrix.
 
-    Four columns share the two words of the counter (row, column // 4): first the low halves of both
-    words, then the high halves.
+    Four columns share the two words of the counter (row, column // 4): the first two have the low
+    halves of the words, the other two the high halves. Each element computes both words, which is
+    faster than sharing them and laying the halves side by side, on CPUs as on TPUs.
 
     Args:
       seed: two uint32.
       row: int32, first row of the tile.
-      column: int32, first column of the tile; a multiple of 4 if the width is.
+      column: int32, first column of the tile.
       shape: shape of the tile.
 
     Returns:
       uint32 below 2^16, of this shape.
     """
-    height, width = shape
-    if width % 4 and not (isinstance(column, int) and column % 4 == 0):
-        wider = noise(seed, row, column - column % 4, (height, (width + 6) // 4 * 4))
-        return lax.dynamic_slice_in_dim(wider, column % 4, width, axis=1)
-    counters_shape = (height, -(-width // 4))
-    rows, groups = (
-        jnp.asarray(start).astype(jnp.uint32)
-        + lax.broadcasted_iota(jnp.uint32, counters_shape, axis)
-        for axis, start in enumerate((row, column // 4))
+    rows, columns = (
+        jnp.asarray(start).astype(jnp.uint32) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+        for axis, start in enumerate((row, column))
     )
-    # Stacking is along the last axis because Triton supports no other.
-    halves = [
-        jnp.stack((word & jnp.uint32(0xFFFF), word >> jnp.uint32(16)), axis=-1)
-        for word in threefry(seed, rows, groups)
-    ]
-    return jnp.stack(halves, axis=-1).reshape(height, -1)[:, :width]
+    first, second = threefry(seed, rows, columns >> 2)
+    word = jnp.where((columns & 1) == 1, second, first)
+    return (word >> ((columns & 2) << 3)) & jnp.uint32(0xFFFF)
