@@ -373,7 +373,13 @@ def _select(equation: Any, params: Any, operands: list[Any], report: Report) -> 
             if selection.size != math.prod(sizes):
                 raise NoRule  # Not the same rows or columns of each matrix.
             outputs[n] = _narrowed(outputs[n], this, selection.reshape(sizes), [*places.values()])
+            if this != BATCH and 2 * math.prod(sizes) < _rank(value):
+                raise NoRule  # To project the tokens would take longer than to form the gradient.
     return outputs
+
+
+def _rank(value: Tracked) -> int:
+    return max(vectors.shape[-1] for vectors in value.vectors.values())
 
 
 def _narrowed(value: Tracked, this: str, selection: Any, axes: list[str]) -> Tracked:

@@ -44,11 +44,10 @@ for sides in ("left", "right", "full"):
     block = f"a block of rows and columns by a basis of the side {sides}"
     fused(block, lambda w, x: x[:, 2:] @ w[2:, 1:8], proj_type=sides)
     narrow = f"columns fewer than the rank by a basis of the side {sides}"
-    fused(narrow, lambda w, x: jnp.tanh(x @ w[:, 3:5]) * (x @ w[:, :1]), proj_type=sides)
-    one = f"a single column and a single row by a basis of the side {sides}"
-    of_one = lambda w, x: jnp.sin(x @ w[:, 3]) * (jnp.tile(x, 2) @ w[2])
-    fused(one, of_one, proj_type=sides)
+    fused(narrow, lambda w, x: jnp.tanh(x @ w[:, 3:5]) * (x @ w[:, :3])[:, 1:], proj_type=sides)
 
+thin = lambda w, x: jnp.sin(x @ w[:, 3]) * (jnp.tile(x, 2) @ w[2])
+fused("a column and a row that are much fewer than the rank", thin, projected="", full="w")
 gated = lambda gate, up: jax.nn.silu(gate) * up
 interleaved = lambda w, x: gated(x @ w[:, ::2], x @ w[:, 1::2])
 fused("gate and up in turns by strided slices", interleaved)
@@ -110,7 +109,7 @@ layers = CASES.rows(of_w, params=kernel("w", 3, 6, 12), projected="w")
 layers("layers scanned whose kernels are split", scanned)
 layers("layers split before the scan", lambda ws, x: scanned(ws[1:, :, ::-1], x), proj_type="full")
 both = lambda ws, x, i, j: x @ ws[i, :, j]
-layers("a column of a layer by two traced indices", both, (5, 6), 1, 7)
+layers("a column of a layer by two traced indices", both, (5, 6), 1, 7, rank=2)
 pairs = lambda ws, x: x @ ws[jnp.array([0, 2]), :, jnp.array([3, 4])].T
 layers("columns of layers by pairs of indices", pairs, projected="", full="w")
 of_experts = lambda ws, x, i: jnp.tanh(x @ ws[i][:, :6]) @ ws[i][:, 6:]
