@@ -271,7 +271,7 @@ def test_a_training_step_holds_no_factorisation():
     def primitives(step):
         return str(jax.make_jaxpr(step)(params, state, batch))
 
-    factorisations = re.compile(r"= (cholesky|svd|eigh|qr|geqrf|triangular_solve|cond)\[")
+    factorisations = re.compile(r"= (cholesky|svd|eigh|qr|geqrf|triangular_solve)\[")
     assert not factorisations.search(primitives(projected))
     assert factorisations.search(primitives(refresh(loss, has_aux=True)))
 

@@ -1,17 +1,21 @@
 """Lifts a low-rank update and adds it to the weights (see also `Projection.lift`)."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from galore_jax.ops.loops import map_chunks
-from galore_jax.ops.precision import promoted, round_with_noise, widened
+from galore_jax.ops.precision import as_multiplied_on_tpu, promoted, round_with_noise, widened
 from galore_jax.ops.threefry import noise
 
 # About this many elements of the lifted update exist at the same time.
 MAX_CHUNK = 2**22
+# Matrices with a multiple of this many columns are kept by rows on TPUs.
+LANES = 128
 
 
 def lift_and_add(
@@ -40,19 +44,31 @@ def lift_and_add(
         depend only on the seed, the row and the column.
       right_is_transposed: use `rightᵀ` in place of `right`.
       start: row and column of the first element, if the weights are a part of a larger matrix;
-        random bits depend on them. The column is a multiple of n.
+        random bits depend on them.
 
     Returns:
       The new weights.
     """
 
-    def add_to_chunk(first: Any, weights: jax.Array) -> jax.Array:
+    def add_to_rows(first: Any, weights: jax.Array) -> jax.Array:
         rows = lambda array: lax.dynamic_slice_in_dim(array, first, weights.shape[0])
         update = product(rows(left), right, right_is_transposed)
         place = start[0] + first, start[1]
         return add(weights, update, scale, decay, seed, place)
 
-    return map_chunks(add_to_chunk, weights, MAX_CHUNK)
+    def add_on_tpu(weights: jax.Array) -> jax.Array:
+        # XLA adds in the epilogue of the product. Without the barrier it would compute the factor
+        # that the optimizer returns, Adam and all, anew for each tile; without the layout the
+        # transposed update, with copies of the weights from and to their own layout.
+        factors = lax.optimization_barrier(tuple(map(as_multiplied_on_tpu, (left, right))))
+        update = product(*factors, right_is_transposed)
+        if weights.shape[1] % LANES == 0:
+            update = with_layout_constraint(update, Layout((0, 1)))
+        return add(weights, update, scale, decay, seed, start)
+
+    return lax.platform_dependent(
+        weights, tpu=add_on_tpu, default=partial(map_chunks, add_to_rows, max_size=MAX_CHUNK)
+    )
 
 
 def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax.Array:

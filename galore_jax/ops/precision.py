@@ -24,6 +24,14 @@ def widened(array: Any) -> jax.Array:
     return array.astype(promoted(array.dtype, jnp.float32))
 
 
+def as_multiplied_on_tpu(array: jax.Array) -> jax.Array:
+    """A factor of a product on a TPU, which by default rounds float32 to bfloat16."""
+    config: Any = jax.config
+    is_default = config.jax_default_matmul_precision in (None, "default", "fastest", "bfloat16")
+    is_rounded = is_default and array.dtype == jnp.float32
+    return array.astype(jnp.bfloat16) if is_rounded else array
+
+
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """Rounds float32 stochastically to one of the two neighbouring bfloat16 values, unbiased.
 

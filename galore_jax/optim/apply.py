@@ -121,6 +121,8 @@ def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.
 
     def update_all(add: Callable[..., jax.Array], matrices: jax.Array, *others: Any) -> jax.Array:
         update_one = partial(_update_matrix, projection, partition, add, basis.scale)
+        if not batch:
+            return update_one(matrices, *others)
         stack, *rest = flatten_batch((matrices, *others), batch)
 
         def update_at(i: jax.Array, stack: jax.Array) -> jax.Array:
