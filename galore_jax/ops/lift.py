@@ -61,7 +61,7 @@ def lift_and_add(
         # that the optimizer returns, Adam and all, anew for each tile; without the layout the
         # transposed update, with copies of the weights from and to their own layout.
         factors = lax.optimization_barrier(tuple(map(as_multiplied_on_tpu, (left, right))))
-        update = product(*factors, right_is_transposed)
+        update = product(factors[0], factors[1], right_is_transposed)
         if weights.shape[1] % LANES == 0:
             update = with_layout_constraint(update, Layout((0, 1)))
         return add(weights, update, scale, decay, seed, start)
