@@ -1,5 +1,6 @@
 """scripts/scaling.py: what it prints, and the claims about communication and memory."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import scaling
+from analysis import step_cost
+from analysis.memory import DoesNotFit
 
 from galore_jax.errors import InputError
 
@@ -116,3 +119,16 @@ def test_a_wrong_argument_is_said_in_a_sentence(monkeypatch, arguments, sentence
     monkeypatch.setattr(sys, "argv", ["scaling.py", *arguments])
     with pytest.raises(InputError, match=sentence):
         scaling.main()
+
+
+def test_what_does_not_fit_a_device_is_said_in_a_sentence(monkeypatch, capsys):
+    def refused(*arguments):
+        raise DoesNotFit(int(22.5 * 2**30))
+
+    monkeypatch.setattr(step_cost, "step_cost", refused)
+    monkeypatch.setattr(scaling, "mesh_for", lambda case, device: contextlib.nullcontext())
+    options = ["--models", "350m", "--layouts", "data", "--devices", "1", "--optimizers", "adamw"]
+    monkeypatch.setattr(sys, "argv", ["scaling.py", *options, "--device", "v5e", *TINY])
+    scaling.main()
+    printed = capsys.readouterr().out
+    assert printed.strip() == "350m data 1 adamw: it does not fit the device: it needs 22.5 GiB."

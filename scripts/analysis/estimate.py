@@ -134,7 +134,7 @@ class _Reader:
         else:
             seconds = int(cycles[1]) / self.device.clock if cycles else 0.0
         copied = 0
-        if self._only_moves(instruction):
+        if self._only_moves(instruction) and instruction.arrays[0].size > 1:
             operands = [computation.by_name[name] for name in instruction.operands]
             copied = instruction.bytes + sum(operand.bytes for operand in operands)
         moved = self._bytes(computation, instruction)
