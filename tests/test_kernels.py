@@ -2,11 +2,14 @@
 
 import functools
 import itertools
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from analysis import compile_targets
+from compile_kernels import kernels
 from jax.extend.random import threefry_2x32
 from pairwise import pairwise
 
@@ -262,3 +265,16 @@ def test_threefry_is_that_of_jax():
         jnp.concatenate(threefry(SEED, counters[0], counters[1])),
         threefry_2x32(SEED, counters.ravel()),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    find_spec("libtpu") is None, reason="libtpu is not installed: pip install galore-jax[tpu]"
+)
+def test_kernels_compile_for_a_tpu_and_need_no_memory_of_their_own():
+    with compile_targets.target("v5e") as sharding:
+        for _, _, _, kernel, arguments, donated in kernels():
+            function = jax.jit(kernel, donate_argnums=donated)
+            compiled = function.lower(*compile_targets.place(arguments, sharding)).compile()
+            assert "tpu_custom_call" in compiled.as_text()
+            assert compiled.memory_analysis().temp_size_in_bytes < 1000

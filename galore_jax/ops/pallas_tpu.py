@@ -140,7 +140,9 @@ def lift_and_add(
     is_aligned = weights.shape[1] % 4 == 0 or (isinstance(start[1], int) and start[1] % 4 == 0)
     if weights.dtype not in FLOATS or left.shape[1] > LIFT_RANKS or not is_aligned:
         options: Any = {"right_is_transposed": right_is_transposed, "start": start}
-        return lift.lift_and_add(weights, left, right, scale, decay, seed, **options)
+        # One matrix of a stack after the other, so that their updates do not exist together.
+        plain = jax.custom_batching.sequential_vmap(functools.partial(lift.lift_and_add, **options))
+        return plain(weights, left, right, scale, decay, seed)
     # XLA lays out a matrix such that its tiles of 8 × 128 hold no more padding than they must. Of
     # one that it lays out by columns the transpose is a matrix by rows, and costs nothing.
     by_columns = weights.shape[0] % 128 == 0 and weights.shape[1] % 128 != 0
