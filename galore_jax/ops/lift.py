@@ -12,8 +12,9 @@ from galore_jax.ops.loops import map_chunks
 from galore_jax.ops.precision import as_multiplied_on_tpu, promoted, round_with_noise, widened
 from galore_jax.ops.threefry import noise
 
-# About this many elements of the lifted update exist at the same time.
-MAX_CHUNK = 2**22
+# About this many elements of the lifted update exist at the same time. A GPU reads the whole right
+# factor for each chunk of rows; CPUs are faster with chunks that their caches hold.
+MAX_CHUNK, MAX_CHUNK_ON_GPU = 2**22, 2**24
 # Matrices with a multiple of this many columns are kept by rows on TPUs.
 LANES = 128
 
@@ -66,8 +67,12 @@ def lift_and_add(
             update = with_layout_constraint(update, Layout((0, 1)))
         return add(weights, update, scale, decay, seed, start)
 
+    by_chunks = partial(map_chunks, add_to_rows)
     return lax.platform_dependent(
-        weights, tpu=add_on_tpu, default=partial(map_chunks, add_to_rows, max_size=MAX_CHUNK)
+        weights,
+        tpu=add_on_tpu,
+        cuda=partial(by_chunks, max_size=MAX_CHUNK_ON_GPU),
+        default=partial(by_chunks, max_size=MAX_CHUNK),
     )
 
 

@@ -9,6 +9,9 @@ from jax import lax
 
 from galore_jax.types import PyTree
 
+# TPUs keep matrices of 8-bit numbers in tiles of this many rows, those of wider numbers of fewer.
+TILE_ROWS = 32
+
 
 def map_chunks(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, max_size: int) -> PyTree:
     """Computes `f(0, arrays)` chunk by chunk, in place, for a function that acts row by row.
@@ -23,24 +26,41 @@ def map_chunks(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, max_size: int
     Returns:
       The new arrays.
     """
-    # Choose the number of rows per chunk, preferably a divisor of all rows.
+    # Choose the number of chunks, preferably such that all have the same number of whole tiles.
     first = jax.tree.leaves(arrays)[0]
-    rows, min_chunks = first.shape[0], -(-first.size // max_size)
-    if min_chunks <= 1:
+    rows, least = first.shape[0], -(-first.size // max_size)
+    if least <= 1:
         return f(0, arrays)
-    divisors = (n for n in range(min_chunks, 8 * min_chunks) if rows % n == 0)
-    size = -(-rows // next(divisors, min(min_chunks, rows)))
+    equal = [n for n in range(least, 8 * least) if rows % n == 0]
+    of_tiles = [n for n in equal if rows // n % TILE_ROWS == 0]
+    chunks = next(iter(of_tiles + equal), min(least, rows))
+    size = -(-rows // chunks)
+    if rows % size:
+        return _map_unequal_chunks(f, arrays, rows, size)
 
+    # Chunks along an axis of their own: a TPU would lay out all 8-bit codes anew for each slice of
+    # rows, an axis that it divides into tiles.
+    def update_chunk(i: jax.Array, cut: PyTree) -> PyTree:
+        old = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), cut)
+        write = lambda x, chunk: lax.dynamic_update_index_in_dim(x, chunk, i, axis=0)
+        return jax.tree.map(write, cut, f(i * size, old))
+
+    cut = jax.tree.map(lambda x: x.reshape(chunks, size, *x.shape[1:]), arrays)
+    done = lax.fori_loop(0, chunks, update_chunk, cut)
+    return jax.tree.map(lambda x, like: x.reshape(like.shape), done, arrays)
+
+
+def _map_unequal_chunks(
+    f: Callable[[Any, PyTree], PyTree], arrays: PyTree, rows: int, size: int
+) -> PyTree:
     def update_chunk(i: jax.Array, arrays: PyTree) -> PyTree:
-        # A last chunk that is too short starts inside the one before it, and the rows that are
-        # already done are kept: for a separate remainder XLA would copy the arrays.
+        # The last chunk starts inside the one before it, and the rows that are already done are
+        # kept: for a separate remainder XLA would copy the arrays.
         start = jnp.minimum(i * size, rows - size)
         old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), arrays)
-        new = f(start, old)
-        if rows % size:
-            todo = start + jnp.arange(size) >= i * size
-            pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)
-            new = jax.tree.map(pick, new, old)
+        todo = start + jnp.arange(size) >= i * size
+        pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)
+        new = jax.tree.map(pick, f(start, old), old)
         write = lambda x, chunk: lax.dynamic_update_slice_in_dim(x, chunk, start, axis=0)
         return jax.tree.map(write, arrays, new)
 
