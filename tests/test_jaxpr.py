@@ -96,6 +96,24 @@ def test_products_are_projected_under_the_new_rematerialisation(new_rematerialis
     assert compared(named, params(), x) == {"stack", "last"}
 
 
+@pytest.mark.parametrize("policy", ["dots_saveable", "nothing_saveable"])
+def test_a_policy_of_the_new_rematerialisation_sees_our_products(new_rematerialisation, policy):
+    if jax.__version_info__ < (0, 12):
+        pytest.skip("its policies are not complete before JAX 0.12")
+
+    def saved(params, x):
+        layer = lambda x, w: jnp.tanh(x @ w)
+        x = jax.checkpoint(layer, policy=getattr(jax.checkpoint_policies, policy))(
+            x, params["last"]
+        )
+        return jnp.mean(x**2)
+
+    _, state = started(last())
+    text = jax.jit(value_and_grad(saved)).lower(last(), state, inputs(5, 12)).as_text()
+    # The product, two for the coordinates, and the product again.
+    assert text.count("dot_general") == {"dots_saveable": 3, "nothing_saveable": 4}[policy]
+
+
 def test_scopes_of_the_loss_name_the_products_of_the_backward_pass():
     def scoped(params, x):
         with jax.named_scope("outer"):
