@@ -1,4 +1,4 @@
-"""The kernels for TPUs: Pallas with the Mosaic backend.
+"""The kernels for TPUs, v5e and later: Pallas with the Mosaic backend.
 
 A grid step works on a tile in VMEM, in chunks of rows that are small enough for the registers.
 """
@@ -32,6 +32,7 @@ ADAM_CHUNK = 32
 # largest rank: the factors of a tile have at most 2^21 elements each.
 LIFT_ROWS, LIFT_COLUMNS = 2048, 512
 LIFT_CHUNK, LIFT_RANKS = 512, 4096
+# Bytes of VMEM that a kernel may use; a TPU v4 has fewer.
 VMEM = 64 * 2**20
 FLOATS = (jnp.float32, jnp.bfloat16)
 
