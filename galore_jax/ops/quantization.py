@@ -138,7 +138,9 @@ def block_fractions(blocks: jax.Array, max_magnitude: jax.Array) -> jax.Array:
     """Numbers divided by the largest magnitude in their block; 0 where that is 0."""
     # XLA multiplies by the reciprocal, which is 0 for the largest numbers of float32.
     scale = jnp.where(max_magnitude > 2.0**64, 2.0**-64, 1.0)
-    return jnp.where(max_magnitude > 0, (blocks * scale) / (max_magnitude * scale), 0)
+    # Selected for a block, not for each number, for which a TPU would store a mask.
+    divisor = jnp.where(max_magnitude > 0, max_magnitude * scale, jnp.inf)
+    return blocks * scale / divisor
 
 
 def encode(fractions: jax.Array, *, signed: bool) -> jax.Array:
