@@ -26,6 +26,7 @@ from galore_jax.grads.projected_product import (
     BATCH,
     IN,
     KINDS,
+    OUT,
     Tracked,
     kind,
     moved,
@@ -534,16 +535,39 @@ def _cond(equation: Any, params: Any, operands: list[Any], report: Report) -> li
     return lax.switch(operands[0], branches, *operands[1:])
 
 
+def _parts(value: Tracked, spec: PartitionSpec) -> Tracked | None:
+    """The specs of all of a tracked value whose array is divided so; None if there are none.
+
+    Vectors have the rows, and coordinates the rows and columns, of a device's part of the array,
+    as in `_narrowed`. A side of several axes can be divided along the first of them only.
+    """
+    names = [*spec, *[None] * (value.array.ndim - len(spec))]
+
+    def along(this: str) -> list[Any]:
+        axes = [i for i, axis in enumerate(value.axes) if kind(axis) == this]
+        axes = [i for i in axes if this == BATCH or value.array.shape[i] > 1]
+        return [names[i] for i in sorted(axes, key=value.axes.__getitem__)]
+
+    batch, (rows, *others), (columns, *more) = along(BATCH), [*along(IN), None], [*along(OUT), None]
+    if any(others) or any(more):
+        return None
+    by_side = {"left": rows, "right": columns}
+    vectors = {side: PartitionSpec(*batch, by_side[side]) for side in value.vectors}
+    whole = [None if side in vectors else name for side, name in by_side.items()]
+    return replace(value, array=spec, vectors=vectors, coordinates=PartitionSpec(*batch, *whole))
+
+
 def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     names = {"mesh", "in_specs", "out_specs", "check_vma"}
     options = settings(params, names, besides={"jaxpr", "newly_manual_axes"})
-    # A parameter is tracked only if every device has all of it.
     operands, specs = [*operands], [*params["in_specs"]]
     for i, value in enumerate(operands):
-        if any(specs[i]):
+        if not isinstance(value, Tracked):
+            continue
+        if (parts := _parts(value, specs[i])) is not None:
+            specs[i] = parts
+        else:
             [operands[i]] = _as_plain(equation, [value], report)
-        elif isinstance(value, Tracked):
-            specs[i] = PartitionSpec()  # also for its basis, which has other axes
     options["in_specs"] = tuple(specs)
 
     def inner(*operands: Any) -> tuple[Any, ...]:

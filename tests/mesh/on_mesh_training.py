@@ -13,7 +13,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optax.contrib import GaLoreDimensionNumbers as Numbers
 from pairwise import pairwise
+from projected import compared
 from small_model import (
     BATCH,
     LENGTH,
@@ -306,3 +308,40 @@ def test_attention_by_the_kernel_for_cards_is_divided_over_the_axes_that_are_lef
     with jax.set_mesh(make_mesh(MESHES["hybrid"])), nn.logical_axis_rules(ACTIVATIONS):
         np.testing.assert_allclose(jax.jit(by_data)(q, k, v, mask), blocks, atol=1e-6)
     assert parts[-1] == ((2, 6, 2, 8), (2, 6, 1, 8), (2, 1, 6, 6))
+
+
+@pytest.mark.parametrize(
+    ("proj_type", "check_vma"), [("left", True), ("right", False), ("full", True)]
+)
+def test_kernels_that_a_shard_map_divides_are_projected(proj_type, check_vma):
+    shapes = {"ws": (4, 6, 8), "up": (6, 2, 6), "heads": (6, 2, 4), "down": (12, 6)}
+    keys = jax.random.split(jax.random.key(0), 5)
+    params = {
+        name: jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+    }
+    numbers = {"ws": Numbers(1, 2), "up": Numbers(0, (1, 2)), "heads": Numbers(0, (1, 2))}
+    numbers["down"] = Numbers(0, 1)
+    # The heads are divided within, so that their part is not one of rows or columns of the matrix.
+    specs = {"ws": P("fsdp"), "up": P(None, "tensor"), "heads": P(None, None, "tensor")}
+    specs["down"] = P("tensor")
+    x, sizes = jax.random.normal(keys[4], (12, 6)), jnp.array([3, 2, 4, 3])
+
+    def of_shard(params, x):
+        first = 2 * jax.lax.axis_index("fsdp")
+        own = jnp.roll(x, -jnp.where(jnp.arange(4) < first, sizes, 0).sum(), axis=0)
+        y = jax.lax.ragged_dot(own, params["ws"], jax.lax.dynamic_slice_in_dim(sizes, first, 2))
+        h = jnp.tanh(jnp.einsum("td,dnh->tnh", x, params["up"])).reshape(12, -1)
+        z = jax.lax.psum(h @ params["down"], "tensor")
+        heads = jnp.sin(jnp.einsum("td,dnh->tnh", x, params["heads"]))
+        sums = jnp.sum(jnp.sin(y) ** 2), jnp.sum(heads**2)
+        return jax.lax.psum(sums[0], "fsdp") + jax.lax.psum(sums[1], "tensor") + jnp.sum(z**2)
+
+    def divided(params, x):
+        return jax.shard_map(
+            of_shard, mesh=mesh, in_specs=(specs, P()), out_specs=P(), check_vma=check_vma
+        )(params, x)
+
+    mesh = make_mesh(MESHES["hybrid"])
+    settings = {"rank": 3, "weight_dimension_numbers": numbers, "proj_type": proj_type}
+    assert compared(divided, params, x, **settings) == {"ws", "up", "down"}
