@@ -1,6 +1,7 @@
 """Loops over chunks of large arrays, and over those matrices of a stack that need work."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,12 +35,40 @@ def map_chunks(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, max_size: int
     equal = [n for n in range(least, 8 * least) if rows % n == 0]
     of_tiles = [n for n in equal if rows // n % TILE_ROWS == 0]
     chunks = next(iter(of_tiles + equal), min(least, rows))
-    size = -(-rows // chunks)
-    if rows % size:
-        return _map_unequal_chunks(f, arrays, rows, size)
+    by_rows = partial(_map_rows, f, size=-(-rows // chunks))
+    if not equal:
+        return by_rows(arrays)
+    by_index = partial(_map_leading_axis, f, chunks=chunks)
+    return lax.platform_dependent(arrays, tpu=by_index, default=by_rows)
 
-    # Chunks along an axis of their own: a TPU would lay out all 8-bit codes anew for each slice of
-    # rows, an axis that it divides into tiles.
+
+def _map_rows(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, size: int) -> PyTree:
+    """`map_chunks` by slices of rows, which CPUs and GPUs read and write in one pass."""
+    rows = jax.tree.leaves(arrays)[0].shape[0]
+
+    def update_chunk(i: jax.Array, arrays: PyTree) -> PyTree:
+        # A last chunk that is too short starts inside the one before it, and the rows that are
+        # already done are kept: for a separate remainder XLA would copy the arrays.
+        start = jnp.minimum(i * size, rows - size)
+        old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), arrays)
+        new = f(start, old)
+        if rows % size:
+            todo = start + jnp.arange(size) >= i * size
+            pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)
+            new = jax.tree.map(pick, new, old)
+        write = lambda x, chunk: lax.dynamic_update_slice_in_dim(x, chunk, start, axis=0)
+        return jax.tree.map(write, arrays, new)
+
+    return lax.fori_loop(0, -(-rows // size), update_chunk, arrays)
+
+
+def _map_leading_axis(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, chunks: int) -> PyTree:
+    """`map_chunks` along an axis of the chunks.
+
+    A TPU divides rows into tiles, and would lay out all 8-bit codes anew for each slice of rows.
+    """
+    size = jax.tree.leaves(arrays)[0].shape[0] // chunks
+
     def update_chunk(i: jax.Array, cut: PyTree) -> PyTree:
         old = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), cut)
         write = lambda x, chunk: lax.dynamic_update_index_in_dim(x, chunk, i, axis=0)
@@ -48,23 +77,6 @@ def map_chunks(f: Callable[[Any, PyTree], PyTree], arrays: PyTree, max_size: int
     cut = jax.tree.map(lambda x: x.reshape(chunks, size, *x.shape[1:]), arrays)
     done = lax.fori_loop(0, chunks, update_chunk, cut)
     return jax.tree.map(lambda x, like: x.reshape(like.shape), done, arrays)
-
-
-def _map_unequal_chunks(
-    f: Callable[[Any, PyTree], PyTree], arrays: PyTree, rows: int, size: int
-) -> PyTree:
-    def update_chunk(i: jax.Array, arrays: PyTree) -> PyTree:
-        # The last chunk starts inside the one before it, and the rows that are already done are
-        # kept: for a separate remainder XLA would copy the arrays.
-        start = jnp.minimum(i * size, rows - size)
-        old = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), arrays)
-        todo = start + jnp.arange(size) >= i * size
-        pick = lambda new, old: jnp.where(jnp.expand_dims(todo, range(1, old.ndim)), new, old)
-        new = jax.tree.map(pick, f(start, old), old)
-        write = lambda x, chunk: lax.dynamic_update_slice_in_dim(x, chunk, start, axis=0)
-        return jax.tree.map(write, arrays, new)
-
-    return lax.fori_loop(0, -(-rows // size), update_chunk, arrays)
 
 
 def for_each(flags: jax.Array, body: Callable[..., Any], carry: Any, operands: Any) -> Any:
