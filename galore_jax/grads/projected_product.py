@@ -302,12 +302,15 @@ def _ragged_coordinates(
     inputs = _matrix(x.astype(dtype), layout.x_axes)
     outputs = _matrix(dy.astype(dtype), layout.y_axes)
     rows, columns = (inputs, outputs) if layout.contracts_in else (outputs, inputs)
+    # JAX does not say what tokens of no group get; the kernel of a device need not write zeros.
+    has_group = jnp.arange(rows.shape[0])[:, None] < sizes.sum()
 
     def in_basis(side: Side, matrix: jax.Array) -> jax.Array:
         if side not in vectors:
             return matrix
         basis = dequantize(vectors[side]).astype(dtype)
-        return lax.ragged_dot(matrix, basis, sizes, **options).astype(dtype)
+        product = lax.ragged_dot(matrix, basis, sizes, **options)
+        return jnp.where(has_group, product, 0).astype(dtype)
 
     rows, columns = in_basis("left", rows), in_basis("right", columns)
     return jnp.real(lax.ragged_dot_general(rows, columns, sizes, _GRADIENTS, **options))
