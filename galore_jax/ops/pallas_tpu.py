@@ -24,10 +24,10 @@ from galore_jax.ops.quantization import (
 )
 from galore_jax.ops.threefry import threefry
 
-# Rows and blocks of 256 columns of a tile of 8-bit Adam, and the rows of a chunk: those of a tile
-# of 8-bit codes in a TPU's memory.
+# Rows and blocks of 256 columns of a tile of 8-bit Adam, and the rows of a chunk, or columns where
+# a block is a part of a column: those of a tile of 8-bit codes in a TPU's memory.
 ADAM_TILE = (256, 4)
-ADAM_CHUNK = 32
+ADAM_CHUNK, ADAM_CHUNK_BY_COLUMNS = 32, 128
 # Rows and columns of a tile of the lift, of which so many rows are multiplied at once, and the
 # largest rank: the factors of a tile have at most 2^21 elements each.
 LIFT_ROWS, LIFT_COLUMNS = 2048, 512
@@ -50,62 +50,97 @@ def adam_8bit(
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated."""
     inputs = gradient if gradient.dtype in FLOATS else gradient.astype(jnp.float32), mu, nu
-    rows, *moments = adam_step.as_rows(inputs)
-    height, width = rows.shape
-    blocks = moments[0].scales.shape[1]
+    # View everything as a batch of matrices, whose blocks lie along the rows, or down the columns.
+    by_columns = gradient.ndim > 1 and _lies_by_columns(gradient)
+    if by_columns:
+        to_matrices = lambda x: x.reshape(-1, *x.shape[-2:]).mT
+    else:
+        to_matrices = lambda x: x[None]
+        inputs = adam_step.as_rows(inputs)
+    matrices, *moments = jax.tree.map(to_matrices, inputs)
+    order = reversed if by_columns else iter
+    others, width = order(matrices.shape[1:])
+    _, blocks = order(moments[0].scales.shape[1:])
+
     # A last axis shorter than 256 forms a single block.
     block_size = min(BLOCK, width)
-    tile_rows = min(ADAM_TILE[0], pl.cdiv(height, ADAM_CHUNK) * ADAM_CHUNK)
+    chunk = ADAM_CHUNK_BY_COLUMNS if by_columns else ADAM_CHUNK
+    tile_others = min(ADAM_TILE[0], pl.cdiv(others, chunk) * chunk)
     tile_blocks = min(ADAM_TILE[1], blocks)
-    tile = pl.BlockSpec((tile_rows, tile_blocks * block_size), lambda i, j: (i, j))
-    # The scales of whole rows stay in VMEM until all their blocks are done.
-    scale_tile = pl.BlockSpec((tile_rows, blocks), lambda i, j: (i, 0))
+    tile = pl.BlockSpec(
+        (None, *order((tile_others, tile_blocks * block_size))), lambda b, i, j: (b, *order((i, j)))
+    )
+    # The scales of whole rows, or columns, stay in VMEM until all their blocks are done.
+    scale_tile = pl.BlockSpec(
+        (None, *order((tile_others, blocks))), lambda b, i, j: (b, *order((i, 0)))
+    )
     tiles = [Quantized(tile, scale_tile, moment.code) for moment in moments]
 
     # Codes and scales of the moments are overwritten.
     outputs = pl.pallas_call(
-        functools.partial(_adam_kernel, width=width, block_size=block_size),
-        out_shape=(jax.ShapeDtypeStruct(rows.shape, jnp.float32), *jax.eval_shape(list, moments)),
-        grid=(pl.cdiv(height, tile_rows), pl.cdiv(blocks, tile_blocks)),
+        functools.partial(
+            _adam_kernel, width=width, block_size=block_size, chunk=chunk, by_columns=by_columns
+        ),
+        out_shape=(
+            jax.ShapeDtypeStruct(matrices.shape, jnp.float32),
+            *jax.eval_shape(list, moments),
+        ),
+        grid=(len(matrices), pl.cdiv(others, tile_others), pl.cdiv(blocks, tile_blocks)),
         in_specs=(pl.BlockSpec(memory_space=pltpu.SMEM), tile, *tiles),
         out_specs=(tile, *tiles),
         input_output_aliases={2: 1, 3: 2, 4: 3, 5: 4},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         interpret=interpret,
         name="adam_8bit",
-    )(jnp.stack(adam_step.adam_scalars(count, b1, b2, eps)), rows, *moments)
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, inputs)
+    )(jnp.stack(adam_step.adam_scalars(count, b1, b2, eps)), matrices, *moments)
+    outputs = jax.tree.map(lambda x: x.mT, outputs) if by_columns else outputs
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, (gradient, mu, nu))
 
 
 def _adam_kernel(
-    scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, width: int, block_size: int
+    scalars,
+    gradient,
+    mu,
+    nu,
+    new_update,
+    new_mu,
+    new_nu,
+    *,
+    width: int,
+    block_size: int,
+    chunk: int,
+    by_columns: bool,
 ):
-    rows, columns = gradient.shape
-    blocks = columns // block_size
-    first_block = pl.program_id(1) * blocks
+    order, along = (reversed, 0) if by_columns else (iter, 1)
+    others, size = order(gradient.shape)
+    blocks = size // block_size
+    first_block = pl.program_id(2) * blocks
     values = tuple(scalars[i] for i in range(scalars.shape[0]))
-    scale_number = lax.broadcasted_iota(jnp.int32, (ADAM_CHUNK, mu.scales.shape[1]), 1)
+    _, all_blocks = order(mu.scales.shape)
+    scale_number = lax.broadcasted_iota(jnp.int32, tuple(order((chunk, all_blocks))), along)
 
-    def step_block(i: jax.Array, block: int) -> None:
-        number, rows = first_block + block, pl.ds(i * ADAM_CHUNK, ADAM_CHUNK)
-        here, is_own = (rows, pl.ds(block * block_size, block_size)), scale_number == number
+    def step_block(i: jax.Array, block: Any) -> None:
+        number, part = first_block + block, pl.ds(pl.multiple_of(i * chunk, chunk), chunk)
+        here = tuple(order((part, pl.ds(block * block_size, block_size))))
+        scales, is_own = tuple(order((part, slice(None)))), scale_number == number
 
         def load(moment: Quantized) -> jax.Array:
             codes = moment.codes[here].astype(jnp.int32)
-            scale = jnp.sum(jnp.where(is_own, moment.scales[rows, :], 0), axis=1, keepdims=True)
+            own = jnp.where(is_own, moment.scales[scales], 0)
+            scale = jnp.sum(own, axis=along, keepdims=True)
             return decode(codes, signed=moment.code == "signed") * scale
 
         def store(moment: Quantized, new: jax.Array) -> None:
             if width % block_size:
                 # What is beyond the edge does not belong to the block.
-                columns = number * block_size + lax.broadcasted_iota(jnp.int32, new.shape, 1)
-                new = jnp.where(columns < width, new, 0)
-            largest = block_max(new)
+                place = number * block_size + lax.broadcasted_iota(jnp.int32, new.shape, along)
+                new = jnp.where(place < width, new, 0)
+            largest = block_max(new, axis=along)
             codes = encode(block_fractions(new, largest), signed=moment.code == "signed")
             moment.codes[here] = codes.astype(jnp.uint8)
-            moment.scales[rows, :] = jnp.where(is_own, largest, moment.scales[rows, :])
+            moment.scales[scales] = jnp.where(is_own, largest, moment.scales[scales])
 
         update, m, v = adam_step.adam_formula(gradient[here], load(mu), load(nu), values)
         new_update[here] = update
@@ -113,10 +148,13 @@ def _adam_kernel(
         store(new_nu, v)
 
     def step_chunk(i: jax.Array, _: None) -> None:
-        for block in range(blocks):
-            step_block(i, block)
+        if by_columns:  # A block of 128 columns is large enough to hide latencies.
+            lax.fori_loop(0, blocks, lambda block, _: step_block(i, block), None)
+        else:
+            for block in range(blocks):
+                step_block(i, block)
 
-    lax.fori_loop(0, rows // ADAM_CHUNK, step_chunk, None)
+    lax.fori_loop(0, others // chunk, step_chunk, None)
 
 
 def lift_and_add(
@@ -144,9 +182,7 @@ def lift_and_add(
         # One matrix of a stack after the other, so that their updates do not exist together.
         plain = jax.custom_batching.sequential_vmap(functools.partial(lift.lift_and_add, **options))
         return plain(weights, left, right, scale, decay, seed)
-    # XLA lays out a matrix such that its tiles of 8 × 128 hold no more padding than they must. Of
-    # one that it lays out by columns the transpose is a matrix by rows, and costs nothing.
-    by_columns = weights.shape[0] % 128 == 0 and weights.shape[1] % 128 != 0
+    by_columns = _lies_by_columns(weights)
     if by_columns:
         factors, right_is_transposed = (right if right_is_transposed else right.T, left), True
     else:
@@ -242,3 +278,12 @@ def _noise(seed: Any, row: Any, column: Any, shape: tuple[int, ...], by_columns:
         return (word >> ((groups & 2) << 3)) & 0xFFFF
 
     return jnp.concatenate([quarter(i) for i in range(4)], axis).astype(jnp.uint32)
+
+
+def _lies_by_columns(array: jax.Array) -> bool:
+    """Whether XLA lays out the matrices of an array by columns, so that tiles of 8 × 128 fit them.
+
+    The transpose, a matrix by rows, then costs nothing, while the array by rows would be a copy.
+    """
+    rows, columns = array.shape[-2:]
+    return rows % 128 == 0 and columns % 128 != 0

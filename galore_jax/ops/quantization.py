@@ -126,11 +126,11 @@ def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return blocks.reshape(*shape[:-1], width)[..., : shape[-1]]
 
 
-def block_max(blocks: jax.Array, *, keepdims: bool = True) -> jax.Array:
-    """Largest magnitude along the last axis; NaN if a number is not finite."""
+def block_max(blocks: jax.Array, *, axis: int = -1, keepdims: bool = True) -> jax.Array:
+    """Largest magnitude along an axis; NaN if a number is not finite."""
     # On GPUs the maximum of numbers and NaN is a number.
     magnitudes = jnp.where(jnp.isnan(blocks), jnp.inf, jnp.abs(blocks))
-    largest = jnp.max(magnitudes, axis=-1, keepdims=keepdims)
+    largest = jnp.max(magnitudes, axis=axis, keepdims=keepdims)
     return jnp.where(largest < jnp.inf, largest, jnp.nan)
 
 
