@@ -19,7 +19,7 @@ from galore_jax.errors import InputError, require_choice
 from galore_jax.files import write_json, write_text
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
-# What a step is compared with at each width: blocks alone, in plain JAX too.
+# Without optax.contrib.galore, whose SVDs take most of the time at these widths.
 CHOSEN = "optimizers=adamw,galore_full,galore_projected"
 BENCHMARKS = {
     "device": [

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from analysis.compile_targets import TARGETS, place, target
 from analysis.estimate import Estimate, estimate
+from analysis.memory import compile_fitting
 from tqdm import tqdm
 
 from benchmarks import Row
 from benchmarks.baselines import Baseline, Loss
 from galore_jax.types import PyTree
 
-# What the estimates of a simple program reach of the published peaks: a bfloat16 product, and a sum
-# of two float32 arrays.
+# Rows and columns of the matrices of the calibration.
 SIDE = 8192
 
 
@@ -29,6 +29,9 @@ def estimate_steps(
       loss: of parameters and a batch.
       start: makes parameters and a batch; only their shapes are used.
       device: a key of `compile_targets.TARGETS`.
+
+    Raises:
+      DoesNotFit: the compiler refuses a program that is larger than the memory of the device.
     """
     rows: list[Row] = []
     with target(device) as sharding, jax.set_mesh(None):
@@ -36,7 +39,7 @@ def estimate_steps(
         for one in tqdm(chosen, f"compiling for {TARGETS[device].name}"):
             arguments = params, jax.eval_shape(one.init, params), batch
             step = jax.jit(functools.partial(one.step, loss), donate_argnums=(0, 1))
-            compiled = step.lower(*place(arguments, sharding)).compile()
+            compiled = compile_fitting(step.lower(*place(arguments, sharding)))
             rows.append({"name": one.name, **figures(compiled, device)})
         rows = [with_ratios(row, rows[0]) for row in rows]
         return rows + calibration(device, sharding)
