@@ -179,6 +179,21 @@ def test_a_derivative_of_ones_own_is_kept_and_its_kernel_full():
     assert compared(own, last(), inputs(5, 12)) == set()
 
 
+def test_parts_with_bases_of_their_own_are_not_gathered_as_one_matrix():
+    _, state = started(last())
+
+    def of_device(params, state, x):
+        gathered = lambda params: jax.lax.all_gather(params["last"], "data", tiled=True)
+        loss = lambda params, x: jnp.mean((x @ gathered(params)) ** 2)
+        return value_and_grad(loss)(params, state, x)[1]["last"]
+
+    mesh = Mesh(jax.devices()[:1], ("data",))
+    sharded = jax.shard_map(
+        of_device, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False
+    )
+    assert jax.jit(sharded)(last(), state, inputs(5, 12)).shape == (12, 9)  # full
+
+
 def test_matrices_that_are_not_consecutive_are_gathered():
     stack = inputs(4, 2, 3)
     indices = np.array([[3, 1], [0, 0]])

@@ -397,11 +397,16 @@ def _narrowed(value: Tracked, this: str, selection: Any, axes: list[str]) -> Tra
         vectors, coordinates = jax.tree.map(matrices, (value.vectors, value.coordinates))
         return replace(value, vectors=vectors, coordinates=coordinates)
     indices = selection.transpose(sorted(range(len(axes)), key=axes.__getitem__)).reshape(-1)
+    return _with_side(value, this, partial(_taken, indices))
+
+
+def _with_side(value: Tracked, this: str, change: Callable[[jax.Array, int], jax.Array]) -> Tracked:
+    """A tracked value after its rows, or columns, changed as `change(array, axis)` says."""
     side, axis = ("left", -2) if this == IN else ("right", -1)
     if side not in value.vectors:
-        return replace(value, coordinates=_taken(indices, value.coordinates, axis))
-    narrowed = jax.tree.map(lambda stack: _taken(indices, stack, -2), value.vectors[side])
-    return replace(value, vectors={**value.vectors, side: narrowed})
+        return replace(value, coordinates=change(value.coordinates, axis))
+    vectors = jax.tree.map(lambda stack: change(stack, -2), value.vectors[side])
+    return replace(value, vectors={**value.vectors, side: vectors})
 
 
 def _reordered(name: str, params: Any) -> Sequence[int]:
@@ -564,6 +569,8 @@ def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) 
     for i, value in enumerate(operands):
         if not isinstance(value, Tracked):
             continue
+        divided = (*value.divided, *params["newly_manual_axes"])
+        operands[i] = value = replace(value, divided=divided)
         if (parts := _parts(value, specs[i])) is not None:
             specs[i] = parts
         else:
@@ -578,6 +585,30 @@ def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) 
     return [*jax.shard_map(inner, **options, axis_names=axes)(*operands)]
 
 
+def _all_gather(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
+    """Inside a `shard_map`, a whole parameter from the devices' parts."""
+    (value,), axis = operands, params["all_gather_dimension"]
+    # Parts of a parameter with a basis each, where the loss itself is in a `shard_map`, are not
+    # parts of a matrix with one basis.
+    has_one_basis = {*params["axis_name"]} <= {*value.divided}
+    if not (has_one_basis and params["tiled"] and params["axis_index_groups"] is None):
+        raise NoRule
+
+    def gather(array: jax.Array, axis: int) -> jax.Array:
+        return lax.all_gather(array, params["axis_name"], axis=axis % array.ndim, tiled=True)
+
+    this, letter = kind(value.axes[axis]), value.axes[axis]
+    outer = [i for i, other in enumerate(value.axes) if kind(other) == this and other < letter]
+    value = replace(value, array=_bind(equation, [value.array])[0])
+    if this == BATCH:
+        stacks = value.vectors, value.coordinates
+        vectors, coordinates = jax.tree.map(lambda stack: gather(stack, len(outer)), stacks)
+        return [replace(value, vectors=vectors, coordinates=coordinates)]
+    if any(value.array.shape[i] > 1 for i in outer):
+        raise NoRule  # Its parts are not one after another in the side.
+    return [_with_side(value, this, gather)]
+
+
 RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot,
@@ -588,6 +619,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "scan": _scan,
     "cond": _cond,
     "shard_map": _shard_map,
+    "all_gather": _all_gather,
     **dict.fromkeys(("slice", "dynamic_slice", "gather", "split", "unstack"), _select),
     **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim", "tile", "transpose"), _select),
     **dict.fromkeys(("convert_element_type", "name", "sharding_constraint"), _unchanged),

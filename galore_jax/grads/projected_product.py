@@ -13,7 +13,7 @@ of basis vectors and coordinates.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class Tracked:
         projected products declare the projected gradient to be their derivative.
       axes: static; the letters of the axes of `array`, batch axes in alphabetical order.
       path: static; the names of the parameter's path.
+      divided: static; mesh axes over which a `shard_map` inside the loss may have divided it.
     """
 
     array: Any
@@ -54,6 +55,7 @@ class Tracked:
     coordinates: Any
     axes: str = field(metadata={"static": True})
     path: tuple[str, ...] = field(metadata={"static": True})
+    divided: tuple[str, ...] = field(default=(), metadata={"static": True})
 
 
 def track(array: Any, basis: Basis, coordinates: Any) -> Tracked:
@@ -89,7 +91,8 @@ def moved(
     precedes = lambda i, j: order[j][0] == order[i][0] and order[j] < order[i]
     letters = [chr(ord(order[i][0]) + sum(precedes(i, j) for j in order)) for i in order]
     vectors, coordinates = jax.tree.map(change, (value.vectors, value.coordinates))
-    return Tracked(array, vectors, coordinates, "".join(letters), value.path)
+    axes = "".join(letters)
+    return replace(value, array=array, vectors=vectors, coordinates=coordinates, axes=axes)
 
 
 def projected_product(
