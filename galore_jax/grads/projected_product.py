@@ -261,10 +261,23 @@ def product_dtype(dtype: Any) -> Any:
 def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> jax.Array:
     """The coordinates of the gradient `xᵀ dy`, or `dyᵀ x`, of a parameter with this dtype."""
     dtype = promoted(product_dtype(x.dtype), product_dtype(dtype))
+    in_place = partial(_in_bases, layout)
+
+    def of_matrices(x: jax.Array, dy: jax.Array, vectors: Any) -> jax.Array:
+        (x, x_axes), (dy, y_axes) = _matrices(x, layout.x_axes), _matrices(dy, layout.y_axes)
+        return _in_bases(layout._replace(x_axes=x_axes, y_axes=y_axes), x, dy, vectors)
+
+    # A TPU would copy x or dy for axes that are merged or moved where XLA keeps them in another
+    # order. XLA's products on CPUs want matrices: of several axes of tokens in bfloat16 some fail.
+    operands = x.astype(dtype), dy.astype(dtype), vectors
+    return lax.platform_dependent(*operands, tpu=in_place, default=of_matrices)
+
+
+def _in_bases(layout: _Layout, x: jax.Array, dy: jax.Array, vectors: Any) -> jax.Array:
+    """`_coordinates` of operands with one dtype, whose axes stay where they are."""
+    dtype = x.dtype
     wide = promoted(dtype, jnp.float32)
     einsum = partial(jnp.einsum, precision=layout.precision, preferred_element_type=wide)
-    # No axes are merged or moved: where XLA keeps x or dy in another order than theirs, as on TPUs,
-    # it would copy them.
     sizes = dict(zip((*layout.x_axes, *layout.y_axes), (*x.shape, *dy.shape), strict=True))
     those = lambda wanted, axes: sorted(axis for axis in axes if kind(axis) == wanted)
     batch = those(BATCH, sizes)  # Each is in x, in the result, or in both.
@@ -279,14 +292,28 @@ def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> 
         kept = [*batch, *(axis for axis in axes if kind(axis) == TOKEN), side]
         return einsum(array, axes, basis, [*batch, *across, side], kept).astype(dtype), kept
 
-    inputs, outputs = (x.astype(dtype), [*layout.x_axes]), (dy.astype(dtype), [*layout.y_axes])
+    inputs, outputs = (x, [*layout.x_axes]), (dy, [*layout.y_axes])
     rows, columns = (inputs, outputs) if layout.contracts_in else (outputs, inputs)
     rows, columns = in_basis("left", *rows), in_basis("right", *columns)
     in_axes, out_axes = those(IN, rows[1]), those(OUT, columns[1])
+    # Both operands keep their tokens where they are: given a transpose, XLA would compute Pᵀ xᵀ,
+    # which takes twice the time on CPUs.
     coordinates = jnp.real(einsum(*rows, *columns, [*batch, *in_axes, *out_axes]))
     shape, end = coordinates.shape, len(batch) + len(in_axes)
     matrix = math.prod(shape[len(batch) : end]), math.prod(shape[end:])
     return coordinates.reshape(*shape[: len(batch)], *matrix)
+
+
+def _matrices(array: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, tuple[str, ...]]:
+    """An array as matrices `(*batch, tokens, n)`, and the names of their axes."""
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    names = [axes[i] for i in order]
+    batch = [name for name in names if kind(name) == BATCH]
+    side = [name for name in names if kind(name) in (IN, OUT)]
+    array = array.transpose(order)
+    sizes, end = array.shape[len(batch) :], len(names) - len(batch) - len(side)
+    matrix = math.prod(sizes[:end]), math.prod(sizes[end:])
+    return array.reshape(*array.shape[: len(batch)], *matrix), (*batch, TOKEN, kind(side[0]))
 
 
 # The numbers of `xᵀ y` for each group of rows.
@@ -302,8 +329,8 @@ def _ragged_coordinates(
         "precision": layout.precision,
         "preferred_element_type": promoted(dtype, jnp.float32),
     }
-    inputs = _matrix(x.astype(dtype), layout.x_axes)
-    outputs = _matrix(dy.astype(dtype), layout.y_axes)
+    inputs, _ = _matrices(x.astype(dtype), layout.x_axes)
+    outputs, _ = _matrices(dy.astype(dtype), layout.y_axes)
     rows, columns = (inputs, outputs) if layout.contracts_in else (outputs, inputs)
     # JAX does not say what tokens of no group get; the kernel of a device need not write zeros.
     has_group = jnp.arange(rows.shape[0])[:, None] < sizes.sum()
@@ -317,12 +344,6 @@ def _ragged_coordinates(
 
     rows, columns = in_basis("left", rows), in_basis("right", columns)
     return jnp.real(lax.ragged_dot_general(rows, columns, sizes, _GRADIENTS, **options))
-
-
-def _matrix(array: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The matrix `(tokens, n)` of an array with one axis of tokens."""
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    return array.transpose(order).reshape(array.shape[order[0]], -1)
 
 
 _derived.defvjp(_forward, _backward)

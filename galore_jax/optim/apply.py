@@ -121,7 +121,7 @@ def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.
 
     def update_all(add: Callable[..., jax.Array], matrices: jax.Array, *others: Any) -> jax.Array:
         update_one = partial(_update_matrix, projection, partition, add, basis.scale)
-        if not batch:
+        if not batch and partition is None:
             return update_one(matrices, *others)
         stack, *rest = flatten_batch((matrices, *others), batch)
 
@@ -130,7 +130,8 @@ def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.
             return stack.at[i].set(update_one(stack[i], *arguments))
 
         # A kernel updates a stack in place, but inside a loop it would be given copies. On a mesh
-        # the loop is needed nonetheless: the basis of one matrix at a time is gathered.
+        # the loop is needed nonetheless: the basis of one matrix at a time is gathered, and the
+        # weights keep their sharding.
         if add is not lift.lift_and_add and partition is None:
             new = jax.vmap(update_one)(stack, *rest)
         else:
