@@ -25,6 +25,7 @@ from galore_jax import (
     refresh_due,
     value_and_grad,
 )
+from galore_jax.grads import projected_product
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.optim.galore_state import galore_states
 from galore_jax.training.pretraining import batch_loss
@@ -274,6 +275,25 @@ def test_a_training_step_holds_no_factorisation():
     factorisations = re.compile(r"= (cholesky|svd|eigh|qr|geqrf|triangular_solve)\[")
     assert not factorisations.search(primitives(projected))
     assert factorisations.search(primitives(refresh(loss, has_aux=True)))
+
+
+def test_axes_that_stay_in_place_as_on_tpus_give_the_same_coordinates(monkeypatch):
+    config, params, batch = llama()
+    loss = functools.partial(batch_loss, config)
+    state = galore_jax.adamw(1e-3, rank=8).init(params)
+    layouts = []
+
+    def in_place(layout, dtype, *operands):
+        del dtype
+        layouts.append(layout)
+        return projected_product._in_bases(layout, *operands)
+
+    _, expected = value_and_grad(loss, has_aux=True)(params, state, batch)
+    monkeypatch.setattr(projected_product, "_coordinates", in_place)
+    _, found = value_and_grad(loss, has_aux=True)(params, state, batch)
+    assert any(len(layout.x_axes) > 2 for layout in layouts)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
 
 
 def test_each_counter_and_setting_of_a_donated_state_stays_in_its_buffer():

@@ -264,7 +264,9 @@ def _coordinates(layout: _Layout, dtype: Any, x: Any, dy: Any, vectors: Any) -> 
     in_place = partial(_in_bases, layout)
 
     def of_matrices(x: jax.Array, dy: jax.Array, vectors: Any) -> jax.Array:
-        (x, x_axes), (dy, y_axes) = _matrices(x, layout.x_axes), _matrices(dy, layout.y_axes)
+        sides = (IN, OUT) if layout.contracts_in else (OUT, IN)
+        x, x_axes = _matrices(x, layout.x_axes, sides[0])
+        dy, y_axes = _matrices(dy, layout.y_axes, sides[1])
         return _in_bases(layout._replace(x_axes=x_axes, y_axes=y_axes), x, dy, vectors)
 
     # A TPU would copy x or dy for axes that are merged or moved where XLA keeps them in another
@@ -304,16 +306,21 @@ def _in_bases(layout: _Layout, x: jax.Array, dy: jax.Array, vectors: Any) -> jax
     return coordinates.reshape(*shape[: len(batch)], *matrix)
 
 
-def _matrices(array: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, tuple[str, ...]]:
-    """An array as matrices `(*batch, tokens, n)`, and the names of their axes."""
+def _matrices(
+    array: jax.Array, axes: tuple[str, ...], side: str
+) -> tuple[jax.Array, tuple[str, ...]]:
+    """An array, of whose parameter it has one side, as matrices `(*batch, tokens, n)`.
+
+    Returns:
+      The matrices, and the names of their axes, the last of which is `side`.
+    """
     order = sorted(range(len(axes)), key=axes.__getitem__)
-    names = [axes[i] for i in order]
-    batch = [name for name in names if kind(name) == BATCH]
-    side = [name for name in names if kind(name) in (IN, OUT)]
+    batch = sorted(axis for axis in axes if kind(axis) == BATCH)
+    tokens = sum(kind(axis) == TOKEN for axis in axes)
     array = array.transpose(order)
-    sizes, end = array.shape[len(batch) :], len(names) - len(batch) - len(side)
-    matrix = math.prod(sizes[:end]), math.prod(sizes[end:])
-    return array.reshape(*array.shape[: len(batch)], *matrix), (*batch, TOKEN, kind(side[0]))
+    sizes = array.shape[len(batch) :]
+    matrix = math.prod(sizes[:tokens]), math.prod(sizes[tokens:])
+    return array.reshape(*array.shape[: len(batch)], *matrix), (*batch, TOKEN, side)
 
 
 # The numbers of `xᵀ y` for each group of rows.
@@ -329,8 +336,8 @@ def _ragged_coordinates(
         "precision": layout.precision,
         "preferred_element_type": promoted(dtype, jnp.float32),
     }
-    inputs, _ = _matrices(x.astype(dtype), layout.x_axes)
-    outputs, _ = _matrices(dy.astype(dtype), layout.y_axes)
+    inputs, _ = _matrices(x.astype(dtype), layout.x_axes, IN)
+    outputs, _ = _matrices(dy.astype(dtype), layout.y_axes, OUT)
     rows, columns = (inputs, outputs) if layout.contracts_in else (outputs, inputs)
     # JAX does not say what tokens of no group get; the kernel of a device need not write zeros.
     has_group = jnp.arange(rows.shape[0])[:, None] < sizes.sum()
