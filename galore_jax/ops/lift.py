@@ -1,5 +1,6 @@
 """Lifts a low-rank update and adds it to the weights (see also `Projection.lift`)."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -74,6 +75,11 @@ def lift_and_add(
         cuda=partial(by_chunks, max_size=MAX_CHUNK_ON_GPU),
         default=partial(by_chunks, max_size=MAX_CHUNK),
     )
+
+
+def one_after_another(**options: Any) -> Callable[..., jax.Array]:
+    """`lift_and_add`; `jax.vmap` of it lifts one matrix after the other, never all together."""
+    return jax.custom_batching.sequential_vmap(partial(lift_and_add, **options))
 
 
 def product(left: jax.Array, right: jax.Array, right_is_transposed: bool) -> jax.Array:

@@ -132,9 +132,7 @@ def lift_and_add(
     rows, columns = weights.shape
     covered = rows % 8 == 0 and columns % 16 == 0 and left.shape[1] % LIFT_RANKS == 0
     if weights.dtype not in FLOATS or not covered:
-        options: Any = {"right_is_transposed": right_is_transposed, "start": start}
-        # One matrix of a stack after the other, so that their updates do not exist together.
-        plain = jax.custom_batching.sequential_vmap(functools.partial(lift.lift_and_add, **options))
+        plain = lift.one_after_another(right_is_transposed=right_is_transposed, start=start)
         return plain(weights, left, right, scale, decay, seed)
     factors = left, right if right_is_transposed else right.T
     scalars = jnp.stack([jnp.asarray(scalar, jnp.float32) for scalar in (scale, decay)])

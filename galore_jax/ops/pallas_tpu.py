@@ -178,9 +178,7 @@ def lift_and_add(
     """
     is_aligned = weights.shape[1] % 4 == 0 or (isinstance(start[1], int) and start[1] % 4 == 0)
     if weights.dtype not in FLOATS or left.shape[1] > LIFT_RANKS or not is_aligned:
-        options: Any = {"right_is_transposed": right_is_transposed, "start": start}
-        # One matrix of a stack after the other, so that their updates do not exist together.
-        plain = jax.custom_batching.sequential_vmap(functools.partial(lift.lift_and_add, **options))
+        plain = lift.one_after_another(right_is_transposed=right_is_transposed, start=start)
         return plain(weights, left, right, scale, decay, seed)
     by_columns = _lies_by_columns(weights)
     if by_columns:
