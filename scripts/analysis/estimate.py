@@ -198,7 +198,9 @@ class _Reader:
         """Bytes that the instructions of a fusion read of another one's result."""
         total = 0
         for user in body.users.get(instruction.name, ()):
-            if user.opcode == "bitcast":
+            # Fusions within fusions write nothing: on a TPU they tile an operand in another way.
+            is_view = user.opcode == "bitcast" or "output_to_operand_aliasing" in user.text
+            if is_view:
                 total += self._read_within(body, user, whole)
             else:
                 places = (i for i, name in enumerate(user.operands) if name == instruction.name)
