@@ -32,18 +32,24 @@ adam_triton, adam_tpu, adam_hopper = (
 lift_plain = jax.jit(lift.lift_and_add, static_argnames="right_is_transposed")
 
 
-def branch_for_tpus(*arguments, tpu, **others):
-    """In place of `lax.platform_dependent`: what it would run on a TPU."""
-    del others
-    return tpu(*arguments)
+def branch_on(platform):
+    """In place of `lax.platform_dependent`: what it would run on this platform."""
+
+    def run(*arguments, default, **others):
+        return others.get(platform, default)(*arguments)
+
+    return run
 
 
-@functools.partial(jax.jit, static_argnames="right_is_transposed")
-def lift_plain_on_tpus(*arguments, **options):
-    branches = mock.patch.object(jax.lax, "platform_dependent", branch_for_tpus)
-    # By default products on TPUs round their factors to bfloat16.
-    with branches, jax.default_matmul_precision("float32"):
-        return lift.lift_and_add(*arguments, **options)
+def lift_plain_on(platform):
+    @functools.partial(jax.jit, static_argnames="right_is_transposed")
+    def run(*arguments, **options):
+        branch = mock.patch.object(jax.lax, "platform_dependent", branch_on(platform))
+        # By default products on TPUs round their factors to bfloat16.
+        with branch, jax.default_matmul_precision("float32"):
+            return lift.lift_and_add(*arguments, **options)
+
+    return run
 
 
 lift_triton, lift_tpu, lift_hopper = (
@@ -59,7 +65,8 @@ on_mosaic_gpu = pytest.mark.skipif(
 ADAMS = {"plain": adam_plain, "triton": adam_triton, "tpu": adam_tpu}
 LIFTS = {
     "plain": lift_plain,
-    "plain-tpu": lift_plain_on_tpus,
+    "plain-gpu": lift_plain_on("cuda"),
+    "plain-tpu": lift_plain_on("tpu"),
     "triton": lift_triton,
     "tpu": lift_tpu,
 }
@@ -159,7 +166,7 @@ def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape, dev
     expected = adam_plain(*arguments)
     monkeypatch.setattr(adam_step, "MAX_CHUNK", 1000)
     if device == "TPU":
-        monkeypatch.setattr(jax.lax, "platform_dependent", branch_for_tpus)
+        monkeypatch.setattr(jax.lax, "platform_dependent", branch_on("tpu"))
     step = functools.partial(adam_step.adam_8bit, b1=B1, b2=B2, eps=EPS)
     assert "scan" in str(jax.make_jaxpr(step)(*arguments))
     found = jax.jit(step)(*arguments)
@@ -242,6 +249,15 @@ def test_a_lift_on_chunks_of_rows_equals_that_of_the_matrix(monkeypatch, rows):
     spacings = expected.view(jnp.int16).astype(int) - chunked.view(jnp.int16).astype(int)
     assert np.abs(spacings).max() <= 1
     assert (spacings != 0).mean() <= 1e-3
+
+
+@every_lift
+def test_weights_stay_as_they_are_or_decay_to_nothing(add):
+    weights, left, right = matrices(40, 50, 8, False, FLOAT32)
+    np.testing.assert_array_equal(add(weights, left, 0 * right, 1.0, 0.0), weights)
+    expected = float64(left) @ float64(right)
+    new = add(weights, left, right, 1.0, 1.0)
+    np.testing.assert_allclose(new, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @every_lift

@@ -68,11 +68,16 @@ def lift_and_add(
             update = with_layout_constraint(update, Layout((0, 1)))
         return add(weights, update, scale, decay, seed, start)
 
+    def add_on_gpu(weights: jax.Array) -> jax.Array:
+        if weights.dtype.itemsize < 4:
+            return by_chunks(weights, max_size=MAX_CHUNK_ON_GPU)
+        return add_then_decay(weights, product(left, right, right_is_transposed), scale, decay)
+
     by_chunks = partial(map_chunks, add_to_rows)
     return lax.platform_dependent(
         weights,
         tpu=add_on_tpu,
-        cuda=partial(by_chunks, max_size=MAX_CHUNK_ON_GPU),
+        cuda=add_on_gpu,
         default=partial(by_chunks, max_size=MAX_CHUNK),
     )
 
@@ -110,3 +115,14 @@ def add(
     if seed is None or weights.dtype != jnp.bfloat16:
         return new.astype(weights.dtype)
     return round_with_noise(new, noise(seed, *start, new.shape))
+
+
+def add_then_decay(weights: jax.Array, lifted: jax.Array, scale: Any, decay: Any) -> jax.Array:
+    """`add` for float32 or wider weights in the one form that a GPU computes with the product.
+
+    To the kernel of a product XLA adds an argument of the program, as it is: not weights that have
+    been decayed or converted, nor a slice of them. The result differs by rounding.
+    """
+    # Weights that decay to nothing leave a remainder that no float32 shows.
+    kept = jnp.where(decay == 1, 2.0**-64, 1 - decay)
+    return (scale / kept * lifted + weights) * kept
