@@ -9,6 +9,7 @@ import pytest
 from next_tokens import next_tokens
 
 from galore_jax.errors import InputError
+from galore_jax.models import layers
 from galore_jax.models.layers import cudnn_takes
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
@@ -202,6 +203,29 @@ def test_the_kernel_is_taken_where_card_dtype_and_shape_allow(
         card.compute_capability = capability
     monkeypatch.setattr(jax, "local_devices", lambda: [card])
     assert cudnn_takes(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))) == takes
+
+
+def test_attention_on_tpus_has_the_same_values_and_gradients(monkeypatch):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, dy = (
+        jax.random.normal(key, (2, 24, heads, 10))
+        for key, heads in zip(keys, (4, 2, 2, 4), strict=True)
+    )
+    rotation = OTHER_MODEL.rotation_at(jnp.arange(24)[None])
+    mask = layers.attention_mask(jnp.repeat(jnp.array([[1, 2, 0], [1, 1, 2]]), 8, axis=1), 6)
+
+    def mixed(q, k, v):
+        rotated = (layers.rotate(heads, rotation) for heads in (q, k))
+        mixed = layers.causal_attention(*rotated, v, mask)
+        return jnp.sum(mixed * dy), mixed
+
+    gradients = jax.grad(mixed, argnums=(0, 1, 2), has_aux=True)
+    expected = jax.jit(gradients)(q, k, v)
+    # Several blocks of queries.
+    monkeypatch.setattr(layers, "MIN_QUERIES_ON_TPU", 8)
+    on_tpu = lambda *operands, tpu, default: tpu(*operands)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_tpu)
+    assert_trees_close(jax.jit(lambda *heads: gradients(*heads))(q, k, v), expected, 1e-6)
 
 
 def test_rematerialisation_gives_the_same_gradients_in_half_the_memory():
