@@ -164,7 +164,8 @@ def test_an_adam_kernel_has_the_codes_of_plain_jax(kernel, shape, dtype):
 def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape, device):
     arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
     expected = adam_plain(*arguments)
-    monkeypatch.setattr(adam_step, "MAX_CHUNK", 1000)
+    for limit in ("MAX_CHUNK", "MAX_CHUNK_ON_TPU", "MAX_WHOLE_ON_TPU"):
+        monkeypatch.setattr(adam_step, limit, 1000)
     if device == "TPU":
         monkeypatch.setattr(jax.lax, "platform_dependent", branch_on("tpu"))
     step = functools.partial(adam_step.adam_8bit, b1=B1, b2=B2, eps=EPS)

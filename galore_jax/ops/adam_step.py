@@ -1,17 +1,27 @@
 """Adam (arXiv 1412.6980, algorithm 1) with moments in 8-bit codes (arXiv 2110.02861)."""
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from galore_jax.ops.loops import map_chunks
-from galore_jax.ops.quantization import BLOCK, Quantized, dequantize, quantize
+from galore_jax.ops.quantization import (
+    BLOCK,
+    Quantized,
+    dequantize_blocks,
+    from_blocks,
+    quantize_blocks,
+    to_blocks,
+)
 
 MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
-# About this many elements have their moments in float32 at the same time.
-MAX_CHUNK = 2**20
+# About this many elements have their moments in float32 at the same time. A TPU lays out each
+# chunk anew, and takes as many elements as its vector memory holds without chunks.
+MAX_CHUNK, MAX_CHUNK_ON_TPU, MAX_WHOLE_ON_TPU = 2**20, 2**22, 2**24
 
 
 def adam_8bit(
@@ -39,7 +49,13 @@ def adam_8bit(
         return adam_step(gradient, mu, nu, scalars)
 
     # The update is written over the gradient.
-    outputs = map_chunks(step_chunk, as_rows(inputs), MAX_CHUNK)
+    by_chunks = partial(map_chunks, step_chunk)
+    size_on_tpu = MAX_WHOLE_ON_TPU if gradient.size <= MAX_WHOLE_ON_TPU else MAX_CHUNK_ON_TPU
+    outputs = lax.platform_dependent(
+        as_rows(inputs),
+        tpu=partial(by_chunks, max_size=size_on_tpu),
+        default=partial(by_chunks, max_size=MAX_CHUNK),
+    )
     return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, inputs)
 
 
@@ -70,8 +86,10 @@ def adam_step(
     gradient: jax.Array, mu: Quantized, nu: Quantized, scalars: tuple[Any, ...]
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`adam_8bit`, given its scalars."""
-    update, m, v = adam_formula(gradient, dequantize(mu), dequantize(nu), scalars)
-    return update, quantize(m, mu.code), quantize(v, nu.code)
+    shape, blocks = gradient.shape, map(dequantize_blocks, (mu, nu))
+    update, m, v = adam_formula(to_blocks(gradient), *blocks, scalars)
+    moments = (quantize_blocks(m, shape, mu.code), quantize_blocks(v, shape, nu.code))
+    return from_blocks(update, shape), *moments
 
 
 def adam_formula(

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from galore_jax.ops.partition import Partition
 
@@ -65,15 +67,18 @@ def quantize(x: jax.Array, code: Code) -> Quantized:
     Returns:
       The codes and scales.
     """
-    x = x.astype(jnp.float32)
-    blocks = to_blocks(x)
+    return quantize_blocks(to_blocks(x.astype(jnp.float32)), x.shape, code)
+
+
+def quantize_blocks(blocks: jax.Array, shape: tuple[int, ...], code: Code) -> Quantized:
+    """`quantize` of an array of this shape, given its blocks in float32."""
     max_magnitude = block_max(blocks)
     fractions = block_fractions(blocks, max_magnitude)
     if code == "int8":
         codes = jnp.floor(fractions * 127 + 0.5).astype(jnp.int8)
     else:
         codes = encode(fractions, signed=code == "signed").astype(jnp.uint8)
-    return Quantized(from_blocks(codes, x.shape), max_magnitude.squeeze(-1), code)
+    return Quantized(from_blocks(codes, shape), max_magnitude.squeeze(-1), code)
 
 
 def zeros_like(x: Any, code: Code) -> Quantized:
@@ -81,19 +86,22 @@ def zeros_like(x: Any, code: Code) -> Quantized:
     blocks = -(-x.shape[-1] // BLOCK)
     scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
     dtype = jnp.int8 if code == "int8" else jnp.uint8
-    return Quantized(jnp.full_like(x, 127 if code == "signed" else 0, dtype), scales, code)
+    return Quantized(jnp.full_like(x, _zero(code), dtype), scales, code)
 
 
 def dequantize(x: Any) -> Any:
     """The array that a `Quantized` represents, float32; anything else is returned unchanged."""
-    if not isinstance(x, Quantized):
-        return x
-    blocks = to_blocks(x.codes)
+    return from_blocks(dequantize_blocks(x), x.shape) if isinstance(x, Quantized) else x
+
+
+def dequantize_blocks(x: Quantized) -> jax.Array:
+    """The blocks of the array that a `Quantized` represents, float32."""
+    blocks = to_blocks(x.codes, _zero(x.code))
     if x.code == "int8":
         fractions = blocks.astype(jnp.float32) / 127
     else:
         fractions = decode(blocks.astype(jnp.int32), signed=x.code == "signed")
-    return from_blocks(fractions * x.scales[..., None], x.shape)
+    return fractions * x.scales[..., None]
 
 
 def as_float32(x: Any) -> jax.Array:
@@ -108,22 +116,41 @@ def stored_like(x: jax.Array, stored: Any) -> Any:
     return replace(quantize(x, stored.code), partition=stored.partition)
 
 
-def to_blocks(x: jax.Array) -> jax.Array:
-    """Reshapes `(..., n)` to `(..., blocks, 256)`, padded with zeros.
+def _zero(code: Code) -> int:
+    """The code of zero."""
+    return 127 if code == "signed" else 0
+
+
+def to_blocks(x: jax.Array, fill: int = 0) -> jax.Array:
+    """Reshapes `(..., n)` to `(..., blocks, 256)`, filled up with a number.
 
     A last axis shorter than 256 forms a single block of its own length.
     """
     size = max(1, min(BLOCK, x.shape[-1]))
     missing = -x.shape[-1] % size
     if missing:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    return x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
+        widths = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
+        x = jnp.pad(x, widths, constant_values=fill)
+    return _laid_out(x.reshape(*x.shape[:-1], x.shape[-1] // size, size))
 
 
 def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Inverts `to_blocks`, given the shape of the array."""
     width = blocks.shape[-2] * blocks.shape[-1]
-    return blocks.reshape(*shape[:-1], width)[..., : shape[-1]]
+    return _laid_out(blocks).reshape(*shape[:-1], width)[..., : shape[-1]]
+
+
+def _laid_out(blocks: jax.Array) -> jax.Array:
+    """Blocks `(..., rows, blocks, 256)`; on a TPU those of a row lie below each other.
+
+    Then neither the reshape nor a block's maximum nor its scale moves numbers between lanes, which
+    are rows.
+    """
+    if blocks.ndim < 3:
+        return blocks
+    *batch, rows, number, along = range(blocks.ndim)
+    on_tpu = lambda x: with_layout_constraint(x, Layout((*batch, number, along, rows)))
+    return lax.platform_dependent(blocks, tpu=on_tpu, default=lambda x: x)
 
 
 def block_max(blocks: jax.Array, *, axis: int = -1, keepdims: bool = True) -> jax.Array:
