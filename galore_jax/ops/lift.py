@@ -125,4 +125,4 @@ def add_then_decay(weights: jax.Array, lifted: jax.Array, scale: Any, decay: Any
     """
     # Weights that decay to nothing leave a remainder that no float32 shows.
     kept = jnp.where(decay == 1, 2.0**-64, 1 - decay)
-    return (scale / kept * lifted + weights) * kept
+    return ((scale / kept * lifted + weights) * kept).astype(weights.dtype)
