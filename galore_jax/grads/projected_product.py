@@ -276,12 +276,15 @@ def _coordinates(
             dy, y_axes = _matrices(dy, layout.y_axes, sides[1])
             numbers = layout._replace(x_axes=x_axes, y_axes=y_axes)
         value, factors = _in_bases(numbers, x, dy, vectors)
-        return value, lax.optimization_barrier((next_dy, factors))[0] if wait else next_dy
+        side_of_x = "left" if layout.contracts_in else "right"
+        if wait and side_of_x not in vectors:
+            next_dy, _ = lax.optimization_barrier((next_dy, factors))
+        return value, next_dy
 
     # A TPU would copy x or dy for axes that are merged or moved where XLA keeps them in another
     # order. XLA's products on CPUs want matrices: of several axes of tokens in bfloat16 some fail.
-    # For a GPU, XLA would compute dx and what follows from it first, and keep x and dy for later.
-    # So dx waits for the factors; if it waited for their product, then also for a sum over devices.
+    # For a GPU, XLA would compute dx and what follows from it before dy P, and keep a wide x for
+    # xᵀ (dy P). If dx waited for the coordinates, it would also wait for their sum over devices.
     return lax.platform_dependent(
         *(x.astype(dtype), dy.astype(dtype), next_dy, vectors),
         tpu=partial(compute, of_matrices=False, wait=False),
