@@ -193,20 +193,18 @@ class _Pass(NamedTuple):
             return _dot(self.model.block(layer[self.model.layers], x, block_inputs), dy), None
 
         def one_layer(n: jax.Array, carry: Any) -> Any:
-            (params, state), current, dy, squares = carry
+            (params, state), dy, squares = carry
             i = slices.layers - 1 - n
+            current = slices.layer((params, state), i)
             new, dx, more, _ = self._step(loss, current, inputs[i], dy, number=i)
             if self.factor is not None:
-                params = slices.with_layer(params, i, new[0])
+                params = slices.with_layer(params, i, current[0], new[0])
             if self.factor is not None or self.refreshes is not False:
-                state = slices.with_layer(state, i, new[1])
-            trees = params, state
-            # The next layer is sliced here and carried: to read from a stack and write to it in one
-            # iteration, XLA would copy all of it.
-            return trees, slices.layer(trees, jnp.maximum(i - 1, 0)), dx, squares + more
+                state = slices.with_layer(state, i, current[1], new[1])
+            return (params, state), dx, squares + more
 
-        start = trees, slices.layer(trees, slices.layers - 1), dy, jnp.float32(0)
-        trees, _, dy, squares = lax.fori_loop(0, slices.layers, one_layer, start)
+        start = trees, dy, jnp.float32(0)
+        trees, dy, squares = lax.fori_loop(0, slices.layers, one_layer, start)
         return trees, dy, squares
 
     def _embedding(
@@ -245,13 +243,15 @@ class _Pass(NamedTuple):
             joint_bases = {"params": bases_in(params, state), "x": unprojected}
         pair, both_gradients = passes.value_and_grad(joint_bases)
         grads = jax.tree.map(widened, both_gradients["params"])
-        # Compute the norm first, so that XLA can reuse the buffers of gradients for updates.
-        squares = finite_squares(grads)
-        grads, squares = lax.optimization_barrier((grads, squares))
+        # Compute the norm first, so that XLA can reuse the buffers of gradients for updates, and
+        # the gradient of x, so that it need not copy a stack of which it still reads what it
+        # overwrites.
+        squares, dx = finite_squares(grads), both_gradients["x"]
+        grads, squares, dx = lax.optimization_barrier((grads, squares, dx))
         if self.factor is not None:
             key = None if self.key is None else jax.random.fold_in(self.key, number)
             params, state = apply_gradients(self.tx, grads, state, params, key=key)
-        return (params, state), both_gradients["x"], squares, pair
+        return (params, state), dx, squares, pair
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:
@@ -317,20 +317,28 @@ class _Slices:
 
         return self._map(sliced, tree)
 
-    def with_layer(self, tree: PyTree, index: jax.Array, new: PyTree) -> PyTree:
-        """The tree with new pieces for a layer; shared values stay."""
+    def with_layer(self, tree: PyTree, index: jax.Array, old: PyTree, new: PyTree) -> PyTree:
+        """The tree with new pieces for a layer that had the old ones; shared values stay.
 
-        def updated(group: str | None, _: KeyPath, old: Any, new: Any) -> Any:
+        What is the same array in both, as a basis without refresh, is not written: XLA would copy
+        the stack to go on reading from it.
+        """
+
+        def updated(group: str | None, _: KeyPath, stacks: Any, old: Any, new: Any) -> Any:
             if group != LAYERS:
-                return old
-            put = lambda stack, layer: lax.dynamic_update_index_in_dim(stack, layer, index, 0)
-            leaves, structure = jax.tree.flatten(old)
-            pairs = zip(leaves, jax.tree.leaves(new), strict=True)
-            return structure.unflatten(
-                [layer if _is_shared(old, stack) else put(stack, layer) for stack, layer in pairs]
-            )
+                return stacks
 
-        return self._map(updated, tree, new)
+            def put(stack: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+                if _is_shared(stacks, stack):
+                    return new
+                if new is old:
+                    return stack
+                return lax.dynamic_update_index_in_dim(stack, new, index, 0)
+
+            leaves, structure = jax.tree.flatten(stacks)
+            return structure.unflatten(map(put, leaves, *map(jax.tree.leaves, (old, new))))
+
+        return self._map(updated, tree, old, new)
 
     def _map(self, f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
         """Maps `f(group, path, *pieces)`; the group of shared values is None."""

@@ -4,6 +4,7 @@ The configuration covers the models that differ from it in details: LLaMA 3, Mis
 """
 
 import dataclasses
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
@@ -242,13 +243,13 @@ class Llama(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: `x += attention(norm(x)); x += mlp(norm(x))`.
 
-    With `remat_halves` the backward pass recomputes attention and the MLP separately, so that the
-    activations of only one of them exist at a time.
+    With `remat_parts` the backward pass recomputes the MLP, and attention from queries, keys and
+    values, so that the largest activations of only one of them exist at a time.
     """
 
     config: LlamaConfig
     adapter: Adapter | None = None
-    remat_halves: bool = False
+    remat_parts: bool = False
 
     @nn.compact
     def __call__(
@@ -260,9 +261,8 @@ class Block(nn.Module):
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, KeyValueCache | None]:
         """Arguments and results are those of `Attention`."""
-        half = nn.remat if self.remat_halves else lambda layer: layer
-        attention = half(Attention)(self.config, self.adapter, name="attention")
-        mlp = half(MLP)(self.config, self.adapter, name="mlp")
+        attention = Attention(self.config, self.adapter, self.remat_parts, name="attention")
+        mlp = (nn.remat(MLP) if self.remat_parts else MLP)(self.config, self.adapter, name="mlp")
         attended, cache = attention(self._norm("input_norm", x), rotation, mask, cache, start)
         x = x + attended
         return constrain(x + mlp(self._norm("post_attention_norm", x)), "batch"), cache
@@ -275,11 +275,13 @@ class Attention(nn.Module):
     """Causal self-attention with rotary positions; kv heads are shared by groups of query heads.
 
     Kernels are plain (in, out) matrices: q (hidden, heads x head), k and v (hidden, kv heads x
-    head), o (heads x head, hidden).
+    head), o (heads x head, hidden). With `remat` the backward pass recomputes what lies between
+    the rotated queries, keys and values and the product with o.
     """
 
     config: LlamaConfig
     adapter: Adapter | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -318,7 +320,9 @@ class Attention(nn.Module):
         queries, keys = rotated("q", config.num_heads), rotated("k", config.kv_heads)
         values = heads("v", config.kv_heads)
         if cache is None:
-            mixed = causal_attention(queries, keys, values, mask, config.attention)
+            attend = partial(causal_attention, implementation=config.attention)
+            attend = jax.checkpoint(attend) if self.remat else attend
+            mixed = attend(queries, keys, values, mask)
         else:
             keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, keys, start, axis=1)
             values = jax.lax.dynamic_update_slice_in_dim(cache.values, values, start, axis=1)

@@ -30,7 +30,7 @@ def block(
     block_inputs: tuple[Rotation, jax.Array],
 ) -> jax.Array:
     """One block, with parameters that have no layer axis."""
-    return Block(config, remat_halves=True).apply({"params": params}, x, *block_inputs)[0]
+    return Block(config, remat_parts=True).apply({"params": params}, x, *block_inputs)[0]
 
 
 def head_loss(

@@ -101,5 +101,6 @@ def adam_formula(
     m = b1 * m + one_minus_b1 * gradient
     v = b2 * v + one_minus_b2 * jnp.square(gradient)
     # The square of a finite 1e30 overflows; as the scale of its block it would stay NaN forever.
-    v = jnp.where((v > MAX_FLOAT32) & (jnp.abs(gradient) <= MAX_FLOAT32), MAX_FLOAT32, v)
+    largest = jnp.where(jnp.abs(gradient) <= MAX_FLOAT32, MAX_FLOAT32, jnp.inf)
+    v = jnp.where(v > largest, largest, v)
     return (m / correction1) / (jnp.sqrt(v / correction2) + eps), m, v
