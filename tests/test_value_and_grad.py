@@ -296,6 +296,29 @@ def test_axes_that_stay_in_place_as_on_tpus_give_the_same_coordinates(monkeypatc
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_weights_cast_before_blocks_are_cast_in_each_of_their_products_on_tpus(stacked):
+    @jax.checkpoint
+    def block(x, kernel):
+        return jnp.sin(x @ kernel), None
+
+    def loss(params, x):
+        kernels = params["kernels"].astype(jnp.bfloat16)
+        y = jax.lax.scan(block, x, kernels)[0] if stacked else block(x, kernels)[0]
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    params = {"kernels": jnp.ones((2, 16, 16) if stacked else (16, 16)) / 16}
+    _, state = started(params)
+    traced = jax.jit(value_and_grad(loss)).trace(params, state, jnp.ones((8, 16), jnp.bfloat16))
+
+    def casts_of_a_matrix(platform):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return text.count("(tensor<16x16xf32>) -> tensor<16x16xbf16>")
+
+    # Forwards, and backwards for both products.
+    assert casts_of_a_matrix("tpu") - casts_of_a_matrix("cpu") >= 2
+
+
 def test_each_counter_and_setting_of_a_donated_state_stays_in_its_buffer():
     # Otherwise XLA copies hundreds of numbers at each step.
     config, params, batch = llama()

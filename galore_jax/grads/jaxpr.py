@@ -202,7 +202,7 @@ def _plain(values: Sequence[Any]) -> list[Any]:
 def _with_arrays(values: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
     """The values with other arrays, tracked as before."""
     return [
-        replace(value, array=array) if isinstance(value, Tracked) else array
+        value.with_array(array) if isinstance(value, Tracked) else array
         for value, array in zip(values, arrays, strict=True)
     ]
 
@@ -271,9 +271,14 @@ def _marked_product(params: Any) -> Any:
 
 
 def _unchanged(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
-    if not jnp.issubdtype(params.get("new_dtype", jnp.float32), jnp.floating):
-        raise NoRule
     return _with_arrays(operands, _bind(equation, _plain(operands)))
+
+
+def _cast(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
+    if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+        raise NoRule
+    (value,) = operands
+    return [value.with_array(*_bind(equation, [value.array]), uncast=value.array)]
 
 
 def _reshape(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -524,7 +529,8 @@ def _scan(equation: Any, params: Any, operands: list[Any], report: Report) -> li
             return value
         if kind(value.axes[0]) != BATCH:
             return _as_plain(equation, [value], report)[0]
-        return moved(value, value.array, value.axes[1:], lambda stack: stack)
+        stack = moved(value, value.array, value.axes[1:], lambda stack: stack)
+        return replace(stack, uncast=value.uncast)
 
     start = _as_plain(equation, carry, report)
     carry, ys = lax.scan(body, start, [sliced(value) for value in xs], **options)
@@ -559,7 +565,8 @@ def _parts(value: Tracked, spec: PartitionSpec) -> Tracked | None:
     by_side = {"left": rows, "right": columns}
     vectors = {side: PartitionSpec(*batch, by_side[side]) for side in value.vectors}
     whole = [None if side in vectors else name for side, name in by_side.items()]
-    return replace(value, array=spec, vectors=vectors, coordinates=PartitionSpec(*batch, *whole))
+    value = value.with_array(spec, uncast=None if value.uncast is None else spec)
+    return replace(value, vectors=vectors, coordinates=PartitionSpec(*batch, *whole))
 
 
 def _shard_map(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
@@ -599,7 +606,7 @@ def _all_gather(equation: Any, params: Any, operands: list[Any], report: Report)
 
     this, letter = kind(value.axes[axis]), value.axes[axis]
     outer = [i for i, other in enumerate(value.axes) if kind(other) == this and other < letter]
-    value = replace(value, array=_bind(equation, [value.array])[0])
+    value = value.with_array(*_bind(equation, [value.array]))
     if this == BATCH:
         stacks = value.vectors, value.coordinates
         vectors, coordinates = jax.tree.map(lambda stack: gather(stack, len(outer)), stacks)
@@ -622,6 +629,7 @@ RULES: dict[str, Callable[[Any, Any, list[Any], Report], list[Any]]] = {
     "all_gather": _all_gather,
     **dict.fromkeys(("slice", "dynamic_slice", "gather", "split", "unstack"), _select),
     **dict.fromkeys(("squeeze", "rev", "broadcast_in_dim", "tile", "transpose"), _select),
-    **dict.fromkeys(("convert_element_type", "name", "sharding_constraint"), _unchanged),
-    **dict.fromkeys(("reshard", "copy", "optimization_barrier", "pvary"), _unchanged),
+    "convert_element_type": _cast,
+    **dict.fromkeys(("name", "sharding_constraint", "reshard", "copy"), _unchanged),
+    **dict.fromkeys(("optimization_barrier", "pvary"), _unchanged),
 }

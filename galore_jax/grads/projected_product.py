@@ -48,6 +48,7 @@ class Tracked:
       axes: static; the letters of the axes of `array`, batch axes in alphabetical order.
       path: static; the names of the parameter's path.
       divided: static; mesh axes over which a `shard_map` inside the loss may have divided it.
+      uncast: None, or the array in another dtype, of which `array` is a cast.
     """
 
     array: Any
@@ -56,6 +57,24 @@ class Tracked:
     axes: str = field(metadata={"static": True})
     path: tuple[str, ...] = field(metadata={"static": True})
     divided: tuple[str, ...] = field(default=(), metadata={"static": True})
+    uncast: Any = None
+
+    def with_array(self, array: Any, uncast: Any = None) -> "Tracked":
+        """The same matrices, tracked as before, as another array."""
+        return replace(self, array=array, uncast=uncast)
+
+    def operand(self) -> jax.Array:
+        """The array, for a product: on a TPU cast while it is read, rather than once for all.
+
+        There XLA casts in the kernel of a product for nothing, but takes long for one that also
+        writes what it has cast; and a backward pass needs no memory for the cast weights.
+        """
+        array, uncast = self.array, self.uncast
+        if uncast is None:
+            return array
+        cast_again = lambda array, uncast: uncast.astype(array.dtype)
+        first = lambda array, uncast: array
+        return lax.platform_dependent(array, uncast, tpu=cast_again, default=first)
 
 
 def track(array: Any, basis: Basis, coordinates: Any) -> Tracked:
@@ -92,7 +111,8 @@ def moved(
     letters = [chr(ord(order[i][0]) + sum(precedes(i, j) for j in order)) for i in order]
     vectors, coordinates = jax.tree.map(change, (value.vectors, value.coordinates))
     axes = "".join(letters)
-    return replace(value, array=array, vectors=vectors, coordinates=coordinates, axes=axes)
+    value = value.with_array(array)
+    return replace(value, vectors=vectors, coordinates=coordinates, axes=axes)
 
 
 def projected_product(
@@ -217,8 +237,9 @@ def _product(
     dot: Any, layout: _Layout, x: Any, parameter: Tracked, coordinates: Any, *groups: Any
 ) -> Any:
     # Outside of the derivative of our own, where a policy of `jax.checkpoint` sees the product.
-    y = dot(*lax.stop_gradient((x, parameter.array)), *groups)
-    return _derived(dot, layout, y, x, parameter.array, parameter.vectors, coordinates, *groups)
+    array = parameter.operand()
+    y = dot(*lax.stop_gradient((x, array)), *groups)
+    return _derived(dot, layout, y, x, array, parameter.vectors, coordinates, *groups)
 
 
 # The value ignores the basis and the coordinates. The backward pass declares PᵀG to be the
