@@ -3,7 +3,6 @@
 Norm statistics, the rotation and the softmax are always computed in float32.
 """
 
-import functools
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -115,8 +114,7 @@ def causal_attention(
     """
     if implementation == "cudnn" or (implementation == "auto" and cudnn_takes(queries)):
         return _attention_by_cudnn(queries, keys, values, mask)
-    arguments = queries, keys, values, mask
-    return lax.platform_dependent(*arguments, tpu=_attention_on_tpu, default=_attention_by_blocks)
+    return _attention_by_blocks(queries, keys, values, mask)
 
 
 def cudnn_takes(queries: jax.Array) -> bool:
@@ -161,7 +159,7 @@ def _attention_by_cudnn(
 
 
 # Shorter blocks of queries save little, and more of them compile slowly.
-MIN_QUERIES, MIN_QUERIES_ON_TPU, MAX_BLOCKS = 128, 256, 8
+MIN_QUERIES, MAX_BLOCKS = 128, 8
 
 
 def _attention_by_blocks(
@@ -178,46 +176,21 @@ def _attention_by_blocks(
     groups = keys.shape[2]
     queries = queries.reshape(batch, length, groups, -1, size).transpose(0, 2, 3, 1, 4)
     keys, values = (x.transpose(0, 2, 1, 3)[:, :, None] for x in (keys, values))
+    step = -(-length // min(MAX_BLOCKS, -(-length // MIN_QUERIES)))
     blocks = []
-    for start, end in _blocks(length, MIN_QUERIES):
+    for start in range(0, length, step):
+        end = min(start + step, length)
         block = queries[..., start:end, :]
         scores = jnp.matmul(block, keys[..., :end, :].mT, preferred_element_type=jnp.float32)
-        weights, total = _softmax(scores, mask[..., start:end, :end], size)
+        scores = jnp.where(mask[:, None, :, start:end, :end], scores * size**-0.5, -jnp.inf)
+        largest = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True)
         weights = weights.astype(values.dtype)
         sums = jnp.matmul(weights, values[..., :end, :], preferred_element_type=jnp.float32)
         blocks.append((sums / total).astype(queries.dtype))
     mixed = jnp.concatenate(blocks, axis=-2)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
-
-
-def _attention_on_tpu(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """`_attention_by_blocks` with the axes of activations, which a TPU transposes in products."""
-    batch, length, heads, size = queries.shape
-    queries = queries.reshape(batch, length, keys.shape[2], -1, size)
-    blocks = []
-    for start, end in _blocks(length, MIN_QUERIES_ON_TPU):
-        multiply = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        scores = multiply("bqghd,bkgd->bghqk", queries[:, start:end], keys[:, :end])
-        weights, total = _softmax(scores, mask[..., start:end, :end], size)
-        sums = multiply("bghqk,bkgd->bqghd", weights.astype(values.dtype), values[:, :end])
-        blocks.append((sums / total.transpose(0, 3, 1, 2, 4)).astype(queries.dtype))
-    return jnp.concatenate(blocks, axis=1).reshape(batch, length, heads, size)
-
-
-def _blocks(length: int, least: int) -> list[tuple[int, int]]:
-    """Where each block of queries starts and ends."""
-    step = -(-length // min(MAX_BLOCKS, -(-length // least)))
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def _softmax(scores: jax.Array, mask: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Weights (batch, kv heads, queries per kv head, queries, keys), and their sums over keys."""
-    scores = jnp.where(mask[:, None], scores * size**-0.5, -jnp.inf)
-    largest = lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scores - largest)
-    return weights, weights.sum(axis=-1, keepdims=True)
 
 
 def check_length(tokens: jax.Array, config: Any) -> None:
