@@ -86,9 +86,9 @@ def adam_step(
     gradient: jax.Array, mu: Quantized, nu: Quantized, scalars: tuple[Any, ...]
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`adam_8bit`, given its scalars."""
-    shape, blocks = gradient.shape, map(dequantize_blocks, (mu, nu))
-    update, m, v = adam_formula(to_blocks(gradient), *blocks, scalars)
-    moments = (quantize_blocks(m, shape, mu.code), quantize_blocks(v, shape, nu.code))
+    shape, blocks = gradient.shape, to_blocks(gradient)
+    update, m, v = adam_formula(blocks, dequantize_blocks(mu), dequantize_blocks(nu), scalars)
+    moments = quantize_blocks(m, shape, mu.code), quantize_blocks(v, shape, nu.code)
     return from_blocks(update, shape), *moments
 
 
