@@ -324,3 +324,19 @@ def test_kernels_compile_for_a_tpu_and_need_no_memory_of_their_own():
             compiled = function.lower(*compile_targets.place(arguments, sharding)).compile()
             assert "tpu_custom_call" in compiled.as_text()
             assert compiled.memory_analysis().temp_size_in_bytes < 1000
+
+
+@pytest.mark.parametrize("module", [pallas_triton, pallas_tpu], ids=["triton", "tpu"])
+def test_every_operation_of_a_kernel_has_a_form_for_its_platform(module):
+    # Which an interpreter does not tell.
+    if module is pallas_triton and jax.__version_info__ >= (0, 12):
+        pytest.skip("JAX 0.12 lowers kernels for a GPU only where it finds one")
+    platform = "tpu" if module is pallas_tpu else "cuda"
+    weights, left, right = matrices(256, 512, 64, False, BFLOAT16)
+    adam = functools.partial(module.adam_8bit, b1=B1, b2=B2, eps=EPS)
+    for kernel, arguments in (
+        (adam, (*gradient_and_moments((256, 512), FLOAT32), jnp.int32(COUNT))),
+        (module.lift_and_add, (weights, left, right, 0.5, 0.25, SEED)),
+    ):
+        lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=(platform,))
+        assert "custom_call" in lowered.as_text()

@@ -278,7 +278,9 @@ def _cast(equation: Any, params: Any, operands: list[Any], report: Report) -> li
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         raise NoRule
     (value,) = operands
-    return [value.with_array(*_bind(equation, [value.array]), uncast=value.array)]
+    only_casts = params["sharding"] is None
+    uncast = value.array if only_casts else None
+    return [value.with_array(*_bind(equation, [value.array]), uncast=uncast)]
 
 
 def _reshape(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:

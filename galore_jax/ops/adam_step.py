@@ -46,7 +46,11 @@ def adam_8bit(
 
     def step_chunk(_: Any, chunk: Any) -> Any:
         gradient, mu, nu = chunk
-        return adam_step(gradient, mu, nu, scalars)
+        m, v = dequantize_blocks(mu), dequantize_blocks(nu)
+        update, m, v = adam_formula(to_blocks(gradient), m, v, scalars)
+        shape = gradient.shape
+        new_mu, new_nu = quantize_blocks(m, shape, mu.code), quantize_blocks(v, shape, nu.code)
+        return from_blocks(update, shape), new_mu, new_nu
 
     # The update is written over the gradient.
     by_chunks = partial(map_chunks, step_chunk)
@@ -80,16 +84,6 @@ def adam_scalars(count: Any, b1: Any, b2: Any, eps: Any) -> tuple[jax.Array, ...
     count = jnp.asarray(count, jnp.float32)
     scalars = (b1, 1 - b1, b2, 1 - b2, 1 - b1**count, 1 - b2**count, eps)
     return tuple(jnp.asarray(scalar, jnp.float32) for scalar in scalars)
-
-
-def adam_step(
-    gradient: jax.Array, mu: Quantized, nu: Quantized, scalars: tuple[Any, ...]
-) -> tuple[jax.Array, Quantized, Quantized]:
-    """`adam_8bit`, given its scalars."""
-    shape, blocks = gradient.shape, to_blocks(gradient)
-    update, m, v = adam_formula(blocks, dequantize_blocks(mu), dequantize_blocks(nu), scalars)
-    moments = quantize_blocks(m, shape, mu.code), quantize_blocks(v, shape, nu.code)
-    return from_blocks(update, shape), *moments
 
 
 def adam_formula(

@@ -15,7 +15,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from galore_jax.ops import adam_step, lift
-from galore_jax.ops.quantization import BLOCK, Quantized
+from galore_jax.ops.quantization import (
+    BLOCK,
+    Quantized,
+    block_fractions,
+    block_max,
+    decode,
+    encode,
+    zero_code,
+)
 
 ADAM_ROWS = 8
 # Rows, columns and ranks per tile of the lift. Two of the three pipeline stages reside in shared
@@ -66,20 +74,20 @@ def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape
     mask = _in_bounds(starts, gradient.shape, shape)
     scale_mask = _in_bounds((starts[0], 0), mu.scales.shape, shape)
 
-    def load(moment: Quantized, zero_code: int) -> Quantized:
-        codes = plgpu.load(moment.codes, mask=mask, other=zero_code)
-        return Quantized(codes, plgpu.load(moment.scales, mask=scale_mask, other=0.0), moment.code)
+    def load(moment: Quantized) -> jax.Array:
+        codes = plgpu.load(moment.codes, mask=mask, other=zero_code(moment.code))
+        scale = plgpu.load(moment.scales, mask=scale_mask, other=0.0)
+        return decode(codes.astype(jnp.int32), signed=moment.code == "signed") * scale
 
-    def store(moment: Quantized, new: Quantized) -> None:
-        plgpu.store(moment.codes, new.codes, mask=mask)
-        plgpu.store(moment.scales, new.scales, mask=scale_mask)
+    def store(moment: Quantized, new: jax.Array) -> None:
+        largest = block_max(new)
+        codes = encode(block_fractions(new, largest), signed=moment.code == "signed")
+        plgpu.store(moment.codes, codes.astype(jnp.uint8), mask=mask)
+        plgpu.store(moment.scales, largest, mask=scale_mask)
 
-    update, m, v = adam_step.adam_step(
-        plgpu.load(gradient, mask=mask, other=0.0),
-        load(mu, 127),
-        load(nu, 0),
-        tuple(scalars[i] for i in range(scalars.shape[0])),
-    )
+    values = tuple(scalars[i] for i in range(scalars.shape[0]))
+    numbers = plgpu.load(gradient, mask=mask, other=0.0)
+    update, m, v = adam_step.adam_formula(numbers, load(mu), load(nu), values)
     plgpu.store(new_update, update, mask=mask)
     store(new_mu, m)
     store(new_nu, v)

@@ -86,7 +86,7 @@ def zeros_like(x: Any, code: Code) -> Quantized:
     blocks = -(-x.shape[-1] // BLOCK)
     scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
     dtype = jnp.int8 if code == "int8" else jnp.uint8
-    return Quantized(jnp.full_like(x, _zero(code), dtype), scales, code)
+    return Quantized(jnp.full_like(x, zero_code(code), dtype), scales, code)
 
 
 def dequantize(x: Any) -> Any:
@@ -96,7 +96,7 @@ def dequantize(x: Any) -> Any:
 
 def dequantize_blocks(x: Quantized) -> jax.Array:
     """The blocks of the array that a `Quantized` represents, float32."""
-    blocks = to_blocks(x.codes, _zero(x.code))
+    blocks = to_blocks(x.codes, zero_code(x.code))
     if x.code == "int8":
         fractions = blocks.astype(jnp.float32) / 127
     else:
@@ -116,7 +116,7 @@ def stored_like(x: jax.Array, stored: Any) -> Any:
     return replace(quantize(x, stored.code), partition=stored.partition)
 
 
-def _zero(code: Code) -> int:
+def zero_code(code: Code) -> int:
     """The code of zero."""
     return 127 if code == "signed" else 0
 
