@@ -66,13 +66,13 @@ class Tracked:
     def operand(self) -> jax.Array:
         """The array, for a product: on a TPU cast while it is read, rather than once for all.
 
-        There XLA casts in the kernel of a product for nothing, but takes long for one that also
-        writes what it has cast; and a backward pass needs no memory for the cast weights.
+        There XLA casts in the kernel of a product for nothing, and a backward pass needs no memory
+        for the cast weights. Without the barrier, XLA would cast once for all after all.
         """
         array, uncast = self.array, self.uncast
         if uncast is None:
             return array
-        cast_again = lambda array, uncast: uncast.astype(array.dtype)
+        cast_again = lambda array, uncast: lax.optimization_barrier(uncast).astype(array.dtype)
         first = lambda array, uncast: array
         return lax.platform_dependent(array, uncast, tpu=cast_again, default=first)
 
