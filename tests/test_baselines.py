@@ -261,7 +261,7 @@ def test_a_restored_training_repeats_dropout_and_restarts_bit_for_bit(tmp_path):
 @pytest.mark.parametrize(
     ("sections", "sentence"),
     [
-        ({"training": {"layerwise": True}}, 'which excludes optimizer.name = "lora"'),
+        ({"training": {"layerwise": True}}, 'layerwise excludes optimizer.name = "lora"'),
         (
             {"optimizer": {"lora": {"dropout": 1.0}}},
             "lora.dropout must be less than 1, not 1",

@@ -134,5 +134,5 @@ def test_wrong_settings_and_states_are_refused():
     step, state = galore_jax.make_step(model, plain, projected=True), layerwise.init(plain, params)
     with pytest.raises(ValueError, match="need the state of an optimizer with galore"):
         step(params, state, batch)
-    with pytest.raises(ValueError, match="which a LayeredModel never has"):
-        galore_jax.make_step(model, tx, micro_batches=2)
+    with pytest.raises(ValueError, match="which a LayeredModel does not have"):
+        galore_jax.make_step(model, tx, data_axes="data")

@@ -4,6 +4,10 @@ The forward pass keeps the input of each layer. The backward pass is a loop from
 the first that slices a layer from the stacked parameters and the optimizer's state, recomputes it,
 differentiates it, updates it and writes it back in place. The gradients and updates of all layers
 never exist together, so that training a 7B model fits into 24 GB (arXiv 2403.03507, section 4.2).
+
+With micro-batches, or to clip by the norm of the step itself, the loop adds the gradients of each
+layer to sums, which for projected parameters are coordinates; then a second loop updates the layers
+from the sums.
 """
 
 import dataclasses
@@ -16,10 +20,11 @@ import optax
 from jax import lax
 
 from galore_jax.grads.jaxpr import dependencies
+from galore_jax.grads.micro_batches import mean_of_stack, split
 from galore_jax.grads.refresh import refreshed
 from galore_jax.grads.value_and_grad import Passes, bases_in, no_bases, takes_coordinates
 from galore_jax.ops.partition import AxisNames
-from galore_jax.ops.precision import widened
+from galore_jax.ops.precision import promoted, widened
 from galore_jax.optim.apply import apply_gradients
 from galore_jax.optim.clipping import clip_factor, finite_squares
 from galore_jax.optim.galore_state import to_float32
@@ -32,7 +37,7 @@ from galore_jax.types import KeyPath, PyTree
 
 __all__ = ["LayeredModel", "LayerwiseState", "init", "state_shardings"]
 
-ClipBy = Literal["first_pass", "previous_step"]
+ClipBy = Literal["this_step", "previous_step"]
 HEAD, LAYERS, EMBEDDING = "head", "layers", "embedding"
 
 
@@ -95,6 +100,7 @@ def layerwise_step(
     model: LayeredModel,
     tx: optax.GradientTransformation,
     *,
+    micro_batches: int,
     projected: bool | None,
     refreshes: bool | None,
     clip_norm: float,
@@ -108,31 +114,121 @@ def layerwise_step(
     """
 
     def step(params: PyTree, state: LayerwiseState, batch: PyTree, key: jax.Array | None) -> Any:
-        slices, inner = _slices_of(model, params, batch), state.inner
-        is_projected = takes_coordinates(inner) if projected is None else projected
-        refreshes_now, factor = refreshes if is_projected else False, jnp.float32(1)
-        measure = _Pass(model, tx, slices, batch, is_projected, refreshes_now, None, key)
-        if clip_norm and clip_by == "previous_step":
-            factor = clip_factor(state.norm, clip_norm)
-        elif clip_norm:
-            # Bases are refreshed in this first pass, since the norm is that of coordinates in them.
-            _, inner, squares, _ = measure(params, inner)
-            factor, refreshes_now = clip_factor(jnp.sqrt(squares), clip_norm), False
-        update = measure._replace(refreshes=refreshes_now, factor=factor)
-        params, inner, squares, pair = update(params, inner)
-        norm = jnp.where(squares > 0, jnp.sqrt(squares), state.norm)
-        return params, LayerwiseState(inner, norm), pair
+        parts = split(batch, micro_batches) if micro_batches > 1 else None
+        first = batch if parts is None else jax.tree.map(lambda rows: rows[0], parts)
+        slices, trees = _slices_of(model, params, first), _Trees(params, state.inner)
+        is_projected = takes_coordinates(state.inner) if projected is None else projected
+        backward = _Pass(model, tx, slices, first, is_projected, is_projected and refreshes, key)
+        if micro_batches == 1 and not (clip_norm and clip_by == "this_step"):
+            factor = clip_factor(state.norm, clip_norm) if clip_norm else jnp.float32(1)
+            trees, squares, pair = backward._replace(factor=factor)(trees)
+            norm = jnp.sqrt(squares) / factor
+        else:
+            trees, structures, pair = _summed(backward, trees, parts)
+            norm = jnp.sqrt(finite_squares(trees.sums)) / micro_batches
+            factor = clip_factor(norm, clip_norm) if clip_norm else jnp.float32(1)
+            trees = _updated(backward, trees, structures, factor / micro_batches)
+        norm = jnp.where(norm > 0, norm, state.norm)
+        return trees.params, LayerwiseState(trees.state, norm), pair
 
     return step
+
+
+class _Trees(NamedTuple):
+    """What a step changes: of all layers, of one, of the head or of the embedding.
+
+    Attributes:
+      params: the parameters.
+      state: the optimizer's state.
+      sums: sums of the gradients over micro-batches, as coordinates where the backward pass
+        projects, in the dtype of bfloat16 parameters and otherwise in float32 or wider. None: each
+        part is updated as soon as its gradients are known.
+    """
+
+    params: PyTree
+    state: PyTree
+    sums: PyTree = None
+
+
+def _summed(
+    backward: "_Pass", trees: _Trees, parts: PyTree
+) -> tuple[_Trees, dict[str, Any], tuple[jax.Array, Any]]:
+    """The trees with sums of the gradients, and with bases that the first micro-batch refreshes.
+
+    Args:
+      backward: over the first micro-batch.
+      trees: without sums.
+      parts: the arrays of all micro-batches, stacked; None: there is only one.
+
+    Returns:
+      The trees, the structure of the gradients of each group, and the mean of the head's pairs.
+    """
+    trees, structures = backward.with_zeros(trees)
+
+    def add(sums: PyTree, part: PyTree) -> tuple[PyTree, Any]:
+        one = backward._replace(batch=part, refreshes=False)
+        found, _, pair = one(trees._replace(sums=sums))
+        return found.sums, pair
+
+    pairs = []
+    if parts is None or backward.refreshes is not False:
+        trees, _, pair = backward(trees)
+        pairs.append(jax.tree.map(lambda leaf: leaf[None], pair))
+    if parts is not None:
+        rest = jax.tree.map(lambda rows: rows[len(pairs) :], parts)
+        sums, more = lax.scan(add, trees.sums, rest)
+        trees = trees._replace(sums=sums)
+        pairs.append(more)
+    mean = jax.tree.map(lambda *some: mean_of_stack(jnp.concatenate(some)), *pairs)
+    return trees, structures, mean
+
+
+def _updated(
+    backward: "_Pass", trees: _Trees, structures: dict[str, Any], factor: jax.Array
+) -> _Trees:
+    """The trees after an update of every part by `factor` times its sums."""
+    slices = backward.slices
+
+    def update(part: _Trees, group: str, number: Any) -> _Trees:
+        sums = [widened(total) * factor for total in jax.tree.leaves(part.sums)]
+        return backward.updated(part, structures[group].unflatten(sums), number)
+
+    def update_layer(i: jax.Array, trees: _Trees) -> _Trees:
+        layer = slices.layer(trees, i)
+        return slices.with_layer(trees, i, layer, update(layer, LAYERS, i))
+
+    # The layers first: while embedding and head are updated, the sums of the layers are gone.
+    trees = lax.fori_loop(0, slices.layers, update_layer, trees)
+    trees = lax.optimization_barrier(trees)
+    head = update(slices.group(trees, HEAD), HEAD, slices.layers)
+    embedding = update(slices.group(trees, EMBEDDING), EMBEDDING, slices.layers + 1)
+    trees = slices.with_group(slices.with_group(trees, HEAD, head), EMBEDDING, embedding)
+    # Shared values, such as counts, advance once all parts have used their old values.
+    return slices.with_group(trees, None, head)
+
+
+class _Found(NamedTuple):
+    """What the backward pass of a part finds.
+
+    Attributes:
+      grads: the gradients of its parameters.
+      squares: the sum of their finite squares, 0 if they are to be summed.
+      dx: the gradient of its inputs.
+      pair: the value of its loss.
+    """
+
+    grads: PyTree
+    squares: Any
+    dx: Any
+    pair: Any
 
 
 class _Pass(NamedTuple):
     """A forward pass, then a step of each part: the head, the layers from the last, the embedding.
 
-    A step may refresh the part's bases. It updates the part by its gradients times `factor`, or, if
-    that is None, only measures their norm. Each part is a loss of its parameters and inputs; its
-    outputs are multiplied by their gradient, so that the derivative is the vector-Jacobian product.
-    `trees` are pairs of the parameters and the optimizer's state.
+    A step may refresh the part's bases. It updates the part by its gradients times `factor`, or
+    adds its gradients to the sums. Each part is a loss of its parameters and inputs; its outputs
+    are multiplied by their gradient, so that the derivative is the vector-Jacobian product.
     """
 
     model: LayeredModel
@@ -141,98 +237,131 @@ class _Pass(NamedTuple):
     batch: PyTree
     projected: bool
     refreshes: bool | None
-    factor: jax.Array | None
     key: jax.Array | None
+    factor: Any = 1.0
 
-    def __call__(self, params: PyTree, state: PyTree) -> tuple[PyTree, PyTree, jax.Array, Any]:
+    def __call__(self, trees: _Trees) -> tuple[_Trees, jax.Array, Any]:
         """Returns the new trees, the sum of squares of all gradients, and the head's pair."""
         slices = self.slices
-        x, block_inputs, inputs = self._forward(params)
-        head, (dy, head_gradient), squares, (_, pair) = self._head((params, state), x)
-        trees = slices.with_group((params, state), HEAD, head)
-        trees, dy, more = self._layers(trees, inputs, block_inputs, dy)
-        squares += more
-        trees, more = self._embedding(trees, dy, head_gradient)
-        squares += more
+        x, shared, inputs = self._forward(trees.params)
+
+        # The head.
+        own, found = self._head(slices.group(trees, HEAD), trees.params, x)
+        head = self._step(own, found.grads, slices.layers)
+        # XLA may postpone an update that nothing waits for, and would keep its gradient until then.
+        result = lax.optimization_barrier((head, found.squares, found.dx, found.pair))
+        head, squares, (dy, tied), (_, pair) = result
+        trees = slices.with_group(trees, HEAD, head)
+
+        # The layers.
+        def one_layer(n: jax.Array, carry: Any) -> Any:
+            trees, dy, squares = carry
+            i = slices.layers - 1 - n
+            old = slices.layer(trees, i)
+            own, found = self._layer(old, inputs[i], shared, dy)
+            new = self._step(own, found.grads, i)
+            return slices.with_layer(trees, i, old, new), found.dx, squares + found.squares
+
+        trees, dy, squares = lax.fori_loop(0, slices.layers, one_layer, (trees, dy, squares))
+
+        # The embedding.
+        own, found = self._embedding(slices.group(trees, EMBEDDING), dy, tied)
+        trees = slices.with_group(trees, EMBEDDING, self._step(own, found.grads, slices.layers + 1))
         # Shared values, such as counts, advance once all parts have used their old values.
-        params, state = slices.with_group(trees, None, head)
-        factor = 1 if self.factor is None else self.factor
-        return params, state, squares / factor**2, pair
+        return slices.with_group(trees, None, head), squares + found.squares, pair
+
+    def with_zeros(self, trees: _Trees) -> tuple[_Trees, dict[str, Any]]:
+        """The trees with sums that are zero, and the structure of the gradients of each group."""
+        slices = self.slices
+
+        def gradients() -> dict[str, PyTree]:
+            x, shared, inputs = self._forward(trees.params)
+            _, head = self._head(slices.group(trees, HEAD), trees.params, x)
+            dy, tied = head.dx
+            _, layer = self._layer(slices.layer(trees, 0), inputs[0], shared, dy)
+            _, embedding = self._embedding(slices.group(trees, EMBEDDING), layer.dx, tied)
+            return {HEAD: head.grads, LAYERS: layer.grads, EMBEDDING: embedding.grads}
+
+        sums = trees.params
+        found = jax.eval_shape(gradients)
+        for group, grads in found.items():
+            stack = (slices.layers,) if group == LAYERS else ()
+
+            def zeros(param: jax.Array, grad: PyTree, stack: tuple[int, ...] = stack) -> jax.Array:
+                (leaf,) = jax.tree.leaves(grad)
+                is_narrow = param.dtype == jnp.bfloat16
+                dtype = param.dtype if is_narrow else promoted(leaf.dtype, jnp.float32)
+                return jnp.zeros(stack + leaf.shape, dtype)
+
+            new = jax.tree.map(zeros, slices.group(trees.params, group), grads)
+            sums = slices.with_group(sums, group, new)
+        return trees._replace(sums=sums), {name: jax.tree.structure(found[name]) for name in found}
+
+    def updated(self, part: _Trees, grads: PyTree, number: Any) -> _Trees:
+        """A part after an update by these gradients; its number gives it random bits of its own."""
+        key = None if self.key is None else jax.random.fold_in(self.key, number)
+        params, state = apply_gradients(self.tx, grads, part.state, part.params, key=key)
+        return part._replace(params=params, state=state)
+
+    def _step(self, part: _Trees, grads: PyTree, number: Any) -> _Trees:
+        """A part after an update by its gradients, or with its gradients in the sums."""
+        if part.sums is None:
+            return self.updated(part, jax.tree.map(widened, grads), number)
+        add = lambda total, grad: (widened(total) + widened(grad)).astype(total.dtype)
+        sums, structure = jax.tree.flatten(part.sums)
+        return part._replace(sums=structure.unflatten(map(add, sums, jax.tree.leaves(grads))))
 
     def _forward(self, params: PyTree) -> tuple[jax.Array, PyTree, jax.Array]:
         """The output of the last block, what all blocks share, and the input of each block."""
         model = self.model
-        x, block_inputs = model.embed(self.slices.group(params, EMBEDDING), self.batch)
+        x, shared = model.embed(self.slices.group(params, EMBEDDING), self.batch)
         x, inputs = lax.scan(
-            lambda x, block: (model.block(block, x, block_inputs), x), x, params[model.layers]
+            lambda x, block: (model.block(block, x, shared), x), x, params[model.layers]
         )
-        return x, block_inputs, inputs
+        return x, shared, inputs
 
-    def _head(self, trees: PyTree, x: jax.Array) -> Any:
-        """The head's step; its inputs are x and the parameters of the embedding that it reads."""
+    def _head(self, part: _Trees, params: PyTree, x: jax.Array) -> tuple[_Trees, _Found]:
+        """The head; its inputs are x and the parameters of the embedding that it reads."""
         slices = self.slices
 
         def loss(head: PyTree, inputs: tuple[jax.Array, PyTree]) -> tuple[jax.Array, Any]:
             x, tied = inputs
             pair = self.model.head_loss(slices.with_group(tied, HEAD, head), x, self.batch)
             # Scaling this loss scales every gradient, since all are computed from this one.
-            return (pair[0] if self.factor is None else pair[0] * self.factor), pair
+            return pair[0] * self.factor, pair
 
-        inputs = x, slices.tied(slices.group(trees[0], EMBEDDING))
-        result = self._step(loss, slices.group(trees, HEAD), inputs, number=slices.layers)
-        # XLA may postpone an update that nothing waits for, and would keep its gradient until then.
-        return lax.optimization_barrier(result)
+        return self._differentiate(loss, part, (x, slices.tied(slices.group(params, EMBEDDING))))
 
-    def _layers(
-        self, trees: PyTree, inputs: jax.Array, block_inputs: PyTree, dy: jax.Array
-    ) -> tuple[PyTree, jax.Array, jax.Array]:
-        """The new trees, the gradient of the first block's input, the sum of squares."""
-        slices = self.slices
+    def _layer(
+        self, part: _Trees, x: jax.Array, shared: PyTree, dy: jax.Array
+    ) -> tuple[_Trees, _Found]:
+        """A layer; `shared` is what all blocks share."""
 
         def loss(layer: PyTree, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
-            return _dot(self.model.block(layer[self.model.layers], x, block_inputs), dy), None
+            return _dot(self.model.block(layer[self.model.layers], x, shared), dy), None
 
-        def one_layer(n: jax.Array, carry: Any) -> Any:
-            (params, state), dy, squares = carry
-            i = slices.layers - 1 - n
-            current = slices.layer((params, state), i)
-            new, dx, more, _ = self._step(loss, current, inputs[i], dy, number=i)
-            if self.factor is not None:
-                params = slices.with_layer(params, i, current[0], new[0])
-            if self.factor is not None or self.refreshes is not False:
-                state = slices.with_layer(state, i, current[1], new[1])
-            return (params, state), dx, squares + more
+        return self._differentiate(loss, part, x, dy)
 
-        start = trees, dy, jnp.float32(0)
-        trees, dy, squares = lax.fori_loop(0, slices.layers, one_layer, start)
-        return trees, dy, squares
-
-    def _embedding(
-        self, trees: PyTree, dy: jax.Array, head_gradient: PyTree
-    ) -> tuple[PyTree, jax.Array]:
-        """The new trees and the sum of squares, of the gradients of embedding and head together."""
-        slices = self.slices
+    def _embedding(self, part: _Trees, dy: jax.Array, tied: PyTree) -> tuple[_Trees, _Found]:
+        """The embedding; `tied` is the gradient of its parameters as those of the head."""
 
         def loss(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:
-            dy, head_gradient = upstream
-            own_part = _dot(self.model.embed(embedding, self.batch)[0], dy)
-            return own_part + _dot(slices.tied(embedding), head_gradient), None
+            dy, tied = upstream
+            own = _dot(self.model.embed(embedding, self.batch)[0], dy)
+            return own + _dot(self.slices.tied(embedding), tied), None
 
-        own, upstream = slices.group(trees, EMBEDDING), (dy, head_gradient)
-        new, _, squares, _ = self._step(loss, own, None, upstream, number=slices.layers + 1)
-        return slices.with_group(trees, EMBEDDING, new), squares
+        return self._differentiate(loss, part, None, (dy, tied))
 
-    def _step(
-        self, loss: Callable[..., Any], trees: PyTree, x: Any, *rest: Any, number: Any
-    ) -> tuple[tuple[PyTree, PyTree], Any, jax.Array, Any]:
-        """A step of one part, by the gradients of `loss(params, x, *rest)`, a pair.
+    def _differentiate(
+        self, loss: Callable[..., Any], part: _Trees, x: Any, *rest: Any
+    ) -> tuple[_Trees, _Found]:
+        """The gradients of `loss(params, x, *rest)`, a pair, by params and x.
 
         Returns:
-          The part's new trees, the gradient of x, the sum of squares of the parameters' gradients,
-          and the loss's pair.
+          The part, whose bases may be new, and what was found.
         """
         # Parameters and inputs together, to differentiate by both in one backward pass.
-        params, state = trees
+        params, state, _ = part
         joint_loss = lambda both, *rest: loss(both["params"], both["x"], *rest)
         both, unprojected = {"params": params, "x": x}, no_bases(x)
         bases = bases_in(params, state) if self.projected else no_bases(params)
@@ -242,16 +371,14 @@ class _Pass(NamedTuple):
             state = refreshed(passes, state, when_due=self.refreshes is None)
             joint_bases = {"params": bases_in(params, state), "x": unprojected}
         pair, both_gradients = passes.value_and_grad(joint_bases)
-        grads = jax.tree.map(widened, both_gradients["params"])
+        grads, dx, part = both_gradients["params"], both_gradients["x"], part._replace(state=state)
+        if part.sums is not None:
+            return part, _Found(grads, jnp.float32(0), dx, pair)
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates, and
         # the gradient of x, so that it need not copy a stack of which it still reads what it
         # overwrites.
-        squares, dx = finite_squares(grads), both_gradients["x"]
-        grads, squares, dx = lax.optimization_barrier((grads, squares, dx))
-        if self.factor is not None:
-            key = None if self.key is None else jax.random.fold_in(self.key, number)
-            params, state = apply_gradients(self.tx, grads, state, params, key=key)
-        return (params, state), dx, squares, pair
+        grads, squares, dx = lax.optimization_barrier((grads, finite_squares(grads), dx))
+        return part, _Found(grads, squares, dx, pair)
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:

@@ -39,7 +39,7 @@ def make_step(
     projected: bool | None = None,
     refreshes: bool | None = None,
     clip_norm: float = 0.0,
-    clip_by: ClipBy = "first_pass",
+    clip_by: ClipBy = "this_step",
 ) -> Callable[..., Step]:
     """A complete training step: new bases where they are due, gradients, and the update.
 
@@ -57,18 +57,19 @@ def make_step(
       tx: any optax transformation.
       has_aux: whether the loss returns a pair, the second part of which is not differentiated. For
         a `LayeredModel`, whether the step returns the second part too.
-      micro_batches: as for `value_and_grad`; not for a `LayeredModel`, like `data_axes`.
-      data_axes: as for `value_and_grad`.
+      micro_batches: as for `value_and_grad`. For a `LayeredModel` the sums have the dtype of
+        bfloat16 parameters, and bases are refreshed from the first micro-batch.
+      data_axes: as for `value_and_grad`; not for a `LayeredModel`.
       projected: whether the backward pass projects gradients; None: where the optimizer allows it.
       refreshes: with projected gradients, whether to refresh the bases that are due. None: the step
         branches on whether any is. To avoid the branch, compile one step with True, for when
         `refresh_due(state)` is true, and one with False. (Full gradients refresh in every update.)
       clip_norm: gradients are scaled down to this global norm of their finite elements, of
         coordinates where they are projected; 0: no clipping.
-      clip_by: how the norm is known before the first layer of a `LayeredModel` is updated.
-        "first_pass": from an extra forward and backward pass, exact, for nearly twice the time.
-        "previous_step": the norm of the previous step is used instead, at no cost; the first step
-        is not clipped, and an outlier clips the step after it.
+      clip_by: how the norm is known before the first layer of a `LayeredModel` is updated, if there
+        are no micro-batches. "this_step": the gradients of all layers are kept until it is, as
+        coordinates where they are projected. "previous_step": the norm of the previous step is used
+        instead, at no cost; the first step is not clipped, and an outlier clips the step after it.
 
     Returns:
       A function `(params, state, *batch, rounding_key=None, **unsplit)` that returns the new
@@ -78,10 +79,10 @@ def make_step(
       bfloat16 parameters are rounded stochastically.
 
     Raises:
-      ValueError: an unknown `clip_by`; micro-batches or data axes of a `LayeredModel`. When the
-        step is called: as for `value_and_grad` and `refresh`; of a `LayeredModel`, also leaves of
-        blocks, or arrays in the state, that are not stacked by layer, a projection across layers,
-        or an `embed` whose second result depends on parameters.
+      ValueError: an unknown `clip_by`; data axes of a `LayeredModel`. When the step is called: as
+        for `value_and_grad` and `refresh`; of a `LayeredModel`, also leaves of blocks, or arrays in
+        the state, that are not stacked by layer, a projection across layers, or an `embed` whose
+        second result depends on parameters.
 
     Examples:
       >>> import galore_jax, jax, jax.numpy as jnp
@@ -95,14 +96,20 @@ def make_step(
     if clip_by not in get_args(ClipBy):
         raise ValueError(f"make_step: clip_by must be one of {get_args(ClipBy)}, not {clip_by!r}.")
     if isinstance(loss, LayeredModel):
-        if micro_batches != 1 or data_axes:
+        if data_axes:
             raise ValueError(
-                "make_step: micro_batches and data_axes need the gradients of all layers at once, "
-                "which a LayeredModel never has: leave them out, or pass a loss."
+                "make_step: data_axes need the gradients of all layers at once, which a "
+                "LayeredModel does not have: leave them out, or pass a loss."
             )
-        settings: Any = {"projected": projected, "refreshes": refreshes}
-        settings |= {"clip_norm": clip_norm, "clip_by": clip_by}
-        by_layer = layerwise_step(loss, tx, **settings)
+        by_layer = layerwise_step(
+            loss,
+            tx,
+            micro_batches=micro_batches,
+            projected=projected,
+            refreshes=refreshes,
+            clip_norm=clip_norm,
+            clip_by=clip_by,
+        )
 
         def step_by_layer(
             params: PyTree, state: PyTree, batch: Any, *, rounding_key: jax.Array | None = None

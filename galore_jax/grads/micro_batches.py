@@ -42,6 +42,13 @@ def mean_over(f: Callable[..., PyTree], micro_batches: int, *batch: Any) -> PyTr
     return structure.unflatten([found[i] for i in range(len(shapes))])
 
 
+def mean_of_stack(leaf: jax.Array) -> jax.Array:
+    """The mean over the first axis, of parts, as `mean_over` gives it; or the last part."""
+    if not has_mean(leaf):
+        return leaf[-1]
+    return jnp.mean(leaf, axis=0, dtype=promoted(leaf.dtype, jnp.float32))
+
+
 def has_mean(leaf: Any) -> bool:
     """Whether a leaf is averaged; PRNG keys and unsigned integers, such as counts, are not."""
     dtype = jnp.result_type(leaf)

@@ -36,11 +36,16 @@ def block(
 def head_loss(
     config: LlamaConfig, params: PyTree, x: jax.Array, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean loss per target in nats, and the number of targets, without forming all logits."""
+    """The mean loss per target in nats, and the number of targets, without forming all logits.
+
+    `batch["divisor"]` (B,), if there is one, replaces the number of targets in the mean: with that
+    of all micro-batches, divided by how many these are, their mean is that over all targets.
+    """
     normed: Any = rms_norm(config).apply({"params": params["norm"]}, x)
     if config.tie_embeddings:
         head = nn.meta.unbox(params["embed_tokens"])["embedding"].T
     else:
         head = nn.meta.unbox(params["lm_head"])["kernel"]
     loss, targets = chunked_next_token_loss(constrain(normed, "batch"), head, batch["targets"])
-    return loss / jnp.maximum(targets, 1), targets
+    divisor = batch["divisor"][0] if "divisor" in batch else targets
+    return loss / jnp.maximum(divisor, 1), targets

@@ -131,9 +131,9 @@ class OptimizerConfig:
       clip_norm: the largest global norm, of coordinates where gradients are projected; 0 does not
         clip. With GaLore, numbers that are not finite do not count.
       clip_by: how `training.layerwise` knows the norm before it updates the first layer:
-        `"first_pass"`, an additional pass over all layers, is exact and takes nearly twice the
-        time; `"previous_step"` costs nothing, but the first step is not clipped, and an outlier
-        clips the step after it.
+        `"this_step"` keeps the gradients of all layers until it does, as coordinates where they are
+        projected, as `training.accumulation` always does; `"previous_step"` costs no memory, but
+        the first step is not clipped, and an outlier clips the step after it.
       implementation: how 8-bit moments and the lift are computed: `"xla"`, or `"pallas"` for
         kernels on TPUs and NVIDIA GPUs, which nobody has run or timed on a device yet.
       galore: how gradients are projected.
@@ -154,7 +154,7 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.0
     gradients: Literal["projected", "full"] = "projected"
     clip_norm: NonNegativeFloat = 0.0
-    clip_by: ClipBy = "first_pass"
+    clip_by: ClipBy = "this_step"
     implementation: Implementation = "xla"
     galore: GaloreConfig = field(default_factory=GaloreConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -257,15 +257,10 @@ class Config:
                 'optimizer.name = "lowrank" trains random factors in place of the matrices of '
                 'model.checkpoint: leave out the checkpoint, or set optimizer.name = "lora".'
             )
-        others = {
-            "training.accumulation": self.training.accumulation > 1,
-            f'optimizer.name = "{self.optimizer.name}"': self.optimizer.adapter is not None,
-        }
-        if self.training.layerwise and any(others.values()):
+        if self.training.layerwise and self.optimizer.adapter is not None:
             raise InputError(
-                "training.layerwise updates a layer as soon as it has its gradient, which excludes "
-                f"{' and '.join(filter(others.get, others))}: set it to false, or those to their "
-                "defaults."
+                f'training.layerwise excludes optimizer.name = "{self.optimizer.name}", which '
+                "trains low-rank factors: set it to false, or choose another optimizer."
             )
 
 

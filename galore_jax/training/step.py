@@ -167,11 +167,12 @@ def _update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
 def _layerwise_update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
     """An update layer by layer, during the backward pass."""
     del mesh
-    optimizer = task.config.optimizer
+    optimizer, training = task.config.optimizer, task.config.training
     projected = optimizer.has_projected_gradients
     step = galore_jax.make_step(
         task.layered_model,
-        make_optimizer(optimizer, task.config.training.steps, clips=False),
+        make_optimizer(optimizer, training.steps, clips=False),
+        micro_batches=training.accumulation,
         projected=projected,
         refreshes=refreshes,
         clip_norm=optimizer.clip_norm,
@@ -180,9 +181,10 @@ def _layerwise_update(task: Task, refreshes: bool, mesh: Mesh | None) -> Update:
     )
 
     def update(state: TrainState, batch: Batch, key: jax.Array | None) -> Any:
-        params, opt_state, (loss, targets) = step(
-            state.params, state.opt_state, batch, rounding_key=key
-        )
+        targets = jnp.sum(batch["targets"] >= 0, dtype=jnp.float32)
+        rows = len(batch["targets"])
+        batch = batch | {"divisor": jnp.full(rows, targets / training.accumulation)}
+        params, opt_state, (loss, _) = step(state.params, state.opt_state, batch, rounding_key=key)
         norm = "coordinates_norm" if projected else "gradient_norm"
         return params, opt_state, {"loss": loss, "targets": targets, norm: opt_state.norm}
 
