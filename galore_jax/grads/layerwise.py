@@ -306,7 +306,7 @@ class _Pass(NamedTuple):
     def _step(self, part: _Trees, grads: PyTree, number: Any) -> _Trees:
         """A part after an update by its gradients, or with its gradients in the sums."""
         if part.sums is None:
-            return self.updated(part, jax.tree.map(widened, grads), number)
+            return self.updated(part, grads, number)
         add = lambda total, grad: (widened(total) + widened(grad)).astype(total.dtype)
         sums, structure = jax.tree.flatten(part.sums)
         return part._replace(sums=structure.unflatten(map(add, sums, jax.tree.leaves(grads))))
@@ -377,6 +377,7 @@ class _Pass(NamedTuple):
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates, and
         # the gradient of x, so that it need not copy a stack of which it still reads what it
         # overwrites.
+        grads = jax.tree.map(widened, grads)
         grads, squares, dx = lax.optimization_barrier((grads, finite_squares(grads), dx))
         return part, _Found(grads, squares, dx, pair)
 
