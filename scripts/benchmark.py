@@ -23,8 +23,8 @@ step: time of a training step of blocks of LLaMA, float32, also relative to Adam
                        with a device the first and the last; adamw is always there
     params=float32     dtype of parameters and moments, or bfloat16
     products=          dtype of products; left out: float32 on a CPU, bfloat16 on other devices
-    device=            v5e, v5p, v6e, a100, rtx4090 or h100: compiles for it and runs nothing; it
-                       may be absent, its compiler comes with the extra tpu or cuda
+    device=            v5e, v5p, v6e, rtx3060, rtx4080, rtx4090, a100 or h100: compiles for it and
+                       runs nothing; it may be absent, its compiler comes with the extra tpu or cuda
   With a device the rows are estimates, each with its ratio to AdamW's: milliseconds (ms), products
   (gflop), bytes to and from the device's memory (gb), bytes of instructions that only copy or
   transpose (copied_gb), and temporaries (temporary_mb); without_time names what takes time that the

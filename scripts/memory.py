@@ -4,6 +4,7 @@ python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device v6e
 python scripts/memory.py --config configs/llama_7b.toml --device h100 mesh.fsdp=8
 python scripts/memory.py --config configs/llama_60m.toml --optimizers adamw,galore_adamw,lora
+python scripts/memory.py --config configs/llama_3b.toml --fit 12GB
 
 Compiles three programs: the training step; a step that also refreshes the bases, if there are any;
 and the start, which makes the first weights and the optimizer's state. A device must have room for
@@ -16,6 +17,12 @@ step's temporaries, which are gradients and activations above all; and the total
 --optimizers compares several optimizers, by the labels of [compare.LABEL] in the file or by
 optimizer.name.
 
+--fit changes the configuration until it fits a device, one setting after another, the one that
+costs least first: micro-batches of one row, moments in 8 bits, narrower bases, layer-wise updates,
+shorter rows. Each line of its table has the settings so far, the memory of the largest program, and
+what the last setting costs. Then micro-batches are made as large as they fit, and the last line is
+the command to train with. Without a CUDA compiler the programs are those of a CPU, which need more.
+
 With --json a file gets the figures in bytes: {optimizer: {"trained": parameters, "weights": ...,
 "bases": ..., "moments": ..., "programs": {"train_step": {"arguments", "outputs", "aliased",
 "temporaries", "total"}, "refresh_step": ..., "start": ...}}}. The compiler for TPUs refuses a
@@ -25,7 +32,8 @@ program that does not fit: of such a one there is the total alone, as far as it 
 import argparse
 import math
 import sys
-from contextlib import nullcontext
+from bisect import bisect_left
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +52,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/llama_60m.toml")
-    parser.add_argument("--device", default="cpu", help="cpu, rtx4090, a100, h100, v5e, v5p or v6e")
+    known = "rtx3060, rtx4080, rtx4090, a100, h100, v5e, v5p or v6e"
+    parser.add_argument("--device", default="cpu", help=f"cpu, {known}")
+    parser.add_argument("--fit", metavar="SIZE", help=f"make it fit: 12GB, …, {known}")
     parser.add_argument("--optimizers", type=separated(), metavar="LABEL,…", help="compare these")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures to this file too"
@@ -60,6 +70,9 @@ def main() -> None:
     from galore_jax.training.config_file import load_comparison, load_config
     from galore_jax.training.mesh import make_mesh, mesh_sizes
 
+    if arguments.fit:
+        fit_to(arguments.fit, arguments.config, arguments.overrides)
+        return
     require_choice("--device", arguments.device, ("cpu", *TARGETS))
     config = load_config(arguments.config, arguments.overrides)
     configs = {config.optimizer.name: config}
@@ -91,9 +104,72 @@ def main() -> None:
     else:
         print(f"\nCompiled for {name}, without such a device: nothing was run.")
         for label, row in rows.items():
-            print(f"{label}: {fit(max(program_totals(row)), card)}")
+            print(f"{label}: {verdict(max(program_totals(row)), card)}")
     if arguments.json:
         write_json(arguments.json, rows)
+
+
+def fit_to(size: str, file: str, overrides: list[str]) -> None:
+    """Changes settings until the training fits a device, and prints them: see --fit above.
+
+    Raises:
+      InputError: the size is not one, the configuration is for a mesh, or no setting helps.
+    """
+    import jax
+    from analysis.compile_targets import TARGETS, target
+    from analysis.fit import Rung, larger_micro_batches, next_rung, usable_bytes
+
+    from galore_jax.training.config_file import load_config
+    from galore_jax.training.mesh import mesh_sizes
+
+    name, usable = usable_bytes(size)
+    configured = load_config(file, overrides)
+    if any(n > 1 for n in (configured.mesh.data, configured.mesh.fsdp, configured.mesh.tensor)):
+        raise InputError("--fit is for one device: leave out the sizes of [mesh].")
+    with ExitStack() as stack:
+        mesh, compiler = None, "a CPU, which needs more"
+        try:
+            sharding = stack.enter_context(target(name, mesh_sizes(configured.mesh, 1)))
+            stack.enter_context(jax.set_mesh(None))
+            mesh, compiler = sharding.mesh, TARGETS[name].name
+        except InputError as error:
+            print(f"memory.py: {error}", file=sys.stderr)
+            jax.config.update("jax_platforms", "cpu")
+        print(f"JAX can take {usable / GIB:.1f} GiB; compiled for {compiler}.\n")
+
+        def fits(settings: list[str], rung: Rung) -> bool:
+            needed, compiled = largest_program(load_config(file, settings), mesh, usable)
+            figure = f"{'' if compiled else '>'}{needed / GIB:.2f} GiB"
+            cost = f"costs {rung.cost}" if rung.cost else ""
+            print(f"{figure:>11}  {rung.setting:<40}  {cost}".rstrip(), flush=True)
+            return needed <= usable
+
+        settings, rung = list(overrides), Rung("as configured", "")
+        while not fits(settings, rung):
+            rung = next_rung(load_config(file, settings))
+            if rung is None:
+                raise InputError(
+                    "no setting makes it fit: choose a smaller model or a larger device."
+                )
+            settings.append(rung.setting)
+        found = load_config(file, settings)
+        larger = larger_micro_batches(found, configured.training.accumulation)
+        too_large = lambda setting: not fits([*settings, setting], Rung(setting, ""))
+        number = bisect_left(larger, True, key=too_large)
+        settings += larger[:number][-1:]
+    # Of several values of a setting the last one counts.
+    last = {setting.partition("=")[0]: setting for setting in settings}
+    print(f"\npython scripts/train.py --config {file} {' '.join(last.values())}".rstrip())
+
+
+def largest_program(config: Any, mesh: Any, usable: float) -> tuple[int, bool]:
+    """The bytes of the largest program; or only of its state, and False, if that is too large."""
+    from analysis.memory import state_parts
+
+    state = sum(state_parts(config, mesh).values())
+    if state > usable:
+        return state, False
+    return max(program_totals(measure(config, mesh))), True
 
 
 def measure(config: Any, mesh: Any) -> dict[str, Any]:
@@ -139,7 +215,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def fit(needed: int, device: Any) -> str:
+def verdict(needed: int, device: Any) -> str:
     """Whether a program fits what JAX can take of the memory of a target, and by how much."""
     usable, memory = device.usable / GIB, device.memory / GIB
     sizes = f"the {usable:.1f} GiB that JAX can take of the device's {memory:.1f}"

@@ -322,7 +322,7 @@ def main() -> None:
     parser.add_argument("--layouts", default=list(LAYOUTS), **names)
     parser.add_argument("--optimizers", default=list(OPTIMIZERS), **names)
     parser.add_argument("--devices", default=[1, 8, 16, 64], type=separated(int), metavar="N,…")
-    known = "cpu, rtx4090, a100, h100, v5e, v5p or v6e"
+    known = "cpu, rtx3060, rtx4080, rtx4090, a100, h100, v5e, v5p or v6e"
     parser.add_argument("--device", default="cpu", help=known)
     parser.add_argument("--rows", type=positive, default=64, help="of a micro-batch on a device")
     rate: dict[str, Any] = {"type": float, "metavar": "RATE"}

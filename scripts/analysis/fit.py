@@ -1,0 +1,67 @@
+"""Settings with which a training fits a device: a ladder of them, tried one after another."""
+
+import re
+from typing import NamedTuple
+
+from analysis.compile_targets import TARGETS
+from analysis.gpus import GPUS, MAX_FRACTION
+from galore_jax.errors import InputError
+from galore_jax.training.config import OPTIMIZERS, Config
+
+SHORTEST = 128  # The ladder does not go below rows of this many tokens.
+NARROWER = {"float32": "bfloat16", "bfloat16": "int8"}
+COSTS = {"bfloat16": "", "int8": ""}
+
+
+class Rung(NamedTuple):
+    """A change of the configuration: `section.key=value`, and what it costs besides memory."""
+
+    setting: str
+    cost: str
+
+
+def next_rung(config: Config) -> Rung | None:
+    """The next change that saves memory, the one that costs least first; None: there is none."""
+    optimizer, galore, data = config.optimizer, config.optimizer.galore, config.data
+    if config.training.accumulation < data.batch_size:
+        return Rung(f"training.accumulation={data.batch_size}", "time, if rows are short")
+    if f"{optimizer.name}8bit" in OPTIMIZERS:
+        return Rung(f"optimizer.name={optimizer.name}8bit", "about 0.1% of the loss")
+    if optimizer.has_galore and galore.basis_dtype in NARROWER:
+        narrower = NARROWER[galore.basis_dtype]
+        return Rung(f"optimizer.galore.basis_dtype={narrower}", COSTS[narrower])
+    if not config.training.layerwise and optimizer.adapter is None:
+        return Rung("training.layerwise=true", "the time of a forward pass, unless model.remat")
+    if data.sequence_length >= 2 * SHORTEST:
+        return Rung(f"data.sequence_length={data.sequence_length // 2}", "context")
+    return None
+
+
+def larger_micro_batches(config: Config, least: int) -> list[str]:
+    """Settings of ever larger and faster micro-batches, down to this number of them."""
+    numbers = range(config.training.accumulation - 1, least - 1, -1)
+    divisors = [number for number in numbers if config.data.batch_size % number == 0]
+    return [f"training.accumulation={number}" for number in divisors]
+
+
+def usable_bytes(size: str) -> tuple[str, float]:
+    """The target to compile for, and the bytes that JAX can take of it.
+
+    Args:
+      size: a key of `TARGETS`, or a size such as 12GB, as the memory of cards is given.
+
+    Raises:
+      InputError: it is neither, or no card has so much memory.
+    """
+    if size in TARGETS:
+        return size, TARGETS[size].usable
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B", size)
+    if not found:
+        raise InputError(
+            f"--fit is {size!r}: give a size such as 12GB, or one of {', '.join(TARGETS)}."
+        )
+    memory = float(found[1]) * 2**30
+    larger = [name for name, card in GPUS.items() if card.memory >= memory]
+    if not larger:
+        raise InputError(f"--fit is {size!r}: no card that is known here has so much memory.")
+    return min(larger, key=lambda name: GPUS[name].memory), MAX_FRACTION * memory
