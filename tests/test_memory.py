@@ -150,14 +150,14 @@ def test_on_a_mesh_the_figures_are_those_of_each_device(tmp_path):
 def test_a_program_fits_what_jax_can_take_of_a_device_or_misses_some_gib():
     gib, sizes = 2**30, "the 19.0 GiB that JAX can take of the device's 20.0"
     card = dataclasses.replace(compile_targets.TARGETS["h100"], memory=20 * gib)
-    assert memory.fit(14 * gib, card) == f"it fits {sizes}: 5.0 are left."
-    more = memory.fit(16 * gib, card)
+    assert memory.verdict(14 * gib, card) == f"it fits {sizes}: 5.0 are left."
+    more = memory.verdict(16 * gib, card)
     assert more.startswith(f"it fits {sizes}: 3.0 are left.\nBut JAX takes only 75%")
     assert "XLA_CLIENT_MEM_FRACTION=0.95" in more
     sentence = f"it needs 19.5 GiB and does not fit {sizes}: 0.5 are missing."
-    assert memory.fit(int(19.5 * gib), card) == sentence
+    assert memory.verdict(int(19.5 * gib), card) == sentence
     # A TPU's compiler gives a program all that there is.
-    assert memory.fit(15 * gib, compile_targets.TARGETS["v5e"]).endswith("16.0: 0.8 are left.")
+    assert memory.verdict(15 * gib, compile_targets.TARGETS["v5e"]).endswith("16.0: 0.8 are left.")
 
 
 @pytest.mark.parametrize(

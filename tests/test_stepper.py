@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from galore_jax.errors import InputError
 from galore_jax.grads.refresh import refresh_due
 from galore_jax.training.config_file import changed
 from galore_jax.training.pretraining import Pretraining, batch_loss
+from galore_jax.training.state import tree_bytes
 from galore_jax.training.step import Stepper, make_train_step
 
 CONFIG = changed(FULL, optimizer={"gradients": "projected", "clip_norm": 0.5})
@@ -130,7 +132,7 @@ def test_an_unknown_way_to_clip_is_refused_in_a_sentence():
 
 
 def test_programs_are_compiled_when_needed_and_shared_by_runs_that_differ_in_their_seed(batch):
-    compiled, shared = [], {}
+    compiled, said, shared = [], [], {}
 
     @contextlib.contextmanager
     def compiling():
@@ -139,7 +141,8 @@ def test_programs_are_compiled_when_needed_and_shared_by_runs_that_differ_in_the
 
     for seed in (0, 1):
         task = Pretraining(changed(CONFIG, training={"seed": seed}))
-        stepper, state = Stepper(task, programs=shared, compiling=compiling), initial(task.config)
+        stepper = Stepper(task, programs=shared, compiling=compiling, say=said.append)
+        state = initial(task.config)
         losses = []
         for _ in range(2):
             state, measured = stepper(state, batch)
@@ -150,6 +153,9 @@ def test_programs_are_compiled_when_needed_and_shared_by_runs_that_differ_in_the
                 state, measured = own(state, batch)
                 assert measured["loss"] == loss
     assert len(compiled) == 2  # a step that refreshes, and one that does not
+    sizes = [re.fullmatch(r"a step.* needs (.*) MB of the device's (.*) GB", one) for one in said]
+    state_bytes = tree_bytes(initial(task.config))
+    assert [float(size[1]) * 1e6 > state_bytes for size in sizes] == [True, True]
     assert stepper.compile_seconds == 0
 
 

@@ -144,7 +144,7 @@ def _start(
             )
         path = folder.metrics if is_first() else None
         metrics = stack.enter_context(Metrics(path, start, training.steps, task.targets))
-    stepper = Stepper(task, mesh, programs, metrics.compiling)
+    stepper = Stepper(task, mesh, programs, metrics.compiling, metrics.say)
     return _Run(task, folder, mesh, data, checkpoints, metrics, stepper), state
 
 

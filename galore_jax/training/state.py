@@ -87,12 +87,16 @@ def _check_memory(*shapes: PyTree) -> None:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
-    if jax.default_backend() == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-    else:  # Not every allocator has a limit.
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or math.inf
-    if sum(map(on_a_device, jax.tree.leaves(shapes))) > memory:
+    if sum(map(on_a_device, jax.tree.leaves(shapes))) > device_memory():
         raise MemoryError
+
+
+def device_memory() -> float:
+    """The bytes that JAX can take of a device's memory; infinite if that is unknown."""
+    if jax.default_backend() == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    # Not every allocator has a limit.
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or math.inf
 
 
 def starting_program(task: Task, shapes: TrainState) -> Any:

@@ -20,9 +20,16 @@ from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.adapters import combine
 from galore_jax.optim.galore_state import bases_of, galore_states, projected_tree
 from galore_jax.training.mesh import data_axes, on_mesh, whole
+from galore_jax.training.metrics import format_bytes
 from galore_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from galore_jax.training.relora import restart, steps_until_restart
-from galore_jax.training.state import DROPOUT, TrainState, abstract_state, trained
+from galore_jax.training.state import (
+    DROPOUT,
+    TrainState,
+    abstract_state,
+    device_memory,
+    trained,
+)
 from galore_jax.training.task import Batch, Task
 from galore_jax.types import PyTree
 
@@ -43,6 +50,7 @@ class Stepper:
       programs: those that an earlier stepper compiled for a run that differs in its seed alone, or
         an empty dictionary to collect them.
       compiling: makes a context in which a program is compiled.
+      say: gets a sentence about the memory of each program that is compiled.
 
     Attributes:
       compile_seconds: the time that compilation took so far.
@@ -54,8 +62,9 @@ class Stepper:
         mesh: Mesh | None = None,
         programs: dict[Any, Any] | None = None,
         compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        say: Callable[[str], object] = lambda _: None,
     ):
-        self._task, self._mesh, self._compiling = task, mesh, compiling
+        self._task, self._mesh, self._compiling, self._say = task, mesh, compiling, say
         self._programs = {} if programs is None else programs
         self._steps_left = 0
         self.compile_seconds = 0.0
@@ -68,8 +77,11 @@ class Stepper:
             with self._compiling(), on_mesh(self._mesh):
                 start = time.perf_counter()
                 step: Any = make_train_step(self._task, refreshes=refreshes, mesh=self._mesh)
-                self._programs[refreshes, shapes] = step.lower(state, batch).compile()
+                program = step.lower(state, batch).compile()
+                self._programs[refreshes, shapes] = program
                 self.compile_seconds += time.perf_counter() - start
+            which = "a step with a refresh" if refreshes else "a step"
+            self._say(f"{which} needs {memory_of(program)}")
         return self._programs[refreshes, shapes](state, batch)
 
     def _is_due(self, state: TrainState) -> bool:
@@ -89,6 +101,16 @@ class Stepper:
                 return True  # It still is at the next step if it fails.
         self._steps_left -= 1
         return False
+
+
+def memory_of(program: Any) -> str:
+    """The memory that a compiled program needs, and that of the device."""
+    found = program.memory_analysis()
+    needed = found.argument_size_in_bytes + found.temp_size_in_bytes
+    needed += found.output_size_in_bytes - found.alias_size_in_bytes
+    memory = device_memory()
+    of = f" of the device's {format_bytes(memory)}" if memory < math.inf else ""
+    return format_bytes(needed) + of
 
 
 def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = None) -> TrainStep:
