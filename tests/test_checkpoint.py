@@ -88,7 +88,7 @@ def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tm
         CONFIG.optimizer,
         name="galore_adamw8bit",
         clip_by="previous_step",
-        galore=dataclasses.replace(CONFIG.optimizer.galore, basis_dtype="int8"),
+        galore=dataclasses.replace(CONFIG.optimizer.galore, basis_dtype="int4"),
     )
     model = dataclasses.replace(CONFIG.model, hidden_size=64, intermediate_size=96)
     training = dataclasses.replace(CONFIG.training, layerwise=True)
@@ -97,7 +97,7 @@ def test_8_bit_codes_and_the_norm_of_a_layerwise_run_are_restored_bit_for_bit(tm
     state, _ = stepper(jax.jit(lambda: init_state(Pretraining(config)))(), next(batches))
     assert state.opt_state.norm > 0
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)}
-    assert {np.dtype("int8"), np.dtype("uint8")} <= dtypes
+    assert np.dtype("uint8") in dtypes
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, batches, config)
         checkpoints.wait()

@@ -32,6 +32,7 @@ def test_what_costs_least_is_tried_first_and_the_length_of_rows_last():
         "optimizer.name=galore_adamw8bit",
         "optimizer.galore.basis_dtype=bfloat16",
         "optimizer.galore.basis_dtype=int8",
+        "optimizer.galore.basis_dtype=int4",
         "training.layerwise=true",
         "data.sequence_length=300",
         "data.sequence_length=150",

@@ -68,7 +68,7 @@ def run_script(folder: Path, config: Config, *arguments: str) -> None:
         {},
         {"name": "adamw"},
         {"name": "galore_adafactor"},
-        {"name": "galore_adamw8bit", "galore": {"rank": 8, "basis_dtype": "int8"}},
+        {"name": "galore_adamw8bit", "galore": {"rank": 8, "basis_dtype": "int4"}},
     ],
     ids=lambda optimizer: optimizer.get("name", "galore"),
 )
@@ -84,7 +84,7 @@ def test_weights_bases_and_moments_are_all_of_the_state_but_its_counters(optimiz
         assert parts["moments"] == tree_bytes(moments)
 
 
-@pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", 0.785), ("int8", 0.82)])
+@pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", 0.785), ("int8", 0.82), ("int4", 0.84)])
 def test_the_optimizer_state_of_8_bit_galore_at_7b_is_a_fifth_of_bf16_adams(dtype, saved):
     file = ROOT / "configs" / "llama_7b_24gb.toml"
     parts = state_parts(load_config(file, [f"optimizer.galore.basis_dtype={dtype}"]))

@@ -1,5 +1,6 @@
 """Bases are orthonormal for any gradient, and span the subspace that their method defines."""
 
+import functools
 import itertools
 import math
 
@@ -248,21 +249,21 @@ def test_random_bases_depend_on_the_numbers_of_their_key_and_on_nothing_else():
     [
         ("bfloat16", (24, 8)),
         ("int8", (2, 3, 24, 8)),
-        ("int8", (2, 320, 300)),  # a whole block of 8 bits and a part
+        ("int4", (2, 320, 300)),  # a whole block and a part
     ],
     ids=str,
 )
 def test_a_random_basis_is_the_one_in_float32_stored_in_its_dtype(dtype, shape):
     key = jax.random.key(0)
     in_float32 = random_basis(key, shape)
-    in_8_bits = jax.jit(lambda basis: quantize(basis, "int8"))
-    expected = in_8_bits(in_float32) if dtype == "int8" else in_float32.astype(dtype)
+    in_codes = jax.jit(functools.partial(quantize, code=dtype))
+    expected = in_float32.astype(dtype) if dtype == "bfloat16" else in_codes(in_float32)
     basis = random_basis(key, shape, jnp.dtype(dtype))
     assert basis.shape == shape
     jax.tree.map(np.testing.assert_array_equal, basis, expected)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "int4"])
 def test_random_bases_are_drawn_without_a_stack_in_float32(dtype):
     key, shape = jax.random.key(0), (64, 64, RANK)
     program = random_basis.lower(key, shape, jnp.dtype(dtype)).compile()

@@ -18,13 +18,14 @@ from galore_jax.ops.quantization import (
     zeros_like,
 )
 
-CODES = ("signed", "unsigned", "int8")
+CODES = ("signed", "unsigned", "int8", "int4")
 
 
 def table(code):
     """The values of a code in ascending order, from arXiv 2110.02861's description, in float64."""
-    if code == "int8":
-        return np.arange(-127, 128) / 127
+    if code in ("int8", "int4"):
+        largest = 127 if code == "int8" else 7
+        return np.arange(-largest, largest + 1) / largest
     values = [0.0, 1.0]
     for decade in range(7):
         number = 2**decade if code == "signed" else 2 ** (decade + 1)
@@ -83,8 +84,13 @@ def test_a_round_trip_keeps_shape_zeros_signs_and_the_bound_of_its_error(
     x = np.asarray((np.abs(x) if code == "unsigned" else x) * 10.0**exponent, np.float32)
     quantized = quantize(jnp.asarray(x), code)
     found = np.asarray(dequantize(quantized))
-    assert quantized.shape == quantized.codes.shape == found.shape == x.shape
+    assert quantized.shape == found.shape == x.shape
     assert quantized.codes.dtype == (jnp.int8 if code == "int8" else jnp.uint8)
+    if code == "int4":  # Two share a byte, in whole blocks.
+        size = min(length, 256)
+        assert quantized.codes.shape == (*shape, -(-length // size) * -(-size // 2))
+    else:
+        assert quantized.codes.shape == x.shape
     assert quantized.scales.shape == (*shape, -(-length // 256))
     assert (found[x == 0] == 0).all()
     assert (found * np.sign(x) >= 0).all()
@@ -92,7 +98,8 @@ def test_a_round_trip_keeps_shape_zeros_signs_and_the_bound_of_its_error(
         block, back = x[..., start : start + 256], found[..., start : start + 256]
         largest = np.abs(block).max(axis=-1, keepdims=True).astype(np.float64)
         # Half the largest distance between values: 0.9 / 64 in the seventh decade of "signed".
-        half = {"signed": 0.45 / 64, "unsigned": 0.45 / 128, "int8": 0.5 / 127}[code]
+        half = {"signed": 0.45 / 64, "unsigned": 0.45 / 128, "int8": 0.5 / 127, "int4": 0.5 / 7}
+        half = half[code]
         assert (np.abs(back - block.astype(np.float64)) <= (half + 1e-6) * largest).all()
 
 

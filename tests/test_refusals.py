@@ -32,7 +32,10 @@ def test_more_than_one_galore_is_refused():
         ({"rank": 4, "lazy_overlap": 2}, "lazy_overlap must be above 0 and at most 1, not 2"),
         ({"rank": 4, "scale": float("nan")}, "scale must be positive and finite, not nan"),
         ({"rank": 4, "proj_type": "both"}, "proj_type must be one of std, .*, full, not 'both'"),
-        ({"rank": 4, "basis_dtype": "float16"}, "must be one of float32, bfloat16, int8, not"),
+        (
+            {"rank": 4, "basis_dtype": "float16"},
+            "must be one of float32, bfloat16, int8, int4, not",
+        ),
         ({"rank": 4, "refresh": "qr"}, "refresh must be one of subspace_iteration, eigh, svd"),
         ({"rank": 4, "seed": 1.5}, "seed must be a whole number, not 1.5"),
         ({"rank": 4, "rules": ["*"]}, r"rules must map patterns to galore_jax.Rule, .* not \['"),

@@ -1,14 +1,14 @@
-"""Block-wise 8-bit quantisation that keeps an array's shape.
+"""Block-wise quantisation to 8 or 4 bits that keeps an array's shape.
 
 An array is divided into blocks of 256 numbers along its last axis (arXiv 2110.02861, section 2.1).
-Each block stores its largest magnitude in float32 and, for each number, an 8-bit code for the
-number's fraction of that magnitude. There are three codes:
+Each block stores its largest magnitude in float32 and, for each number, a code for the number's
+fraction of that magnitude. There are four codes:
 
 * "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 2.2).
   They cover seven decades, each with evenly spaced values, twice as many as in the decade below, so
   that small numbers keep some precision. "signed" has 127 negative values, zero and 128 positive
   values; "unsigned" has zero and 255 positive values.
-* "int8", 255 evenly spaced values from -1 to 1.
+* "int8" and "int4", 255 and 15 evenly spaced values from -1 to 1. Of the latter two share a byte.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,42 +23,50 @@ from galore_jax.ops.partition import Partition
 
 BLOCK = 256
 DECADES = 7
-Code = Literal["signed", "unsigned", "int8"]
+Code = Literal["signed", "unsigned", "int8", "int4"]
+# Of evenly spaced codes the largest, which stands for 1.
+LARGEST = {"int8": 127, "int4": 7}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(eq=False)
 class Quantized:
-    """An array in 8-bit codes.
+    """An array in codes of 8 or 4 bits.
 
     Attributes:
-      codes: uint8 (int8 for the code "int8"), the shape of the array.
+      codes: uint8 (int8 for the code "int8"), the shape of the array; for "int4" the last axis is
+        that of its blocks, of which each byte holds a number of the first half and one of the
+        second.
       scales: float32 `(*shape[:-1], ⌈shape[-1] / 256⌉)`, the largest magnitude in each block; NaN
         if a number in the block was not finite.
       code: static, the name of the code.
       partition: static, of the codes over a mesh, if known. It divides no block.
+      length: static, of the array's last axis, for "int4".
     """
 
     codes: Any
     scales: Any
     code: Code = field(metadata={"static": True})
     partition: Partition | None = field(default=None, metadata={"static": True})
+    length: int | None = field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
-        return self.codes.shape
+        if self.length is None:
+            return self.codes.shape
+        return (*self.codes.shape[:-1], self.length)
 
 
 def quantize(x: jax.Array, code: Code) -> Quantized:
     """Quantises block-wise to the nearest values of a code; ties may go either way.
 
     The error is at most half the distance between neighbouring values: 1/254 of the block's largest
-    magnitude for "int8", and for the dynamic codes 0.45 / 2ⁿ of the decade's upper end in the n-th
-    decade from below (n starts at 0 for "signed", at 1 for "unsigned"). Zero stays zero. "unsigned"
-    rounds other numbers up to its smallest value, 3.25e-7, unless they are subnormal: an update is
-    divided by the root of the second moment, and would become far too large. A block with a number
-    that is not finite is dequantised to NaN.
+    magnitude for "int8", 1/14 for "int4", and for the dynamic codes 0.45 / 2ⁿ of the decade's upper
+    end in the n-th decade from below (n starts at 0 for "signed", at 1 for "unsigned"). Zero stays
+    zero. "unsigned" rounds other numbers up to its smallest value, 3.25e-7, unless they are
+    subnormal: an update is divided by the root of the second moment, and would become far too
+    large. A block with a number that is not finite is dequantised to NaN.
 
     Args:
       x: real, at least one axis.
@@ -74,17 +82,24 @@ def quantize_blocks(blocks: jax.Array, shape: tuple[int, ...], code: Code) -> Qu
     """`quantize` of an array of this shape, given its blocks in float32."""
     max_magnitude = block_max(blocks)
     fractions = block_fractions(blocks, max_magnitude)
-    if code == "int8":
-        codes = jnp.floor(fractions * 127 + 0.5).astype(jnp.int8)
+    scales = max_magnitude.squeeze(-1)
+    if code in LARGEST:
+        codes = jnp.floor(fractions * LARGEST[code] + 0.5).astype(jnp.int8)
     else:
         codes = encode(fractions, signed=code == "signed").astype(jnp.uint8)
-    return Quantized(from_blocks(codes, shape), max_magnitude.squeeze(-1), code)
+    if code == "int4":
+        return Quantized(_packed(codes), scales, code, length=shape[-1])
+    return Quantized(from_blocks(codes, shape), scales, code)
 
 
 def zeros_like(x: Any, code: Code) -> Quantized:
     """Quantised zeros with the shape of `x`, an array or a `jax.ShapeDtypeStruct`."""
     blocks = -(-x.shape[-1] // BLOCK)
     scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
+    if code == "int4":
+        width = blocks * (-(-block_size(x.shape[-1]) // 2))
+        codes = jnp.zeros((*x.shape[:-1], width), jnp.uint8)
+        return Quantized(codes, scales, code, length=x.shape[-1])
     dtype = jnp.int8 if code == "int8" else jnp.uint8
     return Quantized(jnp.full_like(x, zero_code(code), dtype), scales, code)
 
@@ -96,9 +111,9 @@ def dequantize(x: Any) -> Any:
 
 def dequantize_blocks(x: Quantized) -> jax.Array:
     """The blocks of the array that a `Quantized` represents, float32."""
-    blocks = to_blocks(x.codes, zero_code(x.code))
-    if x.code == "int8":
-        fractions = blocks.astype(jnp.float32) / 127
+    blocks = _unpacked(x) if x.code == "int4" else to_blocks(x.codes, zero_code(x.code))
+    if x.code in LARGEST:
+        fractions = blocks.astype(jnp.float32) / LARGEST[x.code]
     else:
         fractions = decode(blocks.astype(jnp.int32), signed=x.code == "signed")
     return fractions * x.scales[..., None]
@@ -126,12 +141,36 @@ def to_blocks(x: jax.Array, fill: int = 0) -> jax.Array:
 
     A last axis shorter than 256 forms a single block of its own length.
     """
-    size = max(1, min(BLOCK, x.shape[-1]))
+    size = block_size(x.shape[-1])
     missing = -x.shape[-1] % size
     if missing:
         widths = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
         x = jnp.pad(x, widths, constant_values=fill)
     return _laid_out(x.reshape(*x.shape[:-1], x.shape[-1] // size, size))
+
+
+def block_size(length: int) -> int:
+    """The numbers in a block of an axis of this length."""
+    return max(1, min(BLOCK, length))
+
+
+def _packed(blocks: jax.Array) -> jax.Array:
+    """int8 codes of 4 bits `(..., blocks, size)` as bytes `(..., blocks · ⌈size / 2⌉)`."""
+    half = -(-blocks.shape[-1] // 2)
+    second = blocks[..., half:]
+    second = jnp.pad(second, [(0, 0)] * (blocks.ndim - 1) + [(0, half - second.shape[-1])])
+    codes = (blocks[..., :half] & 15) | (second << 4)
+    return codes.astype(jnp.uint8).reshape(*blocks.shape[:-2], blocks.shape[-2] * half)
+
+
+def _unpacked(x: Quantized) -> jax.Array:
+    """The inverse of `_packed`."""
+    *batch, number = x.scales.shape
+    packed = x.codes.reshape(*batch, number, x.codes.shape[-1] // max(number, 1))
+    packed = lax.bitcast_convert_type(packed, jnp.int8)
+    # Shifts of int8 keep the sign.
+    codes = jnp.concatenate(((packed << 4) >> 4, packed >> 4), axis=-1)
+    return _laid_out(codes[..., : block_size(x.shape[-1])])
 
 
 def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -105,8 +105,8 @@ def galore(
       lazy_overlap: if the mean squared cosine of the principal angles between the old and the new
         subspace is at least this, the matrix's own gap doubles, up to 8 T, otherwise it is T again
         (Q-GaLore, arXiv 2407.08296, compares single vectors). None: every gap is T.
-      basis_dtype: dtype of the stored bases: float32 (None) or bfloat16; int8 stores codes with a
-        scale for each block, as 8-bit moments are stored.
+      basis_dtype: dtype of the stored bases: float32 (None) or bfloat16; int8 and int4 store codes
+        with a scale for each block, as 8-bit moments are stored.
       implementation: of the lift by `apply_gradients`: "xla", plain JAX; or "pallas", a kernel on
         platforms that have one: TPUs and NVIDIA GPUs. The kernels have been compiled for both and
         checked in an interpreter, but nobody has run or timed them on a device yet.

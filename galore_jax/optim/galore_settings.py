@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.implementation import Implementation, check_implementation
+from galore_jax.ops.quantization import Quantized
 from galore_jax.subspace.basis import AGE_UNINITIALIZED, Basis, in_buffer_of, path_hash
 from galore_jax.subspace.matrix_view import unboxed
 from galore_jax.subspace.new_basis import random_basis
@@ -38,7 +39,7 @@ from galore_jax.types import PyTree
 
 Make = TypeVar("Make", bound=Callable[..., optax.GradientTransformation])
 
-BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8)))
+BASIS_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4)))
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,14 @@ class Settings:
     def _check_started_with_these(self, basis: Basis) -> None:
         found, (_, rule) = basis.projection, rule_for(basis.projection.path, self.rules)
         wanted = rule and projection_of(found.path, found.view, rule, self.default)
-        stored = jax.tree.leaves(basis.vectors)[0].dtype  # of the codes, if they are quantised
+        stored = next(iter(basis.vectors.values()))
+        stored = stored.code if isinstance(stored, Quantized) else stored.dtype.name
         pairs: dict[str, tuple[Any, Any]] = {
             "rank": (found.rank, wanted and wanted.rank),
             "sides": (found.sides, wanted and wanted.sides),
             "refresh": (basis.method, self.rule_of(found.path).refresh),
             "moments": (basis.moments, self.moments),
-            "basis_dtype": (stored.name, self.basis_dtype.name),
+            "basis_dtype": (stored, self.basis_dtype.name),
             "implementation": (basis.implementation, self.implementation),
         }
         for name, (old, new) in pairs.items():

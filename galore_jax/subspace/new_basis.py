@@ -393,11 +393,14 @@ def gaussian_basis(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def random_basis(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Any:
-    """Draws random bases of shape `(*batch, n, r)` in a dtype, or for int8 as `Quantized`."""
+    """Draws random bases of shape `(*batch, n, r)` in a dtype, of integers as `Quantized`."""
 
     def draw(key: jax.Array) -> Any:
         columns = gaussian_basis(key, shape[-2:])
-        return quantize(columns, "int8") if dtype == jnp.int8 else columns.astype(dtype)
+        if jnp.issubdtype(dtype, jnp.integer):
+            code: Any = jnp.dtype(dtype).name
+            return quantize(columns, code)
+        return columns.astype(dtype)
 
     # Draw one matrix at a time: batched Cholesky calls deadlock on CPU in jax 0.10. Convert each
     # right away: at 7B, all of them in float32 would need more memory than a training step.

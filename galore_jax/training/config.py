@@ -60,7 +60,7 @@ class GaloreConfig:
       lazy_overlap: the gap of a matrix doubles, up to 8 times `update_proj_gap`, if its new
         subspace overlaps the old one at least this much; None: gaps are constant.
       basis_dtype: in which the bases are stored: `"float32"`, `"bfloat16"` or, as block-wise
-        quantized codes, `"int8"`.
+        quantized codes, `"int8"` or `"int4"`.
     """
 
     rank: int | float = 128
@@ -70,7 +70,7 @@ class GaloreConfig:
     refresh: str | None = None
     moments: Moments = "keep"
     lazy_overlap: float | None = None
-    basis_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    basis_dtype: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
 
     def __post_init__(self):
         try:
