@@ -379,7 +379,20 @@ class _Pass(NamedTuple):
         # overwrites.
         grads = jax.tree.map(widened, grads)
         grads, squares, dx = lax.optimization_barrier((grads, finite_squares(grads), dx))
+        grads = lax.platform_dependent(grads, dx, cpu=_after, default=lambda grads, _: grads)
         return part, _Found(grads, squares, dx, pair)
+
+
+def _after(tree: PyTree, other: PyTree) -> PyTree:
+    """The tree, made to depend on another one by a zero that XLA does not recognise.
+
+    On CPUs XLA drops barriers before it decides what to copy. It would copy whole stacks of weights
+    for each layer, to go on reading what the layer's update overwrites.
+    """
+    sums = [jnp.sum(widened(leaf)).real for leaf in jax.tree.leaves(other)]
+    bits = lax.bitcast_convert_type(sum(sums, jnp.float32(0)).astype(jnp.float32), jnp.uint32)
+    zero = (bits >> 31) >> 1
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:
