@@ -4,7 +4,7 @@ python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device v6e
 python scripts/memory.py --config configs/llama_7b.toml --device h100 mesh.fsdp=8
 python scripts/memory.py --config configs/llama_60m.toml --optimizers adamw,galore_adamw,lora
-python scripts/memory.py --config configs/llama_3b.toml --fit 12GB
+python scripts/memory.py --config configs/llama_1b.toml --fit 12GB
 
 Compiles three programs: the training step; a step that also refreshes the bases, if there are any;
 and the start, which makes the first weights and the optimizer's state. A device must have room for
@@ -19,9 +19,9 @@ optimizer.name.
 
 --fit changes the configuration until it fits a device, one setting after another, the one that
 costs least first: micro-batches of one row, moments in 8 bits, narrower bases, layer-wise updates,
-shorter rows. Each line of its table has the settings so far, the memory of the largest program, and
-what the last setting costs. Then micro-batches are made as large as they fit, and the last line is
-the command to train with. Without a CUDA compiler the programs are those of a CPU, which need more.
+shorter rows. Each line has the memory of the largest program, a setting, which is added to those
+above, and what it costs. Then micro-batches are made as large as they fit, and the last line is the
+command to train with. Without a CUDA compiler the programs are those of a CPU, which need more.
 
 With --json a file gets the figures in bytes: {optimizer: {"trained": parameters, "weights": ...,
 "bases": ..., "moments": ..., "programs": {"train_step": {"arguments", "outputs", "aliased",
@@ -30,6 +30,7 @@ program that does not fit: of such a one there is the total alone, as far as it 
 """
 
 import argparse
+import functools
 import math
 import sys
 from bisect import bisect_left
@@ -53,8 +54,9 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a TOML file, as configs/llama_60m.toml")
     known = "rtx3060, rtx4080, rtx4090, a100, h100, v5e, v5p or v6e"
-    parser.add_argument("--device", default="cpu", help=f"cpu, {known}")
-    parser.add_argument("--fit", metavar="SIZE", help=f"make it fit: 12GB, …, {known}")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--device", default="cpu", help=f"cpu, {known}")
+    either.add_argument("--fit", metavar="SIZE", help=f"make it fit: 12GB, …, {known}")
     parser.add_argument("--optimizers", type=separated(), metavar="LABEL,…", help="compare these")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the figures to this file too"
@@ -137,8 +139,12 @@ def fit_to(size: str, file: str, overrides: list[str]) -> None:
             jax.config.update("jax_platforms", "cpu")
         print(f"JAX can take {usable / GIB:.1f} GiB; compiled for {compiler}.\n")
 
+        @functools.cache  # The configured micro-batches may be tried again at the end.
+        def largest(config: Any) -> tuple[int, bool]:
+            return largest_program(config, mesh, usable)
+
         def fits(settings: list[str], rung: Rung) -> bool:
-            needed, compiled = largest_program(load_config(file, settings), mesh, usable)
+            needed, compiled = largest(load_config(file, settings))
             figure = f"{'' if compiled else '>'}{needed / GIB:.2f} GiB"
             cost = f"costs {rung.cost}" if rung.cost else ""
             print(f"{figure:>11}  {rung.setting:<40}  {cost}".rstrip(), flush=True)

@@ -98,9 +98,9 @@ def test_a_round_trip_keeps_shape_zeros_signs_and_the_bound_of_its_error(
         block, back = x[..., start : start + 256], found[..., start : start + 256]
         largest = np.abs(block).max(axis=-1, keepdims=True).astype(np.float64)
         # Half the largest distance between values: 0.9 / 64 in the seventh decade of "signed".
-        half = {"signed": 0.45 / 64, "unsigned": 0.45 / 128, "int8": 0.5 / 127, "int4": 0.5 / 7}
-        half = half[code]
-        assert (np.abs(back - block.astype(np.float64)) <= (half + 1e-6) * largest).all()
+        halves = {"signed": 0.45 / 64, "unsigned": 0.45 / 128, "int8": 0.5 / 127, "int4": 0.5 / 7}
+        bound = (halves[code] + 1e-6) * largest
+        assert (np.abs(back - block.astype(np.float64)) <= bound).all()
 
 
 @pytest.mark.parametrize("code", CODES)

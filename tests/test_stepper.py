@@ -114,8 +114,11 @@ def test_a_layerwise_step_equals_an_ordinary_one(batch):
     assert {"loss", "targets", "learning_rate", "coordinates_norm"} <= set(measured)
 
 
-def test_a_layerwise_step_over_micro_batches_weighs_every_target_alike(batch):
+@pytest.mark.parametrize("targets", ["many", "fewer than micro-batches"])
+def test_a_layerwise_step_over_micro_batches_weighs_every_target_alike(batch, targets):
     batch["targets"] = batch["targets"].at[::2, 3:].set(-1).at[1].set(-1)
+    if targets != "many":
+        batch["targets"] = batch["targets"].at[1:].set(-1)
     settings = {"learning_rate": 1e-4, "warmup_steps": 0}
     config = changed(CONFIG, optimizer=settings, training={"accumulation": 4})
     other = changed(config, training={"layerwise": True})

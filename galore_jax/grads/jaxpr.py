@@ -278,8 +278,7 @@ def _cast(equation: Any, params: Any, operands: list[Any], report: Report) -> li
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         raise NoRule
     (value,) = operands
-    only_casts = params["sharding"] is None
-    uncast = value.array if only_casts else None
+    uncast = value.array if params["sharding"] is None else None
     return [value.with_array(*_bind(equation, [value.array]), uncast=uncast)]
 
 

@@ -127,7 +127,7 @@ def layerwise_step(
             trees, structures, pair = _summed(backward, trees, parts)
             norm = jnp.sqrt(finite_squares(trees.sums)) / micro_batches
             factor = clip_factor(norm, clip_norm) if clip_norm else jnp.float32(1)
-            trees = _updated(backward, trees, structures, factor / micro_batches)
+            trees = _updated_by_sums(backward, trees, structures, factor / micro_batches)
         norm = jnp.where(norm > 0, norm, state.norm)
         return trees.params, LayerwiseState(trees.state, norm), pair
 
@@ -183,7 +183,7 @@ def _summed(
     return trees, structures, mean
 
 
-def _updated(
+def _updated_by_sums(
     backward: "_Pass", trees: _Trees, structures: dict[str, Any], factor: jax.Array
 ) -> _Trees:
     """The trees after an update of every part by `factor` times its sums."""
@@ -218,7 +218,7 @@ class _Found(NamedTuple):
     """
 
     grads: PyTree
-    squares: Any
+    squares: jax.Array
     dx: Any
     pair: Any
 
@@ -282,8 +282,7 @@ class _Pass(NamedTuple):
             _, embedding = self._embedding(slices.group(trees, EMBEDDING), layer.dx, tied)
             return {HEAD: head.grads, LAYERS: layer.grads, EMBEDDING: embedding.grads}
 
-        sums = trees.params
-        found = jax.eval_shape(gradients)
+        found, sums = jax.eval_shape(gradients), trees.params  # to be replaced group by group
         for group, grads in found.items():
             stack = (slices.layers,) if group == LAYERS else ()
 
@@ -371,7 +370,8 @@ class _Pass(NamedTuple):
             state = refreshed(passes, state, when_due=self.refreshes is None)
             joint_bases = {"params": bases_in(params, state), "x": unprojected}
         pair, both_gradients = passes.value_and_grad(joint_bases)
-        grads, dx, part = both_gradients["params"], both_gradients["x"], part._replace(state=state)
+        grads, dx = both_gradients["params"], both_gradients["x"]
+        part = part._replace(state=state)
         if part.sums is not None:
             return part, _Found(grads, jnp.float32(0), dx, pair)
         # Compute the norm first, so that XLA can reuse the buffers of gradients for updates, and

@@ -48,4 +48,4 @@ def head_loss(
         head = nn.meta.unbox(params["lm_head"])["kernel"]
     loss, targets = chunked_next_token_loss(constrain(normed, "batch"), head, batch["targets"])
     divisor = batch["divisor"][0] if "divisor" in batch else targets
-    return loss / jnp.maximum(divisor, 1), targets
+    return loss / jnp.where(divisor > 0, divisor, 1), targets

@@ -94,12 +94,10 @@ def quantize_blocks(blocks: jax.Array, shape: tuple[int, ...], code: Code) -> Qu
 
 def zeros_like(x: Any, code: Code) -> Quantized:
     """Quantised zeros with the shape of `x`, an array or a `jax.ShapeDtypeStruct`."""
+    if code == "int4":
+        return quantize(jnp.zeros(x.shape), code)
     blocks = -(-x.shape[-1] // BLOCK)
     scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
-    if code == "int4":
-        width = blocks * (-(-block_size(x.shape[-1]) // 2))
-        codes = jnp.zeros((*x.shape[:-1], width), jnp.uint8)
-        return Quantized(codes, scales, code, length=x.shape[-1])
     dtype = jnp.int8 if code == "int8" else jnp.uint8
     return Quantized(jnp.full_like(x, zero_code(code), dtype), scales, code)
 

@@ -18,7 +18,7 @@ import jax
 from jax.sharding import AbstractMesh
 
 from galore_jax.ops.partition import MeshAxes, Partition
-from galore_jax.ops.quantization import BLOCK, Quantized
+from galore_jax.ops.quantization import Quantized, block_size
 from galore_jax.subspace.basis import Basis
 from galore_jax.subspace.projection import Coordinates, Projection, Side
 from galore_jax.types import PyTree
@@ -172,4 +172,4 @@ def _of_shape(partition: Partition, shape: tuple[int, ...], value: Any) -> Parti
 
 def _block_of(value: Any) -> int:
     """Number of elements along the last axis of a moment that must stay together."""
-    return min(BLOCK, value.shape[-1]) if isinstance(value, Quantized) else 1
+    return block_size(value.shape[-1]) if isinstance(value, Quantized) else 1

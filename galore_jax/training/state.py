@@ -91,6 +91,13 @@ def _check_memory(*shapes: PyTree) -> None:
         raise MemoryError
 
 
+def program_bytes(compiled: Any) -> int:
+    """The bytes that a compiled program needs, as assigned by XLA; aliased ones count once."""
+    memory = compiled.memory_analysis()
+    distinct = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + distinct
+
+
 def device_memory() -> float:
     """The bytes that JAX can take of a device's memory; infinite if that is unknown."""
     if jax.default_backend() == "cpu":

@@ -28,6 +28,7 @@ from galore_jax.training.state import (
     TrainState,
     abstract_state,
     device_memory,
+    program_bytes,
     trained,
 )
 from galore_jax.training.task import Batch, Task
@@ -81,7 +82,7 @@ class Stepper:
                 self._programs[refreshes, shapes] = program
                 self.compile_seconds += time.perf_counter() - start
             which = "a step with a refresh" if refreshes else "a step"
-            self._say(f"{which} needs {memory_of(program)}")
+            self._say(f"{which} needs {_memory_of(program)}")
         return self._programs[refreshes, shapes](state, batch)
 
     def _is_due(self, state: TrainState) -> bool:
@@ -103,14 +104,11 @@ class Stepper:
         return False
 
 
-def memory_of(program: Any) -> str:
-    """The memory that a compiled program needs, and that of the device."""
-    found = program.memory_analysis()
-    needed = found.argument_size_in_bytes + found.temp_size_in_bytes
-    needed += found.output_size_in_bytes - found.alias_size_in_bytes
+def _memory_of(program: Any) -> str:
+    """The memory that a compiled program needs, and that of the device, in words."""
     memory = device_memory()
     of = f" of the device's {format_bytes(memory)}" if memory < math.inf else ""
-    return format_bytes(needed) + of
+    return format_bytes(program_bytes(program)) + of
 
 
 def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = None) -> TrainStep:

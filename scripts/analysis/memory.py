@@ -12,7 +12,13 @@ from galore_jax.subspace.matrix_view import path_names
 from galore_jax.training.config import Config
 from galore_jax.training.mesh import on_mesh
 from galore_jax.training.pretraining import Pretraining
-from galore_jax.training.state import abstract_state, batch_shapes, starting_program, tree_bytes
+from galore_jax.training.state import (
+    abstract_state,
+    batch_shapes,
+    program_bytes,
+    starting_program,
+    tree_bytes,
+)
 from galore_jax.training.step import make_train_step
 from galore_jax.types import PyTree
 
@@ -83,16 +89,17 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
 
 def _assigned(lowered: Any) -> Parts:
     try:
-        memory = compile_fitting(lowered).memory_analysis()
+        program = compile_fitting(lowered)
     except DoesNotFit as error:
         return {"total": error.needed}
-    parts = {
+    memory = program.memory_analysis()
+    return {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
+        "total": program_bytes(program),
     }
-    return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
 
 
 class DoesNotFit(InputError):
