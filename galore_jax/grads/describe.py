@@ -14,7 +14,7 @@ from galore_jax.grads.value_and_grad import Loss, Passes, Uses, bases_in
 from galore_jax.optim.galore_state import bases_of, galore_states, map_bases
 from galore_jax.optim.sharding import init
 from galore_jax.subspace.basis import Basis
-from galore_jax.subspace.matrix_view import is_box, named_leaves
+from galore_jax.subspace.matrix_view import leaves_with_path, named_leaves
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
@@ -119,7 +119,7 @@ def _uses(
 
 def _bytes_in_state(tx: optax.GradientTransformation, state: PyTree, params: PyTree) -> list[int]:
     """For each parameter, the bytes that an optimizer's state holds for it."""
-    used = {path: 0 for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)}
+    used = {path: 0 for path, _ in leaves_with_path(params)}
 
     def count(copy: PyTree) -> PyTree:
         """Adds the bytes of a tree like the parameters."""

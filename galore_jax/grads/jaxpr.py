@@ -45,6 +45,10 @@ NO_REPORT: Report = lambda path, reason: None
 PRODUCT = "galore_jax_product"
 
 
+# That of the function that makes the array of an `Int8` of its codes, its scales and its place.
+INT8_ARRAY = "galore_jax_array"
+
+
 class NoRule(Exception):
     """An equation, its parameters or its operands are not what the rule expects."""
 
@@ -476,6 +480,9 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[ran
 def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> list[Any]:
     if (dot := _marked_product(params)) is not None:
         return _dot_general(equation, dot, operands, report)
+    if params["name"] == INT8_ARRAY:
+        codes, scales, place = operands
+        return [place.with_array(*_bind(equation, [codes, scales, place.array]))]
 
     def constrained(values: Sequence[Any], shardings: Sequence[Any]) -> list[Any]:
         # Inlining the jit would lose its shardings.

@@ -23,6 +23,7 @@ from galore_jax.grads.jaxpr import dependencies
 from galore_jax.grads.micro_batches import mean_of_stack, split
 from galore_jax.grads.refresh import refreshed
 from galore_jax.grads.value_and_grad import Passes, bases_in, no_bases, takes_coordinates
+from galore_jax.ops.int8 import is_int8, to_arrays
 from galore_jax.ops.partition import AxisNames
 from galore_jax.ops.precision import promoted, widened
 from galore_jax.optim.apply import apply_gradients
@@ -31,7 +32,7 @@ from galore_jax.optim.galore_state import to_float32
 from galore_jax.optim.sharding import placed_state, shardings_of
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.matrix_view import MatrixView, is_box, path_names
+from galore_jax.subspace.matrix_view import MatrixView, leaves_with_path, path_names
 from galore_jax.subspace.projection import Coordinates, is_coordinates
 from galore_jax.types import KeyPath, PyTree
 
@@ -292,7 +293,7 @@ class _Pass(NamedTuple):
                 dtype = param.dtype if is_narrow else promoted(leaf.dtype, jnp.float32)
                 return jnp.zeros(stack + leaf.shape, dtype)
 
-            new = jax.tree.map(zeros, slices.group(trees.params, group), grads)
+            new = jax.tree.map(zeros, slices.group(trees.params, group), grads, is_leaf=is_int8)
             sums = slices.with_group(sums, group, new)
         return trees._replace(sums=sums), {name: jax.tree.structure(found[name]) for name in found}
 
@@ -347,7 +348,7 @@ class _Pass(NamedTuple):
         def loss(embedding: PyTree, _: None, upstream: PyTree) -> tuple[jax.Array, None]:
             dy, tied = upstream
             own = _dot(self.model.embed(embedding, self.batch)[0], dy)
-            return own + _dot(self.slices.tied(embedding), tied), None
+            return own + _dot(to_arrays(self.slices.tied(embedding)), tied), None
 
         return self._differentiate(loss, part, None, (dy, tied))
 
@@ -530,7 +531,7 @@ def _without_layers(piece: Any) -> Any:
 
 def _slices_of(model: LayeredModel, params: PyTree, batch: PyTree) -> _Slices:
     """Groups the parameters by which of the model's functions read them."""
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params, is_box)]
+    paths = [path for path, node in leaves_with_path(params) for _ in jax.tree.leaves(node)]
 
     def reads(f: Callable[..., Any], *inputs: Any) -> tuple[set, set, tuple]:
         """The paths that each of the two results of `f(params, *inputs)` reads; their shapes."""

@@ -7,6 +7,7 @@ pass gives coordinates in place of the parameter's gradient.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ from jax.core import Tracer
 from galore_jax.grads.data_parallel import leaves_of, mean_over_shards
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import mean_over
-from galore_jax.grads.projected_product import track, varying_as
+from galore_jax.grads.projected_product import Tracked, track, varying_as
+from galore_jax.ops.int8 import is_int8, place_of, with_place
 from galore_jax.ops.partition import AxisNames, explicit_mesh, names_of, specs_of, with_auto_axes
 from galore_jax.optim.galore_state import (
     bases_of,
@@ -153,7 +155,7 @@ class Passes:
 
         def of_part(part: _Part, bases: PyTree) -> tuple[tuple, PyTree]:
             pair, gradients = self._differentiate(part, bases, everything=True)
-            return pair, jax.tree.structure(self.params).unflatten(gradients)
+            return pair, jax.tree.structure(self.params, is_leaf=is_int8).unflatten(gradients)
 
         pair, gradients = self._mean(of_part, bases)
         return pair if self.has_aux else pair[0], constrain(gradients)
@@ -205,14 +207,17 @@ class Passes:
                 raise TypeError("the loss must return a number, not None.")
             return value, aux
 
-        leaves = jax.tree.leaves(params)
-        all_leaves, tree = jax.tree.flatten((params, arrays))
-        key = tree, *map(jax.typeof, all_leaves), jax.sharding.get_abstract_mesh()
+        leaves, tree = jax.tree.flatten(params, is_leaf=is_int8)
+        leaves = [with_place(leaf, place_of(leaf)) for leaf in leaves]
+        operands = tree.unflatten(leaves), arrays
+        flat, structure = jax.tree.flatten(operands)
+        key = structure, *map(jax.typeof, flat), jax.sharding.get_abstract_mesh()
+        part = partial(_Part, leaves=leaves, arrays=jax.tree.leaves(arrays))
         if key not in self._programs:
-            self._programs[key] = program = Program(pair, (params, arrays))
+            self._programs[key] = program = Program(pair, operands)
             self.eps = max(self.eps, program.eps)
-            self.uses |= self._find_uses(_Part(program, leaves, all_leaves[len(leaves) :]), bases)
-        return _Part(self._programs[key], leaves, all_leaves[len(leaves) :])
+            self.uses |= self._find_uses(part(program), bases)
+        return part(self._programs[key])
 
     def _find_uses(self, part: "_Part", bases: PyTree) -> dict[Names, Uses]:
         by_leaf, opaque = self._by_leaf(bases), part.program.opaque
@@ -222,7 +227,7 @@ class Passes:
         }
 
         def evaluate() -> jax.Array:
-            tracked = _tracked(part.leaves, by_leaf, _zeros(part.leaves, by_leaf))
+            tracked = _tracked(part.leaves, by_leaf, _zeros(part.places, by_leaf))
             report = lambda path, reason: found[path].update({reason: None})
             return part.program.number([*tracked, *part.arrays], report)
 
@@ -238,7 +243,7 @@ class Passes:
 
     def _by_leaf(self, bases: PyTree) -> dict[int, Basis]:
         """The bases by the index of the parameter's leaf."""
-        structure = jax.tree.structure(unboxed(self.params))
+        structure = jax.tree.structure(unboxed(self.params), is_leaf=is_int8)
         nodes = structure.flatten_up_to(unboxed(bases))
         return {i: node for i, node in enumerate(nodes) if is_basis(node)}
 
@@ -251,14 +256,15 @@ class Passes:
         projected = {i: basis for i, basis in by_leaf.items() if uses[i].gradient != "full"}
         # Some projected leaves also need the ordinary gradient of their other uses.
         needs_full = lambda i: bool(uses[i].reasons) if i in projected else everything
-        full_leaves = {i: leaf for i, leaf in enumerate(part.leaves) if needs_full(i)}
+        full_leaves = {i: place for i, place in enumerate(part.places) if needs_full(i)}
 
         def value(full: dict[int, Any], coordinates: dict[int, Any]) -> tuple[Any, Any]:
-            leaves = [full.get(i, leaf) for i, leaf in enumerate(part.leaves)]
+            at_leaf = lambda i, leaf: with_place(leaf, full[i]) if i in full else leaf
+            leaves = [at_leaf(i, leaf) for i, leaf in enumerate(part.leaves)]
             return part.program([*_tracked(leaves, projected, coordinates), *part.arrays])
 
         value_and_gradients = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)
-        pair, (full, coordinates) = value_and_gradients(full_leaves, _zeros(part.leaves, projected))
+        pair, (full, coordinates) = value_and_gradients(full_leaves, _zeros(part.places, projected))
 
         def gradient(i: int) -> Any:
             if i not in projected:
@@ -274,17 +280,34 @@ class Passes:
 
 
 class _Part(NamedTuple):
-    """The traced loss and what it is called with for one part of a batch."""
+    """The traced loss and what it is called with for one part of a batch.
+
+    Attributes:
+      program: the traced loss.
+      leaves: the parameters; an `Int8` has a place for its derivative.
+      arrays: its other arguments.
+    """
 
     program: Program
     leaves: list[Any]
     arrays: list[Any]
 
+    @property
+    def places(self) -> list[Any]:
+        """For each parameter, the array by which it is differentiated."""
+        return [place_of(leaf) for leaf in self.leaves]
+
 
 def _tracked(leaves: list[Any], bases: dict[int, Basis], coordinates: dict[int, Any]) -> list[Any]:
     """The leaves as the program takes them: with their basis and coordinates if projected."""
-    tracked = {i: track(leaves[i], basis, coordinates[i]) for i, basis in bases.items()}
-    return [tracked.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+    def at_leaf(i: int, leaf: Any) -> Any:
+        if i not in bases:
+            return leaf
+        return with_place(leaf, track(place_of(leaf), bases[i], coordinates[i]))
+
+    tracked = [at_leaf(i, leaf) for i, leaf in enumerate(leaves)]
+    return jax.tree.leaves(tracked, is_leaf=lambda node: isinstance(node, Tracked))
 
 
 def _zeros(leaves: list[Any], bases: dict[int, Basis]) -> dict[int, jax.Array]:
@@ -335,9 +358,10 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
         )
 
     def check(basis: Basis, param: Any) -> None:
-        if basis.projection.view.shape != jnp.shape(param):
+        shape = jnp.shape(place_of(param))
+        if basis.projection.view.shape != shape:
             raise ValueError(
-                f"{basis.projection.name} has the shape {jnp.shape(param)}, but the optimizer's "
+                f"{basis.projection.name} has the shape {shape}, but the optimizer's "
                 f"state was started with {basis.projection.view.shape}: start it with these "
                 "parameters."
             )
@@ -353,4 +377,4 @@ def bases_in(params: PyTree, opt_state: PyTree) -> PyTree:
 
 def no_bases(tree: PyTree) -> PyTree:
     """What `bases_in` returns if nothing is projected."""
-    return jax.tree.map(lambda _: optax.MaskedNode(), unboxed(tree))
+    return jax.tree.map(lambda _: optax.MaskedNode(), unboxed(tree), is_leaf=is_int8)

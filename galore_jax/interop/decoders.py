@@ -113,7 +113,7 @@ def _leaves(config: LlamaConfig) -> dict[str, Leaf]:
             words.insert(1, "{}")
         return ".".join(words if words[0] == "lm_head" else ["model", *words])
 
-    return model_leaves(Llama(config), tensor_name)
+    return model_leaves(Llama(config.plain), tensor_name)
 
 
 def _is_tied(tensors: Mapping[str, Stored]) -> bool:

@@ -1,13 +1,17 @@
 """The dense layer of all models, with or without a low-rank adapter."""
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from galore_jax.models.adapters import KERNEL, A, Adapter, B
+from galore_jax.ops.int8 import quantized, worth_int8
+
+Weights = Literal["plain", "int8"]
 
 
 class Dense(nn.Module):
@@ -19,6 +23,7 @@ class Dense(nn.Module):
       dtype: of the parameters.
       result: dtype of the result; None: `dtype`.
       use_bias: whether there is a bias.
+      weights: how the kernel is stored, "plain" or "int8".
       adapter: factors of low rank that are added to the kernel, which is then frozen, or that
         replace it; see `Adapter`.
     """
@@ -28,6 +33,7 @@ class Dense(nn.Module):
     dtype: Any
     result: Any = None
     use_bias: bool = False
+    weights: Weights = "plain"
     adapter: Adapter | None = None
 
     @nn.compact
@@ -38,7 +44,7 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y: Any = None
         if adapter is None or adapter.has_kernel:
-            normal = nn.initializers.normal(self.initializer_range)
+            normal = normal_init(self.initializer_range, self.weights)
             kernel = self.param(KERNEL, normal, (rows, self.features), self.dtype)
             multiply = matmul if adapter is None else matmul_by_frozen
             y = multiply(x, kernel, result)
@@ -54,6 +60,17 @@ class Dense(nn.Module):
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         return y
+
+
+def normal_init(deviation: float, weights: Weights) -> Callable[..., Any]:
+    """The initializer of a matrix from N(0, deviation²), stored as `weights` says."""
+    normal = nn.initializers.normal(deviation)
+
+    def in_int8(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+        array = normal(key, shape, dtype)
+        return quantized(array) if worth_int8(shape) else array
+
+    return in_int8 if weights == "int8" else normal
 
 
 def galore_jax_product(x: jax.Array, kernel: jax.Array, dtype: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """RoBERTa (arXiv 1907.11692) and BERT (arXiv 1810.04805) in Flax Linen, with stacked blocks."""
 
 import dataclasses
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from galore_jax.errors import InputError, require
 from galore_jax.models.adapters import Adapter
+from galore_jax.models.dense import Weights
 from galore_jax.models.layers import check_length, constrain, dense, embedding
 from galore_jax.settings import checked
 
@@ -61,6 +62,7 @@ class EncoderConfig:
     norm_epsilon: PositiveFloat = 1e-5
     initializer_range: PositiveFloat = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: ClassVar[Weights] = "plain"
 
     def __post_init__(self):
         in_vocabulary = self.pad_id < self.vocab_size

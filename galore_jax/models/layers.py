@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from galore_jax.errors import InputError
-from galore_jax.models.dense import Dense
+from galore_jax.models.dense import Dense, normal_init
 
 
 class Rotation(NamedTuple):
@@ -218,10 +218,11 @@ def embedding(rows: int, config: Any) -> nn.Embed:
         config.hidden_size,
         dtype=jnp.float32,
         param_dtype=config.dtype,
-        embedding_init=nn.initializers.normal(config.initializer_range),
+        embedding_init=normal_init(config.initializer_range, config.weights),
     )
 
 
 def dense(features: int, config: Any, name: str | None = None, **options: Any) -> Dense:
-    """A dense layer with the deviation and the dtype of a model's configuration."""
+    """A dense layer with the deviation, the dtype and the weights of a model's configuration."""
+    options |= {"weights": config.weights}
     return Dense(features, config.initializer_range, config.dtype, name=name, **options)

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat
 
 from galore_jax.errors import InputError
 from galore_jax.models.adapters import Adapter
-from galore_jax.models.dense import Dense, matmul
+from galore_jax.models.dense import Dense, Weights, matmul
 from galore_jax.models.layers import (
     Implementation,
     Rotation,
@@ -61,6 +61,9 @@ class LlamaConfig:
       norm_epsilon: added to the mean square in RMSNorm.
       initializer_range: standard deviation of the initial kernels and embedding.
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
+      weights: how kernels, embedding and head are stored: "plain", in `dtype`, or "int8", as codes
+        with a scale for each row, which a block or the head dequantises to `dtype` where it reads
+        them. There is no other copy of them.
       attention: how attention is computed in training: "blocks", in plain JAX by blocks of queries;
         "cudnn", by the kernel for NVIDIA cards from Ampere on, in bfloat16, which keeps no scores;
         "auto", by the kernel wherever it can.
@@ -94,6 +97,7 @@ class LlamaConfig:
     norm_epsilon: PositiveFloat = 1e-6
     initializer_range: PositiveFloat = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: Weights = "plain"
     attention: Implementation = "auto"
     remat: bool = False
     checkpoint: str = ""
@@ -116,6 +120,11 @@ class LlamaConfig:
                 f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads "
                 f"{self.num_heads}: choose a divisor."
             )
+
+    @property
+    def plain(self) -> "LlamaConfig":
+        """The same model with plain weights."""
+        return dataclasses.replace(self, weights="plain")
 
     @property
     def head_size(self) -> int:

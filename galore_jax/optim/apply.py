@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from galore_jax.ops import lift
 from galore_jax.ops.implementation import use_implementation
+from galore_jax.ops.int8 import Int8, is_int8, to_arrays
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import Partition, map_batch, specs_of, with_auto_axes
 from galore_jax.ops.precision import stochastic_round, widened
@@ -25,6 +26,7 @@ from galore_jax.optim.galore_state import (
     none_where_no_gradient,
 )
 from galore_jax.subspace.basis import Basis
+from galore_jax.subspace.matrix_view import MatrixView
 from galore_jax.subspace.placement import constrain, matrices_partition
 from galore_jax.subspace.projection import Projection, Side, is_coordinates
 from galore_jax.types import PyTree
@@ -50,10 +52,12 @@ def apply_gradients(
       tx: any transformation.
       grads: full gradients, or `Coordinates` for projected leaves.
       state: from `init(tx, params)`, or from `tx.init(params)` for a `chain`.
-      params: the parameters; leaves whose gradient is None are returned unchanged, if the state was
-        started with None there too, or the transformations keep nothing for a leaf.
-      key: if given, bfloat16 parameters are rounded stochastically, which is unbiased; rounding to
-        nearest loses updates below 1/512 of a weight.
+      params: the parameters, also from `to_int8`; leaves whose gradient is None are returned
+        unchanged, if the state was started with None there too, or the transformations keep nothing
+        for a leaf.
+      key: if given, parameters in bfloat16 and in 8 bits are rounded stochastically, which is
+        unbiased; rounding to nearest loses updates below 1/512 of a weight in bfloat16, and in 8
+        bits those below 1/254 of the largest weight of a row.
       **extra_args: passed to the transformations, as by `tx.update`.
 
     Returns:
@@ -76,28 +80,32 @@ def _apply_gradients(
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, PyTree]:
     all_params, params = params, none_where_no_gradient(params, grads)
+    arrays = to_arrays(params)  # which are not computed unless a transformation reads them
     if is_chain(tx):
-        updates, state = tx.update_coordinates(grads, state, params, **extra_args)
+        updates, state = tx.update_coordinates(grads, state, arrays, **extra_args)
         states = galore_states(state.inner_states)
     else:
-        updates, state = stock_chain.update(tx, grads, state, params, **extra_args)
+        updates, state = stock_chain.update(tx, grads, state, arrays, **extra_args)
         states = galore_states(state)
-    leaves, tree = jax.tree.flatten(params)
+    leaves, tree = jax.tree.flatten(params, is_leaf=is_int8)
     keys = tree.unflatten(
         [None] * len(leaves) if key is None else jax.random.split(key, len(leaves))
     )
 
-    def new_unprojected(update: Any, param: jax.Array, key: Any) -> Any:
+    def new_unprojected(update: Any, param: Any, key: Any) -> Any:
         if is_coordinates(update):
             return update
+        if is_int8(param):
+            return param.with_values(param.float32() + widened(update), key)
         param = jnp.asarray(param)
         total = _at_least_float32(param) + _at_least_float32(jnp.asarray(update))
         return _rounded(total, param.dtype, key)
 
-    def new_projected(basis: Basis, update: Any, param: jax.Array, key: Any) -> Any:
+    def new_projected(basis: Basis, update: Any, param: Any, key: Any) -> Any:
         if not is_coordinates(update):  # of another galore
             return update
-        return _lift_and_add(basis, update, param, key)
+        add = _lift_and_add_to_int8 if is_int8(param) else _lift_and_add
+        return add(basis, update, param, key)
 
     # Unprojected leaves first; then each galore replaces coordinates by new parameters.
     new = jax.tree.map(new_unprojected, updates, params, keys, is_leaf=is_coordinates)
@@ -144,6 +152,38 @@ def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.
     others = (basis.vectors, update.value), decay, seeds
     matrices = projection.view.to_matrices(param)
     return projection.view.from_matrices(map_batch(partition, run, matrices, *others))
+
+
+@jax.jit
+def _lift_and_add_to_int8(basis: Basis, update: Any, param: Int8, key: Any) -> Int8:
+    """`_lift_and_add` to weights in 8 bits, of which one matrix at a time exists in float32.
+
+    All of them do if batch axes are not the first ones of the array.
+    """
+    projection, view = basis.projection, basis.projection.view
+    batch = len(view.batch)
+    if view.batch_axes != tuple(range(batch)):
+        return param.with_values(_lift_and_add(basis, update, param.float32(), None), key)
+    without_batch = lambda axes: tuple(axis - batch for axis in axes)
+    matrix = MatrixView(
+        view.shape[batch:], without_batch(view.in_axes), without_batch(view.out_axes)
+    )
+    decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
+    keys = None if key is None else jax.random.split(key, basis.age.shape)
+    parts = (basis.vectors, update.value), decay, keys
+    stack, *rest = flatten_batch((param, *parts), batch)
+
+    def update_at(i: Any, stack: Int8) -> Int8:
+        part, (factors, decay, key) = jax.tree.map(lambda array: array[i], (stack, rest))
+        weights = matrix.to_matrices(part.float32())
+        new = _update_matrix(
+            projection, None, lift.lift_and_add, basis.scale, weights, factors, decay, None
+        )
+        new = part.with_values(matrix.from_matrices(new), key)
+        return jax.tree.map(lambda stack, new: stack.at[i].set(new), stack, new)
+
+    new = update_at(0, stack) if not batch else lax.fori_loop(0, basis.age.size, update_at, stack)
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), new, param)
 
 
 def _update_matrix(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.int8 import to_arrays
 from galore_jax.ops.partition import specs_of, with_auto_axes
 from galore_jax.ops.precision import widened
 from galore_jax.optim import stock_chain
@@ -108,7 +109,7 @@ def chain(*transforms: optax.GradientTransformation) -> Chain:
         raise ValueError("chain: there is more than one galore; leave only one.")
 
     def init(params: PyTree) -> ChainState:
-        states, bases = [], []
+        states, bases, params = [], [], to_arrays(params)
         for tx in transforms:
             if isinstance(tx, GaLore):
                 _warn_of_full_moments(states, params)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.ops.int8 import is_int8
 from galore_jax.ops.partition import Partition
 from galore_jax.subspace.basis import Basis, is_basis
 from galore_jax.subspace.matrix_view import named_leaves, unboxed
@@ -182,16 +183,19 @@ def check_gradient(gradient: Any, projection: Projection) -> None:
 
 
 def to_float32(tree: PyTree) -> PyTree:
-    """Casts floating leaves to float32; other leaves are unchanged."""
+    """Casts floating leaves to float32, also those in 8 bits; other leaves are unchanged."""
 
     def cast(leaf: Any) -> Any:
+        if is_int8(leaf):
+            is_shape = isinstance(leaf.codes, jax.ShapeDtypeStruct)
+            return leaf.codes.update(dtype=jnp.float32) if is_shape else leaf.float32()
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf.update(dtype=jnp.float32)
         return jnp.asarray(leaf, jnp.float32)
 
-    return jax.tree.map(cast, tree)
+    return jax.tree.map(cast, tree, is_leaf=is_int8)
 
 
 def projected_tree(params: PyTree, states: list[GaLoreState]) -> PyTree:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from galore_jax.ops.int8 import is_int8
 from galore_jax.ops.partition import (
     AxisNames,
     axes_of,
@@ -33,7 +34,13 @@ from galore_jax.optim.galore_state import (
 )
 from galore_jax.optim.stock_chain import start
 from galore_jax.subspace.basis import Basis, is_basis
-from galore_jax.subspace.matrix_view import is_bias_or_scale, is_box, named_leaves, path_names
+from galore_jax.subspace.matrix_view import (
+    is_bias_or_scale,
+    is_box,
+    leaves_with_path,
+    named_leaves,
+    path_names,
+)
 from galore_jax.subspace.placement import leaf_partition, partitions, placed
 from galore_jax.subspace.projection import Coordinates, Projection
 from galore_jax.subspace.rules import matches
@@ -69,7 +76,7 @@ def shardings(
 
     Raises:
       ValueError: a rule that matches no leaf, or the spec of a rule or a box that does not fit its
-        leaf or the mesh.
+        leaf or the mesh; parameters in 8 bits on a mesh of several devices.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -84,6 +91,10 @@ def shardings(
       >>> params = jax.device_put(params, placement)
       >>> state = init(tx, params)
     """
+    if mesh.size > 1 and any(map(is_int8, jax.tree.leaves(params, is_leaf=is_int8))):
+        raise ValueError(
+            "shardings: parameters in 8 bits are for one device: pass galore_jax.to_arrays(params)."
+        )
     rules, unused = dict(rules or {}), dict(rules or {})
     params = _unsharded(params)
     state = jax.eval_shape(lambda params: start(tx, params), params)
@@ -109,7 +120,11 @@ def shardings(
         return placed(axes_of(mesh), leaf.shape, wanted).sharding(mesh)
 
     leaves = zip(named_leaves(params), _specs_of_boxes(params), strict=True)
-    found = [sharding(*named, spec) for named, spec in leaves]
+    found = [
+        each
+        for (names, leaf), spec in leaves
+        for each in [sharding(names, leaf, spec)] * len(jax.tree.leaves(leaf))
+    ]
     if unused:
         raise ValueError(
             f"shardings: the rule {next(iter(unused))!r} matches no parameter, or an earlier rule "
@@ -149,8 +164,8 @@ def _specs_of_boxes(params: PyTree) -> list[PartitionSpec | None]:
 
         return spmd.logical_to_mesh_axes(spec) or PartitionSpec()
 
-    nodes = jax.tree.leaves(params, is_leaf=is_box)
-    return [spec(node) for node in nodes for _ in jax.tree.leaves(node)]
+    nodes = [node for _, node in leaves_with_path(params)]
+    return [spec(node) for node in nodes for _ in jax.tree.leaves(node, is_leaf=is_int8)]
 
 
 def init(tx: optax.GradientTransformation, params: PyTree, *, over: AxisNames = ()) -> PyTree:

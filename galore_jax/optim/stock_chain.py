@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from galore_jax.ops.int8 import to_arrays
 from galore_jax.optim.galore_state import (
     GaLoreState,
     bases_of,
@@ -43,6 +44,7 @@ def start(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     Which parameters are projected shows only once its `init` has run with full ones; a `Chain` has
     already started its parts with coordinates.
     """
+    params = to_arrays(params)
     states = galore_states(jax.eval_shape(tx.init, params))
     if not all(map(is_low_rank, states)):
         params = start_coordinates(params, states)

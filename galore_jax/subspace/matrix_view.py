@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.types import PyTree
+from galore_jax.ops.int8 import is_int8
+from galore_jax.types import KeyPath, PyTree
 
 # A leaf whose last name is one of these is not projected: they are the names of biases and of the
 # scales of norms in Flax and Equinox, Haiku, and Keras.
@@ -181,17 +182,23 @@ def named_leaves(
 ) -> list[tuple[tuple[str, ...], Any]]:
     """The leaves of a tree with the names of their paths.
 
-    A parameter inside a box has the path of the box.
+    A parameter inside a box has the path of the box; an `Int8` is one leaf.
     """
 
-    def ends_path(node: Any) -> bool:
-        return is_box(node) or (is_leaf is not None and is_leaf(node))
-
+    is_end = lambda node: is_leaf is not None and is_leaf(node)
     return [
         (path_names(path), leaf)
-        for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends_path)
-        for leaf in jax.tree.leaves(node, is_leaf=is_leaf)
+        for path, node in leaves_with_path(tree, is_end)
+        for leaf in jax.tree.leaves(node, is_leaf=lambda node: is_int8(node) or is_end(node))
     ]
+
+
+def leaves_with_path(
+    tree: PyTree, is_leaf: Callable[[Any], bool] = lambda _: False
+) -> list[tuple[KeyPath, Any]]:
+    """The leaves of a tree with their paths, where a box and an `Int8` count as leaves."""
+    ends = lambda node: is_box(node) or is_int8(node) or is_leaf(node)
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=ends)
 
 
 def is_box(node: Any) -> bool:

@@ -30,7 +30,8 @@ from jax.sharding import Mesh
 
 from galore_jax.errors import InputError, names_full_disk
 from galore_jax.models.adapters import merged
-from galore_jax.subspace.matrix_view import named_leaves
+from galore_jax.ops.int8 import Int8, is_int8
+from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.training.config import Config
 from galore_jax.training.config_file import AnyConfig
 from galore_jax.training.pretraining import Pretraining
@@ -154,8 +155,8 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
       folder: the folder of the run.
 
     Yields:
-      The run's configuration, and the function that reads the parameters, with adapters merged into
-      the kernels.
+      The run's configuration, with plain weights, and the function that reads the parameters, with
+      adapters merged into the kernels.
 
     Raises:
       InputError: the folder holds no checkpoint, or its latest one is damaged.
@@ -174,11 +175,14 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
             )
         config, checksums = _restore_meta(manager, step, Config)
         adapter = config.optimizer.adapter
+        shapes = abstract_state(Pretraining(config)).params
+        in_int8 = {"/".join(names): leaf for names, leaf in named_leaves(shapes) if is_int8(leaf)}
+        config = dataclasses.replace(config, model=config.model.plain)
         files = {"driver": "file", "path": f"{checkpoints}/{step}/params/"}
 
-        # A merged kernel is made of three parameters, of which two are small.
-        @lru_cache(maxsize=1 if adapter is None else 3)
-        def parameter(path: str) -> np.ndarray:
+        # A merged kernel is made of three arrays, of which two are small, as are scales.
+        @lru_cache(maxsize=2 if adapter is None else 3)
+        def stored(path: str) -> np.ndarray:
             name = path.replace("/", ".")  # as Orbax names it
             kvstore = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
             array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
@@ -186,13 +190,17 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
 
         def read(path: str, index: tuple[slice, ...]) -> np.ndarray:
             with _naming_damage(manager, step):
-                return parameter(path)[index]
+                if path not in in_int8:
+                    return stored(path)[index]
+                codes, scales = (stored(f"{path}/{name}") for name in ("codes", "scales"))
+                part = Int8(codes[index], scales[(*index[:-1], slice(None))], in_int8[path].dtype)
+                return np.asarray(part.unbox())
 
         # A damaged checkpoint must not become a model, so everything is read once before that.
-        shapes = abstract_state(Pretraining(config)).params
-        paths = ["/".join(names) for names, _ in named_leaves(shapes)]
+        leaves = jax.tree_util.tree_leaves_with_path(shapes)
+        paths = ["/".join(path_names(path)) for path, _ in leaves]
         with _naming_damage(manager, step):
-            _check_checksum("params", checksums, checksum(map(parameter, paths)))
+            _check_checksum("params", checksums, checksum(map(stored, paths)))
         yield config, read if adapter is None else merged(read, adapter)
 
 

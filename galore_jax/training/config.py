@@ -232,7 +232,7 @@ class Config:
     Raises:
       InputError: the sections do not fit together: micro-batches that do not divide the batch, a
         warm-up longer than the training, settings that a layer-wise step cannot have, or low-rank
-        factors in place of a checkpoint's matrices.
+        factors in place of a checkpoint's matrices or beside weights in 8 bits.
     """
 
     model: LlamaConfig = field(default_factory=LlamaConfig)
@@ -256,6 +256,11 @@ class Config:
             raise InputError(
                 'optimizer.name = "lowrank" trains random factors in place of the matrices of '
                 'model.checkpoint: leave out the checkpoint, or set optimizer.name = "lora".'
+            )
+        if self.model.weights == "int8" and self.optimizer.adapter is not None:
+            raise InputError(
+                f'model.weights = "int8" excludes optimizer.name = "{self.optimizer.name}", which '
+                'trains low-rank factors: set it to "plain", or choose another optimizer.'
             )
         if self.training.layerwise and self.optimizer.adapter is not None:
             raise InputError(

@@ -115,10 +115,15 @@ def check_training_mesh(task: "Task", mesh: Mesh | None) -> None:
     """Checks that a training can be divided over the mesh.
 
     Raises:
-      InputError: the batch or the model cannot be divided over it.
+      InputError: the batch or the model cannot be divided over it, or weights are in 8 bits.
     """
     if mesh is None:
         return
+    if mesh.size > 1 and getattr(task.config.model, "weights", "plain") == "int8":
+        raise InputError(
+            'model.weights = "int8" is for one device: set it to "plain", or show JAX one device '
+            "(CUDA_VISIBLE_DEVICES)."
+        )
     batch_size, parts = task.config.data.batch_size, task.config.training.accumulation
     rows, devices = batch_size // parts, math.prod(mesh.shape[name] for name in BATCH_AXES)
     if rows % devices:

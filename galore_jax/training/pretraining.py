@@ -25,6 +25,7 @@ from galore_jax.models import llama_layerwise
 from galore_jax.models.adapters import Adapter, combine, is_factor
 from galore_jax.models.llama import Llama, LlamaConfig
 from galore_jax.models.loss import next_token_loss
+from galore_jax.ops.int8 import Int8, is_int8, quantized
 from galore_jax.training.config import Config
 from galore_jax.training.mesh import TENSOR, kernel_rules, on_mesh, put_batch, whole
 from galore_jax.training.metrics import format_bytes
@@ -106,16 +107,18 @@ class Pretraining(Task):
 
         read_part = open_model(Path(self.config.model.checkpoint), self.config.model)
 
-        def read(path: Any, old: jax.Array) -> jax.Array:
+        def read(path: Any, old: Any) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if is_factor(name.split("/")):
                 return old
-            shape, sharding = old.shape, old.sharding
-            old.delete()  # Never are all of both in memory.
+            where = jax.tree.map(lambda array: array.sharding, old)
+            jax.tree.map(lambda array: array.delete(), old)  # Never are all of both in memory.
             read_index: Any = functools.partial(read_part, name)
-            return jax.make_array_from_callback(shape, sharding, read_index)
+            if is_int8(old):
+                return jax.device_put(_read_int8(read_index, old), where)
+            return jax.make_array_from_callback(old.shape, where, read_index)
 
-        return jax.tree_util.tree_map_with_path(read, params)
+        return jax.tree_util.tree_map_with_path(read, params, is_leaf=is_int8)
 
     def loss(self, params: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """`batch_loss` of the configured model."""
@@ -214,6 +217,15 @@ class Pretraining(Task):
             "validation_perplexity": perplexity(loss),
             **costs,
         }
+
+
+def _read_int8(read_index: Callable[[Any], np.ndarray], like: Int8) -> Int8:
+    """A parameter in 8 bits like another one, quantised layer by layer as it is read."""
+    stack, layers = like.shape[:-2], range(like.shape[0] if like.codes.ndim > 2 else 1)
+    rows = [(slice(n, n + 1),) if stack else () for n in layers]
+    rest = tuple(slice(0, size) for size in like.shape[len(stack) :])
+    parts = [jax.device_get(quantized(jnp.asarray(read_index((*row, *rest))))) for row in rows]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def make_evaluate(

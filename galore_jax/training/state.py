@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 import galore_jax
 from galore_jax.grads import layerwise
 from galore_jax.models.adapters import split
+from galore_jax.ops.int8 import is_int8
 from galore_jax.optim.galore_state import to_float32
 from galore_jax.subspace.matrix_view import named_leaves, path_names
 from galore_jax.training.mesh import DATA, batch_sharding, whole, with_shardings
@@ -180,8 +181,8 @@ def is_finite(state: TrainState) -> jax.Array:
 
 
 def tree_size(tree: PyTree) -> int:
-    """The number of elements in all leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """The number of elements in all leaves, of a parameter in 8 bits without its scales."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=is_int8))
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -18,6 +18,7 @@ from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.adapters import combine
+from galore_jax.ops.int8 import is_int8, place_of, with_place
 from galore_jax.optim.galore_state import bases_of, galore_states, projected_tree
 from galore_jax.training.mesh import data_axes, on_mesh, whole
 from galore_jax.training.metrics import format_bytes
@@ -114,9 +115,9 @@ def _memory_of(program: Any) -> str:
 def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = None) -> TrainStep:
     """The jitted training step; the state that it is given is donated.
 
-    bfloat16 parameters are rounded stochastically, which is unbiased; rounding to nearest loses
-    every update below 1/512 of its weight. The random bits depend on the seed and the step alone,
-    so a resumed run draws the same.
+    Parameters in bfloat16 and in 8 bits are rounded stochastically, which is unbiased; rounding to
+    nearest loses every update below 1/512 of its bfloat16 weight. The random bits depend on the
+    seed and the step alone, so a resumed run draws the same.
 
     Args:
       task: the task, with the configuration.
@@ -136,7 +137,8 @@ def make_train_step(task: Task, *, refreshes: bool = False, mesh: Mesh | None = 
     update, schedule = make_update(task, refreshes, mesh), learning_rate_schedule(optimizer, steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict]:
-        is_narrow = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(state.params))
+        narrow = (jnp.bfloat16, jnp.int8)
+        is_narrow = any(leaf.dtype in narrow for leaf in jax.tree.leaves(state.params))
         params, opt_state, metrics = update(state, batch, state.key if is_narrow else None)
         metrics |= {"learning_rate": schedule(state.step), **subspace_metrics(opt_state)}
         return TrainState(params, opt_state, state.step + 1, state.seed), metrics
@@ -236,10 +238,14 @@ def make_gradients(task: Task, mesh: Mesh | None = None) -> Gradients:
 
     def full_of_shard(params: PyTree, batch: Batch) -> Any:
         updated, frozen = trained(task, params)
-        full = jax.value_and_grad(
-            lambda updated, batch: loss(combine(updated, frozen), batch), has_aux=True
-        )
-        return mean_over(functools.partial(full, updated), micro_batches, batch)
+        places = jax.tree.map(place_of, updated, is_leaf=is_int8)
+
+        def of_places(places: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
+            own = jax.tree.map(with_place, updated, places, is_leaf=is_int8)
+            return loss(combine(own, frozen), batch)
+
+        full = jax.value_and_grad(of_places, has_aux=True)
+        return mean_over(functools.partial(full, places), micro_batches, batch)
 
     def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
         # Sums over the targets of a part, averaged over the parts: micro-batches of shards. The

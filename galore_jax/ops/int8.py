@@ -1,0 +1,164 @@
+"""Parameters in 8 bits: an `Int8` stands for an array wherever this package takes parameters.
+
+Each row of a matrix, along the last axis, has integer codes from -127 to 127 and one scale, its
+largest magnitude. There is no other copy of the parameter. An update dequantises a matrix, adds in
+float32, takes the scales from the new rows and rounds stochastically, so that no row saturates and
+rounding is unbiased.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.ops.quantization import block_fractions, block_max
+from galore_jax.ops.threefry import noise
+from galore_jax.types import PyTree
+
+LARGEST = 127
+# Shorter rows are not worth a scale of four bytes.
+MIN_ROW = 32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(eq=False)
+class Int8:
+    """A parameter in 8 bits, a pytree node that Flax takes for a box.
+
+    A Flax module unboxes its parameters when it reads them, so that inside `nn.scan` and `nn.remat`
+    only one layer is dequantised at a time. Other losses call `to_arrays` where they read it.
+
+    Attributes:
+      codes: int8, the shape of the array.
+      scales: float32 `(*shape[:-1], 1)`, the largest magnitude in each row; NaN if a number of the
+        row was not finite: then so is the array.
+      dtype: static, of the array.
+      place: None, or zeros with the shape and dtype of the array, to which the array's derivative
+        belongs, as integers have none.
+    """
+
+    codes: Any
+    scales: Any
+    dtype: Any = field(metadata={"static": True})
+    place: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return self.codes.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the array."""
+        return self.codes.size
+
+    def unbox(self) -> jax.Array:
+        """The array."""
+        return _array(self.codes, self.scales, self.place, self.dtype)
+
+    def with_values(self, values: jax.Array, key: jax.Array | None = None) -> "Int8":
+        """The parameter with other values; for the key see `quantized`."""
+        return quantized(values, self.dtype, key)
+
+    # Flax's name for it.
+    replace_boxed = with_values
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Int8":
+        """Itself: `nn.scan` stacks its arrays."""
+        del index, params
+        return self
+
+    remove_axis = add_axis
+
+    def float32(self) -> jax.Array:
+        """The array in float32."""
+        return self.codes.astype(jnp.float32) * (1 / LARGEST) * self.scales
+
+
+def is_int8(node: Any) -> TypeGuard[Int8]:
+    """Whether a node is an `Int8`, for the argument `is_leaf` of tree maps."""
+    return isinstance(node, Int8)
+
+
+def worth_int8(shape: tuple[int, ...]) -> bool:
+    """Whether an array of this shape takes much less memory in 8 bits."""
+    return len(shape) >= 2 and shape[-1] >= MIN_ROW
+
+
+def to_arrays(params: PyTree) -> PyTree:
+    """Parameters with the array, in its dtype, in place of each `Int8`."""
+    array = lambda leaf: leaf.unbox() if is_int8(leaf) else leaf
+    return jax.tree.map(array, params, is_leaf=is_int8)
+
+
+def quantized(x: jax.Array, dtype: Any = None, key: jax.Array | None = None) -> Int8:
+    """An array in 8 bits.
+
+    Args:
+      x: floating point, at least one axis.
+      dtype: of the array that the result stands for; None: that of `x`.
+      key: of stochastic rounding, unbiased up to 2^-17 of the distance between two codes; None
+        rounds to nearest.
+    """
+    _register_with_flax()
+    dtype = x.dtype if dtype is None else dtype
+    x = x.astype(jnp.float32)
+    scales = block_max(x)
+    fractions = block_fractions(x, scales)
+    added = 0.5 if key is None else _noise(key, x.shape)
+    codes = jnp.clip(jnp.floor(fractions * LARGEST + added), -LARGEST, LARGEST)
+    return Int8(codes.astype(jnp.int8), scales, jnp.dtype(dtype))
+
+
+def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers strictly between 0 and 1, in multiples of 2^-17."""
+    seed = jax.random.bits(key, (2,), jnp.uint32)
+    bits = noise(seed, 0, 0, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
+    return (bits.astype(jnp.float32) + 0.5) * 2.0**-16
+
+
+# What the gradient of a parameter is taken by.
+
+
+def place_of(param: Any) -> Any:
+    """The array by which a parameter is differentiated: its own, or zeros in place of an `Int8`."""
+    if not is_int8(param):
+        return param
+    return jnp.zeros(param.shape, param.dtype) if param.place is None else param.place
+
+
+def with_place(param: Any, place: Any) -> Any:
+    """A parameter whose derivative is that of the array `place`; see `place_of`."""
+    return replace(param, place=place) if is_int8(param) else place
+
+
+def galore_jax_array(codes: jax.Array, scales: jax.Array, place: Any, dtype: Any) -> jax.Array:
+    """The array of an `Int8`."""
+    array = Int8(codes, scales, dtype).float32().astype(dtype)
+    return array if place is None else _with_derivative(array, place)
+
+
+# grads/jaxpr.py recognises it in a traced loss by the name of the jitted function.
+_array = jax.jit(galore_jax_array, static_argnums=3)
+
+
+@jax.custom_vjp
+def _with_derivative(array: jax.Array, place: jax.Array) -> jax.Array:
+    """The array; its derivative is that of `place`, whose values are not used."""
+    del place
+    return array
+
+
+_with_derivative.defvjp(lambda array, place: (array, None), lambda _, dy: (None, dy))
+
+
+@functools.cache
+def _register_with_flax() -> None:
+    try:
+        from flax.core.meta import AxisMetadata
+    except ImportError:
+        return
+    AxisMetadata.register(Int8)
