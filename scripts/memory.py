@@ -1,6 +1,7 @@
 """Bytes of a training, as compiled for a CPU, or for a GPU or TPU that is absent.
 
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device rtx4090
+python scripts/memory.py --config configs/llama_7b_12gb.toml --device rtx3060
 python scripts/memory.py --config configs/llama_7b_24gb.toml --device v6e
 python scripts/memory.py --config configs/llama_7b.toml --device h100 mesh.fsdp=8
 python scripts/memory.py --config configs/llama_60m.toml --optimizers adamw,galore_adamw,lora
@@ -19,9 +20,10 @@ optimizer.name.
 
 --fit changes the configuration until it fits a device, one setting after another, the one that
 costs least first: micro-batches of one row, moments in 8 bits, narrower bases, layer-wise updates,
-shorter rows. Each line has the memory of the largest program, a setting, which is added to those
-above, and what it costs. Then micro-batches are made as large as they fit, and the last line is the
-command to train with. Without a CUDA compiler the programs are those of a CPU, which need more.
+weights in 8 bits, fewer rows, shorter rows. Each line has the memory of the largest program, a
+setting, which is added to those above, and what it costs. Then batches are made as large as they
+fit, and the last line is the command to train with. Without a CUDA compiler the programs are those
+of a CPU, which need more.
 
 With --json a file gets the figures in bytes: {optimizer: {"trained": parameters, "weights": ...,
 "bases": ..., "moments": ..., "programs": {"train_step": {"arguments", "outputs", "aliased",
@@ -119,7 +121,7 @@ def fit_to(size: str, file: str, overrides: list[str]) -> None:
     """
     import jax
     from analysis.compile_targets import TARGETS, target
-    from analysis.fit import Rung, larger_micro_batches, next_rung, usable_bytes
+    from analysis.fit import Rung, larger_batches, next_rung, usable_bytes
 
     from galore_jax.training.config_file import load_config
     from galore_jax.training.mesh import mesh_sizes
@@ -157,9 +159,8 @@ def fit_to(size: str, file: str, overrides: list[str]) -> None:
                 raise InputError(
                     "no setting makes it fit: choose a smaller model or a larger device."
                 )
-            settings.append(rung.setting)
-        found = load_config(file, settings)
-        larger = larger_micro_batches(found, configured.training.accumulation)
+            settings += rung.setting.split()
+        larger = larger_batches(load_config(file, settings), configured)
         too_large = lambda setting: not fits([*settings, setting], Rung(setting, ""))
         number = bisect_left(larger, True, key=too_large)
         settings += larger[:number][-1:]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from analysis.compile_targets import TARGETS
-from analysis.fit import larger_micro_batches, next_rung, usable_bytes
+from analysis.fit import larger_batches, next_rung, usable_bytes
 from test_memory import run_script, tiny
 
 from galore_jax.errors import InputError
@@ -14,15 +14,18 @@ from galore_jax.training.config_file import changed
 
 def climbed(config):
     """The settings of all rungs, one after another."""
-    settings = []
+    rungs = []
     while rung := next_rung(config):
-        section, *names, value = re.split(r"[.=]", rung.setting)
-        number = {"true": True}.get(value, int(value) if value.isdigit() else value)
-        *outer, name = names
-        change = {name: number}
-        config = changed(config, **{section: {outer[0]: change} if outer else change})
-        settings.append(rung.setting)
-    return settings
+        changes = {}
+        for setting in rung.setting.split():
+            section, *names, value = re.split(r"[.=]", setting)
+            number = {"true": True}.get(value, int(value) if value.isdigit() else value)
+            *outer, name = names
+            change = {name: number}
+            changes[section] = {outer[0]: change} if outer else change
+        config = changed(config, **changes)
+        rungs.append(rung.setting)
+    return rungs
 
 
 def test_what_costs_least_is_tried_first_and_the_length_of_rows_last():
@@ -34,6 +37,8 @@ def test_what_costs_least_is_tried_first_and_the_length_of_rows_last():
         "optimizer.galore.basis_dtype=int8",
         "optimizer.galore.basis_dtype=int4",
         "training.layerwise=true",
+        "model.weights=int8",
+        "data.batch_size=1 training.accumulation=1",
         "data.sequence_length=300",
         "data.sequence_length=150",
     ]
@@ -42,13 +47,19 @@ def test_what_costs_least_is_tried_first_and_the_length_of_rows_last():
         "training.accumulation=2",
         "optimizer.name=adamw8bit",
         "training.layerwise=true",
+        "model.weights=int8",
+        "data.batch_size=1 training.accumulation=1",
     ]
 
 
-def test_micro_batches_grow_by_divisors_of_the_batch_up_to_those_of_the_file():
-    config = changed(tiny(), data={"batch_size": 12}, training={"accumulation": 12})
-    numbers = [setting.partition("=")[2] for setting in larger_micro_batches(config, 2)]
+def test_batches_and_micro_batches_grow_by_divisors_up_to_those_of_the_file():
+    configured = changed(tiny(), data={"batch_size": 12}, training={"accumulation": 2})
+    most = changed(configured, training={"accumulation": 12})
+    numbers = [setting.partition("=")[2] for setting in larger_batches(most, configured)]
     assert numbers == ["6", "4", "3", "2"]
+    one = changed(configured, data={"batch_size": 1}, training={"accumulation": 1})
+    sizes = [f"data.batch_size={size}" for size in (2, 3, 4, 6, 12)]
+    assert larger_batches(one, configured) == sizes
 
 
 def test_a_size_is_that_of_the_smallest_card_that_has_it():

@@ -91,6 +91,13 @@ def test_the_optimizer_state_of_8_bit_galore_at_7b_is_a_fifth_of_bf16_adams(dtyp
     assert parts["bases"] + parts["moments"] <= (1 - saved) * 2 * parts["weights"]
 
 
+@pytest.mark.parametrize(("card", "gib"), [("12gb", 8.76), ("16gb", 9.20)])
+def test_weights_and_state_of_7b_leave_a_quarter_of_a_small_card(card, gib):
+    parts = state_parts(load_config(ROOT / "configs" / f"llama_7b_{card}.toml"))
+    assert parts["weights"] / 2**30 == pytest.approx(6.28, abs=0.005)
+    assert sum(parts.values()) / 2**30 == pytest.approx(gib, abs=0.005)
+
+
 @pytest.mark.slow
 def test_the_script_compiles_for_each_optimizer(tmp_path, capsys):
     labels, file = ("adamw", "galore_adamw"), tmp_path / "all.json"

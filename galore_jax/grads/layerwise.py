@@ -252,6 +252,7 @@ class _Pass(NamedTuple):
         # XLA may postpone an update that nothing waits for, and would keep its gradient until then.
         result = lax.optimization_barrier((head, found.squares, found.dx, found.pair))
         head, squares, (dy, tied), (_, pair) = result
+        dy = _after_on_cpu(dy, head.params)
         trees = slices.with_group(trees, HEAD, head)
 
         # The layers.
@@ -266,7 +267,9 @@ class _Pass(NamedTuple):
         trees, dy, squares = lax.fori_loop(0, slices.layers, one_layer, (trees, dy, squares))
 
         # The embedding.
-        own, found = self._embedding(slices.group(trees, EMBEDDING), dy, tied)
+        part = slices.group(trees, EMBEDDING)
+        part = part._replace(params=_after_on_cpu(part.params, dy))
+        own, found = self._embedding(part, dy, tied)
         trees = slices.with_group(trees, EMBEDDING, self._step(own, found.grads, slices.layers + 1))
         # Shared values, such as counts, advance once all parts have used their old values.
         return slices.with_group(trees, None, head), squares + found.squares, pair
@@ -301,6 +304,14 @@ class _Pass(NamedTuple):
         """A part after an update by these gradients; its number gives it random bits of its own."""
         key = None if self.key is None else jax.random.fold_in(self.key, number)
         params, state = apply_gradients(self.tx, grads, part.state, part.params, key=key)
+        # Write moments and bases last, so that XLA need not copy stacks, to go on reading what they
+        # overwrite for the parameters or for counters.
+        leaves, structure = jax.tree.flatten(state)
+        pairs = enumerate(zip(leaves, jax.tree.leaves(part.state), strict=True))
+        changed = {i: new for i, (new, old) in pairs if new is not old and jnp.ndim(new)}
+        others = params, [leaf for leaf in leaves if not jnp.ndim(leaf)]
+        changed = _after_on_cpu(changed, others)
+        state = structure.unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
         return part._replace(params=params, state=state)
 
     def _step(self, part: _Trees, grads: PyTree, number: Any) -> _Trees:
@@ -380,16 +391,20 @@ class _Pass(NamedTuple):
         # overwrites.
         grads = jax.tree.map(widened, grads)
         grads, squares, dx = lax.optimization_barrier((grads, finite_squares(grads), dx))
-        grads = lax.platform_dependent(grads, dx, cpu=_after, default=lambda grads, _: grads)
-        return part, _Found(grads, squares, dx, pair)
+        return part, _Found(_after_on_cpu(grads, dx), squares, dx, pair)
+
+
+def _after_on_cpu(tree: PyTree, other: PyTree) -> PyTree:
+    """The tree; on CPUs it is made to depend on another one.
+
+    XLA drops barriers there before it decides what to copy and when to compute what. It would copy
+    whole stacks of weights for each layer, to go on reading what the layer's update overwrites.
+    """
+    return lax.platform_dependent(tree, other, cpu=_after, default=lambda tree, _: tree)
 
 
 def _after(tree: PyTree, other: PyTree) -> PyTree:
-    """The tree, made to depend on another one by a zero that XLA does not recognise.
-
-    On CPUs XLA drops barriers before it decides what to copy. It would copy whole stacks of weights
-    for each layer, to go on reading what the layer's update overwrites.
-    """
+    """The tree, made to depend on another one by a zero that XLA does not recognise."""
     sums = [jnp.sum(widened(leaf)).real for leaf in jax.tree.leaves(other)]
     bits = lax.bitcast_convert_type(sum(sums, jnp.float32(0)).astype(jnp.float32), jnp.uint32)
     zero = (bits >> 31) >> 1

@@ -8,12 +8,16 @@ rounding is unbiased.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from galore_jax.ops.loops import MAX_CHUNK, MAX_CHUNK_ON_GPU, map_chunks
 from galore_jax.ops.quantization import block_fractions, block_max
 from galore_jax.ops.threefry import noise
 from galore_jax.types import PyTree
@@ -59,12 +63,9 @@ class Int8:
         """The array."""
         return _array(self.codes, self.scales, self.place, self.dtype)
 
-    def with_values(self, values: jax.Array, key: jax.Array | None = None) -> "Int8":
-        """The parameter with other values; for the key see `quantized`."""
-        return quantized(values, self.dtype, key)
-
-    # Flax's name for it.
-    replace_boxed = with_values
+    def replace_boxed(self, value: jax.Array) -> "Int8":
+        """The same parameter with other values."""
+        return quantized(value, self.dtype)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "Int8":
         """Itself: `nn.scan` stacks its arrays."""
@@ -94,30 +95,56 @@ def to_arrays(params: PyTree) -> PyTree:
     return jax.tree.map(array, params, is_leaf=is_int8)
 
 
-def quantized(x: jax.Array, dtype: Any = None, key: jax.Array | None = None) -> Int8:
+def quantized(
+    x: jax.Array, dtype: Any = None, seed: jax.Array | None = None, first: Any = 0
+) -> Int8:
     """An array in 8 bits.
 
     Args:
       x: floating point, at least one axis.
       dtype: of the array that the result stands for; None: that of `x`.
-      key: of stochastic rounding, unbiased up to 2^-17 of the distance between two codes; None
-        rounds to nearest.
+      seed: two uint32; if given, numbers are rounded stochastically, unbiased up to 2^-17 of the
+        distance between two codes, with random bits that depend only on the seed, the row and the
+        column. None rounds to nearest.
+      first: the number of the first row, if `x` is a part of a larger array.
     """
     _register_with_flax()
     dtype = x.dtype if dtype is None else dtype
     x = x.astype(jnp.float32)
     scales = block_max(x)
     fractions = block_fractions(x, scales)
-    added = 0.5 if key is None else _noise(key, x.shape)
+    added = 0.5
+    if seed is not None:
+        bits = noise(seed, first, 0, (math.prod(x.shape[:-1]), x.shape[-1])).reshape(x.shape)
+        added = (bits.astype(jnp.float32) + 0.5) * 2.0**-16
     codes = jnp.clip(jnp.floor(fractions * LARGEST + added), -LARGEST, LARGEST)
     return Int8(codes.astype(jnp.int8), scales, jnp.dtype(dtype))
 
 
-def _noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Numbers strictly between 0 and 1, in multiples of 2^-17."""
-    seed = jax.random.bits(key, (2,), jnp.uint32)
-    bits = noise(seed, 0, 0, (math.prod(shape[:-1]), shape[-1])).reshape(shape)
-    return (bits.astype(jnp.float32) + 0.5) * 2.0**-16
+def update_rows(
+    param: Int8, new_rows: Callable[[Any, jax.Array], jax.Array], seed: jax.Array | None
+) -> Int8:
+    """A parameter after an update, of which only some rows exist in float32 at a time.
+
+    On TPUs all of them do.
+
+    Args:
+      param: of any shape; "rows" are slices of its first axis.
+      new_rows: from the index of the first of some rows, and these in float32, the new ones.
+      seed: of stochastic rounding, as for `quantized`.
+    """
+    per_row = math.prod(param.shape[1:-1])
+
+    def at_rows(first: Any, rows: Int8) -> Int8:
+        return quantized(new_rows(first, rows.float32()), param.dtype, seed, first * per_row)
+
+    by_chunks = partial(map_chunks, at_rows)
+    return lax.platform_dependent(
+        param,
+        tpu=partial(at_rows, 0),  # Chunks take longer, by the compiler's estimate.
+        cuda=partial(by_chunks, max_size=MAX_CHUNK_ON_GPU),
+        default=partial(by_chunks, max_size=MAX_CHUNK),
+    )
 
 
 # What the gradient of a parameter is taken by.

@@ -9,13 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from galore_jax.ops.loops import map_chunks
+from galore_jax.ops.loops import MAX_CHUNK, MAX_CHUNK_ON_GPU, map_chunks
 from galore_jax.ops.precision import as_multiplied_on_tpu, promoted, round_with_noise, widened
 from galore_jax.ops.threefry import noise
 
-# About this many elements of the lifted update exist at the same time. A GPU reads the whole right
-# factor for each chunk of rows; CPUs are faster with chunks that their caches hold.
-MAX_CHUNK, MAX_CHUNK_ON_GPU = 2**22, 2**24
 # Matrices with a multiple of this many columns are kept by rows on TPUs.
 LANES = 128
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from galore_jax.ops import lift
 from galore_jax.ops.implementation import use_implementation
-from galore_jax.ops.int8 import Int8, is_int8, to_arrays
+from galore_jax.ops.int8 import Int8, is_int8, quantized, to_arrays, update_rows
 from galore_jax.ops.loops import flatten_batch
 from galore_jax.ops.partition import Partition, map_batch, specs_of, with_auto_axes
 from galore_jax.ops.precision import stochastic_round, widened
@@ -96,7 +96,7 @@ def _apply_gradients(
         if is_coordinates(update):
             return update
         if is_int8(param):
-            return param.with_values(param.float32() + widened(update), key)
+            return _add_to_int8(param, jnp.asarray(update), key)
         param = jnp.asarray(param)
         total = _at_least_float32(param) + _at_least_float32(jnp.asarray(update))
         return _rounded(total, param.dtype, key)
@@ -156,34 +156,46 @@ def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.
 
 @jax.jit
 def _lift_and_add_to_int8(basis: Basis, update: Any, param: Int8, key: Any) -> Int8:
-    """`_lift_and_add` to weights in 8 bits, of which one matrix at a time exists in float32.
+    """`_lift_and_add` to weights in 8 bits, of which a part of one matrix is in float32 at a time.
 
-    All of them do if batch axes are not the first ones of the array.
+    All of them are if their matrices are not the last two axes of the array.
     """
-    projection, view = basis.projection, basis.projection.view
-    batch = len(view.batch)
-    if view.batch_axes != tuple(range(batch)):
-        return param.with_values(_lift_and_add(basis, update, param.float32(), None), key)
-    without_batch = lambda axes: tuple(axis - batch for axis in axes)
-    matrix = MatrixView(
-        view.shape[batch:], without_batch(view.in_axes), without_batch(view.out_axes)
-    )
+    projection, batch = basis.projection, basis.age.ndim
+    if projection.view != MatrixView(param.shape, (batch,), (batch + 1,)):
+        new = _lift_and_add(basis, update, param.float32(), None)
+        return quantized(new, param.dtype, _seed(key))
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
-    keys = None if key is None else jax.random.split(key, basis.age.shape)
-    parts = (basis.vectors, update.value), decay, keys
-    stack, *rest = flatten_batch((param, *parts), batch)
+    seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
+    others = (basis.vectors, update.value), decay, seeds
+    stack, *rest = flatten_batch((param, *others), batch)
 
     def update_at(i: Any, stack: Int8) -> Int8:
-        part, (factors, decay, key) = jax.tree.map(lambda array: array[i], (stack, rest))
-        weights = matrix.to_matrices(part.float32())
-        new = _update_matrix(
-            projection, None, lift.lift_and_add, basis.scale, weights, factors, decay, None
-        )
-        new = part.with_values(matrix.from_matrices(new), key)
+        matrix, (parts, decay, seed) = jax.tree.map(lambda array: array[i], (stack, rest))
+        left, right, is_transposed = projection.factors(*parts)
+
+        def new_rows(first: Any, weights: jax.Array) -> jax.Array:
+            rows = lax.dynamic_slice_in_dim(left, first, len(weights))
+            lifted = lift.product(rows, right, is_transposed)
+            return lift.add(weights, lifted, basis.scale, decay, None, (0, 0))
+
+        new = update_rows(matrix, new_rows, seed)
         return jax.tree.map(lambda stack, new: stack.at[i].set(new), stack, new)
 
     new = update_at(0, stack) if not batch else lax.fori_loop(0, basis.age.size, update_at, stack)
     return jax.tree.map(lambda new, old: new.reshape(old.shape), new, param)
+
+
+def _add_to_int8(param: Int8, update: jax.Array, key: Any) -> Int8:
+    """The weights in 8 bits after a full update."""
+
+    def new_rows(first: Any, weights: jax.Array) -> jax.Array:
+        return weights + lax.dynamic_slice_in_dim(widened(update), first, len(weights))
+
+    return update_rows(param, new_rows, _seed(key))
+
+
+def _seed(key: Any) -> jax.Array | None:
+    return None if key is None else jax.random.bits(key, (2,), jnp.uint32)
 
 
 def _update_matrix(

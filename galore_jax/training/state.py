@@ -1,5 +1,6 @@
 """The state of a training, and the sizes of trees."""
 
+import itertools
 import math
 import os
 from typing import Any, NamedTuple
@@ -76,8 +77,8 @@ def place_state(task: Task, mesh: Mesh | None) -> TrainState:
     """
     shapes = abstract_state(task, mesh)
     _check_memory(shapes, batch_shapes(task, mesh))
-    leaves = starting_program(task, shapes)(_seed(task))
-    state = jax.tree.structure(shapes).unflatten(leaves)
+    leaves = [program(_seed(task)) for program in starting_programs(task, shapes)]
+    state = jax.tree.structure(shapes).unflatten(itertools.chain(*leaves))
     return state._replace(params=task.load_params(state.params))
 
 
@@ -107,14 +108,20 @@ def device_memory() -> float:
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit") or math.inf
 
 
-def starting_program(task: Task, shapes: TrainState) -> Any:
-    """The jitted function of the seed that makes the leaves of `init_state`.
+def starting_programs(task: Task, shapes: TrainState) -> list[Any]:
+    """The jitted functions of the seed that make the leaves of `init_state`, one after the other.
 
-    They lie where those of `abstract_state`, the shapes, say, and each device computes its part
-    only. Call or lower it outside of the mesh.
+    The first makes the parameters: what drawing them needs is free again before the rest is made.
+    All lie where the leaves of `abstract_state`, the shapes, say, and each device computes its part
+    only. Call or lower them outside of the mesh.
     """
-    where = [leaf.sharding for leaf in jax.tree.leaves(shapes)]
-    return jax.jit(lambda seed: jax.tree.leaves(init_state(task, seed)), out_shardings=where)
+    where, number = jax.tree.leaves(shapes), len(jax.tree.leaves(shapes.params))
+
+    def program(part: slice) -> Any:
+        make = lambda seed: jax.tree.leaves(init_state(task, seed))[part]
+        return jax.jit(make, out_shardings=[leaf.sharding for leaf in where[part]])
+
+    return [program(slice(number)), program(slice(number, None))]
 
 
 def abstract_state(task: Task, mesh: Mesh | None = None) -> TrainState:

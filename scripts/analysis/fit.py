@@ -15,7 +15,10 @@ COSTS = {"bfloat16": "", "int8": "", "int4": "an error of 14% in updates"}
 
 
 class Rung(NamedTuple):
-    """A change of the configuration: `section.key=value`, and what it costs besides memory."""
+    """A change of the configuration: `section.key=value`, and what it costs besides memory.
+
+    Several settings are divided by spaces.
+    """
 
     setting: str
     cost: str
@@ -33,16 +36,23 @@ def next_rung(config: Config) -> Rung | None:
         return Rung(f"optimizer.galore.basis_dtype={narrower}", COSTS[narrower])
     if not config.training.layerwise and optimizer.adapter is None:
         return Rung("training.layerwise=true", "the time of a forward pass, unless model.remat")
+    if config.model.weights == "plain" and optimizer.adapter is None:
+        return Rung("model.weights=int8", "about 0.1% of the loss")
+    if config.training.layerwise and data.batch_size > 1:
+        # Accumulated coordinates of all layers are larger than what micro-batches save.
+        return Rung("data.batch_size=1 training.accumulation=1", "rows per step")
     if data.sequence_length >= 2 * SHORTEST:
         return Rung(f"data.sequence_length={data.sequence_length // 2}", "context")
     return None
 
 
-def larger_micro_batches(config: Config, least: int) -> list[str]:
-    """Settings of ever larger and faster micro-batches, down to this number of them."""
-    numbers = range(config.training.accumulation - 1, least - 1, -1)
-    divisors = [number for number in numbers if config.data.batch_size % number == 0]
-    return [f"training.accumulation={number}" for number in divisors]
+def larger_batches(config: Config, configured: Config) -> list[str]:
+    """Settings of ever larger batches, or micro-batches, up to those of a configuration."""
+    rows, all_rows = config.data.batch_size, configured.data.batch_size
+    if rows < all_rows:
+        return [f"data.batch_size={n}" for n in range(rows + 1, all_rows + 1) if all_rows % n == 0]
+    numbers = range(config.training.accumulation - 1, configured.training.accumulation - 1, -1)
+    return [f"training.accumulation={number}" for number in numbers if rows % number == 0]
 
 
 def usable_bytes(size: str) -> tuple[str, float]:

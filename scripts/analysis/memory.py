@@ -16,7 +16,7 @@ from galore_jax.training.state import (
     abstract_state,
     batch_shapes,
     program_bytes,
-    starting_program,
+    starting_programs,
     tree_bytes,
 )
 from galore_jax.training.step import make_train_step
@@ -72,7 +72,7 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
 
     Returns:
       Parts of `train_step`, of `refresh_step` with projected gradients or ReLoRA, which first
-      refreshes the bases or restarts the adapters, and of `start`, which makes the first state:
+      refreshes the bases or restarts the adapters, and of `start`, both that make the first state:
       `arguments`, `outputs`, `aliased` (outputs that share the memory of arguments), `temporaries`,
       and the `total` that the program needs. A compiler for TPUs refuses a program that does not
       fit, and names the total alone.
@@ -84,7 +84,18 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
         steps["refresh_step"] = make_train_step(task, refreshes=True, mesh=mesh)
     with on_mesh(mesh):
         parts = {name: _assigned(step.lower(state, batch)) for name, step in steps.items()}
-    return parts | {"start": _assigned(starting_program(task, state).lower(0))}
+    return parts | {"start": _start_of(*(one.lower(0) for one in starting_programs(task, state)))}
+
+
+def _start_of(first: Any, second: Any) -> Parts:
+    """The parts of both programs of the start together; what the first one made stays."""
+    first, second = _assigned(first), _assigned(second)
+    total = max(first["total"], first.get("outputs", 0) + second["total"])
+    if "outputs" not in first or "outputs" not in second:
+        return {"total": total}
+    made = first["outputs"] + second["outputs"]
+    parts = {"arguments": first["arguments"], "outputs": made, "aliased": 0}
+    return parts | {"temporaries": total - made - first["arguments"], "total": total}
 
 
 def _assigned(lowered: Any) -> Parts:

@@ -38,6 +38,7 @@ class Settings:
     optimizer: str = ""
     rows: int = 16
     steps: int = 50
+    weights: str = ""
     device: str = ""
     program: str = "train_step"
 
@@ -54,6 +55,7 @@ def measure(settings: Settings) -> list[Row]:
         *(f"data.batch_size={settings.rows}", "training.accumulation=1"),
         *(f"training.steps={settings.steps}", f"optimizer.warmup_steps={settings.steps // 5}"),
         *([f"optimizer.name={settings.optimizer}"] if settings.optimizer else []),
+        *([f"model.weights={settings.weights}"] if settings.weights else []),
     ]
     config = load_config(CONFIGS / f"llama_{settings.size}.toml", overrides)
     if not settings.device:
