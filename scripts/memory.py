@@ -149,7 +149,7 @@ def fit_to(size: str, file: str, overrides: list[str]) -> None:
             needed, compiled = largest(load_config(file, settings))
             figure = f"{'' if compiled else '>'}{needed / GIB:.2f} GiB"
             cost = f"costs {rung.cost}" if rung.cost else ""
-            print(f"{figure:>11}  {rung.setting:<40}  {cost}".rstrip(), flush=True)
+            print(f"{figure:>11}  {rung.setting:<42}  {cost}".rstrip(), flush=True)
             return needed <= usable
 
         settings, rung = list(overrides), Rung("as configured", "")

@@ -42,6 +42,8 @@ def test_what_costs_least_is_tried_first_and_the_length_of_rows_last():
         "data.sequence_length=300",
         "data.sequence_length=150",
     ]
+    clipped = changed(tiny(), optimizer={"clip_norm": 1.0})
+    assert climbed(clipped)[-1].endswith("accumulation=1 optimizer.clip_by=previous_step")
     assert climbed(tiny(name="lora")) == ["training.accumulation=2"]
     assert climbed(tiny(name="adamw")) == [
         "training.accumulation=2",

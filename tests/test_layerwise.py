@@ -308,6 +308,13 @@ def test_an_optimizer_without_galore_takes_full_gradients_and_8_bits():
             assert min(float(leaf.mean()) for leaf in jax.tree.leaves(close)) > 0.99
 
 
+def test_an_optimizer_that_keeps_a_random_key_is_taken():
+    tx = optax.chain(optax.add_noise(1e-9, 0.5, 0), optax.adam(0.01))
+    params, batch = params_of(CONFIG), batch_of(0)
+    step = jax.jit(galore_jax.make_step(model_of(CONFIG), tx))
+    assert np.isfinite(step(params, layerwise.init(tx, params), batch).value)
+
+
 def test_an_optimizer_that_treats_a_stack_as_one_matrix_is_refused():
     tx = optax.adafactor(0.003, min_dim_size_to_factor=2)
     params = params_of(CONFIG)

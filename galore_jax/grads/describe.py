@@ -11,6 +11,7 @@ import optax
 
 from galore_jax.grads.data_parallel import leaves_of
 from galore_jax.grads.value_and_grad import Loss, Passes, Uses, bases_in
+from galore_jax.ops.int8 import places_of, with_places
 from galore_jax.optim.galore_state import bases_of, galore_states, map_bases
 from galore_jax.optim.sharding import init
 from galore_jax.subspace.basis import Basis
@@ -167,7 +168,8 @@ def check_projection(loss: Loss, *, has_aux: bool = False) -> Callable[..., dict
         bases = bases_in(params, opt_state)
         passes = Passes(loss, params, bases, batch, unsplit, has_aux)
         _, gradients = passes.value_and_grad(bases)
-        full = jax.grad(loss, has_aux=has_aux)(params, *batch, **unsplit)
+        of_places = lambda places: loss(with_places(params, places), *batch, **unsplit)
+        full = jax.grad(of_places, has_aux=has_aux)(places_of(params))
         tolerance = max(passes.eps, float(jnp.finfo(jnp.float32).eps)) ** 0.5
         errors: dict[str, float] = {}
 

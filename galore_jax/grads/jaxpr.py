@@ -45,7 +45,7 @@ NO_REPORT: Report = lambda path, reason: None
 PRODUCT = "galore_jax_product"
 
 
-# That of the function that makes the array of an `Int8` of its codes, its scales and its place.
+# The name of the jitted function that makes the array of an `Int8`: see `ops.int8`.
 INT8_ARRAY = "galore_jax_array"
 
 
@@ -481,6 +481,10 @@ def _jit(equation: Any, params: Any, operands: list[Any], report: Report) -> lis
     if (dot := _marked_product(params)) is not None:
         return _dot_general(equation, dot, operands, report)
     if params["name"] == INT8_ARRAY:
+        names = {inner.primitive.name for inner in all_equations(params["jaxpr"].jaxpr)}
+        # Under `jax.vmap` the array may have its axes in another order than the place.
+        if len(operands) != 3 or not isinstance(operands[2], Tracked) or "transpose" in names:
+            raise NoRule
         codes, scales, place = operands
         return [place.with_array(*_bind(equation, [codes, scales, place.array]))]
 

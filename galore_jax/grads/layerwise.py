@@ -405,10 +405,12 @@ def _after_on_cpu(tree: PyTree, other: PyTree) -> PyTree:
 
 def _after(tree: PyTree, other: PyTree) -> PyTree:
     """The tree, made to depend on another one by a zero that XLA does not recognise."""
-    sums = [jnp.sum(widened(leaf)).real for leaf in jax.tree.leaves(other)]
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    numbers = [leaf for leaf in map(jnp.asarray, jax.tree.leaves(other)) if not is_key(leaf)]
+    sums = [jnp.sum(widened(leaf)).real for leaf in numbers]
     bits = lax.bitcast_convert_type(sum(sums, jnp.float32(0)).astype(jnp.float32), jnp.uint32)
     zero = (bits >> 31) >> 1
-    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else leaf + zero.astype(leaf.dtype), tree)
 
 
 def _dot(a: PyTree, b: PyTree) -> jax.Array:

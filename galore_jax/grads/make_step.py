@@ -76,7 +76,7 @@ def make_step(
       parameters, the new state and the loss (with has_aux the pair), a `Step`. The state is that of
       `galore_jax.init(tx, params)`. For a `LayeredModel` it is that of `galore_jax.layerwise.init`,
       and the function takes one batch and no other keyword arguments. With a `rounding_key`,
-      bfloat16 parameters are rounded stochastically.
+      parameters in bfloat16 and in 8 bits are rounded stochastically.
 
     Raises:
       ValueError: an unknown `clip_by`; data axes of a `LayeredModel`. When the step is called: as

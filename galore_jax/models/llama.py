@@ -63,7 +63,8 @@ class LlamaConfig:
       dtype: dtype of the parameters and the computation, "float32" or "bfloat16".
       weights: how kernels, embedding and head are stored: "plain", in `dtype`, or "int8", as codes
         with a scale for each row, which a block or the head dequantises to `dtype` where it reads
-        them. There is no other copy of them.
+        them. Set `remat`, or `training.layerwise`: otherwise the backward pass keeps what all
+        blocks have dequantised.
       attention: how attention is computed in training: "blocks", in plain JAX by blocks of queries;
         "cudnn", by the kernel for NVIDIA cards from Ampere on, in bfloat16, which keeps no scores;
         "auto", by the kernel wherever it can.

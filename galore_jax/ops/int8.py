@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.ops.loops import MAX_CHUNK, MAX_CHUNK_ON_GPU, map_chunks
-from galore_jax.ops.quantization import block_fractions, block_max
+from galore_jax.ops.quantization import LARGEST, block_fractions, block_max
 from galore_jax.ops.threefry import noise
 from galore_jax.types import PyTree
 
-LARGEST = 127
 # Shorter rows are not worth a scale of four bytes.
 MIN_ROW = 32
 
@@ -75,8 +74,22 @@ class Int8:
     remove_axis = add_axis
 
     def float32(self) -> jax.Array:
-        """The array in float32."""
-        return self.codes.astype(jnp.float32) * (1 / LARGEST) * self.scales
+        """The array in float32, with 0 in rows whose largest magnitude is below 1.5e-36.
+
+        Raises:
+          TypeError: codes and scales are not integers and float32 any more.
+        """
+        if self.codes.dtype != jnp.int8 or self.scales.dtype != jnp.float32:
+            raise TypeError(
+                "the codes and scales of a parameter in 8 bits have been cast or computed with: "
+                "call galore_jax.to_arrays before what maps over the leaves of parameters."
+            )
+        return self.codes.astype(jnp.float32) * (self.scales / LARGEST["int8"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickled one."""
+        _register_with_flax()
+        self.__dict__.update(state)
 
 
 def is_int8(node: Any) -> TypeGuard[Int8]:
@@ -117,7 +130,8 @@ def quantized(
     if seed is not None:
         bits = noise(seed, first, 0, (math.prod(x.shape[:-1]), x.shape[-1])).reshape(x.shape)
         added = (bits.astype(jnp.float32) + 0.5) * 2.0**-16
-    codes = jnp.clip(jnp.floor(fractions * LARGEST + added), -LARGEST, LARGEST)
+    largest = LARGEST["int8"]
+    codes = jnp.clip(jnp.floor(fractions * largest + added), -largest, largest)
     return Int8(codes.astype(jnp.int8), scales, jnp.dtype(dtype))
 
 
@@ -147,7 +161,17 @@ def update_rows(
     )
 
 
-# What the gradient of a parameter is taken by.
+# Derivatives by parameters in 8 bits.
+
+
+def places_of(params: PyTree) -> PyTree:
+    """The arrays by which parameters are differentiated: see `place_of`."""
+    return jax.tree.map(place_of, params, is_leaf=is_int8)
+
+
+def with_places(params: PyTree, places: PyTree) -> PyTree:
+    """Parameters whose derivatives are those of `places`."""
+    return jax.tree.map(with_place, params, places, is_leaf=is_int8)
 
 
 def place_of(param: Any) -> Any:

@@ -175,8 +175,8 @@ def _lift_and_add_to_int8(basis: Basis, update: Any, param: Int8, key: Any) -> I
 
         def new_rows(first: Any, weights: jax.Array) -> jax.Array:
             rows = lax.dynamic_slice_in_dim(left, first, len(weights))
-            lifted = lift.product(rows, right, is_transposed)
-            return lift.add(weights, lifted, basis.scale, decay, None, (0, 0))
+            add = partial(lift.lift_and_add, right_is_transposed=is_transposed)
+            return add(weights, rows, right, basis.scale, decay)
 
         new = update_rows(matrix, new_rows, seed)
         return jax.tree.map(lambda stack, new: stack.at[i].set(new), stack, new)

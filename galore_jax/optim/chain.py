@@ -168,6 +168,7 @@ class _ChainUpdate:
             return _lift(updates, galore_states(state.inner_states), like), state
 
         # Again, as what runs inside of with_auto_axes can use no arrays from here.
+        params = to_arrays(params)
         like = updates if params is None else none_where_no_gradient(params, updates)
         arguments = updates, state, params, extra_args
         return with_auto_axes(update, *arguments, out=lambda: specs_of((like, state)))

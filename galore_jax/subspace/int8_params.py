@@ -13,21 +13,24 @@ from galore_jax.types import PyTree
 def to_int8(params: PyTree) -> PyTree:
     """Parameters with matrices in 8 bits: kernels, embeddings and heads, also stacks of them.
 
-    They take a quarter of the memory of float32. Biases, scales and norms stay as they are, and so
-    do matrices with rows of fewer than 32 numbers. The result goes wherever this package takes
-    parameters, on one device: `init`, `value_and_grad`, `refresh`, `apply_gradients`, `make_step`.
-    Pass a key to the last two: without stochastic rounding, updates of less than half the distance
-    between two codes, 1/254 of the largest magnitude in a row, are lost.
+    They take a quarter of the memory of float32. Biases, scales and norms, recognised by name, stay
+    as they are, and so do matrices with rows of fewer than 32 numbers. The result goes wherever
+    this package takes parameters, on one device: `init`, `value_and_grad`, `refresh`,
+    `apply_gradients`, `make_step`. Pass a key to the last two: without stochastic rounding, updates
+    of less than half the distance between two codes, 1/254 of the largest magnitude in a row, are
+    lost. `optax.apply_updates` does not take them.
 
     Flax modules take such parameters as they are, and dequantise each where they read it. In other
-    losses call `to_arrays`, best for one layer at a time.
+    losses call `to_arrays`, best for one layer at a time, and also before anything that maps over
+    the leaves, such as a penalty or a cast. Under `jax.checkpoint`, `nn.remat` or in layer-wise
+    steps the backward pass dequantises again; otherwise it keeps the arrays.
 
     Args:
-      params: arrays, in any tree; Flax's boxes are taken off.
+      params: arrays, in any tree; boxes of Flax and others are taken off.
 
     Returns:
       The tree, with `galore_jax.ops.int8.Int8` nodes for matrices, rounded to nearest: the error is
-      at most 1/254 of the largest magnitude in the row.
+      at most 1/254 of the largest magnitude in the row, and that of the array's dtype.
 
     Examples:
       >>> import jax.numpy as jnp

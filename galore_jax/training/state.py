@@ -165,7 +165,8 @@ def _optimizer(task: Task) -> tuple[optax.GradientTransformation, Any]:
 def matrix_state_bytes(task: Task) -> int:
     """Bytes that the optimizer keeps for the matrices that GaLore projects, bases included."""
     state = jax.eval_shape(lambda: init_state(task))
-    paths = [names for names, is_matrix in named_leaves(matrices(state.params)) if is_matrix]
+    found = matrices(to_float32(state.params))
+    paths = [names for names, is_matrix in named_leaves(found) if is_matrix]
 
     def belongs_to_one(names: tuple[str, ...]) -> bool:
         # A state has the path of a parameter somewhere in its own: (1, mu, layers, …, kernel).

@@ -18,7 +18,7 @@ from galore_jax.grads.data_parallel import mean_over_shards
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.grads.refresh import updates_until_refresh
 from galore_jax.models.adapters import combine
-from galore_jax.ops.int8 import is_int8, place_of, with_place
+from galore_jax.ops.int8 import places_of, with_places
 from galore_jax.optim.galore_state import bases_of, galore_states, projected_tree
 from galore_jax.training.mesh import data_axes, on_mesh, whole
 from galore_jax.training.metrics import format_bytes
@@ -238,14 +238,9 @@ def make_gradients(task: Task, mesh: Mesh | None = None) -> Gradients:
 
     def full_of_shard(params: PyTree, batch: Batch) -> Any:
         updated, frozen = trained(task, params)
-        places = jax.tree.map(place_of, updated, is_leaf=is_int8)
-
-        def of_places(places: PyTree, batch: Batch) -> tuple[jax.Array, jax.Array]:
-            own = jax.tree.map(with_place, updated, places, is_leaf=is_int8)
-            return loss(combine(own, frozen), batch)
-
+        of_places = lambda places, batch: loss(combine(with_places(updated, places), frozen), batch)
         full = jax.value_and_grad(of_places, has_aux=True)
-        return mean_over(functools.partial(full, places), micro_batches, batch)
+        return mean_over(functools.partial(full, places_of(updated)), micro_batches, batch)
 
     def gradients(params: PyTree, opt_state: PyTree, batch: Batch) -> tuple[PyTree, dict]:
         # Sums over the targets of a part, averaged over the parts: micro-batches of shards. The

@@ -39,8 +39,11 @@ def next_rung(config: Config) -> Rung | None:
     if config.model.weights == "plain" and optimizer.adapter is None:
         return Rung("model.weights=int8", "about 0.1% of the loss")
     if config.training.layerwise and data.batch_size > 1:
-        # Accumulated coordinates of all layers are larger than what micro-batches save.
-        return Rung("data.batch_size=1 training.accumulation=1", "rows per step")
+        # Sums of the coordinates of all layers are larger than what micro-batches save.
+        settings = "data.batch_size=1 training.accumulation=1"
+        if optimizer.clip_norm and optimizer.clip_by == "this_step":
+            settings += " optimizer.clip_by=previous_step"
+        return Rung(settings, "rows per step")
     if data.sequence_length >= 2 * SHORTEST:
         return Rung(f"data.sequence_length={data.sequence_length // 2}", "context")
     return None

@@ -72,10 +72,10 @@ def compiled(config: Config, mesh: Mesh | None = None) -> dict[str, Parts]:
 
     Returns:
       Parts of `train_step`, of `refresh_step` with projected gradients or ReLoRA, which first
-      refreshes the bases or restarts the adapters, and of `start`, both that make the first state:
-      `arguments`, `outputs`, `aliased` (outputs that share the memory of arguments), `temporaries`,
-      and the `total` that the program needs. A compiler for TPUs refuses a program that does not
-      fit, and names the total alone.
+      refreshes the bases or restarts the adapters, and of `start`, the two programs that make the
+      first state: `arguments`, `outputs`, `aliased` (outputs that share the memory of arguments),
+      `temporaries`, and the `total` that the program needs. A compiler for TPUs refuses a program
+      that does not fit, and names the total alone.
     """
     task = Pretraining(config)
     state, batch = abstract_state(task, mesh), batch_shapes(task, mesh)
