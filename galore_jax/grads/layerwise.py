@@ -304,20 +304,13 @@ class _Pass(NamedTuple):
         """A part after an update by these gradients; its number gives it random bits of its own."""
         key = None if self.key is None else jax.random.fold_in(self.key, number)
         params, state = apply_gradients(self.tx, grads, part.state, part.params, key=key)
-        # Write moments and bases last, so that XLA need not copy stacks, to go on reading what they
-        # overwrite for the parameters or for counters.
-        leaves, structure = jax.tree.flatten(state)
-        pairs = enumerate(zip(leaves, jax.tree.leaves(part.state), strict=True))
-        changed = {i: new for i, (new, old) in pairs if new is not old and jnp.ndim(new)}
-        others = params, [leaf for leaf in leaves if not jnp.ndim(leaf)]
-        changed = _after_on_cpu(changed, others)
-        state = structure.unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
         return part._replace(params=params, state=state)
 
     def _step(self, part: _Trees, grads: PyTree, number: Any) -> _Trees:
         """A part after an update by its gradients, or with its gradients in the sums."""
         if part.sums is None:
-            return self.updated(part, grads, number)
+            new = self.updated(part, grads, number)
+            return new._replace(state=_written_last(part.state, new.state, new.params))
         add = lambda total, grad: (widened(total) + widened(grad)).astype(total.dtype)
         sums, structure = jax.tree.flatten(part.sums)
         return part._replace(sums=structure.unflatten(map(add, sums, jax.tree.leaves(grads))))
@@ -392,6 +385,18 @@ class _Pass(NamedTuple):
         grads = jax.tree.map(widened, grads)
         grads, squares, dx = lax.optimization_barrier((grads, finite_squares(grads), dx))
         return part, _Found(_after_on_cpu(grads, dx), squares, dx, pair)
+
+
+def _written_last(old: PyTree, new: PyTree, params: PyTree) -> PyTree:
+    """A new state, whose moments and bases are written after the new parameters and counters.
+
+    On CPUs XLA need not copy stacks then, to go on reading what they overwrite.
+    """
+    leaves, structure = jax.tree.flatten(new)
+    pairs = enumerate(zip(leaves, jax.tree.leaves(old), strict=True))
+    changed = {i: leaf for i, (leaf, old) in pairs if leaf is not old and jnp.ndim(leaf)}
+    changed = _after_on_cpu(changed, (params, [leaf for leaf in leaves if not jnp.ndim(leaf)]))
+    return structure.unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
 
 
 def _after_on_cpu(tree: PyTree, other: PyTree) -> PyTree:
