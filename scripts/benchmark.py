@@ -64,8 +64,8 @@ kernels: time of 8-bit Adam and of the lift at the shape of a gate projection, i
     device=            estimates, as for step
 training: time of a step of the trainer, losses and peak memory, on the standard library's source.
     size=350m          one of configs/llama_*.toml
-    optimizer=         its optimizer.name; left out: that of the configuration, as for
-    weights=           its model.weights
+    optimizer=         its optimizer.name; left out: that of the configuration
+    weights=           its model.weights, likewise
     rows=16            of the configuration's data.sequence_length, per step
     steps=50           of the training
     device=            an estimate, as for step

@@ -43,8 +43,6 @@ NO_REPORT: Report = lambda path, reason: None
 # The name of a jitted product of two arrays with a custom derivative, equal to that of the plain
 # product up to rounding: see `models.dense.matmul`.
 PRODUCT = "galore_jax_product"
-
-
 # The name of the jitted function that makes the array of an `Int8`: see `ops.int8`.
 INT8_ARRAY = "galore_jax_array"
 

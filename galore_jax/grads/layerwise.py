@@ -394,7 +394,7 @@ def _written_last(old: PyTree, new: PyTree, params: PyTree) -> PyTree:
     """
     leaves, structure = jax.tree.flatten(new)
     pairs = enumerate(zip(leaves, jax.tree.leaves(old), strict=True))
-    changed = {i: leaf for i, (leaf, old) in pairs if leaf is not old and jnp.ndim(leaf)}
+    changed = {i: leaf for i, (leaf, before) in pairs if leaf is not before and jnp.ndim(leaf)}
     changed = _after_on_cpu(changed, (params, [leaf for leaf in leaves if not jnp.ndim(leaf)]))
     return structure.unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)])
 

@@ -19,7 +19,7 @@ from galore_jax.grads.data_parallel import leaves_of, mean_over_shards
 from galore_jax.grads.jaxpr import Program
 from galore_jax.grads.micro_batches import mean_over
 from galore_jax.grads.projected_product import Tracked, track, varying_as
-from galore_jax.ops.int8 import is_int8, place_of, with_place
+from galore_jax.ops.int8 import is_int8, place_of, places_of, with_place, with_places
 from galore_jax.ops.partition import AxisNames, explicit_mesh, names_of, specs_of, with_auto_axes
 from galore_jax.optim.galore_state import (
     bases_of,
@@ -208,7 +208,7 @@ class Passes:
             return value, aux
 
         leaves, tree = jax.tree.flatten(params, is_leaf=is_int8)
-        leaves = [with_place(leaf, place_of(leaf)) for leaf in leaves]
+        leaves = with_places(leaves, places_of(leaves))
         operands = tree.unflatten(leaves), arrays
         flat, structure = jax.tree.flatten(operands)
         key = structure, *map(jax.typeof, flat), jax.sharding.get_abstract_mesh()
@@ -295,7 +295,7 @@ class _Part(NamedTuple):
     @property
     def places(self) -> list[Any]:
         """For each parameter, the array by which it is differentiated."""
-        return [place_of(leaf) for leaf in self.leaves]
+        return places_of(self.leaves)
 
 
 def _tracked(leaves: list[Any], bases: dict[int, Basis], coordinates: dict[int, Any]) -> list[Any]:

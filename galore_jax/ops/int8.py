@@ -1,7 +1,7 @@
 """Parameters in 8 bits: an `Int8` stands for an array wherever this package takes parameters.
 
 Each row of a matrix, along the last axis, has integer codes from -127 to 127 and one scale, its
-largest magnitude. There is no other copy of the parameter. An update dequantises a matrix, adds in
+largest magnitude. There is no other copy of the parameter. An update dequantises some rows, adds in
 float32, takes the scales from the new rows and rounds stochastically, so that no row saturates and
 rounding is unbiased.
 """

@@ -11,8 +11,8 @@ from jax import lax
 from galore_jax.types import PyTree
 
 # About this many elements of a lifted update, or of weights whose codes are updated, exist at the
-# same time. A GPU reads the whole right
-# factor for each chunk of rows; CPUs are faster with chunks that their caches hold.
+# same time. A GPU reads the whole right factor for each chunk of rows; CPUs are faster with chunks
+# that their caches hold.
 MAX_CHUNK, MAX_CHUNK_ON_GPU = 2**22, 2**24
 # TPUs keep matrices of 8-bit numbers in tiles of this many rows, those of wider numbers of fewer.
 TILE_ROWS = 32

@@ -147,11 +147,15 @@ def _lift_and_add(basis: Basis, update: Any, param: jax.Array, key: Any) -> jax.
         return new.reshape(matrices.shape)
 
     run = partial(use_implementation, basis.implementation, lift.lift_and_add, update_all)
+    matrices, others = projection.view.to_matrices(param), _updates_of(basis, update, key)
+    return projection.view.from_matrices(map_batch(partition, run, matrices, *others))
+
+
+def _updates_of(basis: Basis, update: Any, key: Any) -> tuple[Any, jax.Array, jax.Array | None]:
+    """For each matrix of a leaf: its bases and coordinates, its decay and its seed."""
     decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
     seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
-    others = (basis.vectors, update.value), decay, seeds
-    matrices = projection.view.to_matrices(param)
-    return projection.view.from_matrices(map_batch(partition, run, matrices, *others))
+    return (basis.vectors, update.value), decay, seeds
 
 
 @jax.jit
@@ -164,10 +168,7 @@ def _lift_and_add_to_int8(basis: Basis, update: Any, param: Int8, key: Any) -> I
     if projection.view != MatrixView(param.shape, (batch,), (batch + 1,)):
         new = _lift_and_add(basis, update, param.float32(), None)
         return quantized(new, param.dtype, _seed(key))
-    decay = jnp.broadcast_to(0 if update.decay is None else update.decay, basis.age.shape)
-    seeds = None if key is None else jax.random.bits(key, (*basis.age.shape, 2), jnp.uint32)
-    others = (basis.vectors, update.value), decay, seeds
-    stack, *rest = flatten_batch((param, *others), batch)
+    stack, *rest = flatten_batch((param, *_updates_of(basis, update, key)), batch)
 
     def update_at(i: Any, stack: Int8) -> Int8:
         matrix, (parts, decay, seed) = jax.tree.map(lambda array: array[i], (stack, rest))

@@ -120,11 +120,10 @@ def shardings(
         return placed(axes_of(mesh), leaf.shape, wanted).sharding(mesh)
 
     leaves = zip(named_leaves(params), _specs_of_boxes(params), strict=True)
-    found = [
-        each
-        for (names, leaf), spec in leaves
-        for each in [sharding(names, leaf, spec)] * len(jax.tree.leaves(leaf))
-    ]
+    found = []
+    for (names, leaf), spec in leaves:
+        # Codes and scales lie alike.
+        found += [sharding(names, leaf, spec)] * len(jax.tree.leaves(leaf))
     if unused:
         raise ValueError(
             f"shardings: the rule {next(iter(unused))!r} matches no parameter, or an earlier rule "

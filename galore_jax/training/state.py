@@ -1,6 +1,5 @@
 """The state of a training, and the sizes of trees."""
 
-import itertools
 import math
 import os
 from typing import Any, NamedTuple
@@ -77,8 +76,10 @@ def place_state(task: Task, mesh: Mesh | None) -> TrainState:
     """
     shapes = abstract_state(task, mesh)
     _check_memory(shapes, batch_shapes(task, mesh))
-    leaves = [program(_seed(task)) for program in starting_programs(task, shapes)]
-    state = jax.tree.structure(shapes).unflatten(itertools.chain(*leaves))
+    leaves = []
+    for program in starting_programs(task, shapes):
+        leaves += jax.block_until_ready(program(_seed(task)))
+    state = jax.tree.structure(shapes).unflatten(leaves)
     return state._replace(params=task.load_params(state.params))
 
 
