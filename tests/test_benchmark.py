@@ -293,3 +293,9 @@ def test_all_benchmarks_run_in_their_small_form(tmp_path):
     assert results["versions"]["jax"] == jax.__version__
     *_, trained = results["results"]
     assert trained["rows"][0]["last_loss"] < trained["rows"][0]["first_loss"]
+
+
+def test_the_state_of_a_model_in_8_bits_is_that_of_a_plain_one():
+    plain = dataclasses.replace(TINY, hidden_size=32, num_heads=2, intermediate_size=48)
+    in_8_bits = dataclasses.replace(plain, weights="int8")
+    assert state.measure_size("tiny", in_8_bits, RANK) == state.measure_size("tiny", plain, RANK)

@@ -21,8 +21,8 @@ from galore_jax.types import PyTree
 
 
 def init_llama(config: LlamaConfig) -> PyTree:
-    """The parameters of the complete model."""
-    return Llama(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    """The parameters of the complete model, as plain arrays."""
+    return Llama(config.plain).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def separate_layers(params: PyTree) -> PyTree:
