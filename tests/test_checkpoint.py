@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -67,6 +69,37 @@ def saved(tmp_path, state, batches):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(state, batches, CONFIG)
     return tmp_path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
+def test_a_save_on_a_cpu_copies_nothing(tmp_path):
+    """Of a state of 200 MB less than a quarter is added to the largest resident memory."""
+    script = f"""
+import jax, jax.numpy as jnp
+from types import SimpleNamespace
+from galore_jax.training.checkpoint import Checkpoints
+from galore_jax.training.config import Config
+from galore_jax.training.state import TrainState
+
+def kilobytes(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+bits = jax.jit(lambda key: jax.random.bits(key, (50, 1000, 1000), jnp.uint8))
+params = {{str(n): bits(jax.random.key(n)) for n in range(4)}}
+state = TrainState(jax.block_until_ready(params), jnp.zeros(1), jnp.int32(1), jnp.uint32(0))
+batches = SimpleNamespace(get_state=lambda: {{"n": 1}})
+with Checkpoints(__import__("pathlib").Path({str(tmp_path)!r})) as checkpoints:
+    checkpoints.save(state._replace(params={{"0": jnp.zeros(1)}}), batches, Config())
+    before = kilobytes("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # sets the peak to what is resident now
+    checkpoints.save(state._replace(step=jnp.int32(2)), batches, Config())
+    assert checkpoints.latest() == 2
+    print(kilobytes("VmHWM") - before)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 50_000
 
 
 def test_state_and_data_are_restored_bit_for_bit(tmp_path, state, batches):

@@ -1,7 +1,13 @@
 """Trainings of models with weights in 8 bits, their checkpoints and folders of transformers."""
 
+import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -21,6 +27,7 @@ from galore_jax.training.pretraining import Pretraining
 from galore_jax.training.run_folder import RunFolder
 from galore_jax.training.state import matrix_state_bytes, place_state, tree_bytes, tree_size
 
+ROOT = Path(__file__).parents[1]
 MODEL = LlamaConfig(264, 32, 48, 2, 2, 2, 16, max_length=32, dtype="bfloat16", weights="int8")
 
 
@@ -52,6 +59,53 @@ def test_a_resumed_training_repeats_an_uninterrupted_one_bit_for_bit(tmp_path, l
     resumed = train(Pretraining(config), resume=True)
     assert resumed["validation_loss"] == whole["validation_loss"]
     jax.tree.map(np.testing.assert_array_equal, params_of(config), params)
+
+
+@pytest.mark.slow
+def test_the_configuration_for_12_gb_trains_exports_and_survives_a_kill(tmp_path):
+    """As docs/low-memory.md does with all of the 7B model: from random weights, and from a folder
+    of the trained ones."""
+    pytest.importorskip("safetensors", reason="the folder holds safetensors")
+
+    def command(name, *arguments):
+        smaller = (
+            "vocab_size=264 hidden_size=128 intermediate_size=344 num_layers=2 num_heads=2 "
+            "max_length=64"
+        )
+        settings = [
+            *(f"model.{setting}" for setting in smaller.split()),
+            *"data.source=python data.tokenizer=bytes data.sequence_length=64".split(),
+            *"optimizer.warmup_steps=1 optimizer.galore.rank=32".split(),
+            *"training.steps=3 training.evaluation_tokens=100 training.log_every=1".split(),
+            *"training.checkpoint_every=1 training.evaluate_every=0".split(),
+        ]
+        script, file = ROOT / "scripts" / "train.py", ROOT / "configs" / "llama_7b_12gb.toml"
+        folder = f"training.folder={tmp_path / name}"
+        return [sys.executable, script, "--config", file, *settings, folder, *arguments]
+
+    def losses(name):
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        read = [json.loads(line) for line in lines]
+        return [line.get("loss", line.get("validation_loss")) for line in read]
+
+    for start in ([], [f"model.checkpoint={tmp_path / 'folder'}"]):
+        whole, killed = ("folder-whole", "folder-killed") if start else ("whole", "killed")
+        subprocess.run(command(whole, *start), check=True)
+        process = subprocess.Popen(command(killed, *start))
+        while not (tmp_path / killed / "checkpoints" / "1").exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        subprocess.run(command(killed, *start, "--resume"), check=True)
+        assert losses(killed) == losses(whole)
+        if not start:
+            export = ROOT / "scripts" / "export.py"
+            subprocess.run(
+                [sys.executable, export, tmp_path / whole, tmp_path / "folder"], check=True
+            )
+    # The folder holds what was trained, and its training goes on from there.
+    assert losses("folder-whole")[0] < losses("whole")[0]
 
 
 def test_a_trained_model_is_read_as_the_arrays_it_stands_for_and_goes_out_and_in_again(tmp_path):

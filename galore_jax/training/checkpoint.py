@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous and atomic, with the position in the data and the configuration.
+"""Checkpoints: atomic, in the background, with the position in the data and the configuration.
 
 This is the only file that saves and restores with Orbax. A checkpoint is `checkpoints/<number of
 updates>/` with four items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the
@@ -16,7 +16,7 @@ import textwrap
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,8 +66,22 @@ class Checkpoints:
             )
         with ending_together():
             self.folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        # On CPUs Orbax reads the arrays where they lie, and a step that began before it is done
+        # would have to work on a copy of the state.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=jax.default_backend() != "cpu",
+        )
+        # Without compression, which saves little of such numbers, nothing is copied to be written.
+        arrays = lambda: ocp.PyTreeCheckpointHandler(use_compression=False)
+        handlers = {
+            "params": arrays(),
+            "optimizer": arrays(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
     def __enter__(self) -> Self:
         return self
@@ -103,8 +117,8 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave(state.opt_state),
+                params=ocp.args.PyTreeSave(state.params),
+                optimizer=ocp.args.PyTreeSave(state.opt_state),
                 data=ocp.args.JsonSave(position),
                 meta=ocp.args.JsonSave(meta | {"checksums": checksums}),
             ),
@@ -128,9 +142,12 @@ class Checkpoints:
         recorded, checksums = _restore_meta(self._manager, step, type(task.config))
         check_same_run(recorded, task.config, self.folder)
         target = _on_devices(abstract_state(task, mesh))
+        arrays = lambda tree: ocp.args.PyTreeRestore(
+            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+        )
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(target.params),
-            optimizer=ocp.args.StandardRestore(target.opt_state),
+            params=arrays(target.params),
+            optimizer=arrays(target.opt_state),
             data=ocp.args.JsonRestore(),
         )
         with _naming_damage(self._manager, step):
@@ -264,7 +281,17 @@ def checksum(leaves: Iterable[Any]) -> int:
     Args:
       leaves: arrays, of JAX or NumPy, with elements of 1, 2 or 4 bytes.
     """
-    return zlib.crc32(np.array([int(_weighted_sum(leaf)) for leaf in leaves], np.uint32).tobytes())
+    sums = [int(_weighted_sum(leaf, _is_summed_by_parts(leaf))) for leaf in leaves]
+    return zlib.crc32(np.array(sums, np.uint32).tobytes())
+
+
+def _is_summed_by_parts(leaf: Any) -> bool:
+    """Whether to sum along the first axis, one index after another.
+
+    On a CPU, XLA would otherwise store the weighted bits of all elements, four bytes each.
+    """
+    is_whole = not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1
+    return is_whole and leaf.ndim > 1 and jax.default_backend() == "cpu"
 
 
 def json_checksum(value: Any) -> int:
@@ -272,22 +299,31 @@ def json_checksum(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
-@jax.jit
-def _weighted_sum(leaf: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnames="by_parts")
+def _weighted_sum(leaf: jax.Array, by_parts: bool) -> jax.Array:
     """The sum, modulo 2³², of the elements' bits times odd weights: uint32 ().
 
     With odd weights the sum detects every change of a single element. With a different weight at
     each position it also detects most exchanges of two unequal elements.
     """
-    if leaf.dtype == bool:
-        leaf = leaf.astype(np.uint8)
-    unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[leaf.dtype.itemsize]
-    bits = lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    position = jnp.zeros(leaf.shape, jnp.uint32)
-    for axis, size in enumerate(leaf.shape):
-        along = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        position = position * np.uint32(size) + along
-    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
+
+    def sum_from(first: Any, part: jax.Array) -> jax.Array:
+        """Of a part whose first element has this position."""
+        if part.dtype == bool:
+            part = part.astype(np.uint8)
+        unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[part.dtype.itemsize]
+        bits = lax.bitcast_convert_type(part, unsigned).astype(jnp.uint32)
+        position = jnp.zeros(part.shape, jnp.uint32)
+        for axis, size in enumerate(part.shape):
+            along = lax.broadcasted_iota(jnp.uint32, part.shape, axis)
+            position = position * np.uint32(size) + along
+        return jnp.sum(bits * (2 * (first + position) + 1), dtype=jnp.uint32)
+
+    if not by_parts:
+        return sum_from(np.uint32(0), leaf)
+    size = np.uint32(leaf[0].size)
+    add = lambda i, total: total + sum_from(i.astype(jnp.uint32) * size, leaf[i])
+    return lax.fori_loop(0, len(leaf), add, jnp.uint32(0))
 
 
 def _silence_duplicate_errors() -> None:

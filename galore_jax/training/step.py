@@ -1,5 +1,6 @@
 """The step of a training: gradients over micro-batches, the update, and refreshes of bases."""
 
+import ctypes
 import functools
 import math
 import time
@@ -81,6 +82,7 @@ class Stepper:
                 step: Any = make_train_step(self._task, refreshes=refreshes, mesh=self._mesh)
                 program = step.lower(state, batch).compile()
                 self._programs[refreshes, shapes] = program
+                _return_freed_memory()
                 self.compile_seconds += time.perf_counter() - start
             which = "a step with a refresh" if refreshes else "a step"
             self._say(f"{which} needs {_memory_of(program)}")
@@ -103,6 +105,15 @@ class Stepper:
                 return True  # It still is at the next step if it fails.
         self._steps_left -= 1
         return False
+
+
+def _return_freed_memory() -> None:
+    """Returns what the compiler has freed to the system, which glibc keeps.
+
+    It is 0.5 GiB for a 7B model, whose state lies in the same memory on a CPU.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _memory_of(program: Any) -> str:

@@ -14,7 +14,9 @@ NODE = 8
 # allocate: the rest is for the driver and the CUDA context.
 JAX_FRACTION, MAX_FRACTION = 0.75, 0.95
 # Without a card the compiler cannot choose kernels by timing them.
-ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+# XLA's log would stand between the lines of a table: it reports, as errors, each program that does
+# not fit.
+ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 FLAGS = {"xla_gpu_autotune_level": "0"}
 
 
