@@ -68,20 +68,16 @@ def test_the_configuration_for_12_gb_trains_exports_and_survives_a_kill(tmp_path
     pytest.importorskip("safetensors", reason="the folder holds safetensors")
 
     def command(name, *arguments):
-        smaller = (
-            "vocab_size=264 hidden_size=128 intermediate_size=344 num_layers=2 num_heads=2 "
-            "max_length=64"
+        settings = (
+            "model.vocab_size=264 model.hidden_size=128 model.intermediate_size=344 "
+            "model.num_layers=2 model.num_heads=2 model.max_length=64 optimizer.galore.rank=32 "
+            "data.source=python data.tokenizer=bytes data.sequence_length=64 "
+            "optimizer.warmup_steps=1 training.steps=3 training.evaluation_tokens=100 "
+            "training.log_every=1 training.checkpoint_every=1 training.evaluate_every=0"
         )
-        settings = [
-            *(f"model.{setting}" for setting in smaller.split()),
-            *"data.source=python data.tokenizer=bytes data.sequence_length=64".split(),
-            *"optimizer.warmup_steps=1 optimizer.galore.rank=32".split(),
-            *"training.steps=3 training.evaluation_tokens=100 training.log_every=1".split(),
-            *"training.checkpoint_every=1 training.evaluate_every=0".split(),
-        ]
         script, file = ROOT / "scripts" / "train.py", ROOT / "configs" / "llama_7b_12gb.toml"
         folder = f"training.folder={tmp_path / name}"
-        return [sys.executable, script, "--config", file, *settings, folder, *arguments]
+        return [sys.executable, script, "--config", file, *settings.split(), folder, *arguments]
 
     def losses(name):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()

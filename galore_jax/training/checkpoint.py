@@ -142,17 +142,12 @@ class Checkpoints:
         recorded, checksums = _restore_meta(self._manager, step, type(task.config))
         check_same_run(recorded, task.config, self.folder)
         target = _on_devices(abstract_state(task, mesh))
-        arrays = lambda tree: ocp.args.PyTreeRestore(
-            tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
-        )
-        items = ocp.args.Composite(
-            params=arrays(target.params),
-            optimizer=arrays(target.opt_state),
-            data=ocp.args.JsonRestore(),
-        )
+        folder = self._manager.directory / str(step)
+        data = ocp.args.Composite(data=ocp.args.JsonRestore())
         with _naming_damage(self._manager, step):
-            found = self._manager.restore(step, args=items)
-            params, opt_state, position = (found[name] for name in ("params", "optimizer", "data"))
+            params = _restore_arrays(folder / "params", target.params)
+            opt_state = _restore_arrays(folder / "optimizer", target.opt_state)
+            position = self._manager.restore(step, args=data)["data"]
             _check_checksum("params", checksums, checksum(jax.tree.leaves(params)))
             _check_checksum("optimizer", checksums, checksum(jax.tree.leaves(opt_state)))
             _check_checksum("data", checksums, json_checksum(position))
@@ -219,6 +214,17 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
         with _naming_damage(manager, step):
             _check_checksum("params", checksums, checksum(map(stored, paths)))
         yield config, read if adapter is None else merged(read, adapter)
+
+
+def _restore_arrays(folder: Any, target: Any) -> Any:
+    """The arrays of an item, from its folder as Orbax names it.
+
+    Orbax may have as many of their bytes in memory a second time as the largest of them has.
+    """
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    return handler.restore(folder, args=ocp.args.PyTreeRestore(target, restore_args=restore_args))
 
 
 def _on_devices(abstract: Any) -> Any:
