@@ -182,12 +182,12 @@ def test_a_training_starts_from_the_folder_and_its_model_goes_back(folder, param
 def test_the_command_line_takes_the_model_and_the_tokenizer_from_the_folder(folder, tmp_path):
     file = tmp_path / "own.toml"
     file.write_text(
-        '[model]\nhidden_size = 64\nnum_heads = 8\nremat = true\n[data]\ntokenizer = "t5.model"\n'
-        "sequence_length = 16\n"
+        '[model]\nhidden_size = 64\nnum_heads = 8\nremat = true\nweights = "int8"\n'
+        '[data]\ntokenizer = "t5.model"\nsequence_length = 16\n'
     )
     config = load_config(file, ["model.dtype=float32", f"model.checkpoint={folder}"])
     assert config.model == dataclasses.replace(
-        MODEL, dtype="float32", remat=True, checkpoint=str(folder)
+        MODEL, dtype="float32", remat=True, weights="int8", checkpoint=str(folder)
     )
     assert config.data.tokenizer == str(folder / "tokenizer.json")
     # The file of a run needs the folder no more.

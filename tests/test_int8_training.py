@@ -95,6 +95,7 @@ def test_the_configuration_for_12_gb_trains_exports_and_survives_a_kill(tmp_path
         assert process.wait() == -signal.SIGKILL
         subprocess.run(command(killed, *start, "--resume"), check=True)
         assert losses(killed) == losses(whole)
+        assert 'weights = "int8"' in (tmp_path / whole / "config.toml").read_text()
         if not start:
             export = ROOT / "scripts" / "export.py"
             subprocess.run(

@@ -157,7 +157,7 @@ def _settings_of_checkpoint(folder: str, given: Mapping[str, Any]) -> dict[str, 
     from galore_jax.interop.tokenizer_files import find_tokenizer
 
     model = asdict(read_config(Path(folder)))
-    for key in ("attention", "remat", "checkpoint"):
+    for key in ("attention", "remat", "weights", "checkpoint"):
         del model[key]
     tokenizer = find_tokenizer(Path(folder))
     if tokenizer is not None:
