@@ -76,6 +76,7 @@ def test_a_save_on_a_cpu_copies_nothing(tmp_path):
     """Of a state of 200 MB less than a quarter is added to the largest resident memory."""
     script = f"""
 import jax, jax.numpy as jnp
+from pathlib import Path
 from types import SimpleNamespace
 from galore_jax.training.checkpoint import Checkpoints
 from galore_jax.training.config import Config
@@ -89,7 +90,7 @@ bits = jax.jit(lambda key: jax.random.bits(key, (50, 1000, 1000), jnp.uint8))
 params = {{str(n): bits(jax.random.key(n)) for n in range(4)}}
 state = TrainState(jax.block_until_ready(params), jnp.zeros(1), jnp.int32(1), jnp.uint32(0))
 batches = SimpleNamespace(get_state=lambda: {{"n": 1}})
-with Checkpoints(__import__("pathlib").Path({str(tmp_path)!r})) as checkpoints:
+with Checkpoints(Path({str(tmp_path)!r})) as checkpoints:
     checkpoints.save(state._replace(params={{"0": jnp.zeros(1)}}), batches, Config())
     before = kilobytes("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")  # sets the peak to what is resident now
@@ -300,6 +301,13 @@ def test_every_bit_of_every_element_counts(dtype):
         damaged[byte] ^= 1 << byte % 8
         other = np.frombuffer(damaged, values.dtype).reshape(values.shape)
         assert checksum([other]) != expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_on_any_device_the_sum_is_that_of_all_elements_in_order(dtype):
+    """A matrix is summed by parts on a CPU, and never a vector."""
+    values = VALUES.astype(dtype)
+    assert checksum([values]) == checksum([values.ravel()])
 
 
 def test_booleans_count():

@@ -63,8 +63,7 @@ def test_a_resumed_training_repeats_an_uninterrupted_one_bit_for_bit(tmp_path, l
 
 @pytest.mark.slow
 def test_the_configuration_for_12_gb_trains_exports_and_survives_a_kill(tmp_path):
-    """As docs/low-memory.md does with all of the 7B model: from random weights, and from a folder
-    of the trained ones."""
+    """At a small size: from random weights, and from a folder of the trained ones."""
     pytest.importorskip("safetensors", reason="the folder holds safetensors")
 
     def command(name, *arguments):

@@ -1,10 +1,11 @@
-"""Checkpoints: atomic, in the background, with the position in the data and the configuration.
+"""Checkpoints: atomic, with the position in the data and the configuration.
 
 This is the only file that saves and restores with Orbax. A checkpoint is `checkpoints/<number of
 updates>/` with four items: `params`, `optimizer`, `data` (the iterator's state) and `meta` (the
-configuration, the step, and checksums of all four). Orbax writes to a temporary folder, which it
-renames at the end. Each process writes the parts of the arrays on its devices, and process 0
-everything else. Another number of processes, on another mesh, can read it.
+configuration, the step, and checksums of all four). Orbax writes to a temporary folder, in the
+background except on CPUs, and renames it at the end. Each process writes the parts of the arrays on
+its devices, and process 0 everything else. Another number of processes, on another mesh, can read
+it.
 """
 
 import dataclasses
@@ -217,10 +218,8 @@ def open_parameters(folder: str | Path) -> Iterator[tuple[Config, ReadPart]]:
 
 
 def _restore_arrays(folder: Any, target: Any) -> Any:
-    """The arrays of an item, from its folder as Orbax names it.
-
-    Orbax may have as many of their bytes in memory a second time as the largest of them has.
-    """
+    """The arrays of an item, from its folder as Orbax names it."""
+    # How many are read at a time, and so lie in memory twice: at least the largest has to.
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
     handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1 + largest // 10**9)
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)

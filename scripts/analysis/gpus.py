@@ -13,10 +13,9 @@ NODE = 8
 # The fraction of a card's memory that JAX allocates by default, and the one that it can be told to
 # allocate: the rest is for the driver and the CUDA context.
 JAX_FRACTION, MAX_FRACTION = 0.75, 0.95
-# Without a card the compiler cannot choose kernels by timing them.
-# XLA's log would stand between the lines of a table: it reports, as errors, each program that does
-# not fit.
+# XLA would log each program that does not fit as an error, between the lines of a table.
 ENVIRONMENT = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+# Without a card the compiler cannot choose kernels by timing them.
 FLAGS = {"xla_gpu_autotune_level": "0"}
 
 
