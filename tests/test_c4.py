@@ -286,7 +286,7 @@ def test_a_corrupt_shard_is_named_with_its_record(prepared, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("GALORE_JAX_TEST_DATA" not in os.environ, reason="needs real data")
+@pytest.mark.skipif(not os.environ.get("GALORE_JAX_TEST_DATA"), reason="needs real data")
 def test_real_c4_is_prepared_text_by_text(tmp_path):
     folder = Path(os.environ["GALORE_JAX_TEST_DATA"], "c4")
     prepare_c4(str(folder), str(tmp_path), workers=2)

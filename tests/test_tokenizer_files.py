@@ -73,7 +73,7 @@ def test_other_models_are_read_as_in_the_training(tmp_path, kind, dummy_prefix, 
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
 
 
-@pytest.mark.skipif("GALORE_JAX_TEST_DATA" not in os.environ, reason="needs real data")
+@pytest.mark.skipif(not os.environ.get("GALORE_JAX_TEST_DATA"), reason="needs real data")
 def test_the_vocabulary_of_t5_gives_the_same_tokens_of_c4(tmp_path):
     data = Path(os.environ["GALORE_JAX_TEST_DATA"])
     path = data / "tokenizers" / "t5-spiece.model"

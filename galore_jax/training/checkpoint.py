@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import textwrap
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -336,7 +337,8 @@ def _silence_duplicate_errors() -> None:
 
     Each thread and task of a save logs that the disk is full; TensorStore reports each read or
     write that ends after Orbax has closed its event loop, and Python each coroutine that waited for
-    one. Some do so only at the end of the process, so the filters are never removed.
+    one or has not begun. Some do so only at the end of the process, so the filters are never
+    removed.
     """
     hook = sys.unraisablehook
     if getattr(hook, "hides_orbax", False):
@@ -353,5 +355,6 @@ def _silence_duplicate_errors() -> None:
 
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_of_no_full_disk)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     report.hides_orbax = True  # pyright: ignore[reportFunctionMemberAccess]
     sys.unraisablehook = report
