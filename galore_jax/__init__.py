@@ -15,6 +15,7 @@ from galore_jax.optim.clipping import clip_by_finite_norm
 from galore_jax.optim.fira import fira
 from galore_jax.optim.galore import galore
 from galore_jax.optim.muon import scale_by_muon
+from galore_jax.optim.muon8bit import muon8bit
 from galore_jax.optim.sharding import init, shardings, state_shardings
 from galore_jax.optim.weight_decay import add_decayed_full_weights
 from galore_jax.subspace.int8_params import to_int8
@@ -40,6 +41,7 @@ __all__ = [
     "lion",
     "make_step",
     "muon",
+    "muon8bit",
     "refresh",
     "refresh_due",
     "scale_by_adam8bit",

@@ -12,6 +12,7 @@ from analysis.comparison import Result, Row, compare, descend, table
 from generate import generate_text
 
 from galore_jax.errors import InputError, run_cli
+from galore_jax.files import read_json
 from galore_jax.training.config import Config, OptimizerConfig, TrainingConfig
 from galore_jax.training.config_file import load_comparison
 from galore_jax.training.loop import Interrupted
@@ -92,8 +93,14 @@ def test_each_optimizer_takes_the_rate_of_its_lowest_loss_and_runs_with_every_se
 
 
 @pytest.mark.slow
-def test_it_writes_a_table_and_a_picture(rows, folder):
+def test_it_writes_a_table_its_figures_and_a_picture(rows, folder):
     assert (folder / "comparison.md").read_text() == table(rows)
+    written = read_json(folder / "comparison.json")
+    assert written["seeds"] == [*SEEDS]
+    assert [row["optimizer"] for row in written["rows"]] == ["adamw", "rank 2"]
+    for row, figures in zip(rows, written["rows"], strict=True):
+        assert figures["validation_loss"] == row.values
+        assert figures["config"]["optimizer"]["learning_rate"] == 0.01
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 

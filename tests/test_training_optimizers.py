@@ -27,6 +27,7 @@ SIZES = {"q_proj": 16, "k_proj": 4}
 OPTIMIZERS = [
     {"name": "adamw"},
     {"name": "muon"},
+    {"name": "muon8bit"},
     {"name": "galore_adamw", "galore": {"rank": 8, "moments": "rotate"}},
     {"name": "galore_adafactor"},
     {"name": "galore_muon8bit"},

@@ -34,6 +34,7 @@ Optimizer = Literal[
     "galore_fira",
     "apollo",
     "muon",
+    "muon8bit",
     "lora",
     "relora",
     "lowrank",
@@ -112,8 +113,8 @@ class OptimizerConfig:
     Attributes:
       name: `"adamw"`, `"galore_adamw"` or `"galore_muon"`, each with the suffix `8bit` for moments
         in 8 bits; `"galore_adafactor"`, `"galore_lion"`, `"galore_fira"` or `"apollo"`; `"muon"`,
-        of optax; or `"lora"`, `"relora"` or `"lowrank"`. Both kinds of Muon update what is not one
-        of the matrices with AdamW.
+        of optax, or `"muon8bit"`, both of full rank; or `"lora"`, `"relora"` or `"lowrank"`. Every
+        Muon updates what is not one of the matrices with AdamW.
       learning_rate: the peak, reached after the warm-up.
       matrix_rate: factor of the learning rate of the matrices: the kernels of the blocks, which
         GaLore projects, whatever the optimizer, or their low-rank factors. With GaLore it

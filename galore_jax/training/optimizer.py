@@ -12,6 +12,7 @@ from galore_jax.models.adapters import is_factor
 from galore_jax.optim.apollo import scale_by_apollo
 from galore_jax.optim.fira import scale_by_fira
 from galore_jax.optim.muon import SCALE
+from galore_jax.optim.muon8bit import scale_by_muon8bit
 from galore_jax.subspace.matrix_view import path_names
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rule, projections
@@ -108,6 +109,8 @@ def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
             normalise = galore_jax.scale_by_adam8bit(
                 **_adam(config), implementation=config.implementation
             )
+        case "muon8bit":
+            normalise = scale_by_muon8bit(**_adam(config))
         case _:
             muon, adam = _scale_by_muon(), optax.scale_by_adam(**_adam(config))
             normalise = optax.partition({"matrix": muon, "rest": adam}, _labels)

@@ -5,6 +5,7 @@ for the matrices. Fine-tuning on GLUE is tuned on a grid of learning rates. Each
 which is kept, so a finished run is used again and an interrupted comparison continues where it was.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from scipy import stats
 
 from galore_jax.data.batches import fingerprint
-from galore_jax.files import read_json, write_text
+from galore_jax.files import read_json, write_json, write_text
 from galore_jax.training.config import Config, FinetuneConfig
 from galore_jax.training.config_file import changed
 from galore_jax.training.finetune import finetune
@@ -192,7 +194,8 @@ def compare(
 
     Returns:
       One row per optimizer. `training.folder` has the folders of the runs, the table in
-      comparison.md, and the curves of the first seed in comparison.png.
+      comparison.md, the figures of all seeds in comparison.json, and the curves of the first one in
+      comparison.png.
 
     Raises:
       InputError: a rate is not a positive number; and as for `train`.
@@ -202,6 +205,7 @@ def compare(
     rows = [_row(label, config, seeds, grids) for label, config in configs.items()]
     folder = Path(next(iter(configs.values())).training.folder)
     write_text(folder / "comparison.md", table(rows))
+    write_json(folder / "comparison.json", record(rows, seeds))
     folders = [_folder(row.label, row.configs[0], seeds[0]) for row in rows]
     plot_curves(folders, folder / "comparison.png", [*configs])
     return rows
@@ -252,6 +256,26 @@ def tables(compared: Mapping[str, Sequence[Row]]) -> str:
     if len(compared) == 1:
         return table(*compared.values())
     return "\n".join(f"{name}\n\n{table(rows)}" for name, rows in compared.items())
+
+
+def record(rows: Sequence[Row], seeds: Sequence[int]) -> dict[str, Any]:
+    """The rows of pre-training and what they came from, to be kept where the runs are not."""
+    return {
+        "jax": jax.__version__,
+        "seeds": [*seeds],
+        "rows": [
+            {
+                "optimizer": row.label,
+                "validation_loss": row.values,
+                "optimizer_bytes": [result.optimizer_bytes for result in row.results],
+                "matrix_bytes": row.matrix_bytes,
+                "seconds": [result.seconds for result in row.results],
+                "not_tuned": [*row.borders],
+                "config": dataclasses.asdict(row.configs[0]),
+            }
+            for row in rows
+        ],
+    }
 
 
 def descend(loss: Callable[[Point], float], size: Point, start: Point) -> Point:

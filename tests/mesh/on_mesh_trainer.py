@@ -71,6 +71,7 @@ MODES = {
     "layerwise muon": (MUON, LAYERWISE),
     "layerwise": ({}, LAYERWISE),
     "8bit": (QUANTIZED, {}),
+    "muon8bit": ({"name": "muon8bit", "matrix_rate": 0.5}, LAYERWISE),
     "layerwise 8bit": (QUANTIZED, LAYERWISE),
 }
 MESHES = {
@@ -140,6 +141,7 @@ def trained(mode, mesh=None):
         ("layerwise muon", "fsdp"),
         ("layerwise", "data"),
         ("8bit", "all"),
+        ("muon8bit", "fsdp"),
     ],
 )
 def test_losses_on_a_mesh_are_those_of_one_device(mode, mesh):
