@@ -112,10 +112,10 @@ def scale_by_muon8bit(
         views, tx = views_and_optimizer(params)
         return tx.init(mapped(MatrixView.to_matrices, views, params))
 
-    def update(grads: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+    def update(updates: PyTree, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        views, tx = views_and_optimizer(grads)
-        updates, state = tx.update(mapped(MatrixView.to_matrices, views, grads), state)
+        views, tx = views_and_optimizer(updates)
+        updates, state = tx.update(mapped(MatrixView.to_matrices, views, updates), state)
         return mapped(MatrixView.from_matrices, views, updates), state
 
     return optax.GradientTransformation(init, update)
