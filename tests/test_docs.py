@@ -1,6 +1,7 @@
 """The README and docs/: their code runs, and what they name and link to exists."""
 
 import io
+import json
 import re
 import tomllib
 from contextlib import redirect_stdout
@@ -20,6 +21,7 @@ from galore_jax import layerwise
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGES = sorted(DOCS.rglob("*.md"))
+RESULTS = sorted((DOCS / "results").glob("*.json"))
 TEXTS = [README, ROOT / "CONTRIBUTING.md", *PAGES]
 
 
@@ -225,6 +227,20 @@ def test_the_recommended_optimizer_has_the_bytes_that_its_page_says():
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim > 0]
     # Wide kernels take less than the average of a model, square ones more.
     assert 1.5 < 4 * sum(leaf.size for leaf in arrays) / (1024 * 2736) < 2
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_rows_of_a_result_file_are_those_of_the_page(path):
+    results = json.loads(read(path))
+    tables = [line for line in read(DOCS / "benchmarks.md").splitlines() if line.startswith("|")]
+    for row in results["rows"]:
+        losses = row["validation_loss"]
+        assert len(losses) == len(results["seeds"])
+        (line,) = [line for line in tables if f"`{row['optimizer']}`" in line]
+        config = row["config"]["optimizer"]
+        assert f"| {config['learning_rate']} | 1/{1 / config['matrix_rate']:g} |" in line
+        assert f"| {np.mean(losses):.4f} | {max(losses) - min(losses):.4f} |" in line
+        assert f"| {row['matrix_bytes'] / 1e6:.2f} MB |" in line
 
 
 def test_every_page_with_python_is_run_above():
