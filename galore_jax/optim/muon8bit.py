@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import optax
 
+from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.adam8bit import scale_by_adam8bit
 from galore_jax.optim.muon import scale_by_muon
 from galore_jax.subspace.matrix_view import MatrixView
@@ -28,6 +29,7 @@ def muon8bit(
     mask: Mask = None,
     rules: Rules | None = None,
     weight_dimension_numbers: PyTree = None,
+    implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
     """Muon for whole matrices and AdamW for everything else, with all moments in 8 bits.
 
@@ -49,6 +51,7 @@ def muon8bit(
       mask: as for `optax.adamw`.
       rules: as for `galore`, which leaves are matrices: `{"*router*": None}` leaves some to AdamW.
       weight_dimension_numbers: as for `galore`.
+      implementation: of AdamW's moments, "xla" or "pallas"; see `scale_by_adam8bit`.
 
     Returns:
       An optax transformation.
@@ -72,6 +75,7 @@ def muon8bit(
             eps=eps,
             rules=rules,
             weight_dimension_numbers=weight_dimension_numbers,
+            implementation=implementation,
         ),
         optax.add_decayed_weights(weight_decay, mask),
         optax.scale_by_learning_rate(learning_rate),
@@ -87,11 +91,12 @@ def scale_by_muon8bit(
     eps: float = 1e-6,
     rules: Rules | None = None,
     weight_dimension_numbers: PyTree = None,
+    implementation: Implementation = "xla",
 ) -> optax.GradientTransformation:
     """The step of `muon8bit`, without its learning rate and decay, for chains of your own."""
     by_label: dict[Any, optax.GradientTransformation] = {
         "matrix": optax.chain(scale_by_muon(beta, eight_bit=True), optax.scale(scale)),
-        "rest": scale_by_adam8bit(b1, b2, eps),
+        "rest": scale_by_adam8bit(b1, b2, eps, implementation=implementation),
     }
 
     def views_and_optimizer(tree: PyTree) -> tuple[list[MatrixView | None], Any]:

@@ -110,7 +110,7 @@ def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
                 **_adam(config), implementation=config.implementation
             )
         case "muon8bit":
-            normalise = scale_by_muon8bit(**_adam(config))
+            normalise = scale_by_muon8bit(**_adam(config), implementation=config.implementation)
         case _:
             muon, adam = _scale_by_muon(), optax.scale_by_adam(**_adam(config))
             normalise = optax.partition({"matrix": muon, "rest": adam}, _labels)
