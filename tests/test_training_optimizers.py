@@ -28,6 +28,9 @@ OPTIMIZERS = [
     {"name": "adamw"},
     {"name": "muon"},
     {"name": "muon8bit"},
+    {"name": "normuon"},
+    {"name": "foam"},
+    {"name": "scale"},
     {"name": "galore_adamw", "galore": {"rank": 8, "moments": "rotate"}},
     {"name": "galore_adafactor"},
     {"name": "galore_muon8bit"},
@@ -131,8 +134,16 @@ def test_muon_keeps_one_moment_of_the_matrices():
     assert matrix_state_bytes(Pretraining(adamw)) == 8 * kernels
     assert matrix_state_bytes(Pretraining(muon)) == 4 * kernels
     rest = tree_bytes(jax.eval_shape(lambda: init_state(Pretraining(muon))).opt_state) - 4 * kernels
-    counts = 3 * 4 + 3 * 4  # Also the three coefficients of Newton-Schulz.
+    counts = 2 * 4  # Of Adam and the schedule.
     assert rest == 8 * (tree_size(shapes) - kernels) + counts
+
+
+def test_scale_keeps_a_moment_of_the_head_and_two_of_vectors():
+    shapes = jax.eval_shape(lambda: init_state(Pretraining(CONFIG))).params
+    state = jax.eval_shape(make_optimizer(OptimizerConfig(name="scale"), 10).init, shapes)
+    head = 4 * shapes["lm_head"]["kernel"].size
+    vectors = 8 * sum(leaf.size for names, leaf in named_leaves(shapes) if names[-1] == "scale")
+    assert tree_bytes(state) == head + vectors + 3 * 4  # Counts of each and of the schedule.
 
 
 def test_bases_count_as_state_of_the_matrices():
@@ -146,7 +157,7 @@ def test_bases_count_as_state_of_the_matrices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "galore_fira"])
+@pytest.mark.parametrize("name", ["muon", "normuon", "foam", "scale", "galore_fira"])
 def test_layerwise_steps_equal_ordinary_ones(name):
     tokens = np.random.default_rng(0).integers(1, 97, (8, 16)).astype(np.int32)
     ones = np.ones_like(tokens)

@@ -35,6 +35,9 @@ Optimizer = Literal[
     "apollo",
     "muon",
     "muon8bit",
+    "normuon",
+    "foam",
+    "scale",
     "lora",
     "relora",
     "lowrank",
@@ -113,8 +116,9 @@ class OptimizerConfig:
     Attributes:
       name: `"adamw"`, `"galore_adamw"` or `"galore_muon"`, each with the suffix `8bit` for moments
         in 8 bits; `"galore_adafactor"`, `"galore_lion"`, `"galore_fira"` or `"apollo"`; `"muon"`,
-        of optax, or `"muon8bit"`, both of full rank; or `"lora"`, `"relora"` or `"lowrank"`. Every
-        Muon updates what is not one of the matrices with AdamW.
+        `"muon8bit"`, `"normuon"`, `"foam"` or `"scale"`, of full gradients and full rank; or
+        `"lora"`, `"relora"` or `"lowrank"`. What is not one of the matrices has AdamW, but for
+        `"scale"`, which keeps a moment of the head, and moments of vectors alone.
       learning_rate: the peak, reached after the warm-up.
       matrix_rate: factor of the learning rate of the matrices: the kernels of the blocks, which
         GaLore projects, whatever the optimizer, or their low-rank factors. With GaLore it

@@ -5,15 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 import galore_jax
 from galore_jax.models.adapters import is_factor
 from galore_jax.optim.apollo import scale_by_apollo
 from galore_jax.optim.fira import scale_by_fira
-from galore_jax.optim.muon import SCALE
+from galore_jax.optim.foam import scale_by_foam
+from galore_jax.optim.muon import scale_by_muon
 from galore_jax.optim.muon8bit import scale_by_muon8bit
-from galore_jax.subspace.matrix_view import path_names
+from galore_jax.optim.normuon import scale_by_neuron_norms
+from galore_jax.optim.scale_sgd import scale_by_column_norms
+from galore_jax.subspace.matrix_view import is_head, is_vector, path_names
 from galore_jax.subspace.projection import is_coordinates
 from galore_jax.subspace.rules import Rule, projections
 from galore_jax.training.config import OptimizerConfig
@@ -111,9 +113,20 @@ def _full_rank(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
             )
         case "muon8bit":
             normalise = scale_by_muon8bit(**_adam(config), implementation=config.implementation)
+        case "scale":
+            parts: dict[Any, optax.GradientTransformation] = {
+                "vector": optax.scale_by_adam(**_adam(config)),
+                "head": scale_by_column_norms(config.b1),
+                "other": scale_by_column_norms(),
+            }
+            normalise = optax.partition(parts, _parts_of_scale)
+        case "normuon":
+            normuon = optax.chain(scale_by_muon(), scale_by_neuron_norms())
+            normalise = _with_adam(normuon, config)
+        case "foam":
+            normalise = _with_adam(scale_by_foam(**_adam(config)), config)
         case _:
-            muon, adam = _scale_by_muon(), optax.scale_by_adam(**_adam(config))
-            normalise = optax.partition({"matrix": muon, "rest": adam}, _labels)
+            normalise = _with_adam(scale_by_muon(), config)
     return optax.chain(
         normalise,
         _scale_matrices(config),
@@ -126,22 +139,22 @@ def _scale_matrices(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.masked(optax.scale(config.matrix_rate), matrices)
 
 
-def _labels(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda is_matrix: "matrix" if is_matrix else "rest", matrices(params))
+def _with_adam(
+    of_matrices: optax.GradientTransformation, config: OptimizerConfig
+) -> optax.GradientTransformation:
+    def labels(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda is_matrix: "matrix" if is_matrix else "rest", matrices(params))
+
+    adam = optax.scale_by_adam(**_adam(config))
+    return optax.partition({"matrix": of_matrices, "rest": adam}, labels)
 
 
-def _scale_by_muon() -> optax.GradientTransformation:
-    """Muon for leaves whose last two axes are a matrix."""
+def _parts_of_scale(params: PyTree) -> PyTree:
+    def label(path: Any, _: Any) -> str:
+        names = path_names(path)
+        return "vector" if is_vector(names) else "head" if is_head(names) else "other"
 
-    def numbers(updates: PyTree) -> PyTree:
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates)
-
-    def scaled(updates: PyTree, _: PyTree) -> PyTree:
-        larger_side = lambda leaf: max(leaf.shape[-2:])
-        return jax.tree.map(lambda leaf: SCALE * larger_side(leaf) ** 0.5 * leaf, updates)
-
-    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=numbers)
-    return optax.chain(muon, optax.stateless(scaled))
+    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _low_rank(config: OptimizerConfig, schedule: optax.Schedule) -> Any:
