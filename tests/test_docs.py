@@ -21,7 +21,7 @@ from galore_jax import layerwise
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
 PAGES = sorted(DOCS.rglob("*.md"))
-RESULTS = sorted((DOCS / "results").glob("*.json"))
+RESULTS = sorted((DOCS / "results" / "c4_5m").glob("*.json"))
 TEXTS = [README, ROOT / "CONTRIBUTING.md", *PAGES]
 
 

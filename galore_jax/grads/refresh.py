@@ -20,7 +20,7 @@ from galore_jax.grads.projected_product import product_dtype
 from galore_jax.grads.value_and_grad import Loss, Names, Passes, bases_in
 from galore_jax.ops.loops import flatten_batch, for_each
 from galore_jax.ops.partition import AxisNames, map_batch, specs_of, with_auto_axes
-from galore_jax.ops.quantization import as_float32
+from galore_jax.ops.quantization import Quantized, as_float32
 from galore_jax.optim.galore_state import (
     GaLoreState,
     bases_of,
@@ -163,7 +163,7 @@ def _sketches(backward: Backward, bases: dict[Names, Basis]) -> dict[Names, Sket
     """
     sketches = {
         path: Sketch(
-            {side: _float32(stored) for side, stored in basis.vectors.items()},
+            {side: _unquantized(stored) for side, stored in basis.vectors.items()},
             jnp.ones(basis.age.shape, bool),
         )
         for path, basis in bases.items()
@@ -207,11 +207,15 @@ def _half_round(
 
     old = {path: sketches[path].vectors[side] for path, side in sides.items()}
     first = columns(sides, old)
-    opposite = {path: _where_due(bases[path], span, first[path]) for path in sides}
+    opposite = {
+        # In the dtype of the bases, which a layer-wise step has room for.
+        path: _where_due(bases[path], span, first[path].astype(old[path].dtype), first[path])
+        for path in sides
+    }
     second = columns({path: OPPOSITE[side] for path, side in sides.items()}, opposite)
     new_sketches = {}
     for path, side in sides.items():
-        new = _where_due(bases[path], orthonormalise, second[path], old[path])
+        new = _where_due(bases[path], orthonormalise, old[path], second[path], old[path])
         # As for full gradients: a zero gradient, or one whose squares overflow, is not used.
         finite = jnp.isfinite(jnp.sum(second[path] ** 2, axis=(-2, -1)))
         usable = sketches[path].usable & finite & jnp.any(second[path] != 0, axis=(-2, -1))
@@ -225,25 +229,32 @@ def _one_sided(basis: Basis, side: Side, vectors: jax.Array) -> Basis:
     return dataclasses.replace(basis, vectors={side: vectors}, projection=projection)
 
 
-def _where_due(basis: Basis, f: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`f` applied to the matrices that are due; the others are those of the last array."""
+def _where_due(
+    basis: Basis, f: Callable[..., jax.Array], stack: jax.Array, *arrays: jax.Array
+) -> jax.Array:
+    """The stack with `f` of the arrays' matrices in place of its own for the matrices that are due.
+
+    The stack and the arrays have matrices of the same shape.
+    """
 
     def apply_to(i: jax.Array, result: jax.Array, arrays: tuple[jax.Array, ...]) -> jax.Array:
-        return result.at[i].set(f(*(array[i] for array in arrays)))
+        return result.at[i].set(f(*(array[i] for array in arrays)).astype(result.dtype))
 
-    def where_due(due: jax.Array, *arrays: jax.Array) -> jax.Array:
-        stacks = flatten_batch(arrays, basis.age.ndim)
-        return for_each(due.reshape(-1), apply_to, stacks[-1], stacks).reshape(arrays[-1].shape)
+    def where_due(due: jax.Array, *stacks: jax.Array) -> jax.Array:
+        result, *others = flatten_batch(stacks, basis.age.ndim)
+        result = for_each(due.reshape(-1), apply_to, result, tuple(others))
+        return result.reshape(stacks[0].shape)
 
     where_due_on_parts = partial(map_batch, matrices_partition(basis.projection), where_due)
     due = updates_left(basis) <= 0
-    return with_auto_axes(where_due_on_parts, due, *arrays, out=lambda: specs_of(arrays[-1]))
+    return with_auto_axes(where_due_on_parts, due, stack, *arrays, out=lambda: specs_of(stack))
 
 
-def _float32(stored: Any) -> jax.Array:
-    """Basis vectors in float32, where the stored ones lie."""
-    codes = jax.tree.leaves(stored)[0]
-    return with_auto_axes(as_float32, stored, out=lambda: specs_of(codes))
+def _unquantized(stored: Any) -> jax.Array:
+    """Basis vectors as one array, where the stored ones lie: as they are, or decoded to float32."""
+    if not isinstance(stored, Quantized):
+        return stored
+    return with_auto_axes(as_float32, stored, out=lambda: specs_of(stored.codes))
 
 
 def _renewed(states: list[GaLoreState], sketches: dict[Names, Sketch]) -> list[GaLoreState]:

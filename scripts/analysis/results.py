@@ -1,0 +1,116 @@
+"""Kept results of comparisons: what compare.py writes as comparison.json, read again as one table.
+
+A difference counts only if it is larger than what another seed would make. The spread σ of one
+setting is measured with many seeds; a row's mean of n losses then has the standard error σ / √n,
+and z is its distance from that of a baseline, in standard errors of the difference.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from galore_jax.errors import InputError
+from galore_jax.files import read_json
+from galore_jax.training.metrics import format_bytes
+
+# The fewest seeds from which σ is estimated.
+MANY = 8
+BASELINES = ("adamw", "muon")
+COLUMNS = (
+    "optimizer",
+    "learning rate",
+    "matrix rate",
+    "seeds",
+    "validation loss",
+    "of the matrices",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimizer's row of a comparison.
+
+    Attributes:
+      label: the name under which it was compared.
+      losses: the final validation loss of each seed, in nats.
+      matrix_bytes: of its state for the matrices.
+      optimizer: the section `[optimizer]` of its runs.
+      not_tuned: rates whose best value was at the end of the grid.
+    """
+
+    label: str
+    losses: Sequence[float]
+    matrix_bytes: int
+    optimizer: dict[str, Any]
+    not_tuned: Sequence[str]
+
+    @property
+    def mean(self) -> float:
+        """Of the losses; NaN if a run diverged."""
+        return statistics.mean(self.losses) if self.losses else math.nan
+
+
+def read_results(folder: Path) -> list[Entry]:
+    """The rows of all files in a folder, from the lowest mean loss to the highest.
+
+    Raises:
+      InputError: there is no file, or two have a row of the same label.
+    """
+    entries: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.json")):
+        for row in read_json(path)["rows"]:
+            label = row["optimizer"]
+            if label in entries:
+                raise InputError(f"{path}: another file of {folder} has results of {label} too.")
+            entries[label] = Entry(
+                *(label, row["validation_loss"], row["matrix_bytes"]),
+                *(row["config"]["optimizer"], row["not_tuned"]),
+            )
+    if not entries:
+        raise InputError(
+            f"there are no results in {folder}: give a folder of comparison.json files."
+        )
+    return sorted(entries.values(), key=lambda entry: entry.mean)
+
+
+def spread(entries: Sequence[Entry]) -> tuple[float, int]:
+    """σ of one setting, pooled over those with many seeds, and the number of their runs; NaN, 0."""
+    many = [entry.losses for entry in entries if len(entry.losses) >= MANY]
+    degrees = sum(len(losses) - 1 for losses in many)
+    if not degrees:
+        return math.nan, 0
+    squares = sum((len(losses) - 1) * statistics.variance(losses) for losses in many)
+    return math.sqrt(squares / degrees), sum(map(len, many))
+
+
+def z_value(entry: Entry, baseline: Entry, sigma: float) -> float:
+    """How many standard errors the mean of an entry lies above that of a baseline."""
+    error = sigma * math.sqrt(1 / len(entry.losses) + 1 / len(baseline.losses))
+    return (entry.mean - baseline.mean) / error
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """A Markdown table with differences from the baselines, and below it σ."""
+    sigma, runs = spread(entries)
+    baselines = [entry for name in BASELINES for entry in entries if entry.label == name]
+    against = [f"against {baseline.label}" for baseline in baselines]
+    lines = [[*COLUMNS[:-1], *against, COLUMNS[-1]], ["---"] * (len(COLUMNS) + len(against))]
+    for entry in entries:
+        rates = (entry.optimizer[name] for name in ("learning_rate", "matrix_rate"))
+        cells = [entry.label, *(f"{rate:g}" for rate in rates)]
+        cells += [str(len(entry.losses)), f"{entry.mean:.4f}"]
+        for baseline in baselines:
+            percent = f"{100 * (entry.mean / baseline.mean - 1):+.2f}%"
+            z = "" if math.isnan(sigma) else f", z = {z_value(entry, baseline, sigma):+.1f}"
+            cells.append("" if entry is baseline else percent + z)
+        lines.append([*cells, format_bytes(entry.matrix_bytes)])
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if runs:
+        text += f"\nσ = {sigma:.4f}, from the {runs} runs of settings with {MANY} seeds or more.\n"
+    for entry in entries:
+        if entry.not_tuned:
+            text += f"\n{entry.label} is not tuned: {' and '.join(entry.not_tuned)}.\n"
+    return text
