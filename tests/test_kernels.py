@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from analysis import compile_targets
 from compile_kernels import kernels
-from jax.extend.random import threefry_2x32
 from pairwise import pairwise
 
 from galore_jax.ops import adam_step, lift, pallas_hopper, pallas_tpu, pallas_triton
+from galore_jax.ops.noise import noise
 from galore_jax.ops.precision import round_with_noise
 from galore_jax.ops.quantization import decode, dequantize, quantize
-from galore_jax.ops.threefry import noise, threefry
 
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
 # Dyadic fractions, whose powers float32 represents almost exactly.
@@ -287,30 +286,13 @@ def test_a_lift_kernel_runs_over_stacked_matrices(kernel):
 @every_lift
 @pytest.mark.parametrize("width", [36, 37])
 def test_a_lift_of_a_part_equals_that_part_of_the_lift(add, width):
-    # Parts start at any column; random bits are drawn for four columns at once.
+    # Parts start at any column.
     weights = jax.random.normal(jax.random.key(0), (136, 2 * width)).astype(BFLOAT16)
     left, right = jnp.ones((136, 4)), jax.random.normal(jax.random.key(1), (4, 2 * width))
     whole = add(weights, left, right, 0.01, 0.1, SEED)
     start = jnp.int32(8), jnp.int32(width)
     part = add(weights[8:, width:], left[8:], right[:, width:], 0.01, 0.1, SEED, start=start)
     np.testing.assert_array_equal(float64(part), float64(whole[8:, width:]))
-
-
-def test_noise_depends_on_the_position_and_not_on_the_tile():
-    bits = noise(SEED, 0, 0, (30, 21))
-    for column in (4, 5):
-        part = noise(SEED, 8, column, (5, 9))
-        np.testing.assert_array_equal(part, bits[8:13, column : column + 9])
-    assert int(bits.max()) < 2**16
-    assert len(np.unique(bits)) > 600
-
-
-def test_threefry_is_that_of_jax():
-    counters = jax.random.bits(jax.random.key(0), (2, 100))
-    np.testing.assert_array_equal(
-        jnp.concatenate(threefry(SEED, counters[0], counters[1])),
-        threefry_2x32(SEED, counters.ravel()),
-    )
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from galore_jax.ops.loops import MAX_CHUNK, MAX_CHUNK_ON_GPU, map_chunks
+from galore_jax.ops.noise import noise
 from galore_jax.ops.quantization import LARGEST, block_fractions, block_max
-from galore_jax.ops.threefry import noise
 from galore_jax.types import PyTree
 
 # Shorter rows are not worth a scale of four bytes.

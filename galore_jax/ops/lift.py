@@ -10,8 +10,8 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from galore_jax.ops.loops import MAX_CHUNK, MAX_CHUNK_ON_GPU, map_chunks
+from galore_jax.ops.noise import noise
 from galore_jax.ops.precision import as_multiplied_on_tpu, promoted, round_with_noise, widened
-from galore_jax.ops.threefry import noise
 
 # Matrices with a multiple of this many columns are kept by rows on TPUs.
 LANES = 128

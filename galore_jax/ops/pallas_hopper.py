@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from galore_jax.ops import adam_step, lift
+from galore_jax.ops.noise import noise
 from galore_jax.ops.precision import round_with_noise
 from galore_jax.ops.quantization import (
     BLOCK,
@@ -23,7 +24,6 @@ from galore_jax.ops.quantization import (
     decode,
     encode,
 )
-from galore_jax.ops.threefry import noise
 
 # Its interface is another one in older versions, against which types may be checked.
 plgpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")

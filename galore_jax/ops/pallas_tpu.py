@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from galore_jax.ops import adam_step, lift
+from galore_jax.ops.noise import noise
 from galore_jax.ops.precision import round_with_noise
 from galore_jax.ops.quantization import (
     BLOCK,
@@ -22,7 +23,6 @@ from galore_jax.ops.quantization import (
     decode,
     encode,
 )
-from galore_jax.ops.threefry import threefry
 
 # Rows and blocks of 256 columns of a tile of 8-bit Adam, and the rows of a chunk, or columns where
 # a block is a part of a column: those of a tile of 8-bit codes in a TPU's memory.
@@ -32,6 +32,8 @@ ADAM_CHUNK, ADAM_CHUNK_BY_COLUMNS = 32, 128
 # largest rank: the factors of a tile have at most 2^21 elements each.
 LIFT_ROWS, LIFT_COLUMNS = 2048, 512
 LIFT_CHUNK, LIFT_RANKS = 512, 4096
+# Rows that are added and rounded at a time.
+ROWS_ADDED = 64
 # Bytes of VMEM that a kernel may use; a TPU v4 has fewer.
 VMEM = 64 * 2**20
 FLOATS = (jnp.float32, jnp.bfloat16)
@@ -228,17 +230,15 @@ def _lift_kernel(
     is_rounded = bool(seeds) and weights.dtype == jnp.bfloat16
     height, width = weights.shape
     tile_start = pl.program_id(0) * height, pl.program_id(1) * width
-    # As many rows as a register has groups of four, if the columns run down.
-    rows_added = 32 if by_columns else 64
 
     def lift_rows(i: jax.Array, _: None) -> None:
         left_rows = left[pl.ds(i * LIFT_CHUNK, LIFT_CHUNK), :]
         lifted[...] = lift.product(left_rows, right[...], right_is_transposed)
 
         def add_rows(j: jax.Array, _: None) -> None:
-            first = i * LIFT_CHUNK + j * rows_added
-            here = pl.ds(first, rows_added), slice(None)
-            old, update = weights[here], lifted[pl.ds(j * rows_added, rows_added), :]
+            first = i * LIFT_CHUNK + j * ROWS_ADDED
+            here = pl.ds(first, ROWS_ADDED), slice(None)
+            old, update = weights[here], lifted[pl.ds(j * ROWS_ADDED, ROWS_ADDED), :]
             scale, decay = scalars[0, 0], scalars[0, 1]
             new = lift.add(old.astype(jnp.float32), update, scale, decay, None, (0, 0))
             if is_rounded:
@@ -246,36 +246,13 @@ def _lift_kernel(
                 start = tile_start[0] + first, tile_start[1]
                 row, column = reversed(start) if by_columns else start
                 place = places[0, 0] + row, places[0, 1] + column
-                new = round_with_noise(new, _noise(seed, *place, new.shape, by_columns))
+                bits = noise(seed, *place, new.shape, transposed=by_columns)
+                new = round_with_noise(new, bits)
             new_weights[here] = new.astype(weights.dtype)
 
-        lax.fori_loop(0, LIFT_CHUNK // rows_added, add_rows, None)
+        lax.fori_loop(0, LIFT_CHUNK // ROWS_ADDED, add_rows, None)
 
     lax.fori_loop(0, height // LIFT_CHUNK, lift_rows, None)
-
-
-def _noise(seed: Any, row: Any, column: Any, shape: tuple[int, ...], by_columns: bool) -> jax.Array:
-    """`ops.threefry.noise` of a tile, or of its transpose; no bits are drawn twice.
-
-    The axis of the columns is as long as four registers, each of which holds the bits for four
-    columns in a lane, or a sublane, and can be permuted along that axis.
-    """
-    axis = 0 if by_columns else 1
-    size = shape[axis] // 4
-    shape = (size, shape[1]) if by_columns else (shape[0], size)
-    rows, groups = (lax.broadcasted_iota(jnp.int32, shape, i) for i in (1 - axis, axis))
-    counters = (row + rows).astype(jnp.uint32), ((column >> 2) + groups).astype(jnp.uint32)
-    words = [word.astype(jnp.int32) for word in threefry(seed, *counters)]
-
-    def quarter(number: int) -> jax.Array:
-        index = number * (size // 4) + (groups >> 2)
-        first, second = (
-            jnp.take_along_axis(word, index, axis, mode="promise_in_bounds") for word in words
-        )
-        word = jnp.where((groups & 1) == 1, second, first)
-        return (word >> ((groups & 2) << 3)) & 0xFFFF
-
-    return jnp.concatenate([quarter(i) for i in range(4)], axis).astype(jnp.uint32)
 
 
 def _lies_by_columns(array: jax.Array) -> bool:
