@@ -14,7 +14,7 @@ ADAMW = [5.0, 5.1, 5.2, 5.3, 5.4, 5.5, 5.6, 5.7]
 def write(folder, label, losses, not_tuned=()):
     optimizer = {"learning_rate": 0.04, "matrix_rate": 0.25}
     row = {
-        "optimizer": label,
+        "optimizer": "of the configuration",
         "validation_loss": losses,
         "matrix_bytes": 2_510_000,
         "not_tuned": not_tuned,
@@ -69,10 +69,11 @@ def test_without_many_seeds_there_is_no_z(tmp_path):
     assert "\nfoam is not tuned: matrix rate" in text
 
 
-def test_results_that_are_missing_or_twice_there_are_refused(tmp_path):
+def test_results_that_are_missing_or_have_the_same_name_are_refused(tmp_path):
     with pytest.raises(InputError, match="there are no results in"):
         read_results(tmp_path)
     write(tmp_path, "foam", [5.0])
-    (tmp_path / "more.json").write_text((tmp_path / "foam.json").read_text())
-    with pytest.raises(InputError, match="has results of foam too"):
+    rows = 2 * json.loads((tmp_path / "foam.json").read_text())["rows"]
+    (tmp_path / "more.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(InputError, match="another row is called of the configuration"):
         read_results(tmp_path)

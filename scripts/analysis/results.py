@@ -34,7 +34,7 @@ class Entry:
     """One optimizer's row of a comparison.
 
     Attributes:
-      label: the name under which it was compared.
+      label: the name of its file, or in a file with several rows that of the optimizer.
       losses: the final validation loss of each seed, in nats.
       matrix_bytes: of its state for the matrices.
       optimizer: the section `[optimizer]` of its runs.
@@ -57,14 +57,15 @@ def read_results(folder: Path) -> list[Entry]:
     """The rows of all files in a folder, from the lowest mean loss to the highest.
 
     Raises:
-      InputError: there is no file, or two have a row of the same label.
+      InputError: there is no file, or two rows have the same label.
     """
     entries: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.json")):
-        for row in read_json(path)["rows"]:
-            label = row["optimizer"]
+        rows = read_json(path)["rows"]
+        for row in rows:
+            label = path.stem if len(rows) == 1 else row["optimizer"]
             if label in entries:
-                raise InputError(f"{path}: another file of {folder} has results of {label} too.")
+                raise InputError(f"{path}: another row is called {label}.")
             entries[label] = Entry(
                 *(label, row["validation_loss"], row["matrix_bytes"]),
                 *(row["config"]["optimizer"], row["not_tuned"]),
