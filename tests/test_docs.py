@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from analysis.results import read_results, table
 
 import galore_jax
 from galore_jax import layerwise
@@ -241,6 +242,10 @@ def test_the_rows_of_a_result_file_are_those_of_the_page(path):
         assert f"| {config['learning_rate']} | 1/{1 / config['matrix_rate']:g} |" in line
         assert f"| {np.mean(losses):.4f} | {max(losses) - min(losses):.4f} |" in line
         assert f"| {row['matrix_bytes'] / 1e6:.2f} MB |" in line
+
+
+def test_the_page_of_benchmarks_has_the_table_of_the_longer_training():
+    assert table(read_results(DOCS / "results" / "python_10m")) in read(DOCS / "benchmarks.md")
 
 
 def test_every_page_with_python_is_run_above():
