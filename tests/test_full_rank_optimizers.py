@@ -31,7 +31,7 @@ def updates(tx, gradients):
     return found
 
 
-def test_normuon_is_algorithm_1_of_its_paper():
+def test_normuon_is_the_formula_of_its_paper():
     tx = optax.chain(scale_by_muon(0.9), scale_by_neuron_norms(0.95))
     moment, squares = np.zeros((IN, OUT)), np.zeros(OUT)
     for update, gradient in zip(updates(tx, gradients()), gradients(), strict=True):
@@ -50,7 +50,7 @@ def test_after_one_step_of_normuon_all_neurons_are_of_one_size():
 
 
 @pytest.mark.parametrize("rows", [24, 21])
-def test_foam_is_algorithm_1_of_its_paper(rows):
+def test_foam_is_the_formula_of_its_paper(rows):
     blocks = [slice(start, min(start + 8, rows)) for start in range(0, rows, 8)]
     mean, square = np.zeros((rows, OUT)), np.zeros((rows, OUT))
     found = updates(scale_by_foam(3, 0.9, 0.99, 1e-8), gradients(rows))
@@ -73,7 +73,7 @@ def test_foam_keeps_two_numbers_for_each_block(level, share):
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_scale_is_algorithm_1_of_its_paper_with_the_columns_root_mean_square(momentum):
+def test_scale_is_the_formula_of_its_paper_with_the_columns_root_mean_square(momentum):
     tx, moment = scale_by_column_norms(momentum), np.zeros((IN, OUT))
     for update, gradient in zip(updates(tx, gradients()), gradients(), strict=True):
         moment = momentum * moment + (1 - momentum) * gradient

@@ -69,8 +69,11 @@ def test_without_many_seeds_there_is_no_z(tmp_path):
     assert "\nfoam is not tuned: matrix rate" in text
 
 
-def test_results_that_are_missing_or_have_the_same_name_are_refused(tmp_path):
+def test_results_that_are_missing_diverged_or_of_the_same_name_are_refused(tmp_path):
     with pytest.raises(InputError, match="there are no results in"):
+        read_results(tmp_path)
+    write(tmp_path, "foam", [])
+    with pytest.raises(InputError, match="foam diverged"):
         read_results(tmp_path)
     write(tmp_path, "foam", [5.0])
     rows = 2 * json.loads((tmp_path / "foam.json").read_text())["rows"]

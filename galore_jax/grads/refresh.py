@@ -208,7 +208,7 @@ def _half_round(
     old = {path: sketches[path].vectors[side] for path, side in sides.items()}
     first = columns(sides, old)
     opposite = {
-        # In the dtype of the bases, which a layer-wise step has room for.
+        # In the dtype of the bases: a layer-wise refresh has little room for float32.
         path: _where_due(bases[path], span, first[path].astype(old[path].dtype), first[path])
         for path in sides
     }

@@ -16,13 +16,13 @@ def scale_by_foam(
     """Adam with moments of block averages, and with the current gradient's rest (2512.07112).
 
     The gradient G of a kernel (in, out) is averaged over blocks of `2^level` inputs of a neuron,
-    and Adam's moments m and v, with their bias corrections, are those of the averages. With E m the
-    moment that a block shares, and `R = G − E mean(G)` what the average leaves out of the current
-    gradient, the update is `(E m + R) / (√(E v + R²) + eps)`. The moments take `8 / 2^level` bytes
-    per parameter.
+    and Adam's moments m and v are those of the averages, here with Adam's bias corrections. With
+    E m the moment that a block shares, and `R = G − E mean(G)` what the average leaves out of the
+    current gradient, the update is `(E m + R) / (√(E v + R²) + eps)`. The moments take
+    `8 / 2^level` bytes per parameter.
 
     Args:
-      level: 3 has the paper's name, 8 is its FOAM-Mini.
+      level: binary logarithm of the size of a block.
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root.

@@ -25,10 +25,10 @@ class NeuronNormsState(NamedTuple):
 def scale_by_neuron_norms(b2: float = 0.95, eps: float = 1e-8) -> optax.GradientTransformation:
     """Divides each neuron's update by its root mean square over time: NorMuon after Muon.
 
-    With O the orthogonalised momentum of a kernel (in, out), algorithm 1 of arXiv 2510.05491 keeps
-    for each of the out neurons `v ← b2 v + (1 − b2) mean(O²)`, the mean over the in axis. The
-    update is `Ô = O / (√v + eps)`, scaled to a root mean square of 0.2. Put it after
-    `scale_by_muon`, whose own factor it replaces.
+    With O the orthogonalised momentum of a kernel (in, out), NorMuon keeps for each of the out
+    neurons `v ← b2 v + (1 − b2) mean(O²)`, the mean over the in axis. The update is
+    `Ô = O / (√v + eps)`, scaled to a root mean square of 0.2. Put it after `scale_by_muon`, whose
+    own factor it replaces.
 
     Args:
       b2: decay of the squares.
@@ -45,20 +45,16 @@ def scale_by_neuron_norms(b2: float = 0.95, eps: float = 1e-8) -> optax.Gradient
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         del params
 
-        def mean(leaf: jax.Array, axis: int | tuple[int, int]) -> jax.Array:
-            return jnp.mean(widened(leaf) ** 2, axis, keepdims=True)
+        def averaged(update: jax.Array, old: jax.Array) -> jax.Array:
+            return b2 * old + (1 - b2) * jnp.mean(widened(update) ** 2, -2)
 
         def at_leaf(update: jax.Array, columns: jax.Array) -> jax.Array:
             equal = widened(update) / (jnp.sqrt(columns[..., None, :]) + eps)
-            square = mean(equal, (-2, -1))
+            square = jnp.mean(equal**2, (-2, -1), keepdims=True)
             factor = SCALE / jnp.sqrt(jnp.where(square > 0, square, 1))
             return (factor * equal).astype(update.dtype)
 
-        new = jax.tree.map(
-            lambda update, old: b2 * old + (1 - b2) * mean(update, -2)[..., 0, :],
-            updates,
-            state.columns,
-        )
-        return jax.tree.map(at_leaf, updates, new), NeuronNormsState(new)
+        columns = jax.tree.map(averaged, updates, state.columns)
+        return jax.tree.map(at_leaf, updates, columns), NeuronNormsState(columns)
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -61,8 +61,8 @@ class Sketch:
     """New vectors for a basis, which `galore_jax.refresh` computes without a full gradient.
 
     Attributes:
-      vectors: for each side, float32 of shape `projection.basis_shapes`; new vectors for matrices
-        that are due.
+      vectors: for each side, an array of shape `projection.basis_shapes`, in the dtype of the
+        basis, or float32 if that is quantised; new vectors for matrices that are due.
       usable: bool `(*batch,)`, whether the products they were computed from were finite and not
         all zero.
     """

@@ -19,19 +19,13 @@ from galore_jax.training.metrics import format_bytes
 # The fewest seeds from which σ is estimated.
 MANY = 8
 BASELINES = ("adamw", "muon")
-COLUMNS = (
-    "optimizer",
-    "learning rate",
-    "matrix rate",
-    "seeds",
-    "validation loss",
-    "of the matrices",
-)
+BEFORE = ("optimizer", "learning rate", "matrix rate", "seeds", "validation loss")
+AFTER = ("of the matrices",)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One optimizer's row of a comparison.
+    """One optimizer's row of a comparison, of which no run diverged.
 
     Attributes:
       label: the name of its file, or in a file with several rows that of the optimizer.
@@ -49,21 +43,23 @@ class Entry:
 
     @property
     def mean(self) -> float:
-        """Of the losses; NaN if a run diverged."""
-        return statistics.mean(self.losses) if self.losses else math.nan
+        """Of the losses."""
+        return statistics.mean(self.losses)
 
 
 def read_results(folder: Path) -> list[Entry]:
     """The rows of all files in a folder, from the lowest mean loss to the highest.
 
     Raises:
-      InputError: there is no file, or two rows have the same label.
+      InputError: there is no file, a run diverged, or two rows have the same label.
     """
     entries: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.json")):
         rows = read_json(path)["rows"]
         for row in rows:
             label = path.stem if len(rows) == 1 else row["optimizer"]
+            if not row["validation_loss"]:
+                raise InputError(f"{path}: {label} diverged: a result is kept of finished runs.")
             if label in entries:
                 raise InputError(f"{path}: another row is called {label}.")
             entries[label] = Entry(
@@ -98,7 +94,8 @@ def table(entries: Sequence[Entry]) -> str:
     sigma, runs = spread(entries)
     baselines = [entry for name in BASELINES for entry in entries if entry.label == name]
     against = [f"against {baseline.label}" for baseline in baselines]
-    lines = [[*COLUMNS[:-1], *against, COLUMNS[-1]], ["---"] * (len(COLUMNS) + len(against))]
+    header = [*BEFORE, *against, *AFTER]
+    lines = [header, ["---"] * len(header)]
     for entry in entries:
         rates = (entry.optimizer[name] for name in ("learning_rate", "matrix_rate"))
         cells = [entry.label, *(f"{rate:g}" for rate in rates)]
