@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# 2³² divided by the golden ratio, whose multiples lie evenly around the circle of 32-bit numbers. Of
-# the first 262,144 no two are closer than 11,703, so rows of so many columns do not overlap.
+# 2³² divided by the golden ratio, whose multiples lie evenly around the circle of 32-bit numbers.
+# Of the first 262,144 no two are closer than 11,703, so rows of so many columns do not overlap.
 ROW = 0x9E3779B9
 
 
