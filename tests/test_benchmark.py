@@ -77,7 +77,7 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
         hidden_size = 8
         num_heads = 2
         [optimizer]
-        galore.rank = 2
+        galore.rank = 0.25
         [compare.adamw]
         [compare.muon]
         [compare.galore_adamw]
@@ -87,7 +87,8 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
         galore.rank = 1
         """
     )
-    rows = optimizers.measure_model(TINY, load_comparison(path), (2, 8), repeats=1)
+    settings = optimizers.Settings(repeats=1)
+    rows = optimizers.measure_model(TINY, load_comparison(path), (2, 8), settings)
     assert [row["name"] for row in rows] == list(load_comparison(path))
     assert all(row["of_adamw"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)
     (adamw, muon, galore, galore_muon, mini) = (row["bytes_of_adamw"] for row in rows)

@@ -1,15 +1,15 @@
 """`optimizers`: time of a step and bytes of state of all optimizers that a file compares."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
 
-from benchmarks import CONFIGS, Row
+from benchmarks import CONFIGS, SIZES, Row
+from benchmarks import step as of_step
 from benchmarks.baselines import Baseline, full, projected, stock
-from benchmarks.models import blocks_loss, init_llama, separate_layers, with_dense
-from benchmarks.step import BATCH, measure_steps
+from benchmarks.estimates import estimate_steps
+from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import load_comparison, load_config
@@ -21,46 +21,54 @@ STEPS = 1000  # of the learning-rate schedule, which takes no time
 
 @dataclass(frozen=True)
 class Settings:
-    """See scripts/benchmark.py."""
+    """See scripts/benchmark.py.
+
+    Raises:
+      InputError: an unknown width, or tokens that do not fill rows.
+    """
 
     size: str = "5m"
-    layers: int = 4
+    width: str = "350m"
+    layers: int = 0
+    tokens: int = of_step.Settings.tokens
     repeats: int = 5
+    device: str = ""
+
+    def __post_init__(self):
+        require_choice("width", self.width, SIZES)
+        rows = self.tokens % of_step.BATCH[1] == 0
+        require("tokens", self.tokens, rows, f"a multiple of {of_step.BATCH[1]}")
 
 
 def measure(settings: Settings) -> list[Row]:
-    """The rows of every optimizer, for blocks of LLaMA 350M."""
-    model = load_config(CONFIGS / "llama_350m.toml").model
-    model = replace(model, num_layers=settings.layers, dtype="float32")
+    """The rows of every optimizer."""
+    model = load_config(CONFIGS / f"llama_{settings.width}.toml").model
+    layers = settings.layers or (1 if settings.device else of_step.LAYERS)
     configs = load_comparison(CONFIGS / f"llama_{settings.size}.toml")
-    return measure_model(model, configs, BATCH, settings.repeats)
+    shape = settings.tokens // of_step.BATCH[1], of_step.BATCH[1]
+    return measure_model(replace(model, num_layers=layers), configs, shape, settings)
 
 
 def measure_model(
-    model: LlamaConfig, configs: Mapping[str, Config], shape: tuple[int, int], repeats: int
+    model: LlamaConfig, configs: Mapping[str, Config], shape: tuple[int, int], settings: Settings
 ) -> list[Row]:
     """The rows for any model, optimizers by label, and shape of a batch (rows, tokens)."""
-    params = separate_layers({"layers": init_llama(model)["layers"]})
-    batch = jax.random.normal(jax.random.key(1), (2, *shape, model.hidden_size))
-    loss = with_dense("flax", functools.partial(blocks_loss, model))
-    chosen = [
-        baseline_of(label, scaled(config.optimizer, model.hidden_size / config.model.hidden_size))
-        for label, config in configs.items()
-    ]
-    bytes_of = {one.name: tree_bytes(jax.eval_shape(one.init, params)) for one in chosen}
-    rows = measure_steps(chosen, loss, params, batch, repeats, "optimizers")
-    return [
-        row | {"bytes": size, "bytes_of_adamw": size / bytes_of["adamw"]}
-        for row, size in zip(rows, bytes_of.values(), strict=True)
-    ]
+    loss, start = of_step.problem(model, of_step.Settings(device=settings.device), shape)
+    chosen = [baseline_of(label, config.optimizer) for label, config in configs.items()]
+    if settings.device:
+        rows = estimate_steps(chosen, loss, start, settings.device)
+    else:
+        rows = of_step.measure_steps(chosen, loss, *start(), settings.repeats, "optimizers")
+    params, _ = jax.eval_shape(start)
+    state = {one.name: tree_bytes(jax.eval_shape(one.init, params)) for one in chosen}
+    return [row | _bytes(state, row["name"]) for row in rows]
 
 
-def scaled(optimizer: OptimizerConfig, factor: float) -> OptimizerConfig:
-    """The optimizer for a width that is larger by this factor, with the same fraction of it."""
-    galore = optimizer.galore
-    if isinstance(galore.rank, float) or galore.rank == 1:
-        return optimizer
-    return replace(optimizer, galore=replace(galore, rank=round(galore.rank * factor)))
+def _bytes(state: Mapping[str, int], name: str) -> Row:
+    """Of the state, none for the rows below an estimate."""
+    if name not in state:
+        return {}
+    return {"bytes": state[name], "bytes_of_adamw": state[name] / state["adamw"]}
 
 
 def baseline_of(label: str, config: OptimizerConfig) -> Baseline:
