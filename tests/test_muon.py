@@ -11,7 +11,7 @@ import reference
 
 import galore_jax
 from galore_jax import apply_gradients, scale_by_muon
-from galore_jax.ops.newton_schulz import newton_schulz
+from galore_jax.ops.newton_schulz import iterate, newton_schulz
 from galore_jax.ops.quantization import Quantized
 
 
@@ -26,6 +26,24 @@ def test_newton_schulz_agrees_with_the_iteration_on_the_matrix_itself(shape):
     expected = [reference.newton_schulz(np.float64(matrix)) for matrix in expected]
     result = newton_schulz(matrices).reshape(-1, *shape[-2:])
     np.testing.assert_allclose(result, np.stack(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (128, 512)])
+@pytest.mark.parametrize("spectrum", ["flat", "of three decades", "of low rank", "random"])
+def test_newton_schulz_as_on_tpus_and_gpus_is_close_for_any_singular_values(shape, spectrum):
+    x = random(shape)
+    left, values, right = np.linalg.svd(x, full_matrices=False)
+    values = {
+        "flat": np.ones(shape[0]),
+        "of three decades": np.logspace(0, -3, shape[0]),
+        "of low rank": np.where(np.arange(shape[0]) < 6, 1, 1e-3),
+        "random": values,
+    }[spectrum]
+    matrix = (left * values) @ right
+    expected = reference.newton_schulz(np.float64(matrix))
+    result = iterate(jnp.float32(matrix / np.linalg.norm(matrix)), jnp.bfloat16)
+    # 2^-9 is the rounding of bfloat16.
+    assert np.linalg.norm(result - expected) < 32 * 2**-9 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1.0, 1e30, 8e37])
