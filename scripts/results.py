@@ -1,14 +1,20 @@
 """Prints the table of kept results: of all files in a folder that compare.py has written.
 
 python scripts/results.py docs/results/c4_5m
+python scripts/results.py docs/results/c4_5m --steps docs/results/steps.json \
+    --memory docs/results/memory_1b.json --picture docs/optimizers.png
 
 To keep a comparison, copy comparison.json from its training.folder there, under a name of its own.
+--steps adds the time of a step relative to AdamW's, from `benchmark.py optimizers --json FILE`, and
+--memory the bytes of the largest program of a training, from `memory.py --optimizers … --json
+FILE`, of the optimizers that are called as the files in the folder. --picture draws the losses
+against both, with bars of one standard error.
 """
 
 import argparse
 from pathlib import Path
 
-from galore_jax.errors import run_cli
+from galore_jax.errors import InputError, check_installed, run_cli
 
 
 def main() -> None:
@@ -17,11 +23,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="with files of comparison.json")
+    parser.add_argument("--steps", type=Path, metavar="FILE", help="of benchmark.py optimizers")
+    parser.add_argument("--memory", type=Path, metavar="FILE", help="of memory.py")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="the PNG to write")
     arguments = parser.parse_args()
+    if arguments.picture:
+        check_installed("matplotlib")
+        if not (arguments.steps or arguments.memory):
+            raise InputError("--picture draws losses against --steps, --memory or both: give one.")
 
-    from analysis.results import read_results, table
+    from analysis.results import draw, read_memory, read_results, read_steps, table
 
-    print(table(read_results(arguments.folder)), end="")
+    entries, costs = read_results(arguments.folder), []
+    if arguments.steps:
+        costs.append(read_steps(arguments.steps))
+    if arguments.memory:
+        costs.append(read_memory(arguments.memory))
+    print(table(entries, costs), end="")
+    if arguments.picture:
+        draw(entries, costs, arguments.picture)
 
 
 if __name__ == "__main__":

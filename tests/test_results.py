@@ -4,7 +4,15 @@ import json
 import statistics
 
 import pytest
-from analysis.results import read_results, spread, table, z_value
+from analysis.results import (
+    draw,
+    read_memory,
+    read_results,
+    read_steps,
+    spread,
+    table,
+    z_value,
+)
 
 from galore_jax.errors import InputError
 
@@ -67,6 +75,26 @@ def test_without_many_seeds_there_is_no_z(tmp_path):
     assert "-2.00% |" in text
     assert "σ" not in text
     assert "\nfoam is not tuned: matrix rate" in text
+
+
+def test_costs_are_columns_of_the_table_and_axes_of_the_picture(tmp_path):
+    folder = tmp_path / "losses"
+    folder.mkdir()
+    for label, losses in {"adamw": ADAMW, "foam": [5.0], "untimed": [5.1]}.items():
+        write(folder, label, losses)
+    steps, memory = tmp_path / "steps.json", tmp_path / "memory.json"
+    rows = [{"name": "adamw", "with_refreshes": 1.0}, {"name": "foam", "with_refreshes": 0.5}]
+    steps.write_text(json.dumps({"rows": rows}))
+    programs = {"train_step": {"total": 2**30}, "start": {"total": 3 * 2**29}}
+    memory.write_text(json.dumps({"foam": {"programs": programs}}))
+    entries, costs = read_results(folder), [read_steps(steps), read_memory(memory)]
+    header, _, *lines = map(cells, table(entries, costs).splitlines()[:5])
+    assert header[-2:] == ["step, of AdamW's", "memory"]
+    found = {line[0]: line[-2:] for line in lines}
+    assert found == {"foam": ["0.50", "1.50 GiB"], "adamw": ["1.00", ""], "untimed": ["", ""]}
+    pytest.importorskip("matplotlib")
+    draw(entries, costs, tmp_path / "costs.png")
+    assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_results_that_are_missing_diverged_or_of_the_same_name_are_refused(tmp_path):

@@ -7,7 +7,7 @@ and z is its distance from that of a baseline, in standard errors of the differe
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from typing import Any
 from galore_jax.errors import InputError
 from galore_jax.files import read_json
 from galore_jax.training.metrics import format_bytes
+from galore_jax.training.plots import COLOURS, new_figure, write_png
 
 # The fewest seeds from which σ is estimated.
 MANY = 8
 BASELINES = ("adamw", "muon")
 BEFORE = ("optimizer", "learning rate", "matrix rate", "seeds", "validation loss")
-AFTER = ("of the matrices",)
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,35 @@ class Entry:
     def mean(self) -> float:
         """Of the losses."""
         return statistics.mean(self.losses)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What optimizers cost beside the loss.
+
+    Attributes:
+      name: the column of the table, and below the picture.
+      values: by the label of an optimizer.
+      unit: after a value in the table.
+    """
+
+    name: str
+    values: Mapping[str, float]
+    unit: str = ""
+
+
+def read_steps(path: Path) -> Cost:
+    """The time of a step with its share of the refreshes, relative to AdamW's."""
+    rows = read_json(path)["rows"]
+    return Cost("step, of AdamW's", {row["name"]: row["with_refreshes"] for row in rows})
+
+
+def read_memory(path: Path) -> Cost:
+    """The memory in GiB of the largest program of a training."""
+    programs = {label: row["programs"].values() for label, row in read_json(path).items()}
+    largest = {label: max(one["total"] for one in all_) for label, all_ in programs.items()}
+    values = {label: size / GIB for label, size in largest.items()}
+    return Cost("memory", values, " GiB")
 
 
 def read_results(folder: Path) -> list[Entry]:
@@ -89,12 +119,12 @@ def z_value(entry: Entry, baseline: Entry, sigma: float) -> float:
     return (entry.mean - baseline.mean) / error
 
 
-def table(entries: Sequence[Entry]) -> str:
-    """A Markdown table with differences from the baselines, and below it σ."""
+def table(entries: Sequence[Entry], costs: Sequence[Cost] = ()) -> str:
+    """A Markdown table with differences from the baselines, and with costs; below it σ."""
     sigma, runs = spread(entries)
     baselines = [entry for name in BASELINES for entry in entries if entry.label == name]
     against = [f"against {baseline.label}" for baseline in baselines]
-    header = [*BEFORE, *against, *AFTER]
+    header = [*BEFORE, *against, "of the matrices", *(cost.name for cost in costs)]
     lines = [header, ["---"] * len(header)]
     for entry in entries:
         rates = (entry.optimizer[name] for name in ("learning_rate", "matrix_rate"))
@@ -104,7 +134,11 @@ def table(entries: Sequence[Entry]) -> str:
             percent = f"{100 * (entry.mean / baseline.mean - 1):+.2f}%"
             z = "" if math.isnan(sigma) else f", z = {z_value(entry, baseline, sigma):+.1f}"
             cells.append("" if entry is baseline else percent + z)
-        lines.append([*cells, format_bytes(entry.matrix_bytes)])
+        cells.append(format_bytes(entry.matrix_bytes))
+        for cost in costs:
+            value = cost.values.get(entry.label)
+            cells.append("" if value is None else f"{value:.2f}{cost.unit}")
+        lines.append(cells)
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     if runs:
         text += f"\nσ = {sigma:.4f}, from the {runs} runs of settings with {MANY} seeds or more.\n"
@@ -112,3 +146,22 @@ def table(entries: Sequence[Entry]) -> str:
         if entry.not_tuned:
             text += f"\n{entry.label} is not tuned: {' and '.join(entry.not_tuned)}.\n"
     return text
+
+
+def draw(entries: Sequence[Entry], costs: Sequence[Cost], picture: Path) -> None:
+    """Draws the mean losses against each of the costs into a PNG, with bars of standard errors."""
+    sigma, runs = spread(entries)
+    figure = new_figure((5.6 * len(costs), 4.6))
+    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
+        known = [entry for entry in entries if entry.label in cost.values]
+        for number, entry in enumerate(known):
+            x, colour = cost.values[entry.label], COLOURS[number % len(COLOURS)]
+            bar = sigma / math.sqrt(len(entry.losses)) if runs else None
+            axes.errorbar(x, entry.mean, bar, fmt="o", color=colour, capsize=3)
+            beside = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(entry.label, (x, entry.mean), color=colour, **beside)
+        axes.set(xlabel=cost.name + cost.unit, ylabel="validation loss (nats per token)")
+        axes.margins(x=0.18, y=0.08)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+    write_png(figure, picture)
