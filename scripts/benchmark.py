@@ -43,11 +43,11 @@ tokens: the same as step for stacked blocks, by tokens per step, and a picture.
     picture=tokens.png   file to draw
 optimizers: the same for every optimizer that a configuration compares, and bytes of state, for
   blocks with separate leaves.
-    size=5m              one of configs/ with tables [compare.LABEL]
-    width=350m           one of configs/llama_*.toml
-    layers=0             number of layers; left out: 4, with a device 1
-    tokens=2048          per step, a multiple of 256
-    repeats=5            of each optimizer
+    compare=5m           one of configs/llama_*.toml with tables [compare.LABEL]
+    size=350m            the width; this and the next as for step
+    layers=0
+    tokens=2048
+    repeats=7            of each optimizer
     device=              estimates, as for step
 finetuning: time of a fine-tuning step, its share of the refreshes included, and bytes of state, for
   every optimizer of configs/glue/minilm.toml, on a batch of random tokens.

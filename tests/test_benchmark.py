@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 from benchmarks import (
     CONFIGS,
+    SIZES,
     finetuning,
     kernels,
     optimizers,
@@ -23,6 +24,7 @@ from benchmarks import (
     training,
 )
 from benchmarks import all as everything
+from benchmarks.baselines import rank_of
 from benchmarks.models import blocks_loss, init_llama, with_dense
 
 from galore_jax.errors import InputError
@@ -68,6 +70,14 @@ def test_a_step_has_a_row_of_every_baseline():
     assert rows[0]["with_refreshes"] == 1  # adamw has nothing to refresh
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_the_rank_of_every_configuration_is_a_whole_number_below_its_width(size):
+    config = load_config(CONFIGS / f"llama_{size}.toml")
+    rank = rank_of(config)
+    assert isinstance(rank, int)
+    assert 0 < rank < config.model.hidden_size
+
+
 @pytest.mark.slow
 def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_its_state(tmp_path):
     path = tmp_path / "config.toml"
@@ -87,7 +97,7 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
         galore.rank = 1
         """
     )
-    settings = optimizers.Settings(repeats=1)
+    settings = step.Settings(repeats=1)
     rows = optimizers.measure_model(TINY, load_comparison(path), (2, 8), settings)
     assert [row["name"] for row in rows] == list(load_comparison(path))
     assert all(row["of_adamw"] == row["seconds"] / rows[0]["seconds"] > 0 for row in rows)

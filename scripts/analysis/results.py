@@ -71,10 +71,11 @@ def read_steps(path: Path) -> Cost:
 
 def read_memory(path: Path) -> Cost:
     """The memory in GiB of the largest program of a training."""
-    programs = {label: row["programs"].values() for label, row in read_json(path).items()}
-    largest = {label: max(one["total"] for one in all_) for label, all_ in programs.items()}
-    values = {label: size / GIB for label, size in largest.items()}
-    return Cost("memory", values, " GiB")
+    largest = {
+        label: max(program["total"] for program in row["programs"].values())
+        for label, row in read_json(path).items()
+    }
+    return Cost("memory", {label: size / GIB for label, size in largest.items()}, " GiB")
 
 
 def read_results(folder: Path) -> list[Entry]:

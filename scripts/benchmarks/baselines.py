@@ -13,6 +13,7 @@ from optax.contrib import GaLoreDimensionNumbers
 import galore_jax
 from galore_jax.subspace.basis import is_basis
 from galore_jax.subspace.matrix_view import is_bias_or_scale, is_unprojected_by_name, path_names
+from galore_jax.training.config import Config
 from galore_jax.types import PyTree
 
 Loss = Callable[[PyTree, PyTree], jax.Array]
@@ -40,6 +41,12 @@ class Baseline:
     stacks: bool = True
     gap: int | None = GAP
     refresh: Callable[[Loss, PyTree, PyTree, PyTree], PyTree] | None = None
+
+
+def rank_of(config: Config) -> int:
+    """The rank of a configuration, for kernels whose smaller side is the width."""
+    rank = config.optimizer.galore.rank
+    return rank if isinstance(rank, int) else round(rank * config.model.hidden_size)
 
 
 def baselines(rank: int) -> list[Baseline]:

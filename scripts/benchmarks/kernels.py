@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from analysis.compile_targets import place, target
 
 from benchmarks import CONFIGS, SIZES, Row
+from benchmarks.baselines import rank_of
 from benchmarks.estimates import figures
 from benchmarks.timing import interleaved
 from galore_jax.errors import require_choice
@@ -52,7 +53,7 @@ class Case(NamedTuple):
 def measure(settings: Settings) -> list[Row]:
     """The rows for the gate projection of a model; of its kernels too where there are any."""
     config = load_config(CONFIGS / f"llama_{settings.size}.toml")
-    model, rank = config.model, int(config.optimizer.galore.rank)
+    model, rank = config.model, rank_of(config)
     chosen = cases(model.hidden_size, model.intermediate_size, rank)
     if settings.device:
         return estimated(chosen, settings.device)

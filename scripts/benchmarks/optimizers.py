@@ -1,18 +1,17 @@
 """`optimizers`: time of a step and bytes of state of all optimizers that a file compares."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import jax
 
-from benchmarks import CONFIGS, SIZES, Row
+from benchmarks import CONFIGS, Row
 from benchmarks import step as of_step
 from benchmarks.baselines import Baseline, full, projected, stock
 from benchmarks.estimates import estimate_steps
-from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, OptimizerConfig
-from galore_jax.training.config_file import load_comparison, load_config
+from galore_jax.training.config_file import load_comparison
 from galore_jax.training.optimizer import make_optimizer
 from galore_jax.training.state import tree_bytes
 
@@ -21,44 +20,42 @@ STEPS = 1000  # of the learning-rate schedule, which takes no time
 
 @dataclass(frozen=True)
 class Settings:
-    """See scripts/benchmark.py.
+    """See scripts/benchmark.py."""
 
-    Raises:
-      InputError: an unknown width, or tokens that do not fill rows.
-    """
-
-    size: str = "5m"
-    width: str = "350m"
+    compare: str = "5m"
+    size: str = "350m"
     layers: int = 0
     tokens: int = of_step.Settings.tokens
-    repeats: int = 5
+    repeats: int = of_step.Settings.repeats
     device: str = ""
-
-    def __post_init__(self):
-        require_choice("width", self.width, SIZES)
-        rows = self.tokens % of_step.BATCH[1] == 0
-        require("tokens", self.tokens, rows, f"a multiple of {of_step.BATCH[1]}")
 
 
 def measure(settings: Settings) -> list[Row]:
-    """The rows of every optimizer."""
-    model = load_config(CONFIGS / f"llama_{settings.width}.toml").model
-    layers = settings.layers or (1 if settings.device else of_step.LAYERS)
-    configs = load_comparison(CONFIGS / f"llama_{settings.size}.toml")
-    shape = settings.tokens // of_step.BATCH[1], of_step.BATCH[1]
-    return measure_model(replace(model, num_layers=layers), configs, shape, settings)
+    """The rows of every optimizer.
+
+    Raises:
+      InputError: as for `step`.
+    """
+    given = {name: value for name, value in asdict(settings).items() if name != "compare"}
+    step = of_step.Settings(**given)
+    configs = load_comparison(CONFIGS / f"llama_{settings.compare}.toml")
+    _, model, shape = of_step.blocks(step)
+    return measure_model(model, configs, shape, step)
 
 
 def measure_model(
-    model: LlamaConfig, configs: Mapping[str, Config], shape: tuple[int, int], settings: Settings
+    model: LlamaConfig,
+    configs: Mapping[str, Config],
+    shape: tuple[int, int],
+    step: of_step.Settings,
 ) -> list[Row]:
     """The rows for any model, optimizers by label, and shape of a batch (rows, tokens)."""
-    loss, start = of_step.problem(model, of_step.Settings(device=settings.device), shape)
+    loss, start = of_step.problem(model, step, shape)
     chosen = [baseline_of(label, config.optimizer) for label, config in configs.items()]
-    if settings.device:
-        rows = estimate_steps(chosen, loss, start, settings.device)
+    if step.device:
+        rows = estimate_steps(chosen, loss, start, step.device)
     else:
-        rows = of_step.measure_steps(chosen, loss, *start(), settings.repeats, "optimizers")
+        rows = of_step.measure_steps(chosen, loss, *start(), step.repeats, "optimizers")
     params, _ = jax.eval_shape(start)
     state = {one.name: tree_bytes(jax.eval_shape(one.init, params)) for one in chosen}
     return [row | _bytes(state, row["name"]) for row in rows]

@@ -6,7 +6,7 @@ import jax
 from analysis.memory import bytes_by_part
 
 from benchmarks import CONFIGS, Row
-from benchmarks.baselines import baselines
+from benchmarks.baselines import baselines, rank_of
 from benchmarks.models import init_llama, separate_layers
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.optim.galore_state import galore_states, start_coordinates
@@ -26,7 +26,7 @@ def measure(settings: Settings) -> list[Row]:
     for path in CONFIGS.glob("llama_*.toml"):
         config = load_config(path)
         size = path.stem.removeprefix("llama_")
-        rows += measure_size(size, config.model, int(config.optimizer.galore.rank))
+        rows += measure_size(size, config.model, rank_of(config))
     return sorted(rows, key=lambda row: row["parameters"])
 
 

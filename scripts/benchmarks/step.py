@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from benchmarks import CONFIGS, SIZES, Row
-from benchmarks.baselines import Baseline, Loss, baselines
+from benchmarks.baselines import Baseline, Loss, baselines, rank_of
 from benchmarks.estimates import estimate_steps
 from benchmarks.models import (
     blocks_loss,
@@ -25,6 +25,7 @@ from benchmarks.models import (
 from benchmarks.timing import interleaved, seconds
 from galore_jax.errors import require, require_choice
 from galore_jax.models.llama import LlamaConfig
+from galore_jax.training.config import Config
 from galore_jax.training.config_file import load_config
 from galore_jax.types import PyTree
 
@@ -111,14 +112,18 @@ class Run:
 
 def measure(settings: Settings) -> list[Row]:
     """The rows of every baseline."""
+    config, model, shape = blocks(settings)
+    return measure_model(model, settings, shape, settings.rank or rank_of(config))
+
+
+def blocks(settings: Settings) -> tuple[Config, LlamaConfig, tuple[int, int]]:
+    """The configuration, its model with the layers of the settings, and (rows, tokens)."""
     config = load_config(CONFIGS / f"llama_{settings.size}.toml")
     layers = 1 if settings.device else LAYERS
     if settings.model == "llama":
         layers = config.model.num_layers
     model = replace(config.model, num_layers=settings.layers or layers)
-    rank = settings.rank or int(config.optimizer.galore.rank)
-    shape = settings.tokens // BATCH[1], BATCH[1]
-    return measure_model(model, settings, shape, rank)
+    return config, model, (settings.tokens // BATCH[1], BATCH[1])
 
 
 def measure_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import CONFIGS, Row
-from benchmarks.baselines import baselines
+from benchmarks.baselines import baselines, rank_of
 from benchmarks.models import blocks_loss, init_llama, with_dense
 from benchmarks.step import DENSE, measure_steps
 from galore_jax.errors import check_installed, require, require_choice
@@ -54,7 +54,7 @@ def measure(settings: Settings) -> list[Row]:
         model = replace(config.model, num_layers=settings.layers, dtype="float32")
         for tokens in map(int, settings.tokens.split(",")):
             shape = (tokens // ROW_LENGTH, ROW_LENGTH)
-            rows += measure_size(size, model, int(config.optimizer.galore.rank), shape, settings)
+            rows += measure_size(size, model, rank_of(config), shape, settings)
     draw(rows, Path(settings.picture))
     return rows
 
