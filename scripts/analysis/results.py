@@ -19,6 +19,8 @@ from galore_jax.training.plots import COLOURS, new_figure, write_png
 
 # The fewest seeds from which σ is estimated.
 MANY = 8
+# Losses that are higher than the lowest by more than this share are not drawn, only named.
+DRAWN = 0.03
 BASELINES = ("adamw", "muon")
 BEFORE = ("optimizer", "learning rate", "matrix rate", "seeds", "validation loss")
 GIB = 2**30
@@ -53,12 +55,14 @@ class Cost:
     """What optimizers cost beside the loss.
 
     Attributes:
-      name: the column of the table, and below the picture.
+      name: the column of the table.
+      axis: what the axis of the picture is called.
       values: by the label of an optimizer.
       unit: after a value in the table.
     """
 
     name: str
+    axis: str
     values: Mapping[str, float]
     unit: str = ""
 
@@ -66,7 +70,8 @@ class Cost:
 def read_steps(path: Path) -> Cost:
     """The time of a step with its share of the refreshes, relative to AdamW's."""
     rows = read_json(path)["rows"]
-    return Cost("step, of AdamW's", {row["name"]: row["with_refreshes"] for row in rows})
+    times = {row["name"]: row["with_refreshes"] for row in rows}
+    return Cost("step", "time of a step, relative to AdamW's", times)
 
 
 def read_memory(path: Path) -> Cost:
@@ -75,7 +80,8 @@ def read_memory(path: Path) -> Cost:
         label: max(program["total"] for program in row["programs"].values())
         for label, row in read_json(path).items()
     }
-    return Cost("memory", {label: size / GIB for label, size in largest.items()}, " GiB")
+    sizes = {label: size / GIB for label, size in largest.items()}
+    return Cost("memory", "memory of the training in GiB", sizes, " GiB")
 
 
 def read_results(folder: Path) -> list[Entry]:
@@ -152,17 +158,28 @@ def table(entries: Sequence[Entry], costs: Sequence[Cost] = ()) -> str:
 def draw(entries: Sequence[Entry], costs: Sequence[Cost], picture: Path) -> None:
     """Draws the mean losses against each of the costs into a PNG, with bars of standard errors."""
     sigma, runs = spread(entries)
+    lowest = min(entry.mean for entry in entries)
+    highest = (1 + DRAWN) * lowest
+    above = ", ".join(
+        f"{entry.label} {entry.mean:.2f}" for entry in entries if entry.mean > highest
+    )
     figure = new_figure((5.6 * len(costs), 4.6))
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-        known = [entry for entry in entries if entry.label in cost.values]
-        for number, entry in enumerate(known):
-            x, colour = cost.values[entry.label], COLOURS[number % len(COLOURS)]
+        known = [entry for entry in entries if entry.label in cost.values and entry.mean <= highest]
+        points = [(cost.values[entry.label], entry.mean) for entry in known]
+        width, height = max(cost.values.values()) - min(cost.values.values()), highest - lowest
+        for number, (entry, (x, y)) in enumerate(zip(known, points, strict=True)):
+            colour = COLOURS[number % len(COLOURS)]
             bar = sigma / math.sqrt(len(entry.losses)) if runs else None
-            axes.errorbar(x, entry.mean, bar, fmt="o", color=colour, capsize=3)
-            beside = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(entry.label, (x, entry.mean), color=colour, **beside)
-        axes.set(xlabel=cost.name + cost.unit, ylabel="validation loss (nats per token)")
-        axes.margins(x=0.18, y=0.08)
+            axes.errorbar(x, y, bar, fmt="o", color=colour, capsize=3)
+            # The name stands on the right of the point, or where that is taken, on the left.
+            right = [0 < a - x < 0.2 * width and abs(b - y) < 0.025 * height for a, b in points]
+            side = {"ha": "right", "xytext": (-6, 4)} if any(right) else {"xytext": (6, 4)}
+            text = {"color": colour, "textcoords": "offset points", "fontsize": 8}
+            axes.annotate(entry.label, (x, y), **text, **side)
+        axes.set(xlabel=cost.axis, ylabel="validation loss (nats per token)")
+        axes.set_title(f"not drawn: {above}" if above else "", fontsize=8, loc="left")
+        axes.margins(x=0.2, y=0.08)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)
     write_png(figure, picture)
