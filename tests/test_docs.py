@@ -232,6 +232,7 @@ def test_the_page_of_benchmarks_has_the_table_of_kept_results():
     costs = [
         read_steps(DOCS / "results" / "steps.json"),
         read_memory(DOCS / "results" / "memory_1b.json"),
+        read_memory(DOCS / "results" / "memory_1b_layerwise.json"),
     ]
     assert table(read_results(DOCS / "results" / "c4_5m"), costs) in read(DOCS / "benchmarks.md")
 

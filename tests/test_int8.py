@@ -318,6 +318,12 @@ def test_the_compiled_step_holds_no_other_copy_of_the_weights():
 # What is refused.
 
 
+def test_a_chain_of_optax_is_refused():
+    params = to_int8({"kernel": jnp.ones((64, 128))})
+    with pytest.raises(ValueError, match=r"need galore_jax\.chain in place of optax\.chain"):
+        optax.chain(galore_jax.galore(rank=8), optax.adam(1e-3)).init(params)
+
+
 def test_several_devices_are_refused():
     params = to_int8({"kernel": jnp.ones((64, 64))})
     mesh = jax.sharding.AbstractMesh((2,), ("fsdp",))

@@ -82,14 +82,14 @@ def test_costs_are_columns_of_the_table_and_axes_of_the_picture(tmp_path):
     folder.mkdir()
     for label, losses in {"adamw": ADAMW, "foam": [5.0], "untimed": [5.1]}.items():
         write(folder, label, losses)
-    steps, memory = tmp_path / "steps.json", tmp_path / "memory.json"
+    steps, memory = tmp_path / "steps.json", tmp_path / "memory_1b.json"
     rows = [{"name": "adamw", "with_refreshes": 1.0}, {"name": "foam", "with_refreshes": 0.5}]
     steps.write_text(json.dumps({"rows": rows}))
     programs = {"train_step": {"total": 2**30}, "start": {"total": 3 * 2**29}}
     memory.write_text(json.dumps({"foam": {"programs": programs}}))
     entries, costs = read_results(folder), [read_steps(steps), read_memory(memory)]
     header, _, *lines = map(cells, table(entries, costs).splitlines()[:5])
-    assert header[-2:] == ["step", "memory"]
+    assert header[-2:] == ["step", "memory 1b"]
     found = {line[0]: line[-2:] for line in lines}
     assert found == {"foam": ["0.50", "1.50 GiB"], "adamw": ["1.00", ""], "untimed": ["", ""]}
     pytest.importorskip("matplotlib")

@@ -24,10 +24,12 @@ import warnings
 from functools import cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from galore_jax.ops.implementation import Implementation
+from galore_jax.ops.int8 import is_int8
 from galore_jax.ops.precision import widened
 from galore_jax.optim.chain import GaLore
 from galore_jax.optim.galore_settings import Settings
@@ -151,6 +153,11 @@ def galore(
     )
 
     def init(params: PyTree) -> GaLoreState:
+        if any(map(is_int8, jax.tree.leaves(params, is_leaf=is_int8))):
+            raise ValueError(
+                "galore: parameters in 8 bits need galore_jax.chain in place of optax.chain, whose "
+                "other transformations would take their codes for numbers."
+            )
         # Parameters that are given as `Coordinates`, as `chain` and `galore_jax.init` do, make the
         # state low-rank: what comes after galore is started with the same tree.
         lazy_overlap, seed = settings.overlap_and_seed()

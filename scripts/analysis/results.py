@@ -81,7 +81,8 @@ def read_memory(path: Path) -> Cost:
         for label, row in read_json(path).items()
     }
     sizes = {label: size / GIB for label, size in largest.items()}
-    return Cost("memory", "memory of the training in GiB", sizes, " GiB")
+    name = path.stem.replace("_", " ")
+    return Cost(name, f"{name} (GiB)", sizes, " GiB")
 
 
 def read_results(folder: Path) -> list[Entry]:
