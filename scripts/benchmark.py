@@ -47,6 +47,7 @@ optimizers: the same for every optimizer that a configuration compares, and byte
     size=350m            the width; this and the next as for step
     layers=0
     tokens=2048
+    optimizers=          some of the labels beside adamw; left out: all
     repeats=7            of each optimizer
     device=              estimates, as for step
 finetuning: time of a fine-tuning step, its share of the refreshes included, and bytes of state, for

@@ -105,6 +105,9 @@ def test_each_optimizer_of_a_comparison_has_the_time_of_a_step_and_the_bytes_of_
     assert adamw == 1
     assert mini < galore_muon < galore < 1
     assert muon == pytest.approx(0.5, abs=0.1)
+    chosen = step.Settings(repeats=1, optimizers="muon")
+    rows = optimizers.measure_model(TINY, load_comparison(path), (2, 8), chosen)
+    assert [row["name"] for row in rows] == ["adamw", "muon"]
 
 
 @pytest.mark.slow
@@ -227,6 +230,7 @@ def test_rows_go_to_a_table_and_to_json(tmp_path, monkeypatch, capsys):
         (["step", "tokens=300"], "tokens must be a multiple of 256, not 300."),
         (["step", "size=350"], "size = '350' is unknown; did you mean 350m"),
         (["step", "optimizers=adamx"], "optimizers = 'adamx' is unknown; did you mean adamw?"),
+        (["optimizers", "optimizers=moun"], "optimizers = 'moun' is unknown; did you mean muon?"),
         (["step", "device=v7e"], "the target = 'v7e' is unknown; did you mean"),
         (["training", "steps=2"], "steps must be 3 or more: two are compiled for, not 2."),
     ],

@@ -9,6 +9,7 @@ from benchmarks import CONFIGS, Row
 from benchmarks import step as of_step
 from benchmarks.baselines import Baseline, full, projected, stock
 from benchmarks.estimates import estimate_steps
+from galore_jax.errors import require_choice
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.training.config import Config, OptimizerConfig
 from galore_jax.training.config_file import load_comparison
@@ -26,6 +27,7 @@ class Settings:
     size: str = "350m"
     layers: int = 0
     tokens: int = of_step.Settings.tokens
+    optimizers: str = ""
     repeats: int = of_step.Settings.repeats
     device: str = ""
 
@@ -51,7 +53,12 @@ def measure_model(
 ) -> list[Row]:
     """The rows for any model, optimizers by label, and shape of a batch (rows, tokens)."""
     loss, start = of_step.problem(model, step, shape)
-    chosen = [baseline_of(label, config.optimizer) for label, config in configs.items()]
+    names = step.optimizers.split(",") if step.optimizers else configs
+    for name in names:
+        require_choice("optimizers", name, list(configs))
+    # AdamW comes first, because all others are relative to it.
+    labels = [label for label in configs if label == "adamw" or label in names]
+    chosen = [baseline_of(label, configs[label].optimizer) for label in labels]
     if step.device:
         rows = estimate_steps(chosen, loss, start, step.device)
     else:
