@@ -1,19 +1,22 @@
 """Prints the table of kept results: of all files in a folder that compare.py has written.
 
 python scripts/results.py docs/results/c4_5m
-python scripts/results.py docs/results/c4_5m --steps docs/results/steps.json \
-    --memory docs/results/memory_1b.json docs/results/memory_1b_layerwise.json \
-    --picture docs/optimizers.png
+python scripts/results.py docs/results/c4_5m --steps docs/results/step_*.json \
+    --memory docs/results/memory_1b*.json
+python scripts/results.py docs/results/c4_5m --steps docs/results/step_350m_cpu.json \
+    --memory docs/results/memory_1b_layerwise.json --picture docs/optimizers.png
 
 To keep a comparison, copy comparison.json from its training.folder there, under a name of its own.
---steps adds the time of a step relative to AdamW's, from `benchmark.py optimizers --json FILE`, and
---memory the bytes of the largest program of a training, from `memory.py --optimizers … --json
-FILE`, in a column with the name of the file, of the optimizers that are called as the files in the
-folder. --picture draws the losses against all of these, with bars of one standard error.
+--steps and --memory add a table of what the optimizers cost, with a column for each file: the time
+of a step relative to AdamW's, from `benchmark.py optimizers --json FILE`, and the memory of the
+largest program of a training, from `memory.py --optimizers … --json FILE`. Optimizers must be
+called there as the files in the folder. --picture draws the losses against all of these, with bars
+of one standard error.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from galore_jax.errors import InputError, check_installed, run_cli
 
@@ -24,10 +27,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="with files of comparison.json")
-    parser.add_argument("--steps", type=Path, metavar="FILE", help="of benchmark.py optimizers")
-    parser.add_argument(
-        "--memory", type=Path, nargs="+", default=[], metavar="FILE", help="of memory.py"
-    )
+    files: dict[str, Any] = {"type": Path, "nargs": "+", "default": [], "metavar": "FILE"}
+    parser.add_argument("--steps", **files, help="of benchmark.py optimizers")
+    parser.add_argument("--memory", **files, help="of memory.py")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="the PNG to write")
     arguments = parser.parse_args()
     if arguments.picture:
@@ -35,13 +37,13 @@ def main() -> None:
         if not (arguments.steps or arguments.memory):
             raise InputError("--picture draws losses against --steps or --memory: give one.")
 
-    from analysis.results import draw, read_memory, read_results, read_steps, table
+    from analysis.results import cost_table, draw, read_memory, read_results, read_steps, table
 
-    entries, costs = read_results(arguments.folder), []
-    if arguments.steps:
-        costs.append(read_steps(arguments.steps))
-    costs.extend(map(read_memory, arguments.memory))
-    print(table(entries, costs), end="")
+    entries = read_results(arguments.folder)
+    costs = [*map(read_steps, arguments.steps), *map(read_memory, arguments.memory)]
+    print(table(entries), end="")
+    if costs:
+        print("\n" + cost_table(entries, costs), end="")
     if arguments.picture:
         draw(entries, costs, arguments.picture)
 

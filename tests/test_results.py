@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 from analysis.results import (
+    cost_table,
     draw,
     read_memory,
     read_results,
@@ -77,21 +78,28 @@ def test_without_many_seeds_there_is_no_z(tmp_path):
     assert "\nfoam is not tuned: matrix rate" in text
 
 
-def test_costs_are_columns_of_the_table_and_axes_of_the_picture(tmp_path):
+def test_costs_are_columns_of_a_table_and_axes_of_the_picture(tmp_path):
     folder = tmp_path / "losses"
     folder.mkdir()
     for label, losses in {"adamw": ADAMW, "foam": [5.0], "untimed": [5.1]}.items():
         write(folder, label, losses)
-    steps, memory = tmp_path / "steps.json", tmp_path / "memory_1b.json"
-    rows = [{"name": "adamw", "with_refreshes": 1.0}, {"name": "foam", "with_refreshes": 0.5}]
-    steps.write_text(json.dumps({"rows": rows}))
+    steps, estimates, memory = (
+        tmp_path / f"{name}.json" for name in ("step", "step_7b", "memory_1b")
+    )
+    for path, key in ((steps, "with_refreshes"), (estimates, "ms_ratio")):
+        rows = [{"name": "adamw", key: 1.0, "bytes": 8}, {"name": "foam", key: 0.5, "bytes": 1}]
+        path.write_text(json.dumps({"rows": [*rows, {"name": "a product", "ms": 3}]}))
     programs = {"train_step": {"total": 2**30}, "start": {"total": 3 * 2**29}}
     memory.write_text(json.dumps({"foam": {"programs": programs}}))
-    entries, costs = read_results(folder), [read_steps(steps), read_memory(memory)]
-    header, _, *lines = map(cells, table(entries, costs).splitlines()[:5])
-    assert header[-2:] == ["step", "memory 1b"]
-    found = {line[0]: line[-2:] for line in lines}
-    assert found == {"foam": ["0.50", "1.50 GiB"], "adamw": ["1.00", ""], "untimed": ["", ""]}
+    costs = [read_steps(steps), read_steps(estimates), read_memory(memory)]
+    entries = read_results(folder)
+    header, _, *lines = map(cells, cost_table(entries, costs).splitlines())
+    assert header[2:] == ["step", "step 7b", "memory 1b, GiB"]
+    assert {line[0]: line[2:] for line in lines} == {
+        "foam": ["0.50", "0.50", "1.50"],
+        "adamw": ["1.00", "1.00", ""],
+        "untimed": ["", "", ""],
+    }
     pytest.importorskip("matplotlib")
     draw(entries, costs, tmp_path / "costs.png")
     assert (tmp_path / "costs.png").read_bytes().startswith(b"\x89PNG")

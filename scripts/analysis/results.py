@@ -55,34 +55,32 @@ class Cost:
     """What optimizers cost beside the loss.
 
     Attributes:
-      name: the column of the table.
-      axis: what the axis of the picture is called.
+      name: of the column of the table and of the axis of the picture.
       values: by the label of an optimizer.
-      unit: after a value in the table.
     """
 
     name: str
-    axis: str
     values: Mapping[str, float]
-    unit: str = ""
 
 
 def read_steps(path: Path) -> Cost:
-    """The time of a step with its share of the refreshes, relative to AdamW's."""
-    rows = read_json(path)["rows"]
-    times = {row["name"]: row["with_refreshes"] for row in rows}
-    return Cost("step", "time of a step, relative to AdamW's", times)
+    """The time of a step relative to AdamW's: with its share of the refreshes, or estimated."""
+    rows = [row for row in read_json(path)["rows"] if "bytes" in row]
+    of_adamw = "with_refreshes" if "with_refreshes" in rows[0] else "ms_ratio"
+    return Cost(_spoken(path), {row["name"]: row[of_adamw] for row in rows})
 
 
 def read_memory(path: Path) -> Cost:
-    """The memory in GiB of the largest program of a training."""
+    """The memory of the largest program of a training."""
     largest = {
         label: max(program["total"] for program in row["programs"].values())
         for label, row in read_json(path).items()
     }
-    sizes = {label: size / GIB for label, size in largest.items()}
-    name = path.stem.replace("_", " ")
-    return Cost(name, f"{name} (GiB)", sizes, " GiB")
+    return Cost(f"{_spoken(path)}, GiB", {label: size / GIB for label, size in largest.items()})
+
+
+def _spoken(path: Path) -> str:
+    return path.stem.replace("_", " ")
 
 
 def read_results(folder: Path) -> list[Entry]:
@@ -127,13 +125,12 @@ def z_value(entry: Entry, baseline: Entry, sigma: float) -> float:
     return (entry.mean - baseline.mean) / error
 
 
-def table(entries: Sequence[Entry], costs: Sequence[Cost] = ()) -> str:
-    """A Markdown table with differences from the baselines, and with costs; below it σ."""
+def table(entries: Sequence[Entry]) -> str:
+    """A Markdown table with differences from the baselines; below it σ."""
     sigma, runs = spread(entries)
     baselines = [entry for name in BASELINES for entry in entries if entry.label == name]
     against = [f"against {baseline.label}" for baseline in baselines]
-    header = [*BEFORE, *against, "of the matrices", *(cost.name for cost in costs)]
-    lines = [header, ["---"] * len(header)]
+    lines = [[*BEFORE, *against, "of the matrices"]]
     for entry in entries:
         rates = (entry.optimizer[name] for name in ("learning_rate", "matrix_rate"))
         cells = [entry.label, *(f"{rate:g}" for rate in rates)]
@@ -143,17 +140,29 @@ def table(entries: Sequence[Entry], costs: Sequence[Cost] = ()) -> str:
             z = "" if math.isnan(sigma) else f", z = {z_value(entry, baseline, sigma):+.1f}"
             cells.append("" if entry is baseline else percent + z)
         cells.append(format_bytes(entry.matrix_bytes))
-        for cost in costs:
-            value = cost.values.get(entry.label)
-            cells.append("" if value is None else f"{value:.2f}{cost.unit}")
         lines.append(cells)
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = _markdown(lines)
     if runs:
         text += f"\nσ = {sigma:.4f}, from the {runs} runs of settings with {MANY} seeds or more.\n"
     for entry in entries:
         if entry.not_tuned:
             text += f"\n{entry.label} is not tuned: {' and '.join(entry.not_tuned)}.\n"
     return text
+
+
+def cost_table(entries: Sequence[Entry], costs: Sequence[Cost]) -> str:
+    """A Markdown table of the mean losses and of the costs that are known."""
+    lines = [["optimizer", "validation loss", *(cost.name for cost in costs)]]
+    for entry in entries:
+        values = [cost.values.get(entry.label) for cost in costs]
+        known = ["" if value is None else f"{value:.2f}" for value in values]
+        lines.append([entry.label, f"{entry.mean:.4f}", *known])
+    return _markdown(lines)
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    header, *rows = (f"| {' | '.join(line)} |\n" for line in lines)
+    return "".join((header, "| --- " * len(lines[0]) + "|\n", *rows))
 
 
 def draw(entries: Sequence[Entry], costs: Sequence[Cost], picture: Path) -> None:
@@ -178,7 +187,7 @@ def draw(entries: Sequence[Entry], costs: Sequence[Cost], picture: Path) -> None
             side = {"ha": "right", "xytext": (-6, 4)} if any(right) else {"xytext": (6, 4)}
             text = {"color": colour, "textcoords": "offset points", "fontsize": 8}
             axes.annotate(entry.label, (x, y), **text, **side)
-        axes.set(xlabel=cost.axis, ylabel="validation loss (nats per token)")
+        axes.set(xlabel=cost.name, ylabel="validation loss (nats per token)")
         axes.set_title(f"not drawn: {above}" if above else "", fontsize=8, loc="left")
         axes.margins(x=0.2, y=0.08)
         axes.spines[["top", "right"]].set_visible(False)
