@@ -17,6 +17,7 @@ from analysis.results import cost_table, read_memory, read_results, read_steps, 
 
 import galore_jax
 from galore_jax import layerwise
+from galore_jax.files import read_json
 
 ROOT = Path(__file__).parents[1]
 DOCS, README = ROOT / "docs", ROOT / "README.md"
@@ -237,6 +238,58 @@ def test_the_page_of_benchmarks_has_the_table_of_kept_results():
     entries, page = read_results(results / "c4_5m"), read(DOCS / "benchmarks.md")
     assert table(entries) in page
     assert cost_table(entries, costs) in page
+
+
+def test_the_page_of_benchmarks_has_the_kept_times_and_states_of_all_optimizers():
+    results = DOCS / "results"
+    names = "step_350m_cpu", "step_7b_v6e", "step_7b_h100"
+    steps = [read_steps(results / f"{name}.json").values for name in names]
+    lines = []
+    for row in read_json(results / "step_350m_cpu.json")["rows"]:
+        times = [step.get(row["name"]) for step in steps]
+        cells = ["" if time is None else f"{time:.2f}" for time in times]
+        lines.append(" | ".join([row["name"], *cells, f"{row['bytes_of_adamw']:.1%}"]))
+    assert "".join(f"| {line} |\n" for line in lines) in read(DOCS / "benchmarks.md")
+
+
+def test_the_page_which_optimizer_has_the_kept_losses_times_and_memory():
+    labels = {
+        "Muon, float32": "muon",
+        "Muon": "muon",
+        "Muon in 8 bits": "muon8bit",
+        "recommended": "recommended",
+        "recommended, in 8 bits with int8 bases": "recommended_8bit",
+        "`galore_jax.adamw`, rank 1/4": "galore_adamw",
+        "AdamW": "adamw",
+        "[FOAM](baselines.md)": "foam",
+    }
+    results = DOCS / "results"
+    small, larger = (
+        {entry.label: entry.mean for entry in read_results(results / folder)}
+        for folder in ("c4_5m", "python_10m_batch8")
+    )
+    steps = [
+        read_steps(results / f"step_{name}.json").values
+        for name in ("350m_cpu", "7b_v6e", "7b_h100")
+    ]
+    memory = read_memory(results / "memory_1b_layerwise.json").values
+    memory_7b = dict(read_memory(results / "memory_7b_layerwise.json").values)
+    memory_7b["recommended_8bit"] = memory_7b["galore_muon8bit"]
+    rows = [
+        [cell.strip("* ") for cell in line.strip("|").split("|")]
+        for line in read(DOCS / "which-optimizer.md").splitlines()
+        if line.startswith("|")
+    ]
+    found = [(labels[row[0]], row) for row in rows if row[0] in labels]
+    assert {label for label, _ in found} == set(labels.values())
+    for label, row in found:
+        if len(row) == 3:
+            assert row[1] == f"{memory[label]:.2f}"
+            assert row[2] == (f"{memory_7b[label]:.2f}" if label in memory_7b else "")
+        else:
+            assert row[2] == f"{small[label]:.4f}"
+            assert row[3] == (f"{larger[label]:.4f}" if label in larger else "")
+            assert row[4:] == [f"{step[label]:.2f}" if label != "adamw" else "1" for step in steps]
 
 
 @pytest.mark.parametrize("folder", ["python_10m", "python_10m_batch8", "python_10m_batch8_tried"])
