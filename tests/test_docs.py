@@ -295,7 +295,7 @@ def test_the_page_which_optimizer_has_the_kept_losses_times_and_memory():
 @pytest.mark.parametrize(
     "folder", ["c4_5m_shorter", "python_10m", "python_10m_batch8", "python_10m_batch8_tried"]
 )
-def test_the_page_of_benchmarks_has_the_tables_of_the_longer_training(folder):
+def test_the_page_of_benchmarks_has_the_other_tables_of_kept_results(folder):
     assert table(read_results(DOCS / "results" / folder)) in read(DOCS / "benchmarks.md")
 
 

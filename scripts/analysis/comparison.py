@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from scipy import stats
 
+from analysis.markdown import markdown_table
 from galore_jax.data.batches import fingerprint
 from galore_jax.files import read_json, write_json, write_text
 from galore_jax.training.config import Config, FinetuneConfig
@@ -117,14 +118,14 @@ def table(rows: Sequence[Row]) -> str:
     baseline = next((row for row in rows if row.label == BASELINE and row.results), None)
     is_loss = isinstance(rows[0].configs[0], Config)
     columns, figures = (LOSS_COLUMNS, _losses) if is_loss else (METRIC_COLUMNS, _metrics)
-    lines = [columns, ["---"] * len(columns)]
+    lines = []
     for row in rows:
         cells = [row.label, *row.rates]
         cells += (
             figures(row, None if row is baseline else baseline) if row.results else ["diverged"]
         )
         lines.append([*cells, *[""] * (len(columns) - len(cells))])
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    text = markdown_table(columns, lines)
     for row in rows:
         if row.borders:
             text += (

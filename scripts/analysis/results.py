@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.markdown import markdown_table
 from galore_jax.errors import InputError
 from galore_jax.files import read_json
 from galore_jax.training.metrics import format_bytes
@@ -65,9 +66,9 @@ class Cost:
 
 def read_steps(path: Path) -> Cost:
     """The time of a step relative to AdamW's: with its share of the refreshes, or estimated."""
-    rows = [row for row in read_json(path)["rows"] if "bytes" in row]
-    of_adamw = "with_refreshes" if "with_refreshes" in rows[0] else "ms_ratio"
-    return Cost(_spoken(path), {row["name"]: row[of_adamw] for row in rows})
+    rows = read_json(path)["rows"]
+    ratios = {row["name"]: row.get("with_refreshes", row.get("ms_ratio")) for row in rows}
+    return Cost(_spoken(path), {name: ratio for name, ratio in ratios.items() if ratio})
 
 
 def read_memory(path: Path) -> Cost:
@@ -130,7 +131,7 @@ def table(entries: Sequence[Entry]) -> str:
     sigma, runs = spread(entries)
     baselines = [entry for name in BASELINES for entry in entries if entry.label == name]
     against = [f"against {baseline.label}" for baseline in baselines]
-    lines = [[*BEFORE, *against, "of the matrices"]]
+    rows = []
     for entry in entries:
         rates = (entry.optimizer[name] for name in ("learning_rate", "matrix_rate"))
         cells = [entry.label, *(f"{rate:g}" for rate in rates)]
@@ -139,9 +140,8 @@ def table(entries: Sequence[Entry]) -> str:
             percent = f"{100 * (entry.mean / baseline.mean - 1):+.2f}%"
             z = "" if math.isnan(sigma) else f", z = {z_value(entry, baseline, sigma):+.1f}"
             cells.append("" if entry is baseline else percent + z)
-        cells.append(format_bytes(entry.matrix_bytes))
-        lines.append(cells)
-    text = _markdown(lines)
+        rows.append([*cells, format_bytes(entry.matrix_bytes)])
+    text = markdown_table([*BEFORE, *against, "of the matrices"], rows)
     if runs:
         text += f"\nσ = {sigma:.4f}, from the {runs} runs of settings with {MANY} seeds or more.\n"
     for entry in entries:
@@ -152,27 +152,20 @@ def table(entries: Sequence[Entry]) -> str:
 
 def cost_table(entries: Sequence[Entry], costs: Sequence[Cost]) -> str:
     """A Markdown table of the mean losses and of the costs that are known."""
-    lines = [["optimizer", "validation loss", *(cost.name for cost in costs)]]
+    rows = []
     for entry in entries:
         values = [cost.values.get(entry.label) for cost in costs]
         known = ["" if value is None else f"{value:.2f}" for value in values]
-        lines.append([entry.label, f"{entry.mean:.4f}", *known])
-    return _markdown(lines)
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    header, *rows = (f"| {' | '.join(line)} |\n" for line in lines)
-    return "".join((header, "| --- " * len(lines[0]) + "|\n", *rows))
+        rows.append([entry.label, f"{entry.mean:.4f}", *known])
+    return markdown_table(["optimizer", "validation loss", *(cost.name for cost in costs)], rows)
 
 
 def draw(entries: Sequence[Entry], costs: Sequence[Cost], picture: Path) -> None:
     """Draws the mean losses against each of the costs into a PNG, with bars of standard errors."""
     sigma, runs = spread(entries)
-    lowest = min(entry.mean for entry in entries)
+    lowest = entries[0].mean
     highest = (1 + DRAWN) * lowest
-    above = ", ".join(
-        f"{entry.label} {entry.mean:.2f}" for entry in entries if entry.mean > highest
-    )
+    above = [f"{entry.label} {entry.mean:.2f}" for entry in entries if entry.mean > highest]
     figure = new_figure((5.6 * len(costs), 4.6))
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         known = [entry for entry in entries if entry.label in cost.values and entry.mean <= highest]
@@ -188,7 +181,8 @@ def draw(entries: Sequence[Entry], costs: Sequence[Cost], picture: Path) -> None
             text = {"color": colour, "textcoords": "offset points", "fontsize": 8}
             axes.annotate(entry.label, (x, y), **text, **side)
         axes.set(xlabel=cost.name, ylabel="validation loss (nats per token)")
-        axes.set_title(f"not drawn: {above}" if above else "", fontsize=8, loc="left")
+        if above:
+            axes.set_title(f"not drawn: {', '.join(above)}", fontsize=8, loc="left")
         axes.margins(x=0.2, y=0.08)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.6)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from analysis.markdown import markdown_table
+
 from benchmarks import Row, as_text
 from galore_jax.errors import InputError, require_choice
 from galore_jax.files import write_json, write_text
@@ -146,15 +148,9 @@ def page(machine: dict[str, Any], results: list[dict[str, Any]]) -> str:
     for one in results:
         lines += ["", "```bash", f"python scripts/benchmark.py {one['command']}", "```", ""]
         if "rows" in one:
-            lines += markdown_table(one["rows"])
-            lines += ["", f"It took {one['seconds']:.0f} s."]
+            keys = list(dict.fromkeys(key for row in one["rows"] for key in row))
+            rows = [[as_text(row.get(key)) for key in keys] for row in one["rows"]]
+            lines += [markdown_table(keys, rows), f"It took {one['seconds']:.0f} s."]
         else:
             lines.append(f"No result: {one['problem']}")
     return "\n".join(lines) + "\n"
-
-
-def markdown_table(rows: list[Row]) -> list[str]:
-    """The lines of a table with a column for each key."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[as_text(row.get(key)) for key in keys] for row in rows]
-    return [f"| {' | '.join(line)} |" for line in (keys, ["---"] * len(keys), *cells)]
