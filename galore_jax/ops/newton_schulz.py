@@ -52,9 +52,13 @@ def iterate(x: jax.Array, dtype: Any) -> jax.Array:
     """The iterations, for matrices that are not higher than wide, with factors of this dtype."""
     a, b, c = COEFFICIENTS
 
+    def rounded(factor: jax.Array) -> jax.Array:
+        # Without the barrier a TPU rounds a factor again for every tile of the product.
+        return factor if dtype == jnp.float32 else lax.optimization_barrier(factor.astype(dtype))
+
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-        factors = left.astype(dtype), right.astype(dtype)
         highest = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+        factors = rounded(left), rounded(right)
         return jnp.matmul(*factors, precision=highest, preferred_element_type=jnp.float32)
 
     for steps in STEPS:
