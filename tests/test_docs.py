@@ -272,9 +272,11 @@ def test_the_page_which_optimizer_has_the_kept_losses_times_and_memory():
         read_steps(results / f"step_{name}.json").values
         for name in ("350m_cpu", "7b_v6e", "7b_h100")
     ]
-    memory = read_memory(results / "memory_1b_layerwise.json").values
-    memory_7b = dict(read_memory(results / "memory_7b_layerwise.json").values)
-    memory_7b["recommended_8bit"] = memory_7b["galore_muon8bit"]
+    memory = [
+        dict(read_memory(results / f"memory_{name}.json").values)
+        for name in ("1b_layerwise", "1b_layerwise_sums", "7b_layerwise")
+    ]
+    memory[-1]["recommended_8bit"] = memory[-1]["galore_muon8bit"]
     rows = [
         [cell.strip("* ") for cell in line.strip("|").split("|")]
         for line in read(DOCS / "which-optimizer.md").splitlines()
@@ -283,9 +285,9 @@ def test_the_page_which_optimizer_has_the_kept_losses_times_and_memory():
     found = [(labels[row[0]], row) for row in rows if row[0] in labels]
     assert {label for label, _ in found} == set(labels.values())
     for label, row in found:
-        if len(row) == 3:
-            assert row[1] == f"{memory[label]:.2f}"
-            assert row[2] == (f"{memory_7b[label]:.2f}" if label in memory_7b else "")
+        if len(row) == 4:
+            sizes = [one.get(label) for one in memory]
+            assert row[1:] == ["" if size is None else f"{size:.2f}" for size in sizes]
         else:
             assert row[2] == f"{small[label]:.4f}"
             assert row[3] == (f"{larger[label]:.4f}" if label in larger else "")
@@ -293,10 +295,16 @@ def test_the_page_which_optimizer_has_the_kept_losses_times_and_memory():
 
 
 @pytest.mark.parametrize(
-    "folder", ["c4_5m_shorter", "python_10m", "python_10m_batch8", "python_10m_batch8_tried"]
+    ("page", "folder"),
+    [
+        ("benchmarks.md", "c4_5m_shorter"),
+        ("benchmarks.md", "python_10m"),
+        ("benchmarks.md", "python_10m_batch8"),
+        ("tried.md", "python_10m_batch8_tried"),
+    ],
 )
-def test_the_page_of_benchmarks_has_the_other_tables_of_kept_results(folder):
-    assert table(read_results(DOCS / "results" / folder)) in read(DOCS / "benchmarks.md")
+def test_the_pages_have_the_other_tables_of_kept_results(page, folder):
+    assert table(read_results(DOCS / "results" / folder)) in read(DOCS / page)
 
 
 def test_every_page_with_python_is_run_above():

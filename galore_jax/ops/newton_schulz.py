@@ -14,6 +14,9 @@ from galore_jax.ops.quantization import block_fractions
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Steps before and after the Gram matrix is computed from the matrix again.
 STEPS = (3, 2)
+# Rows up to which a TPU does best to round factors within the products. Those of larger matrices do
+# not fit its vector memory and would be read and rounded again for every tile of a product.
+IN_VECTOR_MEMORY = 2048
 
 
 def newton_schulz(matrices: jax.Array) -> jax.Array:
@@ -53,8 +56,8 @@ def iterate(x: jax.Array, dtype: Any) -> jax.Array:
     a, b, c = COEFFICIENTS
 
     def rounded(factor: jax.Array) -> jax.Array:
-        # Without the barrier a TPU rounds a factor again for every tile of the product.
-        return factor if dtype == jnp.float32 else lax.optimization_barrier(factor.astype(dtype))
+        factor = factor.astype(dtype)
+        return lax.optimization_barrier(factor) if x.shape[-2] > IN_VECTOR_MEMORY else factor
 
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
         highest = lax.Precision.HIGHEST if dtype == jnp.float32 else None
