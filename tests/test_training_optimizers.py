@@ -33,7 +33,7 @@ OPTIMIZERS = [
     {"name": "scale"},
     {"name": "galore_adamw", "galore": {"rank": 8, "moments": "rotate"}},
     {"name": "galore_adafactor"},
-    {"name": "galore_muon8bit"},
+    {"name": "galore_muon8bit", "galore": {"rank": 8, "attention_rank": 0.25}},
     {"name": "apollo", "galore": {"rank": 1}},
 ]
 
@@ -144,6 +144,16 @@ def test_scale_keeps_a_moment_of_the_head_and_two_of_vectors():
     head = 4 * shapes["lm_head"]["kernel"].size
     vectors = 8 * sum(leaf.size for names, leaf in named_leaves(shapes) if names[-1] == "scale")
     assert tree_bytes(state) == head + vectors + 3 * 4  # Counts of each and of the schedule.
+
+
+def test_the_kernels_of_attention_may_have_a_rank_of_their_own(params):
+    galore = {"rank": 4, "attention_rank": 0.5}
+    tx = make_optimizer(OptimizerConfig("galore_muon", **SETTINGS, galore=galore), 10)
+    ranks = {}
+    for basis in bases_of(galore_states(tx.init(params), inside_chains=True)):
+        *_, name, _ = basis.projection.path
+        ranks[name] = basis.projection.rank
+    assert ranks == {"q_proj": CONFIG.model.hidden_size // 2, "gate_proj": 4, "down_proj": 4}
 
 
 def test_bases_count_as_state_of_the_matrices():

@@ -20,6 +20,7 @@ from galore_jax.ops.implementation import Implementation
 from galore_jax.optim.galore import galore
 from galore_jax.settings import checked
 from galore_jax.subspace.projection import Moments, ProjType
+from galore_jax.subspace.rules import Rule
 from galore_jax.training.mesh import MeshConfig
 
 Optimizer = Literal[
@@ -54,6 +55,8 @@ class GaloreConfig:
 
     Attributes:
       rank: columns of each basis, or their number as a fraction of a matrix's smaller side.
+      attention_rank: the same for the kernels of attention, `rank` then for all others; None: one
+        rank for all.
       update_proj_gap: steps between two refreshes of the bases.
       scale: factor of the lifted update; None: the default of the optimizer in `galore_jax`, 0.25,
         or 1 for Muon and APOLLO, for the latter at rank 1 √128.
@@ -68,6 +71,7 @@ class GaloreConfig:
     """
 
     rank: int | float = 128
+    attention_rank: PositiveInt | Annotated[float, Field(gt=0, lt=1)] | None = None
     update_proj_gap: int = 200
     scale: float | None = None
     proj_type: ProjType = "std"
@@ -85,7 +89,10 @@ class GaloreConfig:
     @property
     def given(self) -> dict[str, Any]:
         """The arguments that are not left to the optimizer."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if attention_rank := given.pop("attention_rank", None):
+            given["rules"] = {"*attention/*": Rule(rank=attention_rank)}
+        return given
 
 
 @checked("optimizer.lora")
