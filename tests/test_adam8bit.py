@@ -139,6 +139,15 @@ def test_a_chain_of_galore_and_adam8bit_keeps_codes_of_coordinates():
     assert mu.value.scales.shape == (3, 16, 2)
 
 
+def test_blocks_lie_down_the_columns_of_matrices_that_they_fill():
+    shapes = {"kernel": (300, 512), "embedding": (512, 300)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    mu = optax.tree.get(jax.eval_shape(chain(galore(rank=256), adam8bit(1e-3)).init, params), "mu")
+    assert mu["kernel"].value.scales.shape == (1, 512)
+    # The rows of an embedding have gradients of different sizes.
+    assert mu["embedding"].scales.shape == (512, 2)
+
+
 @pytest.mark.parametrize(
     ("moments", "basis_dtype"), [("keep", jnp.float32), ("rotate", jnp.int8)], ids=str
 )

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from dataclasses import replace
 from importlib.util import find_spec
 from unittest import mock
 
@@ -77,9 +78,9 @@ def float64(x):
     return np.asarray(x, np.float32).astype(np.float64)
 
 
-def gradient_and_moments(shape, dtype):
+def gradient_and_moments(shape, dtype, axis=-1):
     gradient, mu, nu = jax.random.normal(jax.random.key(0), (3, *shape))
-    return gradient.astype(dtype), quantize(mu, "signed"), quantize(nu**2, "unsigned")
+    return gradient.astype(dtype), quantize(mu, "signed", axis), quantize(nu**2, "unsigned", axis)
 
 
 def assert_nearest_codes(moment, numbers, terms):
@@ -158,10 +159,29 @@ def test_an_adam_kernel_has_the_codes_of_plain_jax(kernel, shape, dtype):
     assert_equal_steps(kernel(*arguments), adam_plain(*arguments))
 
 
-@pytest.mark.parametrize("shape", [(131, 70), (128, 70), (3, 43, 70), (2560,)])
+@every_adam
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    # On a TPU the third is laid out by columns, so that blocks lie along the rows.
+    [((600, 33), FLOAT32), ((2, 512, 300), BFLOAT16), ((256, 70), FLOAT32), ((2, 300, 9), FLOAT32)],
+)
+def test_adam_with_blocks_down_the_columns_is_that_of_the_transpose(step, shape, dtype):
+    gradient, mu, nu = gradient_and_moments(shape, dtype, axis=-2)
+    found = step(gradient, mu, nu, jnp.int32(COUNT))
+    transposed = [replace(moment, axis=-1) for moment in (mu, nu)]
+    arguments = jax.tree.map(lambda x: x.mT, (gradient, *transposed))
+    expected = adam_plain(*arguments, jnp.int32(COUNT))
+    assert [moment.axis for moment in found[1:]] == [-2, -2]
+    assert_equal_steps(found, jax.tree.map(lambda x: x.mT, expected))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((131, 70), -1), ((128, 70), -1), ((3, 43, 70), -1), ((2560,), -1), ((2, 512, 70), -2)],
+)
 @pytest.mark.parametrize("device", ["CPU", "TPU"])
-def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape, device):
-    arguments = (*gradient_and_moments(shape, FLOAT32), jnp.int32(COUNT))
+def test_adam_on_chunks_of_rows_equals_adam_on_the_array(monkeypatch, shape, axis, device):
+    arguments = (*gradient_and_moments(shape, FLOAT32, axis), jnp.int32(COUNT))
     expected = adam_plain(*arguments)
     for limit in ("MAX_CHUNK", "MAX_CHUNK_ON_TPU", "MAX_WHOLE_ON_TPU"):
         monkeypatch.setattr(adam_step, limit, 1000)

@@ -115,9 +115,23 @@ def test_a_block_with_a_number_that_is_not_finite_becomes_nan_and_the_others_do_
 
 
 @pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("shape", [(3, 300), (70,), (2, 0), (0, 5)])
-def test_zeros_and_empty_arrays_have_codes(shape, code):
-    found, wanted = zeros_like(jnp.ones(shape), code), quantize(jnp.zeros(shape), code)
+@pytest.mark.parametrize("shape", [(600, 33), (2, 3, 256, 5), (7, 4)])
+def test_blocks_down_the_columns_are_those_of_the_transpose(shape, code):
+    x = jnp.abs(jax.random.normal(jax.random.key(0), shape))
+    found, transposed = quantize(x, code, axis=-2), quantize(x.mT, code)
+    assert found.shape == x.shape
+    np.testing.assert_array_equal(found.codes, transposed.codes.mT)
+    np.testing.assert_array_equal(found.scales, transposed.scales.mT)
+    np.testing.assert_array_equal(dequantize(found), dequantize(transposed).mT)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((3, 300), -1), ((70,), -1), ((2, 0), -1), ((0, 5), -1), ((300, 3), -2), ((0, 5), -2)],
+)
+def test_zeros_and_empty_arrays_have_codes(shape, axis, code):
+    found, wanted = zeros_like(jnp.ones(shape), code, axis), quantize(jnp.zeros(shape), code, axis)
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other, strict=True)
@@ -126,9 +140,9 @@ def test_zeros_and_empty_arrays_have_codes(shape, code):
 
 def test_an_array_is_stored_as_another_one_is():
     x = jnp.linspace(-1, 1, 300).reshape(2, 150)
-    stored = stored_like(x, quantize(jnp.zeros((2, 150)), "int8"))
+    stored = stored_like(x, quantize(jnp.zeros((2, 150)), "int8", axis=-2))
     assert isinstance(stored, Quantized)
-    assert stored.code == "int8"
+    assert (stored.code, stored.axis) == ("int8", -2)
     assert stored_like(x, jnp.zeros((), jnp.bfloat16)).dtype == jnp.bfloat16
 
 

@@ -43,20 +43,23 @@ def adam_8bit(
     """
     scalars = adam_scalars(count, b1, b2, eps)
     inputs = gradient.astype(jnp.float32), mu, nu
+    axis = mu.axis
 
     def step_chunk(_: Any, chunk: Any) -> Any:
         gradient, mu, nu = chunk
-        m, v = dequantize_blocks(mu), dequantize_blocks(nu)
-        update, m, v = adam_formula(to_blocks(gradient), m, v, scalars)
         shape = gradient.shape
-        new_mu, new_nu = quantize_blocks(m, shape, mu.code), quantize_blocks(v, shape, nu.code)
-        return from_blocks(update, shape), new_mu, new_nu
+        m, v = dequantize_blocks(mu), dequantize_blocks(nu)
+        update, m, v = adam_formula(to_blocks(gradient, axis), m, v, scalars)
+        new_mu, new_nu = (
+            quantize_blocks(new, shape, old.code, axis) for new, old in ((m, mu), (v, nu))
+        )
+        return from_blocks(update, shape, axis), new_mu, new_nu
 
     # The update is written over the gradient.
     by_chunks = partial(map_chunks, step_chunk)
     size_on_tpu = MAX_WHOLE_ON_TPU if gradient.size <= MAX_WHOLE_ON_TPU else MAX_CHUNK_ON_TPU
     outputs = lax.platform_dependent(
-        as_rows(inputs),
+        (as_rows if axis == -1 else _as_rows_of_blocks)(inputs),
         tpu=partial(by_chunks, max_size=size_on_tpu),
         default=partial(by_chunks, max_size=MAX_CHUNK),
     )
@@ -73,6 +76,17 @@ def as_rows(arrays: Any) -> Any:
     if rows == 1 and shape[-1] % BLOCK == 0:
         rows = shape[-1] // BLOCK
     return jax.tree.map(lambda x: x.reshape(rows, -1), arrays)
+
+
+def _as_rows_of_blocks(arrays: Any) -> Any:
+    """Reshapes matrices of one shape, with codes and scales in columns, to a batch of matrices.
+
+    If blocks fill the columns, each of the matrices has as many rows as a block.
+    """
+    *_, rows, columns = jax.tree.leaves(arrays)[0].shape
+    number = rows // BLOCK if rows % BLOCK == 0 else 1
+    split = lambda x: x.reshape(-1, x.shape[-2] // number, columns)
+    return jax.tree.map(split, arrays)
 
 
 def adam_scalars(count: Any, b1: Any, b2: Any, eps: Any) -> tuple[jax.Array, ...]:

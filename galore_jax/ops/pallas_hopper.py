@@ -50,14 +50,15 @@ def adam_8bit(
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated.
 
-    It covers arrays of whole blocks of 256 numbers, or of rows of 32, 64 or 128, with a number of
-    rows that is a multiple of four.
+    It covers blocks along rows, of 256 numbers or the whole row of 32, 64 or 128, in arrays with a
+    number of rows that is a multiple of four.
     """
     inputs = gradient if gradient.dtype in FLOATS else gradient.astype(jnp.float32), mu, nu
     rows, *moments = adam_step.as_rows(inputs)
     height, width = rows.shape
     block_size = min(BLOCK, width)
-    if height % WARPS or width % block_size or block_size not in (32, 64, 128, 256):
+    covered = height % WARPS == 0 and width % block_size == 0 and block_size in (32, 64, 128, 256)
+    if mu.axis == -2 or not covered:
         return adam_step.adam_8bit(gradient, mu, nu, count, b1=b1, b2=b2, eps=eps)
     tile_rows = next(rows for rows in (16, 8, 4) if height % rows == 0)
     scalars = jnp.stack(adam_step.adam_scalars(count, b1, b2, eps))

@@ -53,18 +53,20 @@ def adam_8bit(
     """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated."""
     inputs = gradient if gradient.dtype in FLOATS else gradient.astype(jnp.float32), mu, nu
     # View everything as a batch of matrices, whose blocks lie along the rows, or down the columns.
-    by_columns = gradient.ndim > 1 and _lies_by_columns(gradient)
-    if by_columns:
-        to_matrices = lambda x: x.reshape(-1, *x.shape[-2:]).mT
-    else:
+    is_transposed = gradient.ndim > 1 and _lies_by_columns(gradient)
+    by_columns = is_transposed != (mu.axis == -2)
+    if mu.axis == -1 and not is_transposed:
         to_matrices = lambda x: x[None]
         inputs = adam_step.as_rows(inputs)
+    else:
+        batch = lambda x: x.reshape(-1, *x.shape[-2:])
+        to_matrices = (lambda x: batch(x).mT) if is_transposed else batch
     matrices, *moments = jax.tree.map(to_matrices, inputs)
     order = reversed if by_columns else iter
     others, width = order(matrices.shape[1:])
     _, blocks = order(moments[0].scales.shape[1:])
 
-    # A last axis shorter than 256 forms a single block.
+    # An axis shorter than 256 forms a single block.
     block_size = min(BLOCK, width)
     chunk = ADAM_CHUNK_BY_COLUMNS if by_columns else ADAM_CHUNK
     tile_others = min(ADAM_TILE[0], pl.cdiv(others, chunk) * chunk)
@@ -76,7 +78,7 @@ def adam_8bit(
     scale_tile = pl.BlockSpec(
         (None, *order((tile_others, blocks))), lambda b, i, j: (b, *order((i, 0)))
     )
-    tiles = [Quantized(tile, scale_tile, moment.code) for moment in moments]
+    tiles = [Quantized(tile, scale_tile, moment.code, moment.axis) for moment in moments]
 
     # Codes and scales of the moments are overwritten.
     outputs = pl.pallas_call(
@@ -97,7 +99,7 @@ def adam_8bit(
         interpret=interpret,
         name="adam_8bit",
     )(jnp.stack(adam_step.adam_scalars(count, b1, b2, eps)), matrices, *moments)
-    outputs = jax.tree.map(lambda x: x.mT, outputs) if by_columns else outputs
+    outputs = jax.tree.map(lambda x: x.mT, outputs) if is_transposed else outputs
     return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, (gradient, mu, nu))
 
 

@@ -44,35 +44,45 @@ def adam_8bit(
     interpret: bool = False,
 ) -> tuple[jax.Array, Quantized, Quantized]:
     """`ops.adam_step.adam_8bit` in one pass over memory, in place if the moments are donated."""
-    # View everything as matrices, and divide them into tiles of one block per row.
+    # View everything as matrices, and divide them into tiles of one block per row, or per column.
     inputs = gradient, mu, nu
-    rows, *moments = adam_step.as_rows(inputs)
-    # A last axis shorter than 256 forms a single block.
-    block_size = pl.next_power_of_2(min(BLOCK, gradient.shape[-1]))
+    by_columns = mu.axis == -2
+    order = reversed if by_columns else iter
+    if by_columns and gradient.ndim > 2 and gradient.shape[-2] % BLOCK:
+        return adam_step.adam_8bit(gradient, mu, nu, count, b1=b1, b2=b2, eps=eps)
+    stacked = lambda x: x.reshape(-1, x.shape[-1])
+    matrix, *moments = jax.tree.map(stacked, inputs) if by_columns else adam_step.as_rows(inputs)
+    others, _ = order(matrix.shape)
+    _, blocks = order(moments[0].scales.shape)
+    # An axis shorter than 256 forms a single block.
+    block_size = pl.next_power_of_2(min(BLOCK, gradient.shape[mu.axis]))
     tile, scale_tile = (
-        pl.BlockSpec((ADAM_ROWS, size), lambda i, j: (i, j)) for size in (block_size, 1)
+        pl.BlockSpec(tuple(order((ADAM_ROWS, size))), lambda i, j: tuple(order((i, j))))
+        for size in (block_size, 1)
     )
-    tiles = [Quantized(tile, scale_tile, moment.code) for moment in moments]
+    tiles = [Quantized(tile, scale_tile, moment.code, moment.axis) for moment in moments]
 
     # Codes and scales of the moments are overwritten.
     outputs = pl.pallas_call(
-        functools.partial(_adam_kernel, shape=rows.shape),
-        out_shape=(jax.ShapeDtypeStruct(rows.shape, jnp.float32), *jax.eval_shape(list, moments)),
-        grid=(pl.cdiv(rows.shape[0], ADAM_ROWS), moments[0].scales.shape[1]),
+        functools.partial(_adam_kernel, shape=matrix.shape, by_columns=by_columns),
+        out_shape=(jax.ShapeDtypeStruct(matrix.shape, jnp.float32), *jax.eval_shape(list, moments)),
+        grid=(pl.cdiv(others, ADAM_ROWS), blocks),
         in_specs=(pl.BlockSpec(), tile, *tiles),
         out_specs=(tile, *tiles),
         input_output_aliases={2: 1, 3: 2, 4: 3, 5: 4},
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="adam_8bit",
-    )(jnp.stack(adam_step.adam_scalars(count, b1, b2, eps)), rows, *moments)
+    )(jnp.stack(adam_step.adam_scalars(count, b1, b2, eps)), matrix, *moments)
     return jax.tree.map(lambda new, old: new.reshape(old.shape), outputs, inputs)
 
 
-def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape):
-    starts = tuple(pl.program_id(axis) * size for axis, size in enumerate(gradient.shape))
-    mask = _in_bounds(starts, gradient.shape, shape)
-    scale_mask = _in_bounds((starts[0], 0), mu.scales.shape, shape)
+def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape, by_columns: bool):
+    order, along = (reversed, 0) if by_columns else (iter, 1)
+    others, block_size = order(gradient.shape)
+    first = pl.program_id(0) * others
+    mask = _in_bounds(tuple(order((first, pl.program_id(1) * block_size))), gradient.shape, shape)
+    scale_mask = _in_bounds(tuple(order((first, 0))), mu.scales.shape, shape)
 
     def load(moment: Quantized) -> jax.Array:
         codes = plgpu.load(moment.codes, mask=mask, other=zero_code(moment.code))
@@ -80,7 +90,7 @@ def _adam_kernel(scalars, gradient, mu, nu, new_update, new_mu, new_nu, *, shape
         return decode(codes.astype(jnp.int32), signed=moment.code == "signed") * scale
 
     def store(moment: Quantized, new: jax.Array) -> None:
-        largest = block_max(new)
+        largest = block_max(new, axis=along)
         codes = encode(block_fractions(new, largest), signed=moment.code == "signed")
         plgpu.store(moment.codes, codes.astype(jnp.uint8), mask=mask)
         plgpu.store(moment.scales, largest, mask=scale_mask)

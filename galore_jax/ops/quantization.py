@@ -1,7 +1,7 @@
 """Block-wise quantisation to 8 or 4 bits that keeps an array's shape.
 
-An array is divided into blocks of 256 numbers along its last axis (arXiv 2110.02861, section 2.1).
-Each block stores its largest magnitude in float32 and, for each number, a code for the number's
+An array is divided into blocks of 256 numbers along its last axis (arXiv 2110.02861, section 2.1),
+or along the axis before it, down the columns of a matrix. Each block stores its largest magnitude in float32 and, for each number, a code for the number's
 fraction of that magnitude. There are four codes:
 
 * "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 2.2).
@@ -34,19 +34,22 @@ class Quantized:
     """An array in codes of 8 or 4 bits.
 
     Attributes:
-      codes: uint8 (int8 for the code "int8"), the shape of the array; for "int4" the last axis is
-        that of its blocks, of which each byte holds a number of the first half and one of the
+      codes: uint8 (int8 for the code "int8"), the shape of the array; for "int4" the axis of the
+        blocks is half as long: of each block a byte holds a number of the first half and one of the
         second.
-      scales: float32 `(*shape[:-1], ⌈shape[-1] / 256⌉)`, the largest magnitude in each block; NaN
-        if a number in the block was not finite.
+      scales: float32, the largest magnitude in each block; NaN if a number in the block was not
+        finite. The shape is that of the array with ⌈length / 256⌉ in place of the length of the
+        axis of the blocks.
       code: static, the name of the code.
+      axis: static, along which the blocks lie, -1 or -2.
       partition: static, of the codes over a mesh, if known. It divides no block.
-      length: static, of the array's last axis, for "int4".
+      length: static, of the array's axis of the blocks, for "int4".
     """
 
     codes: Any
     scales: Any
     code: Code = field(metadata={"static": True})
+    axis: int = field(default=-1, metadata={"static": True})
     partition: Partition | None = field(default=None, metadata={"static": True})
     length: int | None = field(default=None, metadata={"static": True})
 
@@ -55,10 +58,10 @@ class Quantized:
         """Shape of the array."""
         if self.length is None:
             return self.codes.shape
-        return (*self.codes.shape[:-1], self.length)
+        return _replaced(self.codes.shape, self.axis, self.length)
 
 
-def quantize(x: jax.Array, code: Code) -> Quantized:
+def quantize(x: jax.Array, code: Code, axis: int = -1) -> Quantized:
     """Quantises block-wise to the nearest values of a code; ties may go either way.
 
     The error is at most half the distance between neighbouring values: 1/254 of the block's largest
@@ -71,50 +74,52 @@ def quantize(x: jax.Array, code: Code) -> Quantized:
     Args:
       x: real, at least one axis.
       code: name of the code; "unsigned" is for non-negative numbers.
+      axis: along which the blocks lie, -1 or -2.
 
     Returns:
       The codes and scales.
     """
-    return quantize_blocks(to_blocks(x.astype(jnp.float32)), x.shape, code)
+    return quantize_blocks(to_blocks(x.astype(jnp.float32), axis), x.shape, code, axis)
 
 
-def quantize_blocks(blocks: jax.Array, shape: tuple[int, ...], code: Code) -> Quantized:
+def quantize_blocks(blocks: jax.Array, shape: tuple[int, ...], code: Code, axis: int) -> Quantized:
     """`quantize` of an array of this shape, given its blocks in float32."""
-    max_magnitude = block_max(blocks)
+    max_magnitude = block_max(blocks, axis=axis)
     fractions = block_fractions(blocks, max_magnitude)
-    scales = max_magnitude.squeeze(-1)
+    scales = max_magnitude.squeeze(axis)
     if code in LARGEST:
         codes = jnp.floor(fractions * LARGEST[code] + 0.5).astype(jnp.int8)
     else:
         codes = encode(fractions, signed=code == "signed").astype(jnp.uint8)
     if code == "int4":
-        return Quantized(_packed(codes), scales, code, length=shape[-1])
-    return Quantized(from_blocks(codes, shape), scales, code)
+        return Quantized(_packed(codes, axis), scales, code, axis, length=shape[axis])
+    return Quantized(from_blocks(codes, shape, axis), scales, code, axis)
 
 
-def zeros_like(x: Any, code: Code) -> Quantized:
+def zeros_like(x: Any, code: Code, axis: int = -1) -> Quantized:
     """Quantised zeros with the shape of `x`, an array or a `jax.ShapeDtypeStruct`."""
     if code == "int4":
-        return quantize(jnp.zeros(x.shape), code)
-    blocks = -(-x.shape[-1] // BLOCK)
-    scales = jnp.zeros((*x.shape[:-1], blocks), jnp.float32)
+        return quantize(jnp.zeros(x.shape), code, axis)
+    scales = jnp.zeros(_replaced(x.shape, axis, -(-x.shape[axis] // BLOCK)), jnp.float32)
     dtype = jnp.int8 if code == "int8" else jnp.uint8
-    return Quantized(jnp.full_like(x, zero_code(code), dtype), scales, code)
+    return Quantized(jnp.full_like(x, zero_code(code), dtype), scales, code, axis)
 
 
 def dequantize(x: Any) -> Any:
     """The array that a `Quantized` represents, float32; anything else is returned unchanged."""
-    return from_blocks(dequantize_blocks(x), x.shape) if isinstance(x, Quantized) else x
+    if not isinstance(x, Quantized):
+        return x
+    return from_blocks(dequantize_blocks(x), x.shape, x.axis)
 
 
 def dequantize_blocks(x: Quantized) -> jax.Array:
     """The blocks of the array that a `Quantized` represents, float32."""
-    blocks = _unpacked(x) if x.code == "int4" else to_blocks(x.codes, zero_code(x.code))
+    blocks = _unpacked(x) if x.code == "int4" else to_blocks(x.codes, x.axis, zero_code(x.code))
     if x.code in LARGEST:
         fractions = blocks.astype(jnp.float32) / LARGEST[x.code]
     else:
         fractions = decode(blocks.astype(jnp.int32), signed=x.code == "signed")
-    return fractions * x.scales[..., None]
+    return fractions * jnp.expand_dims(x.scales, x.axis)
 
 
 def as_float32(x: Any) -> jax.Array:
@@ -123,10 +128,10 @@ def as_float32(x: Any) -> jax.Array:
 
 
 def stored_like(x: jax.Array, stored: Any) -> Any:
-    """Converts an array to the format of another one: its code or its dtype."""
+    """Converts an array to the format of another one: its code and its blocks, or its dtype."""
     if not isinstance(stored, Quantized):
         return x.astype(stored.dtype)
-    return replace(quantize(x, stored.code), partition=stored.partition)
+    return replace(quantize(x, stored.code, stored.axis), partition=stored.partition)
 
 
 def zero_code(code: Code) -> int:
@@ -134,17 +139,18 @@ def zero_code(code: Code) -> int:
     return 127 if code == "signed" else 0
 
 
-def to_blocks(x: jax.Array, fill: int = 0) -> jax.Array:
-    """Reshapes `(..., n)` to `(..., blocks, 256)`, filled up with a number.
+def to_blocks(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+    """Divides an axis `n` into `(blocks, 256)`, filled up with a number.
 
-    A last axis shorter than 256 forms a single block of its own length.
+    An axis shorter than 256 forms a single block of its own length.
     """
-    size = block_size(x.shape[-1])
-    missing = -x.shape[-1] % size
+    size = block_size(x.shape[axis])
+    missing = -x.shape[axis] % size
     if missing:
-        widths = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, missing)
         x = jnp.pad(x, widths, constant_values=fill)
-    return _laid_out(x.reshape(*x.shape[:-1], x.shape[-1] // size, size))
+    return _laid_out(x.reshape(_replaced(x.shape, axis, x.shape[axis] // size, size)), axis)
 
 
 def block_size(length: int) -> int:
@@ -152,41 +158,60 @@ def block_size(length: int) -> int:
     return max(1, min(BLOCK, length))
 
 
-def _packed(blocks: jax.Array) -> jax.Array:
-    """int8 codes of 4 bits `(..., blocks, size)` as bytes `(..., blocks · ⌈size / 2⌉)`."""
-    half = -(-blocks.shape[-1] // 2)
-    second = blocks[..., half:]
-    second = jnp.pad(second, [(0, 0)] * (blocks.ndim - 1) + [(0, half - second.shape[-1])])
-    codes = (blocks[..., :half] & 15) | (second << 4)
-    return codes.astype(jnp.uint8).reshape(*blocks.shape[:-2], blocks.shape[-2] * half)
+def _packed(blocks: jax.Array, axis: int) -> jax.Array:
+    """int8 codes of 4 bits in blocks, `(…, blocks, size, …)`, as bytes `(…, blocks · ⌈size / 2⌉, …)`."""
+    half = -(-blocks.shape[axis] // 2)
+    first, second = jnp.split(blocks, [half], axis)
+    widths = [(0, 0)] * blocks.ndim
+    widths[axis] = (0, half - second.shape[axis])
+    codes = ((first & 15) | (jnp.pad(second, widths) << 4)).astype(jnp.uint8)
+    return _merged(codes, axis)
 
 
 def _unpacked(x: Quantized) -> jax.Array:
     """The inverse of `_packed`."""
-    *batch, number = x.scales.shape
-    packed = x.codes.reshape(*batch, number, x.codes.shape[-1] // max(number, 1))
+    number = x.scales.shape[x.axis]
+    half = x.codes.shape[x.axis] // max(number, 1)
+    packed = x.codes.reshape(_replaced(x.codes.shape, x.axis, number, half))
     packed = lax.bitcast_convert_type(packed, jnp.int8)
     # Shifts of int8 keep the sign.
-    codes = jnp.concatenate(((packed << 4) >> 4, packed >> 4), axis=-1)
-    return _laid_out(codes[..., : block_size(x.shape[-1])])
+    codes = jnp.concatenate(((packed << 4) >> 4, packed >> 4), x.axis)
+    size = min(block_size(x.shape[x.axis]), 2 * half)
+    return _laid_out(lax.slice_in_dim(codes, 0, size, axis=codes.ndim + x.axis), x.axis)
 
 
-def from_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def from_blocks(blocks: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Inverts `to_blocks`, given the shape of the array."""
-    width = blocks.shape[-2] * blocks.shape[-1]
-    return _laid_out(blocks).reshape(*shape[:-1], width)[..., : shape[-1]]
+    merged = _merged(_laid_out(blocks, axis), axis)
+    return lax.slice_in_dim(merged, 0, shape[axis], axis=merged.ndim + axis)
 
 
-def _laid_out(blocks: jax.Array) -> jax.Array:
-    """Blocks `(..., rows, blocks, 256)`; on a TPU those of a row lie below each other.
+def _merged(blocks: jax.Array, axis: int) -> jax.Array:
+    """Merges the axis of the blocks, and that of their numbers, into one."""
+    number, size = blocks.shape[axis - 1], blocks.shape[axis]
+    shape = list(_replaced(blocks.shape, axis, number * size))
+    del shape[axis - 1]
+    return blocks.reshape(shape)
 
-    Then neither the reshape nor a block's maximum nor its scale moves numbers between lanes, which
-    are rows.
+
+def _replaced(shape: tuple[int, ...], axis: int, *sizes: int) -> tuple[int, ...]:
+    """The shape with other axes in place of one, which is counted from the end."""
+    place = len(shape) + axis
+    return (*shape[:place], *sizes, *shape[place + 1 :])
+
+
+def _laid_out(blocks: jax.Array, axis: int) -> jax.Array:
+    """Blocks `(..., rows, blocks, 256)` or `(..., blocks, 256, columns)`, as a TPU should keep them.
+
+    There each block lies across the rows of tiles, so that neither the reshape nor its maximum nor
+    its scale moves numbers between lanes: those of a row lie below each other; those of a column do
+    so in any case, but said here it keeps XLA from dividing the work on them into many passes.
     """
     if blocks.ndim < 3:
         return blocks
-    *batch, rows, number, along = range(blocks.ndim)
-    on_tpu = lambda x: with_layout_constraint(x, Layout((*batch, number, along, rows)))
+    *batch, first, second, third = range(blocks.ndim)
+    order = (first, second, third) if axis == -2 else (second, third, first)
+    on_tpu = lambda x: with_layout_constraint(x, Layout((*batch, *order)))
     return lax.platform_dependent(blocks, tpu=on_tpu, default=lambda x: x)
 
 

@@ -16,7 +16,8 @@ from galore_jax.ops.implementation import (
     check_implementation,
     use_implementation,
 )
-from galore_jax.ops.quantization import Code, Quantized, zeros_like
+from galore_jax.ops.quantization import BLOCK, Code, Quantized, zeros_like
+from galore_jax.subspace.projection import is_coordinates
 from galore_jax.types import PyTree
 
 # Smaller leaves keep float32 moments, as in the implementation of arXiv 2110.02861, and so do those
@@ -72,7 +73,9 @@ def scale_by_adam8bit(
     check_implementation(implementation)
 
     def init_fn(params: PyTree) -> ScaleByAdam8bitState:
-        zeros = lambda code: jax.tree.map(lambda param: zero_moment(param, code), params)
+        zeros = lambda code: jax.tree.map(
+            lambda param: zero_moment(param, code), params, is_leaf=is_coordinates
+        )
         return ScaleByAdam8bitState(jnp.zeros([], jnp.int32), zeros("signed"), zeros("unsigned"))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
@@ -105,12 +108,24 @@ def scale_by_adam8bit(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def zero_moment(param: Any, code: Code | None) -> Any:
-    """A moment of zeros, in 8-bit codes if a code is given and the array is large enough."""
-    too_small = jnp.size(param) < MIN_QUANTIZED_SIZE or jnp.shape(param)[-1] < MIN_QUANTIZED_WIDTH
+def zero_moment(param: Any, code: Code | None, *, is_matrix: bool = False) -> Any:
+    """A moment of zeros, in 8-bit codes if a code is given and the array is large enough.
+
+    Args:
+      param: an array, or `Coordinates`.
+      code: of the moment, None for float32.
+      is_matrix: whether the last two axes of the array are those of matrices, as in `Coordinates`.
+    """
+    if is_coordinates(param):
+        return replace(param, value=zero_moment(param.value, code, is_matrix=True))
+    shape = jnp.shape(param)
+    too_small = jnp.size(param) < MIN_QUANTIZED_SIZE or shape[-1] < MIN_QUANTIZED_WIDTH
     if code is None or too_small:
         return jnp.zeros_like(param, jnp.float32)
-    return zeros_like(param, code)
+    # What else has two axes may be vectors stacked by layer, or an embedding, whose rows have
+    # gradients of very different sizes.
+    by_columns = is_matrix and shape[-2] >= BLOCK
+    return zeros_like(param, code, -2 if by_columns else -1)
 
 
 def _on_parts(

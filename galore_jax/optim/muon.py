@@ -70,8 +70,8 @@ def scale_by_muon(beta: float = 0.95, *, eight_bit: bool = False) -> optax.Gradi
                     "matrices are orthogonalised: use galore_jax.muon, which updates the rest with "
                     "AdamW, or optax.partition."
                 )
-        zeros = lambda leaf: zero_moment(leaf, "signed" if eight_bit else None)
-        return ScaleByMuonState(jax.tree.map(zeros, params))
+        zeros = lambda leaf: zero_moment(leaf, "signed" if eight_bit else None, is_matrix=True)
+        return ScaleByMuonState(jax.tree.map(zeros, params, is_leaf=is_coordinates))
 
     def update_fn(updates: PyTree, state: Any, params: PyTree = None):
         del params

@@ -30,7 +30,7 @@ def placed(
     wanted: Iterable[tuple[str, Sequence[int]]],
     *,
     start: Sequence[MeshAxes] | None = None,
-    block: int = 1,
+    block: tuple[int, int] = (-1, 1),
 ) -> Partition:
     """Places mesh axes one after the other, each on the first axis of an array that it divides.
 
@@ -40,15 +40,17 @@ def placed(
       wanted: mesh axes, each with the axes of the array to try, in this order. One that divides
         none of them is left out, as is one that is already placed or of size 1.
       start: the mesh axes that are already placed, for each axis of the array.
-      block: parts of the last axis must be multiples of this, or the whole axis.
+      block: an axis, counted from the end, whose parts must be multiples of the second number, or
+        the whole axis.
     """
     axes: list[MeshAxes] = [()] * len(shape) if start is None else [*start]
+    axis_of_blocks, size = block
     for name, places in wanted:
         if mesh.shape[name] == 1 or any(name in names for names in axes):
             continue
         for place in places:
             parts = math.prod(mesh.shape[other] for other in (*axes[place], name))
-            multiple = block if place == len(shape) - 1 else 1
+            multiple = size if place == len(shape) + axis_of_blocks else 1
             if shape[place] % (parts * multiple) == 0:
                 axes[place] = (*axes[place], name)
                 break
@@ -70,12 +72,14 @@ def matrices_partition(projection: Projection) -> Partition | None:
     return Partition(projection.partition.mesh, (*batch, *sides))
 
 
-def coordinates_partition(projection: Projection, block: int = 1) -> Partition | None:
+def coordinates_partition(
+    projection: Projection, block: tuple[int, int] = (-1, 1)
+) -> Partition | None:
     """The partition of coordinates and moments, `(*batch, rows, columns)`.
 
     Args:
       projection: how the parameter is projected.
-      block: number of columns that must stay together.
+      block: as for `placed`.
     """
     matrices = matrices_partition(projection)
     if matrices is None:
@@ -170,6 +174,8 @@ def _of_shape(partition: Partition, shape: tuple[int, ...], value: Any) -> Parti
     return Partition(partition.mesh, known.get(value.shape, ((),) * len(value.shape)))
 
 
-def _block_of(value: Any) -> int:
-    """Number of elements along the last axis of a moment that must stay together."""
-    return block_size(value.shape[-1]) if isinstance(value, Quantized) else 1
+def _block_of(value: Any) -> tuple[int, int]:
+    """The axis of a moment along which so many elements must stay together."""
+    if not isinstance(value, Quantized):
+        return -1, 1
+    return value.axis, block_size(value.shape[value.axis])

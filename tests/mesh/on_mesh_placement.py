@@ -182,6 +182,12 @@ def test_8_bit_codes_are_divided_between_blocks_only(monkeypatch):
     expected |= {"wide/value/codes": (None, "fsdp"), "wide/value/scales": (None, "fsdp")}
     assert specs(state.inner_states[1].mu) == expected
 
+    # Blocks down the columns leave the columns free.
+    tx = galore_jax.adamw(1e-3, rank=256, eight_bit=True)
+    state = galore_jax.init(tx, placed({"high": jnp.ones((512, 520))}, {"fsdp": 8}, tx))
+    expected = {"high/value/codes": (None, "fsdp"), "high/value/scales": (None, "fsdp")}
+    assert specs(state.inner_states[1].mu) == expected
+
 
 def test_shardings_of_a_state_need_parameters_on_a_mesh():
     with pytest.raises(ValueError, match=r"state_shardings: the parameters have no .*NamedShardin"):
