@@ -1,8 +1,9 @@
 """Block-wise quantisation to 8 or 4 bits that keeps an array's shape.
 
 An array is divided into blocks of 256 numbers along its last axis (arXiv 2110.02861, section 2.1),
-or along the axis before it, down the columns of a matrix. Each block stores its largest magnitude in float32 and, for each number, a code for the number's
-fraction of that magnitude. There are four codes:
+or along the axis before it, down the columns of a matrix. Each block stores its largest magnitude
+in float32 and, for each number, a code for the number's fraction of that magnitude. There are four
+codes:
 
 * "signed" and "unsigned", the dynamic codes of 8-bit optimizers (arXiv 2110.02861, section 2.2).
   They cover seven decades, each with evenly spaced values, twice as many as in the decade below, so
@@ -159,7 +160,7 @@ def block_size(length: int) -> int:
 
 
 def _packed(blocks: jax.Array, axis: int) -> jax.Array:
-    """int8 codes of 4 bits in blocks, `(…, blocks, size, …)`, as bytes `(…, blocks · ⌈size / 2⌉, …)`."""
+    """int8 codes of 4 bits in blocks, as bytes: `(blocks, size)` becomes `blocks · ⌈size / 2⌉`."""
     half = -(-blocks.shape[axis] // 2)
     first, second = jnp.split(blocks, [half], axis)
     widths = [(0, 0)] * blocks.ndim
@@ -201,11 +202,11 @@ def _replaced(shape: tuple[int, ...], axis: int, *sizes: int) -> tuple[int, ...]
 
 
 def _laid_out(blocks: jax.Array, axis: int) -> jax.Array:
-    """Blocks `(..., rows, blocks, 256)` or `(..., blocks, 256, columns)`, as a TPU should keep them.
+    """Blocks `(..., rows, blocks, 256)` or `(..., blocks, 256, columns)`, laid out for a TPU.
 
-    There each block lies across the rows of tiles, so that neither the reshape nor its maximum nor
-    its scale moves numbers between lanes: those of a row lie below each other; those of a column do
-    so in any case, but said here it keeps XLA from dividing the work on them into many passes.
+    The numbers of a block lie below each other, so that neither the reshape nor the maximum nor the
+    scale of a block moves numbers between lanes. Those of a column do so anyway, but without this
+    constraint XLA divides the work on them into many passes.
     """
     if blocks.ndim < 3:
         return blocks
