@@ -60,14 +60,15 @@ def kernels() -> Iterator[tuple[str, tuple[int, int], str, Callable, tuple, tupl
 
     kernel = functools.partial(use_implementation, "pallas", adam_step.adam_8bit, adam)
     for shape in ((RANK, 4096), (RANK, 11008)):
-        for dtype in (jnp.float32, jnp.bfloat16):
+        for dtype, axis in itertools.product((jnp.float32, jnp.bfloat16), (-1, -2)):
             mu, nu = (
-                jax.eval_shape(functools.partial(quantize, code=code), array(*shape))
+                jax.eval_shape(functools.partial(quantize, code=code, axis=axis), array(*shape))
                 for code in ("signed", "unsigned")
             )
             gradient = array(*shape, dtype=dtype)
             arguments = (gradient, mu, nu, array(dtype=jnp.int32))
-            yield "adam_8bit", shape, jnp.dtype(dtype).name, kernel, arguments, (1, 2)
+            variant = f"{jnp.dtype(dtype).name}, {'rows' if axis == -1 else 'columns'}"
+            yield "adam_8bit", shape, variant, kernel, arguments, (1, 2)
 
     # As `apply_gradients` calls it, for a stack of one matrix; int8 bases are passed as float32.
     def stacked(right_is_transposed: bool, add: Callable, *arrays: Any) -> jax.Array:

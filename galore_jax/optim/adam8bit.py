@@ -44,8 +44,9 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with moments in block-wise dynamic 8-bit codes (arXiv 2110.02861).
 
-    Updates are computed from the moments in float32, before they are rounded to codes. The two
-    moments take 2.03 bytes per parameter instead of 8 (2.5 if the last axis is as short as 16).
+    Blocks of 256 numbers lie along the last axis; of `Coordinates` with at least 256 rows, down the
+    columns. Updates are computed from the moments in float32, before they are rounded to codes. The
+    two moments take 2.03 bytes per parameter instead of 8 (2.5 if the last axis is as short as 16).
     Leaves with fewer than 4,096 elements or with a last axis shorter than 16 keep float32 moments.
     It is not for complex parameters.
 
@@ -122,8 +123,8 @@ def zero_moment(param: Any, code: Code | None, *, is_matrix: bool = False) -> An
     too_small = jnp.size(param) < MIN_QUANTIZED_SIZE or shape[-1] < MIN_QUANTIZED_WIDTH
     if code is None or too_small:
         return jnp.zeros_like(param, jnp.float32)
-    # What else has two axes may be vectors stacked by layer, or an embedding, whose rows have
-    # gradients of very different sizes.
+    # A TPU reads blocks down the columns without laying out anything anew. Other arrays may be
+    # vectors stacked by layer, or an embedding, whose rows have gradients of different sizes.
     by_columns = is_matrix and shape[-2] >= BLOCK
     return zeros_like(param, code, -2 if by_columns else -1)
 

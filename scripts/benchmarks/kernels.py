@@ -67,7 +67,8 @@ def cases(rows: int, columns: int, rank: int) -> dict[str, Case]:
 
     def moments() -> tuple[PyTree, ...]:
         gradient, mu, nu = jax.random.normal(key(0), (3, rank, columns))
-        return gradient, quantize(mu, "signed"), quantize(nu**2, "unsigned"), jnp.int32(10)
+        moments = quantize(mu, "signed", axis=-2), quantize(nu**2, "unsigned", axis=-2)
+        return gradient, *moments, jnp.int32(10)
 
     def factors() -> tuple[PyTree, ...]:
         weights = jax.random.normal(key(0), (rows, columns), jnp.bfloat16)
