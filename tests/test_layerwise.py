@@ -370,7 +370,7 @@ def test_temporary_memory_grows_with_depth_only_by_inputs_and_accumulated_coordi
     rank, rows, length, hidden, wide = 32, 4, 24, 128, 352
     tx = galore_jax.adamw(0.01, rank, eight_bit=True)
     batch = batch_of(0, rows, length)
-    depths, sizes = np.array([2, 4, 8]), []
+    depths, sizes = np.array([8, 16, 32]), []
     for depth in depths:
         config = LlamaConfig(97, hidden, wide, int(depth), 4, max_length=length)
         params = jax.eval_shape(functools.partial(initial, config))

@@ -126,7 +126,10 @@ def layerwise_step(
             norm = jnp.sqrt(squares) / factor
         else:
             trees, structures, pair = _summed(backward, trees, parts)
-            norm = jnp.sqrt(finite_squares(trees.sums)) / micro_batches
+            # Layer by layer: on CPUs XLA stores what it sums of a large array.
+            of_layers = lax.map(finite_squares, trees.sums[model.layers])
+            others = [slices.group(trees.sums, group) for group in (HEAD, EMBEDDING)]
+            norm = jnp.sqrt(of_layers.sum() + finite_squares(others)) / micro_batches
             factor = clip_factor(norm, clip_norm) if clip_norm else jnp.float32(1)
             trees = _updated_by_sums(backward, trees, structures, factor / micro_batches)
         norm = jnp.where(norm > 0, norm, state.norm)
@@ -304,13 +307,12 @@ class _Pass(NamedTuple):
         """A part after an update by these gradients; its number gives it random bits of its own."""
         key = None if self.key is None else jax.random.fold_in(self.key, number)
         params, state = apply_gradients(self.tx, grads, part.state, part.params, key=key)
-        return part._replace(params=params, state=state)
+        return part._replace(params=params, state=_written_last(part.state, state, params))
 
     def _step(self, part: _Trees, grads: PyTree, number: Any) -> _Trees:
         """A part after an update by its gradients, or with its gradients in the sums."""
         if part.sums is None:
-            new = self.updated(part, grads, number)
-            return new._replace(state=_written_last(part.state, new.state, new.params))
+            return self.updated(part, grads, number)
         add = lambda total, grad: (widened(total) + widened(grad)).astype(total.dtype)
         sums, structure = jax.tree.flatten(part.sums)
         return part._replace(sums=structure.unflatten(map(add, sums, jax.tree.leaves(grads))))
